@@ -1,0 +1,270 @@
+"""Configurations of the ELM and of the ECG encoders, each of which also stands alone."""
+
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+class ECGEncoderConfig(PreTrainedConfig):
+    """What every ECG encoder shares.
+
+    Args:
+        num_leads: leads of a record, in the order of the feature extractor's `lead_names`.
+        num_samples: samples per lead; 2500 is 10 s at 250 Hz.
+        output_size: width of `last_hidden_state`, set by each encoder.
+    """
+
+    num_leads: int = 12
+    num_samples: int = 2500
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # written into config.json, so that Auto classes find the code that is saved beside the weights
+        name = type(self).__name__
+        kwargs["auto_map"] = {
+            "AutoConfig": f"configuration_elm.{name}",
+            "AutoModel": f"modeling_ecg_encoders.{name.removesuffix('Config')}Model",
+        }
+        super().__post_init__(**kwargs)
+
+    def validate_input_shape(self) -> None:
+        for name in ("num_leads", "num_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{type(self).__name__}.{name} is {getattr(self, name)}; it must be at least 1.")
+
+    @property
+    def output_size(self) -> int:
+        raise AttributeError(f"{type(self).__name__} does not say the width of its tokens.")
+
+
+@strict
+class MERLConfig(ECGEncoderConfig):
+    """1-D ResNet of MERL (Liu et al. 2024, arXiv 2403.06659); the default is its ResNet-101.
+
+    Args:
+        block: `bottleneck` (1x1, k3, 1x1, expansion 4: ResNet-50/101/152) or `basic` (k3, k3: ResNet-18/34).
+        depths: blocks per stage.
+        widths: channels of each stage before expansion; the stem has `widths[0]` channels.
+    """
+
+    model_type = "merl"
+
+    block: Literal["bottleneck", "basic"] = "bottleneck"
+    depths: list[int] | tuple[int, ...] = (3, 4, 23, 3)
+    widths: list[int] | tuple[int, ...] = (64, 128, 256, 512)
+
+    def validate_stages(self) -> None:
+        if not self.depths or len(self.depths) != len(self.widths):
+            raise ValueError(
+                f"MERLConfig has depths={list(self.depths)} and widths={list(self.widths)}; give one of each per stage."
+            )
+
+    @property
+    def output_size(self) -> int:
+        return self.widths[-1] * (4 if self.block == "bottleneck" else 1)
+
+
+class ECGTransformerConfig(ECGEncoderConfig):
+    """The pre-norm transformer that MLAE, MTAE and ST-MEM share: head size 64, MLP ratio 4, exact GELU."""
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    head_dim: int = 64
+    mlp_ratio: int = 4
+    layer_norm_eps: float = 1e-5
+
+    @property
+    def output_size(self) -> int:
+        return self.hidden_size
+
+
+class MaskedAutoencoderConfig(ECGTransformerConfig):
+    """MLAE and MTAE: the tokens are the states of the decoder, so `output_size` is `decoder_hidden_size`."""
+
+    decoder_hidden_size: int = 256
+    decoder_num_hidden_layers: int = 4
+    decoder_num_attention_heads: int = 4
+
+    @property
+    def output_size(self) -> int:
+        return self.decoder_hidden_size
+
+
+@strict
+class MLAEConfig(MaskedAutoencoderConfig):
+    """Masked lead autoencoder: one patch per `patch_size` leads, all of their samples in it."""
+
+    model_type = "mlae"
+
+    patch_size: int = 1
+
+    def validate_patches(self) -> None:
+        if self.patch_size < 1 or self.num_leads % self.patch_size:
+            raise ValueError(
+                f"MLAEConfig.patch_size is {self.patch_size} leads, which must divide num_leads={self.num_leads}."
+            )
+
+
+def default_patch_size(num_samples: int) -> int:
+    """Samples per time patch: the divisor of `num_samples` that gives the number of patches nearest to 32, in [16, 64].
+
+    20, 50, 100, 200 for 500, 1250, 2500, 5000 samples.
+    """
+    counts = [n for n in range(16, 65) if num_samples % n == 0]
+    if not counts:
+        raise ValueError(
+            f"num_samples={num_samples} cannot be cut into 16 to 64 equal patches; choose another length "
+            "or set patch_size yourself."
+        )
+    return num_samples // min(counts, key=lambda n: abs(n - 32))
+
+
+def _check_time_patches(config: "MTAEConfig | STMEMConfig") -> None:
+    size = config.patch_size
+    if size is None or size < 1 or config.num_samples % size:
+        raise ValueError(
+            f"{type(config).__name__}.patch_size is {size} samples, which must divide num_samples={config.num_samples}."
+        )
+
+
+@strict
+class MTAEConfig(MaskedAutoencoderConfig):
+    """Masked time autoencoder: one patch per `patch_size` samples, all leads in it."""
+
+    model_type = "mtae"
+
+    patch_size: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.patch_size is None:
+            self.patch_size = default_patch_size(self.num_samples)
+        super().__post_init__(**kwargs)
+
+    def validate_patches(self) -> None:
+        _check_time_patches(self)
+
+
+@strict
+class STMEMConfig(ECGTransformerConfig):
+    """ST-MEM (Na et al. 2024, arXiv 2402.09450): patches of `patch_size` samples of each lead, all in one sequence."""
+
+    model_type = "st_mem"
+
+    patch_size: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.patch_size is None:
+            self.patch_size = default_patch_size(self.num_samples)
+        super().__post_init__(**kwargs)
+
+    def validate_patches(self) -> None:
+        _check_time_patches(self)
+
+
+ENCODER_CONFIGS: dict[str, type[ECGEncoderConfig]] = {
+    config.model_type: config for config in (MERLConfig, MLAEConfig, MTAEConfig, STMEMConfig)
+}
+
+
+class EncoderSpec(SubConfigSpec):
+    """Resolves `encoder_config` by its `model_type`: an ECG encoder of this file or any Hugging Face vision model."""
+
+    def get_config_class(self, model_type: str | None = None) -> type[PreTrainedConfig]:
+        if model_type in ENCODER_CONFIGS:
+            return ENCODER_CONFIGS[model_type]
+        if model_type in CONFIG_MAPPING:
+            return CONFIG_MAPPING[model_type]
+        raise ValueError(
+            f"Unknown encoder model_type {model_type!r}; expected one of {', '.join(ENCODER_CONFIGS)} "
+            "or the model_type of a Hugging Face vision model."
+        )
+
+
+# connectors of each architecture; `None` stands for no ECG features beside the text
+CONNECTORS: dict[str, tuple[str | None, ...]] = {
+    "llava": ("linear", "mlp"),
+    "fuyu": ("flat", "patch", "conv"),
+    "text": (None,),
+}
+
+
+@strict
+class ELMConfig(PreTrainedConfig):
+    """An ECG-language model: ECG encoder, connector and causal language model.
+
+    Args:
+        text_config: configuration of the language model, any Hugging Face causal LLM.
+        encoder_config: configuration of the encoder (`llava` only).
+        architecture: `llava` (encoder tokens through the connector), `fuyu` (the record straight through the
+            connector, no encoder) or `text` (no ECG features: the language model alone, or ECG-Byte tokens).
+        connector: `linear` or `mlp` for llava; `flat`, `patch` or `conv` for fuyu; None for text.
+        representation: what the processor makes of a record: `signal`, `symbolic`, `stacked_signal` or `rgb`.
+        num_ecg_tokens: placeholder tokens that each ECG takes in the text.
+        ecg_token_id: id of the placeholder token.
+        num_leads, num_samples: shape of the record that a fuyu connector reads; an encoder has its own.
+    """
+
+    model_type = "elm"
+    sub_configs_defaults = {
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+        "encoder_config": EncoderSpec(config_class=AutoConfig, model_type="merl", optional=True),
+    }
+
+    text_config: dict | PreTrainedConfig | None = None
+    encoder_config: dict | PreTrainedConfig | None = None
+    architecture: Literal["llava", "fuyu", "text"] = "llava"
+    connector: Literal["linear", "mlp", "flat", "patch", "conv"] | None = "linear"
+    representation: Literal["signal", "symbolic", "stacked_signal", "rgb"] = "signal"
+    num_ecg_tokens: int = 1
+    ecg_token_id: int | None = None
+    num_leads: int = 12
+    num_samples: int = 2500
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        kwargs["auto_map"] = {
+            "AutoConfig": "configuration_elm.ELMConfig",
+            "AutoModelForCausalLM": "modeling_elm.ELMForConditionalGeneration",
+            "AutoModelForImageTextToText": "modeling_elm.ELMForConditionalGeneration",
+        }
+        super().__post_init__(**kwargs)
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        # by name: classes loaded from a Hub repo are not these classes
+        if self.encoder_config is not None and self.encoder_config.model_type in ENCODER_CONFIGS:
+            self.num_leads, self.num_samples = self.encoder_config.num_leads, self.encoder_config.num_samples
+
+    def validate_parts(self) -> None:
+        if self.connector not in CONNECTORS[self.architecture]:
+            expected = " or ".join(repr(name) for name in CONNECTORS[self.architecture])
+            raise ValueError(
+                f"connector={self.connector!r} with architecture={self.architecture!r}; expected {expected}."
+            )
+        if (self.encoder_config is not None) != (self.architecture == "llava"):
+            got = "no encoder_config" if self.encoder_config is None else f"a {self.encoder_config.model_type} encoder"
+            raise ValueError(
+                f"architecture={self.architecture!r} with {got}; 'llava' needs an encoder_config, 'fuyu' and 'text' take none."
+            )
+
+    def validate_tokens(self) -> None:
+        if self.num_ecg_tokens < 1:
+            raise ValueError(f"num_ecg_tokens is {self.num_ecg_tokens}; it must be at least 1.")
+        if self.architecture != "text" and self.ecg_token_id is None:
+            raise ValueError("ecg_token_id is None; give the id of the tokenizer's ECG placeholder token.")
+        if self.connector == "flat" and self.num_ecg_tokens != 1:
+            raise ValueError(
+                f"The flat connector makes one token of a record; num_ecg_tokens is {self.num_ecg_tokens}."
+            )
+        if self.connector in ("patch", "conv") and self.num_samples % self.num_ecg_tokens:
+            raise ValueError(
+                f"num_ecg_tokens={self.num_ecg_tokens} patches do not divide a record of {self.num_samples} samples."
+            )
+
+
+ELMConfig.register_for_auto_class()
+for _config in ENCODER_CONFIGS.values():
+    _config.register_for_auto_class()
+
+__all__ = ["ELMConfig", "MERLConfig", "MLAEConfig", "MTAEConfig", "STMEMConfig"]
