@@ -1,0 +1,493 @@
+"""ECG encoders: MERL, MLAE, MTAE and ST-MEM, each a `PreTrainedModel` that loads and trains by itself."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+try:
+    from .configuration_elm import (
+        ECGEncoderConfig,
+        ECGTransformerConfig,
+        MaskedAutoencoderConfig,
+        MERLConfig,
+        MLAEConfig,
+        MTAEConfig,
+        STMEMConfig,
+    )
+except ImportError:
+    if __package__:  # loaded from a Hub repo: a real error
+        raise
+    from configuration_elm import (
+        ECGEncoderConfig,
+        ECGTransformerConfig,
+        MaskedAutoencoderConfig,
+        MERLConfig,
+        MLAEConfig,
+        MTAEConfig,
+        STMEMConfig,
+    )
+
+
+class ECGEncoder(PreTrainedModel):
+    """What the encoders share: `forward(ecg_values)` of records [batch, leads, samples] gives tokens before pooling."""
+
+    config: ECGEncoderConfig
+    base_model_prefix = "encoder"
+    main_input_name = "ecg_values"
+    input_modalities = "ecg"
+    supports_gradient_checkpointing = True
+
+    def prepare_ecg_values(self, ecg_values: torch.Tensor) -> torch.Tensor:
+        """The records in the model's dtype; ValueError if they do not fit the configuration."""
+        name, leads = type(self).__name__, self.config.num_leads
+        if not ecg_values.is_floating_point():
+            raise ValueError(
+                f"{name} got ecg_values of dtype {ecg_values.dtype}; expected floating point values: "
+                "convert them with ecg_values.float()."
+            )
+        if ecg_values.ndim != 3:
+            raise ValueError(
+                f"{name} got ecg_values of shape {list(ecg_values.shape)}; expected [batch, {leads} leads, samples]: "
+                "give one record as ecg_values[None]."
+            )
+        if ecg_values.shape[1] != leads:
+            raise ValueError(
+                f"{name} got records of {ecg_values.shape[1]} leads; expected {leads}: "
+                "select them by name, or set num_leads in the configuration."
+            )
+        self.check_num_samples(ecg_values.shape[2])
+        return ecg_values.to(self.dtype)
+
+    def check_num_samples(self, num_samples: int) -> None:
+        """ValueError if the encoder does not admit records of this length."""
+        raise NotImplementedError
+
+
+# MERL
+
+
+class ResNetConv(nn.Module):
+    """Convolution and batch norm."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
+        self.norm = nn.BatchNorm1d(out_channels)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(hidden_states))
+
+
+class ResNetBlock(GradientCheckpointingLayer):
+    """`bottleneck` (1x1, k3, 1x1) or `basic` (k3, k3) block; the stride is on the first k3 convolution."""
+
+    def __init__(self, config: MERLConfig, in_channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        if config.block == "bottleneck":
+            out_channels = 4 * width
+            convs = [
+                ResNetConv(in_channels, width, 1),
+                ResNetConv(width, width, 3, stride),
+                ResNetConv(width, out_channels, 1),
+            ]
+        else:
+            out_channels = width
+            convs = [ResNetConv(in_channels, width, 3, stride), ResNetConv(width, width, 3)]
+        self.convs = nn.ModuleList(convs)
+        same_shape = stride == 1 and in_channels == out_channels
+        self.shortcut = nn.Identity() if same_shape else ResNetConv(in_channels, out_channels, 1, stride)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        # a checkpointed block runs twice: two steps of the smaller momentum move the running statistics like one of 0.1
+        momentum = 1 - math.sqrt(0.9) if self.gradient_checkpointing else 0.1
+        for module in (*self.convs, self.shortcut):
+            if isinstance(module, ResNetConv):
+                module.norm.momentum = momentum
+        residual = self.shortcut(hidden_states)
+        for conv in self.convs[:-1]:
+            hidden_states = conv(hidden_states).relu()
+        return (self.convs[-1](hidden_states) + residual).relu()
+
+
+class ResNetStage(nn.Sequential):
+    """Blocks of one width, the first of which may halve the length."""
+
+    def __init__(self, config: MERLConfig, in_channels: int, width: int, depth: int, stride: int) -> None:
+        out_channels = 4 * width if config.block == "bottleneck" else width
+        super().__init__(
+            ResNetBlock(config, in_channels, width, stride),
+            *(ResNetBlock(config, out_channels, width, stride=1) for _ in range(depth - 1)),
+        )
+
+
+class MERLModel(ECGEncoder):
+    """1-D ResNet of MERL (Liu et al. 2024, arXiv 2403.06659), without max pool.
+
+    Takes records of any length; a token stands for 2 ** (number of stages) samples, 157 tokens for 2500 samples.
+    `hidden_states` are the stem's output and each stage's, [batch, channels, length].
+    """
+
+    config: MERLConfig
+    _no_split_modules = ["ResNetConv", "ResNetBlock"]
+    _can_record_outputs = {"hidden_states": ResNetStage}
+
+    def __init__(self, config: MERLConfig) -> None:
+        super().__init__(config)
+        channels = config.widths[0]
+        self.stem = ResNetConv(config.num_leads, channels, kernel_size=7, stride=2)
+        self.stages = nn.ModuleList()
+        for index, (width, depth) in enumerate(zip(config.widths, config.depths, strict=True)):
+            self.stages.append(ResNetStage(config, channels, width, depth, stride=1 if index == 0 else 2))
+            channels = 4 * width if config.block == "bottleneck" else width
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.Conv1d):
+            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def check_num_samples(self, num_samples: int) -> None:
+        if num_samples < 1:
+            raise ValueError("MERLModel got empty records of 0 samples; expected at least 1: drop them from the batch.")
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, ecg_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutput:
+        """
+        Args:
+            ecg_values: float [batch, leads, samples].
+
+        Returns:
+            `last_hidden_state` [batch, tokens, output_size].
+        """
+        hidden_states = self.stem(self.prepare_ecg_values(ecg_values)).relu()
+        for stage in self.stages:
+            hidden_states = stage(hidden_states)
+        return BaseModelOutput(last_hidden_state=hidden_states.transpose(1, 2))
+
+
+# The transformer of MLAE, MTAE and ST-MEM
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class ECGAttention(nn.Module):
+    def __init__(self, config: ECGTransformerConfig, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.config = config
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = False
+        self.qkv_proj = nn.Linear(hidden_size, 3 * num_heads * config.head_dim)
+        self.out_proj = nn.Linear(num_heads * config.head_dim, hidden_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query, key, value = self.qkv_proj(hidden_states).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        hidden_states, weights = attention(
+            self,
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            attention_mask=None,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.out_proj(hidden_states.flatten(2)), weights
+
+
+class ECGMLP(nn.Module):
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(nn.functional.gelu(self.fc1(hidden_states)))
+
+
+class ECGTransformerLayer(GradientCheckpointingLayer):
+    """Pre-norm block: x + Attn(LN(x)), then x + MLP(LN(x))."""
+
+    def __init__(self, config: ECGTransformerConfig, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
+        self.attention = ECGAttention(config, hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
+        self.mlp = ECGMLP(hidden_size, config.mlp_ratio * hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        hidden_states = hidden_states + self.attention(self.norm1(hidden_states), **kwargs)[0]
+        return hidden_states + self.mlp(self.norm2(hidden_states))
+
+
+class PatchEmbedding(nn.Module):
+    """Patches [..., patch_dim] to [..., hidden_size]: layer norm, linear, layer norm."""
+
+    def __init__(self, config: ECGTransformerConfig, patch_dim: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(patch_dim, eps=config.layer_norm_eps)
+        self.projection = nn.Linear(patch_dim, config.hidden_size)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        return self.norm2(self.projection(self.norm1(patches)))
+
+
+class ECGTransformer(ECGEncoder):
+    """Base of MLAE, MTAE and ST-MEM. `hidden_states` and `attentions` are those of the blocks in `layers`."""
+
+    config: ECGTransformerConfig
+    _no_split_modules = ["ECGTransformerLayer", "MaskedAutoencoderEmbeddings", "DecoderEmbeddings", "STMEMEmbeddings"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # by the name of the list: the decoder's blocks have another width
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(ECGTransformerLayer, index=0, layer_name="layers"),
+        "attentions": OutputRecorder(ECGAttention, index=1, layer_name="layers"),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, (MaskedAutoencoderEmbeddings, DecoderEmbeddings)):
+            _, tokens, width = module.positions.shape
+            init.copy_(module.positions, sincos_positions(tokens - 1, width))
+        if isinstance(module, MaskedAutoencoderEmbeddings):
+            init.trunc_normal_(module.cls_token, std=std)
+        elif isinstance(module, STMEMEmbeddings):
+            for parameter in (module.positions, module.sep_token, module.lead_embeddings):
+                init.trunc_normal_(parameter, std=std)
+
+
+def check_time_patches(model: str, config: MTAEConfig | STMEMConfig, num_samples: int) -> None:
+    """ValueError if records of this length do not make whole patches, or more of them than there are positions."""
+    if not 0 < num_samples <= config.num_samples or num_samples % config.patch_size:
+        raise ValueError(
+            f"{model} got records of {num_samples} samples; expected a multiple of patch_size={config.patch_size}, "
+            f"{config.num_samples} at most: cut or pad the records, or set num_samples in the configuration."
+        )
+
+
+# MLAE and MTAE
+
+
+def sincos_positions(num_patches: int, width: int) -> torch.Tensor:
+    """Fixed positions [1, 1 + num_patches, width]: zero for CLS, then sines, then cosines (MAE, arXiv 2111.06377)."""
+    frequencies = 10000 ** -(torch.arange(width // 2, dtype=torch.float64) / (width // 2))
+    angles = torch.arange(num_patches, dtype=torch.float64)[:, None] * frequencies
+    table = torch.cat([angles.sin(), angles.cos()], dim=1)
+    return nn.functional.pad(table, (0, 0, 1, 0))[None].float()
+
+
+class MaskedAutoencoderEmbeddings(nn.Module):
+    """Patches [batch, patches, patch_dim] to tokens [batch, 1 + patches, hidden_size], CLS first."""
+
+    positions: torch.Tensor
+
+    def __init__(self, config: MaskedAutoencoderConfig, num_patches: int) -> None:
+        super().__init__()
+        self.patch_embedding = PatchEmbedding(config, config.num_leads * config.num_samples // num_patches)
+        self.cls_token = nn.Parameter(torch.zeros(config.hidden_size))
+        # A persistent buffer: checkpoints carry the table, and neither `requires_grad_(True)` nor PEFT's
+        # `modules_to_save` can make it train, as they would a frozen parameter.
+        self.register_buffer("positions", torch.zeros(1, 1 + num_patches, config.hidden_size))
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.patch_embedding(patches)
+        cls_token = self.cls_token.expand(hidden_states.shape[0], 1, -1)
+        hidden_states = torch.cat([cls_token, hidden_states], dim=1)
+        return hidden_states + self.positions[:, : hidden_states.shape[1]]
+
+
+class DecoderEmbeddings(nn.Module):
+    """Tokens of the encoder to the decoder's width, with positions of their own."""
+
+    positions: torch.Tensor
+
+    def __init__(self, config: MaskedAutoencoderConfig, num_patches: int) -> None:
+        super().__init__()
+        self.projection = nn.Linear(config.hidden_size, config.decoder_hidden_size)
+        self.register_buffer("positions", torch.zeros(1, 1 + num_patches, config.decoder_hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.projection(hidden_states)
+        return hidden_states + self.positions[:, : hidden_states.shape[1]]
+
+
+class MaskedAutoencoderModel(ECGTransformer):
+    """Encoder and decoder of a masked autoencoder, without masking; the tokens are the decoder's, CLS included.
+
+    The decoder's final norm and its head serve the reconstruction only, and are left out.
+    """
+
+    config: MaskedAutoencoderConfig
+
+    def __init__(self, config: MaskedAutoencoderConfig, num_patches: int) -> None:
+        super().__init__(config)
+        width, heads = config.hidden_size, config.num_attention_heads
+        self.embeddings = MaskedAutoencoderEmbeddings(config, num_patches)
+        self.layers = nn.ModuleList(ECGTransformerLayer(config, width, heads) for _ in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        width, heads = config.decoder_hidden_size, config.decoder_num_attention_heads
+        self.decoder_embeddings = DecoderEmbeddings(config, num_patches)
+        self.decoder_layers = nn.ModuleList(
+            ECGTransformerLayer(config, width, heads) for _ in range(config.decoder_num_hidden_layers)
+        )
+        self.post_init()
+
+    def make_patches(self, ecg_values: torch.Tensor) -> torch.Tensor:
+        """Records [batch, leads, samples] to patches [batch, patches, patch_dim]."""
+        raise NotImplementedError
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, ecg_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutput:
+        """
+        Args:
+            ecg_values: float [batch, leads, samples].
+
+        Returns:
+            `last_hidden_state` [batch, 1 + patches, output_size], CLS first.
+        """
+        hidden_states = self.embeddings(self.make_patches(self.prepare_ecg_values(ecg_values)))
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        hidden_states = self.decoder_embeddings(self.norm(hidden_states))
+        for layer in self.decoder_layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        return BaseModelOutput(last_hidden_state=hidden_states)
+
+
+class MLAEModel(MaskedAutoencoderModel):
+    """Masked lead autoencoder: a patch is all samples of `patch_size` leads. Records have `num_samples` samples."""
+
+    config: MLAEConfig
+
+    def __init__(self, config: MLAEConfig) -> None:
+        super().__init__(config, num_patches=config.num_leads // config.patch_size)
+
+    def check_num_samples(self, num_samples: int) -> None:
+        if num_samples != self.config.num_samples:
+            raise ValueError(
+                f"MLAEModel got records of {num_samples} samples; expected {self.config.num_samples}, as a patch is a "
+                "whole lead: cut or pad the records, or set num_samples in the configuration."
+            )
+
+    def make_patches(self, ecg_values: torch.Tensor) -> torch.Tensor:
+        return ecg_values.unflatten(1, (-1, self.config.patch_size)).flatten(2)
+
+
+class MTAEModel(MaskedAutoencoderModel):
+    """Masked time autoencoder: a patch is `patch_size` samples of all leads, ordered (sample, lead).
+
+    Takes shorter records too, of a multiple of `patch_size` samples.
+    """
+
+    config: MTAEConfig
+
+    def __init__(self, config: MTAEConfig) -> None:
+        super().__init__(config, num_patches=config.num_samples // config.patch_size)
+
+    def check_num_samples(self, num_samples: int) -> None:
+        check_time_patches("MTAEModel", self.config, num_samples)
+
+    def make_patches(self, ecg_values: torch.Tensor) -> torch.Tensor:
+        return ecg_values.transpose(1, 2).unflatten(1, (-1, self.config.patch_size)).flatten(2)
+
+
+# ST-MEM
+
+
+class STMEMEmbeddings(nn.Module):
+    """Records [batch, leads, samples] to tokens [batch, leads, patches + 2, hidden_size], SEP round each lead."""
+
+    def __init__(self, config: STMEMConfig) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.patch_embedding = PatchEmbedding(config, config.patch_size)
+        self.positions = nn.Parameter(torch.zeros(1, config.num_samples // config.patch_size + 2, config.hidden_size))
+        self.sep_token = nn.Parameter(torch.zeros(config.hidden_size))
+        self.lead_embeddings = nn.Parameter(torch.zeros(config.num_leads, config.hidden_size))
+
+    def forward(self, ecg_values: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.patch_embedding(ecg_values.unflatten(-1, (-1, self.patch_size)))
+        sep_tokens = self.sep_token.expand(*hidden_states.shape[:2], 1, -1)
+        hidden_states = torch.cat([sep_tokens, hidden_states, sep_tokens], dim=2)
+        return hidden_states + self.positions[:, : hidden_states.shape[2]] + self.lead_embeddings[:, None]
+
+
+class STMEMModel(ECGTransformer):
+    """ST-MEM (Na et al. 2024, arXiv 2402.09450): patches of `patch_size` samples of each lead, all in one sequence.
+
+    Takes shorter records too, of a multiple of `patch_size` samples.
+    """
+
+    config: STMEMConfig
+
+    def __init__(self, config: STMEMConfig) -> None:
+        super().__init__(config)
+        width, heads = config.hidden_size, config.num_attention_heads
+        self.embeddings = STMEMEmbeddings(config)
+        self.layers = nn.ModuleList(ECGTransformerLayer(config, width, heads) for _ in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def check_num_samples(self, num_samples: int) -> None:
+        check_time_patches("STMEMModel", self.config, num_samples)
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, ecg_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutput:
+        """
+        Args:
+            ecg_values: float [batch, leads, samples].
+
+        Returns:
+            `last_hidden_state` [batch, leads * patches, output_size], all patches of a lead before the next lead's.
+        """
+        hidden_states = self.embeddings(self.prepare_ecg_values(ecg_values)).flatten(1, 2)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        without_sep = hidden_states.unflatten(1, (self.config.num_leads, -1))[:, :, 1:-1].flatten(1, 2)
+        return BaseModelOutput(last_hidden_state=self.norm(without_sep))
+
+
+ENCODER_MODELS: dict[str, type[ECGEncoder]] = {
+    "merl": MERLModel,
+    "mlae": MLAEModel,
+    "mtae": MTAEModel,
+    "st_mem": STMEMModel,
+}
+for _model in ENCODER_MODELS.values():
+    _model.register_for_auto_class("AutoModel")
+
+__all__ = ["MERLModel", "MLAEModel", "MTAEModel", "STMEMModel"]

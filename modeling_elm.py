@@ -1,0 +1,387 @@
+"""The ELM: an ECG encoder, a connector and a causal language model that answers questions about ECGs."""
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import can_return_tuple, torch_compilable_check
+
+try:
+    from .configuration_elm import ELMConfig
+    from .modeling_ecg_encoders import ENCODER_MODELS
+except ImportError:
+    if __package__:  # loaded from a Hub repo: a real error
+        raise
+    from configuration_elm import ELMConfig
+    from modeling_ecg_encoders import ENCODER_MODELS
+
+
+class LinearConnector(nn.Module):
+    """LLaVA's first connector: one linear map from encoder tokens to embeddings of the language model."""
+
+    def __init__(self, config: ELMConfig):
+        super().__init__()
+        self.projection = nn.Linear(config.encoder_config.output_size, config.text_config.hidden_size)
+
+    def forward(self, encoder_tokens: torch.Tensor) -> torch.Tensor:
+        return self.projection(encoder_tokens)
+
+
+class MLPConnector(nn.Module):
+    """LLaVA-1.5's connector: linear, GELU, linear."""
+
+    def __init__(self, config: ELMConfig):
+        super().__init__()
+        hidden_size = config.text_config.hidden_size
+        self.linear_1 = nn.Linear(config.encoder_config.output_size, hidden_size)
+        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, encoder_tokens: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(nn.functional.gelu(self.linear_1(encoder_tokens)))
+
+
+class FlatConnector(nn.Module):
+    """Fuyu-like, without encoder: the whole record as one vector, one linear map, one token."""
+
+    def __init__(self, config: ELMConfig):
+        super().__init__()
+        self.projection = nn.Linear(config.num_leads * config.num_samples, config.text_config.hidden_size)
+
+    def forward(self, ecg_values: torch.Tensor) -> torch.Tensor:
+        return self.projection(ecg_values.flatten(1)).unsqueeze(1)
+
+
+def time_patches(ecg_values: torch.Tensor, num_patches: int) -> torch.Tensor:
+    """[ECGs, leads, samples] -> [ECGs, patches, leads, samples of a patch]."""
+    num_ecgs, num_leads, _ = ecg_values.shape
+    return ecg_values.reshape(num_ecgs, num_leads, num_patches, -1).transpose(1, 2)
+
+
+class PatchConnector(nn.Module):
+    """Fuyu-like, without encoder: one linear map of each time patch, its values ordered (lead, sample)."""
+
+    def __init__(self, config: ELMConfig):
+        super().__init__()
+        self.num_patches = config.num_ecg_tokens
+        patch_values = config.num_leads * config.num_samples // self.num_patches
+        self.projection = nn.Linear(patch_values, config.text_config.hidden_size)
+
+    def forward(self, ecg_values: torch.Tensor) -> torch.Tensor:
+        return self.projection(time_patches(ecg_values, self.num_patches).flatten(2))
+
+
+class ConvConnector(nn.Module):
+    """Fuyu-like, without encoder: two convolutions over each time patch, averaged over its samples, one linear map."""
+
+    def __init__(self, config: ELMConfig):
+        super().__init__()
+        self.num_patches = config.num_ecg_tokens
+        self.conv1 = nn.Conv1d(config.num_leads, 64, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv1d(64, 128, kernel_size=7, padding=3)
+        self.projection = nn.Linear(128, config.text_config.hidden_size)
+
+    def forward(self, ecg_values: torch.Tensor) -> torch.Tensor:
+        patches = time_patches(ecg_values, self.num_patches)
+        states = self.conv2(self.conv1(patches.flatten(0, 1)).relu()).relu()
+        return self.projection(states.mean(-1)).unflatten(0, patches.shape[:2])
+
+
+CONNECTOR_MODULES: dict[str, type[nn.Module]] = {
+    "linear": LinearConnector,
+    "mlp": MLPConnector,
+    "flat": FlatConnector,
+    "patch": PatchConnector,
+    "conv": ConvConnector,
+}
+
+
+class ELMPreTrainedModel(PreTrainedModel):
+    config: ELMConfig
+    base_model_prefix = "model"
+    input_modalities = ("ecg", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+
+class ELMModel(ELMPreTrainedModel):
+    """Encoder, connector and language model, without the head that predicts tokens."""
+
+    def __init__(
+        self,
+        config: ELMConfig,
+        encoder: PreTrainedModel | None = None,
+        language_model: PreTrainedModel | None = None,
+    ):
+        super().__init__(config)
+        if encoder is None and config.encoder_config is not None:
+            encoder_type = config.encoder_config.model_type
+            if encoder_type not in ENCODER_MODELS:
+                raise ValueError(f"No ECG encoder {encoder_type!r}; expected one of {', '.join(ENCODER_MODELS)}.")
+            encoder = ENCODER_MODELS[encoder_type](config.encoder_config)
+        self.encoder = encoder
+        self.connector = CONNECTOR_MODULES[config.connector](config) if config.connector is not None else None
+        self.language_model = language_model or AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def train(self, mode: bool = True) -> "ELMModel":
+        """A frozen encoder stays in eval mode, so that its batch-norm statistics are frozen too."""
+        super().train(mode)
+        if self.encoder is not None and not any(p.requires_grad for p in self.encoder.parameters()):
+            self.encoder.eval()
+        return self
+
+    def get_ecg_features(self, ecg_values: torch.Tensor) -> torch.Tensor:
+        """Embeddings that stand for each ECG in the text.
+
+        Args:
+            ecg_values: [number of ECGs, leads, samples], as the feature extractor gives them.
+
+        Returns:
+            [number of ECGs, num_ecg_tokens, width of the language model]
+        """
+        if self.connector is None:
+            raise ValueError("This ELM is text only (architecture='text'): it has no encoder or connector for an ECG.")
+        if self.encoder is None:
+            expected = (self.config.num_leads, self.config.num_samples)
+            if tuple(ecg_values.shape[1:]) != expected:
+                raise ValueError(
+                    f"ecg_values has shape {tuple(ecg_values.shape)}; the {self.config.connector} connector reads "
+                    f"[ECGs, {expected[0]} leads, {expected[1]} samples]. Prepare ECGs with the model's processor."
+                )
+            return self.connector(ecg_values.to(self.dtype))
+
+        tokens = self.encoder(ecg_values).last_hidden_state
+        num_ecg_tokens = self.config.num_ecg_tokens
+        if num_ecg_tokens > tokens.shape[1]:
+            raise ValueError(
+                f"num_ecg_tokens={num_ecg_tokens}, but the {self.config.encoder_config.model_type} encoder makes "
+                f"{tokens.shape[1]} tokens of a record; choose at most that many."
+            )
+        pooled = nn.functional.adaptive_avg_pool1d(tokens.transpose(1, 2), num_ecg_tokens).transpose(1, 2)
+        return self.connector(pooled)
+
+    def get_placeholder_mask(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, ecg_features: torch.Tensor
+    ) -> torch.Tensor:
+        """Where the ECG features go: a mask [batch, tokens, 1] with as many places as there are features."""
+        if input_ids is None:
+            ecg_token = torch.tensor(self.config.ecg_token_id, device=inputs_embeds.device)
+            mask = (inputs_embeds == self.get_input_embeddings()(ecg_token)).all(-1)
+        else:
+            mask = input_ids == self.config.ecg_token_id
+        num_ecgs, tokens_per_ecg = ecg_features.shape[:2]
+        torch_compilable_check(
+            mask.sum() == num_ecgs * tokens_per_ecg,
+            lambda: (
+                f"The text has {mask.sum()} ECG placeholder tokens, but {num_ecgs} ECGs of {tokens_per_ecg} tokens "
+                f"each need {num_ecgs * tokens_per_ecg}. Prepare text and ECGs together with the model's processor, "
+                "and do not truncate the text after it."
+            ),
+        )
+        return mask.unsqueeze(-1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        ecg_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids: [batch, tokens], with `num_ecg_tokens` placeholders where each ECG stands.
+            ecg_values: [number of ECGs in the batch, leads, samples], in the order of their placeholders; None when
+                the batch has no ECG.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if ecg_values is not None:
+            ecg_features = self.get_ecg_features(ecg_values).to(inputs_embeds.device, inputs_embeds.dtype)
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds, ecg_features)
+            inputs_embeds = inputs_embeds.masked_scatter(mask, ecg_features)
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+
+
+class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
+    """An ELM that answers in text.
+
+    Args:
+        encoder, llm: pretrained parts to build around, as [`from_encoder_llm_pretrained`] passes them; by default
+            both are made from the config, with random weights.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: ELMConfig, encoder: PreTrainedModel | None = None, llm: PreTrainedModel | None = None):
+        super().__init__(config)
+        self.model = ELMModel(config, encoder=encoder, language_model=llm.base_model if llm is not None else None)
+        if llm is None:
+            self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        else:
+            self.lm_head = llm.get_output_embeddings()
+            self.generation_config = llm.generation_config
+        if config.ecg_token_id is not None:  # a placeholder stands for an ECG that was given, so none is written
+            self.generation_config.suppress_tokens = [config.ecg_token_id]
+        self.post_init()
+
+    @classmethod
+    def from_encoder_llm_pretrained(
+        cls,
+        llm: str | os.PathLike,
+        encoder: str | os.PathLike | None = None,
+        llm_kwargs: dict[str, Any] | None = None,
+        **config_kwargs: Any,
+    ) -> "ELMForConditionalGeneration":
+        """Builds an ELM around a pretrained language model; the connector starts at random.
+
+        Args:
+            llm: Hub id or local folder of any causal language model.
+            encoder: Hub id or local folder of a pretrained ECG encoder. None: the `encoder_config` of `config_kwargs`,
+                with random weights.
+            llm_kwargs: for `AutoModelForCausalLM.from_pretrained` (`dtype`, `revision`, `attn_implementation`, ...).
+            config_kwargs: the other arguments of [`ELMConfig`].
+        """
+        llm_model = AutoModelForCausalLM.from_pretrained(llm, **(llm_kwargs or {}))
+        encoder_model = None
+        if encoder is not None:
+            encoder_config = AutoConfig.from_pretrained(encoder, trust_remote_code=True)
+            if encoder_config.model_type not in ENCODER_MODELS:
+                raise ValueError(
+                    f"{encoder} holds a {encoder_config.model_type!r} model; expected an ECG encoder: "
+                    f"{', '.join(ENCODER_MODELS)}."
+                )
+            encoder_model = ENCODER_MODELS[encoder_config.model_type].from_pretrained(encoder)
+            config_kwargs["encoder_config"] = encoder_model.config
+        text_config = llm_model.config.get_text_config()
+        attn_implementation = {"text_config": text_config._attn_implementation}
+        config = ELMConfig(text_config=text_config, attn_implementation=attn_implementation, **config_kwargs)
+        model = cls(config, encoder=encoder_model, llm=llm_model).to(llm_model.dtype)
+        model._check_same_logits(llm_model)
+        return model
+
+    @torch.no_grad()
+    def _check_same_logits(self, llm: PreTrainedModel) -> None:
+        """Without an ECG the ELM is its language model: some have a head with a bias or a scale that ours lacks."""
+        input_ids = torch.arange(8, device=llm.device).unsqueeze(0) % self.config.text_config.vocab_size
+        ours, theirs = self.eval()(input_ids=input_ids).logits, llm.eval()(input_ids=input_ids).logits
+        if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
+            raise ValueError(
+                f"{type(llm).__name__} ({llm.config.model_type}) does more to its logits than a linear head without "
+                "bias and a soft cap, so an ELM around it would not answer as it does. Choose another language model."
+            )
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_ecg_features(self, ecg_values: torch.Tensor) -> torch.Tensor:
+        """See [`ELMModel.get_ecg_features`]."""
+        return self.model.get_ecg_features(ecg_values)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        ecg_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As [`ELMModel.forward`], and
+
+        Args:
+            labels: [batch, tokens], -100 where no loss is taken.
+            logits_to_keep: how many of the last positions to compute logits for; 0 for all.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            ecg_values=ecg_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        softcap = getattr(self.config.text_config, "final_logit_softcapping", None)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        ecg_values: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        use_cache: bool | None = True,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, use_cache=use_cache, **kwargs
+        )
+        # the cache holds the ECGs once the prompt has been read
+        if is_first_iteration or not use_cache:
+            model_inputs["ecg_values"] = ecg_values
+        return model_inputs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.Tensor | None = None,
+        ecg_values: torch.Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Samples hold different numbers of ECGs, so each sample's group of ECGs is repeated, not each ECG."""
+        if ecg_values is not None and expand_size > 1:
+            if input_ids is None:
+                raise ValueError(
+                    "Beams and several sequences need input_ids beside ecg_values, to know whose ECG is whose."
+                )
+            placeholders = (input_ids == self.config.ecg_token_id).sum(-1)
+            groups = ecg_values.split((placeholders // self.config.num_ecg_tokens).tolist())
+            ecg_values = torch.cat([group for group in groups for _ in range(expand_size)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        return input_ids, {**model_kwargs, "ecg_values": ecg_values}
+
+
+ELMForConditionalGeneration.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = ["ELMForConditionalGeneration", "ELMModel", "ELMPreTrainedModel"]

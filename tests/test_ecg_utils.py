@@ -1,0 +1,394 @@
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy.signal import resample_poly
+
+from ecg_utils import (
+    MAX_GAP_SECONDS,
+    REFERENCE_LEADS,
+    STANDARD_LEADS,
+    ECGRecord,
+    as_record,
+    canonical_lead_name,
+    read_ecg,
+    resample,
+    select_leads,
+)
+
+
+@pytest.fixture(scope="module")
+def ptbxl(shared: Path) -> dict[int, np.ndarray]:
+    """The first PTB-XL records at 100 and 500 Hz, int16 [40, 12, samples] in microvolts."""
+    arrays = {rate: np.load(shared / f"data/ptbxl/raw{rate}.npz") for rate in (100, 500)}
+    assert (arrays[100]["ecg_id"][:40] == arrays[500]["ecg_id"][:40]).all()
+    return {rate: archive["ecg"][:40] for rate, archive in arrays.items()}
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+class TestLeadNames:
+    @pytest.mark.parametrize("lead", STANDARD_LEADS)
+    def test_any_case_and_the_word_lead(self, lead):
+        for name in (lead, lead.lower(), lead.upper(), f"Lead {lead}", f" lead {lead.lower()} "):
+            assert canonical_lead_name(name) == lead
+
+    @pytest.mark.parametrize("name", ["MLII", "-aVR", "V7", "V4R", "IV", "", "lead", "vx", 1])
+    def test_unknown(self, name):
+        with pytest.raises(ValueError, match=f"Unknown lead {name!r}; expected one of I, II"):
+            canonical_lead_name(name)
+
+    def test_orders(self):
+        assert len(STANDARD_LEADS) == 12
+        assert sorted(REFERENCE_LEADS) == sorted(STANDARD_LEADS)
+        assert REFERENCE_LEADS[3:5] == ("aVL", "aVR")
+
+
+class TestAsRecord:
+    def test_every_form_gives_the_same_record(self, tmp_path):
+        array = noise(12, 50)
+        np.save(tmp_path / "a.npy", array)
+        np.savez(tmp_path / "a.npz", ecg=array, sampling_rate=500, lead_names=STANDARD_LEADS, unit="mV")
+        record = as_record(array, 500)
+        forms = [
+            as_record(array.tolist(), 500),
+            as_record(torch.from_numpy(array), 500),
+            as_record(torch.from_numpy(array).double().requires_grad_(), np.int64(500)),
+            as_record({"array": array, "sampling_rate": 500, "lead_names": None}),
+            as_record({"array": array.tolist(), "unit": "mV"}, 500, [name.lower() for name in STANDARD_LEADS]),
+            as_record({"array": array, "sampling_rate": 500}, 500.0, STANDARD_LEADS, "mV"),
+            as_record(record),
+            as_record(record, 500, STANDARD_LEADS, "mV"),
+            as_record(tmp_path / "a.npz"),
+            as_record(str(tmp_path / "a.npz"), 500),
+            as_record(tmp_path / "a.npy", 500),
+        ]
+        for form in (record, *forms):
+            np.testing.assert_array_equal(form.array, array)
+            assert form.array.dtype == np.float32
+            assert (form.sampling_rate, form.lead_names, dict(form.metadata)) == (500, STANDARD_LEADS, {})
+
+    def test_bfloat16_tensor(self):
+        tensor = torch.ones(12, 3, dtype=torch.bfloat16) / 2
+        np.testing.assert_array_equal(as_record(tensor, 500).array, np.full((12, 3), 0.5))
+
+    def test_float32_millivolts_are_not_copied_and_never_written_to(self):
+        array = noise(12, 500)
+        assert as_record(array, 500).array is array
+        array[3, 7] = np.nan
+        assert not np.isnan(as_record(array, 500).array).any()
+        assert np.isnan(array[3, 7])
+
+    def test_metadata_travels(self):
+        record = as_record({"array": noise(12, 5), "metadata": {"age": 60}}, 500)
+        assert select_leads(as_record(record), ["V1"]).metadata == {"age": 60}
+
+    def test_record_of_another_copy_of_the_module(self):
+        other = type("ECGRecord", (), {})()
+        vars(other).update(array=noise(1, 5), sampling_rate=500.0, lead_names=("II",), metadata={})
+        assert as_record(other).lead_names == ("II",)
+
+    @pytest.mark.parametrize(
+        ("unit", "factor"), [("mV", 1), ("uV", 1e3), ("\u00b5V", 1e3), ("\u03bcV", 1e3), ("V", 1e-3)]
+    )
+    def test_units(self, unit, factor):
+        array = noise(12, 50)
+        np.testing.assert_allclose(as_record(array * factor, 500, unit=unit).array, array, rtol=1e-6)
+
+    def test_real_counts_are_exact_millivolts(self, ptbxl):
+        counts = ptbxl[500][0]
+        np.testing.assert_array_equal(as_record(counts, 500, unit="uV").array, (counts / 1000).astype(np.float32))
+        with pytest.raises(ValueError, match=r'holds integers \(int16\) without a unit.*pass unit="uV"'):
+            as_record(counts, 500)
+
+    @pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, "500", True, [500], 1 + 1j])
+    def test_bad_sampling_rate(self, value):
+        with pytest.raises(ValueError, match=re.escape(f"sampling_rate is {value!r}; expected a positive number")):
+            as_record(noise(12, 5), value)
+
+    def test_missing_sampling_rate(self):
+        with pytest.raises(ValueError, match="has no sampling rate; pass sampling_rate="):
+            as_record(noise(12, 5))
+
+    @pytest.mark.parametrize(
+        ("ecg", "message"),
+        [
+            (noise(5), r"shape \[5\]; expected \[leads, samples\]"),
+            (noise(2, 12, 5), r"shape \[2, 12, 5\]; expected \[leads, samples\]"),
+            (3.0, r"shape \[\]; expected"),
+            (noise(500, 12), r"shape \[500, 12\], which looks like \[samples, leads\]; transpose"),
+            (noise(12, 0), r"is empty: its shape is \[12, 0\]"),
+            (noise(0, 12), r"is empty"),
+            (noise(3, 50), r"3 leads without names, and only 12 have a standard order; pass lead_names"),
+            (noise(12, 5) + 1j, "dtype complex64; expected real numbers"),
+            (np.full((12, 5), "x"), "dtype <U1; expected real numbers"),
+            (np.ones((12, 5), bool), "dtype bool; expected real numbers"),
+            (np.full((12, 5), None), "dtype object; expected real numbers"),
+            (None, r"\(NoneType\) has dtype object; expected real numbers"),
+            ([[1.0, 2.0], [1.0]], "not of one length"),
+            ({"sampling_rate": 500}, r"is a dict of \['sampling_rate'\]; expected 'array'"),
+            ({"array": noise(12, 5), "leads": ["I"]}, r"dict of \['array', 'leads'\]; expected"),
+            (np.full((12, 5), np.inf), "Lead I holds infinite values"),
+            (np.full((12, 5), 1e300), "Lead I holds infinite values"),
+        ],
+    )
+    def test_bad_array(self, ecg, message):
+        with pytest.raises(ValueError, match=message):
+            as_record(ecg, 500)
+
+    @pytest.mark.parametrize(
+        ("names", "message"),
+        [
+            (["I", "II"], "has 3 leads but 2 lead names: I, II"),
+            (["I", "II", "2"], "Unknown lead '2'"),
+            (["I", "II", "ii"], "Lead II is named more than once"),
+            ("III", "lead_names is the string 'III'; give a list"),
+            ([], "lead_names is empty"),
+            (["I", "II", "III", "V1", "V2"], r"looks like \[samples, leads\]"),
+        ],
+    )
+    def test_bad_lead_names(self, names, message):
+        with pytest.raises(ValueError, match=message):
+            as_record(noise(3, 5), 500, names)
+
+    @pytest.mark.parametrize("unit", ["kV", "MV", "", "microvolt"])
+    def test_bad_unit(self, unit):
+        with pytest.raises(ValueError, match=f"Unknown unit '{unit}'; expected one of mV, uV"):
+            as_record(noise(12, 5), 500, unit=unit)
+
+    @pytest.mark.parametrize(
+        ("name", "own", "argument"),
+        [("sampling_rate", 500, 250), ("lead_names", STANDARD_LEADS, REFERENCE_LEADS), ("unit", "uV", "mV")],
+    )
+    def test_contradiction(self, name, own, argument):
+        ecg = {"array": noise(12, 5), "sampling_rate": 500, name: own}
+        with pytest.raises(ValueError, match=rf"has {name}=.*the call says {name}=.*; give it once"):
+            as_record(ecg, **{name: argument})
+
+    def test_record_is_in_millivolts(self):
+        with pytest.raises(ValueError, match="has unit='mV', the call says unit='uV'"):
+            as_record(as_record(noise(12, 5), 500), unit="uV")
+
+
+class TestGaps:
+    @pytest.mark.parametrize("rate", [100, 250, 500, 1000])
+    def test_longest_gap_filled(self, rate):
+        longest = round(MAX_GAP_SECONDS * rate)
+        ramp = np.tile(np.arange(rate, dtype=np.float32) / rate, (12, 1))
+        gappy = ramp.copy()
+        gappy[2, 10 : 10 + longest] = np.nan
+        gappy[2, 70] = np.nan
+        np.testing.assert_allclose(as_record(gappy, rate).array, ramp, atol=1e-6)
+        gappy[2, 10 + longest] = np.nan
+        seconds = f"{(longest + 1) / rate:.3g}"
+        with pytest.raises(
+            ValueError, match=f"Lead III has a gap \\(NaN\\) of {seconds} s; only gaps of at most 0.04 s"
+        ):
+            as_record(gappy, rate)
+
+    def test_ends_hold_the_nearest_sample(self):
+        array = noise(12, 100)
+        gappy = array.copy()
+        gappy[0, :3] = gappy[0, -2:] = np.nan
+        filled = as_record(gappy, 500).array
+        assert (filled[0, :3] == array[0, 3]).all()
+        assert (filled[0, -2:] == array[0, -3]).all()
+        np.testing.assert_array_equal(filled[1:], array[1:])
+
+    def test_lead_of_nothing(self):
+        array = noise(12, 5)
+        array[7] = np.nan
+        with pytest.raises(ValueError, match="Lead V2 is NaN throughout"):
+            as_record(array, 500)
+
+    def test_constant_records_are_kept(self):
+        for value in (0.0, -0.3):
+            assert (as_record(np.full((12, 5), value), 500).array == np.float32(value)).all()
+
+
+class TestSelectLeads:
+    def test_limb_leads_of_real_records(self, ptbxl):
+        """The derived leads are what the machines stored, to the rounding of a microvolt."""
+        for counts in ptbxl[500]:
+            record = as_record(counts, 500, unit="uV")
+            without = select_leads(record, ("V1", "II", "I"))
+            derived = select_leads(without, ("aVF", "aVL", "aVR", "III", "V1"))
+            expected = select_leads(record, ("aVF", "aVL", "aVR", "III", "V1"))
+            np.testing.assert_allclose(derived.array, expected.array, atol=2.1e-3)
+            assert derived.lead_names == expected.lead_names
+
+    @given(hnp.arrays(np.float32, (2, 7), elements=st.floats(-5, 5, width=32)))
+    def test_einthoven_and_goldberger(self, limb):
+        i, ii, iii, avr, avl, avf = select_leads(as_record(limb, 500, ["I", "II"]), STANDARD_LEADS[:6]).array
+        np.testing.assert_allclose(i + iii, ii, atol=1e-5)
+        np.testing.assert_allclose(avr + avl + avf, 0, atol=1e-5)
+        np.testing.assert_allclose(avf, (ii + iii) / 2, atol=1e-5)
+        np.testing.assert_allclose(avl, (i - iii) / 2, atol=1e-5)
+
+    @given(st.permutations(STANDARD_LEADS), st.permutations(STANDARD_LEADS))
+    def test_order_by_name(self, given_order, wanted):
+        values = {name: float(index) for index, name in enumerate(STANDARD_LEADS)}
+        record = as_record([[values[name]] for name in given_order], 500, given_order)
+        selected = select_leads(record, wanted)
+        assert selected.lead_names == tuple(wanted)
+        assert selected.array[:, 0].tolist() == [values[name] for name in wanted]
+
+    def test_recorded_leads_are_not_derived(self):
+        record = as_record(noise(12, 5), 500)
+        assert select_leads(record, STANDARD_LEADS) is record
+        np.testing.assert_array_equal(select_leads(record, ["avf"]).array[0], record.array[5])
+
+    def test_missing(self):
+        record = as_record(noise(2, 5), 500, ["I", "V1"])
+        with pytest.raises(ValueError, match=r"has no lead II, aVF, V2: it has I, V1\. .* where I and II are there"):
+            select_leads(record, ["I", "II", "aVF", "V1", "V2"])
+        with pytest.raises(ValueError, match="Lead I is named more than once"):
+            select_leads(record, ["I", "i"])
+
+
+RATES = [(500, 250), (100, 250), (1000, 250), (400, 250), (360, 250), (257, 250), (977, 250), (250, 500), (128, 250)]
+
+
+class TestResample:
+    @pytest.mark.parametrize(("source", "target"), RATES)
+    @pytest.mark.parametrize("length", [1, 2, 37, 1000, 5000])
+    def test_scipy_parity(self, source, target, length, ptbxl):
+        signal = (ptbxl[500][length % 40, :, :length] / 1000).astype(np.float32)
+        offset = signal[:, :1].astype(np.float64)
+        divisor = math.gcd(source, target)
+        up, down = target // divisor, source // divisor
+        expected = resample_poly(signal - offset, up, down, axis=1, window=("kaiser", 5.0), padtype="edge") + offset
+        result = resample(signal, source, target)
+        assert result.dtype == np.float32
+        assert result.shape == (12, math.ceil(length * up / down)) == expected.shape
+        np.testing.assert_allclose(result, expected, atol=5e-6)
+
+    @pytest.mark.parametrize(("source", "target"), RATES)
+    def test_sines(self, source, target):
+        """Below both Nyquist rates a sine keeps amplitude and phase; above the target's it is gone."""
+        nyquist = min(source, target) / 2
+        seconds = 4
+        before, after = np.arange(seconds * source) / source, np.arange(seconds * target) / target
+        inner = slice(target, -target)
+        for frequency in (1.0, 0.8 * nyquist):
+            result = resample(np.sin(2 * np.pi * frequency * before)[None], source, target)[0, : len(after)]
+            np.testing.assert_allclose(result[inner], np.sin(2 * np.pi * frequency * after)[inner], atol=5e-3)
+        if source > 2.5 * target:
+            result = resample(np.sin(2 * np.pi * 1.2 * nyquist * before)[None], source, target)[0]
+            assert np.abs(result[inner]).max() < 5e-3
+
+    @given(st.sampled_from(RATES), st.floats(-300, 300, width=32), st.integers(1, 200))
+    @settings(deadline=None, max_examples=30)
+    def test_constant_stays_constant(self, rates, value, length):
+        assert (resample(np.full((1, length), value, np.float32), *rates) == np.float32(value)).all()
+
+    @given(st.sampled_from(RATES), st.floats(-3, 3), st.integers(0, 100))
+    @settings(deadline=None, max_examples=30)
+    def test_linear(self, rates, factor, seed):
+        a, b = noise(2, 3, 150, seed=seed)
+        combined = resample(a + np.float32(factor) * b, *rates)
+        np.testing.assert_allclose(combined, resample(a, *rates) + factor * resample(b, *rates), atol=2e-5)
+
+    def test_equal_rates(self):
+        array = noise(12, 50)
+        assert resample(array, 250, 250.0) is array
+        assert resample(array, 250.01, 250) is array
+
+    @pytest.mark.parametrize(
+        ("source", "length"), [(499.98, 2500), (1e6, 2), (976.5625, 1280), (0.25, 5_000_000), (250.25, 4996)]
+    )
+    def test_odd_rates(self, source, length):
+        result = resample(np.zeros((1, 5000), np.float32), source, 250)
+        assert abs(result.shape[1] - length) <= 0.0005 * length + 1
+
+    def test_rates_are_checked(self):
+        for rates in ((0, 250), (500, math.nan)):
+            with pytest.raises(ValueError, match="sampling_rate is"):
+                resample(noise(1, 5), *rates)
+
+    def test_real_records_of_both_rates_agree(self, ptbxl):
+        """PTB-XL's own 100 Hz files have less of the fast waves, stand about 1 ms early and ring in the last 0.2 s."""
+        for fast, slow in zip(ptbxl[500], ptbxl[100], strict=True):
+            a, b = resample(fast / 1000, 500, 250), resample(slow / 1000, 100, 250)
+            assert a.shape == b.shape == (12, 2500)
+            # shifted by -3 to 3 samples of 4 ms
+            correlations = [
+                np.corrcoef(a[:, 5:2445].ravel(), b[:, 5 + k : 2445 + k].ravel())[0, 1] for k in range(-3, 4)
+            ]
+            assert correlations[3] > 0.95
+            assert np.argmax(correlations) in (2, 3)
+
+
+class TestReadECG:
+    def test_npz_says_everything(self, tmp_path):
+        counts = np.arange(24, dtype=np.int16).reshape(2, 12)
+        np.savez_compressed(
+            tmp_path / "a.NPZ.npz", array=counts, sampling_rate=100.0, lead_names=["II", "v1"], unit="uV"
+        )
+        record = read_ecg(tmp_path / "a.NPZ.npz")
+        assert isinstance(record, ECGRecord)
+        assert (record.sampling_rate, record.lead_names) == (100, ("II", "V1"))
+        np.testing.assert_allclose(record.array, counts / 1000)
+
+    def test_npy_needs_the_arguments(self, tmp_path):
+        np.save(tmp_path / "a.npy", noise(1, 12))
+        with pytest.raises(ValueError, match=r"a\.npy: The ECG has no sampling rate"):
+            read_ecg(tmp_path / "a.npy")
+        assert read_ecg(tmp_path / "a.npy", 500, ["V5"]).lead_names == ("V5",)
+
+    def test_contradicted_file(self, tmp_path):
+        np.savez(tmp_path / "a.npz", array=noise(12, 5), sampling_rate=100)
+        with pytest.raises(ValueError, match=r"a\.npz: The ECG has sampling_rate=100, the call says sampling_rate=500"):
+            read_ecg(tmp_path / "a.npz", 500)
+
+    def test_pickles_are_refused_unread(self, tmp_path):
+        class Bomb:
+            def __reduce__(self):
+                return Path.touch, (tmp_path / "ran",)
+
+        np.save(tmp_path / "a.npy", {"ecg": Bomb()}, allow_pickle=True)
+        np.savez(tmp_path / "a.npz", array=np.array([Bomb()], dtype=object), sampling_rate=500)
+        for path in (tmp_path / "a.npy", tmp_path / "a.npz"):
+            with pytest.raises(ValueError, match=r"holds pickled objects, such as a dict in a \.npy.*Save the array"):
+                read_ecg(path, 250)
+        assert not (tmp_path / "ran").exists()
+
+    @pytest.mark.parametrize("name", ["a.npy", "a.npz"])
+    def test_damaged(self, name, tmp_path):
+        save = np.save if name.endswith("npy") else np.savez_compressed
+        save(tmp_path / name, noise(12, 500))
+        whole = (tmp_path / name).read_bytes()
+        for content in (b"", b"no array", whole[:-200], whole[:60]):
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(ValueError, match=f"Cannot read .*{name}: it is damaged or"):
+                read_ecg(tmp_path / name, 500)
+
+    def test_npz_without_an_array(self, tmp_path):
+        np.savez(tmp_path / "a.npz", signal=noise(12, 5), sampling_rate=500)
+        with pytest.raises(
+            ValueError, match=r"a\.npz holds \['signal', 'sampling_rate'\]; expected the key 'array' or 'ecg'"
+        ):
+            read_ecg(tmp_path / "a.npz")
+
+    @pytest.mark.parametrize("name", ["a.csv", "a.pkl", "a.pt", "a"])
+    def test_other_suffixes(self, name):
+        with pytest.raises(ValueError, match=r"its suffix is '.*'; expected \.npy or \.npz"):
+            as_record(name, 500)
+
+    def test_no_file(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"missing\.npy"):
+            read_ecg(tmp_path / "missing.npy", 500)
+
+    def test_archive_of_many_records(self, shared):
+        with pytest.raises(
+            ValueError, match=r"raw500\.npz: The ECG has shape \[510, 12, 5000\]; expected \[leads, samples\]"
+        ):
+            read_ecg(shared / "data/ptbxl/raw500.npz", 500, unit="uV")

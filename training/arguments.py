@@ -1,0 +1,168 @@
+"""Command-line and YAML arguments of fine-tuning and evaluation, beside TRL's `SFTConfig` and `ModelConfig`."""
+
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from trl import TrlParser
+
+# what users of the reference type -> the option it stands for
+ALIASES = {
+    "data_representation": "representation",
+    "elm_ckpt": "model_name_or_path",
+    "encoder_ckpt": "encoder_name_or_path",
+    "num_encoder_tokens": "num_ecg_tokens",
+    "segment_len": "num_samples",
+    "leads": "lead_names",
+    "peft": "use_peft",
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+    "optimizer": "optim",
+    "llm_input_len": "max_length",
+}
+# values of the reference's --optimizer
+OPTIMIZERS = {"adam": "adamw_torch", "adamw": "adamw_torch"}
+# values of the reference's --elm -> architecture, connector
+ELMS = {
+    "llava": ("llava", "linear"),
+    "linear_llava": ("llava", "linear"),
+    "mlp_llava": ("llava", "mlp"),
+    "fuyu": ("fuyu", "patch"),
+    "base_elf": ("fuyu", "flat"),
+    "patch_elf": ("fuyu", "patch"),
+    "conv_elf": ("fuyu", "conv"),
+    "text": ("text", None),
+}
+
+
+@dataclass
+class DataArguments:
+    """Which chats and ECGs, and what is done to them."""
+
+    data: list[str] = field(
+        metadata={
+            "help": "Datasets, one or several that are mixed: local folders (written by `save_to_disk`, or of parquet "
+            "or JSON Lines files) or Hub ids, with the columns `messages` and `ecg`."
+        },
+    )
+    data_subset: float | None = field(
+        default=None, metadata={"help": "Use this share of the rows, in (0, 1], chosen at random by --seed."}
+    )
+    perturb: Literal["noise", "zeros", "only_text"] | None = field(
+        default=None,
+        metadata={"help": "Replace every ECG by Gaussian noise or by zeros, or leave it out of the text."},
+    )
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "System message, or a file that holds it, before each chat that has none."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.data_subset is not None and not 0 < self.data_subset <= 1:
+            raise ValueError(f"--data_subset is {self.data_subset}; expected a share of the rows in (0, 1].")
+
+
+@dataclass
+class ELMArguments(DataArguments):
+    """What a new ELM is made of, and which of its parts are trained."""
+
+    llm: str = field(
+        default="llama-3.2-1b-instruct",
+        metadata={
+            "help": "Language model: a name of the README's table, any Hub id of a causal LLM, or a local folder."
+        },
+    )
+    elm: str | None = field(
+        default=None,
+        metadata={"choices": list(ELMS), "help": "Short for --architecture and --connector, as in the reference."},
+    )
+    architecture: Literal["llava", "fuyu", "text"] = field(
+        default="llava",
+        metadata={"help": "llava: an ECG encoder and a connector; fuyu: a connector alone; text: no ECG at all."},
+    )
+    connector: str | None = field(
+        default=None,
+        metadata={
+            "choices": ["linear", "mlp", "flat", "patch", "conv"],
+            "help": "linear (default) or mlp for llava; patch (default), flat or conv for fuyu.",
+        },
+    )
+    representation: Literal["signal"] = field(
+        default="signal", metadata={"help": "What the model is shown of a record: its samples."}
+    )
+    encoder: str = field(default="st_mem", metadata={"help": "ECG encoder of llava: merl, mlae, mtae or st_mem."})
+    encoder_config: str | None = field(
+        default=None, metadata={"help": 'JSON with fields of the encoder\'s config, such as {"num_hidden_layers": 4}.'}
+    )
+    encoder_name_or_path: str | None = field(
+        default=None, metadata={"help": "Pretrained ECG encoder, Hub id or local folder; default: random weights."}
+    )
+    num_ecg_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of the language model that each ECG takes. Default: 12 for llava, 25 for patch and conv, 1 for flat."
+        },
+    )
+    sampling_rate: int = field(default=250, metadata={"help": "Hz to which records are resampled."})
+    num_samples: int = field(default=2500, metadata={"help": "Samples per lead: records are padded to it."})
+    truncation: Literal["start", "center", "end"] | None = field(
+        default=None,
+        metadata={"help": "Which part of a longer record to keep. Default: a longer record is an error."},
+    )
+    lead_names: list[str] | None = field(
+        default=None, metadata={"help": "Leads and their order. Default: I II III aVR aVL aVF V1 ... V6."}
+    )
+    normalization: Literal["none", "zscore", "minmax"] = field(
+        default="none",
+        metadata={"help": "none keeps millivolts; zscore and minmax (the reference's) are of each record."},
+    )
+    update: list[str] = field(
+        default_factory=lambda: ["connector", "llm"],
+        metadata={"choices": ["encoder", "connector", "llm"], "help": "Parts that are trained."},
+    )
+    augment_ecg: bool = field(
+        default=False, metadata={"help": "In training, add noise and baseline wander to some of the ECGs."}
+    )
+    wandb: bool = field(default=False, metadata={"help": "Report to Weights & Biases, as --report_to wandb does."})
+    distributed: bool = field(
+        default=False,
+        metadata={"help": "Insist on several processes: start with `accelerate launch` or `torchrun`."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.elm is not None:
+            self.architecture, self.connector = ELMS[self.elm]
+        if self.connector is None:
+            self.connector = {"llava": "linear", "fuyu": "patch", "text": None}[self.architecture]
+        if self.num_ecg_tokens is None:
+            self.num_ecg_tokens = {"linear": 12, "mlp": 12, "patch": 25, "conv": 25}.get(self.connector, 1)
+        try:  # a YAML file gives a mapping, the command line JSON
+            fields = self.encoder_config or {}
+            self.encoder_fields: dict[str, Any] = json.loads(fields) if isinstance(fields, str) else fields
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--encoder_config is not JSON ({error}): {self.encoder_config!r}.") from error
+        if not self.update or not set(self.update) <= {"encoder", "connector", "llm"}:
+            raise ValueError(f"--update is {self.update}; expected some of encoder, connector, llm.")
+
+
+class ELMParser(TrlParser):
+    """TRL's parser (dataclasses, `--config FILE.yaml`) that knows the reference's spellings too."""
+
+    def __init__(self, dataclass_types: Any, **kwargs: Any):
+        super().__init__(dataclass_types, **kwargs)
+        for alias, name in ALIASES.items():
+            action = self._option_string_actions.get(f"--{name}")
+            if action is not None:
+                self._option_string_actions[f"--{alias}"] = action
+                action.option_strings = [*action.option_strings, f"--{alias}"]
+
+    def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs: Any) -> tuple[Any, ...]:
+        args = list(sys.argv[1:] if args is None else args)
+        for position in [i for i, arg in enumerate(args) if arg == "--optimizer"]:
+            args[position + 1 : position + 2] = [
+                OPTIMIZERS.get(name, name) for name in args[position + 1 : position + 2]
+            ]
+        return super().parse_args_and_config(args, **kwargs)

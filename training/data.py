@@ -1,0 +1,93 @@
+"""Datasets of chats about ECGs."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
+
+from training.arguments import DataArguments
+
+logger = logging.getLogger(__name__)
+
+
+def load_data(args: DataArguments, split: str, seed: int = 0) -> Dataset | None:
+    """The rows of one split of all `args.data`, concatenated; None where no dataset has that split.
+
+    Each row has `messages` (a chat of `role` and `content`) and `ecg` (a dict with `array` [leads, samples],
+    `sampling_rate`, `lead_names` and `unit`, the path of a file, or a list of these).
+
+    Raises:
+        ValueError: if a dataset has other columns, or cannot be found.
+    """
+    parts = [part for name in args.data if (part := _load_split(name, split)) is not None]
+    if not parts:
+        return None
+    data = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+    if args.data_subset is not None:
+        data = data.shuffle(seed=seed).select(range(max(1, round(args.data_subset * len(data)))))
+    # arrays as NumPy: lists of Python numbers would take longer to make than the ECG to process
+    return data.with_format("numpy", columns=["ecg"], output_all_columns=True) if "ecg" in data.column_names else data
+
+
+def _load_split(name: str, split: str) -> Dataset | None:
+    path = Path(name).expanduser()
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        loaded = load_from_disk(path)
+    elif path.exists() or name.count("/") == 1:
+        loaded = load_dataset(name)
+    else:
+        raise ValueError(f"No dataset {name!r}: expected a local folder or a Hub id such as owner/name.")
+    splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
+    if split not in splits:
+        logger.info("%s has no split %r; it has %s", name, split, ", ".join(splits))
+        return None
+    if "messages" not in splits[split].column_names:
+        raise ValueError(
+            f"{name} ({split}) has the columns {splits[split].column_names}; expected 'messages', a list of turns with "
+            "'role' and 'content', beside 'ecg'."
+        )
+    return splits[split]
+
+
+def to_chat(row: dict[str, Any], system_prompt: str | None = None, with_ecg: bool = True) -> list[dict[str, Any]]:
+    """The chat of a row with its ECGs in place.
+
+    Where the messages say `{"type": "ecg"}`, the row's ECGs stand there in their order; where they do not, all stand
+    before the first user message, as in the reference.
+
+    Args:
+        with_ecg: False leaves the ECGs out and keeps the words.
+
+    Raises:
+        ValueError: if the messages have more or fewer places than the row has ECGs.
+    """
+    ecg = row.get("ecg")
+    ecgs = list(ecg) if isinstance(ecg, list | tuple) else [] if ecg is None else [ecg]
+    chat = [{"role": message["role"], "content": _parts(message["content"])} for message in row["messages"]]
+    if not chat:
+        raise ValueError(f"The row {row.get('record_id', '')} has no messages.")
+    if system_prompt is not None and chat[0]["role"] != "system":
+        chat.insert(0, {"role": "system", "content": _parts(system_prompt)})
+
+    places = [part for message in chat for part in message["content"] if part["type"] == "ecg"]
+    if not places:
+        first_user = next((message for message in chat if message["role"] == "user"), None)
+        if first_user is None:
+            raise ValueError(f"The row {row.get('record_id', '')} has no user message to put its ECG in.")
+        places = [{"type": "ecg"} for _ in ecgs]
+        first_user["content"][:0] = places
+    if len(places) != len(ecgs):
+        raise ValueError(f"The messages have {len(places)} places for ECGs, but the row has {len(ecgs)} ECGs.")
+    for place, ecg in zip(places, ecgs, strict=True):
+        place["path" if isinstance(ecg, str) else "ecg"] = ecg
+    if not with_ecg:
+        for message in chat:
+            message["content"] = [part for part in message["content"] if part["type"] != "ecg"]
+    return chat
+
+
+def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return [dict(part) for part in content]

@@ -1,0 +1,113 @@
+"""Fine-tunes an ELM with TRL: `elm sft ...`, `accelerate launch training/sft.py ...` or `torchrun training/sft.py ...`."""
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, SFTConfig, SFTTrainer
+
+from modeling_elm import ELMForConditionalGeneration
+from processing_elm import ELMProcessor
+from training.arguments import ELMArguments, ELMParser
+from training.build import build_model, build_processor, freeze, load_elm, lora_config
+from training.cards import write_model_card
+from training.collator import ELMCollator
+from training.data import load_data
+
+logger = logging.getLogger(__name__)
+
+
+def parse(argv: list[str] | None = None) -> tuple[ELMArguments, SFTConfig, ModelConfig]:
+    """Arguments of `elm sft`: ours, every one of TRL's SFTConfig and ModelConfig, and `--config FILE.yaml`."""
+    parser = ELMParser((ELMArguments, SFTConfig, ModelConfig), prog="elm sft")
+    parser.set_defaults(
+        max_length=None,
+        remove_unused_columns=False,
+        bf16=None if torch.cuda.is_available() else False,  # bf16 on a CPU is slow
+    )
+    args, training_args, model_args = parser.parse_args_and_config(argv)
+    if args.distributed and training_args.world_size == 1:
+        raise ValueError(
+            "--distributed, but there is one process: start with `accelerate launch --multi_gpu training/sft.py ...` "
+            "or `torchrun --nproc_per_node N training/sft.py ...`."
+        )
+    if args.wandb:
+        training_args.report_to = [*training_args.report_to, "wandb"]
+    return args, training_args, model_args
+
+
+def build_base(
+    args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig
+) -> tuple[ELMForConditionalGeneration, ELMProcessor]:
+    """The ELM to train: a saved one (`--model_name_or_path`) or a new one.
+
+    LoRA leaves its base as it is, and the adapter needs it again: a new one is saved under `output_dir/base_model`.
+    """
+    if model_args.model_name_or_path is not None:
+        return load_elm(
+            model_args.model_name_or_path,
+            revision=model_args.model_revision,
+            dtype=model_args.dtype,
+            attn_implementation=model_args.attn_implementation,
+        )
+    processor = build_processor(args)
+    base = Path(training_args.output_dir) / "base_model"
+    if not model_args.use_peft:
+        return build_model(args, model_args, processor), processor
+    with training_args.main_process_first(desc="building the base model"):
+        if training_args.process_index == 0 and not (base / "config.json").is_file():
+            build_model(args, model_args, processor).save_pretrained(base)
+            processor.save_pretrained(base)
+            logger.info("Base model of the adapter: %s", base)
+    return load_elm(str(base), dtype=model_args.dtype, attn_implementation=model_args.attn_implementation)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, training_args, model_args = parse(argv)
+    torch.manual_seed(training_args.seed)
+    train_data = load_data(args, "train", training_args.seed)
+    if train_data is None:
+        raise ValueError(f"--data {' '.join(args.data)} has no split 'train'.")
+    eval_data = load_data(args, "validation", training_args.seed) if training_args.eval_strategy != "no" else None
+
+    model, processor = build_base(args, training_args, model_args)
+    peft_config = lora_config(args, model_args, model, processor) if model_args.use_peft else None
+    if peft_config is None:
+        freeze(model, args.update)
+
+    collator = ELMCollator(processor, args.system_prompt, args.perturb, args.augment_ecg, training_args.max_length)
+    training_args.max_length = None  # the collator's business
+    training_args.dataset_kwargs = {"skip_prepare_dataset": True}
+    trainer = SFTTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        data_collator=collator,
+        processing_class=processor,
+        peft_config=peft_config,
+    )
+    if trainer.is_world_process_zero():
+        trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in trainer.model.parameters())
+        print(f"{len(train_data)} chats; {trainable:,} of {total:,} parameters trained", flush=True)
+
+    resume = training_args.resume_from_checkpoint
+    if resume is not None and resume.lower() in ("true", "last"):
+        resume = get_last_checkpoint(training_args.output_dir)
+        if resume is None:
+            raise ValueError(f"--resume_from_checkpoint: no checkpoint in {training_args.output_dir}.")
+    result = trainer.train(resume_from_checkpoint=resume)
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        write_model_card(Path(training_args.output_dir), args, model_args, model.config, processor)
+        print(f"Saved model, processor and card to {os.path.abspath(training_args.output_dir)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
