@@ -47,7 +47,7 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
         num_samples: per lead of the output.
         lead_names: leads of the output, in order.
         normalization: `none` keeps millivolts; `zscore` is (x - mean) / (std + 1e-6); `minmax` is
-            (x - min) / (max - min + 1e-6), clipped to [0, 1]. A constant record becomes zeros under both.
+            (x - min) / (max - min + 1e-6), which lies in [0, 1]. A constant record becomes zeros under both.
         truncation: what is kept of an ECG that is longer: its `start`, `center` or `end`; False raises an error.
             Less than one output sample too long is rounding, and cut in any case.
 
@@ -148,7 +148,6 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
             low = signal.min()
             np.subtract(signal, low, out=out)
             out /= signal.max() - low + EPSILON
-            np.clip(out, 0, 1, out=out)
 
 
 def _check_truncation(truncation: bool | str) -> bool | str:

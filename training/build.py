@@ -4,14 +4,27 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 from trl import ModelConfig
 
-from configuration_elm import ENCODER_CONFIGS
+from configuration_elm import ENCODER_CONFIGS, ELMConfig
 from feature_extraction_elm import ECGFeatureExtractor
 from modeling_elm import ELMForConditionalGeneration
 from processing_elm import ELMProcessor
 from training.arguments import ELMArguments
+
+# our commands run the code that is installed, not the copy in a model's folder
+AutoConfig.register(ELMConfig.model_type, ELMConfig)
+AutoModelForCausalLM.register(ELMConfig, ELMForConditionalGeneration)
+AutoFeatureExtractor.register(ELMConfig, ECGFeatureExtractor)
+AutoProcessor.register(ELMConfig, ELMProcessor)
 
 LLMS = {
     "llama-3.2-1b-instruct": "meta-llama/Llama-3.2-1B-Instruct",

@@ -62,7 +62,7 @@ ST_DIPOLES: dict[Territory | None, tuple[float, float, float]] = {
     None: (0, 0, 0),
     "anterior": (0.19, 0.0, -1.28),
     "inferior": (-0.05, 1.0, 0.15),
-    "lateral": (1.12, -0.96, 1.36),
+    "lateral": (1.13, -0.92, 1.48),
 }
 # right ventricular outflow tract, right ventricular apex, left ventricular lateral wall
 ECTOPIC_DIPOLES = np.array([[0.5, 1.3, 0.6], [0.9, -1.0, 0.6], [-1.2, 0.5, -0.7]])
@@ -178,7 +178,7 @@ def _waves(findings: Findings, rng: np.random.Generator) -> tuple[np.ndarray, ..
         duration = rng.uniform(0.085, 0.105)
         centres, widths = np.array([-0.28, 0.0, 0.24]), np.array([0.095, 0.11, 0.11])
         qrs = vary([[-0.16, -0.05, -0.26], [0.95, 0.95, 0.22], [-0.15, -0.2, 0.58]])
-    qrs *= rng.uniform(0.8, 1.3)
+    qrs *= rng.uniform(0.8, 1.2)
     # turn the net QRS area in the frontal plane to the wanted axis
     across, down, _ = FRONTAL @ (widths @ qrs)
     angle = np.radians(rng.uniform(*AXIS_DEGREES[findings.axis])) - np.arctan2(down, across)
@@ -188,12 +188,12 @@ def _waves(findings: Findings, rng: np.random.Generator) -> tuple[np.ndarray, ..
 
     (t_wave,) = vary([[0.36, 0.2, -0.17]]) * rng.uniform(0.8, 1.2)
     if findings.wide_qrs:  # secondary repolarisation: T against the QRS
-        t_wave = -0.4 * (net := widths @ qrs) / np.linalg.norm(net)
-    st = rng.uniform(0.13, 0.2) * np.array(ST_DIPOLES[findings.st_elevation])
+        t_wave = -0.35 * (widths @ qrs) / widths.sum()
+    st = rng.uniform(0.12, 0.17) * np.array(ST_DIPOLES[findings.st_elevation])
     p = vary([[0.04, 0.09, -0.05], [0.07, 0.07, 0.05]]) * rng.uniform(0.9, 1.3)
     if findings.rhythm == "atrial fibrillation":
         p[:] = 0
-    ectopic = ECTOPIC_DIPOLES[rng.integers(len(ECTOPIC_DIPOLES))] @ turn * rng.uniform(0.9, 1.2)
+    ectopic = ECTOPIC_DIPOLES[rng.integers(len(ECTOPIC_DIPOLES))] @ turn * rng.uniform(1.1, 1.4)
     ectopic_duration = rng.uniform(0.15, 0.18)
 
     scale = rr**0.4  # repolarisation is faster in a fast rhythm

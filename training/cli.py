@@ -1,0 +1,44 @@
+"""The `elm` command: one verb for each job."""
+
+import importlib
+import sys
+
+# verb -> module whose main(argv) does it, what it does
+COMMANDS = {
+    "quickstart": (
+        "training.quickstart",
+        "simulate ECGs, fine-tune a small ELM on them, evaluate it; minutes, offline",
+    ),
+    "sft": ("training.sft", "fine-tune an ELM; every option of TRL's SFTConfig, and --config FILE.yaml"),
+    "evaluate": ("training.evaluation", "score an ELM with the ECG and without it: elm evaluate MODEL --data DATA"),
+}
+
+
+def usage() -> str:
+    verbs = "\n".join(f"  {name:<11} {text}" for name, (_, text) in COMMANDS.items())
+    return f"usage: elm COMMAND [options]\n\n{verbs}\n\nelm COMMAND --help lists the options of a command."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0, 1 where the input was at fault, 2 where the command was."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    command, *rest = argv
+    if command not in COMMANDS:
+        print(f"elm: no command {command!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(COMMANDS[command][0])  # late: --help need not wait for torch
+    if command == "evaluate" and rest and not rest[0].startswith("-"):
+        rest.insert(0, "--model_name_or_path")
+    try:
+        module.main(rest)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"elm {command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

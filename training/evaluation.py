@@ -1,0 +1,271 @@
+"""Scores an ELM on the answers of a test split, with the ECG and without it: `elm evaluate MODEL --data ...`."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from tqdm import tqdm
+from trl import TrlParser
+
+from modeling_elm import ELMForConditionalGeneration
+from processing_elm import ELMProcessor
+from training.arguments import DataArguments
+from training.build import load_elm
+from training.data import load_data, to_chat
+from training.files import write_text
+from training.plots import plot_exact_match
+
+SCHEMA_VERSION = 1
+# what becomes of the ECG of each question
+CONDITIONS = {
+    "ecg": "as recorded",
+    "zeroed": "every sample zero",
+    "swapped": "another patient's",
+    "left_out": "question alone",
+}
+
+
+@dataclass
+class EvaluationArguments(DataArguments):
+    """What is scored, and how."""
+
+    model_name_or_path: str = field(
+        default="", metadata={"help": "Saved ELM or LoRA adapter: local folder or Hub id; also the first argument."}
+    )
+    split: str = field(default="test", metadata={"help": "Split of the data that is scored."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where the results go. Default: the model's folder, or ./evaluation."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Answers generated at once."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Longest answer, in tokens."})
+    dtype: str = field(default="auto", metadata={"help": "Of the model: auto, float32, bfloat16 or float16."})
+    seed: int = field(default=0, metadata={"help": "Of the swapped ECGs and of the bootstrap."})
+    num_resamples: int = field(default=2000, metadata={"help": "Bootstrap resamples of patients."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("batch_size", "max_new_tokens", "num_resamples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
+
+
+@dataclass
+class Question:
+    """One assistant turn of a row: what was said before it and what it says."""
+
+    row: int
+    turn: int
+    question: str
+    answer: str
+    question_type: str
+    patient_id: str
+
+
+def list_questions(data: Dataset) -> list[Question]:
+    """Every assistant turn of the data. A row without `patient_id` counts as a patient of its own."""
+    columns = [name for name in ("messages", "question_type", "patient_id") if name in data.column_names]
+    questions = []
+    for index, row in enumerate(data.with_format(None).select_columns(columns)):
+        patient = str(row.get("patient_id") or f"row {index}")
+        kind = str(row.get("question_type") or "all")
+        chat = [{**message, "content": _text(message["content"])} for message in row["messages"]]
+        for turn, message in enumerate(chat):
+            if message["role"] == "assistant":
+                asked = chat[turn - 1]["content"] if turn else ""
+                questions.append(Question(index, turn, asked, message["content"].strip(), kind, patient))
+    return questions
+
+
+def _text(content: str | list[dict[str, Any]]) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
+
+
+def other_patients(patients: list[str], seed: int) -> np.ndarray:
+    """For each row the index of a row of another patient, each used about as often as any other."""
+    order = np.random.default_rng(seed).permutation(len(patients))
+    others = np.empty(len(patients), dtype=int)
+    for place, row in enumerate(order):
+        following = (order[(place + step) % len(order)] for step in range(1, len(order)))
+        other = next((other for other in following if patients[other] != patients[row]), None)
+        if other is None:
+            raise ValueError(f"All {len(patients)} rows are of the patient {patients[row]!r}: no other ECG to swap in.")
+        others[row] = other
+    return others
+
+
+@torch.inference_mode()
+def answer_questions(
+    model: ELMForConditionalGeneration,
+    processor: ELMProcessor,
+    data: Dataset,
+    questions: list[Question],
+    condition: str,
+    args: EvaluationArguments,
+) -> list[str]:
+    """The model's greedy answer to every question, from the gold history before it."""
+    with_ecg = condition != "left_out" and processor.num_ecg_tokens > 0
+    others = other_patients([str(p) for p in _patients(data)], args.seed) if condition == "swapped" else None
+    answers = [""] * len(questions)
+    # chats of one length share a batch, so little of it is padding
+    order = sorted(range(len(questions)), key=lambda i: (len(questions[i].question), i))
+    with tqdm(total=len(questions), desc=f"ECG {CONDITIONS[condition]}", unit="answer") as progress:
+        for start in range(0, len(order), args.batch_size):
+            indices = order[start : start + args.batch_size]
+            chats = []
+            for index in indices:
+                question = questions[index]
+                row = data[question.row]
+                if others is not None:
+                    row = {**row, "ecg": data[int(others[question.row])]["ecg"]}
+                turn = question.turn - len(row["messages"])  # from the end: a system prompt may come first
+                chats.append(to_chat(row, args.system_prompt, with_ecg)[:turn])
+            inputs = processor.apply_chat_template(
+                chats,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True, "padding_side": "left"},
+            ).to(model.device)
+            if "ecg_values" in inputs and condition == "zeroed":
+                inputs["ecg_values"].zero_()
+            output = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
+            new_tokens = output[:, inputs["input_ids"].shape[1] :]
+            for index, text in zip(indices, processor.batch_decode(new_tokens, skip_special_tokens=True), strict=True):
+                answers[index] = text.strip()
+            progress.update(len(indices))
+    return answers
+
+
+def _patients(data: Dataset) -> list[str]:
+    return data["patient_id"] if "patient_id" in data.column_names else [f"row {i}" for i in range(len(data))]
+
+
+def bootstrap_interval(
+    values: np.ndarray, patients: list[str], num_resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """95% percentile interval of the mean of `values`, resampling patients (their questions are not independent).
+
+    Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
+    """
+    _, cluster = np.unique(patients, return_inverse=True)
+    counts, sums = np.bincount(cluster), np.bincount(cluster, weights=values)
+    rng = np.random.default_rng(seed)
+    draws = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=num_resamples)
+    low, high = np.quantile(draws @ sums / (draws @ counts), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def summarise(
+    questions: list[Question], answers: dict[str, list[str]], num_resamples: int, seed: int
+) -> dict[str, Any]:
+    """Exact match of each condition, over all and by question type, and what is lost without the ECG."""
+    patients = [question.patient_id for question in questions]
+    kinds = np.array([question.question_type for question in questions])
+    correct = {
+        condition: np.array([given == q.answer for given, q in zip(texts, questions, strict=True)], dtype=float)
+        for condition, texts in answers.items()
+    }
+    conditions = {}
+    for condition, scores in correct.items():
+        low, high = bootstrap_interval(scores, patients, num_resamples, seed)
+        conditions[condition] = {
+            "exact_match": float(scores.mean()),
+            "interval_95": [low, high],
+            "by_question_type": {str(kind): float(scores[kinds == kind].mean()) for kind in np.unique(kinds)},
+        }
+    differences = {}
+    for condition in [name for name in correct if name != "ecg"]:
+        lost = correct["ecg"] - correct[condition]
+        low, high = bootstrap_interval(lost, patients, num_resamples, seed)
+        differences[condition] = {"difference": float(lost.mean()), "interval_95": [low, high]}
+    return {
+        "num_questions": len(questions),
+        "num_patients": len(set(patients)),
+        "questions_by_type": {str(kind): int((kinds == kind).sum()) for kind in np.unique(kinds)},
+        "conditions": conditions,
+        "ecg_minus": differences,
+    }
+
+
+def in_words(results: dict[str, Any]) -> str:
+    """One line that says whether the model looks at the ECG."""
+    score = results["conditions"]["ecg"]["exact_match"]
+    worst = min(results["ecg_minus"].values(), key=lambda row: row["interval_95"][0])
+    verdict = (
+        "better than without the ECG: the model looks at it"
+        if worst["interval_95"][0] > 0
+        else "not shown to be better than without the ECG: the model may not look at it"
+    )
+    losses = ", ".join(
+        f"{100 * row['difference']:+.1f} [{100 * row['interval_95'][0]:.1f}, {100 * row['interval_95'][1]:.1f}] over {name}"
+        for name, row in results["ecg_minus"].items()
+    )
+    return f"Exact match {100 * score:.1f}% ({losses} points), {verdict}."
+
+
+def parse(argv: list[str] | None = None) -> EvaluationArguments:
+    (args,) = TrlParser(EvaluationArguments, prog="elm evaluate").parse_args_and_config(argv)
+    if not args.model_name_or_path:
+        raise ValueError("Which model? Give its folder or Hub id as --model_name_or_path.")
+    if args.perturb is not None:
+        raise ValueError("Evaluation perturbs the ECG itself, in every way, next to the score; leave --perturb out.")
+    return args
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    args = parse(argv)
+    model, processor = load_elm(args.model_name_or_path, dtype=args.dtype)
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    data = load_data(args, args.split, args.seed)
+    if data is None:
+        raise ValueError(f"--data {' '.join(args.data)} has no split {args.split!r}.")
+    questions = list_questions(data)
+    answers = {
+        condition: answer_questions(model, processor, data, questions, condition, args) for condition in CONDITIONS
+    }
+    results = {
+        "schema_version": SCHEMA_VERSION,
+        "model": Path(args.model_name_or_path).name,
+        "data": [Path(name).name for name in args.data],
+        "split": args.split,
+        "settings": {
+            "decoding": "greedy",
+            "max_new_tokens": args.max_new_tokens,
+            "seed": args.seed,
+            "num_resamples": args.num_resamples,
+        },
+        **summarise(questions, answers, args.num_resamples, args.seed),
+    }
+
+    folder = Path(args.output_dir or args.model_name_or_path)
+    if args.output_dir is None and not folder.is_dir():
+        folder = Path("evaluation")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "evaluation_results.json", json.dumps(results, indent=2) + "\n")
+    predictions = [
+        {
+            "row": question.row,
+            "turn": question.turn,
+            "question_type": question.question_type,
+            "question": question.question,
+            "answer": question.answer,
+            **{condition: answers[condition][index] for condition in CONDITIONS},
+        }
+        for index, question in enumerate(questions)
+    ]
+    write_text(folder / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions))
+    plot_exact_match(results, folder / "exact_match.png")
+    print(in_words(results))
+    print(f"Results, predictions and plot in {folder.resolve()}", flush=True)
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Plots for people who would rather look than read."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from training.files import atomic_path
+
+# Okabe and Ito 2008: told apart by colour-blind readers too
+COLOURS = {"ecg": "#0072B2", "zeroed": "#E69F00", "swapped": "#D55E00", "left_out": "#999999"}
+
+
+def _save(figure: Any, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def plot_exact_match(results: dict[str, Any], path: Path) -> None:
+    """Exact match of each condition, over all with its interval and by question type, of an evaluation."""
+    kinds = list(results["questions_by_type"])
+    labels = [f"all\n({results['num_questions']})"]
+    labels += [f"{kind.replace('_', ' ')}\n({results['questions_by_type'][kind]})" for kind in kinds]
+    figure, axes = plt.subplots(figsize=(max(6.0, 1.3 * len(labels) + 1), 3.6))
+    width = 0.8 / len(results["conditions"])
+    for index, (condition, row) in enumerate(results["conditions"].items()):
+        scores = 100 * np.array([row["exact_match"], *(row["by_question_type"][kind] for kind in kinds)])
+        places = np.arange(len(labels)) + width * (index - (len(results["conditions"]) - 1) / 2)
+        axes.bar(places, scores, width, color=COLOURS[condition], label=f"ECG {condition.replace('_', ' ')}")
+        low, high = 100 * np.array(row["interval_95"])
+        axes.errorbar(places[0], scores[0], [[scores[0] - low], [high - scores[0]]], color="black", capsize=2)
+    axes.set_xticks(np.arange(len(labels)), labels)
+    axes.set_ylabel("exact match, %")
+    axes.set_ylim(0, 105)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(ncols=4, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    _save(figure, path)
+
+
+def plot_training(history: list[dict[str, float]], path: Path) -> None:
+    """Training loss, and evaluation loss where there is one, from the trainer's `log_history`."""
+    figure, axes = plt.subplots(figsize=(6, 3.2))
+    for key, label in (("loss", "training"), ("eval_loss", "validation")):
+        points = [(row["step"], row[key]) for row in history if key in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label)
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("loss per answer token")
+    axes.set_yscale("log")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def plot_ecg(array: np.ndarray, sampling_rate: float, lead_names: list[str], path: Path, title: str = "") -> None:
+    """A record on ECG paper, one row for each lead: 25 mm/s and 10 mm/mV, thick lines every 0.2 s and 0.5 mV.
+
+    Args:
+        array: [leads, samples] in millivolts.
+    """
+    spacing = 1.5  # millivolts between the baselines of two leads
+    num_leads, num_samples = array.shape
+    seconds = num_samples / sampling_rate
+    figure, axes = plt.subplots(figsize=(seconds * 25 / 25.4, spacing * (num_leads + 1) * 10 / 25.4))
+    top, bottom = spacing, -spacing * num_leads
+    for step, width in ((0.04, 0.3), (0.2, 0.7)):
+        axes.vlines(np.arange(0, seconds + step / 2, step), bottom, top, color="#f0b6b6", linewidth=width)
+    for step, width in ((0.1, 0.3), (0.5, 0.7)):
+        axes.hlines(np.arange(bottom, top + step / 2, step), 0, seconds, color="#f0b6b6", linewidth=width)
+    times = np.arange(num_samples) / sampling_rate
+    for index, (lead, name) in enumerate(zip(array, lead_names, strict=True)):
+        baseline = -spacing * index
+        axes.plot(times, lead - np.median(lead) + baseline, color="black", linewidth=0.8)
+        axes.text(0.05, baseline + 0.35, name, fontsize=9)
+    axes.set_xlim(0, seconds)
+    axes.set_ylim(bottom, top)
+    axes.axis("off")
+    axes.set_title(title, loc="left", fontsize=10)
+    _save(figure, path)

@@ -1,0 +1,133 @@
+"""`elm quickstart`: simulated ECGs, a small ELM fine-tuned on them, its evaluation and a report, offline."""
+
+import argparse
+import base64
+import html
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import DatasetDict
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from training import evaluation, sft
+from training.files import write_text
+from training.plots import plot_ecg, plot_training
+from training.synthetic import make_dataset
+
+CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
+
+
+def save_small_llm(folder: Path, texts: Iterable[str], seed: int) -> None:
+    """A Llama of 0.7 million random weights with a byte-level BPE tokenizer trained on the texts."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def simulate(folder: Path, num_records: int, seed: int) -> DatasetDict:
+    """Simulated records with one question each, in splits by patient, saved under `folder`."""
+    sizes = {"train": num_records, "validation": 96, "test": 480}
+    data = DatasetDict({split: make_dataset(size, seed=seed, split=split, num_proc=2) for split, size in sizes.items()})
+    data.save_to_disk(folder)
+    return data
+
+
+def write_report(folder: Path, results: dict[str, Any], minutes: float) -> None:
+    """`report.html`, with its pictures inside."""
+
+    def picture(name: str, text: str) -> str:
+        data = base64.b64encode((folder / name).read_bytes()).decode()
+        return f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(text)}"><figcaption>{html.escape(text)}</figcaption></figure>'
+
+    rows = "".join(
+        f"<tr><td>{evaluation.CONDITIONS[name]}</td><td>{100 * row['exact_match']:.1f}</td>"
+        f"<td>{100 * row['interval_95'][0]:.1f} to {100 * row['interval_95'][1]:.1f}</td></tr>"
+        for name, row in results["conditions"].items()
+    )
+    page = f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>ELM quickstart</title>
+<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}
+img{{max-width:100%}}figure{{margin:2rem 0}}figcaption{{color:#555}}td,th{{padding:.2rem 1rem .2rem 0;text-align:left}}</style>
+<h1>ELM quickstart</h1>
+<p>A small ELM, trained from scratch in {minutes:.1f} minutes on simulated ECGs whose questions only the signal answers.
+Research software, not a medical device; simulated ECGs are no evidence about real ones.</p>
+<p><b>{html.escape(evaluation.in_words(results))}</b></p>
+<table><tr><th>ECG</th><th>exact match, %</th><th>95% interval</th></tr>{rows}</table>
+{picture("model/exact_match.png", "Exact match on the test split, over all and by question type, by what became of the ECG.")}
+{picture("training.png", "Loss while training.")}
+{picture("example.png", "A record of the test split, with its question and what the model answers.")}
+</html>
+"""
+    write_text(folder / "report.html", page)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="elm quickstart", description=__doc__)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
+    parser.add_argument("--num_records", type=int, default=3840, help="training records; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    args, options = parser.parse_known_args(argv)  # the rest goes to `elm sft`
+    started = time.monotonic()
+    folder = args.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+
+    print(f"[1/4] Simulating ECGs into {folder / 'data'}", flush=True)
+    data = simulate(folder / "data", args.num_records, args.seed)
+    texts = (message["content"] for row in data["train"].select_columns("messages") for message in row["messages"])
+    save_small_llm(folder / "llm", texts, args.seed)
+
+    print(f"[2/4] Fine-tuning a small ELM into {folder / 'model'}", flush=True)
+    common = ["--data", str(folder / "data")]
+    parts = ["--llm", str(folder / "llm"), "--output_dir", str(folder / "model"), "--seed", str(args.seed)]
+    sft.main(["--config", str(CONFIG), *common, *parts, *options])
+
+    print("[3/4] Evaluating it with the ECG and without", flush=True)
+    model = str(folder / "model")
+    results = evaluation.main(["--model_name_or_path", model, *common, "--max_new_tokens", "16", "--batch_size", "96"])
+
+    print("[4/4] Writing the report", flush=True)
+    history = json.loads((folder / "model" / "trainer_state.json").read_text())["log_history"]
+    plot_training(history, folder / "training.png")
+    first = json.loads((folder / "model" / "predictions.jsonl").read_text().splitlines()[0])
+    ecg = data["test"][first["row"]]["ecg"]
+    title = f"{first['question']}  Model: {first['ecg']}. Truth: {first['answer']}."
+    millivolts = np.asarray(ecg["array"], dtype=np.float32) / 1000
+    plot_ecg(millivolts, ecg["sampling_rate"], ecg["lead_names"], folder / "example.png", title)
+    minutes = (time.monotonic() - started) / 60
+    write_report(folder, results, minutes)
+    print(f"Done in {minutes:.1f} minutes. Report: {(folder / 'report.html').resolve()}")
+    print(f'Load it anywhere: AutoModelForCausalLM.from_pretrained("{folder / "model"}", trust_remote_code=True)')
+
+
+if __name__ == "__main__":
+    main()
