@@ -175,7 +175,7 @@ class EncoderSpec(SubConfigSpec):
     def get_config_class(self, model_type: str | None = None) -> type[PreTrainedConfig]:
         if model_type in ENCODER_CONFIGS:
             return ENCODER_CONFIGS[model_type]
-        if model_type in CONFIG_MAPPING:
+        if model_type is not None and model_type in CONFIG_MAPPING:
             return CONFIG_MAPPING[model_type]
         raise ValueError(
             f"Unknown encoder model_type {model_type!r}; expected one of {', '.join(ENCODER_CONFIGS)} "
@@ -231,10 +231,12 @@ class ELMConfig(PreTrainedConfig):
             "AutoModelForImageTextToText": "modeling_elm.ELMForConditionalGeneration",
         }
         super().__post_init__(**kwargs)
-        self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        text_config, encoder_config = self.text_config, self.encoder_config
+        assert isinstance(text_config, PreTrainedConfig)  # made of a dict or of None by the base class
+        self.tie_word_embeddings = text_config.tie_word_embeddings
         # by name: classes loaded from a Hub repo are not these classes
-        if self.encoder_config is not None and self.encoder_config.model_type in ENCODER_CONFIGS:
-            self.num_leads, self.num_samples = self.encoder_config.num_leads, self.encoder_config.num_samples
+        if isinstance(encoder_config, PreTrainedConfig) and encoder_config.model_type in ENCODER_CONFIGS:
+            self.num_leads, self.num_samples = encoder_config.num_leads, encoder_config.num_samples
 
     def validate_parts(self) -> None:
         if self.connector not in CONNECTORS[self.architecture]:
@@ -243,7 +245,8 @@ class ELMConfig(PreTrainedConfig):
                 f"connector={self.connector!r} with architecture={self.architecture!r}; expected {expected}."
             )
         if (self.encoder_config is not None) != (self.architecture == "llava"):
-            got = "no encoder_config" if self.encoder_config is None else f"a {self.encoder_config.model_type} encoder"
+            encoder = self.encoder_config
+            got = f"a {encoder.model_type} encoder" if isinstance(encoder, PreTrainedConfig) else "no encoder_config"
             raise ValueError(
                 f"architecture={self.architecture!r} with {got}; 'llava' needs an encoder_config, 'fuyu' and 'text' take none."
             )

@@ -27,6 +27,8 @@ UNITS_PER_MILLIVOLT = {"mV": 1.0, "uV": 1e3, "\u00b5V": 1e3, "\u03bcV": 1e3, "V"
 
 # one millimetre of ECG paper at 25 mm/s: shorter than any wave, so that filling it neither hides nor invents a beat
 MAX_GAP_SECONDS = 0.04
+# pacing spikes and a 16-bit recorder at 1 uV a count (32.8 mV) stay below
+MAX_MILLIVOLTS = 100.0
 
 _CANONICAL_LEADS = {name.lower(): name for name in STANDARD_LEADS}
 _RECORD_KEYS = ("array", "sampling_rate", "lead_names", "unit", "metadata")
@@ -125,7 +127,8 @@ def as_record(
 
     Raises:
         ValueError: the ECG is no real numeric [leads, samples] array, is empty, holds infinities or longer gaps; its
-            sampling rate, unit or lead names are missing, impossible, or contradict the arguments.
+            sampling rate, unit or lead names are missing, impossible, or contradict the arguments; it exceeds
+            `MAX_MILLIVOLTS`, as microvolts taken for millivolts do.
     """
     if isinstance(ecg, (str, os.PathLike)):
         return read_ecg(ecg, sampling_rate, lead_names, unit)
@@ -164,6 +167,12 @@ def as_record(
             array = array / np.float32(scale)
     if not np.isfinite(array).all():
         array = _fill_gaps(array, rate, leads)
+    peak = max(array.max(), -array.min())
+    if peak > MAX_MILLIVOLTS:
+        raise ValueError(
+            f"The ECG reaches {peak:.6g} mV, and an ECG on the skin stays far below {MAX_MILLIVOLTS:g} mV. If its numbers "
+            'are microvolts, pass unit="uV"; if they are digital counts, convert them to millivolts.'
+        )
     return ECGRecord(array, rate, leads, ecg.get("metadata") or {})
 
 

@@ -103,9 +103,9 @@ CONNECTOR_MODULES: dict[str, type[nn.Module]] = {
 class ELMPreTrainedModel(PreTrainedModel):
     config: ELMConfig
     base_model_prefix = "model"
-    input_modalities = ("ecg", "text")
+    input_modalities = ["ecg", "text"]
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -119,7 +119,7 @@ class ELMModel(ELMPreTrainedModel):
         self,
         config: ELMConfig,
         encoder: PreTrainedModel | None = None,
-        language_model: PreTrainedModel | None = None,
+        language_model: nn.Module | None = None,
     ):
         super().__init__(config)
         if encoder is None and config.encoder_config is not None:
@@ -231,8 +231,6 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
             both are made from the config, with random weights.
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-
     def __init__(self, config: ELMConfig, encoder: PreTrainedModel | None = None, llm: PreTrainedModel | None = None):
         super().__init__(config)
         self.model = ELMModel(config, encoder=encoder, language_model=llm.base_model if llm is not None else None)
@@ -242,7 +240,12 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
             self.lm_head = llm.get_output_embeddings()
             self.generation_config = llm.generation_config
         if config.ecg_token_id is not None:  # a placeholder stands for an ECG that was given, so none is written
-            self.generation_config.suppress_tokens = [config.ecg_token_id]
+            suppressed = self.generation_config.suppress_tokens or []
+            self.generation_config.suppress_tokens = [*suppressed, config.ecg_token_id]
+        # every language model has its own name for its embeddings
+        embeddings = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
 
     @classmethod
@@ -274,9 +277,18 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
             encoder_model = ENCODER_MODELS[encoder_config.model_type].from_pretrained(encoder)
             config_kwargs["encoder_config"] = encoder_model.config
         text_config = llm_model.config.get_text_config()
+        if text_config is not llm_model.config:
+            raise ValueError(
+                f"{llm} holds a {llm_model.config.model_type!r} model, which reads more than text; expected a causal "
+                "language model of text alone."
+            )
         attn_implementation = {"text_config": text_config._attn_implementation}
         config = ELMConfig(text_config=text_config, attn_implementation=attn_implementation, **config_kwargs)
-        model = cls(config, encoder=encoder_model, llm=llm_model).to(llm_model.dtype)
+        model = cls(config, encoder=encoder_model, llm=llm_model)
+        new_parts: list[nn.Module | None] = [model.model.encoder, model.model.connector]
+        for part in new_parts:  # not the language model, whose rotary frequencies stay in float32
+            if part is not None:
+                part.to(llm_model.dtype)
         model._check_same_logits(llm_model)
         return model
 
@@ -285,7 +297,8 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
         """Without an ECG the ELM is its language model: some have a head with a bias or a scale that ours lacks."""
         input_ids = torch.arange(8, device=llm.device).unsqueeze(0) % self.config.text_config.vocab_size
         ours, theirs = self.eval()(input_ids=input_ids).logits, llm.eval()(input_ids=input_ids).logits
-        if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
+        has_bias = getattr(self.lm_head, "bias", None) is not None  # theirs, so the logits agree until it is saved
+        if has_bias or not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
             raise ValueError(
                 f"{type(llm).__name__} ({llm.config.model_type}) does more to its logits than a linear head without "
                 "bias and a soft cap, so an ELM around it would not answer as it does. Choose another language model."
@@ -343,16 +356,18 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]  # by keyword, as transformers calls it
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.LongTensor,
+        inputs_embeds: torch.Tensor | None = None,  # named here, as `generate` looks for it in the signature
         ecg_values: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
         use_cache: bool | None = True,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, use_cache=use_cache, **kwargs
+        # transformers wants of `self` attributes that no model declares
+        model_inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, use_cache=use_cache, **kwargs
         )
         # the cache holds the ECGs once the prompt has been read
         if is_first_iteration or not use_cache:
@@ -363,20 +378,20 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
         self,
         expand_size: int = 1,
         is_encoder_decoder: bool = False,
-        input_ids: torch.Tensor | None = None,
-        ecg_values: torch.Tensor | None = None,
+        input_ids: torch.LongTensor | None = None,
         **model_kwargs: Any,
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
         """Samples hold different numbers of ECGs, so each sample's group of ECGs is repeated, not each ECG."""
+        ecg_values = model_kwargs.pop("ecg_values", None)
         if ecg_values is not None and expand_size > 1:
-            if input_ids is None:
+            if input_ids is None or input_ids.shape[1] == 0:  # empty beside inputs_embeds
                 raise ValueError(
                     "Beams and several sequences need input_ids beside ecg_values, to know whose ECG is whose."
                 )
             placeholders = (input_ids == self.config.ecg_token_id).sum(-1)
             groups = ecg_values.split((placeholders // self.config.num_ecg_tokens).tolist())
             ecg_values = torch.cat([group for group in groups for _ in range(expand_size)])
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
         return input_ids, {**model_kwargs, "ecg_values": ecg_values}

@@ -1,14 +1,18 @@
 """Chat and ECGs to model inputs."""
 
+import os
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import BatchFeature, ProcessorMixin
 
 try:
+    from .ecg_utils import as_record
     from .feature_extraction_elm import ECGFeatureExtractor
 except ImportError:
     if __package__:  # loaded from a Hub repo: a real error
         raise
+    from ecg_utils import as_record
     from feature_extraction_elm import ECGFeatureExtractor
 
 
@@ -96,19 +100,20 @@ class ELMProcessor(ProcessorMixin):
                     f"The text has {sum(counts)} {self.ecg_token} placeholders ({counts} by sample) for {num_ecgs} ECGs; "
                     "write one placeholder for each ECG, or leave them to apply_chat_template."
                 )
-            texts, offsets = self.get_text_with_replacements(texts)
+            texts, offsets = self.repeat_placeholders(texts)
             data.update(self.tokenizer(texts, **text_kwargs))
             if return_offsets:
                 data["text_replacement_offsets"] = offsets
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion)
 
-    def get_text_with_replacements(self, text: list[str]) -> tuple[list[str], list[list[dict[str, Any]]]]:
+    def repeat_placeholders(self, text: list[str]) -> tuple[list[str], list[list[dict[str, Any]]]]:
         """Repeats each placeholder `num_ecg_tokens` times; the offsets say which characters became which."""
         replacement = self.ecg_token * self.num_ecg_tokens
         growth = len(replacement) - len(self.ecg_token)
         batch_offsets = []
         for sample in text:
-            offsets, start = [], sample.find(self.ecg_token)
+            offsets: list[dict[str, Any]] = []
+            start = sample.find(self.ecg_token)
             while start >= 0:
                 end, new_start = start + len(self.ecg_token), start + growth * len(offsets)
                 offsets.append({"span": (start, end), "new_span": (new_start, new_start + len(replacement))})
@@ -121,7 +126,7 @@ class ELMProcessor(ProcessorMixin):
     ) -> tuple[list, list, list, dict[str, Any]]:
         """The ECGs that stand in the chats, as the keyword `ecgs` of `__call__`.
 
-        A part `{"type": "ecg"}` holds `ecg` (array, dict or record) or `path`, and where `ecg` is an array its
+        A part `{"type": "ecg"}` holds `ecg` (array, dict or record) or `path`, and what that does not say of its
         `sampling_rate`, `lead_names` and `unit`. Parts without data stand for the ECGs of
         `processor_kwargs={"ecgs": ...}`.
         """
@@ -141,11 +146,13 @@ class ELMProcessor(ProcessorMixin):
 
     @staticmethod
     def _ecg_of(part: dict[str, Any]) -> Any:
-        ecg = part.get("ecg")
-        if ecg is None:
-            return part.get("path")
+        ecg = part.get("path") if part.get("ecg") is None else part["ecg"]
         described = {key: part[key] for key in ("sampling_rate", "lead_names", "unit") if part.get(key) is not None}
-        return {"array": ecg, **described} if described else ecg
+        if ecg is None or not described:
+            return ecg
+        if isinstance(ecg, (str, os.PathLike, Mapping)):  # may say some of it too
+            return as_record(ecg, **described)
+        return {"array": ecg, **described}
 
 
 ELMProcessor.register_for_auto_class()

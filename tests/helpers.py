@@ -1,5 +1,6 @@
 """What several test files share: weights by the golden formula, and processes without the project."""
 
+import json
 import math
 import os
 import subprocess
@@ -8,6 +9,7 @@ import zlib
 from pathlib import Path
 
 import torch
+from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -17,6 +19,12 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
+
+from configuration_elm import ENCODER_CONFIGS, ELMConfig
+from feature_extraction_elm import ECGFeatureExtractor
+from processing_elm import ELMProcessor
+
+from training.synthetic import make_record
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -79,14 +87,14 @@ FAMILIES: dict[str, tuple[str | None, str, list[str]]] = {
 }
 
 
-def tiny_tokenizer(family: str = "llama3") -> PreTrainedTokenizerFast:
+def tiny_tokenizer(family: str = "llama3", **kwargs) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer (one token a byte) with the control tokens of its family."""
     bos, eos, others = FAMILIES[family]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={byte: index for index, byte in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, **kwargs)
     fast.add_tokens(others, special_tokens=True)
     return fast
 
@@ -136,3 +144,60 @@ TINY_ENCODERS: dict[str, dict] = {
     "mtae": _TINY_TRANSFORMER | _TINY_DECODER,
     "st_mem": _TINY_TRANSFORMER,
 }
+
+
+def tiny_elm_config(
+    ecg_part: str | None = "merl", family: str = "llama3", llm: PreTrainedConfig | None = None, **changes
+) -> ELMConfig:
+    """An ELM for records of 12 leads x 500 samples and a vocabulary of 300, whose last token is the placeholder.
+
+    `ecg_part` is an encoder (with an MLP connector, unless `changes` say otherwise), a connector of fuyu, or None.
+    """
+    shared = {"text_config": llm or tiny_llm_config(family), "ecg_token_id": 299, "num_ecg_tokens": 4}
+    if ecg_part in TINY_ENCODERS:
+        encoder_config = ENCODER_CONFIGS[ecg_part](num_samples=500, **TINY_ENCODERS[ecg_part])
+        return ELMConfig(**shared | {"encoder_config": encoder_config, "connector": "mlp"} | changes)
+    if ecg_part is None:
+        return ELMConfig(**shared | {"architecture": "text", "connector": None, "ecg_token_id": None} | changes)
+    fuyu = {"architecture": "fuyu", "connector": ecg_part, "num_samples": 500}
+    return ELMConfig(**shared | fuyu | ({"num_ecg_tokens": 1} if ecg_part == "flat" else {}) | changes)
+
+
+def tiny_processor(family: str = "llama3", num_ecg_tokens: int = 4, **changes) -> ELMProcessor:
+    """A processor of records of 2 s at 250 Hz, with the chat template of its family; pads on the left."""
+    tokenizer = tiny_tokenizer(family, padding_side="left")
+    tokenizer.add_tokens([ELMProcessor.ecg_token], special_tokens=True)
+    tokenizer.pad_token = tokenizer.eos_token
+    template = (ROOT / "training" / "templates" / f"{family}.jinja").read_text()
+    return ELMProcessor(ECGFeatureExtractor(num_samples=500, **changes), tokenizer, template, num_ecg_tokens)
+
+
+def save_tiny_data(folder: Path, without_ecg: int = 0, **sizes: int) -> Path:
+    """Simulated records [12 leads, 500 samples] at 100 Hz; every `without_ecg`-th row has no ECG (0: none)."""
+    splits = {}
+    for split, size in sizes.items():
+        rows = [make_record(index, 0, split, sampling_rate=100, seconds=5.0) for index in range(size)]
+        for index, row in enumerate(rows):
+            if without_ecg and index % without_ecg == 0:
+                row["ecg"] = None
+            else:
+                row["ecg"]["array"] = row["ecg"]["array"].tolist()
+        splits[split] = Dataset.from_list(rows)
+    DatasetDict(splits).save_to_disk(folder)
+    return Path(folder)
+
+
+def tiny_sft(llm: Path, data: Path, output_dir: Path, *options: str, encoder: str | None = "merl") -> list[str]:
+    """Arguments of `elm sft` for a run of seconds; a later option overrides an earlier one."""
+    args = ["--llm", str(llm), "--data", str(data), "--output_dir", str(output_dir)]
+    args += ["--sampling_rate", "100", "--num_samples", "500", "--use_cpu", "--report_to", "none"]
+    args += ["--gradient_checkpointing", "false", "--batch_size", "4", "--lr", "1e-2", "--logging_steps", "1"]
+    if encoder is not None:
+        args += ["--encoder", encoder, "--encoder_config", json.dumps(TINY_ENCODERS[encoder]), "--num_ecg_tokens", "4"]
+    return [*args, "--save_strategy", "no", "--disable_tqdm", "true", *options]
+
+
+def losses(folder: Path) -> list[float]:
+    """Training losses of every logged step."""
+    history = json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
+    return [row["loss"] for row in history if "loss" in row]

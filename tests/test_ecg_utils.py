@@ -392,3 +392,10 @@ class TestReadECG:
             ValueError, match=r"raw500\.npz: The ECG has shape \[510, 12, 5000\]; expected \[leads, samples\]"
         ):
             read_ecg(shared / "data/ptbxl/raw500.npz", 500, unit="uV")
+
+
+def test_microvolts_taken_for_millivolts_are_an_error():
+    counts = np.full((12, 50), 1234.0)
+    with pytest.raises(ValueError, match=r'reaches 1234 mV.*unit="uV"'):
+        as_record(counts, 250)
+    assert as_record(counts, 250, unit="uV").array.max() == pytest.approx(1.234)

@@ -1,8 +1,10 @@
+import itertools
 from collections import Counter
 
 import numpy as np
 import pytest
 from scipy.signal import find_peaks
+from scipy.stats import chi2_contingency
 
 from ecg_utils import STANDARD_LEADS
 from training.synthetic import (
@@ -35,7 +37,7 @@ def simulate(seed: int, **findings) -> dict[str, np.ndarray]:
 def r_peaks(leads: dict[str, np.ndarray], height: float = 0.35) -> np.ndarray:
     """Samples of the QRS complexes: where the leads move fastest, all together."""
     speed = np.sqrt(sum(np.gradient(lead) ** 2 for lead in leads.values()))
-    speed = np.convolve(speed, np.hanning(25), mode="same")
+    speed = np.convolve(speed, np.hanning(45), mode="same")
     return find_peaks(speed, height=height * speed.max(), distance=RATE // 5)[0]
 
 
@@ -224,59 +226,70 @@ def test_sampled_findings_are_free_of_each_other():
 # the text of a question needs no ECG: make_record without the simulation
 @pytest.fixture
 def questions(monkeypatch):
+    """For each record of 40 cycles its questions (type, text, answer) and what it shows."""
     drawn = []
     monkeypatch.setattr("training.synthetic.simulate_ecg", lambda f, rng, **_: drawn.append(f) or np.zeros((12, 1)))
+    rows = [make_record(index, 5) for index in range(40 * CYCLE)]
+    chats = []
+    for row in rows:
+        texts = [message["content"] for message in row["messages"]]
+        assert [message["role"] for message in row["messages"]] == ["user", "assistant"] * len(row["question_type"])
+        chats.append(list(zip(row["question_type"], texts[::2], texts[1::2], strict=True)))
+    return list(zip(chats, drawn, strict=True))
 
-    def make(indices, split="train"):
-        drawn.clear()
-        rows = [make_record(index, 5, split) for index in indices]
-        return [(row["question_type"], *(turn["content"] for turn in row["messages"])) for row in rows], drawn
 
-    return make
-
-
-def test_the_text_tells_nothing(questions):
-    rows, _ = questions(range(20 * CYCLE))
-    assert Counter(kind for kind, _, _ in rows) == dict.fromkeys(QUESTIONS, 20 * CYCLE // len(QUESTIONS))
-    texts = {(kind, text) for kind, text, _ in rows}
+def test_the_text_of_a_question_tells_nothing(questions):
+    counts = Counter(question for chat, _ in questions for question in chat)
+    texts = {(kind, text) for kind, text, _ in counts}
     assert len(texts) == sum(len(wordings) for _, wordings in QUESTIONS.values()) + 2 * 4  # three territories
-    counts = Counter(rows)
     for kind, text in texts:
         assert len({counts[kind, text, answer] for answer in QUESTIONS[kind][0]}) == 1
-    assert sum(counts[kind, text, answer] for kind, text in texts for answer in QUESTIONS[kind][0]) == len(rows)
+    assert {answer for _, _, answer in counts} == {answer for answers, _ in QUESTIONS.values() for answer in answers}
+
+
+def test_the_answers_before_tell_nothing(questions):
+    pairs: dict[tuple[str, str], Counter] = {}
+    for chat, _ in questions:
+        for (one, _, answer), (other, _, later) in itertools.combinations(sorted(chat), 2):
+            pairs.setdefault((one, other), Counter())[answer, later] += 1
+    assert len(pairs) == 22
+    for (one, other), counts in pairs.items():
+        table = [[counts[answer, later] for later in QUESTIONS[other][0]] for answer in QUESTIONS[one][0]]
+        assert chi2_contingency(table).pvalue > 1e-3 / len(pairs), (one, other)
+    first = Counter(chat[0][0] for chat, _ in questions)  # and no question is always the first
+    assert set(first) == set(QUESTIONS)
 
 
 def test_the_answer_is_what_the_ecg_shows(questions):
-    rows, findings = questions(range(4 * CYCLE))
-    for (kind, text, answer), shown in zip(rows, findings, strict=True):
-        truth = {
-            "rhythm": shown.rhythm,
-            "rate": next((name for name, (low, high) in RATES.items() if low <= shown.heart_rate <= high), None),
-            "axis": shown.axis,
-            "wide_qrs": shown.wide_qrs,
-            "st_elevation": shown.st_elevation is not None and shown.st_elevation in text,
-            "st_territory": shown.st_elevation or "none",
-            "premature": shown.rhythm == "premature ventricular complexes",
-            "atrial_fibrillation": shown.rhythm == "atrial fibrillation",
-        }[kind]
-        assert answer == ({True: "yes", False: "no"}[truth] if isinstance(truth, bool) else truth)
+    for chat, shown in questions[: 4 * CYCLE]:
+        for kind, text, answer in chat:
+            truth = {
+                "rhythm": shown.rhythm,
+                "rate": next((name for name, (low, high) in RATES.items() if low <= shown.heart_rate <= high), None),
+                "axis": shown.axis,
+                "wide_qrs": shown.wide_qrs,
+                "st_elevation": shown.st_elevation is not None and shown.st_elevation in text,
+                "st_territory": shown.st_elevation or "none",
+                "premature": shown.rhythm == "premature ventricular complexes",
+                "atrial_fibrillation": shown.rhythm == "atrial fibrillation",
+            }[kind]
+            assert answer == ({True: "yes", False: "no"}[truth] if isinstance(truth, bool) else truth)
 
 
 def test_other_findings_do_not_give_the_answer_away(questions):
-    rows, findings = questions(range(40 * CYCLE))
     for kind in ("axis", "wide_qrs", "premature", "atrial_fibrillation", "st_elevation"):
         rates: dict[str, list[float]] = {}
-        for (asked, _, answer), shown in zip(rows, findings, strict=True):
-            if asked == kind:
-                rates.setdefault(answer, []).append(shown.heart_rate)
+        for chat, shown in questions:
+            for asked, _, answer in chat:
+                if asked == kind:
+                    rates.setdefault(answer, []).append(shown.heart_rate)
         means = [np.mean(values) for values in rates.values()]
         assert max(means) - min(means) < 8  # the standard error is 1.6 bpm or less
-    rhythms = {
-        answer: Counter(f.rhythm for row, f in zip(rows, findings, strict=True) if row[::2] == ("rate", answer))
-        for answer in RATES
-    }
-    for counts in rhythms.values():
-        assert set(counts) == set(RHYTHMS[:2])
+    for answer in RATES:
+        rhythms = {
+            shown.rhythm for chat, shown in questions for kind, _, given in chat if (kind, given) == ("rate", answer)
+        }
+        assert rhythms == set(RHYTHMS[:2])
 
 
 def test_records_depend_on_seed_split_and_index_alone():

@@ -1,8 +1,6 @@
 """Command-line and YAML arguments of fine-tuning and evaluation, beside TRL's `SFTConfig` and `ModelConfig`."""
 
 import json
-import sys
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,7 +24,7 @@ ALIASES = {
 # values of the reference's --optimizer
 OPTIMIZERS = {"adam": "adamw_torch", "adamw": "adamw_torch"}
 # values of the reference's --elm -> architecture, connector
-ELMS = {
+ELMS: dict[str, tuple[Literal["llava", "fuyu", "text"], str | None]] = {
     "llava": ("llava", "linear"),
     "linear_llava": ("llava", "linear"),
     "mlp_llava": ("llava", "mlp"),
@@ -134,16 +132,20 @@ class ELMArguments(DataArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.elm is not None:
-            self.architecture, self.connector = ELMS[self.elm]
+            self.architecture, connector = ELMS[self.elm]
+            self.connector = self.connector or connector
         if self.connector is None:
             self.connector = {"llava": "linear", "fuyu": "patch", "text": None}[self.architecture]
         if self.num_ecg_tokens is None:
-            self.num_ecg_tokens = {"linear": 12, "mlp": 12, "patch": 25, "conv": 25}.get(self.connector, 1)
+            defaults: dict[str | None, int] = {"linear": 12, "mlp": 12, "patch": 25, "conv": 25}
+            self.num_ecg_tokens = defaults.get(self.connector, 1)
         try:  # a YAML file gives a mapping, the command line JSON
-            fields = self.encoder_config or {}
+            fields: Any = self.encoder_config or {}
             self.encoder_fields: dict[str, Any] = json.loads(fields) if isinstance(fields, str) else fields
         except json.JSONDecodeError as error:
             raise ValueError(f"--encoder_config is not JSON ({error}): {self.encoder_config!r}.") from error
+        if not isinstance(self.encoder_fields, dict):
+            raise ValueError(f"--encoder_config is {self.encoder_config!r}; expected names and values of fields.")
         if not self.update or not set(self.update) <= {"encoder", "connector", "llm"}:
             raise ValueError(f"--update is {self.update}; expected some of encoder, connector, llm.")
 
@@ -158,11 +160,23 @@ class ELMParser(TrlParser):
             if action is not None:
                 self._option_string_actions[f"--{alias}"] = action
                 action.option_strings = [*action.option_strings, f"--{alias}"]
+                if alias == "optimizer":
+                    action.type = lambda name: OPTIMIZERS.get(name, name)
 
-    def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs: Any) -> tuple[Any, ...]:
-        args = list(sys.argv[1:] if args is None else args)
-        for position in [i for i, arg in enumerate(args) if arg == "--optimizer"]:
-            args[position + 1 : position + 2] = [
-                OPTIMIZERS.get(name, name) for name in args[position + 1 : position + 2]
-            ]
-        return super().parse_args_and_config(args, **kwargs)
+    def set_defaults_with_config(self, **config: Any) -> list[str]:
+        """Takes the values of a YAML file, which argparse does not check as it checks the command line's."""
+        values: dict[str, Any] = {}
+        for key, value in config.items():
+            action = self._option_string_actions.get(f"--{key}")
+            if action is None:
+                values[key] = value  # TRL's error
+                continue
+            if action.nargs == "+" and not isinstance(value, list):
+                value = [value]
+            for item in value if isinstance(value, list) else [value]:
+                name = OPTIMIZERS.get(item, item) if action.dest == "optim" else item
+                if action.choices is not None and name is not None and name not in action.choices:
+                    expected = ", ".join(map(str, action.choices))
+                    raise ValueError(f"{key} is {item!r} in the --config file; expected one of {expected}.")
+            values[action.dest] = value
+        return super().set_defaults_with_config(**values)

@@ -1,5 +1,6 @@
 """A new ELM and its processor from the command line's arguments."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ def build_processor(args: ELMArguments) -> ELMProcessor:
         truncation=args.truncation or False,
         **leads,
     )
+    assert args.num_ecg_tokens is not None  # set with the arguments
     num_ecg_tokens = 0 if args.architecture == "text" else args.num_ecg_tokens
     return ELMProcessor(feature_extractor, tokenizer, chat_template(tokenizer), num_ecg_tokens)
 
@@ -98,8 +100,12 @@ def build_model(args: ELMArguments, model_args: ModelConfig, processor: ELMProce
     if args.architecture == "llava" and args.encoder_name_or_path is None:
         if args.encoder not in ENCODER_CONFIGS:
             raise ValueError(f"Unknown --encoder {args.encoder!r}; expected one of {', '.join(ENCODER_CONFIGS)}.")
+        encoder_class = ENCODER_CONFIGS[args.encoder]
+        unknown = args.encoder_fields.keys() - {field.name for field in fields(encoder_class)}
+        if unknown:
+            raise ValueError(f"--encoder_config: {encoder_class.__name__} has no field {', '.join(sorted(unknown))}.")
         shape = {"num_leads": num_leads, "num_samples": args.num_samples}
-        config["encoder_config"] = ENCODER_CONFIGS[args.encoder](**{**shape, **args.encoder_fields})
+        config["encoder_config"] = encoder_class(**{**shape, **args.encoder_fields})
     model = ELMForConditionalGeneration.from_encoder_llm_pretrained(
         resolve_llm(args.llm),
         encoder=args.encoder_name_or_path if args.architecture == "llava" else None,
@@ -129,19 +135,19 @@ def freeze(model: ELMForConditionalGeneration, update: list[str]) -> None:
         raise ValueError(f"--update {' '.join(update)} leaves nothing to train in a {model.config.architecture} ELM.")
 
 
-def lora_config(
-    args: ELMArguments, model_args: ModelConfig, model: ELMForConditionalGeneration, processor: ELMProcessor
-) -> LoraConfig:
-    """LoRA on the language model; connector and encoder, where updated, and the added tokens' rows trained in full."""
+def lora_config(args: ELMArguments, model_args: ModelConfig, model: ELMForConditionalGeneration) -> LoraConfig:
+    """LoRA on the language model; connector and encoder, where updated, trained in full.
+
+    The placeholder's embedding is not trained: the features of the ECG take its place, so it has no gradient.
+    """
     if "llm" not in args.update:
         raise ValueError(f"--peft adapts the language model, but --update is {' '.join(args.update)}; add llm to it.")
-    targets = model_args.lora_target_modules
+    targets: str | list[str] | None = model_args.lora_target_modules
     if targets is None:
         targets = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
     parts = [
         name for name in ("encoder", "connector") if name in args.update and getattr(model.model, name) is not None
     ]
-    rows = {"embed_tokens": [processor.ecg_token_id]}
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=model_args.lora_r,
@@ -151,12 +157,11 @@ def lora_config(
         use_dora=model_args.use_dora,
         target_modules=targets,
         modules_to_save=parts + (model_args.lora_modules_to_save or []) or None,
-        trainable_token_indices=rows,
     )
 
 
 def load_elm(
-    name_or_path: str, revision: str | None = None, **model_kwargs: Any
+    name_or_path: str, revision: str = "main", **model_kwargs: Any
 ) -> tuple[ELMForConditionalGeneration, ELMProcessor]:
     """A saved ELM and its processor; a LoRA adapter is loaded on its base model and merged into it.
 

@@ -1,16 +1,17 @@
 """The card of a trained ELM, from what the run knows."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedConfig
 from trl import ModelConfig
 
 from configuration_elm import ELMConfig
 from processing_elm import ELMProcessor
 from training.arguments import ELMArguments
 from training.build import resolve_llm
+from training.files import write_text
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "model_cards"
 
@@ -42,25 +43,29 @@ def _shown(name: str) -> str:
     return name if _on_hub(name) else Path(name).name
 
 
-def evaluation_text(folder: Path) -> str:
-    """The scores with and without the ECG, where the model has been evaluated."""
-    path = folder / "evaluation_results.json"
+def add_evaluation(folder: Path, results: dict[str, Any]) -> None:
+    """Writes the scores with and without the ECG into the card of `folder`, if it has one with a place for them."""
+    path = folder / "README.md"
     if not path.is_file():
-        return "Not evaluated yet: run `elm evaluate` on it."
-    results: dict[str, Any] = json.loads(path.read_text())
+        return
+    head, heading, rest = path.read_text(encoding="utf-8").partition("## What it says without the ECG\n")
+    _, next_heading, tail = rest.partition("\n## ")
     rows = [f"| {name} | {100 * row['exact_match']:.1f} |" for name, row in results["conditions"].items()]
-    return "\n".join(["| ECG | exact match, % |", "| --- | --- |", *rows])
+    table = "\n".join(["| ECG | exact match, % |", "| --- | --- |", *rows])
+    if heading:
+        write_text(path, f"{head}{heading}\n{table}\n{next_heading}{tail}")
 
 
 def write_model_card(
     folder: Path, args: ELMArguments, model_args: ModelConfig, config: ELMConfig, processor: ELMProcessor
 ) -> None:
     """Writes `README.md` into the folder of a trained model or adapter."""
-    llm = resolve_llm(args.llm)
+    start = model_args.model_name_or_path or resolve_llm(args.llm)
     adapter = model_args.use_peft
+    encoder = config.encoder_config
     ecg_path = {
-        "llava": f"`{config.encoder_config.model_type}` encoder, `{config.connector}` connector"
-        if config.encoder_config is not None
+        "llava": f"`{encoder.model_type}` encoder, `{config.connector}` connector"
+        if isinstance(encoder, PreTrainedConfig)
         else "",
         "fuyu": f"`{config.connector}` connector, no encoder",
         "text": "none: the model reads no ECG",
@@ -70,7 +75,7 @@ def write_model_card(
     card_data = ModelCardData(
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
-        base_model=llm if _on_hub(llm) else None,
+        base_model=start if _on_hub(start) else None,
         datasets=[name for name in args.data if _on_hub(name)] or None,
         tags=["ecg", "electrocardiogram", "elm", "trl", "sft", *(["lora"] if adapter else [])],
     )
@@ -78,14 +83,15 @@ def write_model_card(
         card_data,
         template_path=str(TEMPLATES / "model.md"),
         model_name=folder.resolve().name,
-        llm=_shown(llm),
+        start=_shown(start),
         ecg_path=ecg_path,
         num_leads=len(extractor.lead_names),
         num_samples=extractor.num_samples,
-        sampling_rate=extractor.sampling_rate,
+        sampling_rate=f"{extractor.sampling_rate:g}",
         normalization=extractor.normalization,
         num_ecg_tokens=processor.num_ecg_tokens,
-        trained=", ".join(args.update) + (" (LoRA on the language model)" if adapter else ""),
+        trained=", ".join(part for part in args.update if part != "connector" or config.connector is not None)
+        + (" (LoRA on the language model)" if adapter else ""),
         data=", ".join(f"`{_shown(name)}`" for name in args.data),
         snippet=SNIPPET.format(
             name=folder.resolve().name,
@@ -93,6 +99,6 @@ def write_model_card(
             auto_class=auto_class,
             load=(LOAD_ADAPTER if adapter else LOAD_MODEL).format(name=folder.resolve().name),
         ),
-        evaluation=evaluation_text(folder),
+        evaluation="Not evaluated yet: run `elm evaluate` on it.",
     )
     card.save(folder / "README.md")

@@ -3,6 +3,8 @@
 import importlib
 import sys
 
+from huggingface_hub.errors import StrictDataclassError
+
 # verb -> module whose main(argv) does it, what it does
 COMMANDS = {
     "quickstart": (
@@ -34,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         rest.insert(0, "--model_name_or_path")
     try:
         module.main(rest)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         print(f"elm {command}: {error}", file=sys.stderr)
         return 1
     return 0

@@ -30,7 +30,7 @@ class ELMCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         with_ecg = self.perturb != "only_text" and self.processor.num_ecg_tokens > 0
         chats = [to_chat(row, self.system_prompt, with_ecg) for row in rows]
-        batch = self.processor.apply_chat_template(
+        batch: Any = self.processor.apply_chat_template(
             chats,
             tokenize=True,
             return_dict=True,

@@ -4,7 +4,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
+import numpy as np
+from datasets import Dataset, DatasetDict, List, Value, concatenate_datasets, load_dataset, load_from_disk
 
 from training.arguments import DataArguments
 
@@ -23,7 +24,7 @@ def load_data(args: DataArguments, split: str, seed: int = 0) -> Dataset | None:
     parts = [part for name in args.data if (part := _load_split(name, split)) is not None]
     if not parts:
         return None
-    data = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+    data = concatenate_datasets([_any_shape(part) for part in parts]) if len(parts) > 1 else parts[0]
     if args.data_subset is not None:
         data = data.shuffle(seed=seed).select(range(max(1, round(args.data_subset * len(data)))))
     # arrays as NumPy: lists of Python numbers would take longer to make than the ECG to process
@@ -35,7 +36,7 @@ def _load_split(name: str, split: str) -> Dataset | None:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         loaded = load_from_disk(path)
     elif path.exists() or name.count("/") == 1:
-        loaded = load_dataset(name)
+        loaded = load_dataset(str(path) if path.exists() else name)
     else:
         raise ValueError(f"No dataset {name!r}: expected a local folder or a Hub id such as owner/name.")
     splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
@@ -48,6 +49,17 @@ def _load_split(name: str, split: str) -> Dataset | None:
             "'role' and 'content', beside 'ecg'."
         )
     return splits[split]
+
+
+def _any_shape(part: Dataset) -> Dataset:
+    """Datasets of different record lengths, rates or number types have one type here, as concatenation demands."""
+    ecg = part.features.get("ecg")
+    several = isinstance(ecg, List)
+    fields = ecg.feature if several else ecg
+    if not isinstance(fields, dict):  # paths, or no ECG
+        return part
+    fields = {**fields, "array": List(List(Value("float32"))), "sampling_rate": Value("float32")}
+    return part.cast_column("ecg", List(fields) if several else fields)
 
 
 def to_chat(row: dict[str, Any], system_prompt: str | None = None, with_ecg: bool = True) -> list[dict[str, Any]]:
@@ -63,7 +75,8 @@ def to_chat(row: dict[str, Any], system_prompt: str | None = None, with_ecg: boo
         ValueError: if the messages have more or fewer places than the row has ECGs.
     """
     ecg = row.get("ecg")
-    ecgs = list(ecg) if isinstance(ecg, list | tuple) else [] if ecg is None else [ecg]
+    # several ECGs come out of `datasets` as an array of objects
+    ecgs = list(ecg) if isinstance(ecg, list | tuple | np.ndarray) else [] if ecg is None else [ecg]
     chat = [{"role": message["role"], "content": _parts(message["content"])} for message in row["messages"]]
     if not chat:
         raise ValueError(f"The row {row.get('record_id', '')} has no messages.")
@@ -73,10 +86,11 @@ def to_chat(row: dict[str, Any], system_prompt: str | None = None, with_ecg: boo
     places = [part for message in chat for part in message["content"] if part["type"] == "ecg"]
     if not places:
         first_user = next((message for message in chat if message["role"] == "user"), None)
-        if first_user is None:
+        if ecgs and first_user is None:
             raise ValueError(f"The row {row.get('record_id', '')} has no user message to put its ECG in.")
         places = [{"type": "ecg"} for _ in ecgs]
-        first_user["content"][:0] = places
+        if first_user is not None:
+            first_user["content"][:0] = places
     if len(places) != len(ecgs):
         raise ValueError(f"The messages have {len(places)} places for ECGs, but the row has {len(ecgs)} ECGs.")
     for place, ecg in zip(places, ecgs, strict=True):

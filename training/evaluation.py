@@ -2,19 +2,21 @@
 
 import json
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
-from datasets import Dataset
+from datasets import Dataset, List
 from tqdm import tqdm
-from trl import TrlParser
 
 from modeling_elm import ELMForConditionalGeneration
 from processing_elm import ELMProcessor
-from training.arguments import DataArguments
+from training.arguments import DataArguments, ELMParser
 from training.build import load_elm
+from training.cards import add_evaluation
 from training.data import load_data, to_chat
 from training.files import write_text
 from training.plots import plot_exact_match
@@ -66,17 +68,22 @@ class Question:
 
 
 def list_questions(data: Dataset) -> list[Question]:
-    """Every assistant turn of the data. A row without `patient_id` counts as a patient of its own."""
-    columns = [name for name in ("messages", "question_type", "patient_id") if name in data.column_names]
+    """Every assistant turn of the data.
+
+    `question_type` of a row is one string or a list with one for each of its answers; a row without `patient_id` counts
+    as a patient of its own.
+    """
+    columns = [name for name in ("messages", "question_type") if name in data.column_names]
+    patients = _patients(data)
     questions = []
     for index, row in enumerate(data.with_format(None).select_columns(columns)):
-        patient = str(row.get("patient_id") or f"row {index}")
-        kind = str(row.get("question_type") or "all")
+        kind = row.get("question_type") or "all"
+        kinds = iter(kind) if isinstance(kind, list) else repeat(kind)
         chat = [{**message, "content": _text(message["content"])} for message in row["messages"]]
         for turn, message in enumerate(chat):
             if message["role"] == "assistant":
                 asked = chat[turn - 1]["content"] if turn else ""
-                questions.append(Question(index, turn, asked, message["content"].strip(), kind, patient))
+                questions.append(Question(index, turn, asked, message["content"].strip(), next(kinds), patients[index]))
     return questions
 
 
@@ -110,10 +117,15 @@ def answer_questions(
 ) -> list[str]:
     """The model's greedy answer to every question, from the gold history before it."""
     with_ecg = condition != "left_out" and processor.num_ecg_tokens > 0
-    others = other_patients([str(p) for p in _patients(data)], args.seed) if condition == "swapped" else None
+    others = np.arange(len(data))
+    if condition == "swapped" and with_ecg:
+        patients, num_ecgs = _patients(data), _num_ecgs(data)
+        for number in set(num_ecgs.tolist()) - {0}:
+            rows = np.flatnonzero(num_ecgs == number)
+            others[rows] = rows[other_patients([patients[row] for row in rows], args.seed)]
     answers = [""] * len(questions)
-    # chats of one length share a batch, so little of it is padding
-    order = sorted(range(len(questions)), key=lambda i: (len(questions[i].question), i))
+    # chats of about one length share a batch, so little of it is padding
+    order = sorted(range(len(questions)), key=lambda i: (questions[i].turn, len(questions[i].question), i))
     with tqdm(total=len(questions), desc=f"ECG {CONDITIONS[condition]}", unit="answer") as progress:
         for start in range(0, len(order), args.batch_size):
             indices = order[start : start + args.batch_size]
@@ -121,21 +133,24 @@ def answer_questions(
             for index in indices:
                 question = questions[index]
                 row = data[question.row]
-                if others is not None:
+                if others[question.row] != question.row:
                     row = {**row, "ecg": data[int(others[question.row])]["ecg"]}
                 turn = question.turn - len(row["messages"])  # from the end: a system prompt may come first
                 chats.append(to_chat(row, args.system_prompt, with_ecg)[:turn])
-            inputs = processor.apply_chat_template(
+            inputs: Any = processor.apply_chat_template(
                 chats,
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
                 processor_kwargs={"padding": True, "padding_side": "left"},
-            ).to(model.device)
+            )
+            inputs = inputs.to(model.device)
             if "ecg_values" in inputs and condition == "zeroed":
                 inputs["ecg_values"].zero_()
-            output = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
+            output: Any = model.generate(  # type: ignore[misc]  # wants attributes that no model declares
+                **inputs, max_new_tokens=args.max_new_tokens, do_sample=False
+            )
             new_tokens = output[:, inputs["input_ids"].shape[1] :]
             for index, text in zip(indices, processor.batch_decode(new_tokens, skip_special_tokens=True), strict=True):
                 answers[index] = text.strip()
@@ -144,7 +159,18 @@ def answer_questions(
 
 
 def _patients(data: Dataset) -> list[str]:
-    return data["patient_id"] if "patient_id" in data.column_names else [f"row {i}" for i in range(len(data))]
+    patients = data["patient_id"] if "patient_id" in data.column_names else [None] * len(data)
+    return [f"row {row}" if patient in (None, "") else str(patient) for row, patient in enumerate(patients)]
+
+
+def _num_ecgs(data: Dataset) -> np.ndarray:
+    if "ecg" not in data.column_names:
+        return np.zeros(len(data), dtype=int)
+    tables = data.select_columns("ecg").with_format("arrow").iter(1000)
+    columns = [table["ecg"] for table in tables]
+    if isinstance(data.features["ecg"], List):
+        return np.concatenate([pc.list_value_length(column).fill_null(0) for column in columns])
+    return np.concatenate([pc.is_valid(column) for column in columns]).astype(int)
 
 
 def bootstrap_interval(
@@ -211,7 +237,7 @@ def in_words(results: dict[str, Any]) -> str:
 
 
 def parse(argv: list[str] | None = None) -> EvaluationArguments:
-    (args,) = TrlParser(EvaluationArguments, prog="elm evaluate").parse_args_and_config(argv)
+    (args,) = ELMParser(EvaluationArguments, prog="elm evaluate").parse_args_and_config(argv)
     if not args.model_name_or_path:
         raise ValueError("Which model? Give its folder or Hub id as --model_name_or_path.")
     if args.perturb is not None:
@@ -222,7 +248,8 @@ def parse(argv: list[str] | None = None) -> EvaluationArguments:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
     model, processor = load_elm(args.model_name_or_path, dtype=args.dtype)
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]  # a wrapped method
+    model.eval()
     data = load_data(args, args.split, args.seed)
     if data is None:
         raise ValueError(f"--data {' '.join(args.data)} has no split {args.split!r}.")
@@ -262,6 +289,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     ]
     write_text(folder / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions))
     plot_exact_match(results, folder / "exact_match.png")
+    add_evaluation(folder, results)
     print(in_words(results))
     print(f"Results, predictions and plot in {folder.resolve()}", flush=True)
     return results

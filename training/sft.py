@@ -2,9 +2,13 @@
 
 import logging
 import os
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
@@ -19,12 +23,25 @@ from training.data import load_data
 logger = logging.getLogger(__name__)
 
 
+class ELMTrainer(SFTTrainer):
+    """TRL's trainer, but for augmentation: it is for training only."""
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        collator = self.data_collator
+        self.data_collator = replace(collator, augment_ecg=False)
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
+
+
 def parse(argv: list[str] | None = None) -> tuple[ELMArguments, SFTConfig, ModelConfig]:
     """Arguments of `elm sft`: ours, every one of TRL's SFTConfig and ModelConfig, and `--config FILE.yaml`."""
     parser = ELMParser((ELMArguments, SFTConfig, ModelConfig), prog="elm sft")
     parser.set_defaults(
         max_length=None,
         remove_unused_columns=False,
+        ddp_find_unused_parameters=True,  # one process may have a batch without ECG
         bf16=None if torch.cuda.is_available() else False,  # bf16 on a CPU is slow
     )
     args, training_args, model_args = parser.parse_args_and_config(argv)
@@ -33,6 +50,8 @@ def parse(argv: list[str] | None = None) -> tuple[ELMArguments, SFTConfig, Model
             "--distributed, but there is one process: start with `accelerate launch --multi_gpu training/sft.py ...` "
             "or `torchrun --nproc_per_node N training/sft.py ...`."
         )
+    if args.wandb and find_spec("wandb") is None:
+        raise ValueError("--wandb, but the package wandb is not installed: `pip install wandb`.")
     if args.wandb:
         training_args.report_to = [*training_args.report_to, "wandb"]
     return args, training_args, model_args
@@ -53,11 +72,13 @@ def build_base(
             attn_implementation=model_args.attn_implementation,
         )
     processor = build_processor(args)
-    base = Path(training_args.output_dir) / "base_model"
+    assert training_args.output_dir is not None  # TRL has a default
+    base = Path(training_args.output_dir).absolute() / "base_model"  # the adapter names it, for any working directory
     if not model_args.use_peft:
         return build_model(args, model_args, processor), processor
     with training_args.main_process_first(desc="building the base model"):
-        if training_args.process_index == 0 and not (base / "config.json").is_file():
+        resumed = training_args.resume_from_checkpoint is not None and (base / "config.json").is_file()
+        if training_args.process_index == 0 and not resumed:
             build_model(args, model_args, processor).save_pretrained(base)
             processor.save_pretrained(base)
             logger.info("Base model of the adapter: %s", base)
@@ -73,14 +94,14 @@ def main(argv: list[str] | None = None) -> None:
     eval_data = load_data(args, "validation", training_args.seed) if training_args.eval_strategy != "no" else None
 
     model, processor = build_base(args, training_args, model_args)
-    peft_config = lora_config(args, model_args, model, processor) if model_args.use_peft else None
+    peft_config = lora_config(args, model_args, model) if model_args.use_peft else None
     if peft_config is None:
         freeze(model, args.update)
 
     collator = ELMCollator(processor, args.system_prompt, args.perturb, args.augment_ecg, training_args.max_length)
     training_args.max_length = None  # the collator's business
     training_args.dataset_kwargs = {"skip_prepare_dataset": True}
-    trainer = SFTTrainer(
+    trainer = ELMTrainer(
         model=model,
         args=training_args,
         train_dataset=train_data,
@@ -90,12 +111,13 @@ def main(argv: list[str] | None = None) -> None:
         peft_config=peft_config,
     )
     if trainer.is_world_process_zero():
-        trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in trainer.model.parameters())
+        assert trainer.model is not None
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in trainer.model.parameters()]
+        total, trainable = sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
         print(f"{len(train_data)} chats; {trainable:,} of {total:,} parameters trained", flush=True)
 
     resume = training_args.resume_from_checkpoint
-    if resume is not None and resume.lower() in ("true", "last"):
+    if str(resume).lower() in ("true", "last"):  # YAML's true is a bool
         resume = get_last_checkpoint(training_args.output_dir)
         if resume is None:
             raise ValueError(f"--resume_from_checkpoint: no checkpoint in {training_args.output_dir}.")
@@ -105,6 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.save_state()
     trainer.save_model()
     if trainer.is_world_process_zero():
+        assert training_args.output_dir is not None
         write_model_card(Path(training_args.output_dir), args, model_args, model.config, processor)
         print(f"Saved model, processor and card to {os.path.abspath(training_args.output_dir)}", flush=True)
 

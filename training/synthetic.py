@@ -134,7 +134,7 @@ def _beats(findings: Findings, rng: np.random.Generator, seconds: float) -> tupl
     count = round(seconds / mean_rr)
     num_intervals = 2 * count + 4
     if findings.rhythm == "atrial fibrillation":
-        rr = rng.uniform(0.62, 1.55, num_intervals)
+        rr = rng.uniform(0.6, 1.6, num_intervals)
     else:  # respiratory sinus arrhythmia
         breath = 2 * np.pi * (rng.uniform(0.2, 0.3) * mean_rr * np.arange(num_intervals) + rng.uniform())
         rr = 1 + rng.uniform(0.01, 0.05) * np.sin(breath) + 0.005 * rng.standard_normal(num_intervals)
@@ -336,31 +336,59 @@ QUESTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
     ),
 }
-RECORDS_PER_TYPE = 12  # all numbers of answers (2, 3, 4, and 2 for each of 3 territories) divide it
-CYCLE = RECORDS_PER_TYPE * len(QUESTIONS)
+# Every record is asked about its axis, its QRS, its ST segments and its rhythm, the rhythm in one of three ways: the rate
+# goes with atrial fibrillation or not, because fast rhythms have no premature complexes here.
+CYCLE = 48  # records in which every answer to every question comes up equally often
+ASKED = {
+    "axis": range(48),
+    "wide_qrs": range(48),
+    "st_elevation": range(24),
+    "st_territory": range(24, 48),
+    "atrial_fibrillation": range(24),
+    "rate": range(24),
+    "rhythm": range(24, 36),
+    "premature": range(36, 48),
+}
 SPLITS = ("train", "validation", "test")
 
 
-def _findings_for(question_type: str, answer: str, territory: Territory, rng: np.random.Generator) -> Findings:
-    """Findings that make `answer` true and are drawn alike for all answers in everything else."""
+def _ask(rng: np.random.Generator, position: int) -> list[tuple[str, str, str, Territory]]:
+    """The questions to one record of a cycle, in random order: type, wording, answer and territory of each."""
+    questions = []
+    order_of_st = rng.permutation(CYCLE)  # what is asked of the ST segments has nothing to do with the rest
+    for question_type, asked in ASKED.items():
+        answers, wordings = QUESTIONS[question_type]
+        territories = TERRITORIES if question_type == "st_elevation" else TERRITORIES[:1]
+        choices = [(answer, territory) for answer in answers for territory in territories]
+        wording = wordings[rng.integers(len(wordings))]
+        slots = rng.permutation(len(asked))
+        place = order_of_st[position] if question_type.startswith("st_") else position
+        if place in asked:
+            answer, territory = choices[slots[place - asked.start] % len(choices)]
+            questions.append((question_type, wording, answer, territory))
+    return [questions[i] for i in rng.permutation(len(questions))]
+
+
+def _findings(questions: list[tuple[str, str, str, Territory]], rng: np.random.Generator) -> Findings:
+    """Findings that make the answers true, and are drawn alike for all answers in everything else."""
+    fixed: dict[str, Any] = {}
     not_premature = RHYTHMS[rng.integers(2)]
-    fixed: dict[str, Any]
-    if question_type == "rate":  # fast rhythms have no premature complexes here, so slow ones have none either
-        fixed = {"heart_rate": rng.uniform(*RATES[answer]), "rhythm": not_premature}
-    elif question_type == "wide_qrs":
-        fixed = {"wide_qrs": answer == "yes"}
-    elif question_type == "st_elevation":
-        elsewhere = [other for other in (None, *TERRITORIES) if other != territory]
-        fixed = {"st_elevation": territory if answer == "yes" else elsewhere[rng.integers(len(elsewhere))]}
-    elif question_type == "st_territory":
-        fixed = {"st_elevation": None if answer == "none" else answer}
-    elif question_type == "premature":
-        fixed = {"rhythm": "premature ventricular complexes" if answer == "yes" else not_premature}
-    elif question_type == "atrial_fibrillation":
-        others = [rhythm for rhythm in RHYTHMS if rhythm != "atrial fibrillation"]
-        fixed = {"rhythm": "atrial fibrillation" if answer == "yes" else others[rng.integers(len(others))]}
-    else:  # rhythm, axis: the answer is the finding
-        fixed = {question_type: answer}
+    for question_type, _, answer, territory in questions:
+        if question_type == "rate":
+            fixed["heart_rate"] = rng.uniform(*RATES[answer])
+        elif question_type == "wide_qrs":
+            fixed["wide_qrs"] = answer == "yes"
+        elif question_type == "st_elevation":
+            elsewhere = [other for other in (None, *TERRITORIES) if other != territory]
+            fixed["st_elevation"] = territory if answer == "yes" else elsewhere[rng.integers(len(elsewhere))]
+        elif question_type == "st_territory":
+            fixed["st_elevation"] = None if answer == "none" else answer
+        elif question_type == "premature":
+            fixed["rhythm"] = "premature ventricular complexes" if answer == "yes" else not_premature
+        elif question_type == "atrial_fibrillation":
+            fixed["rhythm"] = "atrial fibrillation" if answer == "yes" else "sinus rhythm"
+        else:  # rhythm, axis: the answer is the finding
+            fixed[question_type] = answer
     return sample_findings(rng, **fixed)
 
 
@@ -369,23 +397,23 @@ def make_record(
 ) -> dict[str, Any]:
     """Record `index` of a split as a row of `make_dataset`, the same whatever was made before it.
 
-    Records come in cycles of 96. In each cycle every question type has one wording and 12 records, and these have
-    every answer equally often, in a shuffled order: the text of a question tells nothing about its answer.
+    Its chat asks four or five questions in random order. Records come in cycles of 48, in each of which every question
+    type has one wording and every answer to it comes up equally often; the answers are shuffled independently of each
+    other, and the findings with them. So neither the text of a question nor the answers before it tell its answer.
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r}; expected one of {', '.join(map(repr, SPLITS))}.")
     cycle, position = divmod(index, CYCLE)
     stream = SPLITS.index(split)
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(stream, 0, cycle)))
-    which, slot = divmod(int(rng.permutation(CYCLE)[position]), RECORDS_PER_TYPE)
-    question_type = list(QUESTIONS)[which]
-    answers, wordings = QUESTIONS[question_type]
-    wording = wordings[rng.integers(len(wordings), size=len(QUESTIONS))[which]]
-    answer, territory = answers[slot % len(answers)], TERRITORIES[slot // len(answers) % len(TERRITORIES)]
+    questions = _ask(rng, int(rng.permutation(CYCLE)[position]))
 
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(stream, 1, index)))
-    findings = _findings_for(question_type, answer, territory, rng)
-    ecg = simulate_ecg(findings, rng, sampling_rate=sampling_rate, seconds=seconds)
+    ecg = simulate_ecg(_findings(questions, rng), rng, sampling_rate=sampling_rate, seconds=seconds)
+    messages = []
+    for _, wording, answer, territory in questions:
+        messages.append({"role": "user", "content": wording.format(territory=territory)})
+        messages.append({"role": "assistant", "content": answer})
     return {
         "ecg": {
             "array": np.rint(1000 * ecg).astype(np.int16),
@@ -393,13 +421,10 @@ def make_record(
             "lead_names": STANDARD_LEADS,
             "unit": "uV",
         },
-        "messages": [
-            {"role": "user", "content": wording.format(territory=territory)},
-            {"role": "assistant", "content": answer},
-        ],
+        "messages": messages,
         "record_id": f"synthetic-{seed}-{split}-{index:06d}",
         "patient_id": f"synthetic-{seed}-{split}-{index:06d}",  # one record each
-        "question_type": question_type,
+        "question_type": [question_type for question_type, *_ in questions],
     }
 
 
@@ -419,13 +444,14 @@ def make_dataset(
     num_proc: int | None = None,
     cache_dir: str | None = None,
 ) -> Dataset:
-    """Simulated ECGs with one question each, on disk in the cache of `datasets`.
+    """Simulated ECGs with four or five questions each, on disk in the cache of `datasets`.
 
-    The answers are exactly balanced for every text when `num_records` is a multiple of 96, else up to the last cycle.
+    The answers are exactly balanced for every text when `num_records` is a multiple of 48, else up to the last cycle.
 
     Returns:
         Columns `ecg` ({"array": int16 microvolts [12, samples], "sampling_rate", "lead_names", "unit"}), `messages`
-        (user, assistant), `record_id`, `patient_id`, `question_type`. A patient has one record.
+        (user and assistant in turn), `record_id`, `patient_id`, `question_type` (of each answer). A patient has one
+        record.
     """
     if num_records < 1:
         raise ValueError(f"num_records={num_records}; expected at least 1.")
@@ -440,7 +466,7 @@ def make_dataset(
             "messages": List({"role": Value("string"), "content": Value("string")}),
             "record_id": Value("string"),
             "patient_id": Value("string"),
-            "question_type": Value("string"),
+            "question_type": List(Value("string")),
         }
     )
     gen_kwargs = {

@@ -1,0 +1,80 @@
+"""What the speed benchmarks share."""
+
+import statistics
+import tempfile
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modeling_elm import ELMForConditionalGeneration
+from processing_elm import ELMProcessor
+from training import sft
+from training.build import build_model, build_processor
+from training.quickstart import CONFIG, save_small_llm
+from training.synthetic import make_record
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--llm", help="language model as of `elm sft`; default: the quickstart's small one")
+    parser.add_argument(
+        "--encoder", help="merl, mlae, mtae or st_mem in full size; default: the quickstart's small one"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="of each measurement; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+
+def make_rows(num_rows: int, seed: int) -> list[dict[str, Any]]:
+    return [make_record(index, seed) for index in range(num_rows)]
+
+
+def build(args: Namespace) -> tuple[ELMForConditionalGeneration, ELMProcessor]:
+    """An ELM as `elm sft` builds it, on the accelerator if there is one."""
+    torch.manual_seed(args.seed)
+    argv = ["--data", "simulated", "--output_dir", "unused"]
+    with tempfile.TemporaryDirectory() as folder:
+        if args.llm is None:
+            texts = [message["content"] for row in make_rows(960, args.seed) for message in row["messages"]]
+            save_small_llm(Path(folder), texts, args.seed)
+            argv += ["--config", str(CONFIG), "--llm", folder]
+        else:
+            argv += ["--llm", args.llm]
+        if args.encoder is not None:
+            argv += ["--encoder", args.encoder, "--encoder_config", "{}"]
+        elm_args, _, model_args = sft.parse(argv)
+        processor = build_processor(elm_args)
+        model = build_model(elm_args, model_args, processor)
+    model.to(DEVICE)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    where = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{size / 1e6:.1f} million parameters, {where}, torch {torch.__version__}", flush=True)
+    return model, processor
+
+
+def seconds(work: Callable[[], None]) -> float:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def interleaved(works: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+    """Median seconds of each work, after one that does not count.
+
+    Each round does every work once, every second round backwards: what else the machine does hurts all alike.
+    """
+    for work in works.values():
+        work()
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for index in range(repeats):
+        for name in list(works)[:: -1 if index % 2 else 1]:
+            times[name].append(seconds(works[name]))
+    return {name: statistics.median(values) for name, values in times.items()}

@@ -1,0 +1,178 @@
+from pathlib import Path
+
+import pytest
+from trl import ModelConfig, SFTConfig
+
+from training.arguments import ALIASES, ELMS, ELMArguments, ELMParser
+from training.evaluation import parse as parse_evaluation
+from training.sft import parse
+
+BASE = ["--data", "some/data", "--output_dir", "out", "--use_cpu"]
+
+
+def write_yaml(folder: Path, text: str) -> list[str]:
+    (folder / "config.yaml").write_text(text)
+    return ["--config", str(folder / "config.yaml")]
+
+
+@pytest.mark.parametrize(
+    ("options", "part", "name", "value"),
+    [
+        (["--epochs", "3"], 1, "num_train_epochs", 3),
+        (["--batch_size", "5"], 1, "per_device_train_batch_size", 5),
+        (["--lr", "1e-3"], 1, "learning_rate", 1e-3),
+        (["--peft"], 2, "use_peft", True),
+        (["--num_encoder_tokens", "7"], 0, "num_ecg_tokens", 7),
+        (["--segment_len", "1250"], 0, "num_samples", 1250),
+        (["--leads", "I", "aVR"], 0, "lead_names", ["I", "aVR"]),
+        (["--elm_ckpt", "folder"], 2, "model_name_or_path", "folder"),
+        (["--encoder_ckpt", "folder"], 0, "encoder_name_or_path", "folder"),
+        (["--optimizer", "adam"], 1, "optim", "adamw_torch"),
+        (["--optimizer=adamw"], 1, "optim", "adamw_torch"),
+        (["--optimizer", "adafactor"], 1, "optim", "adafactor"),
+        (["--optim", "adam"], 1, "optim", "adamw_torch"),
+        (["--llm_input_len", "512"], 1, "max_length", 512),
+        (["--data_representation", "signal"], 0, "representation", "signal"),
+        (["--perturb", "noise"], 0, "perturb", "noise"),
+        (["--update", "encoder", "llm"], 0, "update", ["encoder", "llm"]),
+        (["--data_subset", "0.5"], 0, "data_subset", 0.5),
+        (["--augment_ecg"], 0, "augment_ecg", True),
+        (["--gradient_accumulation_steps", "4"], 1, "gradient_accumulation_steps", 4),
+        (["--lr_scheduler_type", "cosine"], 1, "lr_scheduler_type", "cosine"),
+        (["--gradient_checkpointing", "false"], 1, "gradient_checkpointing", False),
+        (["--torch_compile"], 1, "torch_compile", True),
+        (["--lora_r", "4"], 2, "lora_r", 4),
+        (["--dtype", "bfloat16"], 2, "dtype", "bfloat16"),
+    ],
+)
+def test_option_reaches_its_field(options, part, name, value):
+    assert getattr(parse([*BASE, *options])[part], name) == value
+
+
+def test_every_alias_is_an_option():
+    options = ELMParser((ELMArguments, SFTConfig, ModelConfig))._option_string_actions
+    for alias, name in ALIASES.items():
+        assert options[f"--{alias}"] is options[f"--{name}"]
+
+
+@pytest.mark.parametrize("elm", ELMS)
+def test_elm_sets_architecture_and_connector(elm):
+    args, _, _ = parse([*BASE, "--elm", elm])
+    assert (args.architecture, args.connector) == ELMS[elm]
+
+
+def test_connector_beside_elm_wins():
+    args, _, _ = parse([*BASE, "--elm", "fuyu", "--connector", "conv"])
+    assert (args.architecture, args.connector) == ("fuyu", "conv")
+
+
+@pytest.mark.parametrize(
+    ("options", "connector", "num_ecg_tokens"),
+    [
+        ([], "linear", 12),
+        (["--connector", "mlp"], "mlp", 12),
+        (["--architecture", "fuyu"], "patch", 25),
+        (["--elm", "base_elf"], "flat", 1),
+        (["--elm", "conv_elf"], "conv", 25),
+        (["--architecture", "text"], None, 1),
+    ],
+)
+def test_defaults_of_each_architecture(options, connector, num_ecg_tokens):
+    args, _, _ = parse([*BASE, *options])
+    assert (args.connector, args.num_ecg_tokens) == (connector, num_ecg_tokens)
+
+
+def test_defaults_of_training():
+    args, training_args, _ = parse(BASE)
+    assert args.update == ["connector", "llm"]
+    assert training_args.max_length is None
+    assert not training_args.remove_unused_columns
+    assert not training_args.bf16
+
+
+def test_yaml_and_command_line(tmp_path):
+    config = write_yaml(
+        tmp_path,
+        "data: a/b\nlr: 1e-3\nnum_train_epochs: 4\noptimizer: adam\nleads: [II, V1]\nupdate: connector\n"
+        "encoder_config: {depths: [1, 1], widths: [8, 16]}\nresume_from_checkpoint: true\n",
+    )
+    args, training_args, _ = parse([*config, "--output_dir", "out", "--use_cpu", "--epochs", "9"])
+    assert args.data == ["a/b"]
+    assert training_args.learning_rate == 1e-3
+    assert training_args.num_train_epochs == 9  # the command line's
+    assert training_args.optim == "adamw_torch"
+    assert args.lead_names == ["II", "V1"]
+    assert args.update == ["connector"]
+    assert args.encoder_fields == {"depths": [1, 1], "widths": [8, 16]}
+    args, _, _ = parse([*BASE, *config, "--data", "c/d", "e/f", "--encoder_config", '{"depths": [2]}'])
+    assert args.data == ["c/d", "e/f"]
+    assert args.encoder_fields == {"depths": [2]}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bogus: 1\n", "Unknown arguments from config file.*bogus"),
+        ("perturb: nonsense\n", "perturb is 'nonsense' in the --config file; expected one of noise, zeros, only_text"),
+        ("architecture: clip\n", "architecture is 'clip'"),
+        ("elm: clip\n", "elm is 'clip'"),
+        ("update: [connector, head]\n", "update is 'head'"),
+        ("optimizer: muon\n", "optimizer is 'muon'"),
+        ("save_strategy: no\n", "save_strategy is False"),  # YAML's no
+        ("- data\n", "must contain a YAML mapping"),
+    ],
+)
+def test_wrong_yaml(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        parse([*BASE, *write_yaml(tmp_path, text)])
+
+
+def test_missing_yaml():
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
+        parse([*BASE, "--config", "nowhere.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data_subset", "0"], "--data_subset is 0.0"),
+        (["--data_subset", "1.5"], "--data_subset is 1.5"),
+        (["--encoder_config", "{depths"], "--encoder_config is not JSON"),
+        (["--encoder_config", "[1]"], r"--encoder_config is '\[1\]'; expected names and values"),
+        (["--distributed"], "--distributed, but there is one process"),
+        (["--bogus", "1"], "bogus"),
+    ],
+)
+def test_bad_values(options, message):
+    with pytest.raises(ValueError, match=message):
+        parse([*BASE, *options])
+
+
+@pytest.mark.parametrize("options", [["--update", "head"], ["--elm", "clip"], ["--perturb", "x"], ["--optimizer", "x"]])
+def test_bad_choices(options, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse([*BASE, *options])
+    assert "invalid choice" in capsys.readouterr().err
+
+
+def test_data_is_required(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse(["--output_dir", "out", "--use_cpu"])
+    assert "--data" in capsys.readouterr().err
+
+
+def test_wandb_absent(monkeypatch):
+    monkeypatch.setattr("training.sft.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="the package wandb is not installed"):
+        parse([*BASE, "--wandb"])
+
+
+def test_wandb_present(monkeypatch):
+    monkeypatch.setattr("training.sft.find_spec", lambda name: object())
+    assert parse([*BASE, "--wandb"])[1].report_to == ["wandb"]
+    assert parse([*BASE, "--wandb", "--report_to", "none"])[1].report_to == ["wandb"]
+
+
+def test_evaluation_knows_the_aliases_and_its_own_batch_size():
+    args = parse_evaluation(["--elm_ckpt", "folder", "--data", "some/data", "--batch_size", "3"])
+    assert (args.model_name_or_path, args.batch_size) == ("folder", 3)

@@ -1,0 +1,190 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import FAMILIES, TINY_ENCODERS, save_tiny_llm, tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from trl import ModelConfig
+
+from configuration_elm import ENCODER_CONFIGS
+from modeling_ecg_encoders import ENCODER_MODELS
+from modeling_elm import ELMForConditionalGeneration
+from training.arguments import ELMArguments
+from training.build import (
+    LLMS,
+    build_model,
+    build_processor,
+    chat_template,
+    freeze,
+    load_elm,
+    lora_config,
+    resolve_llm,
+)
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    return save_tiny_llm(tmp_path_factory.mktemp("llm"))
+
+
+def arguments(llm, **changes) -> ELMArguments:
+    defaults = {"encoder": "mtae", "num_samples": 500, "num_ecg_tokens": 4}
+    if changes.get("architecture", "llava") == "llava":
+        defaults["encoder_config"] = json.dumps(TINY_ENCODERS.get(changes.get("encoder", "mtae")))
+    return ELMArguments(data=["none"], llm=str(llm), **defaults | changes)
+
+
+def build(args: ELMArguments) -> ELMForConditionalGeneration:
+    return build_model(args, ModelConfig(), build_processor(args))
+
+
+@pytest.mark.parametrize(("name", "hub_id"), LLMS.items())
+def test_llm_by_name(name, hub_id):
+    assert resolve_llm(name) == hub_id
+    assert name == hub_id.split("/")[1].lower()
+
+
+def test_llm_by_id_or_folder(llm):
+    assert resolve_llm("owner/name") == "owner/name"
+    assert resolve_llm(str(llm)) == str(llm)
+
+
+@pytest.mark.parametrize("name", ["gpt-17", "./nowhere/llm", "/nowhere/llm", "a/b/c"])
+def test_unknown_llm(name):
+    with pytest.raises(ValueError, match=r"Unknown --llm .*llama-3\.2-1b-instruct.*local folder"):
+        resolve_llm(name)
+
+
+def test_llm_folder_without_model(tmp_path):
+    with pytest.raises(ValueError, match=r"without config\.json"):
+        resolve_llm(str(tmp_path))
+
+
+def test_unknown_encoder(llm):
+    with pytest.raises(ValueError, match="Unknown --encoder 'resnet'; expected one of merl, mlae, mtae, st_mem"):
+        build(arguments(llm, encoder="resnet", encoder_config=None))
+
+
+def test_unknown_encoder_field(llm):
+    with pytest.raises(ValueError, match="MTAEConfig has no field depth, width"):
+        build(arguments(llm, encoder_config='{"depth": 1, "width": 2}'))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_template_of_each_family(family):
+    template = chat_template(tiny_tokenizer(family))
+    markers = {"llama3": "<|eot_id|>", "qwen2_5": "<|im_end|>", "gemma2": "<end_of_turn>", "default": "User: "}
+    assert [name for name, marker in markers.items() if marker in template] == [family]
+    assert "{%- generation -%}" in template
+
+
+def test_pad_token(llm, tmp_path):
+    tokenizer = build_processor(arguments(llm)).tokenizer
+    assert tokenizer.pad_token == tokenizer.eos_token == "<|eot_id|>"
+    own = AutoTokenizer.from_pretrained(save_tiny_llm(tmp_path, "qwen2_5"))
+    own.pad_token = "<|endoftext|>"
+    own.save_pretrained(tmp_path)
+    assert build_processor(arguments(tmp_path)).tokenizer.pad_token == "<|endoftext|>"
+
+
+def test_processor_follows_the_arguments(llm):
+    changes = {"lead_names": ["II", "V5"], "sampling_rate": 100, "normalization": "minmax", "truncation": "center"}
+    processor = build_processor(arguments(llm, **changes))
+    extractor = processor.feature_extractor
+    assert extractor.lead_names == ["II", "V5"]
+    assert (extractor.sampling_rate, extractor.num_samples) == (100, 500)
+    assert (extractor.normalization, extractor.truncation) == ("minmax", "center")
+    assert processor.num_ecg_tokens == 4
+    assert processor.tokenizer.encode("<signal>", add_special_tokens=False) == [processor.ecg_token_id]
+    text_only = build_processor(arguments(llm, architecture="text"))
+    assert text_only.num_ecg_tokens == 0
+
+
+@pytest.mark.parametrize("encoder", TINY_ENCODERS)
+def test_model_follows_the_arguments(llm, encoder):
+    model = build(arguments(llm, encoder=encoder, lead_names=["I", "II", "V1", "V2"], connector="mlp"))
+    assert model.config.encoder_config.model_type == encoder
+    assert (model.config.num_leads, model.config.num_samples) == (4, 500)
+    assert model.get_ecg_features(torch.zeros(3, 4, 500)).shape[:2] == (3, 4)
+
+
+def test_embeddings_grow_only_where_needed(llm, tmp_path):
+    args = arguments(llm)
+    old = AutoModelForCausalLM.from_pretrained(llm)
+    model = build(args)
+    assert model.config.text_config.vocab_size == old.config.vocab_size + 1
+    assert model.get_input_embeddings().num_embeddings == old.config.vocab_size + 1
+    assert torch.equal(model.get_input_embeddings().weight[:-1], old.get_input_embeddings().weight)
+
+    spare = save_tiny_llm(tmp_path)
+    config = AutoConfig.from_pretrained(spare)
+    config.vocab_size = 320
+    AutoModelForCausalLM.from_config(config).save_pretrained(spare)
+    assert build(arguments(spare)).get_input_embeddings().num_embeddings == 320
+
+
+def test_pretrained_encoder(llm, tmp_path):
+    encoder = ENCODER_MODELS["mtae"](ENCODER_CONFIGS["mtae"](num_samples=500, **TINY_ENCODERS["mtae"]))
+    encoder.save_pretrained(tmp_path)
+    model = build(arguments(llm, encoder_name_or_path=str(tmp_path)))
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(model.model.encoder.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("update", [["encoder"], ["connector"], ["llm"], ["encoder", "llm"]])
+def test_freeze(llm, update):
+    model = build(arguments(llm))
+    freeze(model, update)
+    trained = {
+        "encoder": model.model.encoder.parameters(),
+        "connector": model.model.connector.parameters(),
+        "llm": [*model.model.language_model.parameters(), *model.lm_head.parameters()],
+    }
+    for part, parameters in trained.items():
+        assert {parameter.requires_grad for parameter in parameters} == {part in update}
+
+
+def test_frozen_encoder_stays_in_eval_mode(llm):
+    model = build(arguments(llm, encoder="merl"))
+    freeze(model, ["connector", "llm"])
+    assert not model.train().model.encoder.training
+    freeze(model, ["encoder"])
+    assert model.train().model.encoder.training
+
+
+def test_freeze_errors(llm):
+    with pytest.raises(ValueError, match="a fuyu ELM has no encoder"):
+        freeze(build(arguments(llm, architecture="fuyu")), ["encoder", "llm"])
+    with pytest.raises(ValueError, match="leaves nothing to train in a text ELM"):
+        freeze(build(arguments(llm, architecture="text")), ["connector"])
+
+
+def test_lora_config(llm):
+    model = build(arguments(llm))
+    config = lora_config(arguments(llm), ModelConfig(lora_r=3), model)
+    assert config.r == 3
+    assert config.modules_to_save == ["connector"]
+    config = lora_config(arguments(llm, update=["encoder", "llm"]), ModelConfig(), model)
+    assert config.modules_to_save == ["encoder"]
+    with pytest.raises(ValueError, match="--peft adapts the language model"):
+        lora_config(SimpleNamespace(update=["connector"]), ModelConfig(), model)
+
+
+def test_load_elm_from_an_empty_folder(tmp_path):
+    with pytest.raises(ValueError, match=r"has no config\.json and no adapter_config\.json"):
+        load_elm(str(tmp_path))
+
+
+def test_load_elm(llm, tmp_path):
+    args = arguments(llm)
+    processor = build_processor(args)
+    model = build_model(args, ModelConfig(), processor)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded, loaded_processor = load_elm(str(tmp_path))
+    assert isinstance(loaded, ELMForConditionalGeneration)
+    assert loaded_processor.num_ecg_tokens == 4
+    assert loaded_processor.chat_template == processor.chat_template
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name

@@ -1,0 +1,206 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import Dataset, DatasetDict, load_from_disk
+from helpers import save_tiny_data, tiny_processor
+
+from training.arguments import DataArguments
+from training.collator import ELMCollator
+from training.data import load_data, to_chat
+from training.synthetic import make_dataset
+
+ECG = {"array": np.zeros((12, 500)), "sampling_rate": 250, "unit": "mV"}
+ASKED = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "yes"}]
+
+
+def load(*names: Any, split: str = "train", seed: int = 0, **options: Any) -> Dataset | None:
+    return load_data(DataArguments(data=[str(name) for name in names], **options), split, seed)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A DatasetDict of plain lists."""
+    return save_tiny_data(tmp_path_factory.mktemp("data") / "saved", train=6, test=3)
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory) -> Path:
+    """One Dataset of fixed [12, 1000] arrays, another length and rate than `saved`."""
+    folder = tmp_path_factory.mktemp("data") / "simulated"
+    make_dataset(4, seed=1, sampling_rate=200, seconds=5.0, cache_dir=str(folder.parent)).save_to_disk(folder)
+    return folder
+
+
+def json_lines(folder: Path, rows: list[dict[str, Any]], split: str = "train") -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def plain_ecg(value: float = 0.0) -> dict[str, Any]:
+    return {"array": [[value] * 500] * 12, "sampling_rate": 250, "unit": "mV"}
+
+
+def test_saved_splits(saved):
+    assert len(load(saved)) == 6
+    assert len(load(saved, split="test")) == 3
+    assert load(saved, split="validation") is None
+    ecg = load(saved)[0]["ecg"]
+    assert ecg["array"].shape == (12, 500)
+    assert ecg["array"].dtype.kind == "i"  # microvolts, not Python numbers
+
+
+def test_single_dataset_is_train(simulated):
+    assert len(load(simulated)) == 4
+    assert load(simulated, split="test") is None
+
+
+def test_parquet_folder(saved, tmp_path):
+    load_from_disk(saved)["train"].to_parquet(tmp_path / "train.parquet")
+    load_from_disk(saved)["test"].to_parquet(tmp_path / "test-00000-of-00001.parquet")
+    assert len(load(tmp_path, split="test")) == 3
+    assert np.array_equal(load(tmp_path)[2]["ecg"]["array"], load(saved)[2]["ecg"]["array"])
+
+
+def test_json_lines_folder(tmp_path):
+    json_lines(tmp_path, [{"messages": ASKED, "ecg": plain_ecg(1.5)}, {"messages": ASKED, "ecg": None}])
+    data = load(tmp_path)
+    assert data[0]["ecg"]["array"].shape == (12, 500)
+    assert data[0]["ecg"]["array"][3, 4] == 1.5
+    assert data[1]["ecg"] is None
+
+
+def test_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    json_lines(tmp_path / "chats", [{"messages": ASKED}])
+    assert len(load("~/chats")) == 1
+
+
+def test_mixed_datasets(saved, simulated, tmp_path):
+    words = json_lines(tmp_path / "words", [{"messages": ASKED}])
+    floats = json_lines(tmp_path / "floats", [{"messages": ASKED, "ecg": plain_ecg(0.25)}])
+    data = load(saved, simulated, words)
+    assert len(data) == 11
+    assert data[0]["ecg"]["array"].shape == (12, 500)
+    assert data[6]["ecg"]["array"].shape == (12, 1000)
+    assert np.array_equal(data[6]["ecg"]["array"], load(simulated)[0]["ecg"]["array"])
+    assert data[6]["ecg"]["sampling_rate"] == 200
+    assert data[10]["ecg"] is None
+    assert load(saved, saved, split="test").num_rows == 6
+    assert load(floats, json_lines(tmp_path / "more", [{"messages": ASKED, "ecg": plain_ecg()}])).num_rows == 2
+
+
+def test_split_of_some_of_the_datasets(saved, simulated):
+    assert len(load(saved, simulated, split="test")) == 3
+
+
+def test_subset_is_seeded(saved):
+    def ids(seed: int) -> list[str]:
+        return load(saved, data_subset=0.5, seed=seed)["record_id"][:]
+
+    assert len(ids(0)) == 3
+    assert ids(0) == ids(0)
+    assert any(ids(0) != ids(seed) for seed in range(1, 4))
+    assert len(load(saved, data_subset=0.001)) == 1
+
+
+def test_wrong_columns(tmp_path):
+    with pytest.raises(ValueError, match=r"has the columns \['text'\]; expected 'messages'"):
+        load(json_lines(tmp_path, [{"text": "words"}]))
+
+
+def test_unknown_name(tmp_path):
+    with pytest.raises(ValueError, match="No dataset 'nowhere'"):
+        load("nowhere")
+    with pytest.raises(ValueError, match="No dataset '/nowhere/at/all'"):
+        load("/nowhere/at/all")
+    with pytest.raises(FileNotFoundError, match="doesn't contain any data files"):
+        load(tmp_path)
+
+
+def test_rows_of_two_one_and_no_ecg(tmp_path):
+    both = [{"type": "ecg"}, {"type": "text", "text": "and"}, {"type": "ecg"}, {"type": "text", "text": "Same?"}]
+    words = [{"type": "text", "text": "Hello?"}]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}
+    rows = [
+        {"messages": [{"role": "user", "content": both}, answer], "ecg": [plain_ecg(1.0), plain_ecg(2.0)]},
+        {"messages": [{"role": "user", "content": words}, answer], "ecg": [plain_ecg(3.0)]},
+        {"messages": [{"role": "user", "content": words}, answer], "ecg": None},
+        {"messages": [{"role": "user", "content": words}, answer], "ecg": []},
+    ]
+    data = load(json_lines(tmp_path / "one", rows))
+    mixed = load(tmp_path / "one", json_lines(tmp_path / "two", rows[:1]))
+    processor = tiny_processor(num_ecg_tokens=4)
+    batch = ELMCollator(processor)(data.__getitems__([0, 1, 2, 3]))
+    assert batch["ecg_values"][:, 0, 0].tolist() == [1.0, 2.0, 3.0]
+    assert (batch["input_ids"] == processor.ecg_token_id).sum(1).tolist() == [8, 4, 0, 0]
+    assert "ecg_values" not in ELMCollator(processor)([data[2]])
+    assert ELMCollator(processor)([mixed[4]])["ecg_values"][:, 0, 0].tolist() == [1.0, 2.0]
+
+
+def test_rows_of_paths(tmp_path):
+    data = load(json_lines(tmp_path, [{"messages": ASKED, "ecg": ["a.csv", "b.csv"]}, {"messages": ASKED, "ecg": None}]))
+    parts = to_chat(data[0])[0]["content"]
+    assert [part.get("path") for part in parts] == ["a.csv", "b.csv", None]
+    assert len(to_chat(data[1])[0]["content"]) == 1
+
+
+def test_ecg_stands_before_the_first_user_message():
+    messages = [{"role": "system", "content": "Be brief."}, *ASKED, *ASKED]
+    chat = to_chat({"messages": messages, "ecg": ECG})
+    assert [message["role"] for message in chat] == ["system", "user", "assistant", "user", "assistant"]
+    assert chat[1]["content"] == [{"type": "ecg", "ecg": ECG}, {"type": "text", "text": "Is it?"}]
+    assert all(part["type"] == "text" for message in chat[2:] for part in message["content"])
+
+
+def test_ecg_stands_where_the_messages_say():
+    places = [{"type": "text", "text": "This:"}, {"type": "ecg"}]
+    later = [{"type": "ecg"}, {"type": "text", "text": "and now?"}]
+    messages = [{"role": "user", "content": places}, ASKED[1], {"role": "user", "content": later}]
+    chat = to_chat({"messages": messages, "ecg": [ECG, "file.xml"]})
+    assert chat[0]["content"][1] == {"type": "ecg", "ecg": ECG}
+    assert chat[2]["content"][0] == {"type": "ecg", "path": "file.xml"}
+    assert places[1] == {"type": "ecg"}  # the row is as it was
+
+
+def test_system_prompt():
+    chat = to_chat({"messages": ASKED, "ecg": ECG}, system_prompt="Be brief.")
+    assert chat[0] == {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+    assert chat[1]["content"][0]["type"] == "ecg"
+    own = [{"role": "system", "content": "Its own."}, *ASKED]
+    chat = to_chat({"messages": own}, system_prompt="Be brief.")
+    assert [message["role"] for message in chat] == ["system", "user", "assistant"]
+    assert chat[0]["content"][0]["text"] == "Its own."
+
+
+def test_without_ecg():
+    messages = [{"role": "user", "content": [{"type": "ecg"}, {"type": "text", "text": "Is it?"}]}, ASKED[1]]
+    for row in ({"messages": messages, "ecg": ECG}, {"messages": ASKED, "ecg": ECG}, {"messages": ASKED}):
+        assert to_chat(row, with_ecg=False)[0]["content"] == [{"type": "text", "text": "Is it?"}]
+
+
+def test_a_chat_without_user_needs_no_ecg():
+    assert len(to_chat({"messages": [ASKED[1]], "ecg": None})) == 1
+    with pytest.raises(ValueError, match="no user message to put its ECG in"):
+        to_chat({"messages": [ASKED[1]], "ecg": ECG})
+
+
+@pytest.mark.parametrize("ecg", [None, [ECG], [ECG] * 3])
+def test_places_and_ecgs_differ(ecg):
+    content = [{"type": "ecg"}, {"type": "ecg"}]
+    with pytest.raises(ValueError, match=r"2 places for ECGs, but the row has \d ECGs"):
+        to_chat({"messages": [{"role": "user", "content": content}], "ecg": ecg})
+
+
+def test_no_messages():
+    with pytest.raises(ValueError, match="row 17 has no messages"):
+        to_chat({"messages": [], "record_id": "17"})
+
+
+def test_saved_dataset_dict_of_other_splits(tmp_path):
+    DatasetDict(val=Dataset.from_list([{"messages": ASKED}])).save_to_disk(tmp_path)
+    assert load(tmp_path) is None
+    assert len(load(tmp_path, split="val")) == 1

@@ -1,0 +1,569 @@
+import itertools
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    TINY_ENCODERS,
+    golden_state_dict,
+    run_isolated,
+    save_tiny_llm,
+    tiny_elm_config,
+    tiny_processor,
+)
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    CohereConfig,
+    Gemma3Config,
+    GenerationConfig,
+    GPT2Config,
+    OPTConfig,
+    PhiConfig,
+)
+
+from configuration_elm import ENCODER_CONFIGS
+from modeling_ecg_encoders import ENCODER_MODELS
+from modeling_elm import CONNECTOR_MODULES, ELMForConditionalGeneration
+from training.convert import convert_state_dict
+
+FAMILIES = ["llama3", "qwen2_5", "gemma2"]
+FUYU = ["flat", "patch", "conv"]
+ECG_PARTS = [*TINY_ENCODERS, *FUYU]
+# every encoder with every connector of llava, the connectors of fuyu, and text only
+PAIRINGS = [(encoder, {"connector": name}) for encoder in TINY_ENCODERS for name in ("linear", "mlp")]
+PAIRINGS += [(ecg_part, {}) for ecg_part in [*FUYU, None]]
+PAIRING_IDS = ["-".join([str(ecg_part), *changes.values()]) for ecg_part, changes in PAIRINGS]
+PLACEHOLDER = 299
+MODES = {
+    "greedy": {},
+    "no cache": {"use_cache": False},
+    "static cache": {"cache_implementation": "static"},
+    "beams": {"num_beams": 3},
+    "beams, two answers": {"num_beams": 3, "num_return_sequences": 2},
+}
+
+
+def tiny_elm(ecg_part="merl", family="llama3", **changes):
+    """In float32 and eval mode, so sensitive that another ECG makes another answer.
+
+    Random weights make much the same of all records: the features are centred and scaled to a deviation of 1 here.
+    """
+    torch.manual_seed(0)
+    model = ELMForConditionalGeneration(tiny_elm_config(ecg_part, family, **changes)).eval()
+    with torch.no_grad():
+        for parameter in model.model.language_model.layers.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8)
+        if ecg_part is not None:
+            connector = model.model.connector
+            last = connector.linear_2 if hasattr(connector, "linear_2") else connector.projection
+            features = model.get_ecg_features(records(3))
+            last.bias.sub_(features.mean((0, 1))).div_(features.std((0, 1)))
+            last.weight.div_(features.std((0, 1))[:, None])
+    return model
+
+
+def records(number):
+    return torch.randn(number, 12, 500, generator=torch.Generator().manual_seed(0))
+
+
+def mixed_batch(model):
+    """Samples with 2, 0 and 1 ECGs, padded on the left, as one batch and each alone."""
+    ecg = [PLACEHOLDER] * model.config.num_ecg_tokens
+    prompts = [[*ecg, 7, 8, 9, *ecg, 10], [11, 12], [13, *ecg, 14, 15, 16]]
+    if model.config.architecture == "text":
+        prompts = [[20, 7, 8, 9, 21, 10], [11, 12], [13, 14, 15, 16]]
+        groups: list = [None, None, None]
+        ecg_values = None
+    else:
+        ecg_values = records(3)
+        groups = [ecg_values[:2], None, ecg_values[2:]]
+    length = max(map(len, prompts))
+    input_ids = torch.tensor([[0] * (length - len(prompt)) + prompt for prompt in prompts])
+    attention_mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "ecg_values": ecg_values}
+    alone = [
+        {
+            "input_ids": torch.tensor([prompt]),
+            "attention_mask": torch.ones(1, len(prompt), dtype=int),
+            "ecg_values": ecgs,
+        }
+        for prompt, ecgs in zip(prompts, groups, strict=True)
+    ]
+    return batch, alone
+
+
+def logits(model, **inputs):
+    with torch.no_grad():
+        return model.eval()(**inputs).logits
+
+
+def new_tokens(model, inputs, **kwargs):
+    """Ten tokens that follow each prompt, [sequences, 10]."""
+    output = model.generate(**inputs, max_new_tokens=10, min_new_tokens=10, do_sample=False, **kwargs)
+    return output[:, -10:]
+
+
+def train_step(model, batch):
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    loss = model(**batch, labels=labels).loss
+    loss.backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+class TestPairings:
+    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize(("ecg_part", "changes"), PAIRINGS, ids=PAIRING_IDS)
+    def test_forward_backward_save_and_load(self, ecg_part, changes, family, tmp_path):
+        model = tiny_elm(ecg_part, family, **changes)
+        batch, _ = mixed_batch(model)
+        expected = logits(model, **batch)
+        assert expected.shape == (*batch["input_ids"].shape, 300)
+        assert expected.isfinite().all()
+
+        loss, gradients = train_step(model.train(), batch)
+        assert loss.isfinite()
+        assert [name for name, gradient in gradients.items() if gradient is None or not gradient.any()] == []
+
+        model.eval().save_pretrained(tmp_path)  # the step moved the running statistics of batch norm
+        loaded, info = ELMForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(info.values())
+        assert torch.equal(logits(loaded, **batch), logits(model, **batch))
+        assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) is (family != "llama3")
+
+    @pytest.mark.parametrize(("ecg_part", "num_ecg_tokens"), [*((part, 4) for part in ECG_PARTS if part != "flat"), ("flat", 1), ("merl", 1), ("conv", 1)])  # fmt: skip
+    def test_ecg_features(self, ecg_part, num_ecg_tokens):
+        model = tiny_elm(ecg_part, num_ecg_tokens=num_ecg_tokens)
+        features = model.get_ecg_features(records(3))
+        assert features.shape == (3, num_ecg_tokens, 32)
+        torch.testing.assert_close(features[1:2], model.get_ecg_features(records(3)[1:2]))
+        assert not torch.allclose(features[0], features[1])
+
+    def test_more_tokens_average_less_of_the_encoder(self):
+        """The encoder's 26 tokens in two equal halves."""
+        model = tiny_elm("mtae", connector="linear", num_ecg_tokens=2)
+        tokens = model.model.encoder(records(2)).last_hidden_state
+        expected = torch.stack([tokens[:, :13].mean(1), tokens[:, 13:].mean(1)], dim=1)
+        torch.testing.assert_close(model.get_ecg_features(records(2)), model.model.connector(expected))
+
+
+@pytest.mark.parametrize("kind", CONNECTOR_MODULES)
+def test_golden_parity_of_connectors(kind, shared):
+    golden = shared / "golden"
+    shapes = json.loads((golden / "connector_state_dicts.json").read_text())[kind]
+    encoders = load_file(golden / "encoders.safetensors")
+    changes = {"connector": kind} if kind in ("linear", "mlp") else {"num_samples": 2500}
+    changes |= {"num_ecg_tokens": 50} if kind in ("patch", "conv") else {}
+    config = tiny_elm_config("st_mem" if kind in ("linear", "mlp") else kind, **changes)
+    config.text_config.hidden_size = 64
+    if config.encoder_config is not None:
+        config.encoder_config.hidden_size = 768
+    connector = CONNECTOR_MODULES[kind](config)
+    connector.load_state_dict(convert_state_dict(kind, golden_state_dict(shapes)), strict=True)
+    with torch.no_grad():
+        output = connector(encoders["st_mem.tokens5"] if config.encoder_config is not None else encoders["input"])
+    expected = load_file(golden / "connectors.safetensors")[kind].reshape(output.shape)
+    assert (output - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+class TestPlacement:
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_features_stand_at_the_placeholders(self, family):
+        model = tiny_elm("merl", family)
+        batch, _ = mixed_batch(model)
+        input_ids, ecg_values = batch.pop("input_ids"), batch.pop("ecg_values")
+        expected = logits(model, input_ids=input_ids, ecg_values=ecg_values, **batch)
+        embeddings = model.get_input_embeddings()(input_ids).detach()
+        by_model = logits(model, inputs_embeds=embeddings, ecg_values=ecg_values, **batch)
+        features = iter(model.get_ecg_features(ecg_values).detach().flatten(0, 1))
+        by_hand = embeddings.clone()
+        for row, column in (input_ids == PLACEHOLDER).nonzero().tolist():
+            by_hand[row, column] = next(features)
+        assert next(features, None) is None
+        assert torch.equal(by_model, expected)
+        assert torch.equal(logits(model, inputs_embeds=by_hand, **batch), expected)
+        assert not torch.allclose(logits(model, inputs_embeds=embeddings, **batch), expected)
+
+    @pytest.mark.parametrize("ecg_part", ECG_PARTS)
+    def test_order_of_the_ecgs(self, ecg_part):
+        model = tiny_elm(ecg_part)
+        batch, _ = mixed_batch(model)
+        swapped = batch | {"ecg_values": batch["ecg_values"][[1, 0, 2]]}
+        difference = (logits(model, **batch) - logits(model, **swapped)).abs().amax((1, 2))
+        assert difference[0] > 1e-3
+        assert difference[1:].max() < 1e-5
+
+    @pytest.mark.parametrize("num_ecgs", [2, 4])
+    def test_as_many_ecgs_as_placeholders(self, num_ecgs):
+        batch, _ = mixed_batch(model := tiny_elm())
+        with pytest.raises(
+            ValueError, match=rf"The text has 12 ECG placeholder tokens, but {num_ecgs} ECGs of 4 tokens"
+        ):
+            model(**batch | {"ecg_values": records(num_ecgs)})
+
+    def test_ids_or_embeddings(self):
+        model = tiny_elm()
+        input_ids = torch.tensor([[1, 2]])
+        for inputs in ({}, {"input_ids": input_ids, "inputs_embeds": model.get_input_embeddings()(input_ids)}):
+            with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+                model(**inputs)
+
+    @pytest.mark.parametrize("ecg_part", FUYU)
+    @pytest.mark.parametrize("shape", [(1, 12, 400), (1, 8, 500), (1, 500, 12), (12, 500)])
+    def test_fuyu_reads_records_of_one_shape(self, ecg_part, shape):
+        with pytest.raises(ValueError, match=rf"the {ecg_part} connector reads \[ECGs, 12 leads, 500 samples\]"):
+            tiny_elm(ecg_part).get_ecg_features(torch.zeros(shape))
+
+    def test_text_only_reads_no_ecg(self):
+        with pytest.raises(ValueError, match="text only"):
+            tiny_elm(None)(input_ids=torch.tensor([[1, PLACEHOLDER]]), ecg_values=records(1))
+
+    def test_more_tokens_than_the_encoder_makes(self):
+        with pytest.raises(ValueError, match="num_ecg_tokens=14, but the mlae encoder makes 13 tokens"):
+            tiny_elm("mlae", num_ecg_tokens=14).get_ecg_features(records(1))
+
+    def test_encoder_of_another_kind(self):
+        with pytest.raises(ValueError, match="No ECG encoder 'clip_vision_model'; expected one of merl"):
+            ELMForConditionalGeneration(tiny_elm_config("merl", encoder_config=CLIPVisionConfig()))
+
+
+class TestGeneration:
+    @pytest.mark.parametrize(
+        ("ecg_part", "family", "modes"),
+        [
+            *(("merl", family, MODES) for family in FAMILIES),
+            *((ecg_part, "llama3", ["greedy", "beams"]) for ecg_part in [*ECG_PARTS[1:], None]),
+        ],
+    )
+    def test_a_batch_answers_as_its_samples_alone(self, ecg_part, family, modes):
+        model = tiny_elm(ecg_part, family)
+        batch, alone = mixed_batch(model)
+        answers = {}
+        for mode in modes:
+            answers[mode] = new_tokens(model, batch, **MODES[mode])
+            single = torch.cat([new_tokens(model, sample, **MODES[mode]) for sample in alone])
+            assert torch.equal(answers[mode], single), mode
+        assert all(torch.equal(answers["greedy"], answers[mode]) for mode in modes if "beams" not in mode)
+        if ecg_part is not None:  # the comparison would see an ECG of the wrong sample
+            other = new_tokens(model, batch | {"ecg_values": batch["ecg_values"][[1, 2, 0]]})
+            assert (answers["greedy"] != other).any(1).tolist() == [True, False, True]
+
+    @pytest.mark.parametrize("kwargs", [{}, {"use_cache": False}])
+    def test_from_embeddings(self, kwargs):
+        model = tiny_elm()
+        batch, _ = mixed_batch(model)
+        embeddings = model.get_input_embeddings()(batch["input_ids"])
+        only_embeddings = {key: value for key, value in batch.items() if key != "input_ids"} | {
+            "inputs_embeds": embeddings
+        }
+        expected = new_tokens(model, batch)
+        assert torch.equal(new_tokens(model, only_embeddings, **kwargs), expected)
+        beams = new_tokens(model, batch | {"inputs_embeds": embeddings}, num_beams=3)
+        assert torch.equal(beams, new_tokens(model, batch, num_beams=3))
+        with pytest.raises(ValueError, match="Beams and several sequences need input_ids beside ecg_values"):
+            new_tokens(model, only_embeddings, num_beams=3)
+
+    @pytest.mark.parametrize(
+        "kwargs",
+        [{}, {"num_beams": 2}, {"do_sample": True}, {"generation_config": GenerationConfig(max_new_tokens=5)}],
+    )
+    def test_the_placeholder_is_never_written(self, kwargs, tmp_path):
+        model = tiny_elm()
+        batch, _ = mixed_batch(model)
+        model.save_pretrained(tmp_path)
+        for elm in (model, ELMForConditionalGeneration.from_pretrained(tmp_path)):
+            prefer_placeholder = nn.functional.one_hot(torch.tensor(PLACEHOLDER), 300) * 1e4
+            elm.lm_head.register_forward_hook(lambda module, args, output, bonus=prefer_placeholder: output + bonus)
+            assert (logits(elm, **batch)[:, -1].argmax(-1) == PLACEHOLDER).all()
+            output = elm.generate(**batch, **{"max_new_tokens": 5} | kwargs)
+            assert not (output[:, batch["input_ids"].shape[1] :] == PLACEHOLDER).any()
+
+    def test_other_suppressed_tokens_stay(self, tmp_path):
+        save_tiny_llm(tmp_path)
+        GenerationConfig(suppress_tokens=[3]).save_pretrained(tmp_path)
+        model = ELMForConditionalGeneration.from_encoder_llm_pretrained(
+            tmp_path, architecture="fuyu", connector="flat", ecg_token_id=7
+        )
+        assert model.generation_config.suppress_tokens == [3, 7]
+
+
+class TestNumerics:
+    @pytest.mark.parametrize("ecg_part", ["merl", "st_mem", "conv"])
+    def test_bfloat16(self, ecg_part, tmp_path):
+        model = tiny_elm(ecg_part, "gemma2")
+        batch, _ = mixed_batch(model)
+        model.save_pretrained(tmp_path)
+        loaded = ELMForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+        output = logits(loaded, **batch)
+        assert output.dtype == torch.bfloat16
+        torch.testing.assert_close(output.float(), logits(model, **batch), atol=0.1, rtol=0.1)
+        assert new_tokens(loaded, batch).shape == (3, 10)
+
+    @pytest.mark.parametrize(("family", "llm_calls"), [("llama3", 2), ("gemma2", 0)])
+    def test_sdpa_is_used_and_equals_eager(self, family, llm_calls, monkeypatch, tmp_path):
+        """By the encoder's layer and the language model's two; the soft cap of Gemma 2 needs eager."""
+        model = tiny_elm("st_mem", family)
+        batch, _ = mixed_batch(model)
+        model.save_pretrained(tmp_path)
+        eager = ELMForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="eager")
+        calls = []
+        sdpa = nn.functional.scaled_dot_product_attention
+        monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", lambda *args, **kwargs: calls.append(1) or sdpa(*args, **kwargs))  # fmt: skip
+        expected = logits(eager, **batch)
+        assert calls == []
+        output = logits(model, **batch)
+        assert len(calls) == 1 + llm_calls
+        mask = batch["attention_mask"].bool()
+        torch.testing.assert_close(output[mask], expected[mask], atol=1e-4, rtol=1e-4)
+
+    @pytest.mark.parametrize(("ecg_part", "module"), [("merl", "stages.0.0.convs.0"), ("st_mem", "layers.0.mlp")])
+    def test_gradient_checkpointing(self, ecg_part, module):
+        """Of the language model and of the encoder: each layer runs once more in the backward pass."""
+        model = tiny_elm(ecg_part).train()
+        batch, _ = mixed_batch(model)
+        runs = []
+        for layer in (model.model.language_model.layers[0].mlp, model.model.encoder.get_submodule(module)):
+            layer.register_forward_pre_hook(lambda module, args: runs.append(type(module)))
+        loss, gradients = train_step(model, batch)
+        once = runs.copy()
+        model.zero_grad()
+        model.gradient_checkpointing_enable()
+        checkpointed_loss, checkpointed = train_step(model, batch)
+        assert Counter(runs) == Counter(once * 3)
+        torch.testing.assert_close(checkpointed_loss, loss)
+        torch.testing.assert_close(checkpointed, gradients)
+
+    def test_compiled_training_step(self):
+        model = tiny_elm("st_mem").train()
+        batch, _ = mixed_batch(model)
+        loss, gradients = train_step(model, batch)
+        model.zero_grad()
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        compiled_loss = torch.compile(model, backend="aot_eager")(**batch, labels=labels).loss
+        compiled_loss.backward()
+        torch.testing.assert_close(compiled_loss.detach(), loss)
+        torch.testing.assert_close({name: p.grad for name, p in model.named_parameters()}, gradients)
+
+    def test_a_loss_over_accumulated_batches(self):
+        """The trainer gives the number of labels of all its micro batches."""
+        model = tiny_elm()
+        batch, _ = mixed_batch(model)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        mean = model(**batch, labels=labels).loss
+        number = (labels[:, 1:] != -100).sum()
+        torch.testing.assert_close(model(**batch, labels=labels, num_items_in_batch=2 * number).loss, mean / 2)
+
+    def test_logits_to_keep(self):
+        model = tiny_elm(family="gemma2")
+        batch, _ = mixed_batch(model)
+        torch.testing.assert_close(logits(model, **batch, logits_to_keep=1), logits(model, **batch)[:, -1:])
+
+    @pytest.mark.parametrize("ecg_part", ["merl", "st_mem"])
+    def test_a_frozen_encoder_stays_in_eval_mode(self, ecg_part):
+        model = tiny_elm(ecg_part)
+        batch, _ = mixed_batch(model)
+        model.model.encoder.requires_grad_(False)
+        model.train()
+        assert not any(module.training for module in model.model.encoder.modules())
+        assert model.model.language_model.training
+        assert model.model.connector.training
+        state = {key: value.clone() for key, value in model.model.encoder.state_dict().items()}
+        model(**batch)
+        torch.testing.assert_close(dict(model.model.encoder.state_dict()), state, rtol=0, atol=0)
+        model.model.encoder.requires_grad_(True)
+        assert all(module.training for module in model.train().modules())
+
+
+class TestDevicesAndVocabulary:
+    @pytest.mark.parametrize("ecg_part", [*ECG_PARTS, None])
+    def test_on_the_meta_device(self, ecg_part):
+        with torch.device("meta"):
+            model = ELMForConditionalGeneration(tiny_elm_config(ecg_part))
+        assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+    @pytest.mark.parametrize("family", ["llama3", "qwen2_5"])
+    @pytest.mark.parametrize(
+        "device_map",
+        ["auto", {"": "cpu"}, {"model.encoder": "cpu", "model.connector": "cpu", "model.language_model": "disk", "lm_head": "cpu"}],
+        ids=["auto", "cpu", "disk"],
+    )  # fmt: skip
+    def test_device_map(self, device_map, family, tmp_path):
+        if family == "qwen2_5" and isinstance(device_map, dict) and len(device_map) > 1:
+            device_map = device_map | {"lm_head": "disk"}  # tied to the embeddings
+        model = tiny_elm("merl", family)
+        batch, _ = mixed_batch(model)
+        model.save_pretrained(tmp_path / "model")
+        loaded = ELMForConditionalGeneration.from_pretrained(
+            tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
+        )
+        torch.testing.assert_close(logits(loaded, **batch), logits(model, **batch))
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_resize_token_embeddings(self, family, tmp_path):
+        model = tiny_elm("merl", family)
+        batch, _ = mixed_batch(model)
+        expected = logits(model, **batch)
+        model.resize_token_embeddings(310)
+        assert model.config.text_config.vocab_size == 310
+        assert model.lm_head.weight.shape == model.get_input_embeddings().weight.shape == (310, 32)
+        torch.testing.assert_close(logits(model, **batch)[..., :300], expected)
+        assert train_step(model.train(), batch)[0].isfinite()
+        model.save_pretrained(tmp_path)
+        loaded = ELMForConditionalGeneration.from_pretrained(tmp_path)
+        assert torch.equal(logits(loaded, **batch), logits(model, **batch))
+        for elm in (model, loaded):
+            assert (elm.lm_head.weight is elm.get_input_embeddings().weight) is (family != "llama3")
+
+
+class TestFromPretrainedParts:
+    def build(self, llm, **kwargs):
+        config = ENCODER_CONFIGS["merl"](num_samples=500, **TINY_ENCODERS["merl"])
+        parts = {} if "encoder" in kwargs else {"encoder_config": config}
+        return ELMForConditionalGeneration.from_encoder_llm_pretrained(
+            llm, **{"num_ecg_tokens": 4, "ecg_token_id": 5, **parts, **kwargs}
+        )
+
+    def check_text_is_the_llms(self, model, llm, folder):
+        """Of the new ELM and of the saved and loaded one."""
+        input_ids = torch.randint(0, 250, (2, 20), generator=torch.Generator().manual_seed(0))
+        expected = logits(llm, input_ids=input_ids)
+        assert torch.equal(logits(model, input_ids=input_ids), expected)
+        model.save_pretrained(folder)
+        loaded, info = ELMForConditionalGeneration.from_pretrained(
+            folder, output_loading_info=True, attn_implementation={"text_config": llm.config._attn_implementation}
+        )
+        assert not any(info.values())
+        assert torch.equal(logits(loaded, input_ids=input_ids), expected)
+        for elm in (model, loaded):
+            tied = elm.lm_head.weight is elm.get_input_embeddings().weight
+            assert tied is llm.config.tie_word_embeddings
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_language_model(self, family, dtype, tmp_path):
+        folder = save_tiny_llm(tmp_path / "llm", family)
+        model = self.build(folder, llm_kwargs={"dtype": dtype})
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+        self.check_text_is_the_llms(model, AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), tmp_path / "elm")
+        assert model.generation_config.eos_token_id == model.config.text_config.eos_token_id
+
+    @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+    def test_attention_implementation(self, implementation, tmp_path):
+        folder = save_tiny_llm(tmp_path / "llm")
+        model = self.build(folder, llm_kwargs={"attn_implementation": implementation})
+        assert model.model.language_model.config._attn_implementation == implementation
+        assert model.config.text_config._attn_implementation == implementation
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=64),
+            OPTConfig(vocab_size=300, hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=32),
+        ],
+        ids=["gpt2", "opt"],
+    )  # fmt: skip
+    def test_embeddings_of_another_name(self, config, tmp_path):
+        """Tied, but not called embed_tokens."""
+        llm = AutoModelForCausalLM.from_config(config).eval()
+        llm.save_pretrained(tmp_path / "llm")
+        self.check_text_is_the_llms(self.build(tmp_path / "llm"), llm, tmp_path / "elm")
+
+    @pytest.mark.parametrize("kind", TINY_ENCODERS)
+    def test_pretrained_encoder(self, kind, tmp_path):
+        torch.manual_seed(1)
+        encoder = ENCODER_MODELS[kind](ENCODER_CONFIGS[kind](num_samples=500, **TINY_ENCODERS[kind])).eval()
+        encoder.save_pretrained(tmp_path / "encoder")
+        model = self.build(save_tiny_llm(tmp_path / "llm"), encoder=tmp_path / "encoder")
+        assert model.config.encoder_config.model_type == kind
+        model.save_pretrained(tmp_path / "elm")
+        loaded = ELMForConditionalGeneration.from_pretrained(tmp_path / "elm")
+        for elm in (model, loaded):
+            output = elm.model.encoder(records(2)).last_hidden_state
+            torch.testing.assert_close(output, encoder(records(2)).last_hidden_state)
+
+    def test_encoder_that_is_none(self, tmp_path):
+        folder = save_tiny_llm(tmp_path)
+        with pytest.raises(
+            ValueError, match="holds a 'llama' model; expected an ECG encoder: merl, mlae, mtae, st_mem"
+        ):
+            self.build(folder, encoder=folder)
+
+    def test_without_an_encoder(self, tmp_path):
+        with pytest.raises(StrictDataclassError, match="'llava' needs an encoder_config"):
+            self.build(save_tiny_llm(tmp_path), encoder_config=None)
+
+    SIZES = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            (PhiConfig(**SIZES), r"PhiForCausalLM \(phi\) does more to its logits than a linear head without bias"),
+            (CohereConfig(**SIZES, logit_scale=0.1), r"CohereForCausalLM \(cohere\) does more to its logits"),
+            (Gemma3Config(text_config={**SIZES, "head_dim": 16}, vision_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 28, "patch_size": 14}), r"a 'gemma3' model, which reads more than text"),
+        ],
+        ids=["bias", "scale", "images"],
+    )  # fmt: skip
+    def test_language_model_that_does_not_fit(self, config, message, tmp_path):
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            self.build(tmp_path)
+
+
+@pytest.mark.parametrize("auto_class", ["AutoModelForCausalLM", "AutoModelForImageTextToText"])
+def test_fresh_processes_without_the_project(auto_class, tmp_path):
+    """One loads what we saved, answers and saves it again; another loads that."""
+    model = tiny_elm("st_mem", "qwen2_5")
+    batch, _ = mixed_batch(model)
+    folders = [tmp_path / name for name in ("first", "second", "third")]
+    model.save_pretrained(folders[0])
+    save_file(batch, tmp_path / "batch.safetensors")
+    expected, tokens = logits(model, **batch), new_tokens(model, batch)
+    for source, target in itertools.pairwise(folders):
+        run_isolated(
+            "import torch, transformers\n"
+            "from safetensors.torch import load_file, save_file\n"
+            f"model = transformers.{auto_class}.from_pretrained({str(source)!r}, trust_remote_code=True)\n"
+            "batch = load_file('batch.safetensors')\n"
+            "with torch.no_grad():\n"
+            "    logits = model(**batch).logits\n"
+            "answer = model.generate(**batch, max_new_tokens=10, min_new_tokens=10, do_sample=False)[:, -10:]\n"
+            "save_file({'logits': logits, 'answer': answer.contiguous()}, 'output.safetensors')\n"
+            f"model.save_pretrained({str(target)!r})\n",
+            tmp_path,
+        )
+        output = load_file(tmp_path / "output.safetensors")
+        torch.testing.assert_close(output["logits"], expected, rtol=0, atol=1e-6)
+        assert torch.equal(output["answer"], tokens)
+        names = {path.name for path in target.iterdir()}
+        assert names == {path.name for path in folders[0].iterdir()}
+        assert names >= {"configuration_elm.py", "modeling_elm.py", "modeling_ecg_encoders.py", "model.safetensors"}
+        assert {path.suffix for path in target.iterdir()} == {".json", ".py", ".safetensors"}
+
+
+def test_a_real_record(shared):
+    """PTB-XL record 1 through the processor into an ELM."""
+    counts = np.load(shared / "data/ptbxl/raw500.npz")["ecg"][0]
+    processor = tiny_processor(num_ecg_tokens=4, truncation="center", normalization="zscore")
+    model = tiny_elm("st_mem", ecg_token_id=processor.ecg_token_id)
+    part = {"type": "ecg", "ecg": counts, "sampling_rate": 500, "unit": "uV"}
+    chat = [{"role": "user", "content": [part, {"type": "text", "text": "What is the rhythm?"}]}]
+    inputs = processor.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert inputs["ecg_values"].shape == (1, 12, 500)
+    assert len(processor.batch_decode(new_tokens(model, inputs))) == 1
+    flat = inputs | {"ecg_values": torch.zeros(1, 12, 500)}
+    assert not torch.allclose(logits(model, **inputs), logits(model, **flat), atol=1e-3)

@@ -1,0 +1,301 @@
+import numpy as np
+import pytest
+import torch
+from helpers import run_isolated, tiny_processor, tiny_tokenizer
+from safetensors.torch import load_file
+
+from ecg_utils import STANDARD_LEADS, as_record
+from feature_extraction_elm import ECGFeatureExtractor
+from processing_elm import ELMProcessor
+
+NUM_ECG_TOKENS = 4
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor("llama3", NUM_ECG_TOKENS)
+
+
+def ecg(seed=0):
+    """[12, 500] millivolts, 2 s at 250 Hz: what the model takes."""
+    return np.random.default_rng(seed).normal(size=(12, 500)).astype(np.float32)
+
+
+def ecg_part(seed=0, **changes):
+    return {"type": "ecg", "ecg": ecg(seed), "sampling_rate": 250} | changes
+
+
+def chat(*contents):
+    """Turns of user and assistant, each a list of parts in which a string is a text."""
+    roles = ["user", "assistant"] * len(contents)
+    parts = [[{"type": "text", "text": part} if isinstance(part, str) else part for part in c] for c in contents]
+    return [{"role": role, "content": content} for role, content in zip(roles, parts, strict=False)]
+
+
+def inputs_of(processor, chats, **kwargs):
+    return processor.apply_chat_template(
+        chats, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=kwargs or None
+    )
+
+
+def values_of(batch):
+    return [values.numpy() for values in batch["ecg_values"]]
+
+
+class TestCall:
+    @pytest.mark.parametrize("text", ["Hello", ["Hello"]])
+    def test_text_only(self, text, processor):
+        inputs = processor(text=text, return_tensors="pt")
+        assert inputs.keys() == {"input_ids", "attention_mask"}
+        assert processor.batch_decode(inputs["input_ids"]) == ["Hello"]
+
+    @pytest.mark.parametrize("ecgs", [ecg(), [ecg()], torch.tensor(ecg()), ecg()[None]], ids=["one", "list", "tensor", "batch"])  # fmt: skip
+    def test_ecgs_only(self, ecgs, processor):
+        inputs = processor(ecgs=ecgs, sampling_rate=250, return_tensors="pt")
+        assert inputs.keys() == {"ecg_values"}
+        assert inputs["ecg_values"].dtype == torch.float32
+        np.testing.assert_array_equal(inputs["ecg_values"], ecg()[None])
+
+    @pytest.mark.parametrize("as_list", [False, True])
+    def test_text_and_ecg(self, as_list, processor):
+        text, ecgs = "<signal>\nWhat?", ecg()
+        inputs = processor(text=[text] if as_list else text, ecgs=[ecgs] if as_list else ecgs, sampling_rate=250)
+        assert processor.batch_decode(inputs["input_ids"]) == ["<signal>" * NUM_ECG_TOKENS + "\nWhat?"]
+        assert inputs["input_ids"][0][:5] == [processor.ecg_token_id] * NUM_ECG_TOKENS + inputs["input_ids"][0][4:5]
+        np.testing.assert_array_equal(inputs["ecg_values"], ecg()[None])
+
+    def test_what_is_said_of_the_ecgs_goes_to_the_feature_extractor(self, processor):
+        leads = list(reversed(STANDARD_LEADS))
+        microvolts = 1000 * np.repeat(ecg(), 2, axis=1)
+        inputs = processor(ecgs=microvolts, sampling_rate=500, lead_names=leads, unit="uV", return_tensors="pt")
+        expected = processor.feature_extractor(
+            {"array": microvolts, "sampling_rate": 500, "lead_names": leads, "unit": "uV"}
+        )
+        np.testing.assert_array_equal(inputs["ecg_values"], expected["ecg_values"])
+
+    def test_nothing(self, processor):
+        with pytest.raises(ValueError, match="Give text, ecgs or both"):
+            processor()
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_padding(self, side, processor):
+        texts = ["short", "<signal> and <signal>", "<signal>"]
+        inputs = processor(text=texts, ecgs=[ecg()] * 3, sampling_rate=250, padding_side=side, return_tensors="pt")
+        alone = [
+            processor(text=text, ecgs=[ecg()] * text.count("<signal>") or None, sampling_rate=250) for text in texts
+        ]
+        for ids, mask, single in zip(inputs["input_ids"], inputs["attention_mask"], alone, strict=True):
+            expected = single["input_ids"][0]
+            padding = [0] * (len(mask) - len(expected))
+            assert ids[mask.bool()].tolist() == expected
+            ones = [1] * len(expected)
+            assert mask.tolist() == (padding + ones if side == "left" else ones + padding)
+
+    def test_padding_can_be_turned_off(self, processor):
+        assert [len(ids) for ids in processor(text=["a", "abc"], padding=False)["input_ids"]] == [1, 3]
+
+    @pytest.mark.parametrize(
+        ("text", "ecgs", "message"),
+        [
+            ("no placeholder", [ecg()], r"The text has 0 <signal> placeholders \(\[0\] by sample\) for 1 ECGs"),
+            ("<signal>", None, r"The text has 1 <signal> placeholders \(\[1\] by sample\) for 0 ECGs"),
+            (["<signal>", "<signal><signal>"], [ecg()] * 2, r"has 3 <signal> placeholders \(\[1, 2\] by sample\) for 2 ECGs"),
+        ],
+    )  # fmt: skip
+    def test_placeholders_and_ecgs_of_different_number(self, text, ecgs, message, processor):
+        with pytest.raises(ValueError, match=message):
+            processor(text=text, ecgs=ecgs, sampling_rate=250)
+
+    def test_missing_sampling_rate(self, processor):
+        with pytest.raises(ValueError, match="no sampling rate"):
+            processor(text="<signal>", ecgs=ecg())
+
+
+class TestChat:
+    @pytest.mark.parametrize(
+        "part",
+        [
+            {"ecg": ecg(), "sampling_rate": 250},
+            {"ecg": torch.tensor(ecg()), "sampling_rate": 250, "unit": None},
+            {"ecg": ecg().tolist(), "sampling_rate": 250},
+            {"ecg": 1000 * ecg(), "sampling_rate": 250, "unit": "uV"},
+            {"ecg": ecg()[::-1], "sampling_rate": 250, "lead_names": STANDARD_LEADS[::-1]},
+            {"ecg": {"array": ecg(), "sampling_rate": 250}},
+            {"ecg": {"array": 1000 * ecg(), "sampling_rate": 250}, "unit": "uV"},
+            {"ecg": as_record(ecg(), 250)},
+            {"ecg": None, "path": "said.npz"},
+            {"path": "said.npz"},
+            {"path": "said.npz", "sampling_rate": 250},
+            {"path": "array.npy", "sampling_rate": 250},
+        ],
+    )
+    def test_forms_of_an_ecg(self, part, processor, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        np.savez("said.npz", array=ecg(), sampling_rate=250)
+        np.save("array.npy", ecg())
+        inputs = inputs_of(processor, chat([{"type": "ecg", **part}, "What?"]))
+        np.testing.assert_allclose(values_of(inputs), [ecg()], rtol=1e-6)
+        assert (inputs["input_ids"] == processor.ecg_token_id).sum() == NUM_ECG_TOKENS
+
+    def test_a_contradiction(self, processor):
+        part = {"type": "ecg", "ecg": {"array": ecg(), "sampling_rate": 500}, "sampling_rate": 250}
+        with pytest.raises(ValueError, match="sampling_rate=500, the call says sampling_rate=250"):
+            inputs_of(processor, chat([part]))
+
+    def test_ecgs_beside_the_chat(self, processor):
+        contents = [[{"type": "ecg"}, "a", {"type": "ecg"}], ["yes"], [{"type": "ecg"}]]
+        inside = [[ecg_part(0), "a", ecg_part(1)], ["yes"], [ecg_part(2)]]
+        expected = inputs_of(processor, chat(*inside))
+        inputs = inputs_of(processor, chat(*contents), ecgs=[ecg(seed) for seed in range(3)], sampling_rate=250)
+        assert torch.equal(inputs["input_ids"], expected["input_ids"])
+        np.testing.assert_array_equal(inputs["ecg_values"], expected["ecg_values"])
+        np.testing.assert_array_equal(values_of(inputs), [ecg(seed) for seed in range(3)])
+
+    def test_several_ecgs_in_several_turns(self, processor):
+        inputs = inputs_of(processor, chat([ecg_part(3), "a"], ["b"], ["c", ecg_part(1), ecg_part(2)]))
+        np.testing.assert_array_equal(values_of(inputs), [ecg(3), ecg(1), ecg(2)])
+        run = "<signal>" * NUM_ECG_TOKENS
+        text = processor.batch_decode(inputs["input_ids"])[0]
+        assert text.split("<|end_header_id|>\n\n")[1:] == [
+            f"{run}\na<|eot_id|><|start_header_id|>assistant",
+            "b<|eot_id|><|start_header_id|>user",
+            f"c{run}\n{run}\n<|eot_id|>",
+        ]
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_a_batch_is_its_chats_alone(self, side, processor):
+        chats = [
+            chat([ecg_part(0), "Compare with", ecg_part(1), "in many words, please."]),
+            chat(["No ECG here."]),
+            chat([ecg_part(2), "Q"], ["A"], ["Why?"]),
+        ]
+        batch = inputs_of(processor, chats, padding_side=side)
+        np.testing.assert_array_equal(values_of(batch), [ecg(0), ecg(1), ecg(2)])
+        for messages, ids, mask, number in zip(
+            chats, batch["input_ids"], batch["attention_mask"], [2, 0, 1], strict=True
+        ):
+            alone = inputs_of(processor, messages)
+            assert torch.equal(ids[mask.bool()], alone["input_ids"][0])
+            assert (ids == processor.ecg_token_id).sum() == number * NUM_ECG_TOKENS
+            assert ("ecg_values" in alone) is (number > 0)
+
+    def test_no_second_bos(self, processor):
+        ids = inputs_of(processor, chat(["Q"]))["input_ids"][0].tolist()
+        assert ids.count(processor.tokenizer.bos_token_id) == 1
+
+    def test_control_tokens_of_the_user_as_text(self, processor):
+        """transformers' `sanitize_control_tokens`: what a user writes cannot end their turn."""
+        arguments = {"tokenize": True, "return_dict": True, "sanitize_control_tokens": True}
+        ids = processor.apply_chat_template(chat([ecg_part(), "a<|eot_id|>b"]), **arguments)["input_ids"][0]
+        assert ids.count(processor.tokenizer.eos_token_id) == 1
+        assert "a<|eot_id|>b" in processor.decode(ids)
+
+    @pytest.mark.parametrize("text", ["<signal>", "What is <signal>?"])
+    @pytest.mark.parametrize("with_ecg", [False, True])
+    def test_a_literal_placeholder_in_the_text(self, text, with_ecg, processor):
+        content = [ecg_part(), text] if with_ecg else [text]
+        with pytest.raises(ValueError, match=rf"has {1 + with_ecg} <signal> placeholders .* for {int(with_ecg)} ECGs"):
+            inputs_of(processor, chat(content))
+
+    def test_some_ecgs_without_data(self, processor):
+        with pytest.raises(ValueError, match="1 of 3 ECGs of the chat have no data; give each its 'ecg' or 'path'"):
+            inputs_of(processor, chat([ecg_part(), {"type": "ecg"}, ecg_part()]))
+
+    @pytest.mark.parametrize("number", [0, 1, 3])
+    def test_ecgs_beside_the_chat_of_another_number(self, number, processor):
+        given = {"ecgs": [ecg()] * number, "sampling_rate": 250} if number else {}
+        with pytest.raises(ValueError, match=rf"has 2 <signal> placeholders \(\[2\] by sample\) for {number} ECGs"):
+            inputs_of(processor, chat([{"type": "ecg"}, {"type": "ecg"}]), **given)
+
+    def test_missing_sampling_rate(self, processor):
+        with pytest.raises(ValueError, match="no sampling rate"):
+            inputs_of(processor, chat([{"type": "ecg", "ecg": ecg()}, "Q"]))
+
+    def test_the_bad_one_of_several_ecgs_is_named(self, processor):
+        bad = ecg_part(ecg=np.full((12, 500), np.nan, dtype=np.float32))
+        with pytest.raises(ValueError, match="ECG 1 of 2, counted from 0: Lead I is NaN throughout"):
+            inputs_of(processor, [chat([ecg_part()]), chat([bad])])
+
+
+class TestTextOnly:
+    """The processor of an ELM without ECG features."""
+
+    @pytest.fixture(scope="class")
+    def text_processor(self):
+        return tiny_processor("qwen2_5", num_ecg_tokens=0)
+
+    def test_text(self, text_processor):
+        assert text_processor.batch_decode(text_processor(text="Q")["input_ids"]) == ["Q"]
+        assert inputs_of(text_processor, chat(["Q"])).keys() == {"input_ids", "attention_mask"}
+
+    def test_ecg(self, text_processor):
+        for call in (lambda: text_processor(ecgs=ecg(), sampling_rate=250), lambda: inputs_of(text_processor, chat([ecg_part()]))):  # fmt: skip
+            with pytest.raises(ValueError, match=r"text-only model \(num_ecg_tokens=0\), which takes no ECG"):
+                call()
+
+    @pytest.mark.parametrize("content", ["<signal>", {"type": "ecg"}])
+    def test_placeholder(self, content, text_processor):
+        with pytest.raises(ValueError, match="has 1 <signal> placeholders"):
+            inputs_of(text_processor, chat([content]))
+
+
+class TestConstruction:
+    def test_tokenizer_without_placeholder(self):
+        with pytest.raises(ValueError, match=r"has no token '<signal>'\. Add it"):
+            ELMProcessor(ECGFeatureExtractor(), tiny_tokenizer())
+
+    def test_negative_number_of_tokens(self, processor):
+        with pytest.raises(ValueError, match="num_ecg_tokens is -1; it must be at least 0"):
+            ELMProcessor(processor.feature_extractor, processor.tokenizer, num_ecg_tokens=-1)
+
+    def test_input_names(self, processor):
+        assert set(processor.model_input_names) >= {"input_ids", "attention_mask", "ecg_values"}
+
+    def test_decode(self, processor):
+        ids = processor(text=["sinus<|eot_id|>", "ST"], padding=False)["input_ids"]
+        assert processor.batch_decode(ids, skip_special_tokens=True) == ["sinus", "ST"]
+        assert processor.decode(ids[0]) == "sinus<|eot_id|>"
+
+
+def test_fresh_process_without_the_project(processor, tmp_path):
+    """AutoProcessor gives the same inputs with the same template, and what it saves again is the same."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    processor.save_pretrained(first)
+    np.save(tmp_path / "ecg.npy", ecg())
+    run_isolated(
+        "import numpy as np\n"
+        "from safetensors.torch import save_file\n"
+        "from transformers import AutoProcessor\n"
+        f"processor = AutoProcessor.from_pretrained({str(first)!r}, trust_remote_code=True)\n"
+        f"processor.save_pretrained({str(second)!r})\n"
+        f"processor = AutoProcessor.from_pretrained({str(second)!r}, trust_remote_code=True)\n"
+        "ecg = {'type': 'ecg', 'ecg': np.load('ecg.npy'), 'sampling_rate': 250}\n"
+        "chats = [[{'role': 'user', 'content': [ecg, {'type': 'text', 'text': 'Q'}]}, {'role': 'assistant', 'content': 'A'}],\n"
+        "         [{'role': 'user', 'content': 'Hello'}, {'role': 'assistant', 'content': 'A long answer'}]]\n"
+        "inputs = processor.apply_chat_template(chats, tokenize=True, return_dict=True, return_tensors='pt',\n"
+        "                                       return_assistant_tokens_mask=True)\n"
+        "save_file(dict(inputs), 'inputs.safetensors')\n",
+        tmp_path,
+    )
+    chats = [chat([ecg_part(), "Q"], ["A"]), chat(["Hello"], ["A long answer"])]
+    expected = processor.apply_chat_template(
+        chats, tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
+    )
+    loaded = load_file(tmp_path / "inputs.safetensors")
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[key], expected[key]) for key in loaded)
+    names = {path.name for path in first.iterdir()}
+    assert names == {path.name for path in second.iterdir()}
+    assert names >= {"chat_template.jinja", "processing_elm.py", "feature_extraction_elm.py", "ecg_utils.py"}
+    for name in names - {"tokenizer_config.json"}:  # it names the folder's classes in another order
+        assert (first / name).read_text() == (second / name).read_text(), name
+
+
+def test_a_real_record(shared):
+    """PTB-XL at 500 Hz, in microvolts, cut to the model's 2 s."""
+    counts = np.load(shared / "data/ptbxl/raw500.npz")["ecg"][0]
+    processor = tiny_processor(truncation="start")
+    inputs = inputs_of(processor, chat([{"type": "ecg", "ecg": counts, "sampling_rate": 500, "unit": "uV"}, "Q"]))
+    assert inputs["ecg_values"].shape == (1, 12, 500)
+    difference = inputs["ecg_values"][0, :, 10:-10] - torch.tensor(counts[:, 20:980:2] / 1000)
+    assert difference.abs().median() < 0.02  # millivolts: the filter before the halved rate changes little

@@ -1,0 +1,130 @@
+"""What README and CONTRIBUTING tell users to type, works."""
+
+import re
+import shlex
+import shutil
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from accelerate.commands.launch import launch_command_parser
+from helpers import ROOT, run_isolated, save_tiny_llm
+from torch.distributed.run import get_args_parser
+from trl import SFTConfig
+
+from training import cli, evaluation, quickstart, sft
+from training.arguments import ALIASES, ELMS, DataArguments
+from training.build import LLMS
+from training.data import load_data
+
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = README + (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+INFERENCE, OWN_DATA = blocks("python")
+COMMANDS = [
+    line for block in blocks("bash", DOCUMENTS) for line in block.splitlines() if line and not line.startswith("#")
+]
+COMMANDS += [code for code in re.findall(r"`((?:elm|python) [^`\n]+)`", DOCUMENTS) if code not in COMMANDS]
+
+
+def test_the_documents_have_commands() -> None:
+    assert sum(command.startswith("elm sft") for command in COMMANDS) >= 5
+    assert any("accelerate launch" in command for command in COMMANDS)
+    assert any("torchrun" in command for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    program, *words = shlex.split(command)
+    if program == "uv" and words[0] == "run":
+        program, *words = words[1:]
+    if program == "accelerate":
+        launch = launch_command_parser().parse_args(words[1:])
+        assert Path(launch.config_file).is_file()
+        program, words = launch.training_script, launch.training_script_args
+    elif program == "torchrun":
+        launch = get_args_parser().parse_args(words)
+        program, words = launch.training_script, launch.training_script_args
+        monkeypatch.setattr(SFTConfig, "world_size", property(lambda args: int(launch.nproc_per_node)))
+    if program == "training/sft.py":
+        program, words = "elm", ["sft", *words]
+
+    if program == "elm":
+        parsed: list[Any] = []
+        monkeypatch.setattr(sft, "main", lambda argv: parsed.append(sft.parse(argv)))
+        monkeypatch.setattr(evaluation, "main", lambda argv: parsed.append(evaluation.parse(argv)))
+        monkeypatch.setattr(quickstart, "main", lambda argv: parsed.append(argv))
+        if words in (["sft"], ["evaluate"]) or words[1:] == ["--help"]:  # the name of a command in a sentence
+            return
+        assert cli.main(words) == 0, f"does not parse: {command}"
+        assert len(parsed) == 1
+    elif program == "python":
+        assert (ROOT / words[0]).is_file()
+    elif program == ".ci/run":
+        assert (ROOT / program).stat().st_mode & 0o111
+    else:
+        assert (program, *words[:1]) in {("pytest",), ("uv", "sync"), ("hf", "upload")}
+
+
+def test_quickstart_is_installed() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts["elm"] == "training.cli:main"
+
+
+def test_file_tree() -> None:
+    (tree,) = (block for block in blocks("") if "configuration_elm.py" in block)
+    folder, named = "", set()
+    for line in tree.splitlines():
+        name = line.split()[0]
+        folder = folder if line.startswith(" ") else ""
+        assert (ROOT / folder / name).exists(), f"{folder}{name} is not there"
+        assert len(line.split()) > 1, f"{name} has no description"
+        named.add(folder + name)
+        if name.endswith("/") and not folder:
+            folder = name
+    modules = {path.name for path in ROOT.glob("*.py")} | {
+        f"training/{path.name}" for path in (ROOT / "training").glob("*.py") if path.name != "__init__.py"
+    }
+    assert modules <= named, "the README's file tree lacks a module"
+
+
+def test_tables_name_what_there_is() -> None:
+    for name, hub_id in LLMS.items():
+        assert f"`{name}`" in README
+        assert f"`{hub_id}`" in README
+    for flag in ALIASES:
+        assert f"`--{flag}`" in README or f"`--{flag} " in README, flag
+    for elm in ELMS.keys() - {"text"}:
+        assert f"`{elm}`" in README or f"`--elm {elm}`" in README, elm
+
+
+def test_own_data_to_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's story with a tiny model: make the data, train, evaluate, load in a process without the project."""
+    monkeypatch.chdir(tmp_path)
+    run_isolated(OWN_DATA, tmp_path)
+    splits = {split: load_data(DataArguments(["my_data"]), split) for split in ("train", "validation", "test")}
+    patients = {split: set(rows["patient_id"]) for split, rows in splits.items()}
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 32, "validation": 4, "test": 4}
+    assert len(set.union(*patients.values())) == sum(map(len, patients.values())), "a patient is in two splits"
+    ecg = splits["train"][0]["ecg"]
+    assert np.shape(ecg["array"]) == (12, 5000)
+    assert ecg["unit"] == "uV"
+
+    train, evaluate = (shlex.split(line) for line in blocks("bash")[1].splitlines())
+    train[train.index("--llm") + 1] = str(save_tiny_llm(tmp_path / "llm", "default"))
+    small = ["--encoder_config", '{"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 1}']
+    assert cli.main([*train[1:], *small, "--max_steps", "1", "--report_to", "none"]) == 0
+    assert cli.main([*evaluate[1:], "--max_new_tokens", "4"]) == 0
+    assert (tmp_path / "runs" / "my_elm" / "evaluation_results.json").is_file()
+    shutil.rmtree(tmp_path / "llm")  # what is saved stands alone
+    assert run_isolated(f"{INFERENCE}\nprint(answer.shape[1] > inputs['input_ids'].shape[1])", tmp_path).endswith(
+        "True\n"
+    )

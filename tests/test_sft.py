@@ -1,0 +1,400 @@
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, losses, run_isolated, save_tiny_data, save_tiny_llm, tiny_sft
+from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from modeling_elm import ELMForConditionalGeneration
+from training import sft
+from training.build import load_elm
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory) -> Path:
+    return save_tiny_llm(tmp_path_factory.mktemp("llm") / "llm")
+
+
+@pytest.fixture(scope="module")
+def tied_llm(tmp_path_factory) -> Path:
+    return save_tiny_llm(tmp_path_factory.mktemp("llm") / "tied", "qwen2_5")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return save_tiny_data(tmp_path_factory.mktemp("data") / "all", train=24, validation=6, test=4)
+
+
+@pytest.fixture(scope="module")
+def mixed_data(tmp_path_factory) -> Path:
+    """Every third row has no ECG, so some batches have none."""
+    return save_tiny_data(tmp_path_factory.mktemp("data") / "mixed", without_ecg=3, train=24)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, llm, data) -> Path:
+    """A llava ELM with a MERL encoder after twelve steps, evaluated twice on the way."""
+    folder = tmp_path_factory.mktemp("trained") / "model"
+    sft.main(tiny_sft(llm, data, folder, "--max_steps", "12", "--eval_strategy", "steps", "--eval_steps", "6"))
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def prompt(processor, folder: Path, text: str = "Is this atrial fibrillation?") -> dict[str, torch.Tensor]:
+    """One question about a record of noise, without a batch's padding."""
+    array = np.random.default_rng(0).normal(size=(12, 500)).astype("float32")
+    content = [{"type": "ecg", "ecg": array, "sampling_rate": 100, "unit": "mV"}, {"type": "text", "text": text}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+
+
+def test_loss_falls(trained):
+    values = losses(trained)
+    assert len(values) == 12
+    assert np.mean(values[-3:]) < np.mean(values[:3]) - 0.3
+
+
+def test_evaluates_while_training(trained):
+    history = json.loads((trained / "trainer_state.json").read_text())["log_history"]
+    eval_losses = [row["eval_loss"] for row in history if "eval_loss" in row]
+    assert len(eval_losses) == 2
+    assert eval_losses[1] < eval_losses[0]
+
+
+def test_saved_folder_is_complete(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert names >= {
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "processor_config.json",
+        "chat_template.jinja",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "configuration_elm.py",
+        "modeling_elm.py",
+        "modeling_ecg_encoders.py",
+        "processing_elm.py",
+        "feature_extraction_elm.py",
+        "ecg_utils.py",
+        "README.md",
+    }
+    config = json.loads((trained / "config.json").read_text())
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_elm.ELMForConditionalGeneration"
+    assert not (trained / "base_model").exists()
+
+
+def test_loads_and_answers_in_a_fresh_process(trained, adapters, tmp_path):
+    adapter = adapters["untied"]
+    printed = run_isolated(
+        f"""
+import numpy as np
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoProcessor
+processor = AutoProcessor.from_pretrained({str(trained)!r}, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained({str(trained)!r}, trust_remote_code=True)
+array = np.random.default_rng(0).normal(size=(12, 500)).astype("float32")
+content = [{{"type": "ecg", "ecg": array, "sampling_rate": 100, "unit": "mV"}}, {{"type": "text", "text": "Is this atrial fibrillation?"}}]
+inputs = processor.apply_chat_template([{{"role": "user", "content": content}}], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+print(output[0, inputs["input_ids"].shape[1]:].tolist())
+
+model = AutoPeftModelForCausalLM.from_pretrained({str(adapter)!r}, trust_remote_code=True).eval()
+print(model(input_ids=torch.arange(20)[None]).logits[0, -1, :5].tolist())
+""",
+        tmp_path,
+    )
+    model, processor = load_elm(str(trained))
+    inputs = prompt(processor, trained)
+    here = model.eval().generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    answer, last_logits = printed.strip().splitlines()[-2:]
+    assert json.loads(answer) == here.tolist()
+    peft_model = PeftModel.from_pretrained(base_of(adapter), adapter).eval()
+    here = peft_model(input_ids=torch.arange(20)[None]).logits[0, -1, :5]
+    assert json.loads(last_logits) == pytest.approx(here.tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize("update", [["encoder"], ["connector"], ["llm"], ["connector", "llm"]])
+def test_only_updated_parts_change(trained, data, tmp_path, update):
+    before = weights(trained)
+    options = ["--model_name_or_path", str(trained), "--update", *update, "--max_steps", "2"]
+    sft.main(tiny_sft(trained, data, tmp_path / "model", *options))
+    after = weights(tmp_path / "model")
+    assert before.keys() == after.keys()
+
+    def part(name: str) -> str:
+        return next((part for part in ("encoder", "connector") if name.startswith(f"model.{part}.")), "llm")
+
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {part(name) for name in changed} == set(update)
+
+
+def test_continues_from_a_trained_model(trained, data, tmp_path):
+    sft.main(tiny_sft(trained, data, tmp_path / "model", "--elm_ckpt", str(trained), "--max_steps", "2"))
+    assert losses(tmp_path / "model")[0] < losses(trained)[0] - 0.3
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert f"| built on | `{trained.name}` |" in card  # not the default of --llm
+
+
+@pytest.mark.parametrize("elm", ["base_elf", "patch_elf", "conv_elf", "text"])
+def test_trains_without_encoder(llm, data, tmp_path, elm):
+    sft.main(tiny_sft(llm, data, tmp_path, "--elm", elm, "--max_steps", "6", encoder=None))
+    values = losses(tmp_path)
+    assert values[-1] < values[0] - 0.1
+    assert (json.loads((tmp_path / "config.json").read_text())["encoder_config"]) is None
+
+
+@pytest.mark.parametrize("encoder", ["mlae", "mtae", "st_mem"])
+def test_trains_every_encoder(llm, mixed_data, tmp_path, encoder):
+    options = ["--update", "encoder", "connector", "llm", "--max_steps", "6", "--connector", "mlp"]
+    sft.main(tiny_sft(llm, mixed_data, tmp_path, *options, encoder=encoder))
+    values = losses(tmp_path)
+    assert values[-1] < values[0] - 0.1
+
+
+def test_gradient_checkpointing_changes_nothing(llm, data, tmp_path):
+    for name, checkpointing in (("with", "true"), ("without", "false")):
+        options = ["--max_steps", "3", "--gradient_checkpointing", checkpointing]
+        sft.main(tiny_sft(llm, data, tmp_path / name, *options, encoder="st_mem"))
+    assert losses(tmp_path / "with") == pytest.approx(losses(tmp_path / "without"), abs=1e-5)
+
+
+def test_gradient_accumulation_equals_a_larger_batch(llm, data, tmp_path):
+    sft.main(tiny_sft(llm, data, tmp_path / "batch", "--max_steps", "3", encoder="st_mem"))
+    options = ["--max_steps", "3", "--batch_size", "1", "--gradient_accumulation_steps", "4"]
+    sft.main(tiny_sft(llm, data, tmp_path / "accumulated", *options, encoder="st_mem"))
+    assert losses(tmp_path / "accumulated") == pytest.approx(losses(tmp_path / "batch"), abs=1e-4)
+
+
+def test_torch_compile(llm, data, tmp_path):
+    options = ["--elm", "patch_elf", "--max_steps", "1"]
+    compile_options = ["--torch_compile", "--torch_compile_backend", "aot_eager"]
+    sft.main(tiny_sft(llm, data, tmp_path / "compiled", *options, *compile_options, encoder=None))
+    sft.main(tiny_sft(llm, data, tmp_path / "eager", *options, encoder=None))
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), abs=1e-4)
+    names = weights(tmp_path / "compiled").keys()
+    assert names == weights(tmp_path / "eager").keys()  # without _orig_mod
+
+
+def test_tensorboard(llm, data, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    sft.main(tiny_sft(llm, data, tmp_path / "model", "--max_steps", "1", "--report_to", "tensorboard", encoder="mtae"))
+    assert list((tmp_path / "logs").rglob("events.out.tfevents*"))
+
+
+def test_perturb(llm, data, tmp_path):
+    runs = {"ecg": [], **{name: ["--perturb", name] for name in ("noise", "zeros", "only_text")}}
+    for name, options in runs.items():
+        sft.main(tiny_sft(llm, data, tmp_path / name, *options, "--max_steps", "1", encoder="mtae"))
+    assert len({losses(tmp_path / name)[0] for name in runs}) == 4
+
+
+def test_connector_alone_with_batches_without_ecg(llm, mixed_data, tmp_path):
+    options = ["--update", "connector", "--batch_size", "1", "--max_steps", "6"]
+    sft.main(tiny_sft(llm, mixed_data, tmp_path, *options, encoder="mtae"))
+    assert len(losses(tmp_path)) == 6
+
+
+def test_missing_train_split(llm, tmp_path):
+    data = save_tiny_data(tmp_path / "data", test=2)
+    with pytest.raises(ValueError, match="has no split 'train'"):
+        sft.main(tiny_sft(llm, data, tmp_path / "model"))
+
+
+def test_too_long_a_chat(llm, data, tmp_path):
+    with pytest.raises(ValueError, match="max_length is 10; nothing is cut"):
+        sft.main(tiny_sft(llm, data, tmp_path, "--llm_input_len", "10", "--max_steps", "1"))
+
+
+def test_resume_without_checkpoint(llm, data, tmp_path):
+    with pytest.raises(ValueError, match="no checkpoint in"):
+        sft.main(tiny_sft(llm, data, tmp_path, "--resume_from_checkpoint", "last"))
+
+
+# other processes
+
+
+def start(command: list[str], **environment: str) -> subprocess.Popen:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(*processes: subprocess.Popen) -> str:
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-4000:]
+    return "".join(outputs)
+
+
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def test_resumes_bit_for_bit(llm, data, tmp_path):
+    options = ["--max_steps", "6", "--save_strategy", "steps", "--save_steps", "3", "--augment_ecg"]
+    options += ["--update", "encoder", "connector", "llm"]
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    sft_py = [sys.executable, "training/sft.py"]
+    finish(start([*sft_py, *tiny_sft(llm, data, straight, *options)]))
+    resumed.mkdir()
+    shutil.copytree(straight / "checkpoint-3", resumed / "checkpoint-3")
+    finish(start([*sft_py, *tiny_sft(llm, data, resumed, *options, "--resume_from_checkpoint", "last")]))
+
+    assert len(losses(straight)) == 6
+    assert losses(resumed) == losses(straight)
+    assert_same(weights(straight), weights(resumed))
+    assert not torch.equal(
+        weights(straight)["model.connector.projection.weight"],
+        weights(straight / "checkpoint-3")["model.connector.projection.weight"],
+    )
+
+
+def test_two_processes_equal_one(llm, mixed_data, tmp_path):
+    steps = ["--max_steps", "6", "--gradient_checkpointing", "true"]
+    for name, batch_size in (("one", "4"), ("two", "2"), ("accelerate", "2")):
+        args = tiny_sft(llm, mixed_data, tmp_path / name, *steps, "--batch_size", batch_size, encoder="st_mem")
+        (tmp_path / f"{name}.json").write_text(json.dumps(args))
+    sft.main(json.loads((tmp_path / "one.json").read_text()))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    accelerate += ["--main_process_port", free_port()]
+    output = finish(
+        start([*torchrun, "training/sft.py", *json.loads((tmp_path / "two.json").read_text()), "--distributed"]),
+        start(
+            [*accelerate, "training/sft.py", *json.loads((tmp_path / "accelerate.json").read_text()), "--distributed"],
+            ACCELERATE_USE_CPU="true",
+        ),
+    )
+    assert output.count("parameters trained") == 2  # the main process speaks, the other is silent
+    one = losses(tmp_path / "one")
+    assert len(one) == 6
+    assert one[-1] < one[0] - 0.1
+    for name in ("two", "accelerate"):
+        assert losses(tmp_path / name) == pytest.approx(one, abs=1e-4)
+        trained, expected = weights(tmp_path / name), weights(tmp_path / "one")
+        for key in expected:  # Adam turns a tiny difference of a tiny gradient into a step
+            assert torch.allclose(trained[key], expected[key], atol=5e-3), key
+
+
+# LoRA
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory, data, llm, tied_llm) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    options = ["--peft", "--max_steps", "6", "--save_strategy", "steps", "--save_steps", "3"]
+    for name, source in (("untied", llm), ("tied", tied_llm)):
+        sft.main(tiny_sft(source, data, folder / name, *options))
+    return {name: folder / name for name in ("untied", "tied")}
+
+
+@pytest.fixture(params=["untied", "tied"])
+def adapter(request, adapters) -> Path:
+    return adapters[request.param]
+
+
+def logits(model, adapter: Path) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(**prompt(load_elm(str(adapter))[1], adapter)).logits
+
+
+def base_of(adapter: Path):
+    return AutoModelForCausalLM.from_pretrained(adapter / "base_model", trust_remote_code=True)
+
+
+def test_lora_folder(adapter):
+    names = {path.name for path in adapter.iterdir()}
+    assert names >= {"adapter_model.safetensors", "adapter_config.json", "processor_config.json", "README.md"}
+    assert "model.safetensors" not in names
+    trained = load_file(adapter / "adapter_model.safetensors")
+    connector = [name for name in trained if "connector" in name]
+    adapted = [name for name in trained if "language_model" in name]
+    assert len(connector) == 2
+    assert {*connector, *adapted} == set(trained)
+    assert all("lora_" in name for name in adapted)
+    base = ELMForConditionalGeneration.from_pretrained(adapter / "base_model").state_dict()
+    moved = trained["base_model.model.model.connector.projection.weight"]
+    assert not torch.equal(moved, base["model.connector.projection.weight"])
+    card = (adapter / "README.md").read_text()
+    assert "AutoPeftModelForCausalLM" in card
+    assert "LoRA on the language model" in card
+    assert str(adapter.parent) not in card
+
+
+def test_lora_leaves_the_base_alone(adapter, llm, tied_llm):
+    source = AutoModelForCausalLM.from_pretrained(llm if adapter.name == "untied" else tied_llm).state_dict()
+    base = ELMForConditionalGeneration.from_pretrained(adapter / "base_model").state_dict()
+    for name, tensor in source.items():
+        if "embed_tokens" not in name and "lm_head" not in name:  # which got a row more
+            assert torch.equal(base[name.replace("model.", "model.language_model.", 1)], tensor), name
+
+
+def test_lora_loads_three_ways(adapter):
+    expected = logits(PeftModel.from_pretrained(base_of(adapter), adapter), adapter)
+    base = base_of(adapter)
+    untrained = logits(base, adapter)
+    base.load_adapter(str(adapter))
+    auto = AutoPeftModelForCausalLM.from_pretrained(adapter, trust_remote_code=True)
+    assert torch.equal(logits(base, adapter), expected)
+    assert torch.equal(logits(auto, adapter), expected)
+    assert (untrained - expected).abs().max() > 1e-2
+
+
+def test_lora_merges(adapter, tmp_path):
+    peft_model = PeftModel.from_pretrained(base_of(adapter), adapter)
+    expected = logits(peft_model, adapter)
+    merged = peft_model.merge_and_unload()
+    assert torch.allclose(logits(merged, adapter), expected, atol=1e-5)
+    assert torch.allclose(logits(load_elm(str(adapter))[0], adapter), expected, atol=1e-5)
+    load_elm(str(adapter))[0].save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert torch.allclose(logits(reloaded, adapter), expected, atol=1e-5)
+
+
+def test_lora_resumes(adapter, data, llm, tied_llm, tmp_path):
+    resumed = tmp_path / "resumed"
+    shutil.copytree(adapter / "checkpoint-3", resumed / "checkpoint-3")
+    shutil.copytree(adapter / "base_model", resumed / "base_model")
+    options = ["--peft", "--max_steps", "6", "--save_strategy", "steps", "--save_steps", "3"]
+    source = llm if adapter.name == "untied" else tied_llm
+    sft.main(tiny_sft(source, data, resumed, *options, "--resume_from_checkpoint", "true"))
+    assert losses(resumed) == losses(adapter)
+    assert_same(load_file(adapter / "adapter_model.safetensors"), load_file(resumed / "adapter_model.safetensors"))
+
+
+def test_lora_does_not_take_an_old_base(llm, data, tmp_path):
+    for encoder in ("mtae", "st_mem"):
+        sft.main(tiny_sft(llm, data, tmp_path, "--peft", "--max_steps", "1", encoder=encoder))
+    assert load_elm(str(tmp_path))[0].config.encoder_config.model_type == "st_mem"
+
+
+def test_lora_needs_the_llm(llm, data, tmp_path):
+    with pytest.raises(ValueError, match="--peft adapts the language model"):
+        sft.main(tiny_sft(llm, data, tmp_path, "--peft", "--update", "connector"))
