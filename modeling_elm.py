@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple, torch_compilable_check
@@ -268,13 +269,12 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
         llm_model = AutoModelForCausalLM.from_pretrained(llm, **(llm_kwargs or {}))
         encoder_model = None
         if encoder is not None:
-            encoder_config = AutoConfig.from_pretrained(encoder, trust_remote_code=True)
-            if encoder_config.model_type not in ENCODER_MODELS:
+            encoder_type = PreTrainedConfig.get_config_dict(encoder)[0].get("model_type")
+            if encoder_type not in ENCODER_MODELS:
                 raise ValueError(
-                    f"{encoder} holds a {encoder_config.model_type!r} model; expected an ECG encoder: "
-                    f"{', '.join(ENCODER_MODELS)}."
+                    f"{encoder} holds a {encoder_type!r} model; expected an ECG encoder: {', '.join(ENCODER_MODELS)}."
                 )
-            encoder_model = ENCODER_MODELS[encoder_config.model_type].from_pretrained(encoder)
+            encoder_model = ENCODER_MODELS[encoder_type].from_pretrained(encoder)
             config_kwargs["encoder_config"] = encoder_model.config
         text_config = llm_model.config.get_text_config()
         if text_config is not llm_model.config:
@@ -289,7 +289,8 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
         for part in new_parts:  # not the language model, whose rotary frequencies stay in float32
             if part is not None:
                 part.to(llm_model.dtype)
-        model._check_same_logits(llm_model)
+        if not is_deepspeed_zero3_enabled():  # there no process holds the weights to run it
+            model._check_same_logits(llm_model)
         return model
 
     @torch.no_grad()

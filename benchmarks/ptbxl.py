@@ -40,7 +40,9 @@ def read_records(source: Path) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if row["has_raw100"] == "1" and row["superclass"]]
 
 
-def make_rows(records: list[dict[str, str]], split: str, folder: Path, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+def make_rows(
+    records: list[dict[str, str]], split: str, folder: Path, rng: np.random.Generator
+) -> Iterator[dict[str, Any]]:
     """As many records that have a superclass as records that have not, for each superclass.
 
     In training the rarer of the two are repeated, so that no record is left out; elsewhere the commoner are sampled, so

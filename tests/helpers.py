@@ -23,7 +23,6 @@ from transformers import (
 from configuration_elm import ENCODER_CONFIGS, ELMConfig
 from feature_extraction_elm import ECGFeatureExtractor
 from processing_elm import ELMProcessor
-
 from training.synthetic import make_record
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -142,7 +142,9 @@ def test_rows_of_two_one_and_no_ecg(tmp_path):
 
 
 def test_rows_of_paths(tmp_path):
-    data = load(json_lines(tmp_path, [{"messages": ASKED, "ecg": ["a.csv", "b.csv"]}, {"messages": ASKED, "ecg": None}]))
+    data = load(
+        json_lines(tmp_path, [{"messages": ASKED, "ecg": ["a.csv", "b.csv"]}, {"messages": ASKED, "ecg": None}])
+    )
     parts = to_chat(data[0])[0]["content"]
     assert [part.get("path") for part in parts] == ["a.csv", "b.csv", None]
     assert len(to_chat(data[1])[0]["content"]) == 1

@@ -142,7 +142,7 @@ class TestPairings:
         model = tiny_elm(ecg_part, num_ecg_tokens=num_ecg_tokens)
         features = model.get_ecg_features(records(3))
         assert features.shape == (3, num_ecg_tokens, 32)
-        torch.testing.assert_close(features[1:2], model.get_ecg_features(records(3)[1:2]))
+        torch.testing.assert_close(features[1:2], model.get_ecg_features(records(3)[1:2]), atol=1e-4, rtol=1e-4)
         assert not torch.allclose(features[0], features[1])
 
     def test_more_tokens_average_less_of_the_encoder(self):
@@ -296,14 +296,16 @@ class TestGeneration:
 class TestNumerics:
     @pytest.mark.parametrize("ecg_part", ["merl", "st_mem", "conv"])
     def test_bfloat16(self, ecg_part, tmp_path):
-        model = tiny_elm(ecg_part, "gemma2")
+        torch.manual_seed(0)
+        model = ELMForConditionalGeneration(tiny_elm_config(ecg_part, "gemma2")).eval()
         batch, _ = mixed_batch(model)
         model.save_pretrained(tmp_path)
         loaded = ELMForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
         assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
         output = logits(loaded, **batch)
         assert output.dtype == torch.bfloat16
-        torch.testing.assert_close(output.float(), logits(model, **batch), atol=0.1, rtol=0.1)
+        similarity = nn.functional.cosine_similarity(output.float(), logits(model, **batch), dim=-1)
+        assert similarity[batch["attention_mask"].bool()].min() > 0.99
         assert new_tokens(loaded, batch).shape == (3, 10)
 
     @pytest.mark.parametrize(("family", "llm_calls"), [("llama3", 2), ("gemma2", 0)])
@@ -522,16 +524,16 @@ class TestFromPretrainedParts:
             self.build(tmp_path)
 
 
-@pytest.mark.parametrize("auto_class", ["AutoModelForCausalLM", "AutoModelForImageTextToText"])
-def test_fresh_processes_without_the_project(auto_class, tmp_path):
-    """One loads what we saved, answers and saves it again; another loads that."""
+def test_fresh_processes_without_the_project(tmp_path):
+    """One loads what we saved, answers and saves it again; another loads that, as another Auto class."""
     model = tiny_elm("st_mem", "qwen2_5")
     batch, _ = mixed_batch(model)
     folders = [tmp_path / name for name in ("first", "second", "third")]
     model.save_pretrained(folders[0])
     save_file(batch, tmp_path / "batch.safetensors")
     expected, tokens = logits(model, **batch), new_tokens(model, batch)
-    for source, target in itertools.pairwise(folders):
+    auto_classes = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
+    for auto_class, (source, target) in zip(auto_classes, itertools.pairwise(folders), strict=True):
         run_isolated(
             "import torch, transformers\n"
             "from safetensors.torch import load_file, save_file\n"

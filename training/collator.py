@@ -17,14 +17,12 @@ class ELMCollator:
     Args:
         system_prompt: system message of the chats that have none.
         perturb: `noise` or `zeros` in place of every ECG, `only_text` to leave it out.
-        augment_ecg: add noise and baseline wander to some of the ECGs, as [`augment`] does.
         max_length: a chat of more tokens is an error; nothing is cut.
     """
 
     processor: ELMProcessor
     system_prompt: str | None = None
     perturb: str | None = None
-    augment_ecg: bool = False
     max_length: int | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -61,7 +59,7 @@ class ELMCollator:
             return torch.randn_like(ecg_values)
         if self.perturb == "zeros":
             return torch.zeros_like(ecg_values)
-        return augment(ecg_values) if self.augment_ecg else ecg_values
+        return ecg_values
 
 
 def augment(ecg_values: torch.Tensor) -> torch.Tensor:
@@ -72,8 +70,9 @@ def augment(ecg_values: torch.Tensor) -> torch.Tensor:
         ecg_values: [number of ECGs, leads, samples]
     """
     num_ecgs, _, num_samples = ecg_values.shape
-    noisy, wandering = torch.rand(2, num_ecgs, 1, 1) < 0.5
-    half_periods = torch.randint(1, 6, (num_ecgs, 1, 1))
-    wander = torch.sin(math.pi * half_periods * torch.linspace(0, 1, num_samples))
+    device = ecg_values.device
+    noisy, wandering = torch.rand(2, num_ecgs, 1, 1, device=device) < 0.5
+    half_periods = torch.randint(1, 6, (num_ecgs, 1, 1), device=device)
+    wander = torch.sin(math.pi * half_periods * torch.linspace(0, 1, num_samples, device=device))
     noise = torch.randn_like(ecg_values) * 0.05 * ecg_values.std((1, 2), keepdim=True)
     return ecg_values + noisy * noise + wandering * 0.07 * ecg_values.abs().amax((1, 2), keepdim=True) * wander

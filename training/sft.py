@@ -2,13 +2,11 @@
 
 import logging
 import os
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
@@ -17,22 +15,24 @@ from processing_elm import ELMProcessor
 from training.arguments import ELMArguments, ELMParser
 from training.build import build_model, build_processor, freeze, load_elm, lora_config
 from training.cards import write_model_card
-from training.collator import ELMCollator
+from training.collator import ELMCollator, augment
 from training.data import load_data
 
 logger = logging.getLogger(__name__)
 
 
 class ELMTrainer(SFTTrainer):
-    """TRL's trainer, but for augmentation: it is for training only."""
+    """SFTTrainer that augments the ECGs of a training step, where checkpoints keep the state of the random numbers.
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        collator = self.data_collator
-        self.data_collator = replace(collator, augment_ecg=False)
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = collator
+    The collator runs a batch ahead of it, and for evaluation too.
+    """
+
+    augment_ecg = False
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.augment_ecg and "ecg_values" in inputs:
+            inputs["ecg_values"] = augment(inputs["ecg_values"])
+        return super().training_step(model, inputs, *args, **kwargs)
 
 
 def parse(argv: list[str] | None = None) -> tuple[ELMArguments, SFTConfig, ModelConfig]:
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     if peft_config is None:
         freeze(model, args.update)
 
-    collator = ELMCollator(processor, args.system_prompt, args.perturb, args.augment_ecg, training_args.max_length)
+    collator = ELMCollator(processor, args.system_prompt, args.perturb, training_args.max_length)
     training_args.max_length = None  # the collator's business
     training_args.dataset_kwargs = {"skip_prepare_dataset": True}
     trainer = ELMTrainer(
@@ -110,6 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=processor,
         peft_config=peft_config,
     )
+    trainer.augment_ecg = args.augment_ecg
     if trainer.is_world_process_zero():
         assert trainer.model is not None
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in trainer.model.parameters()]

@@ -1,0 +1,101 @@
+from pathlib import Path
+
+import pytest
+from helpers import tiny_elm_config, tiny_processor
+from huggingface_hub import ModelCard
+from trl import ModelConfig
+
+from training.arguments import ELMArguments
+from training.cards import add_evaluation, write_model_card
+
+RESULTS = {"conditions": {"ecg": {"exact_match": 0.875}, "left_out": {"exact_match": 0.25}}}
+
+
+def write(folder: Path, part: str | None = "merl", model: dict | None = None, **options) -> ModelCard:
+    options = {"data": ["owner/data", "/home/someone/secret/local"], "llm": "qwen2.5-0.5b-instruct"} | options
+    folder.mkdir(exist_ok=True)
+    write_model_card(
+        folder, ELMArguments(**options), ModelConfig(**model or {}), tiny_elm_config(part), tiny_processor()
+    )
+    return ModelCard.load(folder / "README.md")
+
+
+def test_what_a_card_says(tmp_path):
+    card = write(tmp_path / "my-elm")
+    assert card.data.base_model == "Qwen/Qwen2.5-0.5B-Instruct"
+    assert card.data.datasets == ["owner/data"]
+    assert card.data.library_name == "transformers"
+    assert {"ecg", "elm", "trl"} <= set(card.data.tags)
+    assert "# my-elm" in card.text
+    assert "`merl` encoder, `mlp` connector" in card.text
+    assert "12 leads, 500 samples at 250 Hz, normalisation `none`" in card.text
+    assert "| trained parts | connector, llm |" in card.text
+    assert "`owner/data`, `local`" in card.text
+    assert "secret" not in card.text
+    assert str(tmp_path) not in card.text
+    assert "not a medical device" in card.text
+    assert "Not evaluated yet" in card.text
+
+
+@pytest.mark.parametrize(
+    ("part", "words", "trained"),
+    [
+        ("patch", "`patch` connector, no encoder", "connector, llm"),
+        (None, "none: the model reads no ECG", "llm"),
+    ],
+)
+def test_other_architectures(tmp_path, part, words, trained):
+    text = write(tmp_path, part).text
+    assert words in text
+    assert f"| trained parts | {trained} |" in text
+
+
+def test_adapter(tmp_path):
+    card = write(tmp_path, model={"use_peft": True})
+    assert card.data.library_name == "peft"
+    assert "lora" in card.data.tags
+    assert "(LoRA on the language model)" in card.text
+    assert "AutoPeftModelForCausalLM.from_pretrained" in card.text
+
+
+def test_continued_from_a_model(tmp_path):
+    card = write(tmp_path / "new", model={"model_name_or_path": "owner/old-elm"})
+    assert card.data.base_model == "owner/old-elm"
+    assert "| built on | `owner/old-elm` |" in card.text
+    card = write(tmp_path / "new", model={"model_name_or_path": "/home/someone/old-elm"})
+    assert card.data.base_model is None
+    assert "| built on | `old-elm` |" in card.text
+
+
+def test_snippet_is_python(tmp_path):
+    for model in ({}, {"use_peft": True}):
+        text = write(tmp_path, model=model).text
+        code = text.split("```python\n")[1].split("\n```")[0]
+        compile(code, "card", "exec")
+        assert len(code.splitlines()) <= 12
+
+
+def test_add_evaluation(tmp_path):
+    before = write(tmp_path).text
+    for score in (0.5, 0.875):  # a second evaluation replaces the first
+        RESULTS["conditions"]["ecg"]["exact_match"] = score
+        add_evaluation(tmp_path, RESULTS)
+    text = (tmp_path / "README.md").read_text()
+    assert "| ecg | 87.5 |\n| left_out | 25.0 |" in text
+    assert "50.0" not in text
+    assert "Not evaluated yet" not in text
+    assert text.split("## Limits")[1].strip() == before.split("## Limits")[1].strip()
+
+
+def test_training_again_drops_old_scores(tmp_path):
+    write(tmp_path)
+    add_evaluation(tmp_path, RESULTS)
+    assert "Not evaluated yet" in write(tmp_path).text
+
+
+def test_no_card_or_no_place_in_it(tmp_path):
+    add_evaluation(tmp_path, RESULTS)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "README.md").write_text("# Mine\n")
+    add_evaluation(tmp_path, RESULTS)
+    assert (tmp_path / "README.md").read_text() == "# Mine\n"
