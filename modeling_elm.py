@@ -170,6 +170,21 @@ class ELMModel(ELMPreTrainedModel):
         pooled = nn.functional.adaptive_avg_pool1d(tokens.transpose(1, 2), num_ecg_tokens).transpose(1, 2)
         return self.connector(pooled)
 
+    def _zero_of_ecg_path(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """A zero that depends on encoder and connector.
+
+        With it a training batch without ECG has gradients for all that is trained, as DDP, FSDP and ZeRO expect of every
+        process. Batch norm must not learn from the silent record that it takes, so the encoder is in eval mode for it.
+        """
+        ecg_values = inputs_embeds.new_zeros(1, self.config.num_leads, self.config.num_samples)
+        training = self.encoder is not None and self.encoder.training
+        if training:
+            self.encoder.eval()
+        features = self.get_ecg_features(ecg_values)
+        if training:
+            self.encoder.train()
+        return 0 * features.sum().to(inputs_embeds.device, inputs_embeds.dtype)
+
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, ecg_features: torch.Tensor
     ) -> torch.Tensor:
@@ -215,6 +230,8 @@ class ELMModel(ELMPreTrainedModel):
             ecg_features = self.get_ecg_features(ecg_values).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, ecg_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, ecg_features)
+        elif self.training and self.connector is not None:
+            inputs_embeds = inputs_embeds + self._zero_of_ecg_path(inputs_embeds)
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

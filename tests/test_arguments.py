@@ -82,9 +82,22 @@ def test_defaults_of_each_architecture(options, connector, num_ecg_tokens):
     assert (args.connector, args.num_ecg_tokens) == (connector, num_ecg_tokens)
 
 
+@pytest.mark.parametrize(
+    ("options", "update"),
+    [
+        ([], ["encoder", "connector", "llm"]),  # nothing is learnt through a frozen random encoder
+        (["--encoder_name_or_path", "pretrained"], ["connector", "llm"]),
+        (["--model_name_or_path", "runs/elm"], ["connector", "llm"]),
+        (["--elm", "fuyu"], ["connector", "llm"]),
+        (["--update", "connector"], ["connector"]),
+    ],
+)
+def test_parts_that_are_trained(options, update):
+    assert parse([*BASE, *options])[0].update == update
+
+
 def test_defaults_of_training():
-    args, training_args, _ = parse(BASE)
-    assert args.update == ["connector", "llm"]
+    _, training_args, _ = parse(BASE)
     assert training_args.max_length is None
     assert not training_args.remove_unused_columns
     assert not training_args.bf16

@@ -29,7 +29,7 @@ def llm(tmp_path_factory):
 
 
 def arguments(llm, **changes) -> ELMArguments:
-    defaults = {"encoder": "mtae", "num_samples": 500, "num_ecg_tokens": 4}
+    defaults = {"encoder": "mtae", "num_samples": 500, "num_ecg_tokens": 4, "update": ["connector", "llm"]}
     if changes.get("architecture", "llava") == "llava":
         defaults["encoder_config"] = json.dumps(TINY_ENCODERS.get(changes.get("encoder", "mtae")))
     return ELMArguments(data=["none"], llm=str(llm), **defaults | changes)

@@ -12,7 +12,8 @@ RESULTS = {"conditions": {"ecg": {"exact_match": 0.875}, "left_out": {"exact_mat
 
 
 def write(folder: Path, part: str | None = "merl", model: dict | None = None, **options) -> ModelCard:
-    options = {"data": ["owner/data", "/home/someone/secret/local"], "llm": "qwen2.5-0.5b-instruct"} | options
+    defaults = {"data": ["owner/data", "/home/someone/secret/local"], "llm": "qwen2.5-0.5b-instruct"}
+    options = defaults | {"update": ["connector", "llm"]} | options
     folder.mkdir(exist_ok=True)
     write_model_card(
         folder, ELMArguments(**options), ModelConfig(**model or {}), tiny_elm_config(part), tiny_processor()

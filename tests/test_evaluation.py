@@ -169,12 +169,14 @@ def test_files(evaluated, data):
         "exact_match.png",
     }
     assert json.loads((folder / "evaluation_results.json").read_text()) == results
-    assert results["num_questions"] == 7
+    questions = list_questions(load_data(EvaluationArguments(data=[str(data)]), "test"))
+    assert results["num_questions"] == len(questions)
+    assert results["num_patients"] == 7
     assert results["data"] == [data.name]
     assert str(data.parent) not in json.dumps(results)
     assert set(results["conditions"]) == set(CONDITIONS)
     predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-    assert [row["row"] for row in predictions] == list(range(7))
+    assert [(row["row"], row["turn"]) for row in predictions] == [(q.row, q.turn) for q in questions]
     right = [row["ecg"] == row["answer"] for row in predictions]
     assert np.mean(right) == results["conditions"]["ecg"]["exact_match"]
     assert (folder / "exact_match.png").read_bytes().startswith(b"\x89PNG")
@@ -183,7 +185,7 @@ def test_files(evaluated, data):
 def test_results_go_to_the_model_by_default(model, data):
     options = ["--data", str(data), "--data_subset", "0.5", "--max_new_tokens", "2", "--num_resamples", "10"]
     results = evaluation.main(["--model_name_or_path", str(model), *options])
-    assert results["num_questions"] == 4
+    assert results["num_patients"] == 4
     assert (model / "evaluation_results.json").is_file()
     assert "Not evaluated yet" not in (model / "README.md").read_text()
 

@@ -20,7 +20,11 @@ def figures_are_closed():
 
 def test_exact_match(tmp_path):
     row = {"exact_match": 0.5, "interval_95": [0.4, 0.7], "by_question_type": {"rate": 0.25, "axis": 0.75}}
-    results = {"conditions": dict.fromkeys(COLOURS, row), "questions_by_type": {"rate": 4, "axis": 4}}
+    results = {
+        "conditions": dict.fromkeys(COLOURS, row),
+        "num_questions": 8,
+        "questions_by_type": {"rate": 4, "axis": 4},
+    }
     plot_exact_match(results, tmp_path / "plot.png")
     found = {tuple(colour) for colour in pixels(tmp_path / "plot.png").reshape(-1, 3)}
     for colour in COLOURS.values():
@@ -54,6 +58,6 @@ def test_ecg_draws_the_signal(tmp_path):
 
 
 def test_a_name_for_each_lead(tmp_path):
-    with pytest.raises(ValueError, match="shorter|longer|argument"):
+    with pytest.raises(ValueError, match="shorter than argument 1"):
         plot_ecg(np.zeros((2, 100)), 100, ["I"], tmp_path / "plot.png")
     plt.close("all")

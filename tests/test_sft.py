@@ -214,6 +214,7 @@ def test_perturb(llm, data, tmp_path):
     assert len({losses(tmp_path / name)[0] for name in runs}) == 4
 
 
+@pytest.mark.xfail(strict=True, reason="a batch without ECG gives the connector no gradient, so its loss has none")
 def test_connector_alone_with_batches_without_ecg(llm, mixed_data, tmp_path):
     options = ["--update", "connector", "--batch_size", "1", "--max_steps", "6"]
     sft.main(tiny_sft(llm, mixed_data, tmp_path, *options, encoder="mtae"))
@@ -334,10 +335,11 @@ def test_lora_folder(adapter):
     assert names >= {"adapter_model.safetensors", "adapter_config.json", "processor_config.json", "README.md"}
     assert "model.safetensors" not in names
     trained = load_file(adapter / "adapter_model.safetensors")
-    connector = [name for name in trained if "connector" in name]
+    connector = [name for name in trained if "model.connector." in name]
+    encoder = [name for name in trained if "model.encoder." in name]
     adapted = [name for name in trained if "language_model" in name]
     assert len(connector) == 2
-    assert {*connector, *adapted} == set(trained)
+    assert {*connector, *encoder, *adapted} == set(trained)
     assert all("lora_" in name for name in adapted)
     base = ELMForConditionalGeneration.from_pretrained(adapter / "base_model").state_dict()
     moved = trained["base_model.model.model.connector.projection.weight"]

@@ -1,7 +1,7 @@
 """Command-line and YAML arguments of fine-tuning and evaluation, beside TRL's `SFTConfig` and `ModelConfig`."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from trl import TrlParser
@@ -117,8 +117,11 @@ class ELMArguments(DataArguments):
         metadata={"help": "none keeps millivolts; zscore and minmax (the reference's) are of each record."},
     )
     update: list[str] = field(
-        default_factory=lambda: ["connector", "llm"],
-        metadata={"choices": ["encoder", "connector", "llm"], "help": "Parts that are trained."},
+        default_factory=list,
+        metadata={
+            "choices": ["encoder", "connector", "llm"],
+            "help": "Parts that are trained. Default: connector and llm, and an encoder that starts with random weights.",
+        },
     )
     augment_ecg: bool = field(
         default=False, metadata={"help": "In training, add noise and baseline wander to some of the ECGs."}
@@ -140,14 +143,22 @@ class ELMArguments(DataArguments):
             defaults: dict[str | None, int] = {"linear": 12, "mlp": 12, "patch": 25, "conv": 25}
             self.num_ecg_tokens = defaults.get(self.connector, 1)
         try:  # a YAML file gives a mapping, the command line JSON
-            fields: Any = self.encoder_config or {}
-            self.encoder_fields: dict[str, Any] = json.loads(fields) if isinstance(fields, str) else fields
+            given: Any = self.encoder_config or {}
+            self.encoder_fields: dict[str, Any] = json.loads(given) if isinstance(given, str) else given
         except json.JSONDecodeError as error:
             raise ValueError(f"--encoder_config is not JSON ({error}): {self.encoder_config!r}.") from error
         if not isinstance(self.encoder_fields, dict):
             raise ValueError(f"--encoder_config is {self.encoder_config!r}; expected names and values of fields.")
-        if not self.update or not set(self.update) <= {"encoder", "connector", "llm"}:
+        if not set(self.update) <= {"encoder", "connector", "llm"}:
             raise ValueError(f"--update is {self.update}; expected some of encoder, connector, llm.")
+
+
+def new_elm_options(args: ELMArguments) -> list[str]:
+    """The options that differ from their defaults and say what a new ELM is made of."""
+    of_training = {"update", "augment_ecg", "wandb", "distributed"} | {option.name for option in fields(DataArguments)}
+    defaults = ELMArguments(data=args.data)
+    names = [option.name for option in fields(args) if option.name not in of_training]
+    return [name for name in names if getattr(args, name) != getattr(defaults, name)]
 
 
 class ELMParser(TrlParser):

@@ -4,7 +4,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import file_exists
 from peft import LoraConfig, PeftConfig, PeftModel
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
@@ -13,6 +15,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig
 
 from configuration_elm import ENCODER_CONFIGS, ELMConfig
@@ -135,19 +138,23 @@ def freeze(model: ELMForConditionalGeneration, update: list[str]) -> None:
         raise ValueError(f"--update {' '.join(update)} leaves nothing to train in a {model.config.architecture} ELM.")
 
 
-def lora_config(args: ELMArguments, model_args: ModelConfig, model: ELMForConditionalGeneration) -> LoraConfig:
-    """LoRA on the language model; connector and encoder, where updated, trained in full.
-
-    The placeholder's embedding is not trained: the features of the ECG take its place, so it has no gradient.
-    """
+def lora_config(
+    args: ELMArguments, model_args: ModelConfig, model: ELMForConditionalGeneration, processor: ELMProcessor
+) -> LoraConfig:
+    """LoRA on the language model's linear layers; connector and encoder, where updated, and the embedding of the added
+    token trained in full."""
     if "llm" not in args.update:
         raise ValueError(f"--peft adapts the language model, but --update is {' '.join(args.update)}; add llm to it.")
     targets: str | list[str] | None = model_args.lora_target_modules
     if targets is None:
-        targets = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+        layers = model.model.language_model.named_modules()
+        names = {name.rsplit(".", 1)[-1] for name, layer in layers if isinstance(layer, nn.Linear | Conv1D)}
+        targets = rf".*language_model\..*\.({'|'.join(sorted(names))})"
     parts = [
         name for name in ("encoder", "connector") if name in args.update and getattr(model.model, name) is not None
     ]
+    embeddings = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embeddings)
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=model_args.lora_r,
@@ -157,6 +164,7 @@ def lora_config(args: ELMArguments, model_args: ModelConfig, model: ELMForCondit
         use_dora=model_args.use_dora,
         target_modules=targets,
         modules_to_save=parts + (model_args.lora_modules_to_save or []) or None,
+        trainable_token_indices={name.rsplit(".", 1)[-1]: [processor.ecg_token_id]},
     )
 
 
@@ -173,14 +181,20 @@ def load_elm(
         ValueError: if a local folder holds neither.
     """
     path = Path(name_or_path)
-    if path.exists() and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise ValueError(
-            f"{name_or_path} has no config.json and no adapter_config.json; expected the folder of a saved ELM or adapter."
-        )
+    if path.exists():
+        is_adapter = (path / "adapter_config.json").is_file()
+        if not is_adapter and not (path / "config.json").is_file():
+            raise ValueError(
+                f"{name_or_path} has no config.json and no adapter_config.json; expected the folder of a saved ELM or "
+                "adapter."
+            )
+    else:
+        is_adapter = file_exists(name_or_path, "adapter_config.json", revision=revision)
     processor = ELMProcessor.from_pretrained(name_or_path, revision=revision)
-    try:
-        adapter = PeftConfig.from_pretrained(name_or_path, revision=revision)
-    except ValueError:  # PEFT's word for: no adapter_config.json there
+    if not is_adapter:
         return ELMForConditionalGeneration.from_pretrained(name_or_path, revision=revision, **model_kwargs), processor
-    base = ELMForConditionalGeneration.from_pretrained(adapter.base_model_name_or_path, **model_kwargs)
+    base_path = PeftConfig.from_pretrained(name_or_path, revision=revision).base_model_name_or_path
+    if not Path(base_path).exists() and (path / "base_model").is_dir():
+        base_path = path / "base_model"  # the folder was moved since it was trained
+    base = ELMForConditionalGeneration.from_pretrained(base_path, **model_kwargs)
     return PeftModel.from_pretrained(base, name_or_path, revision=revision).merge_and_unload(), processor

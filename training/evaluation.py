@@ -149,7 +149,10 @@ def answer_questions(
             if "ecg_values" in inputs and condition == "zeroed":
                 inputs["ecg_values"].zero_()
             output: Any = model.generate(  # type: ignore[misc]  # wants attributes that no model declares
-                **inputs, max_new_tokens=args.max_new_tokens, do_sample=False
+                **inputs,
+                max_new_tokens=args.max_new_tokens,
+                do_sample=False,
+                repetition_penalty=1.0,  # some language models ask for one, which is not greedy
             )
             new_tokens = output[:, inputs["input_ids"].shape[1] :]
             for index, text in zip(indices, processor.batch_decode(new_tokens, skip_special_tokens=True), strict=True):

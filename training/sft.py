@@ -12,7 +12,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from modeling_elm import ELMForConditionalGeneration
 from processing_elm import ELMProcessor
-from training.arguments import ELMArguments, ELMParser
+from training.arguments import ELMArguments, ELMParser, new_elm_options
 from training.build import build_model, build_processor, freeze, load_elm, lora_config
 from training.cards import write_model_card
 from training.collator import ELMCollator, augment
@@ -22,17 +22,27 @@ logger = logging.getLogger(__name__)
 
 
 class ELMTrainer(SFTTrainer):
-    """SFTTrainer that augments the ECGs of a training step, where checkpoints keep the state of the random numbers.
+    """TRL's trainer, which draws what is random about the ECGs of a step when it takes the step.
 
-    The collator runs a batch ahead of it, and for evaluation too.
+    Checkpoints keep the state of the random numbers at the step; the collator runs ahead of it.
     """
 
+    perturb: str | None = None
     augment_ecg = False
 
+    def _draw(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        if self.perturb == "noise" and "ecg_values" in inputs:
+            inputs["ecg_values"] = torch.randn_like(inputs["ecg_values"])
+        return inputs
+
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        inputs = self._draw(inputs)
         if self.augment_ecg and "ecg_values" in inputs:
             inputs["ecg_values"] = augment(inputs["ecg_values"])
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return super().prediction_step(model, self._draw(inputs), *args, **kwargs)
 
 
 def parse(argv: list[str] | None = None) -> tuple[ELMArguments, SFTConfig, ModelConfig]:
@@ -50,6 +60,11 @@ def parse(argv: list[str] | None = None) -> tuple[ELMArguments, SFTConfig, Model
             "--distributed, but there is one process: start with `accelerate launch --multi_gpu training/sft.py ...` "
             "or `torchrun --nproc_per_node N training/sft.py ...`."
         )
+    if not args.update:
+        pretrained = args.encoder_name_or_path is not None or model_args.model_name_or_path is not None
+        args.update = (
+            ["connector", "llm"] if pretrained or args.architecture != "llava" else ["encoder", "connector", "llm"]
+        )
     if args.wandb and find_spec("wandb") is None:
         raise ValueError("--wandb, but the package wandb is not installed: `pip install wandb`.")
     if args.wandb:
@@ -65,6 +80,12 @@ def build_base(
     LoRA leaves its base as it is, and the adapter needs it again: a new one is saved under `output_dir/base_model`.
     """
     if model_args.model_name_or_path is not None:
+        if unused := new_elm_options(args):
+            logger.warning(
+                "--model_name_or_path %s is a finished ELM: %s, of a new one, change nothing.",
+                model_args.model_name_or_path,
+                ", ".join(f"--{name}" for name in unused),
+            )
         return load_elm(
             model_args.model_name_or_path,
             revision=model_args.model_revision,
@@ -94,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     eval_data = load_data(args, "validation", training_args.seed) if training_args.eval_strategy != "no" else None
 
     model, processor = build_base(args, training_args, model_args)
-    peft_config = lora_config(args, model_args, model) if model_args.use_peft else None
+    peft_config = lora_config(args, model_args, model, processor) if model_args.use_peft else None
     if peft_config is None:
         freeze(model, args.update)
 
@@ -110,7 +131,9 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=processor,
         peft_config=peft_config,
     )
-    trainer.augment_ecg = args.augment_ecg
+    trainer.perturb, trainer.augment_ecg = args.perturb, args.augment_ecg
+    if peft_config is not None:
+        trainer.model.get_output_embeddings().bias = None  # TRL reads it, and PEFT's wrapper of a tied head has none
     if trainer.is_world_process_zero():
         assert trainer.model is not None
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in trainer.model.parameters()]
