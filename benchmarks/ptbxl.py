@@ -75,7 +75,7 @@ def build(folder: Path, seed: int) -> None:
     records, rng = read_records(SHARED), np.random.default_rng(seed)
     data = DatasetDict({split: Dataset.from_list(list(make_rows(records, split, ecgs, rng))) for split in FOLDS})
     data.save_to_disk(folder / "data")
-    save_small_llm(folder / "llm", [*QUESTIONS.values(), "yes", "no"], seed)
+    save_small_llm(folder / "llm", data["train"]["messages"], seed)
     print({split: len(rows) for split, rows in data.items()})
 
 

@@ -23,8 +23,8 @@ from training.synthetic import make_dataset
 CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
 
 
-def save_small_llm(folder: Path, texts: Iterable[str], seed: int) -> None:
-    """A Llama of 0.5 million random weights with a byte-level BPE tokenizer trained on the texts."""
+def save_small_llm(folder: Path, chats: Iterable[list[dict[str, str]]], seed: int) -> None:
+    """A Llama of 0.5 million random weights with a byte-level BPE tokenizer trained on the chats."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -34,6 +34,8 @@ def save_small_llm(folder: Path, texts: Iterable[str], seed: int) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
+    # as the default chat template writes them, so that what every turn begins with is a token
+    texts = ("".join(f"{turn['role'].title()}: {turn['content']}\n" for turn in chat) for chat in chats)
     bpe.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     torch.manual_seed(seed)
@@ -58,7 +60,7 @@ def save_small_llm(folder: Path, texts: Iterable[str], seed: int) -> None:
 def simulate(folder: Path, num_records: int, seed: int) -> DatasetDict:
     """Simulated records with four or five questions each, in splits by patient, saved under `folder`."""
     sizes = {"train": num_records, "validation": 96, "test": 192}
-    data = DatasetDict({split: make_dataset(size, seed=seed, split=split, num_proc=2) for split, size in sizes.items()})
+    data = DatasetDict({split: make_dataset(size, seed=seed, split=split, sampling_rate=125, num_proc=2) for split, size in sizes.items()})
     data.save_to_disk(folder)
     return data
 
@@ -104,8 +106,7 @@ def main(argv: list[str] | None = None) -> None:
 
     print(f"[1/4] Simulating ECGs into {folder / 'data'}", flush=True)
     data = simulate(folder / "data", args.num_records, args.seed)
-    texts = (message["content"] for row in data["train"].select_columns("messages") for message in row["messages"])
-    save_small_llm(folder / "llm", texts, args.seed)
+    save_small_llm(folder / "llm", data["train"]["messages"], args.seed)
 
     print(f"[2/4] Fine-tuning a small ELM into {folder / 'model'}", flush=True)
     common = ["--data", str(folder / "data")]
