@@ -56,9 +56,9 @@ class MERLConfig(ECGEncoderConfig):
     widths: list[int] | tuple[int, ...] = (64, 128, 256, 512)
 
     def validate_stages(self) -> None:
-        if not self.depths or len(self.depths) != len(self.widths):
+        if not self.depths or len(self.depths) != len(self.widths) or min(*self.depths, *self.widths) < 1:
             raise ValueError(
-                f"MERLConfig has depths={list(self.depths)} and widths={list(self.widths)}; give one of each per stage."
+                f"MERLConfig has depths={list(self.depths)} and widths={list(self.widths)}; give one of each per stage, all at least 1."
             )
 
     @property
@@ -87,6 +87,13 @@ class MaskedAutoencoderConfig(ECGTransformerConfig):
     decoder_hidden_size: int = 256
     decoder_num_hidden_layers: int = 4
     decoder_num_attention_heads: int = 4
+
+    def validate_widths(self) -> None:
+        for name in ("hidden_size", "decoder_hidden_size"):
+            if getattr(self, name) % 2:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; half of it are sines and half cosines: choose an even one."
+                )
 
     @property
     def output_size(self) -> int:

@@ -39,8 +39,8 @@ def build(args: Namespace) -> tuple[ELMForConditionalGeneration, ELMProcessor]:
     argv = ["--data", "simulated", "--output_dir", "unused"]
     with tempfile.TemporaryDirectory() as folder:
         if args.llm is None:
-            texts = [message["content"] for row in make_rows(960, args.seed) for message in row["messages"]]
-            save_small_llm(Path(folder), texts, args.seed)
+            chats = [row["messages"] for row in make_rows(960, args.seed)]
+            save_small_llm(Path(folder), chats, args.seed)
             argv += ["--config", str(CONFIG), "--llm", folder]
         else:
             argv += ["--llm", args.llm]

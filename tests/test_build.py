@@ -1,4 +1,5 @@
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -161,14 +162,19 @@ def test_freeze_errors(llm):
 
 
 def test_lora_config(llm):
-    model = build(arguments(llm))
-    config = lora_config(arguments(llm), ModelConfig(lora_r=3), model)
+    args = arguments(llm, update=["connector", "llm"])
+    processor, model = build_processor(args), build(args)
+    config = lora_config(args, ModelConfig(lora_r=3), model, processor)
     assert config.r == 3
     assert config.modules_to_save == ["connector"]
-    config = lora_config(arguments(llm, update=["encoder", "llm"]), ModelConfig(), model)
+    assert config.trainable_token_indices == {key: [processor.ecg_token_id] for key in ("embed_tokens", "lm_head")}
+    adapted = [name for name, _ in model.named_modules() if re.fullmatch(config.target_modules, name)]
+    assert adapted
+    assert all(name.startswith("model.language_model.layers") for name in adapted)
+    config = lora_config(arguments(llm, update=["encoder", "llm"]), ModelConfig(), model, processor)
     assert config.modules_to_save == ["encoder"]
     with pytest.raises(ValueError, match="--peft adapts the language model"):
-        lora_config(SimpleNamespace(update=["connector"]), ModelConfig(), model)
+        lora_config(SimpleNamespace(update=["connector"]), ModelConfig(), model, processor)
 
 
 def test_load_elm_from_an_empty_folder(tmp_path):

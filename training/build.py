@@ -141,8 +141,8 @@ def freeze(model: ELMForConditionalGeneration, update: list[str]) -> None:
 def lora_config(
     args: ELMArguments, model_args: ModelConfig, model: ELMForConditionalGeneration, processor: ELMProcessor
 ) -> LoraConfig:
-    """LoRA on the language model's linear layers; connector and encoder, where updated, and the embedding of the added
-    token trained in full."""
+    """LoRA on the language model's linear layers; connector and encoder, where updated, and the rows of the added token
+    in the embeddings and the head, trained in full."""
     if "llm" not in args.update:
         raise ValueError(f"--peft adapts the language model, but --update is {' '.join(args.update)}; add llm to it.")
     targets: str | list[str] | None = model_args.lora_target_modules
@@ -155,6 +155,9 @@ def lora_config(
     ]
     embeddings = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embeddings)
+    rows = {name.rsplit(".", 1)[-1]: [processor.ecg_token_id]}
+    if not model.config.tie_word_embeddings:  # else PEFT ties them
+        rows["lm_head"] = [processor.ecg_token_id]
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=model_args.lora_r,
@@ -164,7 +167,7 @@ def lora_config(
         use_dora=model_args.use_dora,
         target_modules=targets,
         modules_to_save=parts + (model_args.lora_modules_to_save or []) or None,
-        trainable_token_indices={name.rsplit(".", 1)[-1]: [processor.ecg_token_id]},
+        trainable_token_indices=rows,
     )
 
 

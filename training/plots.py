@@ -31,7 +31,8 @@ def plot_exact_match(results: dict[str, Any], path: Path) -> None:
     for index, (condition, row) in enumerate(results["conditions"].items()):
         scores = 100 * np.array([row["exact_match"], *(row["by_question_type"][kind] for kind in kinds)])
         places = np.arange(len(labels)) + width * (index - (len(results["conditions"]) - 1) / 2)
-        axes.bar(places, scores, width, color=COLOURS[condition], label=f"ECG {condition.replace('_', ' ')}")
+        label = "with its ECG" if condition == "ecg" else f"ECG {condition.replace('_', ' ')}"
+        axes.bar(places, scores, width, color=COLOURS[condition], label=label)
         low, high = 100 * np.array(row["interval_95"])
         axes.errorbar(places[0], scores[0], [[scores[0] - low], [high - scores[0]]], color="black", capsize=2)
     axes.set_xticks(np.arange(len(labels)), labels)
