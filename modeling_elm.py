@@ -178,11 +178,11 @@ class ELMModel(ELMPreTrainedModel):
         """
         ecg_values = inputs_embeds.new_zeros(1, self.config.num_leads, self.config.num_samples)
         training = self.encoder is not None and self.encoder.training
-        if training:
+        if self.encoder is not None:
             self.encoder.eval()
         features = self.get_ecg_features(ecg_values)
-        if training:
-            self.encoder.train()
+        if self.encoder is not None:
+            self.encoder.train(training)
         return 0 * features.sum().to(inputs_embeds.device, inputs_embeds.dtype)
 
     def get_placeholder_mask(

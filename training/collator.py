@@ -35,7 +35,8 @@ class ELMCollator:
             return_assistant_tokens_mask=True,
             return_tensors=None,  # the mask is found token by token, which takes 100 times as long in tensors
             processor_kwargs={"padding": True, "padding_side": "right"},
-        ).convert_to_tensors("pt")
+        )
+        batch.convert_to_tensors("pt")
         answers = batch.pop("assistant_masks").bool()
         if not answers.any(-1).all():
             row = rows[int(answers.any(-1).logical_not().nonzero()[0])]

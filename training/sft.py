@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     trainer.perturb, trainer.augment_ecg = args.perturb, args.augment_ecg
     if peft_config is not None:
-        trainer.model.get_output_embeddings().bias = None  # TRL reads it, and PEFT's wrapper of a tied head has none
+        model.lm_head.register_parameter("bias", None)  # TRL reads it, and PEFT's wrapper of the head has none
     if trainer.is_world_process_zero():
         assert trainer.model is not None
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in trainer.model.parameters()]
