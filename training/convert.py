@@ -102,7 +102,7 @@ def _expected_keys(kind: str, keys: Collection[str]) -> set[str]:
         num_stages = _count(keys, r"stages\.(\d+)\.") or 1
         sizes = {
             "block": "bottleneck" if any(".convs.2." in key for key in keys) else "basic",
-            "depths": [_count(keys, rf"stages\.{stage}\.(\d+)\.") for stage in range(num_stages)],
+            "depths": [max(1, _count(keys, rf"stages\.{stage}\.(\d+)\.")) for stage in range(num_stages)],
             "widths": [64 * 2**stage for stage in range(num_stages)],
         }
     else:
