@@ -24,7 +24,9 @@ def load_data(args: DataArguments, split: str, seed: int = 0) -> Dataset | None:
     parts = [part for name in args.data if (part := _load_split(name, split)) is not None]
     if not parts:
         return None
-    data = concatenate_datasets([_any_shape(part) for part in parts]) if len(parts) > 1 else parts[0]
+    if any(part.features != parts[0].features for part in parts):
+        parts = [_any_shape(part) for part in parts]
+    data = concatenate_datasets(parts)
     if args.data_subset is not None:
         data = data.shuffle(seed=seed).select(range(max(1, round(args.data_subset * len(data)))))
     # arrays as NumPy: lists of Python numbers would take longer to make than the ECG to process
