@@ -569,3 +569,14 @@ def test_a_real_record(shared):
     assert len(processor.batch_decode(new_tokens(model, inputs))) == 1
     flat = inputs | {"ecg_values": torch.zeros(1, 12, 500)}
     assert not torch.allclose(logits(model, **inputs), logits(model, **flat), atol=1e-3)
+
+
+def test_a_training_batch_without_ecg_reaches_every_parameter_and_no_batch_norm():
+    model = ELMForConditionalGeneration(tiny_elm_config("merl")).train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    input_ids = torch.arange(10, 18)[None]
+    model(input_ids=input_ids, labels=input_ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert all((parameter.grad == 0).all() for parameter in model.model.encoder.parameters())
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert model.model.encoder.training

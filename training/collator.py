@@ -33,7 +33,7 @@ class ELMCollator:
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
-            return_tensors=None,  # the mask is found token by token, which takes 100 times as long in tensors
+            return_tensors=None,  # the mask is found token by token, which takes 50 times as long in tensors
             processor_kwargs={"padding": True, "padding_side": "right"},
         )
         batch.convert_to_tensors("pt")
