@@ -89,6 +89,7 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
         lead_names: Sequence[str] | None = None,
         unit: str | None = None,
         truncation: bool | str | None = None,
+        padding: bool = True,
         return_tensors: str | TensorType | None = None,
     ) -> BatchFeature:
         """Extracts the features of one ECG or of several.
@@ -98,10 +99,11 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
                 a batch [n, leads, samples].
             sampling_rate, lead_names, unit: of all the ECGs, where they do not say so themselves; see `as_record`.
             truncation: replaces the extractor's own for this call.
+            padding: False leaves short ECGs as short as they are.
             return_tensors: `pt` for a PyTorch tensor; a NumPy array otherwise.
 
         Returns:
-            `ecg_values`: float32 [n, leads, samples].
+            `ecg_values`: float32 [n, leads, samples]; without padding a list of [leads, its own samples].
 
         Raises:
             ValueError: there is no ECG, one is invalid (see `as_record`, `select_leads`), or one is too long.
@@ -111,6 +113,7 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
         if not batch:
             raise ValueError("There is no ECG; give at least one.")
         values = np.zeros((len(batch), len(self.lead_names), self.num_samples), dtype=np.float32)
+        lengths = []
         for index, ecg in enumerate(batch):
             try:
                 signal = self._fit(as_record(ecg, sampling_rate, lead_names, unit), truncation)
@@ -119,6 +122,10 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
                     raise
                 raise ValueError(f"ECG {index} of {len(batch)}, counted from 0: {error}") from error
             self._normalize(signal, out=values[index, :, : signal.shape[1]])
+            lengths.append(signal.shape[1])
+        if not padding:
+            short = [signal[:, :length] for signal, length in zip(values, lengths, strict=True)]
+            return BatchFeature({"ecg_values": short}, tensor_type=return_tensors)
         return BatchFeature({"ecg_values": values}, tensor_type=return_tensors)
 
     def _fit(self, record: ECGRecord, truncation: bool | str) -> np.ndarray:
