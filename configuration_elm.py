@@ -251,6 +251,11 @@ class ELMConfig(PreTrainedConfig):
             raise ValueError(
                 f"connector={self.connector!r} with architecture={self.architecture!r}; expected {expected}."
             )
+        if self.representation == "symbolic" and self.architecture != "text":
+            raise ValueError(
+                f"architecture={self.architecture!r} with representation='symbolic'; symbolic ECGs are tokens of the text, "
+                "which the language model reads alone: expected 'text'."
+            )
         if (self.encoder_config is not None) != (self.architecture == "llava"):
             encoder = self.encoder_config
             got = f"a {encoder.model_type} encoder" if isinstance(encoder, PreTrainedConfig) else "no encoder_config"

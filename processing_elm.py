@@ -1,19 +1,36 @@
 """Chat and ECGs to model inputs."""
 
+import itertools
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from transformers import BatchFeature, ProcessorMixin
+from transformers.utils import logging
 
 try:
-    from .ecg_utils import as_record
+    from .ecg_utils import STANDARD_LEADS, as_record, resample
     from .feature_extraction_elm import ECGFeatureExtractor
+    from .tokenization_ecg_byte import ECGByteTokenizer
 except ImportError:
     if __package__:  # loaded from a Hub repo: a real error
         raise
-    from ecg_utils import as_record
+    from ecg_utils import STANDARD_LEADS, as_record, resample
     from feature_extraction_elm import ECGFeatureExtractor
+    from tokenization_ecg_byte import ECGByteTokenizer
+
+
+logger = logging.get_logger(__name__)
+
+REPRESENTATIONS = ("signal", "symbolic")
+OVERFLOWS = ("error", "downsample", "drop_leads")
+# leads that go first when room is short: sums of I and II, then the chest leads beside which another tells much the same
+DISPENSABLE_LEADS = ("aVR", "aVL", "aVF", "III", "V4", "V6", "V2", "V3", "I", "V5", "V1", "II")
+MIN_SAMPLING_RATE = 30  # hertz; below it a QRS complex is a sample or two
+PADDING_KWARGS = ("padding", "max_length", "pad_to_multiple_of", "padding_side", "return_attention_mask")
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 class ELMProcessor(ProcessorMixin):
@@ -21,14 +38,20 @@ class ELMProcessor(ProcessorMixin):
 
     Args:
         feature_extractor: prepares the records.
-        tokenizer: of the language model, with the placeholder `<signal>` as one added token.
+        tokenizer: of the language model, with the placeholder `<signal>` as one added token, and where the representation is
+            `symbolic` the tokens `signal_tokens(ecg_byte)`.
         chat_template: Jinja template that writes one `<signal>` where each ECG stands.
         num_ecg_tokens: placeholders that each ECG takes, as in the model's config; 0 for a text-only model.
+        representation: `signal`: each ECG becomes `ecg_values` and placeholders; `symbolic`: it becomes tokens in the text.
+        ecg_byte: the ECG-Byte tokenizer of the `symbolic` representation.
+        max_length: tokens that a text may have with its symbolic ECGs, such as the context of the language model.
+        overflow: what to do with a text that has more. `error`; `downsample`: halve the sampling rate of its ECGs, again
+            and again, not below 30 Hz; `drop_leads`: leave out leads of its ECGs, in the order of `DISPENSABLE_LEADS`. Text is
+            never cut, and what became of the ECGs is logged as a warning.
     """
 
     ecg_token = "<signal>"
     text_kwargs = {"padding": True}
-    skip_tensor_conversion = ["text_replacement_offsets"]
 
     def __init__(
         self,
@@ -36,21 +59,74 @@ class ELMProcessor(ProcessorMixin):
         tokenizer: Any,
         chat_template: str | None = None,
         num_ecg_tokens: int = 1,
+        representation: str = "signal",
+        ecg_byte: ECGByteTokenizer | None = None,
+        max_length: int | None = None,
+        overflow: str = "error",
     ):
         if num_ecg_tokens < 0:
             raise ValueError(f"num_ecg_tokens is {num_ecg_tokens}; it must be at least 0.")
-        if self.ecg_token not in tokenizer.get_vocab():
+        if representation not in REPRESENTATIONS:
+            raise ValueError(f"representation is {representation!r}; expected one of {REPRESENTATIONS}.")
+        if (representation == "symbolic") != (ecg_byte is not None):
+            raise ValueError(
+                f"representation={representation!r} {'without' if ecg_byte is None else 'with'} an ecg_byte tokenizer; "
+                "'symbolic' needs one, the others take none."
+            )
+        if overflow not in OVERFLOWS:
+            raise ValueError(f"overflow is {overflow!r}; expected one of {OVERFLOWS}.")
+        vocabulary = tokenizer.get_vocab()
+        if self.ecg_token not in vocabulary:
             raise ValueError(
                 f"The tokenizer has no token {self.ecg_token!r}. Add it, "
                 f"tokenizer.add_special_tokens({{'additional_special_tokens': ['{self.ecg_token}']}}), and resize the "
                 "model's embeddings."
             )
         self.num_ecg_tokens = num_ecg_tokens
+        self.representation = representation
+        self.max_length = max_length
+        self.overflow = overflow
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
+        self.ecg_tokenizer = ecg_byte
+        if ecg_byte is not None:
+            names = self.signal_tokens(ecg_byte, feature_extractor.lead_names)
+            missing = [name for name in names if name not in vocabulary]
+            if missing:
+                raise ValueError(
+                    f"The tokenizer lacks {len(missing)} of {len(names)} ECG tokens, {missing[0]} first. Add them, "
+                    "tokenizer.add_tokens(ELMProcessor.signal_tokens(ecg_byte, lead_names)), and resize the model's "
+                    "embeddings."
+                )
+            ids = [vocabulary[name] for name in names]
+            # ids of the language model by ids of ECG-Byte, and by leads
+            self._signal_ids = np.full(len(ecg_byte.token_lengths), -1)
+            self._signal_ids[ecg_byte.token_ids] = ids[: ecg_byte.vocab_size]
+            self._lead_ids = dict(zip(feature_extractor.lead_names, ids[ecg_byte.vocab_size :], strict=False))
+
+    @staticmethod
+    def signal_tokens(ecg_byte: ECGByteTokenizer, lead_names: Sequence[str] = STANDARD_LEADS) -> list[str]:
+        """Tokens that ECGs take in the language model's vocabulary.
+
+        `signal_<id>` for each of ECG-Byte's, as in the reference, and where these keep within leads, `signal_<lead>` for
+        what each lead begins with, so that the model knows which it reads.
+        """
+        names = [f"signal_{token_id}" for token_id in ecg_byte.token_ids]
+        return names if ecg_byte.across_leads else names + [f"signal_{lead}" for lead in lead_names]
 
     @property
     def ecg_token_id(self) -> int:
         return self.tokenizer.convert_tokens_to_ids(self.ecg_token)
+
+    @property
+    def signal_token_ids(self) -> list[int]:
+        """Ids of `signal_tokens`; none where ECGs are not symbolic."""
+        if self.ecg_tokenizer is None:
+            return []
+        return [*self._signal_ids[self._signal_ids >= 0].tolist(), *self._lead_ids.values()]
+
+    @property
+    def takes_ecgs(self) -> bool:
+        return self.ecg_tokenizer is not None or self.num_ecg_tokens > 0
 
     def __call__(
         self,
@@ -71,55 +147,207 @@ class ELMProcessor(ProcessorMixin):
 
         Returns:
             `input_ids` and `attention_mask` [batch, tokens]; `ecg_values` [number of ECGs, leads, samples] if there
-            are ECGs.
+            are ECGs that do not stand in the text as tokens.
 
         Raises:
-            ValueError: if the placeholders and the ECGs differ in number, or as the feature extractor says.
+            ValueError: if the placeholders and the ECGs differ in number, a text is too long for its symbolic ECGs, or as
+                the feature extractor says.
         """
-        if text is None and ecgs is None:
-            raise ValueError("Give text, ecgs or both.")
+        if text is None and (ecgs is None or self.ecg_tokenizer is not None):
+            raise ValueError(
+                "Give text, ecgs or both."
+                if ecgs is None
+                else "Symbolic ECGs stand in a text; give the text too, or take processor.ecg_tokenizer.encode_batch."
+            )
         merged_kwargs = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         text_kwargs = merged_kwargs["text_kwargs"]
         return_tensors = text_kwargs.pop("return_tensors", None)
-        return_offsets = text_kwargs.pop("return_text_replacement_offsets", False)
+        # placeholders are expanded after the text is tokenized, so no offsets have to be corrected
+        text_kwargs.pop("return_text_replacement_offsets", None)
         text_kwargs.pop("return_mm_token_type_ids", None)
 
         data: dict[str, Any] = {}
-        num_ecgs = 0
+        values: Any = []
         if ecgs is not None:
-            if self.num_ecg_tokens == 0:
+            if not self.takes_ecgs:
                 raise ValueError("This processor belongs to a text-only model (num_ecg_tokens=0), which takes no ECG.")
-            features = self.feature_extractor(ecgs, sampling_rate=sampling_rate, lead_names=lead_names, unit=unit)
-            num_ecgs = len(features["ecg_values"])
-            data.update(features)
+            values = self.feature_extractor(
+                ecgs, sampling_rate=sampling_rate, lead_names=lead_names, unit=unit, padding=self.ecg_tokenizer is None
+            )["ecg_values"]
+            if self.ecg_tokenizer is None:
+                data["ecg_values"] = values
         if text is not None:
-            texts = [text] if isinstance(text, str) else list(text)
-            counts = [sample.count(self.ecg_token) for sample in texts]
-            if sum(counts) != num_ecgs:
-                raise ValueError(
-                    f"The text has {sum(counts)} {self.ecg_token} placeholders ({counts} by sample) for {num_ecgs} ECGs; "
-                    "write one placeholder for each ECG, or leave them to apply_chat_template."
-                )
-            texts, offsets = self.repeat_placeholders(texts)
-            data.update(self.tokenizer(texts, **text_kwargs))
-            if return_offsets:
-                data["text_replacement_offsets"] = offsets
-        return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion)
+            data.update(self._tokenize([text] if isinstance(text, str) else list(text), values, text_kwargs))
+        return BatchFeature(data, tensor_type=return_tensors)
 
-    def repeat_placeholders(self, text: list[str]) -> tuple[list[str], list[list[dict[str, Any]]]]:
-        """Repeats each placeholder `num_ecg_tokens` times; the offsets say which characters became which."""
-        replacement = self.ecg_token * self.num_ecg_tokens
-        growth = len(replacement) - len(self.ecg_token)
-        batch_offsets = []
-        for sample in text:
-            offsets: list[dict[str, Any]] = []
-            start = sample.find(self.ecg_token)
-            while start >= 0:
-                end, new_start = start + len(self.ecg_token), start + growth * len(offsets)
-                offsets.append({"span": (start, end), "new_span": (new_start, new_start + len(replacement))})
-                start = sample.find(self.ecg_token, end)
-            batch_offsets.append(offsets)
-        return [sample.replace(self.ecg_token, replacement) for sample in text], batch_offsets
+    def _tokenize(self, texts: list[str], values: Any, text_kwargs: dict[str, Any]) -> dict[str, list]:
+        """The tokens of the texts, with those of the ECGs in place of the placeholders, padded."""
+        counts = [text.count(self.ecg_token) for text in texts]
+        if sum(counts) != len(values):
+            raise ValueError(
+                f"The text has {sum(counts)} {self.ecg_token} placeholders ({counts} by sample) for {len(values)} ECGs; "
+                "write one placeholder for each ECG, or leave them to apply_chat_template."
+            )
+        if len(values) and text_kwargs.get("truncation"):
+            raise ValueError("truncation would cut ECGs; shorten the text, or leave truncation out.")
+        padding = {name: text_kwargs.pop(name) for name in PADDING_KWARGS if name in text_kwargs}
+        columns = dict(self.tokenizer(texts, padding=False, **text_kwargs))
+        encoded = [{name: column[sample] for name, column in columns.items()} for sample in range(len(texts))]
+        ecg_token_id = self.ecg_token_id
+        if self.ecg_tokenizer is None:
+            tokens = [[ecg_token_id] * self.num_ecg_tokens] * len(values)
+        else:
+            tokens = self._symbolic(values)
+        first = 0
+        for sample, (row, count) in enumerate(zip(encoded, counts, strict=True)):
+            own = slice(first, first + count)
+            num_text_tokens = len(row["input_ids"]) - count
+            room = None if self.max_length is None else self.max_length - num_text_tokens
+            if room is not None and sum(map(len, tokens[own])) > room:
+                tokens[own] = self._fit(values[own], tokens[own], room, f"Text {sample} of {len(texts)}")
+            places = [place for place, token_id in enumerate(row["input_ids"]) if token_id == ecg_token_id]
+            for name, column in row.items():
+                for place, ids in reversed(list(zip(places, tokens[own], strict=True))):
+                    column[place : place + 1] = ids if name == "input_ids" else [column[place]] * len(ids)
+            first += count
+        return self._pad(encoded, **padding)
+
+    def _symbolic(self, values: list[np.ndarray], lead_names: Sequence[str] | None = None) -> list[list[int]]:
+        """Ids of the language model for each ECG [leads, samples]."""
+        assert self.ecg_tokenizer is not None
+        batch = []
+        for ecg, ids in zip(values, self.ecg_tokenizer.encode_batch(values), strict=True):
+            tokens = self._signal_ids[ids]
+            if self._lead_ids:
+                leads = self.ecg_tokenizer.offsets(ids, ecg.shape[1])[:, 0]
+                starts = np.searchsorted(leads, np.arange(len(ecg)))
+                names = lead_names or self.feature_extractor.lead_names
+                tokens = np.insert(tokens, starts, [self._lead_ids[name] for name in names])
+            batch.append(tokens.tolist())
+        return batch
+
+    def _fit(self, values: list[np.ndarray], tokens: list[list[int]], room: int, name: str) -> list[list[int]]:
+        """Fewer tokens for the ECGs of a text, by the rule `overflow`: at most `room` together."""
+        size = sum(map(len, tokens))
+        rate, leads = self.feature_extractor.sampling_rate, self.feature_extractor.lead_names
+        too_long = (
+            f"{name} has {size} tokens of {len(tokens)} ECGs and room for {max(room, 0)} beside its words "
+            f"(max_length={self.max_length})"
+        )
+        if self.ecg_tokenizer is not None and tokens:
+            if self.overflow == "downsample":
+                for factor in (2**power for power in range(1, int(math.log2(rate / MIN_SAMPLING_RATE)) + 1)):
+                    tokens = self._symbolic([resample(ecg, rate, rate / factor) for ecg in values])
+                    if sum(map(len, tokens)) <= room:
+                        logger.warning("%s: they are resampled from %g to %g Hz.", too_long, rate, rate / factor)
+                        return tokens
+            elif self.overflow == "drop_leads":
+                order = [lead for lead in DISPENSABLE_LEADS if lead in leads]
+                for number in range(1, len(order)):
+                    kept = [lead for lead in leads if lead not in order[:number]]
+                    rows = [leads.index(lead) for lead in kept]
+                    tokens = self._symbolic([np.ascontiguousarray(ecg[rows]) for ecg in values], kept)
+                    if sum(map(len, tokens)) <= room:
+                        logger.warning("%s: their leads %s are left out.", too_long, ", ".join(order[:number]))
+                        return tokens
+        raise ValueError(
+            f"{too_long}. Nothing is cut in silence: shorten the text or the records, take a lower sampling rate or fewer "
+            f"leads in the feature extractor, or let the processor do so with overflow='downsample' or 'drop_leads' (it is "
+            f"{self.overflow!r})."
+        )
+
+    def _pad(self, encoded: list[dict[str, list]], **padding: Any) -> dict[str, list]:
+        """The columns of the batch, padded as the tokenizer pads; `offset_mapping` too, which it leaves out."""
+        columns: dict[str, list] = {name: [row[name] for row in encoded] for name in encoded[0]}
+        offsets = columns.pop("offset_mapping", None)
+        silenced = self.tokenizer.deprecation_warnings.get("Asking-to-pad-a-fast-tokenizer", False)
+        self.tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = (
+            True  # the ECGs come after its own padding
+        )
+        padded = dict(self.tokenizer.pad(columns, **padding))
+        self.tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = silenced
+        if offsets is not None:
+            side = padding.get("padding_side") or self.tokenizer.padding_side
+            fills = [[(0, 0)] * (len(ids) - len(row)) for ids, row in zip(padded["input_ids"], offsets, strict=True)]
+            pairs = zip(fills, offsets, strict=True)
+            padded["offset_mapping"] = [fill + row if side == "left" else row + fill for fill, row in pairs]
+        return padded
+
+    def decode_ecg(
+        self, token_ids: Any, low: float | None = None, high: float | None = None, num_samples: int | None = None
+    ) -> list[dict[str, Any]]:
+        """The ECGs that stand in a text as tokens, such as one that the model wrote.
+
+        Args:
+            token_ids: ids of the language model [tokens]; each run of ECG tokens is one ECG.
+            low, high: millivolts of the symbols a and z; only a tokenizer with a fixed range knows them itself.
+            num_samples: per lead; default: that of the feature extractor.
+
+        Returns:
+            For each ECG a dict of `array` (float32 [leads, num_samples] in millivolts, NaN where no token says what is there),
+            `sampling_rate`, `lead_names` and `unit`, as the processor takes it.
+
+        Raises:
+            ValueError: the representation is not `symbolic`, the range is missing, or a lead has too many samples.
+        """
+        if self.ecg_tokenizer is None:
+            raise ValueError(f"representation is {self.representation!r}; only 'symbolic' ECGs are tokens of the text.")
+        names = self.feature_extractor.lead_names
+        num_samples = num_samples or self.feature_extractor.num_samples
+        ecg_ids = {signal_id: ecg_id for ecg_id, signal_id in enumerate(self._signal_ids.tolist()) if signal_id >= 0}
+        leads = {lead_id: names.index(name) for name, lead_id in self._lead_ids.items()}
+        ecgs: list[dict[str, Any]] = []
+        token_ids = np.asarray(token_ids).reshape(-1).tolist()
+        for is_ecg, run in itertools.groupby(token_ids, key=lambda token_id: token_id in ecg_ids or token_id in leads):
+            if not is_ecg:
+                continue
+            array = np.full((len(names), num_samples), np.nan, dtype=np.float32)
+            # a piece of samples for each lead token, or one for all leads
+            pieces: list[tuple[int, list[int]]] = [] if leads else [(0, [])]
+            for token_id in run:
+                if token_id in leads:
+                    pieces.append((leads[token_id], []))
+                elif pieces:
+                    pieces[-1][1].append(ecg_ids[token_id])
+                else:
+                    raise ValueError(f"ECG {len(ecgs)} begins without the token of a lead; expected one of {names}.")
+            for lead, ids in pieces:
+                values = self.ecg_tokenizer.decode(np.array(ids, dtype=np.int64), low, high)
+                place = array.reshape(-1) if not leads else array[lead]
+                if len(values) > len(place):
+                    raise ValueError(
+                        f"ECG {len(ecgs)} has {len(values)} samples in {names[lead] if leads else 'all its leads'}; expected at "
+                        f"most {len(place)}."
+                    )
+                place[: len(values)] = values
+            ecgs.append(
+                {
+                    "array": array,
+                    "sampling_rate": self.feature_extractor.sampling_rate,
+                    "lead_names": list(names),
+                    "unit": "mV",
+                }
+            )
+        return ecgs
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        """As of transformers; the ECG-Byte tokenizer stands beside as `ecg_byte.json`."""
+        files = super().save_pretrained(save_directory)
+        if self.ecg_tokenizer is not None:
+            files += self.ecg_tokenizer.save_pretrained(save_directory)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **kwargs)
+        return files
+
+    @classmethod
+    def get_processor_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        processor_dict, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if processor_dict.get("representation") == "symbolic":
+            where = {name: value for name, value in kwargs.items() if name in HUB_KWARGS}
+            processor_dict["ecg_byte"] = ECGByteTokenizer.from_pretrained(pretrained_model_name_or_path, **where)
+        return processor_dict, unused
 
     def _multimodal_inputs_from_conversations(
         self, conversations: list[list[dict[str, Any]]], *args: Any, **kwargs: Any

@@ -8,6 +8,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -23,6 +24,7 @@ from transformers import (
 from configuration_elm import ENCODER_CONFIGS, ELMConfig
 from feature_extraction_elm import ECGFeatureExtractor
 from processing_elm import ELMProcessor
+from tokenization_ecg_byte import ECGByteTokenizer
 from training.synthetic import make_record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -169,6 +171,27 @@ def tiny_processor(family: str = "llama3", num_ecg_tokens: int = 4, **changes) -
     tokenizer.pad_token = tokenizer.eos_token
     template = (ROOT / "training" / "templates" / f"{family}.jinja").read_text()
     return ELMProcessor(ECGFeatureExtractor(num_samples=500, **changes), tokenizer, template, num_ecg_tokens)
+
+
+def tiny_ecg_byte(**settings) -> ECGByteTokenizer:
+    """An ECG-Byte tokenizer of 60 merges, trained on four simulated records of 5 s at 100 Hz."""
+    records = [
+        make_record(index, 0, sampling_rate=100, seconds=5.0)["ecg"]["array"] / np.float32(1e3) for index in range(4)
+    ]
+    return ECGByteTokenizer.train(records, num_merges=60, sampling_rate=100, show_progress=False, **settings)
+
+
+def tiny_symbolic_processor(
+    family: str = "llama3", ecg_byte: ECGByteTokenizer | None = None, extractor: dict | None = None, **changes
+) -> ELMProcessor:
+    """As `tiny_processor`, for ECGs of 5 s at 100 Hz as tokens in the text."""
+    ecg_byte = ecg_byte or tiny_ecg_byte()
+    feature_extractor = ECGFeatureExtractor(**{"sampling_rate": 100, "num_samples": 500} | (extractor or {}))
+    tokenizer = tiny_processor(family).tokenizer
+    tokenizer.add_tokens(ELMProcessor.signal_tokens(ecg_byte, feature_extractor.lead_names))
+    template = (ROOT / "training" / "templates" / f"{family}.jinja").read_text()
+    changes = {"num_ecg_tokens": 0, "representation": "symbolic", "ecg_byte": ecg_byte} | changes
+    return ELMProcessor(feature_extractor, tokenizer, template, **changes)
 
 
 def save_tiny_data(folder: Path, without_ecg: int = 0, **sizes: int) -> Path:

@@ -33,6 +33,11 @@ def write_yaml(folder: Path, text: str) -> list[str]:
         (["--optim", "adam"], 1, "optim", "adamw_torch"),
         (["--llm_input_len", "512"], 1, "max_length", 512),
         (["--data_representation", "signal"], 0, "representation", "signal"),
+        (["--data_representation", "symbolic", "--ecg_tokenizer", "mine"], 0, "ecg_tokenizer", "mine"),
+        (["--representation", "symbolic"], 0, "architecture", "text"),
+        (["--elm", "ecg_byte"], 0, "representation", "symbolic"),
+        (["--representation", "symbolic", "--ecg_overflow", "drop_leads"], 0, "ecg_overflow", "drop_leads"),
+        ([], 0, "architecture", "llava"),
         (["--perturb", "noise"], 0, "perturb", "noise"),
         (["--update", "encoder", "llm"], 0, "update", ["encoder", "llm"]),
         (["--data_subset", "0.5"], 0, "data_subset", 0.5),
@@ -75,6 +80,7 @@ def test_connector_beside_elm_wins():
         (["--elm", "base_elf"], "flat", 1),
         (["--elm", "conv_elf"], "conv", 25),
         (["--architecture", "text"], None, 1),
+        (["--elm", "ecg_byte"], None, 1),
     ],
 )
 def test_defaults_of_each_architecture(options, connector, num_ecg_tokens):
@@ -94,6 +100,21 @@ def test_defaults_of_each_architecture(options, connector, num_ecg_tokens):
 )
 def test_parts_that_are_trained(options, update):
     assert parse([*BASE, *options])[0].update == update
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--representation", "symbolic", "--normalization", "minmax"],
+            "the ECG-Byte tokenizer normalizes millivolts itself",
+        ),
+        (["--ecg_tokenizer", "mine"], "--ecg_tokenizer with --representation signal; it is for symbolic ECGs"),
+    ],
+)
+def test_options_that_do_not_go_together(options, message):
+    with pytest.raises(ValueError, match=message):
+        parse([*BASE, *options])
 
 
 def test_defaults_of_training():

@@ -2,9 +2,10 @@ import json
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from helpers import FAMILIES, TINY_ENCODERS, save_tiny_llm, tiny_tokenizer
+from helpers import FAMILIES, TINY_ENCODERS, save_tiny_llm, tiny_ecg_byte, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig
 
@@ -21,6 +22,7 @@ from training.build import (
     load_elm,
     lora_config,
     resolve_llm,
+    signal_shapes,
 )
 
 
@@ -30,8 +32,9 @@ def llm(tmp_path_factory):
 
 
 def arguments(llm, **changes) -> ELMArguments:
+    symbolic = changes.get("representation") == "symbolic"
     defaults = {"encoder": "mtae", "num_samples": 500, "num_ecg_tokens": 4, "update": ["connector", "llm"]}
-    if changes.get("architecture", "llava") == "llava":
+    if changes.get("architecture", "llava") == "llava" and not symbolic:
         defaults["encoder_config"] = json.dumps(TINY_ENCODERS.get(changes.get("encoder", "mtae")))
     return ELMArguments(data=["none"], llm=str(llm), **defaults | changes)
 
@@ -175,6 +178,59 @@ def test_lora_config(llm):
     assert config.modules_to_save == ["encoder"]
     with pytest.raises(ValueError, match="--peft adapts the language model"):
         lora_config(SimpleNamespace(update=["connector"]), ModelConfig(), model, processor)
+
+
+@pytest.fixture(scope="module")
+def symbolic_args(llm, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ecg_byte")
+    tiny_ecg_byte(across_leads=False).save_pretrained(folder)
+    return arguments(llm, representation="symbolic", ecg_tokenizer=str(folder), lead_names=["I", "V1"])
+
+
+def test_symbolic_processor(symbolic_args, llm):
+    processor = build_processor(symbolic_args)
+    assert processor.representation == "symbolic"
+    assert processor.max_length == AutoConfig.from_pretrained(llm).max_position_embeddings
+    assert processor.takes_ecgs
+    names = processor.tokenizer.convert_ids_to_tokens(processor.signal_token_ids)
+    assert names == [f"signal_{name}" for name in [*range(97, 123), *range(256, 316), "I", "V1"]]
+    assert processor.tokenizer.encode("signal_97signal_300signal_V1", add_special_tokens=False) == [
+        processor.signal_token_ids[place] for place in (0, 26 + 44, -1)
+    ]
+    assert build_processor(arguments(llm, ecg_tokenizer=None)).signal_token_ids == []
+
+
+def test_default_ecg_tokenizer(llm):
+    processor = build_processor(arguments(llm, representation="symbolic"))
+    assert processor.ecg_tokenizer.vocab_size == 10_026
+    assert processor.ecg_tokenizer.sampling_rate == processor.feature_extractor.sampling_rate == 250
+
+
+def test_symbolic_embeddings_look_like_their_signals(symbolic_args, llm):
+    processor = build_processor(symbolic_args)
+    model = build_model(symbolic_args, ModelConfig(), processor)
+    assert model.config.representation == "symbolic"
+    assert model.model.connector is None
+    old = AutoModelForCausalLM.from_pretrained(llm).get_input_embeddings().weight
+    weight = model.get_input_embeddings().weight
+    assert len(weight) == len(processor.tokenizer)
+    assert torch.equal(weight[: len(old)], old)
+    rows = weight[processor.signal_token_ids].detach()
+    assert rows.std() == pytest.approx(old.std().item(), rel=0.3)  # as large as those of words
+    shapes = signal_shapes(processor.ecg_tokenizer)
+    assert np.isfinite(shapes).all()
+    assert len(np.unique(shapes, axis=0)) == len(shapes)  # no two tokens look the same
+    far = torch.cdist(torch.from_numpy(shapes), torch.from_numpy(shapes)).flatten()
+    apart = torch.cdist(rows[: len(shapes)], rows[: len(shapes)]).flatten()
+    assert torch.corrcoef(torch.stack([far, apart]))[0, 1] > 0.7
+
+
+def test_lora_of_symbolic_ecgs_trains_all_new_rows(symbolic_args):
+    processor = build_processor(symbolic_args)
+    model = build_model(symbolic_args, ModelConfig(), processor)
+    config = lora_config(symbolic_args, ModelConfig(), model, processor)
+    new = [processor.ecg_token_id, *processor.signal_token_ids]
+    assert config.trainable_token_indices == {"embed_tokens": new, "lm_head": new}
 
 
 def test_load_elm_from_an_empty_folder(tmp_path):

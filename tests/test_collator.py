@@ -1,11 +1,12 @@
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import FAMILIES, tiny_processor
+from helpers import FAMILIES, tiny_processor, tiny_symbolic_processor
 
-from training.collator import ELMCollator, augment
+from training.collator import ELMCollator, augment_ecg
 
 
 def row(*turns: str, ecg: bool = True) -> dict[str, Any]:
@@ -14,6 +15,12 @@ def row(*turns: str, ecg: bool = True) -> dict[str, Any]:
     messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
     array = np.random.default_rng(len(turns)).normal(size=(12, 500)).astype("float32")
     return {"messages": messages, "ecg": {"array": array, "sampling_rate": 250, "unit": "mV"} if ecg else None}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
 
 
 def learnt(processor, labels: torch.Tensor) -> list[str]:
@@ -78,22 +85,31 @@ def test_system_prompt():
     assert learnt(processor, batch["labels"][0]) == ["yes<|eot_id|>"]
 
 
-def test_perturb():
-    processor = tiny_processor()
+PROCESSORS = {"signal": tiny_processor, "symbolic": tiny_symbolic_processor}
+
+
+@pytest.mark.parametrize("representation", PROCESSORS)
+def test_perturb(representation):
+    processor = PROCESSORS[representation]()
+    ecgs = 0.1 * np.random.default_rng(0).normal(size=(2, 12, 500)).astype("float32")
+    rate = processor.feature_extractor.sampling_rate
     rows = [row("Is it?", "yes"), row("Is it?", "yes", "Sure?", "no")]
-    plain = ELMCollator(processor)(rows)
-    zeros = ELMCollator(processor, perturb="zeros")(rows)
-    assert torch.equal(zeros["ecg_values"], torch.zeros(2, 12, 500))
-    torch.manual_seed(0)
-    noise = ELMCollator(processor, perturb="noise")(rows)["ecg_values"]
-    assert noise.shape == (2, 12, 500)
-    assert noise.mean().abs() < 0.05
+    rows = [{**row, "ecg": {"array": ecg, "sampling_rate": rate}} for row, ecg in zip(rows, ecgs, strict=True)]
+    changed = {}
+    collator = ELMCollator(processor, perturb="noise")
+    for name, values in (("noise", [collator._changed(row)[0].array for row in rows]), ("zeros", np.zeros_like(ecgs))):
+        changed[name] = [
+            {**row, "ecg": {**row["ecg"], "array": array}} for row, array in zip(rows, values, strict=True)
+        ]
+    noise = np.stack([row["ecg"]["array"] for row in changed["noise"]])
+    assert abs(noise.mean()) < 0.05
     assert noise.std() == pytest.approx(1, abs=0.05)
-    assert not torch.equal(noise[0], noise[1])
-    assert torch.equal(zeros["input_ids"], plain["input_ids"])
-    only_text = ELMCollator(processor, perturb="only_text")(rows)
+    assert not np.array_equal(noise[0], noise[1])
+    for name, expected in changed.items():
+        assert_same(ELMCollator(processor, perturb=name)(rows), ELMCollator(processor)(expected))
+    plain, only_text = ELMCollator(processor)(rows), ELMCollator(processor, perturb="only_text")(rows)
     assert "ecg_values" not in only_text
-    assert processor.ecg_token_id not in only_text["input_ids"]
+    assert not set(only_text["input_ids"].flatten().tolist()) & {processor.ecg_token_id, *processor.signal_token_ids}
     assert learnt(processor, only_text["labels"][1]) == learnt(processor, plain["labels"][1])
 
 
@@ -105,40 +121,68 @@ def test_text_only_processor_leaves_the_ecg_out():
 
 
 def test_augment_statistics():
-    torch.manual_seed(0)
-    ecgs = torch.randn(4000, 2, 100)
-    change = augment(ecgs) - ecgs
-    unchanged = (change.abs().amax((1, 2)) == 0).float().mean()
+    rng = np.random.default_rng(0)
+    ecgs = rng.normal(size=(4000, 2, 100)).astype("float32")
+    change = np.stack([augment_ecg(ecg, rng) for ecg in ecgs]) - ecgs
+    unchanged = (abs(change).max((1, 2)) == 0).mean()
     assert unchanged == pytest.approx(0.25, abs=0.03)
     lead_difference = change[:, 0] - change[:, 1]  # the wander is the same in all leads, the noise is not
-    noisy = lead_difference.abs().amax(1) > 1e-5
-    assert noisy.float().mean() == pytest.approx(0.5, abs=0.03)
+    noisy = abs(lead_difference).max(1) > 1e-5
+    assert noisy.mean() == pytest.approx(0.5, abs=0.03)
     assert lead_difference[noisy].std() == pytest.approx(0.05 * 2**0.5, rel=0.02)
     wander = change[~noisy, 0]
-    wander = wander[wander.abs().amax(1) > 0]
-    assert len(wander) / (~noisy).sum() == pytest.approx(0.5, abs=0.05)
-    amplitudes = ecgs[~noisy][change[~noisy].abs().amax((1, 2)) > 0].abs().amax((1, 2))
-    assert torch.allclose(wander.abs().amax(1), 0.07 * amplitudes, rtol=0.01)
-    crossings = (wander[:, 1:-1].sign().diff(dim=1) != 0).sum(1) + 1
+    wandering = abs(wander).max(1) > 0
+    assert wandering.mean() == pytest.approx(0.5, abs=0.05)
+    amplitudes = abs(ecgs[~noisy][wandering]).max((1, 2))
+    assert abs(wander[wandering]).max(1) == pytest.approx(0.07 * amplitudes, rel=0.01)
+    crossings = np.diff(wander[wandering][:, 2:-2] > 0).sum(1) + 1
     assert sorted(set(crossings.tolist())) == [1, 2, 3, 4, 5]
 
 
-def test_augment_is_seeded_and_leaves_its_input():
-    ecgs = torch.ones(8, 12, 500)
-    torch.manual_seed(1)
-    first = augment(ecgs)
-    torch.manual_seed(1)
-    assert torch.equal(augment(ecgs), first)
-    assert not torch.equal(augment(ecgs), first)
-    assert torch.equal(ecgs, torch.ones(8, 12, 500))
+def test_augment_leaves_its_input():
+    ecg = np.ones((12, 500), dtype="float32")
+    for seed in range(8):
+        augmented = augment_ecg(ecg, np.random.default_rng(seed))
+        assert augmented.dtype == np.float32
+    assert np.array_equal(ecg, np.ones((12, 500)))
 
 
-def test_max_length():
-    processor = tiny_processor()
-    length = ELMCollator(processor)([row("Is it?", "yes")])["input_ids"].shape[1]
-    assert ELMCollator(processor, max_length=length)([row("Is it?", "yes")])["input_ids"].shape[1] == length
-    with pytest.raises(ValueError, match=rf"has {length} tokens and max_length is {length - 1}; nothing is cut"):
-        ELMCollator(processor, max_length=length - 1)([row("Is it?", "yes")])
+@pytest.mark.parametrize("representation", PROCESSORS)
+def test_what_is_random_depends_on_seed_epoch_and_row_alone(representation):
+    rate = {"signal": 250, "symbolic": 100}[representation]
+    collator = ELMCollator(PROCESSORS[representation](), augment=True, perturb="noise", seed=3)
+    rows = [row("Is it?", "yes"), row("Is it so?", "no"), row("Is it?", "yes", "Sure?", "no")]
+    for one in rows:
+        one["ecg"]["sampling_rate"] = rate
+    together, alone = collator(rows), [collator([one]) for one in rows]
+    again = collator(rows[::-1])
+    length = alone[1]["input_ids"].shape[1]
+    assert torch.equal(together["input_ids"][1, :length], alone[1]["input_ids"][0])
+    assert torch.equal(together["input_ids"], again["input_ids"].flip(0))
+    if representation == "signal":
+        assert torch.equal(together["ecg_values"], torch.cat([batch["ecg_values"] for batch in alone]))
+        assert torch.equal(together["ecg_values"], again["ecg_values"].flip(0))
+        assert not torch.equal(
+            together["ecg_values"][0], together["ecg_values"][1]
+        )  # the words differ, the ECG does not
+    for changes in ({"epoch": 1}, {"seed": 4}):
+        other = replace(collator, **changes)(rows)
+        key = "ecg_values" if representation == "signal" else "input_ids"
+        assert other[key].shape != together[key].shape or not torch.equal(other[key], together[key])
+
+
+@pytest.mark.parametrize("representation", PROCESSORS)
+def test_max_length(representation):
+    processor = PROCESSORS[representation]()
+    rows = [row("Is it?", "yes")]
+    length = ELMCollator(processor)(rows)["input_ids"].shape[1]
+    assert ELMCollator(processor, max_length=length)(rows)["input_ids"].shape[1] == length
+    with pytest.raises(ValueError, match=rf"of 1 ECGs and room for \d+ beside its words \(max_length={length - 1}\)"):
+        ELMCollator(processor, max_length=length - 1)(rows)
+    assert processor.max_length is None
+    processor.max_length = length - 1
+    with pytest.raises(ValueError, match="max_length="):
+        ELMCollator(processor, max_length=length)(rows)
 
 
 def test_nothing_to_learn():

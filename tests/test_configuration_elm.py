@@ -82,6 +82,8 @@ class TestELMConfig:
             ("conv", {"num_ecg_tokens": 7}, r"num_ecg_tokens=7 patches do not divide a record of 500 samples"),
             ("merl", {"architecture": "flamingo"}, r"(?s)architecture.*flamingo"),
             ("merl", {"connector": "qformer"}, r"(?s)connector.*qformer"),
+            ("merl", {"representation": "symbolic"}, r"architecture='llava' with representation='symbolic'; .* expected 'text'"),
+            ("conv", {"representation": "symbolic"}, r"architecture='fuyu' with representation='symbolic'"),
             ("merl", {"representation": "wavelet"}, r"(?s)representation.*wavelet"),
             ("merl", {"num_ecg_tokens": "4"}, r"(?s)num_ecg_tokens.*int"),
         ],

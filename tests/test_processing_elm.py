@@ -1,12 +1,13 @@
 import numpy as np
 import pytest
 import torch
-from helpers import run_isolated, tiny_processor, tiny_tokenizer
+from helpers import run_isolated, tiny_ecg_byte, tiny_processor, tiny_symbolic_processor, tiny_tokenizer
 from safetensors.torch import load_file
 
-from ecg_utils import STANDARD_LEADS, as_record
+from ecg_utils import STANDARD_LEADS, as_record, resample
 from feature_extraction_elm import ECGFeatureExtractor
-from processing_elm import ELMProcessor
+from processing_elm import DISPENSABLE_LEADS, ELMProcessor
+from training.synthetic import make_record
 
 NUM_ECG_TOKENS = 4
 
@@ -299,3 +300,267 @@ def test_a_real_record(shared):
     assert inputs["ecg_values"].shape == (1, 12, 500)
     difference = inputs["ecg_values"][0, :, 10:-10] - torch.tensor(counts[:, 20:980:2] / 1000)
     assert difference.abs().median() < 0.02  # millivolts: the filter before the halved rate changes little
+
+
+def simulated(index=0, millivolts=1.0):
+    """A simulated record [12, 500] of 5 s at 100 Hz, as the symbolic processors take it."""
+    row = make_record(index, 1, sampling_rate=100, seconds=5.0)
+    return {**row["ecg"], "array": millivolts * row["ecg"]["array"] / np.float32(1e3), "unit": "mV"}
+
+
+def symbolic_ids(processor, array, leads=STANDARD_LEADS):
+    """Token by token, as the processor should put it: names of ECG-Byte's tokens, each lead after its own token."""
+    names, samples = [], 0
+    for token_id in processor.ecg_tokenizer.encode(np.ascontiguousarray(array)):
+        if samples % array.shape[1] == 0 and not processor.ecg_tokenizer.across_leads:
+            names.append(f"signal_{leads[samples // array.shape[1]]}")
+        names.append(f"signal_{token_id}")
+        samples += len(processor.ecg_tokenizer.symbols(token_id))
+    return processor.tokenizer.convert_tokens_to_ids(names)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["across leads", "within leads"])
+def symbolic(request):
+    return tiny_symbolic_processor(ecg_byte=tiny_ecg_byte(across_leads=request.param))
+
+
+class TestSymbolic:
+    def test_tokens_stand_where_the_ecg_stands(self, symbolic):
+        ecgs = [simulated(0), simulated(1)]
+        inputs = symbolic(text=["a <signal> b <signal>", "c"], ecgs=ecgs, padding_side="right", return_tensors="pt")
+        assert inputs.keys() == {"input_ids", "attention_mask"}
+        words = [symbolic.tokenizer.encode(text, add_special_tokens=False) for text in ("a ", " b ", "c")]
+        tokens = [symbolic_ids(symbolic, ecg["array"]) for ecg in ecgs]
+        expected = words[0] + tokens[0] + words[1] + tokens[1]
+        assert inputs["input_ids"][0].tolist() == expected
+        assert inputs["attention_mask"].sum(1).tolist() == [len(expected), 1]
+        assert inputs["input_ids"][1, :1].tolist() == words[2]
+
+    def test_chat_with_ecgs_in_several_turns(self, symbolic):
+        parts = [{"type": "ecg", "ecg": simulated(index)} for index in range(3)]
+        chats = [chat([parts[0], "Is it?"], ["no"], [parts[1], parts[2], "And now?"]), chat(["Hello"])]
+        inputs = inputs_of(symbolic, chats)
+        alone = [inputs_of(symbolic, [one]) for one in chats]
+        for ids, mask, single in zip(inputs["input_ids"], inputs["attention_mask"], alone, strict=True):
+            assert ids[mask.bool()].tolist() == single["input_ids"][0].tolist()
+        ids = inputs["input_ids"][0].tolist()
+        for part in parts:
+            tokens = symbolic_ids(symbolic, part["ecg"]["array"])
+            assert any(ids[place : place + len(tokens)] == tokens for place in range(len(ids)))
+        assert symbolic.ecg_token_id not in ids
+
+    def test_an_ecg_that_is_answered_is_learnt(self, symbolic):
+        ecg = {"type": "ecg", "ecg": simulated()}
+        batch = symbolic.apply_chat_template(
+            [chat(["Draw one."], [ecg])], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        learnt = [token for token, mask in zip(batch["input_ids"][0], batch["assistant_masks"][0], strict=True) if mask]
+        tokens = symbolic_ids(symbolic, ecg["ecg"]["array"])
+        assert learnt[: len(tokens)] == tokens
+        assert symbolic.tokenizer.decode(learnt[len(tokens) :]) == "\n<|eot_id|>"
+
+    def test_short_ecgs_are_not_padded(self, symbolic):
+        ecg = simulated()
+        short = {**ecg, "array": ecg["array"][:, :200]}
+        inputs = symbolic(text="<signal>", ecgs=short)
+        assert inputs["input_ids"][0] == symbolic_ids(symbolic, short["array"])
+
+    def test_any_rate_unit_and_lead_order(self, symbolic):
+        ecg = simulated()
+        turned = {
+            "array": 1e3 * ecg["array"][::-1],
+            "sampling_rate": 100,
+            "lead_names": STANDARD_LEADS[::-1],
+            "unit": "uV",
+        }
+        expected = symbolic(text="<signal>", ecgs=ecg)["input_ids"]
+        assert symbolic(text="<signal>", ecgs=turned)["input_ids"] == expected
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_padding(self, side, symbolic):
+        inputs = symbolic(text=["<signal>", "a"], ecgs=[simulated()], padding_side=side, return_offsets_mapping=True)
+        assert len({len(ids) for ids in inputs["input_ids"]}) == 1
+        assert [len(offsets) for offsets in inputs["offset_mapping"]] == [len(ids) for ids in inputs["input_ids"]]
+        assert inputs["offset_mapping"][1][0 if side == "left" else -1] == (0, 0)
+        assert set(inputs["offset_mapping"][0]) == {(0, len("<signal>"))}
+
+    def test_decode_ecg(self, symbolic):
+        ecgs = [simulated(0), simulated(1)]
+        inputs = symbolic(text="one <signal> two <signal>", ecgs=ecgs, return_tensors="pt")
+        low, high = -4.0, 4.0
+        decoded = symbolic.decode_ecg(inputs["input_ids"][0], low, high)
+        assert len(decoded) == 2
+        for ecg, original in zip(decoded, ecgs, strict=True):
+            own = symbolic.ecg_tokenizer.value_range(original["array"])
+            expected = symbolic.ecg_tokenizer.encode(original["array"])
+            np.testing.assert_array_equal(ecg["array"], symbolic.ecg_tokenizer.decode(expected, low, high, 12))
+            (exact,) = symbolic.decode_ecg(symbolic(text="<signal>", ecgs=original)["input_ids"][0], *own)
+            assert abs(exact["array"] - original["array"]).max() <= (own[1] - own[0]) / 26 + 1e-5
+            assert symbolic(text="<signal>", ecgs=exact)["input_ids"]  # in the form that the processor takes
+
+    def test_decode_ecg_of_an_unfinished_one(self, symbolic):
+        ids = symbolic_ids(symbolic, simulated()["array"])
+        (whole,) = symbolic.decode_ecg(ids, 0, 1)
+        (part,) = symbolic.decode_ecg(ids[: len(ids) // 2], 0, 1)
+        there = ~np.isnan(part["array"])
+        assert 0.2 < there.mean() < 0.8
+        np.testing.assert_array_equal(part["array"][there], whole["array"][there])
+        with pytest.raises(ValueError, match="NaN"):
+            as_record(part)
+
+    def test_decode_ecg_errors(self, symbolic, processor):
+        ids = symbolic_ids(symbolic, simulated()["array"])
+        with pytest.raises(ValueError, match="give low and high"):
+            symbolic.decode_ecg(ids)
+        with pytest.raises(ValueError, match="expected at most"):
+            symbolic.decode_ecg(ids, 0, 1, num_samples=400)
+        with pytest.raises(ValueError, match="only 'symbolic' ECGs are tokens"):
+            processor.decode_ecg(ids, 0, 1)
+        assert symbolic.decode_ecg(symbolic.tokenizer.encode("no ECG"), 0, 1) == []
+        if not symbolic.ecg_tokenizer.across_leads:
+            with pytest.raises(ValueError, match="begins without the token of a lead"):
+                symbolic.decode_ecg(ids[1:], 0, 1)
+
+    def test_fixed_range_needs_no_range_to_decode(self):
+        symbolic = tiny_symbolic_processor(ecg_byte=tiny_ecg_byte(millivolt_range=(-2.0, 2.0)))
+        ecg = simulated()
+        (decoded,) = symbolic.decode_ecg(symbolic(text="<signal>", ecgs=ecg)["input_ids"][0])
+        assert abs(decoded["array"] - ecg["array"].clip(-2, 2)).max() <= 4 / 26 + 1e-5
+
+    def test_ecgs_without_text(self, symbolic):
+        with pytest.raises(ValueError, match="Symbolic ECGs stand in a text"):
+            symbolic(ecgs=simulated())
+
+    def test_truncation_is_refused(self, symbolic):
+        with pytest.raises(ValueError, match="truncation would cut ECGs"):
+            symbolic(text="<signal>", ecgs=simulated(), truncation=True, max_length=10)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"representation": "symbolic"}, "without an ecg_byte tokenizer"),
+            ({"representation": "picture"}, "representation is 'picture'; expected one of"),
+            ({"overflow": "cut"}, "overflow is 'cut'; expected one of"),
+        ],
+    )
+    def test_impossible_arguments(self, changes, message, processor):
+        with pytest.raises(ValueError, match=message):
+            ELMProcessor(processor.feature_extractor, processor.tokenizer, **changes)
+
+    def test_signal_with_an_ecg_tokenizer(self, symbolic):
+        with pytest.raises(ValueError, match="representation='signal' with an ecg_byte tokenizer"):
+            ELMProcessor(symbolic.feature_extractor, symbolic.tokenizer, ecg_byte=symbolic.ecg_tokenizer)
+
+    def test_tokens_missing_in_the_vocabulary(self, symbolic, processor):
+        count = len(ELMProcessor.signal_tokens(symbolic.ecg_tokenizer))
+        with pytest.raises(ValueError, match=rf"lacks {count} of {count} ECG tokens, signal_97 first"):
+            ELMProcessor(
+                symbolic.feature_extractor,
+                processor.tokenizer,
+                representation="symbolic",
+                ecg_byte=symbolic.ecg_tokenizer,
+            )
+
+    def test_no_token_of_a_lead_where_tokens_cross_leads(self):
+        across, within = tiny_ecg_byte(across_leads=True), tiny_ecg_byte(across_leads=False)
+        assert len(ELMProcessor.signal_tokens(across)) == across.vocab_size
+        assert ELMProcessor.signal_tokens(within, ["I", "V1"])[-3:] == ["signal_315", "signal_I", "signal_V1"]
+
+    def test_pushed_and_saved_files(self, symbolic, tmp_path):
+        files = symbolic.save_pretrained(tmp_path)
+        assert str(tmp_path / "ecg_byte.json") in files
+        assert "merges" not in (tmp_path / "processor_config.json").read_text()
+        loaded = ELMProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+        assert loaded.ecg_tokenizer.to_json() == symbolic.ecg_tokenizer.to_json()
+        assert loaded.signal_token_ids == symbolic.signal_token_ids
+
+
+class TestOverflow:
+    """What becomes of a text that its symbolic ECGs make too long."""
+
+    def sizes(self, processor, **changes):
+        return len(processor(text="<signal>", ecgs=simulated(), **changes)["input_ids"][0])
+
+    @pytest.fixture
+    def symbolic(self):
+        return tiny_symbolic_processor(ecg_byte=tiny_ecg_byte(across_leads=False))
+
+    def test_what_fits_is_left_alone(self, symbolic, caplog):
+        size = self.sizes(symbolic)
+        symbolic.max_length, symbolic.overflow = size, "downsample"
+        assert self.sizes(symbolic) == size
+        assert not caplog.records
+
+    def test_error(self, symbolic):
+        size = self.sizes(symbolic)
+        symbolic.max_length = size
+        with pytest.raises(
+            ValueError, match=rf"Text 1 of 2 has {size} tokens of 1 ECGs and room for {size - 1} beside"
+        ):
+            symbolic(text=["a", "a<signal>"], ecgs=simulated())
+        with pytest.raises(ValueError, match=r"has 0 tokens of 0 ECGs and room for 0 beside its words"):
+            symbolic(text="a" * (size + 1))
+
+    def test_downsample(self, symbolic, caplog):
+        size = self.sizes(symbolic)
+        ecg = simulated()
+        symbolic.max_length, symbolic.overflow = size - 1, "downsample"
+        ids = symbolic(text=["<signal>", "x"], ecgs=ecg, padding=False)["input_ids"]
+        expected = symbolic_ids(symbolic, resample(ecg["array"], 100, 50))
+        assert ids[0] == expected
+        assert caplog.messages == [
+            f"Text 0 of 2 has {size} tokens of 1 ECGs and room for {size - 1} beside its words (max_length={size - 1}): they "
+            "are resampled from 100 to 50 Hz."
+        ]
+
+    def test_downsample_stops_at_30_hz(self, symbolic):
+        symbolic.max_length, symbolic.overflow = 20, "downsample"
+        with pytest.raises(ValueError, match="it is 'downsample'"):
+            self.sizes(symbolic)
+
+    def test_drop_leads(self, symbolic, caplog):
+        size = self.sizes(symbolic)
+        ecg = simulated()
+        symbolic.max_length, symbolic.overflow = size // 2, "drop_leads"
+        (ids,) = symbolic(text="<signal>", ecgs=ecg)["input_ids"]
+        assert len(ids) <= size // 2
+        leads = symbolic.tokenizer.convert_ids_to_tokens(ids)
+        kept = [name.removeprefix("signal_") for name in leads if name.removeprefix("signal_") in STANDARD_LEADS]
+        left_out = [lead for lead in DISPENSABLE_LEADS if lead not in kept]
+        assert left_out == list(DISPENSABLE_LEADS[: len(left_out)])  # no more than had to go, in the order that is said
+        assert 4 <= len(left_out) < 12
+        assert ids == symbolic_ids(symbolic, ecg["array"][[STANDARD_LEADS.index(lead) for lead in kept]], kept)
+        (message,) = caplog.messages
+        assert message.endswith(f"their leads {', '.join(left_out)} are left out.")
+        array = symbolic.decode_ecg(ids, 0, 1)[0]["array"]
+        assert [name for name, lead in zip(STANDARD_LEADS, array, strict=True) if not np.isnan(lead).any()] == kept
+
+    def test_one_lead_too_many(self, symbolic):
+        symbolic.max_length, symbolic.overflow = 5, "drop_leads"
+        with pytest.raises(ValueError, match="room for 5 beside its words"):
+            self.sizes(symbolic)
+
+    def test_several_ecgs_share_the_room(self, symbolic):
+        size = self.sizes(symbolic)
+        symbolic.max_length, symbolic.overflow = 2 * size - 1, "downsample"
+        (ids,) = symbolic(text="<signal><signal>", ecgs=[simulated()] * 2)["input_ids"]
+        half = symbolic_ids(symbolic, resample(simulated()["array"], 100, 50))
+        assert ids == half + half
+
+
+def test_symbolic_in_a_fresh_process_without_the_project(symbolic, tmp_path):
+    symbolic.save_pretrained(tmp_path)
+    np.save(tmp_path / "ecg.npy", simulated()["array"])
+    code = """
+import numpy as np
+from transformers import AutoProcessor
+processor = AutoProcessor.from_pretrained(".", trust_remote_code=True)
+ids = processor(text="<signal> is?", ecgs="ecg.npy", sampling_rate=100)["input_ids"][0]
+print(*ids)
+print(*np.round(processor.decode_ecg(ids, -1, 1)[0]["array"][:, ::100].ravel(), 6))
+"""
+    ids, values = run_isolated(code, tmp_path).splitlines()[-2:]
+    expected = symbolic(text="<signal> is?", ecgs=simulated())["input_ids"][0]
+    assert [int(token_id) for token_id in ids.split()] == expected
+    array = symbolic.decode_ecg(expected, -1, 1)[0]["array"]
+    assert [float(value) for value in values.split()] == pytest.approx(array[:, ::100].ravel(), abs=1e-5)

@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, losses, run_isolated, save_tiny_data, save_tiny_llm, tiny_sft
+from datasets import load_from_disk
+from helpers import ROOT, losses, run_isolated, save_tiny_data, save_tiny_llm, tiny_ecg_byte, tiny_sft
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from modeling_elm import ELMForConditionalGeneration
 from training import sft
-from training.build import load_elm
+from training.build import build_model, load_elm
 
 
 @pytest.fixture(scope="module")
@@ -227,13 +228,135 @@ def test_missing_train_split(llm, tmp_path):
 
 
 def test_too_long_a_chat(llm, data, tmp_path):
-    with pytest.raises(ValueError, match="max_length is 10; nothing is cut"):
+    with pytest.raises(ValueError, match=r"\(max_length=10\)\. Nothing is cut in silence"):
         sft.main(tiny_sft(llm, data, tmp_path, "--llm_input_len", "10", "--max_steps", "1"))
 
 
 def test_resume_without_checkpoint(llm, data, tmp_path):
     with pytest.raises(ValueError, match="no checkpoint in"):
         sft.main(tiny_sft(llm, data, tmp_path, "--resume_from_checkpoint", "last"))
+
+
+# symbolic ECGs
+
+
+SYMBOLIC = ["--lead_names", "I", "V1"]  # of two leads, to be short
+
+
+@pytest.fixture(scope="module")
+def ecg_byte(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ecg_byte")
+    tiny_ecg_byte(across_leads=False, millivolt_range=(-2.0, 2.0)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["untied", "tied", "untied lora", "tied lora"])
+def symbolic(request, tmp_path_factory, llm, tied_llm, ecg_byte, mixed_data) -> Path:
+    folder = tmp_path_factory.mktemp("symbolic") / request.param.replace(" ", "_")
+    options = ["--data_representation", "symbolic", "--ecg_tokenizer", str(ecg_byte), *SYMBOLIC, "--max_steps", "6"]
+    options += ["--peft"] if "lora" in request.param else []
+    sft.main(tiny_sft(tied_llm if folder.name.startswith("tied") else llm, mixed_data, folder, *options, encoder=None))
+    return folder
+
+
+def test_symbolic_trains(symbolic):
+    values = losses(symbolic)
+    assert values[-1] < values[0] - 0.1
+    assert "ECG-Byte tokens in the text, 86 of them" in (symbolic / "README.md").read_text()
+
+
+def test_symbolic_rows_are_trained(symbolic, llm, tied_llm, ecg_byte, mixed_data, tmp_path):
+    """The rows of ECG tokens that the data hold, and with LoRA of words none."""
+    model, processor = load_elm(str(symbolic))
+    if (symbolic / "base_model").is_dir():
+        start = load_elm(str(symbolic / "base_model"))[0]
+    else:
+        source = tied_llm if symbolic.name.startswith("tied") else llm
+        options = ["--representation", "symbolic", "--ecg_tokenizer", str(ecg_byte), *SYMBOLIC]
+        args, _, model_args = sft.parse(tiny_sft(source, mixed_data, tmp_path, *options, encoder=None))
+        torch.manual_seed(42)  # as `elm sft` does by default
+        start = build_model(args, model_args, processor)
+    old, new = start.get_input_embeddings().weight, model.get_input_embeddings().weight
+    moved = (old != new).any(-1)
+    used = set()
+    for row in load_from_disk(mixed_data)["train"]:
+        if row["ecg"] is not None:
+            used |= set(
+                processor(text="<signal>", ecgs={**row["ecg"], "array": np.array(row["ecg"]["array"])})["input_ids"][0]
+            )
+    assert len(used) > 40
+    assert moved[sorted(used)].float().mean() > 0.95  # six batches need not hold every token
+    if symbolic.name.endswith("lora"):
+        words = sorted(set(range(len(new))) - set(processor.signal_token_ids) - {processor.ecg_token_id})
+        assert not moved[words].any()
+
+
+def test_symbolic_answers_alike_in_a_batch_and_in_a_fresh_process(symbolic, mixed_data, tmp_path):
+    model, processor = load_elm(str(symbolic))
+    model.eval()
+    rows = [row for row in load_from_disk(mixed_data)["train"] if row["ecg"] is not None][:3]
+    questions = [
+        [{"type": "ecg", "ecg": row["ecg"]}, {"type": "text", "text": "Is this sinus rhythm?"}] for row in rows
+    ]
+    questions.append([{"type": "text", "text": "Hello"}])
+    chats = [[{"role": "user", "content": content}] for content in questions]
+
+    def answer(chats: list) -> list[list[int]]:
+        inputs = processor.apply_chat_template(
+            chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        output = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        return output[:, inputs["input_ids"].shape[1] :].tolist()
+
+    together = answer(chats)
+    assert together == [answer([chat])[0] for chat in chats]
+    (tmp_path / "chats.json").write_text(json.dumps(chats))
+    loader = "AutoPeftModelForCausalLM" if symbolic.name.endswith("lora") else "AutoModelForCausalLM"
+    printed = run_isolated(
+        f"""
+import json
+from {"peft" if "Peft" in loader else "transformers"} import {loader}
+from transformers import AutoProcessor
+model = {loader}.from_pretrained({str(symbolic)!r}, trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained({str(symbolic)!r}, trust_remote_code=True)
+inputs = processor.apply_chat_template(json.load(open("chats.json")), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+print(output[:, inputs["input_ids"].shape[1]:].tolist())
+""",
+        tmp_path,
+    )
+    assert json.loads(printed.strip().splitlines()[-1]) == together
+
+
+def test_symbolic_ecgs_are_written(symbolic, mixed_data):
+    """A model that is made to write ECG tokens alone draws an ECG."""
+    model, processor = load_elm(str(symbolic))
+    start = processor(text="<|eot_id|>" if "untied" in symbolic.name else "<|im_end|>", return_tensors="pt")
+    lead = processor.tokenizer.convert_tokens_to_ids("signal_I")
+    ids = torch.cat([start["input_ids"], torch.tensor([[lead]])], dim=1)
+    signal = processor.signal_token_ids[:86]
+    output = model.eval().generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=20,
+        do_sample=False,
+        prefix_allowed_tokens_fn=lambda batch, sentence: signal,
+    )
+    (ecg,) = processor.decode_ecg(output[0])
+    written = ecg["array"][0][~np.isnan(ecg["array"][0])]
+    assert len(written) >= 20
+    assert abs(written).max() <= 2
+    assert np.isnan(ecg["array"][1]).all()
+    assert (ecg["lead_names"], ecg["sampling_rate"], ecg["unit"]) == (["I", "V1"], 100, "mV")
+
+
+def test_symbolic_chats_that_exceed_the_context(llm, data, ecg_byte, tmp_path, caplog):
+    options = ["--representation", "symbolic", "--ecg_tokenizer", str(ecg_byte), "--max_steps", "1"]
+    with pytest.raises(ValueError, match=r"tokens of 1 ECGs and room for \d+ beside its words \(max_length=1024\)"):
+        sft.main(tiny_sft(llm, data, tmp_path / "error", *options, encoder=None))
+    sft.main(tiny_sft(llm, data, tmp_path / "dropped", *options, "--ecg_overflow", "drop_leads", encoder=None))
+    assert "their leads aVR, aVL, aVF, III" in caplog.text
+    assert len(losses(tmp_path / "dropped")) == 1
 
 
 # other processes

@@ -32,6 +32,7 @@ ELMS: dict[str, tuple[Literal["llava", "fuyu", "text"], str | None]] = {
     "base_elf": ("fuyu", "flat"),
     "patch_elf": ("fuyu", "patch"),
     "conv_elf": ("fuyu", "conv"),
+    "ecg_byte": ("text", None),  # and the symbolic representation
     "text": ("text", None),
 }
 
@@ -76,9 +77,12 @@ class ELMArguments(DataArguments):
         default=None,
         metadata={"choices": list(ELMS), "help": "Short for --architecture and --connector, as in the reference."},
     )
-    architecture: Literal["llava", "fuyu", "text"] = field(
-        default="llava",
-        metadata={"help": "llava: an ECG encoder and a connector; fuyu: a connector alone; text: no ECG at all."},
+    architecture: Literal["llava", "fuyu", "text"] | None = field(
+        default=None,
+        metadata={
+            "help": "llava (default): an ECG encoder and a connector; fuyu: a connector alone; text: the language model "
+            "alone, for symbolic ECGs or none."
+        },
     )
     connector: str | None = field(
         default=None,
@@ -87,8 +91,23 @@ class ELMArguments(DataArguments):
             "help": "linear (default) or mlp for llava; patch (default), flat or conv for fuyu.",
         },
     )
-    representation: Literal["signal"] = field(
-        default="signal", metadata={"help": "What the model is shown of a record: its samples."}
+    representation: Literal["signal", "symbolic"] = field(
+        default="signal",
+        metadata={"help": "What the model is shown of a record: its samples, or ECG-Byte tokens of them in the text."},
+    )
+    ecg_tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "ECG-Byte tokenizer of the symbolic representation, made by `elm tokenizer`: local folder or Hub id. "
+            "Default: the one that comes with this package."
+        },
+    )
+    ecg_overflow: Literal["error", "downsample", "drop_leads"] = field(
+        default="error",
+        metadata={
+            "help": "Where symbolic ECGs and text exceed the context: an error, or halve the sampling rate of the ECGs, or "
+            "leave out some of their leads."
+        },
     )
     encoder: str = field(default="st_mem", metadata={"help": "ECG encoder of llava: merl, mlae, mtae or st_mem."})
     encoder_config: str | None = field(
@@ -137,11 +156,22 @@ class ELMArguments(DataArguments):
         if self.elm is not None:
             self.architecture, connector = ELMS[self.elm]
             self.connector = self.connector or connector
+            if self.elm == "ecg_byte":
+                self.representation = "symbolic"
+        if self.architecture is None:
+            self.architecture = "text" if self.representation == "symbolic" else "llava"
         if self.connector is None:
             self.connector = {"llava": "linear", "fuyu": "patch", "text": None}[self.architecture]
         if self.num_ecg_tokens is None:
             defaults: dict[str | None, int] = {"linear": 12, "mlp": 12, "patch": 25, "conv": 25}
             self.num_ecg_tokens = defaults.get(self.connector, 1)
+        if self.representation == "symbolic" and self.normalization != "none":
+            raise ValueError(
+                f"--normalization {self.normalization} with symbolic ECGs: the ECG-Byte tokenizer normalizes millivolts "
+                "itself, in the way it was trained with; leave the option out."
+            )
+        if self.representation != "symbolic" and self.ecg_tokenizer is not None:
+            raise ValueError(f"--ecg_tokenizer with --representation {self.representation}; it is for symbolic ECGs.")
         try:  # a YAML file gives a mapping, the command line JSON
             given: Any = self.encoder_config or {}
             self.encoder_fields: dict[str, Any] = json.loads(given) if isinstance(given, str) else given

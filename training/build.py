@@ -1,11 +1,15 @@
 """A new ELM and its processor from the command line's arguments."""
 
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from huggingface_hub import file_exists
 from peft import LoraConfig, PeftConfig, PeftModel
+from tokenizers import AddedToken
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -22,6 +26,7 @@ from configuration_elm import ENCODER_CONFIGS, ELMConfig
 from feature_extraction_elm import ECGFeatureExtractor
 from modeling_elm import ELMForConditionalGeneration
 from processing_elm import ELMProcessor
+from tokenization_ecg_byte import ECGByteTokenizer
 from training.arguments import ELMArguments
 
 # our commands run the code that is installed, not the copy in a model's folder
@@ -39,6 +44,7 @@ LLMS = {
     "qwen2.5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
     "gemma-2-2b-it": "google/gemma-2-2b-it",
 }
+DEFAULT_ECG_TOKENIZER = Path(__file__).parent / "tokenizers" / "ptbxl_250hz"
 # a token that only tokenizers of that family have -> its chat template
 TEMPLATES = {
     "<|start_header_id|>": "llama3",
@@ -70,9 +76,13 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def build_processor(args: ELMArguments) -> ELMProcessor:
-    """The language model's tokenizer with the ECG placeholder, its chat template and a feature extractor."""
-    tokenizer = AutoTokenizer.from_pretrained(resolve_llm(args.llm), padding_side="left")
+    """The language model's tokenizer with the tokens of ECGs, its chat template and a feature extractor."""
+    llm = resolve_llm(args.llm)
+    tokenizer = AutoTokenizer.from_pretrained(llm, padding_side="left")
     tokenizer.add_tokens([ELMProcessor.ecg_token], special_tokens=True)
+    ecg_byte = None
+    if args.representation == "symbolic":
+        ecg_byte = ECGByteTokenizer.from_pretrained(args.ecg_tokenizer or DEFAULT_ECG_TOKENIZER)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     leads: dict[str, Any] = {} if args.lead_names is None else {"lead_names": args.lead_names}
@@ -83,9 +93,21 @@ def build_processor(args: ELMArguments) -> ELMProcessor:
         truncation=args.truncation or False,
         **leads,
     )
+    if ecg_byte is not None:
+        names = ELMProcessor.signal_tokens(ecg_byte, feature_extractor.lead_names)
+        tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in names])
     assert args.num_ecg_tokens is not None  # set with the arguments
     num_ecg_tokens = 0 if args.architecture == "text" else args.num_ecg_tokens
-    return ELMProcessor(feature_extractor, tokenizer, chat_template(tokenizer), num_ecg_tokens)
+    return ELMProcessor(
+        feature_extractor,
+        tokenizer,
+        chat_template(tokenizer),
+        num_ecg_tokens,
+        representation=args.representation,
+        ecg_byte=ecg_byte,
+        max_length=getattr(AutoConfig.from_pretrained(llm), "max_position_embeddings", None),
+        overflow=args.ecg_overflow,
+    )
 
 
 def build_model(args: ELMArguments, model_args: ModelConfig, processor: ELMProcessor) -> ELMForConditionalGeneration:
@@ -121,8 +143,44 @@ def build_model(args: ELMArguments, model_args: ModelConfig, processor: ELMProce
     )
     if len(processor.tokenizer) > model.config.text_config.vocab_size:  # some models keep spare rows
         model.resize_token_embeddings(len(processor.tokenizer))
+    if processor.ecg_tokenizer is not None:
+        initialize_signal_embeddings(model, processor)
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     return model
+
+
+@torch.no_grad()
+def initialize_signal_embeddings(model: ELMForConditionalGeneration, processor: ELMProcessor) -> None:
+    """Starts the embeddings of ECG tokens as random projections of the pieces of signal that they stand for.
+
+    Tokens that look alike start alike, and all of them as large as those of words; the usual start of new tokens, the
+    mean of the old ones, would make every ECG the same.
+    """
+    assert processor.ecg_tokenizer is not None
+    shapes = signal_shapes(processor.ecg_tokenizer)
+    rows = torch.tensor(processor.signal_token_ids)
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    words = weight[: int(rows.min())].float()
+    deviations = torch.randn(len(rows), weight.shape[1])  # of lead tokens, which stand for no signal
+    projection = torch.randn(shapes.shape[1], weight.shape[1]) / math.sqrt(shapes.shape[1])
+    deviations[: len(shapes)] = torch.from_numpy(shapes) @ projection
+    weight[rows] = (words.mean(0) + deviations.to(weight.device) * words.std(0)).to(weight.dtype)
+
+
+def signal_shapes(ecg_tokenizer: ECGByteTokenizer, num_points: int = 8) -> np.ndarray:
+    """What each ECG-Byte token looks like: its course in `num_points` points, its level, slope, extremes and duration,
+    each of mean 0 and variance 1 over the vocabulary: float32 [vocab_size, num_points + 6]."""
+    shapes = []
+    for token_id in ecg_tokenizer.token_ids:
+        levels = np.frombuffer(ecg_tokenizer.symbols(int(token_id)).encode(), np.uint8).astype(np.float64)
+        places = np.linspace(0, len(levels) - 1, num_points)
+        course = np.interp(places, np.arange(len(levels)), levels)
+        level = levels.mean()
+        extremes = [levels.min(), levels.max(), levels[0], levels[-1]]
+        shapes.append([*(course - level), level, *extremes, math.log(len(levels))])
+    table = np.array(shapes)
+    return ((table - table.mean(0)) / (table.std(0) + 1e-6)).astype(np.float32)
 
 
 def freeze(model: ELMForConditionalGeneration, update: list[str]) -> None:
@@ -141,7 +199,7 @@ def freeze(model: ELMForConditionalGeneration, update: list[str]) -> None:
 def lora_config(
     args: ELMArguments, model_args: ModelConfig, model: ELMForConditionalGeneration, processor: ELMProcessor
 ) -> LoraConfig:
-    """LoRA on the language model's linear layers; connector and encoder, where updated, and the rows of the added token
+    """LoRA on the language model's linear layers; connector and encoder, where updated, and the rows of the added tokens
     in the embeddings and the head, trained in full."""
     if "llm" not in args.update:
         raise ValueError(f"--peft adapts the language model, but --update is {' '.join(args.update)}; add llm to it.")
@@ -155,9 +213,10 @@ def lora_config(
     ]
     embeddings = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embeddings)
-    rows = {name.rsplit(".", 1)[-1]: [processor.ecg_token_id]}
+    added = [processor.ecg_token_id, *processor.signal_token_ids]
+    rows = {name.rsplit(".", 1)[-1]: added}
     if not model.config.tie_word_embeddings:  # else PEFT ties them
-        rows["lm_head"] = [processor.ecg_token_id]
+        rows["lm_head"] = added
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=model_args.lora_r,

@@ -70,8 +70,14 @@ def write_model_card(
         "fuyu": f"`{config.connector}` connector, no encoder",
         "text": "none: the model reads no ECG",
     }[config.architecture]
-    auto_class = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
     extractor = processor.feature_extractor
+    num_ecg_tokens, normalization = str(processor.num_ecg_tokens), extractor.normalization
+    if processor.ecg_tokenizer is not None:
+        millivolts = processor.ecg_tokenizer.millivolt_range
+        normalization = "minmax" if millivolts is None else f"{millivolts[0]:g} to {millivolts[1]:g} mV"
+        num_ecg_tokens = "as many as its signal needs"
+        ecg_path = f"ECG-Byte tokens in the text, {processor.ecg_tokenizer.vocab_size:,} of them in the vocabulary"
+    auto_class = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
     card_data = ModelCardData(
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
@@ -88,8 +94,8 @@ def write_model_card(
         num_leads=len(extractor.lead_names),
         num_samples=extractor.num_samples,
         sampling_rate=f"{extractor.sampling_rate:g}",
-        normalization=extractor.normalization,
-        num_ecg_tokens=processor.num_ecg_tokens,
+        normalization=normalization,
+        num_ecg_tokens=num_ecg_tokens,
         trained=", ".join(part for part in args.update if part != "connector" or config.connector is not None)
         + (" (LoRA on the language model)" if adapter else ""),
         data=", ".join(f"`{_shown(name)}`" for name in args.data),

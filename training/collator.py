@@ -1,32 +1,52 @@
 """Rows of chats with ECGs to a batch that the ELM trains on."""
 
+import json
 import math
-from dataclasses import dataclass
+import zlib
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
+from ecg_utils import ECGRecord, as_record
 from processing_elm import ELMProcessor
-from training.data import to_chat
+from training.data import ecgs_of, to_chat
 
 
 @dataclass
 class ELMCollator:
     """Pads to the longest chat of the batch; labels are the assistant's turns, their end-of-turn included.
 
+    What is random about an ECG depends on `seed`, `epoch` and the row alone, not on what else was drawn before: a run that
+    is resumed, or that has other workers, sees the same.
+
     Args:
         system_prompt: system message of the chats that have none.
-        perturb: `zeros` in place of every ECG, `only_text` to leave it out; `noise` is the trainer's.
-        max_length: a chat of more tokens is an error; nothing is cut.
+        perturb: what becomes of every ECG: `noise`, `zeros`, or `only_text` to leave it out.
+        augment: change some of the ECGs, as `augment_ecg` does.
+        max_length: tokens that a chat may have at most, if the processor says no less.
+        epoch: the trainer counts it up.
     """
 
     processor: ELMProcessor
     system_prompt: str | None = None
     perturb: str | None = None
+    augment: bool = False
     max_length: int | None = None
+    seed: int = 0
+    epoch: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_length is not None:  # of training alone: the processor that is saved keeps its own
+            self.processor = copy(self.processor)
+            self.processor.max_length = min(self.max_length, self.processor.max_length or self.max_length)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        with_ecg = self.perturb != "only_text" and self.processor.num_ecg_tokens > 0
+        with_ecg = self.perturb != "only_text" and self.processor.takes_ecgs
+        if with_ecg and (self.perturb or self.augment):
+            rows = [{**row, "ecg": self._changed(row)} for row in rows]
         chats = [to_chat(row, self.system_prompt, with_ecg) for row in rows]
         batch: Any = self.processor.apply_chat_template(
             chats,
@@ -44,29 +64,40 @@ class ELMCollator:
                 f"The chat {row['messages']} has no assistant turn to learn from, or the chat template does not mark it "
                 "with {% generation %}."
             )
-        length = batch["input_ids"].shape[1]
-        if self.max_length is not None and length > self.max_length:
-            raise ValueError(
-                f"A chat has {length} tokens and max_length is {self.max_length}; nothing is cut: raise --max_length, "
-                "take fewer --num_ecg_tokens, or leave such rows out of the data."
-            )
         batch["labels"] = batch["input_ids"].masked_fill(~answers, -100)
-        if self.perturb == "zeros" and "ecg_values" in batch:
-            batch["ecg_values"].zero_()
         return dict(batch)
 
+    def _changed(self, row: dict[str, Any]) -> list[ECGRecord]:
+        words = zlib.crc32(json.dumps(row["messages"], default=str).encode())
+        records = []
+        for ecg in ecgs_of(row):
+            record = as_record(ecg)
+            rng = np.random.default_rng([self.seed, self.epoch, words, zlib.crc32(record.array.tobytes())])
+            array = perturbed(record.array, self.perturb, rng)
+            array = augment_ecg(array, rng) if self.augment else array
+            records.append(replace(record, array=array))
+        return records
 
-def augment(ecg_values: torch.Tensor) -> torch.Tensor:
-    """Of each ECG, with probability 0.5 each: Gaussian noise of 0.05 standard deviations, and a sinusoidal baseline
-    wander of 0.07 times the largest amplitude with 1 to 5 half periods, as in the reference.
+
+def perturbed(array: np.ndarray, perturb: str | None, rng: np.random.Generator) -> np.ndarray:
+    """Gaussian `noise` of 1 mV or `zeros` in place of an ECG [leads, samples]; None keeps it."""
+    if perturb == "noise":
+        return rng.standard_normal(array.shape, dtype=np.float32)
+    return np.zeros_like(array) if perturb == "zeros" else array
+
+
+def augment_ecg(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """An ECG with, at probability 0.5 each, Gaussian noise of 0.05 standard deviations, and a sinusoidal baseline wander
+    of 0.07 times the largest amplitude with 1 to 5 half periods, as in the reference.
 
     Args:
-        ecg_values: [number of ECGs, leads, samples]
+        array: float32 [leads, samples]; it is left as it is.
     """
-    num_ecgs, _, num_samples = ecg_values.shape
-    device = ecg_values.device
-    noisy, wandering = torch.rand(2, num_ecgs, 1, 1, device=device) < 0.5
-    half_periods = torch.randint(1, 6, (num_ecgs, 1, 1), device=device)
-    wander = torch.sin(math.pi * half_periods * torch.linspace(0, 1, num_samples, device=device))
-    noise = torch.randn_like(ecg_values) * 0.05 * ecg_values.std((1, 2), keepdim=True)
-    return ecg_values + noisy * noise + wandering * 0.07 * ecg_values.abs().amax((1, 2), keepdim=True) * wander
+    changed = array.copy()
+    if rng.random() < 0.5:
+        changed += np.float32(0.05 * array.std()) * rng.standard_normal(array.shape, dtype=np.float32)
+    if rng.random() < 0.5:
+        half_periods = rng.integers(1, 6)
+        wander = np.sin(math.pi * half_periods * np.linspace(0, 1, array.shape[1]))
+        changed += (0.07 * np.abs(array).max() * wander).astype(np.float32)
+    return changed

@@ -11,6 +11,11 @@ from training.arguments import DataArguments
 
 logger = logging.getLogger(__name__)
 
+COLUMNS = {
+    "messages": "a list of turns with 'role' and 'content', beside 'ecg'",
+    "ecg": "a dict with 'array', 'sampling_rate', 'lead_names' and 'unit', the path of a file, or a list of these",
+}
+
 
 def load_data(args: DataArguments, split: str, seed: int = 0) -> Dataset | None:
     """The rows of one split of all `args.data`, concatenated; None where no dataset has that split.
@@ -21,19 +26,29 @@ def load_data(args: DataArguments, split: str, seed: int = 0) -> Dataset | None:
     Raises:
         ValueError: if a dataset has other columns, or cannot be found.
     """
-    parts = [part for name in args.data if (part := _load_split(name, split)) is not None]
+    return _mix([_load_split(name, split, "messages") for name in args.data], args.data_subset, seed)
+
+
+def load_ecgs(args: DataArguments, split: str, seed: int = 0) -> Dataset | None:
+    """The column `ecg` of the rows that `load_data` gives; no other column has to be there."""
+    parts = [_load_split(name, split, "ecg") for name in args.data]
+    return _mix([None if part is None else part.select_columns("ecg") for part in parts], args.data_subset, seed)
+
+
+def _mix(loaded: list[Dataset | None], subset: float | None, seed: int) -> Dataset | None:
+    parts = [part for part in loaded if part is not None]
     if not parts:
         return None
     if any(part.features != parts[0].features for part in parts):
         parts = [_any_shape(part) for part in parts]
     data = concatenate_datasets(parts)
-    if args.data_subset is not None:
-        data = data.shuffle(seed=seed).select(range(max(1, round(args.data_subset * len(data)))))
+    if subset is not None:
+        data = data.shuffle(seed=seed).select(range(max(1, round(subset * len(data)))))
     # arrays as NumPy: lists of Python numbers would take longer to make than the ECG to process
     return data.with_format("numpy", columns=["ecg"], output_all_columns=True) if "ecg" in data.column_names else data
 
 
-def _load_split(name: str, split: str) -> Dataset | None:
+def _load_split(name: str, split: str, column: str) -> Dataset | None:
     path = Path(name).expanduser()
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         loaded = load_from_disk(path)
@@ -45,10 +60,9 @@ def _load_split(name: str, split: str) -> Dataset | None:
     if split not in splits:
         logger.info("%s has no split %r; it has %s", name, split, ", ".join(splits))
         return None
-    if "messages" not in splits[split].column_names:
+    if column not in splits[split].column_names:
         raise ValueError(
-            f"{name} ({split}) has the columns {splits[split].column_names}; expected 'messages', a list of turns with "
-            "'role' and 'content', beside 'ecg'."
+            f"{name} ({split}) has the columns {splits[split].column_names}; expected {column!r}, {COLUMNS[column]}."
         )
     return splits[split]
 
@@ -64,6 +78,13 @@ def _any_shape(part: Dataset) -> Dataset:
     return part.cast_column("ecg", List(fields) if several else fields)
 
 
+def ecgs_of(row: dict[str, Any]) -> list[Any]:
+    """The ECGs of a row: none, one or several."""
+    ecg = row.get("ecg")
+    # several ECGs come out of `datasets` as an array of objects
+    return list(ecg) if isinstance(ecg, list | tuple | np.ndarray) else [] if ecg is None else [ecg]
+
+
 def to_chat(row: dict[str, Any], system_prompt: str | None = None, with_ecg: bool = True) -> list[dict[str, Any]]:
     """The chat of a row with its ECGs in place.
 
@@ -76,9 +97,7 @@ def to_chat(row: dict[str, Any], system_prompt: str | None = None, with_ecg: boo
     Raises:
         ValueError: if the messages have more or fewer places than the row has ECGs.
     """
-    ecg = row.get("ecg")
-    # several ECGs come out of `datasets` as an array of objects
-    ecgs = list(ecg) if isinstance(ecg, list | tuple | np.ndarray) else [] if ecg is None else [ecg]
+    ecgs = ecgs_of(row)
     chat = [{"role": message["role"], "content": _parts(message["content"])} for message in row["messages"]]
     if not chat:
         raise ValueError(f"The row {row.get('record_id', '')} has no messages.")

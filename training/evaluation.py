@@ -1,7 +1,7 @@
 """Scores an ELM on the answers of a test split, with the ECG and without it: `elm evaluate MODEL --data ...`."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ import torch
 from datasets import Dataset, List
 from tqdm import tqdm
 
+from ecg_utils import as_record
 from modeling_elm import ELMForConditionalGeneration
 from processing_elm import ELMProcessor
 from training.arguments import DataArguments, ELMParser
 from training.build import load_elm
 from training.cards import add_evaluation
-from training.data import load_data, to_chat
+from training.data import ecgs_of, load_data, to_chat
 from training.files import write_text
 from training.plots import plot_exact_match
 
@@ -116,7 +117,7 @@ def answer_questions(
     args: EvaluationArguments,
 ) -> list[str]:
     """The model's greedy answer to every question, from the gold history before it."""
-    with_ecg = condition != "left_out" and processor.num_ecg_tokens > 0
+    with_ecg = condition != "left_out" and processor.takes_ecgs
     others = np.arange(len(data))
     if condition == "swapped" and with_ecg:
         patients, num_ecgs = _patients(data), _num_ecgs(data)
@@ -135,6 +136,9 @@ def answer_questions(
                 row = data[question.row]
                 if others[question.row] != question.row:
                     row = {**row, "ecg": data[int(others[question.row])]["ecg"]}
+                if condition == "zeroed" and with_ecg:
+                    records = [as_record(ecg) for ecg in ecgs_of(row)]
+                    row = {**row, "ecg": [replace(record, array=np.zeros_like(record.array)) for record in records]}
                 turn = question.turn - len(row["messages"])  # from the end: a system prompt may come first
                 chats.append(to_chat(row, args.system_prompt, with_ecg)[:turn])
             inputs: Any = processor.apply_chat_template(
@@ -146,8 +150,6 @@ def answer_questions(
                 processor_kwargs={"padding": True, "padding_side": "left"},
             )
             inputs = inputs.to(model.device)
-            if "ecg_values" in inputs and condition == "zeroed":
-                inputs["ecg_values"].zero_()
             output: Any = model.generate(  # type: ignore[misc]  # wants attributes that no model declares
                 **inputs,
                 max_new_tokens=args.max_new_tokens,

@@ -2,11 +2,14 @@
 
 import logging
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
@@ -15,34 +18,35 @@ from processing_elm import ELMProcessor
 from training.arguments import ELMArguments, ELMParser, new_elm_options
 from training.build import build_model, build_processor, freeze, load_elm, lora_config
 from training.cards import write_model_card
-from training.collator import ELMCollator, augment
+from training.collator import ELMCollator
 from training.data import load_data
 
 logger = logging.getLogger(__name__)
 
 
+class CountEpochs(TrainerCallback):
+    """Tells the collator the epoch, of which the random changes of the ECGs depend."""
+
+    def __init__(self, collator: ELMCollator):
+        self.collator = collator
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.collator.epoch = int(state.epoch or 0)
+
+
 class ELMTrainer(SFTTrainer):
-    """TRL's trainer, which draws what is random about the ECGs of a step when it takes the step.
+    """TRL's trainer, which augments the ECGs in training only."""
 
-    Checkpoints keep the state of the random numbers at the step; the collator runs ahead of it.
-    """
-
-    perturb: str | None = None
-    augment_ecg = False
-
-    def _draw(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        if self.perturb == "noise" and "ecg_values" in inputs:
-            inputs["ecg_values"] = torch.randn_like(inputs["ecg_values"])
-        return inputs
-
-    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        inputs = self._draw(inputs)
-        if self.augment_ecg and "ecg_values" in inputs:
-            inputs["ecg_values"] = augment(inputs["ecg_values"])
-        return super().training_step(model, inputs, *args, **kwargs)
-
-    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        return super().prediction_step(model, self._draw(inputs), *args, **kwargs)
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        collator = self.data_collator
+        assert isinstance(collator, ELMCollator)
+        self.data_collator = replace(collator, augment=False)
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
 
 
 def parse(argv: list[str] | None = None) -> tuple[ELMArguments, SFTConfig, ModelConfig]:
@@ -119,7 +123,14 @@ def main(argv: list[str] | None = None) -> None:
     if peft_config is None:
         freeze(model, args.update)
 
-    collator = ELMCollator(processor, args.system_prompt, args.perturb, training_args.max_length)
+    collator = ELMCollator(
+        processor,
+        system_prompt=args.system_prompt,
+        perturb=args.perturb,
+        augment=args.augment_ecg,
+        max_length=training_args.max_length,
+        seed=training_args.seed,
+    )
     training_args.max_length = None  # the collator's business
     training_args.dataset_kwargs = {"skip_prepare_dataset": True}
     trainer = ELMTrainer(
@@ -130,8 +141,8 @@ def main(argv: list[str] | None = None) -> None:
         data_collator=collator,
         processing_class=processor,
         peft_config=peft_config,
+        callbacks=[CountEpochs(collator)],
     )
-    trainer.perturb, trainer.augment_ecg = args.perturb, args.augment_ecg
     if peft_config is not None:
         model.lm_head.register_parameter("bias", None)  # TRL reads it, and PEFT's wrapper of the head has none
     if trainer.is_world_process_zero():
