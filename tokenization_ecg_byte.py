@@ -21,7 +21,7 @@ from transformers.utils.logging import tqdm
 try:
     import ecg_byte
 except ImportError:
-    ecg_byte = None
+    ecg_byte = None  # type: ignore[assignment]
 
 FILE_NAME = "ecg_byte.json"
 VERSION = 1
@@ -49,7 +49,9 @@ def _check_merges(merges: Sequence[str]) -> None:
         if unknown:
             raise ValueError(f"merge {place} ({merge!r}) holds {unknown[0]!r}; symbols are a to z")
         if len(merge) < 2:
-            raise ValueError(f"merge {place} ({merge!r}) has {len(merge)} symbol; expected at least 2")
+            raise ValueError(
+                f"merge {place} ({merge!r}) has {len(merge)} symbol{'s' * (len(merge) != 1)}; expected at least 2"
+            )
         if merge in places:
             raise ValueError(f"merge {place} ({merge!r}) is also merge {places[merge]}")
         places[merge] = place
@@ -218,7 +220,6 @@ def train_in_python(
         pieces += [np.append(part, border) for part in ([symbols.ravel()] if across_leads else symbols)]
     tokens = np.concatenate(pieces) if pieces else np.empty(0, np.int64)
     symbols_of = {ord(symbol): symbol for symbol in ALPHABET}
-    id_of = {symbol: token_id for token_id, symbol in symbols_of.items()}
     merges: list[str] = []
     while len(merges) < num_merges:
         inside = (tokens[:-1] != border) & (tokens[1:] != border)
@@ -227,17 +228,16 @@ def train_in_python(
             break
         best = int(counts.argmax())  # the first of equals, which is the smallest pair
         left, right = int(pairs[best]) >> 32, int(pairs[best]) & 0xFFFFFFFF
-        merged = symbols_of[left] + symbols_of[right]
-        if merged not in id_of:  # else other pairs made the same string before
-            id_of[merged] = FIRST_MERGE_ID + len(merges)
-            symbols_of[id_of[merged]] = merged
-            merges.append(merged)
+        token_id = FIRST_MERGE_ID + len(merges)
+        # a new string: equal stretches are always cut alike, so no other pair has made it before
+        symbols_of[token_id] = symbols_of[left] + symbols_of[right]
+        merges.append(symbols_of[token_id])
         starts = np.flatnonzero((tokens[:-1] == left) & (tokens[1:] == right))
         if left == right:  # "aaa" holds the pair twice: take every second place of a run
             run_starts = np.flatnonzero(np.diff(starts, prepend=-2) != 1)
             run_lengths = np.diff(run_starts, append=len(starts))
             starts = starts[(np.arange(len(starts)) - np.repeat(run_starts, run_lengths)) % 2 == 0]
-        tokens[starts] = id_of[merged]
+        tokens[starts] = token_id
         tokens = np.delete(tokens, starts + 1)
         if progress is not None:
             progress(len(merges), int(counts[best]))
@@ -345,8 +345,8 @@ class ECGByteTokenizer(PushToHubMixin):
     ) -> np.ndarray:
         """Millivolts of token ids.
 
-        Each value is off by at most (high - low) / 26, the width of a symbol, beside the rounding of float32, and by what
-        a fixed range has clipped.
+        Each value is off by at most (high - low) / 26, the width of a symbol, beside 1e-6 mV and the rounding of
+        float32, and by what a fixed range has clipped.
 
         Args:
             ids: whole numbers [tokens].
@@ -386,8 +386,8 @@ class ECGByteTokenizer(PushToHubMixin):
         """Where each token stands in a record of `num_samples` per lead.
 
         Returns:
-            int64 [tokens, 3]: the number of its lead, and its first and last sample in that lead. A token that runs on into the
-            next lead has a last sample of `num_samples` or more.
+            int64 [tokens, 3]: the number of its lead, and its first and last sample in that lead. A token that runs on
+            into the next lead has a last sample of `num_samples` or more.
         """
         ends = np.cumsum(self.token_lengths[ids])
         starts = ends - self.token_lengths[ids]
@@ -412,7 +412,8 @@ class ECGByteTokenizer(PushToHubMixin):
 
         Args:
             records: ECGs, floats [leads, samples] in millivolts.
-            num_merges: tokens beside the 26 symbols. Fewer come out where no pair is left that is `min_frequency` times there.
+            num_merges: tokens beside the 26 symbols. Fewer come out where no pair is left that is `min_frequency` times
+                there.
             millivolt_range, across_leads, sampling_rate: of the tokenizer.
 
         Raises:

@@ -5,18 +5,22 @@
     elm evaluate runs/ptbxl/llava --data runs/ptbxl/data
     python benchmarks/ptbxl.py auroc runs/ptbxl/llava runs/ptbxl    # of P(yes), for the five superclasses on fold 10
 
+    python benchmarks/ptbxl.py records runs/ptbxl_records           # all 2,009 records, no questions
+    elm tokenizer train --data runs/ptbxl_records --output_dir runs/ptbxl_250hz
+
 Train on strat_fold 1-8, choose on 9, test on 10; PTB-XL's folds keep the records of a patient together.
 """
 
 import argparse
 import csv
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Features, List, Value
 from tqdm import tqdm
 
 from ecg_utils import STANDARD_LEADS
@@ -32,6 +36,15 @@ QUESTIONS = {
     "CD": "Does this ECG show a conduction disturbance?",
     "HYP": "Does this ECG show hypertrophy?",
 }
+DESCRIPTION = "2,009 records of PTB-XL 1.0.3: 510 of them at 500 Hz, the others at 100 Hz."
+LICENSE = "PTB-XL 1.0.3: CC BY 4.0, https://creativecommons.org/licenses/by/4.0/"
+CITATION = """\
+Wagner P, Strodthoff N, Bousseljot R, Samek W, Schaeffter T. PTB-XL, a large publicly available electrocardiography
+dataset (version 1.0.3). PhysioNet 2022. doi 10.13026/kfzx-aw45
+Wagner P, Strodthoff N, Bousseljot R-D, Kreiseler D, Lunze FI, Samek W, Schaeffter T. PTB-XL, a large publicly available
+electrocardiography dataset. Scientific Data 2020;7:154. doi 10.1038/s41597-020-0495-6
+Goldberger AL, Amaral LAN, Glass L, et al. PhysioBank, PhysioToolkit, and PhysioNet. Circulation 2000;101:e215-e220.
+doi 10.1161/01.CIR.101.23.e215"""
 FOLDS = {"train": range(1, 9), "validation": (9,), "test": (10,)}
 
 
@@ -79,6 +92,42 @@ def build(folder: Path, seed: int) -> None:
     print({split: len(rows) for split, rows in data.items()})
 
 
+def make_records(source: Path) -> Iterator[dict[str, Any]]:
+    """Every record once, at 500 Hz where it is there at that rate."""
+    with (source / "records.csv").open(newline="") as file:
+        rows = {int(row["ecg_id"]): row for row in csv.DictReader(file)}
+    written: set[int] = set()
+    for rate in (500, 100):
+        raw = np.load(source / f"raw{rate}.npz")
+        for ecg_id, ecg in zip(raw["ecg_id"].tolist(), raw["ecg"], strict=True):
+            if ecg_id not in written:
+                written.add(ecg_id)
+                row = rows[ecg_id]
+                yield {
+                    "ecg": {"array": ecg, "sampling_rate": rate, "lead_names": STANDARD_LEADS, "unit": "uV"},
+                    "record_id": row["ecg_id"],
+                    "patient_id": row["patient_id"],
+                    "strat_fold": int(row["strat_fold"]),
+                }
+
+
+def save_records(folder: Path, source: Path = SHARED) -> None:
+    ecg = {
+        "array": List(List(Value("int16"))),
+        "sampling_rate": Value("int32"),
+        "lead_names": List(Value("string")),
+        "unit": Value("string"),
+    }
+    names = {"record_id": Value("string"), "patient_id": Value("string"), "strat_fold": Value("int32")}
+    with tempfile.TemporaryDirectory() as cache:
+        data = Dataset.from_generator(
+            make_records, Features({"ecg": ecg, **names}), cache, gen_kwargs={"source": source}
+        )
+        data.info.description, data.info.license, data.info.citation = DESCRIPTION, LICENSE, CITATION
+        DatasetDict(train=data).save_to_disk(folder)
+    print(f"{len(data):,} records in {folder}")
+
+
 @torch.inference_mode()
 def auroc(model_path: str, folder: Path) -> None:
     """Area under the ROC curve of the model's P(yes) against P(no), over every record of fold 10."""
@@ -116,9 +165,13 @@ def main() -> None:
     command = commands.add_parser("auroc")
     command.add_argument("model")
     command.add_argument("folder", type=Path)
+    command = commands.add_parser("records")
+    command.add_argument("folder", type=Path)
     args = parser.parse_args()
     if args.command == "build":
         build(args.folder, args.seed)
+    elif args.command == "records":
+        save_records(args.folder)
     else:
         auroc(args.model, args.folder)
 

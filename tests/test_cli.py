@@ -1,3 +1,4 @@
+import signal
 import subprocess
 import sys
 
@@ -35,6 +36,7 @@ def test_unknown_command(capsys):
         (["sft", "--data", "nowhere", "--use_cpu"], "No dataset 'nowhere'"),
         (["sft", "--data", "x", "--use_cpu", "--bogus", "1"], "--bogus"),
         (["sft", "--config", "/nowhere.yaml"], "/nowhere.yaml"),
+        (["tokenizer", "inspect", "/nowhere/tokenizer"], "/nowhere/tokenizer"),
     ],
 )
 def test_input_at_fault(argv, message, capsys, monkeypatch):
@@ -53,6 +55,15 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("training.sft.main", broken)
     with pytest.raises(AttributeError, match="a bug"):
         cli.main(["sft"])
+
+
+def test_ctrl_c(monkeypatch, capsys):
+    def wait(argv):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("training.sft.main", wait)
+    assert cli.main(["sft"]) == 130
+    assert capsys.readouterr().err == "\nelm sft: interrupted\n"
 
 
 @pytest.mark.parametrize("argv", [["evaluate", "some/model", "--data", "a", "b"], ["evaluate", "--split", "x"]])

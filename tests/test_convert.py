@@ -1,4 +1,11 @@
+import collections
+import io
+import itertools
 import json
+import os
+import pickle
+import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,7 +13,7 @@ from helpers import golden_state_dict
 
 from configuration_elm import ENCODER_CONFIGS
 from modeling_ecg_encoders import ENCODER_MODELS
-from training.convert import convert_state_dict
+from training.convert import MAX_PICKLE_BYTES, convert_state_dict, read_ecg_byte_pickle
 
 ENCODERS = ["merl", "mlae", "mtae", "st_mem"]
 CONNECTOR_KEYS = {
@@ -192,3 +199,177 @@ def test_two_entries_for_one_tensor():
     entry = torch.zeros(1)
     with pytest.raises(ValueError, match=r"Two entries for 'projection\.weight'"):
         convert_state_dict("linear", {"projection.weight": entry, "module.projection.weight": entry})
+
+
+BYTES = {byte: chr(byte) if byte < 128 else f"<{byte}>" for byte in range(256)}
+VOCAB = BYTES | {256: "aa", 257: "aab", 258: "zz"}
+MERGES = [([97, 97], 256), ([97, 97, 98], 257), ([122, 122], 258)]
+
+
+def read(folder: Path, content: bytes):
+    (folder / "tokenizer.pkl").write_bytes(content)
+    return read_ecg_byte_pickle(folder / "tokenizer.pkl")
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_tokenizer_of_every_binary_protocol(protocol, tmp_path):
+    tokenizer = read(tmp_path, pickle.dumps((VOCAB, MERGES), protocol))
+    assert tokenizer.merges == ["aa", "aab", "zz"]
+    assert (tokenizer.millivolt_range, tokenizer.across_leads, tokenizer.sampling_rate) == (None, True, None)
+
+
+def test_tokenizer_of_many_merges(tmp_path):
+    # more items than the pickler writes at once, and ids of more than two bytes
+    strings = ["".join(letters) for letters in itertools.product("abcdefghijklmnopq", repeat=4)]
+    vocab = BYTES | dict(enumerate(strings, 256))
+    merges = [(list(map(ord, string)), token_id) for token_id, string in enumerate(strings, 256)]
+    assert merges[-1][1] > 65535
+    assert read(tmp_path, pickle.dumps((vocab, merges))).merges == strings
+
+
+def test_tokenizer_of_one_merge(tmp_path):
+    # one item has an opcode of its own in a list, and in a dict
+    merges = [([97, 98], 256)]
+    assert read(tmp_path, pickle.dumps((BYTES | {256: "ab"}, merges))).merges == ["ab"]
+    content = pickle.dumps(BYTES, 3)[:-1] + b"M\x00\x01X\x02\x00\x00\x00abs" + pickle.dumps(merges, 3)[2:-1] + b"\x86."
+    assert pickle.loads(content) == (BYTES | {256: "ab"}, merges)
+    assert read(tmp_path, content).merges == ["ab"]
+
+
+class Evil:
+    """Its pickle makes the file `owned` in the working directory."""
+
+    def __reduce__(self):
+        return os.system, ("touch owned",)
+
+
+def evil_pickles() -> dict[str, bytes]:
+    """Each is executed by `pickle.loads`, or crashes it."""
+    memo_bomb = (
+        b"\x80\x04" + b"K\x01\x85\x94" + b"".join(b"h" + bytes([n, ord("h"), n]) + b"\x86\x94" for n in range(200))
+    )
+    return {
+        "reduce": pickle.dumps((VOCAB, [Evil()])),
+        "reduce_protocol_0": pickle.dumps((VOCAB, [Evil()]), 0),
+        "reduce_protocol_2": pickle.dumps((VOCAB, [Evil()]), 2),
+        "as_a_key": pickle.dumps({Evil(): 1}),
+        "after_the_tokenizer": pickle.dumps((VOCAB, MERGES))[:-1] + pickle.dumps(Evil())[2:],
+        "global": b"cos\nsystem\n(S'touch owned'\ntR.",
+        "stack_global": b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x0btouch owned\x85R.",
+        "inst": b"(S'touch owned'\nios\nsystem\n.",
+        "obj": b"(cos\nsystem\nS'touch owned'\no.",
+        "newobj": b"\x80\x02cos\nsystem\n(U\x0btouch ownedt\x81.",
+        "newobj_ex": b"\x80\x04cos\nsystem\n\x8c\x0btouch owned\x85}\x92.",
+        "build": b"\x80\x02cos\nsystem\n}b.",
+        "ext1": b"\x80\x02\x82\x01.",
+        "ext2": b"\x80\x02\x83\x01\x00.",
+        "ext4": b"\x80\x02\x84\x01\x00\x00\x00.",
+        "persid": b"Pid\n.",
+        "binpersid": b"\x80\x02U\x02idQ.",
+        "harmless_class": pickle.dumps(collections.OrderedDict(a=1)),
+        "memo": pickle.dumps([[VOCAB] * 2]),
+        "memo_bomb_as_a_key": memo_bomb + b"}h\x63K\x01s.",
+        "dup": b"\x80\x02]2\x86.",
+        "set": pickle.dumps({1, 2}),
+        "bytes": pickle.dumps(b"bytes"),
+        "float": pickle.dumps(1.5),
+        "none": pickle.dumps(None),
+        "long": pickle.dumps(2**80),
+        "protocol_0": pickle.dumps((VOCAB, MERGES), 0),
+    }
+
+
+@pytest.mark.parametrize("name", evil_pickles())
+def test_what_could_run_code_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"it holds \w+ at byte \d+; expected dicts, lists, pairs, whole numbers and strings"
+    ):
+        read(tmp_path, evil_pickles()[name])
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.pkl"]
+
+
+@pytest.mark.parametrize("name", ["reduce", "global", "stack_global", "inst", "obj"])
+def test_those_pickles_are_evil(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pickle.loads(evil_pickles()[name])
+    assert (tmp_path / "owned").exists()
+
+
+def test_deep_pairs_do_not_crash(tmp_path):
+    # as a key they would be hashed, which exhausts the stack of the process
+    deep = b"K\x01" + b"K\x01\x86" * 200_000
+    with pytest.raises(ValueError, match="keys are no whole numbers"):
+        read(tmp_path, b"\x80\x04}" + deep + b"K\x01s.")
+    with pytest.raises(ValueError, match="expected a pair of a dict and a list"):
+        read(tmp_path, b"\x80\x04" + deep + b".")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "pickle exhausted before seeing STOP"),
+        (b"no pickle", "opcode b'n' unknown"),
+        (b"\x80\x04.", "its opcodes do not fit together"),
+        (b"\x80\x04a.", "its opcodes do not fit together"),
+        (b"\x80\x04u.", "its opcodes do not fit together"),
+        (b"\x80\x04}s.", "its opcodes do not fit together"),
+        (b"\x80\x04\x86.", "its opcodes do not fit together"),
+        (b"\x80\x04]K\x01K\x01s.", "sets items of what is no dict"),
+        (b"\x80\x04}(K\x01u.", "sets items of what is no dict, or whose keys"),
+        (b"\x80\x04}(]K\x01u.", "keys are no whole numbers"),
+        (b"\x80\x04}K\x01a.", "appends to what is no list"),
+        (b"\x80\x04X" + struct.pack("<I", 2**32 - 1) + b"aa", "4294967295"),
+    ],
+)
+def test_damaged_pickles(content, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as error:
+        read(tmp_path, content)
+    assert "tokenizer.pkl is no ECG-Byte tokenizer of the reference: " in str(error.value)
+
+
+def test_truncated_anywhere(tmp_path):
+    content = pickle.dumps((VOCAB, MERGES))
+    for length in range(0, len(content), 37):
+        with pytest.raises(ValueError, match="is no ECG-Byte tokenizer of the reference"):
+            read(tmp_path, content[:length])
+
+
+def test_huge_file(tmp_path):
+    with (tmp_path / "huge.pkl").open("wb") as file:
+        file.truncate(100 * MAX_PICKLE_BYTES)
+    with pytest.raises(ValueError, match="it is larger than 16 MiB"):
+        read_ecg_byte_pickle(tmp_path / "huge.pkl")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([VOCAB, MERGES], "expected a pair of a dict and a list"),
+        ((MERGES, VOCAB), "expected a pair of a dict and a list"),
+        (VOCAB, "expected a pair of a dict and a list"),
+        ((VOCAB, ["aa"]), "merge 0 is no pair of a list of bytes and an id"),
+        ((VOCAB, [("aa", 256)]), "merge 0 is no pair of a list of bytes and an id"),
+        ((VOCAB, [([97, "a"], 256)]), "merge 0 is no pair of a list of bytes and an id"),
+        ((VOCAB, [([97, 97], "256")]), "merge 0 does not have the id 256"),
+        ((VOCAB, MERGES[::-1]), "merge 0 does not have the id 256"),
+        ((VOCAB, [([97, 353], 256)]), "merge 0 holds what is no byte"),
+        ((VOCAB, [([97, -1], 256)]), "merge 0 holds what is no byte"),
+        ((VOCAB | {257: "aac"}, MERGES), "merge 1 is 'aab', but vocab has another string as id 257"),
+        ((VOCAB | {257: [VOCAB]}, MERGES), "merge 1 is 'aab', but vocab has another string as id 257"),
+        ((VOCAB, MERGES[:2]), "vocab has 259 entries; expected 256 bytes and 2 merges"),
+        ((VOCAB | {-1: "aa"}, MERGES), "vocab has 260 entries; expected 256 bytes and 3 merges"),
+        (({97: "a"}, MERGES), r"vocab has no single byte '\\x00' as id 0"),
+        ((VOCAB | {97: "b"}, MERGES), "vocab has no single byte 'a' as id 97"),
+        ((BYTES | {256: "AB"}, [([65, 66], 256)]), r"merge 0 \('AB'\) holds 'A'; symbols are a to z"),
+        ((BYTES | {256: "a"}, [([97], 256)]), r"merge 0 \('a'\) has 1 symbol; expected at least 2"),
+        ((BYTES | {256: "aa", 257: "aa"}, [([97, 97], 256), ([97, 97], 257)]), r"merge 1 \('aa'\) is also merge 0"),
+    ],
+)
+def test_what_is_no_tokenizer(content, message, tmp_path):
+    with io.BytesIO() as file:
+        pickler = pickle.Pickler(file)
+        pickler.fast = True  # strings that stand twice here are written out twice
+        pickler.dump(content)
+        with pytest.raises(ValueError, match=message):
+            read(tmp_path, file.getvalue())

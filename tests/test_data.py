@@ -9,7 +9,7 @@ from helpers import save_tiny_data, tiny_processor
 
 from training.arguments import DataArguments
 from training.collator import ELMCollator
-from training.data import load_data, to_chat
+from training.data import load_data, load_ecgs, to_chat
 from training.synthetic import make_dataset
 
 ECG = {"array": np.zeros((12, 500)), "sampling_rate": 250, "unit": "mV"}
@@ -110,6 +110,36 @@ def test_subset_is_seeded(saved):
 def test_wrong_columns(tmp_path):
     with pytest.raises(ValueError, match=r"has the columns \['text'\]; expected 'messages'"):
         load(json_lines(tmp_path, [{"text": "words"}]))
+
+
+def test_ecgs_alone(saved, tmp_path):
+    """Of chats, and of records without any."""
+    records = Dataset.from_list([{"ecg": plain_ecg(0.5), "patient_id": 7}, {"ecg": None, "patient_id": 8}])
+    records.info.license = "CC BY 4.0"
+    records.save_to_disk(tmp_path / "records")
+    args = DataArguments(data=[str(saved), str(tmp_path / "records")])
+    data = load_ecgs(args, "train")
+    assert data.column_names == ["ecg"]
+    assert data.info.license == "CC BY 4.0"
+    assert np.array_equal(data[1]["ecg"]["array"], load(saved)[1]["ecg"]["array"])
+    assert (data[6]["ecg"]["array"] == 0.5).all()
+    assert data[7]["ecg"] is None
+    assert len(data) == 8
+    assert len(load_ecgs(args, "test")) == 3
+    assert load_ecgs(args, "validation") is None
+
+
+def test_subset_of_the_ecgs_is_that_of_the_chats(saved):
+    args = DataArguments(data=[str(saved)], data_subset=0.5)
+    rows = load(saved, data_subset=0.5, seed=3)
+    ecgs = load_ecgs(args, "train", seed=3)
+    assert len(ecgs) == 3
+    assert all(np.array_equal(row["ecg"]["array"], ecg["ecg"]["array"]) for row, ecg in zip(rows, ecgs, strict=True))
+
+
+def test_no_ecgs(tmp_path):
+    with pytest.raises(ValueError, match=r"has the columns \['messages'\]; expected 'ecg', a dict with 'array'"):
+        load_ecgs(DataArguments(data=[str(json_lines(tmp_path, [{"messages": ASKED}]))]), "train")
 
 
 def test_unknown_name(tmp_path):

@@ -34,13 +34,13 @@ answer = model.generate(**inputs, max_new_tokens=64)
 print(processor.batch_decode(answer[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])"""
 
 
-def _on_hub(name: str) -> bool:
+def on_hub(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
     """A local path says nothing to a reader, and may say too much: its last part stands for it."""
-    return name if _on_hub(name) else Path(name).name
+    return name if on_hub(name) else Path(name).name
 
 
 def add_evaluation(folder: Path, results: dict[str, Any]) -> None:
@@ -81,15 +81,15 @@ def write_model_card(
     card_data = ModelCardData(
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
-        base_model=start if _on_hub(start) else None,
-        datasets=[name for name in args.data if _on_hub(name)] or None,
+        base_model=start if on_hub(start) else None,
+        datasets=[name for name in args.data if on_hub(name)] or None,
         tags=["ecg", "electrocardiogram", "elm", "trl", "sft", *(["lora"] if adapter else [])],
     )
     card = ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATES / "model.md"),
         model_name=folder.resolve().name,
-        start=_shown(start),
+        start=shown(start),
         ecg_path=ecg_path,
         num_leads=len(extractor.lead_names),
         num_samples=extractor.num_samples,
@@ -98,7 +98,7 @@ def write_model_card(
         num_ecg_tokens=num_ecg_tokens,
         trained=", ".join(part for part in args.update if part != "connector" or config.connector is not None)
         + (" (LoRA on the language model)" if adapter else ""),
-        data=", ".join(f"`{_shown(name)}`" for name in args.data),
+        data=", ".join(f"`{shown(name)}`" for name in args.data),
         snippet=SNIPPET.format(
             name=folder.resolve().name,
             library="peft" if adapter else "transformers",

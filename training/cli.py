@@ -13,6 +13,7 @@ COMMANDS = {
     ),
     "sft": ("training.sft", "fine-tune an ELM; every option of TRL's SFTConfig, and --config FILE.yaml"),
     "evaluate": ("training.evaluation", "score an ELM with the ECG and without it: elm evaluate MODEL --data DATA"),
+    "tokenizer": ("training.tokenizer", "train, inspect or import an ECG-Byte tokenizer, which writes ECGs as tokens"),
 }
 
 
@@ -22,7 +23,7 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0, 1 where the input was at fault, 2 where the command was."""
+    """Returns the exit status: 0; 1 where the input was at fault, 2 where the command was; 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
@@ -31,14 +32,18 @@ def main(argv: list[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"elm: no command {command!r}\n\n{usage()}", file=sys.stderr)
         return 2
-    module = importlib.import_module(COMMANDS[command][0])  # late: --help need not wait for torch
     if command == "evaluate" and rest and not rest[0].startswith("-"):
         rest.insert(0, "--model_name_or_path")
     try:
-        module.main(rest)
-    except (ValueError, OSError, StrictDataclassError) as error:
-        print(f"elm {command}: {error}", file=sys.stderr)
-        return 1
+        module = importlib.import_module(COMMANDS[command][0])  # late: --help need not wait for torch
+        try:
+            module.main(rest)
+        except (ValueError, OSError, StrictDataclassError) as error:
+            print(f"elm {command}: {error}", file=sys.stderr)
+            return 1
+    except KeyboardInterrupt:
+        print(f"\nelm {command}: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

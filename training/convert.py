@@ -1,7 +1,9 @@
-"""From the state dicts of the reference system (ELM-Research/ELM) to ours."""
+"""From the files of the reference system (ELM-Research/ELM) to ours: state dicts, and ECG-Byte tokenizers."""
 
+import pickletools
 import re
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from configuration_elm import ENCODER_CONFIGS
 from modeling_ecg_encoders import ENCODER_MODELS
+from tokenization_ecg_byte import FIRST_MERGE_ID, ECGByteTokenizer
 
 # pattern at the start of the reference's key, and what takes its place; None drops the entry
 Rule = tuple[str, str | Callable[[re.Match[str]], str] | None]
@@ -164,3 +167,115 @@ def convert_state_dict(kind: str, state_dict: dict[str, Tensor]) -> dict[str, Te
     if unknown := sorted(converted.keys() - expected):
         raise ValueError(f"{', '.join(unknown[:5])}: no such tensors in kind {kind!r}; drop them from the state dict.")
     return converted
+
+
+# 25 times the reference's file of 10,000 merges
+MAX_PICKLE_BYTES = 16 * 2**20
+
+
+def _load_plain_pickle(content: bytes) -> Any:
+    """What a pickle of dicts with whole numbers as keys, lists, pairs, whole numbers and strings holds.
+
+    `pickle` is not used: even without any class it can be made to crash (hashing a pair in a pair in a pair ...). Here
+    no opcode calls, imports or looks up anything, and what the memo holds is never fetched, so no value stands twice
+    and the work grows with the file alone.
+
+    Raises:
+        ValueError: there is any other opcode, or the file is cut or makes no sense.
+    """
+    stack: list[Any] = []
+    marks: list[int] = []
+
+    def pop_marked() -> list[Any]:
+        start = marks.pop()
+        items = stack[start:]
+        del stack[start:]
+        return items
+
+    def set_items(items: list[Any]) -> None:
+        if type(stack[-1]) is not dict or len(items) % 2 or any(type(key) is not int for key in items[::2]):
+            raise ValueError("it sets items of what is no dict, or whose keys are no whole numbers")
+        stack[-1].update(zip(items[::2], items[1::2], strict=True))
+
+    def extend(items: list[Any]) -> None:
+        if type(stack[-1]) is not list:
+            raise ValueError("it appends to what is no list")
+        stack[-1].extend(items)
+
+    try:
+        for opcode, argument, position in pickletools.genops(content):
+            match opcode.name:
+                case "PROTO" | "FRAME" | "MEMOIZE" | "BINPUT" | "LONG_BINPUT":
+                    pass
+                case "BININT" | "BININT1" | "BININT2" | "SHORT_BINUNICODE" | "BINUNICODE":
+                    stack.append(argument)
+                case "EMPTY_DICT":
+                    stack.append({})
+                case "EMPTY_LIST":
+                    stack.append([])
+                case "MARK":
+                    marks.append(len(stack))
+                case "SETITEMS":
+                    set_items(pop_marked())
+                case "SETITEM":
+                    set_items([stack.pop(-2), stack.pop()])
+                case "APPENDS":
+                    extend(pop_marked())
+                case "APPEND":
+                    extend([stack.pop()])
+                case "TUPLE2":
+                    stack.append((stack.pop(-2), stack.pop()))
+                case "STOP":
+                    return stack.pop()
+                case name:
+                    raise ValueError(
+                        f"it holds {name} at byte {position}; expected dicts, lists, pairs, whole numbers and strings "
+                        "only, each written out; anything else could run code or exhaust the memory"
+                    )
+    except IndexError as error:
+        raise ValueError("its opcodes do not fit together") from error
+
+
+def _merges_of(content: Any) -> list[str]:
+    """The merge strings of the reference's `(vocab, merges)`, in the order of their ids."""
+    if not (isinstance(content, tuple) and isinstance(content[0], dict) and isinstance(content[1], list)):
+        raise ValueError("expected a pair of a dict and a list, (vocab, merges)")
+    vocab, entries = content
+    for byte in range(FIRST_MERGE_ID):
+        if vocab.get(byte) not in (chr(byte), f"<{byte}>"):  # the reference writes bytes above 127 as <128>
+            raise ValueError(f"vocab has no single byte {chr(byte)!r} as id {byte}")
+    merges = []
+    for place, entry in enumerate(entries):
+        symbols = entry[0] if isinstance(entry, tuple) else None
+        if not (isinstance(symbols, list) and all(type(symbol) is int for symbol in symbols)):
+            raise ValueError(f"merge {place} is no pair of a list of bytes and an id")
+        token_id = FIRST_MERGE_ID + place
+        if type(entry[1]) is not int or entry[1] != token_id:
+            raise ValueError(f"merge {place} does not have the id {token_id}")
+        if not all(0 <= symbol < FIRST_MERGE_ID for symbol in symbols):
+            raise ValueError(f"merge {place} holds what is no byte")
+        merge = "".join(map(chr, symbols))
+        if vocab.get(token_id) != merge:
+            raise ValueError(f"merge {place} is {merge[:40]!r}, but vocab has another string as id {token_id}")
+        merges.append(merge)
+    if len(vocab) != FIRST_MERGE_ID + len(merges):
+        raise ValueError(f"vocab has {len(vocab)} entries; expected 256 bytes and {len(merges)} merges")
+    return merges
+
+
+def read_ecg_byte_pickle(path: Path) -> ECGByteTokenizer:
+    """The reference's ECG-Byte tokenizer, a pickle of `(vocab: dict[int, str], merges: list[(list[int], int)])`.
+
+    The pickle is never executed: anything but these containers is refused.
+
+    Raises:
+        ValueError: the file is no such pickle, damaged, or too large.
+    """
+    with path.open("rb") as file:
+        content = file.read(MAX_PICKLE_BYTES + 1)
+    try:
+        if len(content) > MAX_PICKLE_BYTES:
+            raise ValueError(f"it is larger than {MAX_PICKLE_BYTES / 2**20:g} MiB")
+        return ECGByteTokenizer(_merges_of(_load_plain_pickle(content)))
+    except ValueError as error:
+        raise ValueError(f"{path} is no ECG-Byte tokenizer of the reference: {error}.") from error

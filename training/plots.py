@@ -1,5 +1,6 @@
 """Plots for people who would rather look than read."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from training.files import atomic_path
 
 # Okabe and Ito 2008: told apart by colour-blind readers too
 COLOURS = {"ecg": "#0072B2", "zeroed": "#E69F00", "swapped": "#D55E00", "left_out": "#999999"}
+TOKEN_SHADES = ("#cfe3f2", "#f4e6c8")
 
 
 def _save(figure: Any, path: Path) -> None:
@@ -82,4 +84,59 @@ def plot_ecg(array: np.ndarray, sampling_rate: float, lead_names: list[str], pat
     axes.set_ylim(bottom, top)
     axes.axis("off")
     axes.set_title(title, loc="left", fontsize=10)
+    _save(figure, path)
+
+
+def plot_tokens(
+    array: np.ndarray,
+    decoded: np.ndarray,
+    offsets: np.ndarray,
+    sampling_rate: float,
+    lead_names: Sequence[str],
+    path: Path,
+    title: str = "",
+) -> None:
+    """A record and its ECG-Byte tokens: one row for each lead, all at one scale; the tokens as alternating shades behind
+    the signal, and over it the step curve that they decode to.
+
+    Args:
+        array, decoded: [leads, samples] in millivolts.
+        offsets: int [tokens, 3], as `ECGByteTokenizer.offsets` gives them.
+    """
+    num_leads, num_samples = array.shape
+    seconds = num_samples / sampling_rate
+    starts = offsets[:, 0] * num_samples + offsets[:, 1]
+    # pieces of tokens: one that runs on into the next lead is drawn in both
+    edges = np.union1d(starts, num_samples * np.arange(num_leads + 1))
+    shades = (np.searchsorted(starts, edges, side="right") - 1) % 2
+    lows, highs = np.minimum(array, decoded).min(axis=1), np.maximum(array, decoded).max(axis=1)
+    heights = 1.1 * np.maximum(highs - lows, max(1e-3, 0.15 * (highs - lows).max()))  # a flat lead is seen too
+    centers = heights / 2 - np.cumsum(heights + 0.1 * heights.mean())
+
+    size = (np.clip(2 * seconds, 9, 60), 0.9 * num_leads + 1.2)
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    # a sample stands in the middle of its interval, so that the borders of tokens lie between samples
+    times = (np.arange(num_samples) + 0.5) / sampling_rate
+    for lead, (center, height) in enumerate(zip(centers, heights, strict=True)):
+        inside = edges // num_samples == lead
+        begins, widths = edges[inside] % num_samples, np.diff(edges)[inside[:-1]]
+        for shade, colour in enumerate(TOKEN_SHADES):
+            spans = np.stack([begins, widths], axis=1)[shades[inside] == shade] / sampling_rate
+            row = (center - height / 2, height)
+            axes.broken_barh(spans, row, facecolor=colour, edgecolor="#8a8a8a", linewidth=0.25)
+        baseline = center - (lows[lead] + highs[lead]) / 2
+        axes.plot(times, array[lead] + baseline, color="black", linewidth=0.7)
+        axes.step(times, decoded[lead] + baseline, where="mid", color="#D55E00", linewidth=0.8)
+    bottom, bar = centers[-1] - heights[-1] / 2, 10.0 ** np.floor(np.log10(heights.max()))
+    axes.plot([1.008 * seconds] * 2, [bottom, bottom + bar], color="black", linewidth=2, clip_on=False)
+    axes.text(1.012 * seconds, bottom + bar / 2, f"{bar:g} mV", va="center")
+    axes.set_xlim(0, seconds)
+    axes.set_ylim(bottom, centers[0] + heights[0] / 2)
+    axes.set_yticks(centers, lead_names)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("seconds")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_title(title, loc="left", fontsize=10)
+    labels = ["signal", "decoded", "token", "next token"]
+    figure.legend([*axes.lines[:2], *axes.collections[:2]], labels, ncols=4, frameon=False, loc="outside lower right")
     _save(figure, path)
