@@ -2,7 +2,6 @@ import json
 import re
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from helpers import FAMILIES, TINY_ENCODERS, save_tiny_llm, tiny_ecg_byte, tiny_tokenizer
@@ -22,7 +21,6 @@ from training.build import (
     load_elm,
     lora_config,
     resolve_llm,
-    signal_shapes,
 )
 
 
@@ -206,7 +204,7 @@ def test_default_ecg_tokenizer(llm):
     assert processor.ecg_tokenizer.sampling_rate == processor.feature_extractor.sampling_rate == 250
 
 
-def test_symbolic_embeddings_look_like_their_signals(symbolic_args, llm):
+def test_symbolic_model(symbolic_args, llm):
     processor = build_processor(symbolic_args)
     model = build_model(symbolic_args, ModelConfig(), processor)
     assert model.config.representation == "symbolic"
@@ -215,14 +213,9 @@ def test_symbolic_embeddings_look_like_their_signals(symbolic_args, llm):
     weight = model.get_input_embeddings().weight
     assert len(weight) == len(processor.tokenizer)
     assert torch.equal(weight[: len(old)], old)
-    rows = weight[processor.signal_token_ids].detach()
-    assert rows.std() == pytest.approx(old.std().item(), rel=0.3)  # as large as those of words
-    shapes = signal_shapes(processor.ecg_tokenizer)
-    assert np.isfinite(shapes).all()
-    assert len(np.unique(shapes, axis=0)) == len(shapes)  # no two tokens look the same
-    far = torch.cdist(torch.from_numpy(shapes), torch.from_numpy(shapes)).flatten()
-    apart = torch.cdist(rows[: len(shapes)], rows[: len(shapes)]).flatten()
-    assert torch.corrcoef(torch.stack([far, apart]))[0, 1] > 0.7
+    new = weight[processor.signal_token_ids].detach()
+    assert new.std(0).mean() == pytest.approx(old.std(0).mean().item(), rel=0.1)  # as far apart as words
+    assert torch.pdist(new).min() > 0.5 * torch.pdist(old).min()
 
 
 def test_lora_of_symbolic_ecgs_trains_all_new_rows(symbolic_args):

@@ -14,7 +14,7 @@ from helpers import ROOT, run_isolated, save_tiny_llm
 from torch.distributed.run import get_args_parser
 from trl import SFTConfig
 
-from training import cli, evaluation, quickstart, sft
+from training import cli, evaluation, quickstart, sft, tokenizer
 from training.arguments import ALIASES, ELMS, DataArguments
 from training.build import LLMS
 from training.data import load_data
@@ -27,7 +27,7 @@ def blocks(language: str, text: str = README) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-INFERENCE, OWN_DATA = blocks("python")
+INFERENCE, OWN_DATA, ECG_BYTE = blocks("python")
 COMMANDS = [
     line for block in blocks("bash", DOCUMENTS) for line in block.splitlines() if line and not line.startswith("#")
 ]
@@ -62,7 +62,9 @@ def test_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sft, "main", lambda argv: parsed.append(sft.parse(argv)))
         monkeypatch.setattr(evaluation, "main", lambda argv: parsed.append(evaluation.parse(argv)))
         monkeypatch.setattr(quickstart, "main", lambda argv: parsed.append(argv))
-        if words in (["sft"], ["evaluate"]) or words[1:] == ["--help"]:  # the name of a command in a sentence
+        monkeypatch.setattr(tokenizer, "main", lambda argv: parsed.append(tokenizer.make_parser().parse_args(argv)))
+        names = (["sft"], ["evaluate"], ["tokenizer"], ["tokenizer", "import"])
+        if words in names or words[1:] == ["--help"]:  # the name of a command in a sentence
             return
         assert cli.main(words) == 0, f"does not parse: {command}"
         assert len(parsed) == 1
@@ -104,6 +106,15 @@ def test_tables_name_what_there_is() -> None:
         assert f"`--{flag}`" in README or f"`--{flag} " in README, flag
     for elm in ELMS.keys() - {"text"}:
         assert f"`{elm}`" in README or f"`--elm {elm}`" in README, elm
+
+
+def test_ecg_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    names: dict[str, Any] = {}
+    exec(ECG_BYTE, names)
+    assert abs(names["again"] - names["ecg"]).max() <= (names["high"] - names["low"]) / 26 + 1e-6
+    assert 0 <= names["first_sample"] <= names["last_sample"] < 2500
+    assert 0 <= names["lead"] < 12
 
 
 def test_own_data_to_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

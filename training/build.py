@@ -1,11 +1,9 @@
 """A new ELM and its processor from the command line's arguments."""
 
-import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from huggingface_hub import file_exists
 from peft import LoraConfig, PeftConfig, PeftModel
@@ -144,43 +142,23 @@ def build_model(args: ELMArguments, model_args: ModelConfig, processor: ELMProce
     if len(processor.tokenizer) > model.config.text_config.vocab_size:  # some models keep spare rows
         model.resize_token_embeddings(len(processor.tokenizer))
     if processor.ecg_tokenizer is not None:
-        initialize_signal_embeddings(model, processor)
+        spread_embeddings(model, processor.signal_token_ids)
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     return model
 
 
 @torch.no_grad()
-def initialize_signal_embeddings(model: ELMForConditionalGeneration, processor: ELMProcessor) -> None:
-    """Starts the embeddings of ECG tokens as random projections of the pieces of signal that they stand for.
+def spread_embeddings(model: ELMForConditionalGeneration, token_ids: list[int]) -> None:
+    """Starts tokens as far from each other as words are.
 
-    Tokens that look alike start alike, and all of them as large as those of words; the usual start of new tokens, the
-    mean of the old ones, would make every ECG the same.
+    transformers starts new ones at the mean of the old, where all ECGs are the same text; from there they part slowly at the
+    learning rates of fine-tuning.
     """
-    assert processor.ecg_tokenizer is not None
-    shapes = signal_shapes(processor.ecg_tokenizer)
-    rows = torch.tensor(processor.signal_token_ids)
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, torch.Tensor)
-    words = weight[: int(rows.min())].float()
-    deviations = torch.randn(len(rows), weight.shape[1])  # of lead tokens, which stand for no signal
-    projection = torch.randn(shapes.shape[1], weight.shape[1]) / math.sqrt(shapes.shape[1])
-    deviations[: len(shapes)] = torch.from_numpy(shapes) @ projection
-    weight[rows] = (words.mean(0) + deviations.to(weight.device) * words.std(0)).to(weight.dtype)
-
-
-def signal_shapes(ecg_tokenizer: ECGByteTokenizer, num_points: int = 8) -> np.ndarray:
-    """What each ECG-Byte token looks like: its course in `num_points` points, its level, slope, extremes and duration,
-    each of mean 0 and variance 1 over the vocabulary: float32 [vocab_size, num_points + 6]."""
-    shapes = []
-    for token_id in ecg_tokenizer.token_ids:
-        levels = np.frombuffer(ecg_tokenizer.symbols(int(token_id)).encode(), np.uint8).astype(np.float64)
-        places = np.linspace(0, len(levels) - 1, num_points)
-        course = np.interp(places, np.arange(len(levels)), levels)
-        level = levels.mean()
-        extremes = [levels.min(), levels.max(), levels[0], levels[-1]]
-        shapes.append([*(course - level), level, *extremes, math.log(len(levels))])
-    table = np.array(shapes)
-    return ((table - table.mean(0)) / (table.std(0) + 1e-6)).astype(np.float32)
+    words = weight[: min(token_ids)].float()
+    means, deviations = (row.expand(len(token_ids), -1) for row in (words.mean(0), words.std(0)))
+    weight[token_ids] = torch.normal(means, deviations).to(weight.dtype)
 
 
 def freeze(model: ELMForConditionalGeneration, update: list[str]) -> None:
