@@ -297,7 +297,9 @@ class ELMProcessor(ProcessorMixin):
         ecg_ids = {signal_id: ecg_id for ecg_id, signal_id in enumerate(self._signal_ids.tolist()) if signal_id >= 0}
         leads = {lead_id: names.index(name) for name, lead_id in self._lead_ids.items()}
         ecgs: list[dict[str, Any]] = []
-        token_ids = np.asarray(token_ids).reshape(-1).tolist()
+        token_ids = token_ids.tolist() if hasattr(token_ids, "tolist") else list(token_ids)
+        if token_ids and not isinstance(token_ids[0], int):
+            raise ValueError("The token ids are a batch; decode the ECGs of one text at a time, token_ids[0].")
         for is_ecg, run in itertools.groupby(token_ids, key=lambda token_id: token_id in ecg_ids or token_id in leads):
             if not is_ecg:
                 continue

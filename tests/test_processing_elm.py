@@ -416,6 +416,8 @@ class TestSymbolic:
             symbolic.decode_ecg(ids, 0, 1, num_samples=400)
         with pytest.raises(ValueError, match="only 'symbolic' ECGs are tokens"):
             processor.decode_ecg(ids, 0, 1)
+        with pytest.raises(ValueError, match="The token ids are a batch"):
+            symbolic.decode_ecg(torch.tensor([ids]), 0, 1)
         assert symbolic.decode_ecg(symbolic.tokenizer.encode("no ECG"), 0, 1) == []
         if not symbolic.ecg_tokenizer.across_leads:
             with pytest.raises(ValueError, match="begins without the token of a lead"):
