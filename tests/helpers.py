@@ -174,10 +174,11 @@ def tiny_processor(family: str = "llama3", num_ecg_tokens: int = 4, **changes) -
 
 
 def tiny_ecg_byte(**settings) -> ECGByteTokenizer:
-    """An ECG-Byte tokenizer of 60 merges, trained on four simulated records of 5 s at 100 Hz."""
+    """An ECG-Byte tokenizer of 60 merges, trained on four simulated records of 5 s at 100 Hz and a flat one."""
     records = [
         make_record(index, 0, sampling_rate=100, seconds=5.0)["ecg"]["array"] / np.float32(1e3) for index in range(4)
     ]
+    records.append(np.zeros_like(records[0]))
     return ECGByteTokenizer.train(records, num_merges=60, sampling_rate=100, show_progress=False, **settings)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
-from helpers import save_tiny_data, save_tiny_llm, tiny_sft
+from helpers import save_tiny_data, save_tiny_llm, tiny_ecg_byte, tiny_sft
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -242,6 +242,22 @@ def test_text_only_model(tmp_path, data):
     options = ["--data", str(data), "--max_new_tokens", "3", "--num_resamples", "10"]
     results = evaluation.main(["--model_name_or_path", str(tmp_path / "elm"), *options])
     assert all(row["difference"] == 0 for row in results["ecg_minus"].values())
+
+
+def test_symbolic_model(tmp_path, data):
+    llm = save_tiny_llm(tmp_path / "llm")
+    tiny_ecg_byte(across_leads=False).save_pretrained(tmp_path / "ecg_byte")
+    options = ["--representation", "symbolic", "--ecg_tokenizer", str(tmp_path / "ecg_byte"), "--lead_names", "I", "V1"]
+    sft.main(tiny_sft(llm, data, tmp_path / "elm", *options, "--max_steps", "8", encoder=None))
+    rows = load_data(EvaluationArguments(data=[str(data)]), "test")
+    zeros = [
+        {**row, "ecg": {**row["ecg"], "array": np.zeros((12, 500)).tolist(), "unit": "mV"}}
+        for row in rows.with_format(None)
+    ]
+    answers = {condition: answers_of(tmp_path / "elm", rows, condition) for condition in CONDITIONS}
+    assert answers["zeroed"] == answers_of(tmp_path / "elm", Dataset.from_list(zeros), "ecg")
+    assert len({tuple(texts) for texts in answers.values()}) == 4
+    assert answers["ecg"] == answers_of(tmp_path / "elm", rows, "ecg", batch_size=1)
 
 
 @pytest.mark.parametrize(

@@ -76,12 +76,21 @@ def trained(data, tmp_path_factory) -> Path:
 )
 def test_train_is_that_of_what_the_extractor_makes_of_each_distinct_record(options, settings, data, expected, tmp_path):
     tokenizer = train(data, tmp_path, *options)
-    same = ECGByteTokenizer.train(expected, num_merges=30, sampling_rate=250, show_progress=False, **settings)
+    flat = [] if "millivolt_range" in settings else [np.zeros_like(expected[0])]
+    same = ECGByteTokenizer.train([*expected, *flat], num_merges=30, sampling_rate=250, show_progress=False, **settings)
     assert tokenizer.merges == same.merges
+    assert ("one flat record" in (tmp_path / "README.md").read_text()) is bool(flat)
     assert (len(tokenizer.merges) == 30) is ("min_frequency" not in settings)
     assert tokenizer.millivolt_range == settings.get("millivolt_range")
     assert tokenizer.across_leads is settings.get("across_leads", True)
     assert tokenizer.sampling_rate == 250
+
+
+def test_a_flat_record_is_a_few_tokens(data, tmp_path):
+    """As the lowest symbol of its own range, or as 0 mV of a fixed one, which all records have."""
+    for name, options in (("minmax", []), ("millivolt", ["--millivolt_range", "-1", "1"])):
+        tokenizer = train(data, tmp_path / name, "--num_merges", "60", *options)
+        assert len(tokenizer.encode(np.zeros((2, 200), np.float32))) <= 40
 
 
 def test_what_training_says(data, tmp_path, capsys):

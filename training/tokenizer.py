@@ -107,8 +107,11 @@ def train(args: argparse.Namespace) -> None:
     num_samples = sum(record.size for record in records)
     read = f"{len(records):,} records of {len(lead_names)} leads at {args.sampling_rate:g} Hz, {num_samples:,} samples in all"
     print(f"{read}; they and their merging take about {_size(BYTES_PER_SAMPLE * num_samples)} of memory.", flush=True)
+    # scaled to its own range a flat record is nothing but the lowest symbol, which others hardly hold: it should be a few
+    # tokens too, not one for each sample
+    flat = [np.zeros_like(record) for record in records[:1]] if millivolt_range is None else []
     tokenizer = ECGByteTokenizer.train(
-        records, num_merges=args.num_merges, min_frequency=args.min_frequency, **settings
+        [*records, *flat], num_merges=args.num_merges, min_frequency=args.min_frequency, **settings
     )
     if len(tokenizer.merges) < args.num_merges:
         print(f"No pair was left that is {args.min_frequency} times there: {len(tokenizer.merges):,} merges.")
@@ -119,7 +122,7 @@ def train(args: argparse.Namespace) -> None:
         tokenizer,
         datasets=[name for name in args.data if on_hub(name)],
         ecg_input=f"{', '.join(lead_names)} at {args.sampling_rate:g} Hz, in millivolts",
-        data=f"{names} ({', '.join(args.split)}): {read}",
+        data=f"{names} ({', '.join(args.split)}): {read}{', and one flat record' if flat else ''}",
         compression=f"{compression:.1f} samples for each token, over these records",
         rights=_rights(splits),
     )
