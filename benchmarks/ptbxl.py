@@ -5,8 +5,15 @@
     elm evaluate runs/ptbxl/llava --data runs/ptbxl/data
     python benchmarks/ptbxl.py auroc runs/ptbxl/llava runs/ptbxl    # of P(yes), for the five superclasses on fold 10
 
-    python benchmarks/ptbxl.py records runs/ptbxl_records           # all 2,009 records, no questions
-    elm tokenizer train --data runs/ptbxl_records --output_dir runs/ptbxl_250hz
+The symbolic ELM has a tokenizer of its own:
+
+    elm tokenizer train --data runs/ptbxl/data --sampling_rate 50 --lead_names I II V1 V3 V5 --millivolt_range -2 2 --within_leads --num_merges 1000 --output_dir runs/ptbxl/ecg_byte
+    elm sft --config training/configs/ptbxl_symbolic.yaml --ecg_tokenizer runs/ptbxl/ecg_byte --data runs/ptbxl/data --llm runs/ptbxl/llm --output_dir runs/ptbxl/symbolic
+
+and the one that comes with the package is made so:
+
+    python benchmarks/ptbxl.py records runs/PTB-XL                  # all 2,009 records, no questions
+    elm tokenizer train --data runs/PTB-XL --within_leads --output_dir training/tokenizers/ptbxl_250hz
 
 Train on strat_fold 1-8, choose on 9, test on 10; PTB-XL's folds keep the records of a patient together.
 """
