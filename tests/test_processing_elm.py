@@ -550,19 +550,25 @@ class TestOverflow:
         assert ids == half + half
 
 
-def test_symbolic_in_a_fresh_process_without_the_project(symbolic, tmp_path):
-    symbolic.save_pretrained(tmp_path)
+def test_symbolic_in_a_fresh_process_without_the_project(tmp_path):
     np.save(tmp_path / "ecg.npy", simulated()["array"])
+    processors = {
+        across: tiny_symbolic_processor(ecg_byte=tiny_ecg_byte(across_leads=across)) for across in (True, False)
+    }
+    for across, processor in processors.items():
+        processor.save_pretrained(tmp_path / str(across))
     code = """
 import numpy as np
 from transformers import AutoProcessor
-processor = AutoProcessor.from_pretrained(".", trust_remote_code=True)
-ids = processor(text="<signal> is?", ecgs="ecg.npy", sampling_rate=100)["input_ids"][0]
-print(*ids)
-print(*np.round(processor.decode_ecg(ids, -1, 1)[0]["array"][:, ::100].ravel(), 6))
+for folder in ("True", "False"):
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    ids = processor(text="<signal> is?", ecgs="ecg.npy", sampling_rate=100)["input_ids"][0]
+    print(*ids)
+    print(*np.round(processor.decode_ecg(ids, -1, 1)[0]["array"][:, ::100].ravel(), 6))
 """
-    ids, values = run_isolated(code, tmp_path).splitlines()[-2:]
-    expected = symbolic(text="<signal> is?", ecgs=simulated())["input_ids"][0]
-    assert [int(token_id) for token_id in ids.split()] == expected
-    array = symbolic.decode_ecg(expected, -1, 1)[0]["array"]
-    assert [float(value) for value in values.split()] == pytest.approx(array[:, ::100].ravel(), abs=1e-5)
+    lines = run_isolated(code, tmp_path).splitlines()[-4:]
+    for processor, ids, values in zip(processors.values(), lines[::2], lines[1::2], strict=True):
+        expected = processor(text="<signal> is?", ecgs=simulated())["input_ids"][0]
+        assert [int(token_id) for token_id in ids.split()] == expected
+        array = processor.decode_ecg(expected, -1, 1)[0]["array"]
+        assert [float(value) for value in values.split()] == pytest.approx(array[:, ::100].ravel(), abs=1e-5)

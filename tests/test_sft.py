@@ -250,13 +250,19 @@ def ecg_byte(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["untied", "tied", "untied lora", "tied lora"])
-def symbolic(request, tmp_path_factory, llm, tied_llm, ecg_byte, mixed_data) -> Path:
-    folder = tmp_path_factory.mktemp("symbolic") / request.param.replace(" ", "_")
+@pytest.fixture(scope="module")
+def symbolic_elms(tmp_path_factory, llm, tied_llm, ecg_byte, mixed_data) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("symbolic")
     options = ["--data_representation", "symbolic", "--ecg_tokenizer", str(ecg_byte), *SYMBOLIC, "--max_steps", "6"]
-    options += ["--peft"] if "lora" in request.param else []
-    sft.main(tiny_sft(tied_llm if folder.name.startswith("tied") else llm, mixed_data, folder, *options, encoder=None))
-    return folder
+    for name, source in (("untied", llm), ("tied", tied_llm)):
+        sft.main(tiny_sft(source, mixed_data, folder / name, *options, encoder=None))
+        sft.main(tiny_sft(source, mixed_data, folder / f"{name}_lora", *options, "--peft", encoder=None))
+    return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.fixture(params=["untied", "tied", "untied_lora", "tied_lora"])
+def symbolic(request, symbolic_elms) -> Path:
+    return symbolic_elms[request.param]
 
 
 def test_symbolic_trains(symbolic):
@@ -291,41 +297,50 @@ def test_symbolic_rows_are_trained(symbolic, llm, tied_llm, ecg_byte, mixed_data
         assert not moved[words].any()
 
 
-def test_symbolic_answers_alike_in_a_batch_and_in_a_fresh_process(symbolic, mixed_data, tmp_path):
-    model, processor = load_elm(str(symbolic))
-    model.eval()
-    rows = [row for row in load_from_disk(mixed_data)["train"] if row["ecg"] is not None][:3]
+def symbolic_chats(data: Path) -> list[list[dict]]:
+    """Questions about three ECGs, and one about none."""
+    rows = [row for row in load_from_disk(data)["train"] if row["ecg"] is not None][:3]
     questions = [
         [{"type": "ecg", "ecg": row["ecg"]}, {"type": "text", "text": "Is this sinus rhythm?"}] for row in rows
     ]
     questions.append([{"type": "text", "text": "Hello"}])
-    chats = [[{"role": "user", "content": content}] for content in questions]
+    return [[{"role": "user", "content": content}] for content in questions]
 
-    def answer(chats: list) -> list[list[int]]:
-        inputs = processor.apply_chat_template(
-            chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
-        output = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
-        return output[:, inputs["input_ids"].shape[1] :].tolist()
 
-    together = answer(chats)
-    assert together == [answer([chat])[0] for chat in chats]
+def symbolic_answers(folder: Path, chats: list) -> list[list[int]]:
+    model, processor = load_elm(str(folder))
+    inputs = processor.apply_chat_template(
+        chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    output = model.eval().generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    return output[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_symbolic_answers_alike_in_a_batch(symbolic, mixed_data):
+    chats = symbolic_chats(mixed_data)
+    assert symbolic_answers(symbolic, chats) == [symbolic_answers(symbolic, [chat])[0] for chat in chats]
+
+
+def test_symbolic_in_a_fresh_process_without_the_project(symbolic_elms, mixed_data, tmp_path):
+    """A whole model, and an adapter that is not merged."""
+    chats = symbolic_chats(mixed_data)
     (tmp_path / "chats.json").write_text(json.dumps(chats))
-    loader = "AutoPeftModelForCausalLM" if symbolic.name.endswith("lora") else "AutoModelForCausalLM"
     printed = run_isolated(
         f"""
 import json
-from {"peft" if "Peft" in loader else "transformers"} import {loader}
-from transformers import AutoProcessor
-model = {loader}.from_pretrained({str(symbolic)!r}, trust_remote_code=True).eval()
-processor = AutoProcessor.from_pretrained({str(symbolic)!r}, trust_remote_code=True)
-inputs = processor.apply_chat_template(json.load(open("chats.json")), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
-output = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
-print(output[:, inputs["input_ids"].shape[1]:].tolist())
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoProcessor
+for auto, folder in ((AutoModelForCausalLM, {str(symbolic_elms["untied"])!r}), (AutoPeftModelForCausalLM, {str(symbolic_elms["tied_lora"])!r})):
+    model = auto.from_pretrained(folder, trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    inputs = processor.apply_chat_template(json.load(open("chats.json")), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    print(output[:, inputs["input_ids"].shape[1]:].tolist())
 """,
         tmp_path,
     )
-    assert json.loads(printed.strip().splitlines()[-1]) == together
+    there = [json.loads(line) for line in printed.strip().splitlines()[-2:]]
+    assert there == [symbolic_answers(symbolic_elms[name], chats) for name in ("untied", "tied_lora")]
 
 
 def test_symbolic_ecgs_are_written(symbolic, mixed_data):
