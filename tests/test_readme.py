@@ -24,7 +24,9 @@ DOCUMENTS = README + (ROOT / "CONTRIBUTING.md").read_text()
 
 
 def blocks(language: str, text: str = README) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    # in one pass, as the end of a block looks like the beginning of one without a language
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [block for name, block in found if name == language]
 
 
 INFERENCE, OWN_DATA, ECG_BYTE = blocks("python")

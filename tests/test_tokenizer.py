@@ -1,5 +1,4 @@
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +89,7 @@ def test_a_flat_record_is_a_few_tokens(data, expected, tmp_path):
     tokenizer = train(data, tmp_path)
     plain = ECGByteTokenizer.train(expected, num_merges=30, show_progress=False)
     flat = np.zeros((2, 200), np.float32)
-    assert len(tokenizer.encode(flat)) <= 8 < len(plain.encode(flat))
+    assert 10 * len(tokenizer.encode(flat)) < len(plain.encode(flat))
 
 
 def test_what_training_says(data, tmp_path, capsys):
@@ -255,7 +254,7 @@ def test_ctrl_c_leaves_nothing_half_written(place, again, data, tmp_path, capsys
         (tmp_path / name).write_text(text)
 
     def press(*args, **kwargs):
-        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(f"training.tokenizer.{place}", press)
     argv = ["--data", data, "--output_dir", str(tmp_path), "--lead_names", *LEADS, "--num_merges", "5"]
