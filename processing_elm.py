@@ -260,12 +260,11 @@ class ELMProcessor(ProcessorMixin):
         """The columns of the batch, padded as the tokenizer pads; `offset_mapping` too, which it leaves out."""
         columns: dict[str, list] = {name: [row[name] for row in encoded] for name in encoded[0]}
         offsets = columns.pop("offset_mapping", None)
-        silenced = self.tokenizer.deprecation_warnings.get("Asking-to-pad-a-fast-tokenizer", False)
-        self.tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = (
-            True  # the ECGs come after its own padding
-        )
+        # the tokenizer would say that its own padding is faster, but the ECGs come after it
+        warnings, key = self.tokenizer.deprecation_warnings, "Asking-to-pad-a-fast-tokenizer"
+        said, warnings[key] = warnings.get(key, False), True
         padded = dict(self.tokenizer.pad(columns, **padding))
-        self.tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = silenced
+        warnings[key] = said
         if offsets is not None:
             side = padding.get("padding_side") or self.tokenizer.padding_side
             fills = [[(0, 0)] * (len(ids) - len(row)) for ids, row in zip(padded["input_ids"], offsets, strict=True)]

@@ -198,6 +198,14 @@ def test_symbolic_processor(symbolic_args, llm):
     assert build_processor(arguments(llm, ecg_tokenizer=None)).signal_token_ids == []
 
 
+def test_ecg_tokenizer_of_another_rate(symbolic_args, llm, caplog):
+    build_processor(symbolic_args)
+    assert "The ECG tokenizer was trained at 100 Hz and records are taken at 250 Hz" in caplog.text
+    caplog.clear()
+    build_processor(arguments(llm, representation="symbolic"))
+    assert not caplog.records
+
+
 def test_default_ecg_tokenizer(llm):
     processor = build_processor(arguments(llm, representation="symbolic"))
     assert processor.ecg_tokenizer.vocab_size == 10_026

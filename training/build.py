@@ -1,5 +1,6 @@
 """A new ELM and its processor from the command line's arguments."""
 
+import logging
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from modeling_elm import ELMForConditionalGeneration
 from processing_elm import ELMProcessor
 from tokenization_ecg_byte import ECGByteTokenizer
 from training.arguments import ELMArguments
+
+logger = logging.getLogger(__name__)
 
 # our commands run the code that is installed, not the copy in a model's folder
 AutoConfig.register(ELMConfig.model_type, ELMConfig)
@@ -92,6 +95,13 @@ def build_processor(args: ELMArguments) -> ELMProcessor:
         **leads,
     )
     if ecg_byte is not None:
+        if ecg_byte.sampling_rate not in (None, args.sampling_rate):
+            logger.warning(
+                "The ECG tokenizer was trained at %g Hz and records are taken at %g Hz: it makes more tokens of them than one "
+                "trained at that rate.",
+                ecg_byte.sampling_rate,
+                args.sampling_rate,
+            )
         names = ELMProcessor.signal_tokens(ecg_byte, feature_extractor.lead_names)
         tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in names])
     assert args.num_ecg_tokens is not None  # set with the arguments
