@@ -1,6 +1,7 @@
 """What the speed benchmarks share."""
 
 import statistics
+import sys
 import tempfile
 import time
 from argparse import ArgumentParser, Namespace
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+# this folder has a benchmark named as the package `ecg_byte`: the package is to be found first
+sys.path.append(sys.path.pop(0))
 
 from modeling_elm import ELMForConditionalGeneration
 from processing_elm import ELMProcessor

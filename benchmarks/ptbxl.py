@@ -20,6 +20,7 @@ Train on strat_fold 1-8, choose on 9, test on 10; PTB-XL's folds keep the record
 
 import argparse
 import csv
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,9 @@ import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, Features, List, Value
 from tqdm import tqdm
+
+# this folder has a benchmark named as the package `ecg_byte`: the package is to be found first
+sys.path.append(sys.path.pop(0))
 
 from ecg_utils import STANDARD_LEADS
 from training.build import load_elm
