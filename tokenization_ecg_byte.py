@@ -2,7 +2,7 @@
 
 A record's millivolts become letters a (lowest) to z (highest), its leads one string after another, and that string the
 longest known tokens from the left. The package `ecg_byte`, written in Rust, does this where it is installed; this file
-does the same without it, a hundred times slower.
+does the same without it, fifty times slower.
 """
 
 import json

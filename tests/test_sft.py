@@ -215,6 +215,23 @@ def test_perturb(llm, data, tmp_path):
     assert len({losses(tmp_path / name)[0] for name in runs}) == 4
 
 
+def test_augments_anew_in_each_epoch_and_never_in_evaluation(llm, data, tmp_path, monkeypatch):
+    seen = []
+    collate = sft.ELMCollator.__call__
+
+    def watch(collator, rows):
+        seen.append((len(rows), collator.augment, collator.epoch))
+        return collate(collator, rows)
+
+    monkeypatch.setattr(sft.ELMCollator, "__call__", watch)
+    options = ["--batch_size", "24", "--epochs", "2", "--eval_strategy", "epoch", "--augment_ecg"]
+    sft.main(tiny_sft(llm, data, tmp_path, *options, encoder="mtae"))
+    assert [call for call in seen if call[0] == 24] == [(24, True, 0), (24, True, 1)]
+    evaluated = [call for call in seen if call[0] < 24]  # there are 6 rows
+    assert len(evaluated) >= 2
+    assert not any(augment for _, augment, _ in evaluated)
+
+
 def test_connector_alone_with_batches_without_ecg(llm, mixed_data, tmp_path):
     options = ["--update", "connector", "--batch_size", "1", "--max_steps", "6"]
     sft.main(tiny_sft(llm, mixed_data, tmp_path, *options, encoder="mtae"))

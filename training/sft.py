@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class CountEpochs(TrainerCallback):
-    """Tells the collator the epoch, of which the random changes of the ECGs depend."""
+    """Tells the collator the epoch, on which the random changes of the ECGs depend."""
 
     def __init__(self, collator: ELMCollator):
         self.collator = collator
