@@ -190,6 +190,9 @@ class EncoderSpec(SubConfigSpec):
         )
 
 
+# what vision backbones read: the ECG as a picture
+IMAGE_REPRESENTATIONS = ("stacked_signal", "rgb")
+
 # connectors of each architecture; `None` stands for no ECG features beside the text
 CONNECTORS: dict[str, tuple[str | None, ...]] = {
     "llava": ("linear", "mlp"),
@@ -204,12 +207,15 @@ class ELMConfig(PreTrainedConfig):
 
     Args:
         text_config: configuration of the language model, any Hugging Face causal LLM.
-        encoder_config: configuration of the encoder (`llava` only).
+        encoder_config: configuration of the encoder (`llava` only): of an ECG encoder for `signal`, of any Hugging Face vision
+            backbone for `stacked_signal` and `rgb`.
         architecture: `llava` (encoder tokens through the connector), `fuyu` (the record straight through the
             connector, no encoder) or `text` (no ECG features: the language model alone, or ECG-Byte tokens).
         connector: `linear` or `mlp` for llava; `flat`, `patch` or `conv` for fuyu; None for text.
         representation: what the processor makes of a record: `signal`, `symbolic`, `stacked_signal` or `rgb`.
         num_ecg_tokens: placeholder tokens that each ECG takes in the text.
+        image_features: what the connector reads of a vision backbone: `patches`, its patch tokens pooled to `num_ecg_tokens`;
+            or `embedding`, its pooled vector as in the reference, which takes one token.
         ecg_token_id: id of the placeholder token.
         num_leads, num_samples: shape of the record that a fuyu connector reads; an encoder has its own.
     """
@@ -226,6 +232,7 @@ class ELMConfig(PreTrainedConfig):
     connector: Literal["linear", "mlp", "flat", "patch", "conv"] | None = "linear"
     representation: Literal["signal", "symbolic", "stacked_signal", "rgb"] = "signal"
     num_ecg_tokens: int = 1
+    image_features: Literal["patches", "embedding"] = "patches"
     ecg_token_id: int | None = None
     num_leads: int = 12
     num_samples: int = 2500
@@ -263,11 +270,40 @@ class ELMConfig(PreTrainedConfig):
                 f"architecture={self.architecture!r} with {got}; 'llava' needs an encoder_config, 'fuyu' and 'text' take none."
             )
 
+    def validate_encoder(self) -> None:
+        encoder = self.encoder_config
+        if not isinstance(encoder, PreTrainedConfig):
+            if self.representation in IMAGE_REPRESENTATIONS and self.architecture != "text":
+                raise ValueError(
+                    f"architecture={self.architecture!r} with representation={self.representation!r}; pictures of ECGs need a "
+                    "vision backbone: expected 'llava'."
+                )
+            return
+        if hasattr(encoder, "vision_config"):
+            raise ValueError(
+                f"encoder_config is of a {encoder.model_type!r} model, which reads text too; give its vision_config alone."
+            )
+        is_ecg_encoder = encoder.model_type in ENCODER_CONFIGS
+        if is_ecg_encoder == (self.representation in IMAGE_REPRESENTATIONS):
+            expected = "a Hugging Face vision backbone" if is_ecg_encoder else f"one of {', '.join(ENCODER_CONFIGS)}"
+            raise ValueError(
+                f"representation={self.representation!r} with a {encoder.model_type} encoder; expected {expected}."
+            )
+        if getattr(encoder, "mask_ratio", None) is not None:
+            raise ValueError(
+                f"A {encoder.model_type} encoder hides and shuffles patches at random, at inference too; choose a backbone that "
+                "sees the whole picture, such as vit."
+            )
+        if self.image_features == "embedding" and is_ecg_encoder:
+            raise ValueError("image_features='embedding' is of vision backbones; ECG encoders give tokens: 'patches'.")
+
     def validate_tokens(self) -> None:
         if self.num_ecg_tokens < 1:
             raise ValueError(f"num_ecg_tokens is {self.num_ecg_tokens}; it must be at least 1.")
         if self.architecture != "text" and self.ecg_token_id is None:
             raise ValueError("ecg_token_id is None; give the id of the tokenizer's ECG placeholder token.")
+        if self.image_features == "embedding" and self.num_ecg_tokens != 1:
+            raise ValueError(f"image_features='embedding' is one token; num_ecg_tokens is {self.num_ecg_tokens}.")
         if self.connector == "flat" and self.num_ecg_tokens != 1:
             raise ValueError(
                 f"The flat connector makes one token of a record; num_ecg_tokens is {self.num_ecg_tokens}."

@@ -109,7 +109,7 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
             ValueError: there is no ECG, one is invalid (see `as_record`, `select_leads`), or one is too long.
         """
         truncation = self.truncation if truncation is None else _check_truncation(truncation)
-        batch = _as_batch(ecgs)
+        batch = as_batch(ecgs)
         if not batch:
             raise ValueError("There is no ECG; give at least one.")
         values = np.zeros((len(batch), len(self.lead_names), self.num_samples), dtype=np.float32)
@@ -163,7 +163,7 @@ def _check_truncation(truncation: bool | str) -> bool | str:
     return truncation
 
 
-def _as_batch(ecgs: Any) -> list:
+def as_batch(ecgs: Any) -> list:
     """The ECGs as a list. Nested numbers are one ECG at depth 2, [leads, samples], and several at depth 3."""
     is_sequence = isinstance(ecgs, Sequence) and not isinstance(ecgs, str)
     depth, inner = 0, ecgs

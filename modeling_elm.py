@@ -13,13 +13,40 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple, torch_compilable_check
 
 try:
-    from .configuration_elm import ELMConfig
+    from .configuration_elm import IMAGE_REPRESENTATIONS, ELMConfig
     from .modeling_ecg_encoders import ENCODER_MODELS
+    from .modeling_vision_encoders import (
+        blank_images,
+        encode_images,
+        load_vision_model,
+        vision_model_class,
+        vision_output_size,
+    )
 except ImportError:
     if __package__:  # loaded from a Hub repo: a real error
         raise
-    from configuration_elm import ELMConfig
+    from configuration_elm import IMAGE_REPRESENTATIONS, ELMConfig
     from modeling_ecg_encoders import ENCODER_MODELS
+    from modeling_vision_encoders import (
+        blank_images,
+        encode_images,
+        load_vision_model,
+        vision_model_class,
+        vision_output_size,
+    )
+
+
+def encoder_output_size(config: ELMConfig) -> int:
+    """Width of what the connector reads of the encoder."""
+    if config.encoder_config.model_type in ENCODER_MODELS:
+        return config.encoder_config.output_size
+    return vision_output_size(config.encoder_config, config.image_features)
+
+
+def make_encoder(config: ELMConfig) -> PreTrainedModel:
+    """The encoder that the config says, with random weights."""
+    encoder_class = ENCODER_MODELS.get(config.encoder_config.model_type)
+    return (encoder_class or vision_model_class(config.encoder_config, config.image_features))(config.encoder_config)
 
 
 class LinearConnector(nn.Module):
@@ -27,7 +54,7 @@ class LinearConnector(nn.Module):
 
     def __init__(self, config: ELMConfig):
         super().__init__()
-        self.projection = nn.Linear(config.encoder_config.output_size, config.text_config.hidden_size)
+        self.projection = nn.Linear(encoder_output_size(config), config.text_config.hidden_size)
 
     def forward(self, encoder_tokens: torch.Tensor) -> torch.Tensor:
         return self.projection(encoder_tokens)
@@ -39,7 +66,7 @@ class MLPConnector(nn.Module):
     def __init__(self, config: ELMConfig):
         super().__init__()
         hidden_size = config.text_config.hidden_size
-        self.linear_1 = nn.Linear(config.encoder_config.output_size, hidden_size)
+        self.linear_1 = nn.Linear(encoder_output_size(config), hidden_size)
         self.linear_2 = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, encoder_tokens: torch.Tensor) -> torch.Tensor:
@@ -101,6 +128,29 @@ CONNECTOR_MODULES: dict[str, type[nn.Module]] = {
 }
 
 
+# the tensors of a batch that hold its ECGs, one row an ECG
+ECG_INPUTS = ("ecg_values", "pixel_values", "pixel_attention_mask", "spatial_shapes")
+
+
+def pool_tokens(tokens: torch.Tensor, num_tokens: int, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Adaptive average pooling of tokens [ECGs, tokens, width] to [ECGs, num_tokens, width].
+
+    Args:
+        mask: [ECGs, tokens], 1 for the tokens that are pooled, which come first, and 0 for padding.
+    """
+    if mask is None:
+        return nn.functional.adaptive_avg_pool1d(tokens.transpose(1, 2), num_tokens).transpose(1, 2)
+    # the same bins as torch's, of each ECG's own number of tokens
+    lengths = mask.sum(-1)[:, None]
+    bins = torch.arange(num_tokens, device=tokens.device)
+    starts, ends = bins * lengths // num_tokens, ((bins + 1) * lengths + num_tokens - 1) // num_tokens
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    inside = (places >= starts[..., None]) & (places < ends[..., None])  # [ECGs, num_tokens, tokens]
+    weights = inside.to(tokens.dtype) / (ends - starts)[..., None].to(tokens.dtype)
+    # what stands in padding may be anything, even NaN
+    return weights @ tokens.masked_fill(mask[..., None] == 0, 0)
+
+
 class ELMPreTrainedModel(PreTrainedModel):
     config: ELMConfig
     base_model_prefix = "model"
@@ -124,10 +174,7 @@ class ELMModel(ELMPreTrainedModel):
     ):
         super().__init__(config)
         if encoder is None and config.encoder_config is not None:
-            encoder_type = config.encoder_config.model_type
-            if encoder_type not in ENCODER_MODELS:
-                raise ValueError(f"No ECG encoder {encoder_type!r}; expected one of {', '.join(ENCODER_MODELS)}.")
-            encoder = ENCODER_MODELS[encoder_type](config.encoder_config)
+            encoder = make_encoder(config)
         self.encoder = encoder
         self.connector = CONNECTOR_MODULES[config.connector](config) if config.connector is not None else None
         self.language_model = language_model or AutoModel.from_config(config.text_config)
@@ -140,35 +187,58 @@ class ELMModel(ELMPreTrainedModel):
             self.encoder.eval()
         return self
 
-    def get_ecg_features(self, ecg_values: torch.Tensor) -> torch.Tensor:
+    def get_ecg_features(
+        self,
+        ecg_values: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Embeddings that stand for each ECG in the text.
 
         Args:
             ecg_values: [number of ECGs, leads, samples], as the feature extractor gives them.
+            pixel_values, pixel_attention_mask, spatial_shapes: in place of them for a vision backbone, as the image processor
+                gives them: [number of ECGs, channels, height, width], or of SigLIP2 [number of ECGs, patches, values of a
+                patch], [number of ECGs, patches] and [number of ECGs, 2].
 
         Returns:
             [number of ECGs, num_ecg_tokens, width of the language model]
+
+        Raises:
+            ValueError: the model has no ECG path, or another kind of input, or makes fewer tokens than `num_ecg_tokens`.
         """
+        config = self.config
         if self.connector is None:
             raise ValueError("This ELM is text only (architecture='text'): it has no encoder or connector for an ECG.")
-        if self.encoder is None:
-            expected = (self.config.num_leads, self.config.num_samples)
-            if tuple(ecg_values.shape[1:]) != expected:
-                raise ValueError(
-                    f"ecg_values has shape {tuple(ecg_values.shape)}; the {self.config.connector} connector reads "
-                    f"[ECGs, {expected[0]} leads, {expected[1]} samples]. Prepare ECGs with the model's processor."
-                )
-            return self.connector(ecg_values.to(self.dtype))
-
-        tokens = self.encoder(ecg_values).last_hidden_state
-        num_ecg_tokens = self.config.num_ecg_tokens
-        if num_ecg_tokens > tokens.shape[1]:
+        reads_images = config.representation in IMAGE_REPRESENTATIONS
+        expected, given = ("pixel_values", pixel_values) if reads_images else ("ecg_values", ecg_values)
+        if given is None:
             raise ValueError(
-                f"num_ecg_tokens={num_ecg_tokens}, but the {self.config.encoder_config.model_type} encoder makes "
+                f"This ELM reads {config.representation!r} ECGs as {expected}, which are not given. Prepare ECGs with the "
+                "model's own processor."
+            )
+        if self.encoder is None:
+            shape = (config.num_leads, config.num_samples)
+            if tuple(given.shape[1:]) != shape:
+                raise ValueError(
+                    f"ecg_values has shape {tuple(given.shape)}; the {config.connector} connector reads "
+                    f"[ECGs, {shape[0]} leads, {shape[1]} samples]. Prepare ECGs with the model's processor."
+                )
+            return self.connector(given.to(self.dtype))
+
+        if reads_images:
+            pictures = (given, pixel_attention_mask, spatial_shapes)
+            tokens = encode_images(self.encoder, config.image_features, *pictures)
+        else:
+            tokens = self.encoder(given).last_hidden_state
+        if config.num_ecg_tokens > tokens.shape[1]:
+            raise ValueError(
+                f"num_ecg_tokens={config.num_ecg_tokens}, but the {config.encoder_config.model_type} encoder makes "
                 f"{tokens.shape[1]} tokens of a record; choose at most that many."
             )
-        pooled = nn.functional.adaptive_avg_pool1d(tokens.transpose(1, 2), num_ecg_tokens).transpose(1, 2)
-        return self.connector(pooled)
+        mask = pixel_attention_mask if config.image_features == "patches" else None
+        return self.connector(pool_tokens(tokens, config.num_ecg_tokens, mask))
 
     def _zero_of_ecg_path(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """A zero that depends on encoder and connector.
@@ -176,11 +246,14 @@ class ELMModel(ELMPreTrainedModel):
         With it a training batch without ECG has gradients for all that is trained, as DDP, FSDP and ZeRO expect of every
         process. Batch norm must not learn from the silent record that it takes, so the encoder is in eval mode for it.
         """
-        ecg_values = inputs_embeds.new_zeros(1, self.config.num_leads, self.config.num_samples)
+        if self.config.representation in IMAGE_REPRESENTATIONS:
+            inputs = blank_images(self.config.encoder_config, like=inputs_embeds)
+        else:
+            inputs = {"ecg_values": inputs_embeds.new_zeros(1, self.config.num_leads, self.config.num_samples)}
         training = self.encoder is not None and self.encoder.training
         if self.encoder is not None:
             self.encoder.eval()
-        features = self.get_ecg_features(ecg_values)
+        features = self.get_ecg_features(**inputs)
         if self.encoder is not None:
             self.encoder.train(training)
         return 0 * features.sum().to(inputs_embeds.device, inputs_embeds.dtype)
@@ -210,6 +283,9 @@ class ELMModel(ELMPreTrainedModel):
         self,
         input_ids: torch.Tensor | None = None,
         ecg_values: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -219,15 +295,16 @@ class ELMModel(ELMPreTrainedModel):
         """
         Args:
             input_ids: [batch, tokens], with `num_ecg_tokens` placeholders where each ECG stands.
-            ecg_values: [number of ECGs in the batch, leads, samples], in the order of their placeholders; None when
-                the batch has no ECG.
+            ecg_values, pixel_values, pixel_attention_mask, spatial_shapes: the ECGs of the batch in the order of their
+                placeholders, as [`get_ecg_features`] takes them; None when the batch has no ECG.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        if ecg_values is not None:
-            ecg_features = self.get_ecg_features(ecg_values).to(inputs_embeds.device, inputs_embeds.dtype)
+        if ecg_values is not None or pixel_values is not None:
+            ecg_features = self.get_ecg_features(ecg_values, pixel_values, pixel_attention_mask, spatial_shapes)
+            ecg_features = ecg_features.to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, ecg_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, ecg_features)
         elif self.training and self.connector is not None:
@@ -278,7 +355,7 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
 
         Args:
             llm: Hub id or local folder of any causal language model.
-            encoder: Hub id or local folder of a pretrained ECG encoder. None: the `encoder_config` of `config_kwargs`,
+            encoder: Hub id or local folder of a pretrained ECG encoder, or of a model whose vision tower is taken. None: the `encoder_config` of `config_kwargs`,
                 with random weights.
             llm_kwargs: for `AutoModelForCausalLM.from_pretrained` (`dtype`, `revision`, `attn_implementation`, ...).
             config_kwargs: the other arguments of [`ELMConfig`].
@@ -287,11 +364,10 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
         encoder_model = None
         if encoder is not None:
             encoder_type = PreTrainedConfig.get_config_dict(encoder)[0].get("model_type")
-            if encoder_type not in ENCODER_MODELS:
-                raise ValueError(
-                    f"{encoder} holds a {encoder_type!r} model; expected an ECG encoder: {', '.join(ENCODER_MODELS)}."
-                )
-            encoder_model = ENCODER_MODELS[encoder_type].from_pretrained(encoder)
+            if encoder_type in ENCODER_MODELS:
+                encoder_model = ENCODER_MODELS[encoder_type].from_pretrained(encoder)
+            else:
+                encoder_model = load_vision_model(encoder, config_kwargs.get("image_features", "patches"))
             config_kwargs["encoder_config"] = encoder_model.config
         text_config = llm_model.config.get_text_config()
         if text_config is not llm_model.config:
@@ -325,15 +401,18 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def get_ecg_features(self, ecg_values: torch.Tensor) -> torch.Tensor:
+    def get_ecg_features(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """See [`ELMModel.get_ecg_features`]."""
-        return self.model.get_ecg_features(ecg_values)
+        return self.model.get_ecg_features(*args, **kwargs)
 
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         ecg_values: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -351,6 +430,9 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
         outputs = self.model(
             input_ids=input_ids,
             ecg_values=ecg_values,
+            pixel_values=pixel_values,
+            pixel_attention_mask=pixel_attention_mask,
+            spatial_shapes=spatial_shapes,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -378,18 +460,18 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.LongTensor,
         inputs_embeds: torch.Tensor | None = None,  # named here, as `generate` looks for it in the signature
-        ecg_values: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
         use_cache: bool | None = True,
         **kwargs: Any,
     ) -> dict[str, Any]:
+        ecg_inputs = {name: kwargs.pop(name) for name in ECG_INPUTS if name in kwargs}
         # transformers wants of `self` attributes that no model declares
         model_inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, use_cache=use_cache, **kwargs
         )
         # the cache holds the ECGs once the prompt has been read
         if is_first_iteration or not use_cache:
-            model_inputs["ecg_values"] = ecg_values
+            model_inputs.update(ecg_inputs)
         return model_inputs
 
     def _expand_inputs_for_generation(
@@ -400,19 +482,20 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
         **model_kwargs: Any,
     ) -> tuple[torch.LongTensor, dict[str, Any]]:
         """Samples hold different numbers of ECGs, so each sample's group of ECGs is repeated, not each ECG."""
-        ecg_values = model_kwargs.pop("ecg_values", None)
-        if ecg_values is not None and expand_size > 1:
+        ecg_inputs = {name: model_kwargs.pop(name) for name in ECG_INPUTS if model_kwargs.get(name) is not None}
+        if ecg_inputs and expand_size > 1:
             if input_ids is None or input_ids.shape[1] == 0:  # empty beside inputs_embeds
                 raise ValueError(
-                    "Beams and several sequences need input_ids beside ecg_values, to know whose ECG is whose."
+                    "Beams and several sequences need input_ids beside the ECGs, to know whose ECG is whose."
                 )
             placeholders = (input_ids == self.config.ecg_token_id).sum(-1)
-            groups = ecg_values.split((placeholders // self.config.num_ecg_tokens).tolist())
-            ecg_values = torch.cat([group for group in groups for _ in range(expand_size)])
+            sizes = (placeholders // self.config.num_ecg_tokens).tolist()
+            for name, values in ecg_inputs.items():
+                ecg_inputs[name] = torch.cat([group for group in values.split(sizes) for _ in range(expand_size)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
-        return input_ids, {**model_kwargs, "ecg_values": ecg_values}
+        return input_ids, {**model_kwargs, **ecg_inputs}
 
 
 ELMForConditionalGeneration.register_for_auto_class("AutoModelForCausalLM")

@@ -7,24 +7,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import logging
 
 try:
-    from .ecg_utils import STANDARD_LEADS, as_record, resample
-    from .feature_extraction_elm import ECGFeatureExtractor
+    from .ecg_utils import STANDARD_LEADS, ECGRecord, as_record, resample
+    from .feature_extraction_elm import ECGFeatureExtractor, as_batch
+    from .image_processing_elm import IMAGE_REPRESENTATIONS, ECGImageProcessor
     from .tokenization_ecg_byte import ECGByteTokenizer
 except ImportError:
     if __package__:  # loaded from a Hub repo: a real error
         raise
-    from ecg_utils import STANDARD_LEADS, as_record, resample
-    from feature_extraction_elm import ECGFeatureExtractor
+    from ecg_utils import STANDARD_LEADS, ECGRecord, as_record, resample
+    from feature_extraction_elm import ECGFeatureExtractor, as_batch
+    from image_processing_elm import IMAGE_REPRESENTATIONS, ECGImageProcessor
     from tokenization_ecg_byte import ECGByteTokenizer
 
 
 logger = logging.get_logger(__name__)
 
-REPRESENTATIONS = ("signal", "symbolic")
+REPRESENTATIONS = ("signal", "symbolic", *IMAGE_REPRESENTATIONS)
 OVERFLOWS = ("error", "downsample", "drop_leads")
 # leads that go first when room is short: sums of I and II, then the chest leads beside which another tells much the same
 DISPENSABLE_LEADS = ("aVR", "aVL", "aVF", "III", "V4", "V6", "V2", "V3", "I", "V5", "V1", "II")
@@ -42,7 +45,9 @@ class ELMProcessor(ProcessorMixin):
             `symbolic` the tokens `signal_tokens(ecg_byte)`.
         chat_template: Jinja template that writes one `<signal>` where each ECG stands.
         num_ecg_tokens: placeholders that each ECG takes, as in the model's config; 0 for a text-only model.
-        representation: `signal`: each ECG becomes `ecg_values` and placeholders; `symbolic`: it becomes tokens in the text.
+        representation: `signal`: each ECG becomes `ecg_values` and placeholders; `rgb` and `stacked_signal`: it becomes a
+            picture, `pixel_values`, and placeholders; `symbolic`: it becomes tokens in the text.
+        image_processor: makes and prepares the pictures of `rgb` and `stacked_signal`, for the model's vision backbone.
         ecg_byte: the ECG-Byte tokenizer of the `symbolic` representation.
         max_length: tokens that a text may have with its symbolic ECGs, such as the context of the language model.
         overflow: what to do with a text that has more. `error`; `downsample`: halve the sampling rate of its ECGs, again
@@ -60,6 +65,7 @@ class ELMProcessor(ProcessorMixin):
         chat_template: str | None = None,
         num_ecg_tokens: int = 1,
         representation: str = "signal",
+        image_processor: ECGImageProcessor | None = None,
         ecg_byte: ECGByteTokenizer | None = None,
         max_length: int | None = None,
         overflow: str = "error",
@@ -72,6 +78,12 @@ class ELMProcessor(ProcessorMixin):
             raise ValueError(
                 f"representation={representation!r} {'without' if ecg_byte is None else 'with'} an ecg_byte tokenizer; "
                 "'symbolic' needs one, the others take none."
+            )
+        of_images = None if image_processor is None else image_processor.representation
+        if of_images != (representation if representation in IMAGE_REPRESENTATIONS else None):
+            raise ValueError(
+                f"representation={representation!r} with {'no image_processor' if of_images is None else f'one of {of_images!r}'}; "
+                f"{' and '.join(map(repr, IMAGE_REPRESENTATIONS))} need one of theirs, the others take none."
             )
         if overflow not in OVERFLOWS:
             raise ValueError(f"overflow is {overflow!r}; expected one of {OVERFLOWS}.")
@@ -87,6 +99,7 @@ class ELMProcessor(ProcessorMixin):
         self.max_length = max_length
         self.overflow = overflow
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
+        self.image_processor = image_processor
         self.ecg_tokenizer = ecg_byte
         if ecg_byte is not None:
             names = self.signal_tokens(ecg_byte, feature_extractor.lead_names)
@@ -102,6 +115,11 @@ class ELMProcessor(ProcessorMixin):
             self._signal_ids = np.full(len(ecg_byte.token_lengths), -1)
             self._signal_ids[ecg_byte.token_ids] = ids[: ecg_byte.vocab_size]
             self._lead_ids = dict(zip(feature_extractor.lead_names, ids[ecg_byte.vocab_size :], strict=False))
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        """Without the image processor, which may be None: transformers knows no optional attributes."""
+        return ["feature_extractor", "tokenizer"]
 
     @staticmethod
     def signal_tokens(ecg_byte: ECGByteTokenizer, lead_names: Sequence[str] = STANDARD_LEADS) -> list[str]:
@@ -141,13 +159,14 @@ class ELMProcessor(ProcessorMixin):
         Args:
             text: one text or a batch, with one `<signal>` where each ECG stands.
             ecgs: one ECG or a list of them, in the order in which their placeholders stand in the batch: arrays
-                [leads, samples], dicts with `array`, `sampling_rate`, `lead_names` and `unit`, or paths of files.
+                [leads, samples], dicts with `array`, `sampling_rate`, `lead_names` and `unit`, or paths of files. For `rgb`
+                also Pillow images, such as scans.
             sampling_rate, lead_names, unit: of the ECGs that do not carry their own.
             kwargs: for the tokenizer (`padding`, `padding_side`, `return_tensors`, ...).
 
         Returns:
-            `input_ids` and `attention_mask` [batch, tokens]; `ecg_values` [number of ECGs, leads, samples] if there
-            are ECGs that do not stand in the text as tokens.
+            `input_ids` and `attention_mask` [batch, tokens]; of ECGs that do not stand in the text as tokens, `ecg_values`
+            [number of ECGs, leads, samples], or what the image processor makes of pictures (`pixel_values`, ...).
 
         Raises:
             ValueError: if the placeholders and the ECGs differ in number, a text is too long for its symbolic ECGs, or as
@@ -171,14 +190,46 @@ class ELMProcessor(ProcessorMixin):
         if ecgs is not None:
             if not self.takes_ecgs:
                 raise ValueError("This processor belongs to a text-only model (num_ecg_tokens=0), which takes no ECG.")
-            values = self.feature_extractor(
-                ecgs, sampling_rate=sampling_rate, lead_names=lead_names, unit=unit, padding=self.ecg_tokenizer is None
-            )["ecg_values"]
-            if self.ecg_tokenizer is None:
-                data["ecg_values"] = values
+            described = {"sampling_rate": sampling_rate, "lead_names": lead_names, "unit": unit}
+            if self.image_processor is not None:
+                values = self._drawable(ecgs, **described)
+                data.update(self.image_processor(values))
+            else:
+                padding = self.ecg_tokenizer is None
+                values = self.feature_extractor(ecgs, padding=padding, **described)["ecg_values"]
+                if self.ecg_tokenizer is None:
+                    data["ecg_values"] = values
         if text is not None:
             data.update(self._tokenize([text] if isinstance(text, str) else list(text), values, text_kwargs))
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def draw(self, ecg: Any, **described: Any) -> Image.Image:
+        """The picture of an ECG that an `rgb` or `stacked_signal` model is shown.
+
+        Args:
+            ecg, described: one ECG and its `sampling_rate`, `lead_names` and `unit`, as `__call__` takes them.
+
+        Raises:
+            ValueError: the representation has no pictures, or as the feature extractor says.
+        """
+        if self.image_processor is None:
+            raise ValueError(
+                f"representation is {self.representation!r}; only {' and '.join(IMAGE_REPRESENTATIONS)} show ECGs as pictures."
+            )
+        (record,) = self._drawable([ecg], **described)
+        return record if isinstance(record, Image.Image) else self.image_processor.draw(record)
+
+    def _drawable(self, ecgs: Any, **described: Any) -> list[ECGRecord | Image.Image]:
+        """Records as the feature extractor prepares them; pictures stay what they are."""
+        batch = [ecgs] if isinstance(ecgs, Image.Image) else as_batch(ecgs)
+        records = [ecg for ecg in batch if not isinstance(ecg, Image.Image)]
+        if len(records) < len(batch) and self.representation != "rgb":
+            raise ValueError(
+                f"A picture in place of an ECG, but representation is {self.representation!r}: give its samples."
+            )
+        rate, leads = self.feature_extractor.sampling_rate, tuple(self.feature_extractor.lead_names)
+        arrays = iter(self.feature_extractor(records, **described)["ecg_values"] if records or not batch else ())
+        return [ecg if isinstance(ecg, Image.Image) else ECGRecord(next(arrays), rate, leads) for ecg in batch]
 
     def _tokenize(self, texts: list[str], values: Any, text_kwargs: dict[str, Any]) -> dict[str, list]:
         """The tokens of the texts, with those of the ECGs in place of the placeholders, padded."""
@@ -345,6 +396,8 @@ class ELMProcessor(ProcessorMixin):
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         processor_dict, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if isinstance(processor_dict.get("image_processor"), dict):
+            processor_dict["image_processor"] = ECGImageProcessor.from_dict(processor_dict["image_processor"])
         if processor_dict.get("representation") == "symbolic":
             where = {name: value for name, value in kwargs.items() if name in HUB_KWARGS}
             processor_dict["ecg_byte"] = ECGByteTokenizer.from_pretrained(pretrained_model_name_or_path, **where)

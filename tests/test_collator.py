@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import FAMILIES, tiny_processor, tiny_symbolic_processor
 
-from training.collator import ELMCollator, augment_ecg
+from training.collator import ELMCollator, augmented_ecg
 
 
 def row(*turns: str, ecg: bool = True) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def test_text_only_processor_leaves_the_ecg_out():
 def test_augment_statistics():
     rng = np.random.default_rng(0)
     ecgs = rng.normal(size=(4000, 2, 100)).astype("float32")
-    change = np.stack([augment_ecg(ecg, rng) for ecg in ecgs]) - ecgs
+    change = np.stack([augmented_ecg(ecg, rng) for ecg in ecgs]) - ecgs
     unchanged = (abs(change).max((1, 2)) == 0).mean()
     assert unchanged == pytest.approx(0.25, abs=0.03)
     lead_difference = change[:, 0] - change[:, 1]  # the wander is the same in all leads, the noise is not
@@ -142,7 +142,7 @@ def test_augment_statistics():
 def test_augment_leaves_its_input():
     ecg = np.ones((12, 500), dtype="float32")
     for seed in range(8):
-        augmented = augment_ecg(ecg, np.random.default_rng(seed))
+        augmented = augmented_ecg(ecg, np.random.default_rng(seed))
         assert augmented.dtype == np.float32
     assert np.array_equal(ecg, np.ones((12, 500)))
 
@@ -150,7 +150,7 @@ def test_augment_leaves_its_input():
 @pytest.mark.parametrize("representation", PROCESSORS)
 def test_what_is_random_depends_on_seed_epoch_and_row_alone(representation):
     rate = {"signal": 250, "symbolic": 100}[representation]
-    collator = ELMCollator(PROCESSORS[representation](), augment=True, perturb="noise", seed=3)
+    collator = ELMCollator(PROCESSORS[representation](), augment_ecg=True, perturb="noise", seed=3)
     rows = [row("Is it?", "yes"), row("Is it so?", "no"), row("Is it?", "yes", "Sure?", "no")]
     for one in rows:
         one["ecg"]["sampling_rate"] = rate

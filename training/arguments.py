@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from trl import TrlParser
 
+from configuration_elm import IMAGE_REPRESENTATIONS
+
 # what users of the reference type -> the option it stands for
 ALIASES = {
     "data_representation": "representation",
@@ -20,6 +22,12 @@ ALIASES = {
     "lr": "learning_rate",
     "optimizer": "optim",
     "llm_input_len": "max_length",
+}
+# pretrained values of --encoder
+VISION_BACKBONES = {
+    "clip-vit-base-patch32": "openai/clip-vit-base-patch32",
+    "siglip2-so400m-patch16-naflex": "google/siglip2-so400m-patch16-naflex",
+    "vit-base-patch16-224-in21k": "google/vit-base-patch16-224-in21k",
 }
 # values of the reference's --optimizer
 OPTIMIZERS = {"adam": "adamw_torch", "adamw": "adamw_torch"}
@@ -91,9 +99,12 @@ class ELMArguments(DataArguments):
             "help": "linear (default) or mlp for llava; patch (default), flat or conv for fuyu.",
         },
     )
-    representation: Literal["signal", "symbolic"] = field(
+    representation: Literal["signal", "symbolic", "stacked_signal", "rgb"] = field(
         default="signal",
-        metadata={"help": "What the model is shown of a record: its samples, or ECG-Byte tokens of them in the text."},
+        metadata={
+            "help": "What the model is shown of a record: signal, its samples; symbolic, ECG-Byte tokens of them in the text; "
+            "rgb, a drawing on ECG paper; stacked_signal, a grey picture of leads x samples."
+        },
     )
     ecg_tokenizer: str | None = field(
         default=None,
@@ -109,17 +120,52 @@ class ELMArguments(DataArguments):
             "leave out some of their leads."
         },
     )
-    encoder: str = field(default="st_mem", metadata={"help": "ECG encoder of llava: merl, mlae, mtae or st_mem."})
+    encoder: str | None = field(
+        default=None,
+        metadata={
+            "help": "Encoder of llava. With random weights: merl, mlae, mtae or st_mem (default) for signal; for rgb and "
+            "stacked_signal the model_type of a Hugging Face vision backbone, such as vit. Pretrained: "
+            "clip-vit-base-patch32 (their default), siglip2-so400m-patch16-naflex, vit-base-patch16-224-in21k, or any as "
+            "--encoder_name_or_path."
+        },
+    )
     encoder_config: str | None = field(
-        default=None, metadata={"help": 'JSON with fields of the encoder\'s config, such as {"num_hidden_layers": 4}.'}
+        default=None,
+        metadata={
+            "help": 'JSON with fields of the config of an encoder with random weights, such as {"num_hidden_layers": 4}.'
+        },
     )
     encoder_name_or_path: str | None = field(
-        default=None, metadata={"help": "Pretrained ECG encoder, Hub id or local folder; default: random weights."}
+        default=None,
+        metadata={
+            "help": "Pretrained ECG encoder or vision backbone, Hub id or local folder; default: what --encoder says."
+        },
+    )
+    image_features: Literal["patches", "embedding"] = field(
+        default="patches",
+        metadata={
+            "help": "What the connector reads of a vision backbone: its patches, or its one pooled vector as the reference does."
+        },
+    )
+    paper: str | None = field(
+        default=None,
+        metadata={
+            "help": 'JSON with how rgb is drawn, such as {"layout": "3x4", "gain": 20, "line_width": 0.5}: the fields of '
+            "ECGPaper."
+        },
+    )
+    image_processor: str | None = field(
+        default=None,
+        metadata={
+            "help": 'JSON with changes of the backbone\'s image processor, such as {"size": {"height": 384, "width": 384}} '
+            'or, of SigLIP2, {"max_num_patches": 512}.'
+        },
     )
     num_ecg_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens of the language model that each ECG takes. Default: 12 for llava, 25 for patch and conv, 1 for flat."
+            "help": "Tokens of the language model that each ECG takes. Default: 12 for llava (49 of a picture, 1 of its "
+            "embedding), 25 for patch and conv, 1 for flat."
         },
     )
     sampling_rate: int = field(default=250, metadata={"help": "Hz to which records are resampled."})
@@ -131,9 +177,12 @@ class ELMArguments(DataArguments):
     lead_names: list[str] | None = field(
         default=None, metadata={"help": "Leads and their order. Default: I II III aVR aVL aVF V1 ... V6."}
     )
-    normalization: Literal["none", "zscore", "minmax"] = field(
-        default="none",
-        metadata={"help": "none keeps millivolts; zscore and minmax (the reference's) are of each record."},
+    normalization: Literal["none", "zscore", "minmax"] | None = field(
+        default=None,
+        metadata={
+            "help": "none keeps millivolts (default); zscore and minmax (the reference's, default of stacked_signal) are of "
+            "each record."
+        },
     )
     update: list[str] = field(
         default_factory=list,
@@ -144,6 +193,10 @@ class ELMArguments(DataArguments):
     )
     augment_ecg: bool = field(
         default=False, metadata={"help": "In training, add noise and baseline wander to some of the ECGs."}
+    )
+    augment_rgb: bool = field(
+        default=False,
+        metadata={"help": "In training, change brightness, colour, angle and sharpness of some of the drawn ECGs."},
     )
     wandb: bool = field(default=False, metadata={"help": "Report to Weights & Biases, as --report_to wandb does."})
     distributed: bool = field(
@@ -162,30 +215,62 @@ class ELMArguments(DataArguments):
             self.architecture = "text" if self.representation == "symbolic" else "llava"
         if self.connector is None:
             self.connector = {"llava": "linear", "fuyu": "patch", "text": None}[self.architecture]
+        of_images = self.representation in IMAGE_REPRESENTATIONS
+        if self.encoder is None:
+            self.encoder = "clip-vit-base-patch32" if of_images else "st_mem"
+        if self.architecture == "llava" and self.encoder_name_or_path is None and "/" in self.encoder:
+            self.encoder_name_or_path = self.encoder
+        elif self.architecture == "llava" and self.encoder_name_or_path is None:
+            self.encoder_name_or_path = VISION_BACKBONES.get(self.encoder)
         if self.num_ecg_tokens is None:
-            defaults: dict[str | None, int] = {"linear": 12, "mlp": 12, "patch": 25, "conv": 25}
+            of_encoder = (1 if self.image_features == "embedding" else 49) if of_images else 12
+            defaults: dict[str | None, int] = {"linear": of_encoder, "mlp": of_encoder, "patch": 25, "conv": 25}
             self.num_ecg_tokens = defaults.get(self.connector, 1)
-        if self.representation == "symbolic" and self.normalization != "none":
+        if self.normalization is None:
+            self.normalization = "minmax" if self.representation == "stacked_signal" else "none"
+        elif self.representation in ("symbolic", "rgb") and self.normalization != "none":
+            does = "the ECG-Byte tokenizer normalizes" if self.representation == "symbolic" else "ECG paper shows"
             raise ValueError(
-                f"--normalization {self.normalization} with symbolic ECGs: the ECG-Byte tokenizer normalizes millivolts "
-                "itself, in the way it was trained with; leave the option out."
+                f"--normalization {self.normalization} with --representation {self.representation}: {does} millivolts; leave "
+                "the option out."
             )
-        if self.representation != "symbolic" and self.ecg_tokenizer is not None:
-            raise ValueError(f"--ecg_tokenizer with --representation {self.representation}; it is for symbolic ECGs.")
-        try:  # a YAML file gives a mapping, the command line JSON
-            given: Any = self.encoder_config or {}
-            self.encoder_fields: dict[str, Any] = json.loads(given) if isinstance(given, str) else given
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--encoder_config is not JSON ({error}): {self.encoder_config!r}.") from error
-        if not isinstance(self.encoder_fields, dict):
-            raise ValueError(f"--encoder_config is {self.encoder_config!r}; expected names and values of fields.")
+        for name, representations in (
+            ("ecg_tokenizer", ("symbolic",)),
+            ("paper", ("rgb",)),
+            ("image_processor", IMAGE_REPRESENTATIONS),
+        ):
+            if getattr(self, name) and self.representation not in representations:
+                raise ValueError(
+                    f"--{name} with --representation {self.representation}; it is for {' and '.join(representations)}."
+                )
+        self.encoder_fields = self._fields("encoder_config")
+        if self.encoder_fields and self.encoder_name_or_path is not None:
+            raise ValueError(
+                f"--encoder_config with the pretrained encoder {self.encoder_name_or_path}, whose own config stands; leave it "
+                "out, or name an encoder with random weights, such as --encoder vit."
+            )
+        self.paper_fields = self._fields("paper")
+        self.image_processor_fields = self._fields("image_processor")
         if not set(self.update) <= {"encoder", "connector", "llm"}:
             raise ValueError(f"--update is {self.update}; expected some of encoder, connector, llm.")
+
+    def _fields(self, name: str) -> dict[str, Any]:
+        """The names and values of an option that is JSON on the command line and a mapping in a YAML file."""
+        given: Any = getattr(self, name) or {}
+        try:
+            values = json.loads(given) if isinstance(given, str) else given
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--{name} is not JSON ({error}): {given!r}.") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"--{name} is {given!r}; expected names and values of fields.")
+        return values
 
 
 def new_elm_options(args: ELMArguments) -> list[str]:
     """The options that differ from their defaults and say what a new ELM is made of."""
-    of_training = {"update", "augment_ecg", "wandb", "distributed"} | {option.name for option in fields(DataArguments)}
+    of_training = {"update", "augment_ecg", "augment_rgb", "wandb", "distributed"} | {
+        option.name for option in fields(DataArguments)
+    }
     defaults = ELMArguments(data=args.data)
     names = [option.name for option in fields(args) if option.name not in of_training]
     return [name for name in names if getattr(args, name) != getattr(defaults, name)]

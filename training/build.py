@@ -11,22 +11,30 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from tokenizers import AddedToken
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoFeatureExtractor,
+    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoProcessor,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.processing_utils import ImagesKwargs
 from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig
 
-from configuration_elm import ENCODER_CONFIGS, ELMConfig
+from configuration_elm import ENCODER_CONFIGS, IMAGE_REPRESENTATIONS, ELMConfig
+from ecg_drawing import ECGPaper
 from feature_extraction_elm import ECGFeatureExtractor
+from image_processing_elm import ECGImageProcessor
 from modeling_elm import ELMForConditionalGeneration
+from modeling_vision_encoders import image_size, vision_config
 from processing_elm import ELMProcessor
 from tokenization_ecg_byte import ECGByteTokenizer
-from training.arguments import ELMArguments
+from training.arguments import VISION_BACKBONES, ELMArguments
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +53,8 @@ LLMS = {
     "qwen2.5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
     "gemma-2-2b-it": "google/gemma-2-2b-it",
 }
+# values of a stacked record that are black and white, by its normalization: millivolts, deviations, or its own range
+VALUE_RANGES = {"none": (-2.0, 2.0), "zscore": (-4.0, 4.0), "minmax": (0.0, 1.0)}
 DEFAULT_ECG_TOKENIZER = Path(__file__).parent / "tokenizers" / "ptbxl_250hz"
 # a token that only tokenizers of that family have -> its chat template
 TEMPLATES = {
@@ -76,8 +86,61 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     return (Path(__file__).parent / "templates" / f"{name}.jinja").read_text()
 
 
+def encoder_config(args: ELMArguments, num_leads: int) -> PreTrainedConfig:
+    """The configuration of an encoder with random weights, or of a pretrained vision backbone."""
+    assert args.encoder is not None  # set with the arguments
+    if args.representation in IMAGE_REPRESENTATIONS:
+        if args.encoder_name_or_path is not None:
+            return vision_config(args.encoder_name_or_path)
+        if args.encoder in ENCODER_CONFIGS or args.encoder not in CONFIG_MAPPING:
+            raise ValueError(
+                f"Unknown --encoder {args.encoder!r} for {args.representation} ECGs; expected {', '.join(VISION_BACKBONES)}, a Hub "
+                "id such as owner/name, or the model_type of a vision backbone, such as vit."
+            )
+        config_class, shape = CONFIG_MAPPING[args.encoder], {}
+    else:
+        if args.encoder not in ENCODER_CONFIGS:
+            raise ValueError(f"Unknown --encoder {args.encoder!r}; expected one of {', '.join(ENCODER_CONFIGS)}.")
+        config_class = ENCODER_CONFIGS[args.encoder]
+        shape = {"num_leads": num_leads, "num_samples": args.num_samples}
+    unknown = args.encoder_fields.keys() - {field.name for field in fields(config_class)}
+    if unknown:
+        raise ValueError(f"--encoder_config: {config_class.__name__} has no field {', '.join(sorted(unknown))}.")
+    return config_class(**{**shape, **args.encoder_fields})
+
+
+def build_image_processor(args: ELMArguments, config: PreTrainedConfig) -> ECGImageProcessor:
+    """The image processor of the vision backbone, for pictures of the size that the backbone reads."""
+    if args.encoder_name_or_path is not None:
+        settings = AutoImageProcessor.from_pretrained(args.encoder_name_or_path, backend="pil").to_dict()
+    else:
+        names = IMAGE_PROCESSOR_MAPPING_NAMES.get(config.model_type.removesuffix("_vision_model"), {})
+        settings = {"image_processor_type": names.get("torchvision", "ViTImageProcessor")}
+    if hasattr(config, "num_patches"):  # of pictures of any shape
+        settings.setdefault("max_num_patches", config.num_patches)
+        settings["patch_size"] = config.patch_size
+    else:
+        height, width = image_size(config)
+        settings |= {"size": {"height": height, "width": width}, "do_center_crop": False}
+    unknown = args.image_processor_fields.keys() - ImagesKwargs.__annotations__.keys() - {"max_num_patches"}
+    if unknown:
+        raise ValueError(f"--image_processor: there is no field {', '.join(sorted(unknown))}.")
+    unknown = args.paper_fields.keys() - {field.name for field in fields(ECGPaper)}
+    if unknown:
+        raise ValueError(
+            f"--paper has no field {', '.join(sorted(unknown))}; expected {', '.join(field.name for field in fields(ECGPaper))}."
+        )
+    return ECGImageProcessor(
+        {**settings, **args.image_processor_fields},
+        representation=args.representation,
+        paper=args.paper_fields,
+        value_range=VALUE_RANGES[args.normalization or "none"],
+    )
+
+
 def build_processor(args: ELMArguments) -> ELMProcessor:
-    """The language model's tokenizer with the tokens of ECGs, its chat template and a feature extractor."""
+    """The language model's tokenizer with the tokens of ECGs, its chat template, a feature extractor, and where ECGs are
+    pictures an image processor."""
     llm = resolve_llm(args.llm)
     tokenizer = AutoTokenizer.from_pretrained(llm, padding_side="left")
     tokenizer.add_tokens([ELMProcessor.ecg_token], special_tokens=True)
@@ -90,7 +153,7 @@ def build_processor(args: ELMArguments) -> ELMProcessor:
     feature_extractor = ECGFeatureExtractor(
         sampling_rate=args.sampling_rate,
         num_samples=args.num_samples,
-        normalization=args.normalization,
+        normalization=args.normalization or "none",
         truncation=args.truncation or False,
         **leads,
     )
@@ -104,6 +167,9 @@ def build_processor(args: ELMArguments) -> ELMProcessor:
             )
         names = ELMProcessor.signal_tokens(ecg_byte, feature_extractor.lead_names)
         tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in names])
+    image_processor = None
+    if args.representation in IMAGE_REPRESENTATIONS and args.architecture == "llava":
+        image_processor = build_image_processor(args, encoder_config(args, len(feature_extractor.lead_names)))
     assert args.num_ecg_tokens is not None  # set with the arguments
     num_ecg_tokens = 0 if args.architecture == "text" else args.num_ecg_tokens
     return ELMProcessor(
@@ -112,6 +178,7 @@ def build_processor(args: ELMArguments) -> ELMProcessor:
         chat_template(tokenizer),
         num_ecg_tokens,
         representation=args.representation,
+        image_processor=image_processor,
         ecg_byte=ecg_byte,
         max_length=getattr(AutoConfig.from_pretrained(llm), "max_position_embeddings", None),
         overflow=args.ecg_overflow,
@@ -126,19 +193,13 @@ def build_model(args: ELMArguments, model_args: ModelConfig, processor: ELMProce
         "connector": args.connector,
         "representation": args.representation,
         "num_ecg_tokens": args.num_ecg_tokens,
+        "image_features": args.image_features,
         "ecg_token_id": processor.ecg_token_id,
         "num_leads": num_leads,
         "num_samples": args.num_samples,
     }
     if args.architecture == "llava" and args.encoder_name_or_path is None:
-        if args.encoder not in ENCODER_CONFIGS:
-            raise ValueError(f"Unknown --encoder {args.encoder!r}; expected one of {', '.join(ENCODER_CONFIGS)}.")
-        encoder_class = ENCODER_CONFIGS[args.encoder]
-        unknown = args.encoder_fields.keys() - {field.name for field in fields(encoder_class)}
-        if unknown:
-            raise ValueError(f"--encoder_config: {encoder_class.__name__} has no field {', '.join(sorted(unknown))}.")
-        shape = {"num_leads": num_leads, "num_samples": args.num_samples}
-        config["encoder_config"] = encoder_class(**{**shape, **args.encoder_fields})
+        config["encoder_config"] = encoder_config(args, num_leads)
     model = ELMForConditionalGeneration.from_encoder_llm_pretrained(
         resolve_llm(args.llm),
         encoder=args.encoder_name_or_path if args.architecture == "llava" else None,

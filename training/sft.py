@@ -42,7 +42,7 @@ class ELMTrainer(SFTTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         collator = self.data_collator
         assert isinstance(collator, ELMCollator)
-        self.data_collator = replace(collator, augment=False)
+        self.data_collator = replace(collator, augment_ecg=False, augment_rgb=False)
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
@@ -127,7 +127,8 @@ def main(argv: list[str] | None = None) -> None:
         processor,
         system_prompt=args.system_prompt,
         perturb=args.perturb,
-        augment=args.augment_ecg,
+        augment_ecg=args.augment_ecg,
+        augment_rgb=args.augment_rgb,
         max_length=training_args.max_length,
         seed=training_args.seed,
     )

@@ -1,0 +1,157 @@
+"""Image processor of the ECG-language models: a record drawn or stacked, then through its backbone's own image processor."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
+from transformers.models.siglip2.image_processing_pil_siglip2 import get_image_size_for_max_num_patches
+from transformers.utils import TensorType
+
+try:
+    from .ecg_drawing import ECGPaper, draw_ecg, page_height, page_width
+    from .ecg_utils import ECGRecord
+except ImportError:
+    if __package__:  # loaded from a Hub repo: a real error
+        raise
+    from ecg_drawing import ECGPaper, draw_ecg, page_height, page_width
+    from ecg_utils import ECGRecord
+
+IMAGE_REPRESENTATIONS = ("stacked_signal", "rgb")
+
+
+class ECGImageProcessor(BaseImageProcessor):
+    """Makes the `pixel_values` of a vision backbone from records.
+
+    `rgb` draws a record on ECG paper, in the very size that the backbone reads, so that nothing is scaled afterwards.
+    `stacked_signal` makes a picture of leads x samples, the value of a sample as grey on three channels, which the backbone's
+    image processor scales to its size.
+
+    Args:
+        image_processor: the backbone's own, or its dict. Nothing is cut off: where it crops, pictures are scaled to the size
+            that it crops to. The Pillow variant is taken, so that pixels do not depend on what else is installed.
+        representation: `rgb` or `stacked_signal`.
+        paper: how `rgb` is drawn, an `ECGPaper` or a dict of its fields.
+        value_range: values of a stacked record that are black and white; 0 and 1 after `minmax` normalization.
+
+    Raises:
+        ValueError: an argument is impossible.
+    """
+
+    model_input_names = ["pixel_values"]
+
+    def __init__(
+        self,
+        image_processor: BaseImageProcessor | Mapping[str, Any],
+        representation: str = "rgb",
+        paper: ECGPaper | Mapping[str, Any] | None = None,
+        value_range: Sequence[float] = (0.0, 1.0),
+        **kwargs: Any,
+    ) -> None:
+        # the base class would take a misspelt argument as an attribute; these come from saved files
+        unknown = sorted(kwargs.keys() - {"auto_map", "image_processor_type"})
+        if unknown:
+            raise TypeError(f"ECGImageProcessor has no argument {', '.join(unknown)}.")
+        if representation not in IMAGE_REPRESENTATIONS:
+            raise ValueError(f"representation is {representation!r}; expected one of {IMAGE_REPRESENTATIONS}.")
+        low, high = value_range
+        if not low < high:
+            raise ValueError(
+                f"value_range is {list(value_range)}; expected the values of black and of white, such as [0, 1]."
+            )
+        kwargs.pop("image_processor_type", None)
+        super().__init__(**kwargs)
+        self.representation = representation
+        self.paper = paper if isinstance(paper, ECGPaper) else ECGPaper(**(paper or {}))
+        self.value_range = [float(low), float(high)]
+        self.image_processor = _pil_image_processor(image_processor)
+        self._size = _target_size(self.image_processor)
+
+    def __call__(  # type: ignore[override]  # of ECGs, not of images
+        self, ecgs: Sequence[ECGRecord | Image.Image], return_tensors: str | TensorType | None = None
+    ) -> BatchFeature:
+        """
+        Args:
+            ecgs: records, for `rgb` in millivolts, or pictures that stand for them.
+
+        Returns:
+            `pixel_values` [ECGs, channels, height, width] and what else the backbone's image processor makes: of SigLIP2
+            `pixel_values` [ECGs, patches, values of a patch], `pixel_attention_mask` and `spatial_shapes`.
+        """
+        pictures = [ecg if isinstance(ecg, Image.Image) else self.draw(ecg) for ecg in ecgs]
+        rows = [self._pixels(picture.convert("RGB")) for picture in pictures]
+        columns = {name: np.stack([np.asarray(row[name][0]) for row in rows]) for name in rows[0]}
+        return BatchFeature(columns, tensor_type=return_tensors)
+
+    def _pixels(self, picture: Image.Image) -> BatchFeature:
+        if self._size is None:
+            return self.image_processor(picture)
+        height, width = self._size
+        if picture.size != (width, height):
+            picture = picture.resize((width, height), self.image_processor.resample)
+        return self.image_processor(picture, do_resize=False, do_center_crop=False)
+
+    def draw(self, record: ECGRecord) -> Image.Image:
+        """The picture of a record that the backbone is shown, before its image processor."""
+        if self.representation == "rgb":
+            return draw_ecg(record, *self.image_size(record), self.paper)
+        low, high = self.value_range
+        grey = ((record.array - low) * (255 / (high - low))).clip(0, 255)
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+
+    def image_size(self, record: ECGRecord) -> tuple[int, int]:
+        """Height and width in pixels that a record is drawn with."""
+        if self._size is not None:
+            return self._size
+        seconds = record.array.shape[1] / record.sampling_rate
+        height: Any = page_height(self.paper, record.lead_names)
+        width: Any = page_width(self.paper, seconds)
+        patches = self.image_processor.patch_size, self.image_processor.max_num_patches
+        while True:  # until the backbone's image processor leaves the size as it is
+            size = get_image_size_for_max_num_patches(height, width, *patches)
+            if size == (height, width):
+                return size
+            height, width = size
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "auto_map": {"AutoImageProcessor": "image_processing_elm.ECGImageProcessor"},
+            "image_processor_type": type(self).__name__,
+            "image_processor": self.image_processor.to_dict(),
+            "representation": self.representation,
+            "paper": asdict(self.paper),
+            "value_range": self.value_range,
+        }
+
+
+def _pil_image_processor(image_processor: BaseImageProcessor | Mapping[str, Any]) -> Any:
+    fields = dict(image_processor if isinstance(image_processor, Mapping) else image_processor.to_dict())
+    name = str(fields.pop("image_processor_type", None)).removesuffix("Fast").removesuffix("Pil")
+    for class_name in (f"{name}Pil", name):
+        image_processor_class = get_image_processor_class_from_name(class_name)
+        if image_processor_class is not None:
+            return image_processor_class(**fields)
+    raise ValueError(
+        f"image_processor_type is {name!r}; expected an image processor of transformers, such as ViTImageProcessor."
+    )
+
+
+def _target_size(image_processor: Any) -> tuple[int, int] | None:
+    """Height and width of the pictures that a backbone reads; None where it reads any shape, cut into patches."""
+    if getattr(image_processor, "max_num_patches", None) is not None:
+        return None
+    size = image_processor.crop_size if getattr(image_processor, "do_center_crop", False) else image_processor.size
+    if size is not None and size.height and size.width:
+        return size.height, size.width
+    if size is not None and size.shortest_edge:
+        return size.shortest_edge, size.shortest_edge
+    raise ValueError(f"The image processor's size is {size}; expected a height and a width in pixels.")
+
+
+ECGImageProcessor.register_for_auto_class()
+
+__all__ = ["ECGImageProcessor"]

@@ -1,0 +1,112 @@
+"""Vision backbones of Hugging Face as encoders of drawn or stacked ECGs: their towers, tokens and embeddings."""
+
+import inspect
+import math
+import os
+from typing import Any
+
+import torch
+from transformers import MODEL_MAPPING, AutoConfig, CLIPVisionModelWithProjection, PreTrainedConfig, PreTrainedModel
+
+
+def vision_config(encoder: str | os.PathLike) -> PreTrainedConfig:
+    """The configuration of the vision tower of a model, which may have other towers (Hub id or local folder)."""
+    config = AutoConfig.from_pretrained(encoder)
+    return getattr(config, "vision_config", config)
+
+
+def vision_model_class(config: PreTrainedConfig, image_features: str) -> type[PreTrainedModel]:
+    """The class of the tower.
+
+    Raises:
+        ValueError: the configuration is of a model that reads no images.
+    """
+    if config.model_type == "clip_vision_model" and image_features == "embedding":
+        return CLIPVisionModelWithProjection  # into the space that CLIP's images share with its texts
+    model_class: Any = MODEL_MAPPING.get(type(config), None)
+    if model_class is None or model_class.main_input_name != "pixel_values":
+        raise ValueError(
+            f"A {config.model_type!r} model reads no images; expected a vision backbone of transformers, such as clip, siglip2, "
+            "vit, dinov2, convnext or resnet."
+        )
+    return model_class
+
+
+def load_vision_model(encoder: str | os.PathLike, image_features: str) -> PreTrainedModel:
+    """The pretrained vision tower of a model (Hub id or local folder); a text tower beside it is not loaded."""
+    config = vision_config(encoder)
+    return vision_model_class(config, image_features).from_pretrained(encoder, config=config)
+
+
+def vision_output_size(config: PreTrainedConfig, image_features: str) -> int:
+    """Width of the tower's patch tokens, or of its embedding."""
+    if config.model_type == "clip_vision_model" and image_features == "embedding":
+        return config.projection_dim
+    # convolutional backbones name the width of each stage
+    return config.hidden_size if hasattr(config, "hidden_size") else config.hidden_sizes[-1]
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def image_size(config: PreTrainedConfig) -> tuple[int, int]:
+    """Height and width in pixels of the pictures that the tower was made for; 224 where any will do."""
+    return _pair(getattr(config, "image_size", None) or 224)
+
+
+def blank_images(config: PreTrainedConfig, like: torch.Tensor) -> dict[str, torch.Tensor]:
+    """One picture of zeros as inputs of the tower, of the device and the dtype of `like`."""
+    if not hasattr(config, "num_patches"):
+        return {"pixel_values": like.new_zeros(1, config.num_channels, *image_size(config))}
+    side = math.isqrt(config.num_patches)
+    return {
+        "pixel_values": like.new_zeros(1, side**2, config.num_channels * config.patch_size**2),
+        "pixel_attention_mask": torch.ones(1, side**2, dtype=torch.long, device=like.device),
+        "spatial_shapes": torch.full((1, 2), side, device=like.device),
+    }
+
+
+def encode_images(
+    model: PreTrainedModel,
+    image_features: str,
+    pixel_values: torch.Tensor,
+    pixel_attention_mask: torch.Tensor | None = None,
+    spatial_shapes: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What the tower makes of pictures.
+
+    Args:
+        image_features: `patches` for patch tokens, without class and register tokens; `embedding` for the pooled vector as in
+            the reference: the image embedding of CLIP and SigLIP, of ViT the mean over layers and patches, of others their
+            pooler's output.
+        pixel_values: [pictures, channels, height, width]; of SigLIP2 [pictures, patches, values of a patch].
+        pixel_attention_mask: [pictures, patches] of SigLIP2, 0 where there is only padding.
+        spatial_shapes: [pictures, 2] of SigLIP2, rows and columns of patches.
+
+    Returns:
+        [pictures, patches, width] or [pictures, 1, width]
+    """
+    config: Any = model.config
+    kwargs: dict[str, Any] = {}
+    if spatial_shapes is not None:
+        kwargs = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
+    elif "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
+        kwargs["interpolate_pos_encoding"] = tuple(pixel_values.shape[-2:]) != image_size(config)
+    mean_of_layers = image_features == "embedding" and config.model_type == "vit"  # its pooler was not pretrained
+    outputs = model(pixel_values.to(model.dtype), output_hidden_states=mean_of_layers, **kwargs)
+
+    def patches(states: torch.Tensor) -> torch.Tensor:
+        if states.ndim == 4:  # of a convolutional backbone: [pictures, width, rows, columns]
+            return states.flatten(2).transpose(1, 2)
+        if spatial_shapes is not None or not hasattr(config, "patch_size"):
+            return states
+        rows, columns = (a // b for a, b in zip(pixel_values.shape[-2:], _pair(config.patch_size), strict=True))
+        return states[:, max(0, states.shape[1] - rows * columns) :]  # class and register tokens come first
+
+    if image_features == "patches":
+        return patches(outputs.last_hidden_state)
+    if mean_of_layers:
+        return torch.stack([patches(states).mean(1) for states in outputs.hidden_states[1:]]).mean(0)[:, None]
+    embedding = getattr(outputs, "image_embeds", None)
+    return (outputs.pooler_output if embedding is None else embedding).flatten(1)[:, None]
