@@ -202,8 +202,8 @@ def _labels(page: Iterable[Strip], row_height: float, text_size: float) -> list[
 def _pen(lines: Iterable[Lines], height: int, width: int, line_width: float, scale: float) -> Image.Image:
     """Mask of what a round pen covers, anti-aliased: 255 where it covers the whole pixel.
 
-    A column of pixels is cut into parts of its width. In each of them the pen covers one interval of a line, and the
-    overlap of that with the pixels is exact.
+    Each column of pixels is cut into five parts side by side. In a part, what the pen covers of a line is one interval,
+    whose overlap with the pixels is exact.
 
     Args:
         lines: in mm.
@@ -212,10 +212,11 @@ def _pen(lines: Iterable[Lines], height: int, width: int, line_width: float, sca
         scale: pixels per mm.
     """
     radius = max(MIN_LINE_WIDTH, line_width * scale) / 2
-    parts = 5 if radius < 0.75 else 3  # divisors of 255
+    parts = 5
     ink = 255 // parts  # of a pixel that is covered in one part
-    reach = max(0, round(radius * parts - 0.5))
-    heights = np.sqrt(radius**2 - (np.arange(-reach, reach + 1) / parts) ** 2)
+    reach = max(0, round(radius * parts - 0.5))  # parts that the pen covers on each side of its own
+    beside = np.sqrt((radius**2 - ((np.arange(reach) + 1.5) / parts) ** 2).clip(min=0))  # where it leaves these
+    half_heights = np.concatenate([beside[::-1], [radius], beside])
     # how much more ink a pixel has than the one above
     steps = np.zeros((height + 2) * width, dtype=np.int16)
     for x, y in lines:
@@ -232,7 +233,7 @@ def _pen(lines: Iterable[Lines], height: int, width: int, line_width: float, sca
         first, last = part[0] - reach, part[-1] + reach + 1
         tops = np.full((len(y), last - first), np.inf)
         bottoms = -tops
-        for shift, half in enumerate(heights):
+        for shift, half in enumerate(half_heights):
             under = slice(shift, shift + top.shape[1])
             np.minimum(tops[:, under], top - half, out=tops[:, under])
             np.maximum(bottoms[:, under], bottom + half, out=bottoms[:, under])

@@ -36,6 +36,7 @@ def test_unknown_command(capsys):
         (["sft", "--data", "x", "--use_cpu", "--bogus", "1"], "--bogus"),
         (["sft", "--config", "/nowhere.yaml"], "/nowhere.yaml"),
         (["tokenizer", "inspect", "/nowhere/tokenizer"], "/nowhere/tokenizer"),
+        (["plot", "/nowhere.npz"], "/nowhere.npz"),
     ],
 )
 def test_input_at_fault(argv, message, capsys, monkeypatch):

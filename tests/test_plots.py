@@ -4,7 +4,7 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from training.plots import COLOURS, TOKEN_SHADES, plot_ecg, plot_exact_match, plot_tokens, plot_training
+from training.plots import COLOURS, TOKEN_SHADES, plot_exact_match, plot_tokens, plot_training
 
 
 def pixels(path) -> np.ndarray:
@@ -38,30 +38,6 @@ def test_training(tmp_path):
     plot_training(history[:2], tmp_path / "one.png")
     assert (pixels(tmp_path / "both.png").shape[:2]) != (0, 0)
     assert (tmp_path / "both.png").read_bytes() != (tmp_path / "one.png").read_bytes()
-
-
-def test_ecg_is_on_paper_of_25_mm_a_second(tmp_path):
-    array = np.zeros((2, 500))
-    plot_ecg(array, 250, ["I", "II"], tmp_path / "short.png")
-    plot_ecg(np.zeros((2, 1000)), 250, ["I", "II"], tmp_path / "long.png")
-    short, long = pixels(tmp_path / "short.png"), pixels(tmp_path / "long.png")
-    assert short.shape[0] == long.shape[0]
-    assert long.shape[1] / short.shape[1] == pytest.approx(2, rel=0.1)
-
-
-def test_ecg_draws_the_signal(tmp_path):
-    array = np.zeros((1, 500))
-    plot_ecg(array, 250, ["I"], tmp_path / "flat.png")
-    array[0, 250] = 1.0
-    plot_ecg(array, 250, ["I"], tmp_path / "spike.png")
-    flat, spike = (pixels(tmp_path / f"{name}.png").max(-1) < 60 for name in ("flat", "spike"))
-    assert spike.any(1).sum() > flat.any(1).sum()  # ink in more rows
-
-
-def test_a_name_for_each_lead(tmp_path):
-    with pytest.raises(ValueError, match="shorter than argument 1"):
-        plot_ecg(np.zeros((2, 100)), 100, ["I"], tmp_path / "plot.png")
-    plt.close("all")
 
 
 # tokens of 3, 4 and 1 samples of two leads: the second runs from the first lead into the second

@@ -3,8 +3,12 @@ import json
 import re
 
 import pytest
+from datasets import load_from_disk
+from PIL import Image, ImageChops
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ecg_drawing import draw_ecg
+from ecg_utils import as_record
 from training import quickstart
 from training.build import load_elm
 
@@ -42,6 +46,17 @@ def test_report_holds_its_pictures(folder):
     results = json.loads((folder / "model" / "evaluation_results.json").read_text())
     assert f"Exact match {100 * results['conditions']['ecg']['exact_match']:.1f}%" in report
     assert "not a medical device" in report
+
+
+def test_example_is_the_record_that_was_asked_about(folder):
+    first = json.loads((folder / "model" / "predictions.jsonl").read_text().splitlines()[0])
+    record = as_record(load_from_disk(folder / "data")["test"][first["row"]]["ecg"])
+    caption = f"{first['question']}  Model: {first['ecg']}. Truth: {first['answer']}."
+    with Image.open(folder / "example.png") as picture:
+        assert (
+            ImageChops.difference(picture, draw_ecg(record, picture.height, picture.width, caption=caption)).getbbox()
+            is None
+        )
 
 
 def test_options_reach_the_training(folder):

@@ -14,8 +14,8 @@ from helpers import ROOT, run_isolated, save_tiny_llm
 from torch.distributed.run import get_args_parser
 from trl import SFTConfig
 
-from training import cli, evaluation, quickstart, sft, tokenizer
-from training.arguments import ALIASES, ELMS, DataArguments
+from training import cli, evaluation, plot, quickstart, sft, tokenizer
+from training.arguments import ALIASES, ELMS, VISION_BACKBONES, DataArguments
 from training.build import LLMS
 from training.data import load_data
 
@@ -65,7 +65,8 @@ def test_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(evaluation, "main", lambda argv: parsed.append(evaluation.parse(argv)))
         monkeypatch.setattr(quickstart, "main", lambda argv: parsed.append(argv))
         monkeypatch.setattr(tokenizer, "main", lambda argv: parsed.append(tokenizer.make_parser().parse_args(argv)))
-        names = (["sft"], ["evaluate"], ["tokenizer"], ["tokenizer", "import"])
+        monkeypatch.setattr(plot, "main", lambda argv: parsed.append(plot.make_parser().parse_args(argv)))
+        names = (["sft"], ["evaluate"], ["plot"], ["tokenizer"], ["tokenizer", "import"])
         if words in names or words[1:] == ["--help"]:  # the name of a command in a sentence
             return
         assert cli.main(words) == 0, f"does not parse: {command}"
@@ -102,6 +103,9 @@ def test_file_tree() -> None:
 
 def test_tables_name_what_there_is() -> None:
     for name, hub_id in LLMS.items():
+        assert f"`{name}`" in README
+        assert f"`{hub_id}`" in README
+    for name, hub_id in VISION_BACKBONES.items():
         assert f"`{name}`" in README
         assert f"`{hub_id}`" in README
     for flag in ALIASES:

@@ -14,6 +14,7 @@ COMMANDS = {
     "sft": ("training.sft", "fine-tune an ELM; every option of TRL's SFTConfig, and --config FILE.yaml"),
     "evaluate": ("training.evaluation", "score an ELM with the ECG and without it: elm evaluate MODEL --data DATA"),
     "tokenizer": ("training.tokenizer", "train, inspect or import an ECG-Byte tokenizer, which writes ECGs as tokens"),
+    "plot": ("training.plot", "draw ECG files on ECG paper, as PNG or SVG: elm plot RECORD [RECORD ...]"),
 }
 
 

@@ -60,33 +60,6 @@ def plot_training(history: list[dict[str, float]], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_ecg(array: np.ndarray, sampling_rate: float, lead_names: list[str], path: Path, title: str = "") -> None:
-    """A record on ECG paper, one row for each lead: 25 mm/s and 10 mm/mV, thick lines every 0.2 s and 0.5 mV.
-
-    Args:
-        array: [leads, samples] in millivolts.
-    """
-    spacing = 1.5  # millivolts between the baselines of two leads
-    num_leads, num_samples = array.shape
-    seconds = num_samples / sampling_rate
-    figure, axes = plt.subplots(figsize=(seconds * 25 / 25.4, spacing * (num_leads + 1) * 10 / 25.4))
-    top, bottom = spacing, -spacing * num_leads
-    for step, width in ((0.04, 0.3), (0.2, 0.7)):
-        axes.vlines(np.arange(0, seconds + step / 2, step), bottom, top, color="#f0b6b6", linewidth=width)
-    for step, width in ((0.1, 0.3), (0.5, 0.7)):
-        axes.hlines(np.arange(bottom, top + step / 2, step), 0, seconds, color="#f0b6b6", linewidth=width)
-    times = np.arange(num_samples) / sampling_rate
-    for index, (lead, name) in enumerate(zip(array, lead_names, strict=True)):
-        baseline = -spacing * index
-        axes.plot(times, lead - np.median(lead) + baseline, color="black", linewidth=0.8)
-        axes.text(0.05, baseline + 0.35, name, fontsize=9)
-    axes.set_xlim(0, seconds)
-    axes.set_ylim(bottom, top)
-    axes.axis("off")
-    axes.set_title(title, loc="left", fontsize=10)
-    _save(figure, path)
-
-
 def plot_tokens(
     array: np.ndarray,
     decoded: np.ndarray,

@@ -9,15 +9,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import DatasetDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ecg_drawing import ECGPaper
+from ecg_utils import as_record
 from training import evaluation, sft
 from training.files import write_text
-from training.plots import plot_ecg, plot_training
+from training.plot import save_picture
+from training.plots import plot_training
 from training.synthetic import make_dataset
 
 CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
@@ -126,10 +128,9 @@ def main(argv: list[str] | None = None) -> None:
     history = json.loads((folder / "model" / "trainer_state.json").read_text())["log_history"]
     plot_training(history, folder / "training.png")
     first = json.loads((folder / "model" / "predictions.jsonl").read_text().splitlines()[0])
-    ecg = data["test"][first["row"]]["ecg"]
-    title = f"{first['question']}  Model: {first['ecg']}. Truth: {first['answer']}."
-    millivolts = np.asarray(ecg["array"], dtype=np.float32) / 1000
-    plot_ecg(millivolts, ecg["sampling_rate"], ecg["lead_names"], folder / "example.png", title)
+    record = as_record(data["test"][first["row"]]["ecg"])
+    caption = f"{first['question']}  Model: {first['ecg']}. Truth: {first['answer']}."
+    save_picture(folder / "example.png", record, ECGPaper(), caption)
     minutes = (time.monotonic() - started) / 60
     write_report(folder, results, minutes)
     print(f"Done in {minutes:.1f} minutes. Report: {(folder / 'report.html').resolve()}")
