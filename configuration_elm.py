@@ -272,8 +272,13 @@ class ELMConfig(PreTrainedConfig):
 
     def validate_encoder(self) -> None:
         encoder = self.encoder_config
+        if self.image_features == "embedding" and self.representation not in IMAGE_REPRESENTATIONS:
+            raise ValueError(
+                f"image_features='embedding' with representation={self.representation!r}; only vision backbones have an "
+                "embedding: expected 'patches'."
+            )
         if not isinstance(encoder, PreTrainedConfig):
-            if self.representation in IMAGE_REPRESENTATIONS and self.architecture != "text":
+            if self.representation in IMAGE_REPRESENTATIONS and self.architecture == "fuyu":
                 raise ValueError(
                     f"architecture={self.architecture!r} with representation={self.representation!r}; pictures of ECGs need a "
                     "vision backbone: expected 'llava'."
@@ -289,13 +294,11 @@ class ELMConfig(PreTrainedConfig):
             raise ValueError(
                 f"representation={self.representation!r} with a {encoder.model_type} encoder; expected {expected}."
             )
-        if getattr(encoder, "mask_ratio", None) is not None:
+        if encoder.model_type == "vit_mae":
             raise ValueError(
-                f"A {encoder.model_type} encoder hides and shuffles patches at random, at inference too; choose a backbone that "
-                "sees the whole picture, such as vit."
+                "A vit_mae encoder hides and shuffles patches at random, at inference too; choose a backbone that sees the whole "
+                "picture, such as vit."
             )
-        if self.image_features == "embedding" and is_ecg_encoder:
-            raise ValueError("image_features='embedding' is of vision backbones; ECG encoders give tokens: 'patches'.")
 
     def validate_tokens(self) -> None:
         if self.num_ecg_tokens < 1:

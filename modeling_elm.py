@@ -355,8 +355,8 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
 
         Args:
             llm: Hub id or local folder of any causal language model.
-            encoder: Hub id or local folder of a pretrained ECG encoder, or of a model whose vision tower is taken. None: the `encoder_config` of `config_kwargs`,
-                with random weights.
+            encoder: Hub id or local folder of a pretrained ECG encoder, or of a model whose vision tower is taken. None: the
+                `encoder_config` of `config_kwargs`, with random weights.
             llm_kwargs: for `AutoModelForCausalLM.from_pretrained` (`dtype`, `revision`, `attn_implementation`, ...).
             config_kwargs: the other arguments of [`ELMConfig`].
         """

@@ -39,11 +39,21 @@ def load_vision_model(encoder: str | os.PathLike, image_features: str) -> PreTra
 
 
 def vision_output_size(config: PreTrainedConfig, image_features: str) -> int:
-    """Width of the tower's patch tokens, or of its embedding."""
+    """Width of the tower's patch tokens, or of its embedding.
+
+    Raises:
+        ValueError: the configuration does not say it.
+    """
     if config.model_type == "clip_vision_model" and image_features == "embedding":
         return config.projection_dim
-    # convolutional backbones name the width of each stage
-    return config.hidden_size if hasattr(config, "hidden_size") else config.hidden_sizes[-1]
+    if hasattr(config, "hidden_size"):
+        return config.hidden_size
+    if hasattr(config, "hidden_sizes"):  # of the stages of a convolutional backbone
+        return config.hidden_sizes[-1]
+    raise ValueError(
+        f"The configuration of a {config.model_type!r} model has neither hidden_size nor hidden_sizes, so the width of its "
+        "tokens is unknown; choose another backbone, such as clip, siglip2, vit, dinov2, convnext or resnet."
+    )
 
 
 def _pair(size: Any) -> tuple[int, int]:
@@ -86,12 +96,17 @@ def encode_images(
 
     Returns:
         [pictures, patches, width] or [pictures, 1, width]
+
+    Raises:
+        ValueError: an embedding is wanted of a tower that has none.
     """
     config: Any = model.config
     kwargs: dict[str, Any] = {}
+    # asked of the class: LoRA wraps the tower in a module with another signature
+    takes = inspect.signature(vision_model_class(config, image_features).forward).parameters
     if spatial_shapes is not None:
         kwargs = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
-    elif "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
+    elif "interpolate_pos_encoding" in takes:
         kwargs["interpolate_pos_encoding"] = tuple(pixel_values.shape[-2:]) != image_size(config)
     mean_of_layers = image_features == "embedding" and config.model_type == "vit"  # its pooler was not pretrained
     outputs = model(pixel_values.to(model.dtype), output_hidden_states=mean_of_layers, **kwargs)
@@ -108,5 +123,7 @@ def encode_images(
         return patches(outputs.last_hidden_state)
     if mean_of_layers:
         return torch.stack([patches(states).mean(1) for states in outputs.hidden_states[1:]]).mean(0)[:, None]
-    embedding = getattr(outputs, "image_embeds", None)
-    return (outputs.pooler_output if embedding is None else embedding).flatten(1)[:, None]
+    embedding = outputs.get("image_embeds", outputs.get("pooler_output"))
+    if embedding is None:
+        raise ValueError(f"A {config.model_type} model makes no pooled vector; give image_features='patches'.")
+    return embedding.flatten(1)[:, None]

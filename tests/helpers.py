@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     Gemma2Config,
     LlamaConfig,
@@ -23,6 +24,7 @@ from transformers import (
 
 from configuration_elm import ENCODER_CONFIGS, ELMConfig
 from feature_extraction_elm import ECGFeatureExtractor
+from image_processing_elm import ECGImageProcessor
 from processing_elm import ELMProcessor
 from tokenization_ecg_byte import ECGByteTokenizer
 from training.synthetic import make_record
@@ -146,6 +148,34 @@ TINY_ENCODERS: dict[str, dict] = {
     "st_mem": _TINY_TRANSFORMER,
 }
 
+# arguments of the smallest vision backbones, for pictures of 160 x 160 pixels or 16 patches, and their image processors
+_TINY_VISION_TRANSFORMER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 32}
+_TINY_VIT = _TINY_VISION_TRANSFORMER | {"intermediate_size": 32, "image_size": 160}
+TINY_VISION: dict[str, dict] = {
+    "clip_vision_model": _TINY_VIT | {"projection_dim": 24},
+    "siglip2_vision_model": _TINY_VISION_TRANSFORMER | {"intermediate_size": 32, "num_patches": 16},
+    "vit": _TINY_VIT,
+    "dinov2": _TINY_VISION_TRANSFORMER | {"mlp_ratio": 1, "image_size": 160},
+    "resnet": {"layer_type": "basic", "embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]},
+}
+_SIZE = {"height": 160, "width": 160}
+_TINY_IMAGE_PROCESSORS: dict[str, dict] = {
+    "clip_vision_model": {"image_processor_type": "CLIPImageProcessor", "size": _SIZE, "crop_size": _SIZE},
+    "siglip2_vision_model": {"image_processor_type": "Siglip2ImageProcessor", "patch_size": 32, "max_num_patches": 16},
+    "vit": {"image_processor_type": "ViTImageProcessor", "size": _SIZE},
+    "dinov2": {"image_processor_type": "BitImageProcessor", "size": _SIZE, "crop_size": _SIZE},
+    "resnet": {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 160}},
+}
+
+
+def tiny_vision_config(model_type: str, **changes) -> PreTrainedConfig:
+    return CONFIG_MAPPING[model_type](**TINY_VISION[model_type] | changes)
+
+
+def tiny_image_processor(model_type: str, representation: str = "rgb", **changes) -> ECGImageProcessor:
+    """The image processor of the tiny vision backbone; `changes` are of its own, such as `max_num_patches`."""
+    return ECGImageProcessor(_TINY_IMAGE_PROCESSORS[model_type] | changes, representation)
+
 
 def tiny_elm_config(
     ecg_part: str | None = "merl", family: str = "llama3", llm: PreTrainedConfig | None = None, **changes
@@ -164,6 +194,13 @@ def tiny_elm_config(
     return ELMConfig(**shared | fuyu | ({"num_ecg_tokens": 1} if ecg_part == "flat" else {}) | changes)
 
 
+def tiny_image_elm_config(model_type: str, representation: str = "rgb", **changes) -> ELMConfig:
+    """As `tiny_elm_config`, around a vision backbone with an MLP connector."""
+    encoder_config = tiny_vision_config(model_type)
+    changes = {"encoder_config": encoder_config, "connector": "mlp", "representation": representation} | changes
+    return tiny_elm_config(**changes)
+
+
 def tiny_processor(family: str = "llama3", num_ecg_tokens: int = 4, **changes) -> ELMProcessor:
     """A processor of records of 2 s at 250 Hz, with the chat template of its family; pads on the left."""
     tokenizer = tiny_tokenizer(family, padding_side="left")
@@ -171,6 +208,23 @@ def tiny_processor(family: str = "llama3", num_ecg_tokens: int = 4, **changes) -
     tokenizer.pad_token = tokenizer.eos_token
     template = (ROOT / "training" / "templates" / f"{family}.jinja").read_text()
     return ELMProcessor(ECGFeatureExtractor(num_samples=500, **changes), tokenizer, template, num_ecg_tokens)
+
+
+def tiny_image_processor_elm(
+    model_type: str, representation: str = "rgb", num_ecg_tokens: int = 4, **changes
+) -> ELMProcessor:
+    """As `tiny_processor`, for ECGs of 5 s at 100 Hz as pictures; stacked ones are normalized to [0, 1]."""
+    normalization = "minmax" if representation == "stacked_signal" else "none"
+    changes = {"sampling_rate": 100, "normalization": normalization} | changes
+    processor = tiny_processor(num_ecg_tokens=num_ecg_tokens, **changes)
+    return ELMProcessor(
+        processor.feature_extractor,
+        processor.tokenizer,
+        processor.chat_template,
+        num_ecg_tokens,
+        representation,
+        tiny_image_processor(model_type, representation),
+    )
 
 
 def tiny_ecg_byte(**settings) -> ECGByteTokenizer:

@@ -1,23 +1,48 @@
 import json
 
 import pytest
-from helpers import TINY_ENCODERS, run_isolated, tiny_elm_config, tiny_llm_config
+from helpers import (
+    TINY_ENCODERS,
+    TINY_VISION,
+    run_isolated,
+    tiny_elm_config,
+    tiny_image_elm_config,
+    tiny_llm_config,
+    tiny_vision_config,
+)
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CLIPVisionConfig
+from transformers import CLIPConfig, CLIPVisionConfig, Siglip2Config, ViTMAEConfig
 
-from configuration_elm import ENCODER_CONFIGS, ELMConfig, MERLConfig, MLAEConfig, MTAEConfig, STMEMConfig
+from configuration_elm import (
+    ENCODER_CONFIGS,
+    IMAGE_REPRESENTATIONS,
+    ELMConfig,
+    MERLConfig,
+    MLAEConfig,
+    MTAEConfig,
+    STMEMConfig,
+)
 
 INVALID = (ValueError, StrictDataclassError)  # of the strict dataclass, where a field or a combination is wrong
 ECG_PARTS = [*TINY_ENCODERS, "flat", "patch", "conv", None]
+VIT = tiny_vision_config("vit")
 
 
 class TestELMConfig:
     @pytest.mark.parametrize("ecg_part", ECG_PARTS)
     @pytest.mark.parametrize("family", ["llama3", "qwen2_5", "gemma2"])
     def test_round_trip(self, ecg_part, family, tmp_path):
-        config = tiny_elm_config(ecg_part, family)
-        config.save_pretrained(tmp_path)
-        loaded = ELMConfig.from_pretrained(tmp_path)
+        self.check_round_trip(tiny_elm_config(ecg_part, family), tmp_path)
+
+    @pytest.mark.parametrize("representation", IMAGE_REPRESENTATIONS)
+    @pytest.mark.parametrize("backbone", TINY_VISION)
+    def test_round_trip_with_a_vision_backbone(self, backbone, representation, tmp_path):
+        config = tiny_image_elm_config(backbone, representation, image_features="embedding", num_ecg_tokens=1)
+        self.check_round_trip(config, tmp_path)
+
+    def check_round_trip(self, config, folder):
+        config.save_pretrained(folder)
+        loaded = ELMConfig.from_pretrained(folder)
         assert loaded.to_dict() == config.to_dict()
         assert type(loaded.text_config) is type(config.text_config)
         assert type(loaded.encoder_config) is type(config.encoder_config)
@@ -30,12 +55,12 @@ class TestELMConfig:
         assert isinstance(config.encoder_config, STMEMConfig)
         assert config.to_dict() == tiny_elm_config("st_mem", "qwen2_5", connector="linear", num_ecg_tokens=1).to_dict()
 
-    def test_a_vision_encoder(self, tmp_path):
-        config = tiny_elm_config("merl", encoder_config=CLIPVisionConfig(hidden_size=24))
-        config.save_pretrained(tmp_path)
-        loaded = ELMConfig.from_pretrained(tmp_path)
-        assert isinstance(loaded.encoder_config, CLIPVisionConfig)
-        assert loaded.encoder_config.hidden_size == 24
+    def test_a_vision_backbone_as_a_dict(self):
+        encoder_config = {"model_type": "clip_vision_model", "hidden_size": 24}
+        config = tiny_image_elm_config("vit", encoder_config=encoder_config)
+        assert isinstance(config.encoder_config, CLIPVisionConfig)
+        assert config.encoder_config.hidden_size == 24
+        assert config.image_features == "patches"
 
     @pytest.mark.parametrize(("family", "tied"), [("llama3", False), ("qwen2_5", True), ("gemma2", True)])
     def test_tying_is_that_of_the_language_model(self, family, tied):
@@ -86,6 +111,17 @@ class TestELMConfig:
             ("conv", {"representation": "symbolic"}, r"architecture='fuyu' with representation='symbolic'"),
             ("merl", {"representation": "wavelet"}, r"(?s)representation.*wavelet"),
             ("merl", {"num_ecg_tokens": "4"}, r"(?s)num_ecg_tokens.*int"),
+            ("merl", {"representation": "rgb"}, r"representation='rgb' with a merl encoder; expected a Hugging Face vision backbone"),
+            ("merl", {"encoder_config": VIT}, r"representation='signal' with a vit encoder; expected one of merl, mlae, mtae, st_mem"),
+            ("conv", {"representation": "rgb"}, r"architecture='fuyu' with representation='rgb'; .* need a vision backbone: expected 'llava'"),
+            ("merl", {"representation": "stacked_signal", "encoder_config": None}, r"'llava' needs an encoder_config"),
+            ("merl", {"representation": "rgb", "encoder_config": CLIPConfig()}, r"of a 'clip' model, which reads text too; give its vision_config alone"),
+            ("merl", {"representation": "stacked_signal", "encoder_config": Siglip2Config()}, r"of a 'siglip2' model, which reads text too"),
+            ("merl", {"representation": "rgb", "encoder_config": ViTMAEConfig()}, r"A vit_mae encoder hides and shuffles patches at random, at inference too"),
+            ("merl", {"representation": "rgb", "encoder_config": VIT, "image_features": "embedding"}, r"image_features='embedding' is one token; num_ecg_tokens is 4"),
+            ("merl", {"image_features": "embedding", "num_ecg_tokens": 1}, r"image_features='embedding' with representation='signal'; only vision backbones have"),
+            ("flat", {"image_features": "embedding"}, r"image_features='embedding' with representation='signal'"),
+            ("merl", {"image_features": "pooled"}, r"(?s)image_features.*pooled"),
         ],
     )  # fmt: skip
     def test_invalid(self, ecg_part, changes, message):

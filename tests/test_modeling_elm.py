@@ -1,3 +1,4 @@
+import functools
 import itertools
 import json
 from collections import Counter
@@ -7,10 +8,14 @@ import pytest
 import torch
 from helpers import (
     TINY_ENCODERS,
+    TINY_VISION,
     golden_state_dict,
     run_isolated,
     save_tiny_llm,
     tiny_elm_config,
+    tiny_image_elm_config,
+    tiny_image_processor,
+    tiny_image_processor_elm,
     tiny_processor,
 )
 from huggingface_hub.errors import StrictDataclassError
@@ -18,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    CLIPVisionConfig,
+    BertConfig,
     CohereConfig,
     Gemma3Config,
     GenerationConfig,
@@ -27,9 +32,10 @@ from transformers import (
     PhiConfig,
 )
 
-from configuration_elm import ENCODER_CONFIGS
+from configuration_elm import ENCODER_CONFIGS, IMAGE_REPRESENTATIONS
+from ecg_utils import STANDARD_LEADS, ECGRecord
 from modeling_ecg_encoders import ENCODER_MODELS
-from modeling_elm import CONNECTOR_MODULES, ELMForConditionalGeneration
+from modeling_elm import CONNECTOR_MODULES, ECG_INPUTS, ELMForConditionalGeneration
 from training.convert import convert_state_dict
 
 FAMILIES = ["llama3", "qwen2_5", "gemma2"]
@@ -38,7 +44,29 @@ ECG_PARTS = [*TINY_ENCODERS, *FUYU]
 # every encoder with every connector of llava, the connectors of fuyu, and text only
 PAIRINGS = [(encoder, {"connector": name}) for encoder in TINY_ENCODERS for name in ("linear", "mlp")]
 PAIRINGS += [(ecg_part, {}) for ecg_part in [*FUYU, None]]
-PAIRING_IDS = ["-".join([str(ecg_part), *changes.values()]) for ecg_part, changes in PAIRINGS]
+# the vision backbones with every kind of picture, and two others of which anyone will do
+IMAGE_PAIRINGS = [
+    (backbone, {"representation": name})
+    for backbone in ("clip_vision_model", "siglip2_vision_model", "vit")
+    for name in IMAGE_REPRESENTATIONS
+]
+IMAGE_PAIRINGS += [("dinov2", {"representation": "rgb"}), ("resnet", {"representation": "stacked_signal"})]
+EMBEDDING = {"image_features": "embedding", "num_ecg_tokens": 1}
+EMBEDDING_PAIRINGS = [(backbone, {"representation": "rgb", **EMBEDDING}) for backbone in TINY_VISION]
+
+
+def ids(pairings):
+    return ["-".join(map(str, (ecg_part, *changes.values()))) for ecg_part, changes in pairings]
+
+
+# what the connector does not read, so that nothing teaches it
+UNUSED = {
+    "clip_vision_model": ("post_layernorm",),
+    "siglip2_vision_model": ("head",),
+    "vit": ("pooler",),
+    "dinov2": ("mask_token",),
+}
+UNUSED_BY_EMBEDDING = {"vit": ("pooler", "encoder.layernorm"), "dinov2": ("mask_token",)}
 PLACEHOLDER = 299
 MODES = {
     "greedy": {},
@@ -55,7 +83,11 @@ def tiny_elm(ecg_part="merl", family="llama3", **changes):
     Random weights make much the same of all records: the features are centred and scaled to a deviation of 1 here.
     """
     torch.manual_seed(0)
-    model = ELMForConditionalGeneration(tiny_elm_config(ecg_part, family, **changes)).eval()
+    if ecg_part in TINY_VISION:
+        config = tiny_image_elm_config(ecg_part, family=family, **changes)
+    else:
+        config = tiny_elm_config(ecg_part, family, **changes)
+    model = ELMForConditionalGeneration(config).eval()
     with torch.no_grad():
         for parameter in model.model.language_model.layers.parameters():
             if parameter.ndim == 2:
@@ -63,7 +95,7 @@ def tiny_elm(ecg_part="merl", family="llama3", **changes):
         if ecg_part is not None:
             connector = model.model.connector
             last = connector.linear_2 if hasattr(connector, "linear_2") else connector.projection
-            features = model.get_ecg_features(records(3))
+            features = model.get_ecg_features(**ecg_inputs(model))
             last.bias.sub_(features.mean((0, 1))).div_(features.std((0, 1)))
             last.weight.div_(features.std((0, 1))[:, None])
     return model
@@ -73,28 +105,45 @@ def records(number):
     return torch.randn(number, 12, 500, generator=torch.Generator().manual_seed(0))
 
 
+@functools.cache
+def pictures(backbone, representation):
+    """Of records of 5, 10 and 5 seconds, which SigLIP2 reads in patches of different numbers."""
+    noise = 0.5 + records(3).numpy() / 8
+    arrays = [noise[0], np.concatenate([noise[1], -noise[1]], axis=-1), noise[2]]
+    image_processor = tiny_image_processor(backbone, representation)
+    return image_processor([ECGRecord(array, 100, STANDARD_LEADS) for array in arrays], return_tensors="pt")
+
+
+def ecg_inputs(model):
+    """Three ECGs."""
+    config = model.config
+    if config.architecture == "text":
+        return {}
+    if config.representation == "signal":
+        return {"ecg_values": records(3)}
+    return dict(pictures(config.encoder_config.model_type, config.representation))
+
+
+def of_ecgs(batch, ecgs):
+    """The batch with other of its ECGs."""
+    return {name: values[ecgs] if name in ECG_INPUTS else values for name, values in batch.items()}
+
+
 def mixed_batch(model):
     """Samples with 2, 0 and 1 ECGs, padded on the left, as one batch and each alone."""
     ecg = [PLACEHOLDER] * model.config.num_ecg_tokens
     prompts = [[*ecg, 7, 8, 9, *ecg, 10], [11, 12], [13, *ecg, 14, 15, 16]]
     if model.config.architecture == "text":
         prompts = [[20, 7, 8, 9, 21, 10], [11, 12], [13, 14, 15, 16]]
-        groups: list = [None, None, None]
-        ecg_values = None
-    else:
-        ecg_values = records(3)
-        groups = [ecg_values[:2], None, ecg_values[2:]]
+    inputs = ecg_inputs(model)
+    groups = [of_ecgs(inputs, [0, 1]), {}, of_ecgs(inputs, [2])]
     length = max(map(len, prompts))
     input_ids = torch.tensor([[0] * (length - len(prompt)) + prompt for prompt in prompts])
     attention_mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "ecg_values": ecg_values}
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
     alone = [
-        {
-            "input_ids": torch.tensor([prompt]),
-            "attention_mask": torch.ones(1, len(prompt), dtype=int),
-            "ecg_values": ecgs,
-        }
-        for prompt, ecgs in zip(prompts, groups, strict=True)
+        {"input_ids": torch.tensor([prompt]), "attention_mask": torch.ones(1, len(prompt), dtype=int), **group}
+        for prompt, group in zip(prompts, groups, strict=True)
     ]
     return batch, alone
 
@@ -119,8 +168,18 @@ def train_step(model, batch):
 
 class TestPairings:
     @pytest.mark.parametrize("family", FAMILIES)
-    @pytest.mark.parametrize(("ecg_part", "changes"), PAIRINGS, ids=PAIRING_IDS)
+    @pytest.mark.parametrize(("ecg_part", "changes"), PAIRINGS, ids=ids(PAIRINGS))
     def test_forward_backward_save_and_load(self, ecg_part, changes, family, tmp_path):
+        self.check(ecg_part, changes, family, tmp_path)
+
+    @pytest.mark.parametrize(
+        ("ecg_part", "changes"), IMAGE_PAIRINGS + EMBEDDING_PAIRINGS, ids=ids(IMAGE_PAIRINGS + EMBEDDING_PAIRINGS)
+    )
+    def test_of_vision_backbones(self, ecg_part, changes, tmp_path):
+        unused = (UNUSED_BY_EMBEDDING if "image_features" in changes else UNUSED).get(ecg_part, ())
+        self.check(ecg_part, changes, "qwen2_5", tmp_path, unused)
+
+    def check(self, ecg_part, changes, family, tmp_path, unused=()):
         model = tiny_elm(ecg_part, family, **changes)
         batch, _ = mixed_batch(model)
         expected = logits(model, **batch)
@@ -129,7 +188,8 @@ class TestPairings:
 
         loss, gradients = train_step(model.train(), batch)
         assert loss.isfinite()
-        assert [name for name, gradient in gradients.items() if gradient is None or not gradient.any()] == []
+        untaught = {name for name, gradient in gradients.items() if gradient is None or not gradient.any()}
+        assert untaught == {name for name in gradients if any(part in name for part in unused)}
 
         model.eval().save_pretrained(tmp_path)  # the step moved the running statistics of batch norm
         loaded, info = ELMForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
@@ -190,11 +250,11 @@ class TestPlacement:
         assert torch.equal(logits(model, inputs_embeds=by_hand, **batch), expected)
         assert not torch.allclose(logits(model, inputs_embeds=embeddings, **batch), expected)
 
-    @pytest.mark.parametrize("ecg_part", ECG_PARTS)
+    @pytest.mark.parametrize("ecg_part", [*ECG_PARTS, "vit", "siglip2_vision_model"])
     def test_order_of_the_ecgs(self, ecg_part):
         model = tiny_elm(ecg_part)
         batch, _ = mixed_batch(model)
-        swapped = batch | {"ecg_values": batch["ecg_values"][[1, 0, 2]]}
+        swapped = of_ecgs(batch, [1, 0, 2])
         difference = (logits(model, **batch) - logits(model, **swapped)).abs().amax((1, 2))
         assert difference[0] > 1e-3
         assert difference[1:].max() < 1e-5
@@ -229,8 +289,22 @@ class TestPlacement:
             tiny_elm("mlae", num_ecg_tokens=14).get_ecg_features(records(1))
 
     def test_encoder_of_another_kind(self):
-        with pytest.raises(ValueError, match="No ECG encoder 'clip_vision_model'; expected one of merl"):
-            ELMForConditionalGeneration(tiny_elm_config("merl", encoder_config=CLIPVisionConfig()))
+        config = tiny_elm_config("merl", encoder_config=BertConfig(), representation="rgb")
+        with pytest.raises(ValueError, match="A 'bert' model reads no images; expected a vision backbone"):
+            ELMForConditionalGeneration(config)
+
+    @pytest.mark.parametrize(
+        ("ecg_part", "of", "expected"),
+        [
+            ("merl", "vit", "reads 'signal' ECGs as ecg_values, which are not given"),
+            ("vit", "merl", "reads 'rgb' ECGs as pixel_values, which are not given"),
+        ],
+    )
+    def test_ecgs_of_another_representation(self, ecg_part, of, expected):
+        model, other = tiny_elm(ecg_part), tiny_elm(of)
+        batch, _ = mixed_batch(other)
+        with pytest.raises(ValueError, match=f"This ELM {expected}. Prepare ECGs with the model's own processor"):
+            model(**batch)
 
 
 class TestGeneration:
@@ -242,7 +316,17 @@ class TestGeneration:
         ],
     )
     def test_a_batch_answers_as_its_samples_alone(self, ecg_part, family, modes):
-        model = tiny_elm(ecg_part, family)
+        self.check(tiny_elm(ecg_part, family), modes)
+
+    @pytest.mark.parametrize(
+        ("ecg_part", "changes"),
+        pairings := [*IMAGE_PAIRINGS, ("siglip2_vision_model", {"representation": "rgb", **EMBEDDING})],
+        ids=ids(pairings),
+    )
+    def test_a_batch_of_pictures_too(self, ecg_part, changes):
+        self.check(tiny_elm(ecg_part, **changes), ["greedy", "no cache", "beams, two answers"])
+
+    def check(self, model, modes):
         batch, alone = mixed_batch(model)
         answers = {}
         for mode in modes:
@@ -250,8 +334,8 @@ class TestGeneration:
             single = torch.cat([new_tokens(model, sample, **MODES[mode]) for sample in alone])
             assert torch.equal(answers[mode], single), mode
         assert all(torch.equal(answers["greedy"], answers[mode]) for mode in modes if "beams" not in mode)
-        if ecg_part is not None:  # the comparison would see an ECG of the wrong sample
-            other = new_tokens(model, batch | {"ecg_values": batch["ecg_values"][[1, 2, 0]]})
+        if model.config.architecture != "text":  # the comparison would see an ECG of the wrong sample
+            other = new_tokens(model, of_ecgs(batch, [1, 2, 0]))
             assert (answers["greedy"] != other).any(1).tolist() == [True, False, True]
 
     @pytest.mark.parametrize("kwargs", [{}, {"use_cache": False}])
@@ -266,7 +350,7 @@ class TestGeneration:
         assert torch.equal(new_tokens(model, only_embeddings, **kwargs), expected)
         beams = new_tokens(model, batch | {"inputs_embeds": embeddings}, num_beams=3)
         assert torch.equal(beams, new_tokens(model, batch, num_beams=3))
-        with pytest.raises(ValueError, match="Beams and several sequences need input_ids beside ecg_values"):
+        with pytest.raises(ValueError, match="Beams and several sequences need input_ids beside the ECGs"):
             new_tokens(model, only_embeddings, num_beams=3)
 
     @pytest.mark.parametrize(
@@ -294,10 +378,17 @@ class TestGeneration:
 
 
 class TestNumerics:
-    @pytest.mark.parametrize("ecg_part", ["merl", "st_mem", "conv"])
-    def test_bfloat16(self, ecg_part, tmp_path):
+    @pytest.mark.parametrize(
+        "config",
+        [
+            *(tiny_elm_config(ecg_part, "gemma2") for ecg_part in ("merl", "st_mem", "conv")),
+            *(tiny_image_elm_config(backbone, family="gemma2") for backbone in ("siglip2_vision_model", "vit")),
+        ],
+        ids=["merl", "st_mem", "conv", "siglip2_vision_model", "vit"],
+    )
+    def test_bfloat16(self, config, tmp_path):
         torch.manual_seed(0)
-        model = ELMForConditionalGeneration(tiny_elm_config(ecg_part, "gemma2")).eval()
+        model = ELMForConditionalGeneration(config).eval()
         batch, _ = mixed_batch(model)
         model.save_pretrained(tmp_path)
         loaded = ELMForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
@@ -325,7 +416,16 @@ class TestNumerics:
         mask = batch["attention_mask"].bool()
         torch.testing.assert_close(output[mask], expected[mask], atol=1e-4, rtol=1e-4)
 
-    @pytest.mark.parametrize(("ecg_part", "module"), [("merl", "stages.0.0.convs.0"), ("st_mem", "layers.0.mlp")])
+    @pytest.mark.parametrize(
+        ("ecg_part", "module"),
+        [
+            ("merl", "stages.0.0.convs.0"),
+            ("st_mem", "layers.0.mlp"),
+            ("clip_vision_model", "encoder.layers.0.mlp"),
+            ("siglip2_vision_model", "encoder.layers.0.mlp"),
+            ("vit", "layers.0.mlp"),
+        ],
+    )
     def test_gradient_checkpointing(self, ecg_part, module):
         """Of the language model and of the encoder: each layer runs once more in the backward pass."""
         model = tiny_elm(ecg_part).train()
@@ -342,8 +442,9 @@ class TestNumerics:
         torch.testing.assert_close(checkpointed_loss, loss)
         torch.testing.assert_close(checkpointed, gradients)
 
-    def test_compiled_training_step(self):
-        model = tiny_elm("st_mem").train()
+    @pytest.mark.parametrize("ecg_part", ["st_mem", "vit"])
+    def test_compiled_training_step(self, ecg_part):
+        model = tiny_elm(ecg_part).train()
         batch, _ = mixed_batch(model)
         loss, gradients = train_step(model, batch)
         model.zero_grad()
@@ -367,7 +468,7 @@ class TestNumerics:
         batch, _ = mixed_batch(model)
         torch.testing.assert_close(logits(model, **batch, logits_to_keep=1), logits(model, **batch)[:, -1:])
 
-    @pytest.mark.parametrize("ecg_part", ["merl", "st_mem"])
+    @pytest.mark.parametrize("ecg_part", ["merl", "st_mem", "vit", "resnet"])
     def test_a_frozen_encoder_stays_in_eval_mode(self, ecg_part):
         model = tiny_elm(ecg_part)
         batch, _ = mixed_batch(model)
@@ -492,9 +593,7 @@ class TestFromPretrainedParts:
 
     def test_encoder_that_is_none(self, tmp_path):
         folder = save_tiny_llm(tmp_path)
-        with pytest.raises(
-            ValueError, match="holds a 'llama' model; expected an ECG encoder: merl, mlae, mtae, st_mem"
-        ):
+        with pytest.raises(ValueError, match="A 'llama' model reads no images; expected a vision backbone"):
             self.build(folder, encoder=folder)
 
     def test_without_an_encoder(self, tmp_path):
@@ -555,28 +654,46 @@ def test_fresh_processes_without_the_project(tmp_path):
         assert {path.suffix for path in target.iterdir()} == {".json", ".py", ".safetensors"}
 
 
-def test_a_real_record(shared):
+@pytest.mark.parametrize("ecg_part", ["st_mem", "siglip2_vision_model", "vit"])
+def test_a_real_record(ecg_part, shared):
     """PTB-XL record 1 through the processor into an ELM."""
     counts = np.load(shared / "data/ptbxl/raw500.npz")["ecg"][0]
-    processor = tiny_processor(num_ecg_tokens=4, truncation="center", normalization="zscore")
-    model = tiny_elm("st_mem", ecg_token_id=processor.ecg_token_id)
+    if ecg_part in TINY_VISION:
+        processor = tiny_image_processor_elm(ecg_part, truncation="center")
+    else:
+        processor = tiny_processor(truncation="center", normalization="zscore")
+    model = tiny_elm(ecg_part, ecg_token_id=processor.ecg_token_id)
     part = {"type": "ecg", "ecg": counts, "sampling_rate": 500, "unit": "uV"}
     chat = [{"role": "user", "content": [part, {"type": "text", "text": "What is the rhythm?"}]}]
     inputs = processor.apply_chat_template(
         chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
-    assert inputs["ecg_values"].shape == (1, 12, 500)
+    name = "pixel_values" if ecg_part in TINY_VISION else "ecg_values"
+    assert len(inputs[name]) == 1
     assert len(processor.batch_decode(new_tokens(model, inputs))) == 1
-    flat = inputs | {"ecg_values": torch.zeros(1, 12, 500)}
+    flat = inputs | {name: torch.zeros_like(inputs[name])}
     assert not torch.allclose(logits(model, **inputs), logits(model, **flat), atol=1e-3)
 
 
-def test_a_training_batch_without_ecg_reaches_every_parameter_and_no_batch_norm():
-    model = ELMForConditionalGeneration(tiny_elm_config("merl")).train()
+@pytest.mark.parametrize(
+    ("ecg_part", "changes"),
+    pairings := [("merl", {}), *((backbone, {}) for backbone in TINY_VISION), *EMBEDDING_PAIRINGS[:3]],
+    ids=ids(pairings),
+)
+def test_a_training_batch_without_ecg_teaches_the_language_model_alone(ecg_part, changes):
+    """All that a batch with ECGs reaches gets a gradient, of zeros but for the language model, and batch norm learns nothing."""
+    model = tiny_elm(ecg_part, **changes).train()
+    batch, _ = mixed_batch(model)
+    reached = {name for name, gradient in train_step(model, batch)[1].items() if gradient is not None}
+    model.zero_grad()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    input_ids = torch.arange(10, 18)[None]
-    model(input_ids=input_ids, labels=input_ids).loss.backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
-    assert all((parameter.grad == 0).all() for parameter in model.model.encoder.parameters())
+    text = {"input_ids": torch.arange(10, 18)[None], "attention_mask": torch.ones(1, 8, dtype=int)}
+    loss, gradients = train_step(model, text)
+    assert {name for name, gradient in gradients.items() if gradient is not None} == reached
+    learnt = {name for name in reached if gradients[name].any()}
+    assert learnt == {name for name in reached if name.startswith(("model.language_model.", "lm_head."))}
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     assert model.model.encoder.training
+    hidden = model.model.language_model(**text).last_hidden_state
+    labels = text["input_ids"][:, 1:].flatten()
+    assert torch.equal(nn.functional.cross_entropy(model.lm_head(hidden)[:, :-1].flatten(0, 1), labels), loss)
