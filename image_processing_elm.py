@@ -42,8 +42,6 @@ class ECGImageProcessor(BaseImageProcessor):
         ValueError: an argument is impossible.
     """
 
-    model_input_names = ["pixel_values"]
-
     def __init__(
         self,
         image_processor: BaseImageProcessor | Mapping[str, Any],
@@ -58,8 +56,7 @@ class ECGImageProcessor(BaseImageProcessor):
             raise TypeError(f"ECGImageProcessor has no argument {', '.join(unknown)}.")
         if representation not in IMAGE_REPRESENTATIONS:
             raise ValueError(f"representation is {representation!r}; expected one of {IMAGE_REPRESENTATIONS}.")
-        low, high = value_range
-        if not low < high:
+        if len(value_range) != 2 or not value_range[0] < value_range[1]:
             raise ValueError(
                 f"value_range is {list(value_range)}; expected the values of black and of white, such as [0, 1]."
             )
@@ -67,24 +64,31 @@ class ECGImageProcessor(BaseImageProcessor):
         super().__init__(**kwargs)
         self.representation = representation
         self.paper = paper if isinstance(paper, ECGPaper) else ECGPaper(**(paper or {}))
-        self.value_range = [float(low), float(high)]
+        self.value_range = [float(value) for value in value_range]
         self.image_processor = _pil_image_processor(image_processor)
+        self.model_input_names = self.image_processor.model_input_names
         self._size = _target_size(self.image_processor)
 
     def __call__(  # type: ignore[override]  # of ECGs, not of images
-        self, ecgs: Sequence[ECGRecord | Image.Image], return_tensors: str | TensorType | None = None
+        self,
+        ecgs: Sequence[ECGRecord | Image.Image],
+        seconds: float | None = None,
+        return_tensors: str | TensorType | None = None,
     ) -> BatchFeature:
         """
         Args:
             ecgs: records, for `rgb` in millivolts, or pictures that stand for them.
+            seconds: as of `draw`.
 
         Returns:
             `pixel_values` [ECGs, channels, height, width] and what else the backbone's image processor makes: of SigLIP2
             `pixel_values` [ECGs, patches, values of a patch], `pixel_attention_mask` and `spatial_shapes`.
         """
-        pictures = [ecg if isinstance(ecg, Image.Image) else self.draw(ecg) for ecg in ecgs]
+        if not ecgs:
+            raise ValueError("There is no ECG; give at least one.")
+        pictures = [ecg if isinstance(ecg, Image.Image) else self.draw(ecg, seconds) for ecg in ecgs]
         rows = [self._pixels(picture.convert("RGB")) for picture in pictures]
-        columns = {name: np.stack([np.asarray(row[name][0]) for row in rows]) for name in rows[0]}
+        columns = {name: np.ascontiguousarray([row[name][0] for row in rows]) for name in rows[0]}
         return BatchFeature(columns, tensor_type=return_tensors)
 
     def _pixels(self, picture: Image.Image) -> BatchFeature:
@@ -95,20 +99,30 @@ class ECGImageProcessor(BaseImageProcessor):
             picture = picture.resize((width, height), self.image_processor.resample)
         return self.image_processor(picture, do_resize=False, do_center_crop=False)
 
-    def draw(self, record: ECGRecord) -> Image.Image:
-        """The picture of a record that the backbone is shown, before its image processor."""
+    def draw(self, record: ECGRecord, seconds: float | None = None) -> Image.Image:
+        """The picture of a record that the backbone is shown, before its image processor.
+
+        Args:
+            seconds: that the page of `rgb` has room for; default: those of the record. The paper of a shorter record ends
+                where it ends, at the same scale.
+        """
         if self.representation == "rgb":
-            return draw_ecg(record, *self.image_size(record), self.paper)
+            own_seconds = record.array.shape[1] / record.sampling_rate
+            seconds = seconds or own_seconds
+            height, width = self.image_size(record.lead_names, seconds)
+            own_width = round(width * page_width(self.paper, own_seconds) / page_width(self.paper, seconds))
+            picture = Image.new("RGB", (width, height), self.paper.background_color)
+            picture.paste(draw_ecg(record, height, own_width, self.paper))
+            return picture
         low, high = self.value_range
         grey = ((record.array - low) * (255 / (high - low))).clip(0, 255)
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
 
-    def image_size(self, record: ECGRecord) -> tuple[int, int]:
-        """Height and width in pixels that a record is drawn with."""
+    def image_size(self, lead_names: Sequence[str], seconds: float) -> tuple[int, int]:
+        """Height and width in pixels of a drawing."""
         if self._size is not None:
             return self._size
-        seconds = record.array.shape[1] / record.sampling_rate
-        height: Any = page_height(self.paper, record.lead_names)
+        height: Any = page_height(self.paper, lead_names)
         width: Any = page_width(self.paper, seconds)
         patches = self.image_processor.patch_size, self.image_processor.max_num_patches
         while True:  # until the backbone's image processor leaves the size as it is
@@ -130,7 +144,7 @@ class ECGImageProcessor(BaseImageProcessor):
 
 def _pil_image_processor(image_processor: BaseImageProcessor | Mapping[str, Any]) -> Any:
     fields = dict(image_processor if isinstance(image_processor, Mapping) else image_processor.to_dict())
-    name = str(fields.pop("image_processor_type", None)).removesuffix("Fast").removesuffix("Pil")
+    name = fields.pop("image_processor_type", "").removesuffix("Fast").removesuffix("Pil")
     for class_name in (f"{name}Pil", name):
         image_processor_class = get_image_processor_class_from_name(class_name)
         if image_processor_class is not None:

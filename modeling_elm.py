@@ -162,6 +162,15 @@ class ELMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As of transformers, with the weights under the names of the modules.
+
+        The older names that transformers keeps for the files of some backbones are unknown to its trainer when it loads a
+        checkpoint, to resume or as the best.
+        """
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(*args, **kwargs)
+
 
 class ELMModel(ELMPreTrainedModel):
     """Encoder, connector and language model, without the head that predicts tokens."""

@@ -3,7 +3,7 @@
 import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -143,6 +143,13 @@ class ELMProcessor(ProcessorMixin):
         return [*self._signal_ids[self._signal_ids >= 0].tolist(), *self._lead_ids.values()]
 
     @property
+    def model_input_names(self) -> list[str]:
+        if self.ecg_tokenizer is not None or not self.takes_ecgs:
+            return self.tokenizer.model_input_names
+        of_ecgs = self.image_processor or self.feature_extractor
+        return [*of_ecgs.model_input_names, *self.tokenizer.model_input_names]
+
+    @property
     def takes_ecgs(self) -> bool:
         return self.ecg_tokenizer is not None or self.num_ecg_tokens > 0
 
@@ -193,10 +200,10 @@ class ELMProcessor(ProcessorMixin):
             described = {"sampling_rate": sampling_rate, "lead_names": lead_names, "unit": unit}
             if self.image_processor is not None:
                 values = self._drawable(ecgs, **described)
-                data.update(self.image_processor(values))
+                data.update(self.image_processor(values, self._seconds))
             else:
                 padding = self.ecg_tokenizer is None
-                values = self.feature_extractor(ecgs, padding=padding, **described)["ecg_values"]
+                values = self.feature_extractor(self._as_batch(ecgs), padding=padding, **described)["ecg_values"]
                 if self.ecg_tokenizer is None:
                     data["ecg_values"] = values
         if text is not None:
@@ -217,18 +224,29 @@ class ELMProcessor(ProcessorMixin):
                 f"representation is {self.representation!r}; only {' and '.join(IMAGE_REPRESENTATIONS)} show ECGs as pictures."
             )
         (record,) = self._drawable([ecg], **described)
-        return record if isinstance(record, Image.Image) else self.image_processor.draw(record)
+        return record if isinstance(record, Image.Image) else self.image_processor.draw(record, self._seconds)
 
-    def _drawable(self, ecgs: Any, **described: Any) -> list[ECGRecord | Image.Image]:
-        """Records as the feature extractor prepares them; pictures stay what they are."""
+    @property
+    def _seconds(self) -> float:
+        return self.feature_extractor.num_samples / self.feature_extractor.sampling_rate
+
+    def _as_batch(self, ecgs: Any) -> list:
         batch = [ecgs] if isinstance(ecgs, Image.Image) else as_batch(ecgs)
-        records = [ecg for ecg in batch if not isinstance(ecg, Image.Image)]
-        if len(records) < len(batch) and self.representation != "rgb":
+        if self.representation != "rgb" and any(isinstance(ecg, Image.Image) for ecg in batch):
             raise ValueError(
                 f"A picture in place of an ECG, but representation is {self.representation!r}: give its samples."
             )
+        return batch
+
+    def _drawable(self, ecgs: Any, **described: Any) -> list[ECGRecord | Image.Image]:
+        """Records as the feature extractor prepares them, not padded where they are drawn; pictures stay what they are."""
+        batch = self._as_batch(ecgs)
+        records = [ecg for ecg in batch if not isinstance(ecg, Image.Image)]
         rate, leads = self.feature_extractor.sampling_rate, tuple(self.feature_extractor.lead_names)
-        arrays = iter(self.feature_extractor(records, **described)["ecg_values"] if records or not batch else ())
+        arrays: Iterator[np.ndarray] = iter(())
+        if records or not batch:
+            padding = self.representation != "rgb"
+            arrays = iter(self.feature_extractor(records, padding=padding, **described)["ecg_values"])
         return [ecg if isinstance(ecg, Image.Image) else ECGRecord(next(arrays), rate, leads) for ecg in batch]
 
     def _tokenize(self, texts: list[str], values: Any, text_kwargs: dict[str, Any]) -> dict[str, list]:

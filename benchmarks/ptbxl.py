@@ -5,7 +5,7 @@
     elm evaluate runs/ptbxl/llava --data runs/ptbxl/data
     python benchmarks/ptbxl.py auroc runs/ptbxl/llava runs/ptbxl    # of P(yes), for the five superclasses on fold 10
 
-The symbolic ELM has a tokenizer of its own:
+and so with ptbxl_fuyu.yaml, ptbxl_rgb.yaml and ptbxl_stacked_signal.yaml. The symbolic ELM has a tokenizer of its own:
 
     elm tokenizer train --data runs/ptbxl/data --sampling_rate 50 --lead_names I II V1 V3 V5 --millivolt_range -2 2 --within_leads --num_merges 1000 --output_dir runs/ptbxl/ecg_byte
     elm sft --config training/configs/ptbxl_symbolic.yaml --ecg_tokenizer runs/ptbxl/ecg_byte --data runs/ptbxl/data --llm runs/ptbxl/llm --output_dir runs/ptbxl/symbolic

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from trl import ModelConfig, SFTConfig
 
-from training.arguments import ALIASES, ELMS, ELMArguments, ELMParser
+from training.arguments import ALIASES, ELMS, VISION_BACKBONES, ELMArguments, ELMParser
 from training.evaluation import parse as parse_evaluation
 from training.sft import parse
 
@@ -42,6 +42,15 @@ def write_yaml(folder: Path, text: str) -> list[str]:
         (["--update", "encoder", "llm"], 0, "update", ["encoder", "llm"]),
         (["--data_subset", "0.5"], 0, "data_subset", 0.5),
         (["--augment_ecg"], 0, "augment_ecg", True),
+        (["--augment_rgb"], 0, "augment_rgb", True),  # of a saved model too, whose representation is not yet known
+        (["--data_representation", "rgb"], 0, "representation", "rgb"),
+        (["--representation", "rgb", "--paper", '{"layout": "3x4"}'], 0, "paper_fields", {"layout": "3x4"}),
+        (
+            ["--representation", "stacked_signal", "--image_processor", '{"size": {"height": 96, "width": 640}}'],
+            0,
+            "image_processor_fields",
+            {"size": {"height": 96, "width": 640}},
+        ),
         (["--gradient_accumulation_steps", "4"], 1, "gradient_accumulation_steps", 4),
         (["--lr_scheduler_type", "cosine"], 1, "lr_scheduler_type", "cosine"),
         (["--gradient_checkpointing", "false"], 1, "gradient_checkpointing", False),
@@ -64,6 +73,48 @@ def test_every_alias_is_an_option():
 def test_elm_sets_architecture_and_connector(elm):
     args, _, _ = parse([*BASE, "--elm", elm])
     assert (args.architecture, args.connector) == ELMS[elm]
+
+
+@pytest.mark.parametrize("representation", ["rgb", "stacked_signal"])
+@pytest.mark.parametrize("name", VISION_BACKBONES)
+def test_names_of_vision_backbones(name, representation):
+    """As in the reference: the last part of the Hub id."""
+    args, _, _ = parse([*BASE, "--representation", representation, "--encoder", name])
+    owner, model = args.encoder_name_or_path.split("/")
+    assert (owner, model) == ("openai" if name.startswith("clip") else "google", name)
+    assert args.update == ["connector", "llm"]
+
+
+@pytest.mark.parametrize(
+    ("options", "name_or_path"),
+    [
+        ([], "openai/clip-vit-base-patch32"),
+        (["--encoder", "facebook/dinov2-small"], "facebook/dinov2-small"),
+        (["--encoder", "./my_clip"], "./my_clip"),
+        (["--encoder", "vit", "--encoder_ckpt", "my_vit"], "my_vit"),
+        (["--encoder", "vit"], None),  # random weights
+    ],
+)
+def test_encoder_of_pictures(options, name_or_path):
+    assert parse([*BASE, "--representation", "rgb", *options])[0].encoder_name_or_path == name_or_path
+
+
+@pytest.mark.parametrize(
+    ("options", "num_ecg_tokens", "normalization"),
+    [
+        (["--representation", "rgb"], 49, "none"),
+        (["--representation", "stacked_signal"], 49, "minmax"),
+        (["--representation", "rgb", "--image_features", "embedding"], 1, "none"),
+        (["--representation", "rgb", "--num_encoder_tokens", "5"], 5, "none"),
+        (["--representation", "stacked_signal", "--normalization", "zscore"], 49, "zscore"),
+        (["--representation", "stacked_signal", "--normalization", "none"], 49, "none"),
+        (["--normalization", "minmax"], 12, "minmax"),
+    ],
+)
+def test_defaults_of_each_representation(options, num_ecg_tokens, normalization):
+    args, _, _ = parse([*BASE, *options])
+    assert (args.architecture, args.connector) == ("llava", "linear")
+    assert (args.num_ecg_tokens, args.normalization) == (num_ecg_tokens, normalization)
 
 
 def test_connector_beside_elm_wins():
@@ -107,9 +158,38 @@ def test_parts_that_are_trained(options, update):
     [
         (
             ["--representation", "symbolic", "--normalization", "minmax"],
-            "the ECG-Byte tokenizer normalizes millivolts itself",
+            "the ECG-Byte tokenizer normalizes millivolts; leave the option out",
         ),
+        (["--representation", "rgb", "--normalization", "minmax"], "ECG paper shows millivolts; leave the option out"),
         (["--ecg_tokenizer", "mine"], "--ecg_tokenizer with --representation signal; it is for symbolic ECGs"),
+        (["--paper", '{"layout": "3x4"}'], "--paper with --representation signal; it is for rgb ECGs"),
+        (
+            ["--representation", "stacked_signal", "--paper", '{"gain": 20}'],
+            "--paper with --representation stacked_signal",
+        ),
+        (
+            ["--image_processor", '{"size": 96}'],
+            "--image_processor with --representation signal; it is for stacked_signal and rgb ECGs",
+        ),
+        (
+            ["--representation", "rgb", "--encoder_config", '{"hidden_size": 32}'],
+            "--encoder_config with the pretrained encoder openai/clip-vit-base-patch32, whose own config stands",
+        ),
+        (
+            ["--encoder_name_or_path", "mine", "--encoder_config", '{"depths": [1]}'],
+            "--encoder_config with the pretrained encoder mine",
+        ),
+        (
+            ["--representation", "rgb", "--elm", "fuyu"],
+            "--representation rgb with --architecture fuyu; pictures of ECGs need a vision backbone",
+        ),
+        (
+            ["--representation", "stacked_signal", "--architecture", "text"],
+            "with --architecture text; pictures of ECGs",
+        ),
+        (["--representation", "rgb", "--paper", "3x4"], "--paper is not JSON"),
+        (["--representation", "rgb", "--paper", "3"], "--paper is '3'; expected names and values of fields"),
+        (["--representation", "rgb", "--image_processor", "[1]"], r"--image_processor is '\[1\]'; expected names"),
     ],
 )
 def test_options_that_do_not_go_together(options, message):
@@ -141,6 +221,19 @@ def test_yaml_and_command_line(tmp_path):
     args, _, _ = parse([*BASE, *config, "--data", "c/d", "e/f", "--encoder_config", '{"depths": [2]}'])
     assert args.data == ["c/d", "e/f"]
     assert args.encoder_fields == {"depths": [2]}
+
+
+def test_yaml_of_pictures(tmp_path):
+    config = write_yaml(
+        tmp_path,
+        "representation: rgb\npaper: {layout: 3x4, gain: 20}\nimage_processor: {max_num_patches: 512}\n"
+        "encoder: siglip2-so400m-patch16-naflex\naugment_rgb: true\n",
+    )
+    args, _, _ = parse([*BASE, *config])
+    assert args.paper_fields == {"layout": "3x4", "gain": 20}
+    assert args.image_processor_fields == {"max_num_patches": 512}
+    assert args.encoder_name_or_path == "google/siglip2-so400m-patch16-naflex"
+    assert args.augment_rgb
 
 
 @pytest.mark.parametrize(

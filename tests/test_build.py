@@ -2,13 +2,26 @@ import json
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from helpers import FAMILIES, TINY_ENCODERS, save_tiny_llm, tiny_ecg_byte, tiny_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from helpers import FAMILIES, TINY_ENCODERS, TINY_VISION, save_tiny_llm, tiny_ecg_byte, tiny_tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    Siglip2Config,
+    Siglip2Model,
+    ViTConfig,
+    ViTModel,
+)
 from trl import ModelConfig
 
 from configuration_elm import ENCODER_CONFIGS
+from ecg_drawing import ECGPaper, draw_ecg
+from ecg_utils import as_record
 from modeling_ecg_encoders import ENCODER_MODELS
 from modeling_elm import ELMForConditionalGeneration
 from training.arguments import ELMArguments
@@ -22,6 +35,7 @@ from training.build import (
     lora_config,
     resolve_llm,
 )
+from training.synthetic import make_record
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +78,9 @@ def test_llm_folder_without_model(tmp_path):
 
 
 def test_unknown_encoder(llm):
-    with pytest.raises(ValueError, match="Unknown --encoder 'resnet'; expected one of merl, mlae, mtae, st_mem"):
+    with pytest.raises(
+        ValueError, match="Unknown --encoder 'resnet' for signal ECGs; expected one of merl, mlae, mtae"
+    ):
         build(arguments(llm, encoder="resnet", encoder_config=None))
 
 
@@ -129,7 +145,7 @@ def test_embeddings_grow_only_where_needed(llm, tmp_path):
 def test_pretrained_encoder(llm, tmp_path):
     encoder = ENCODER_MODELS["mtae"](ENCODER_CONFIGS["mtae"](num_samples=500, **TINY_ENCODERS["mtae"]))
     encoder.save_pretrained(tmp_path)
-    model = build(arguments(llm, encoder_name_or_path=str(tmp_path)))
+    model = build(arguments(llm, encoder_name_or_path=str(tmp_path), encoder_config=None))
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(model.model.encoder.state_dict()[name], tensor), name
 
@@ -232,6 +248,183 @@ def test_lora_of_symbolic_ecgs_trains_all_new_rows(symbolic_args):
     config = lora_config(symbolic_args, ModelConfig(), model, processor)
     new = [processor.ecg_token_id, *processor.signal_token_ids]
     assert config.trainable_token_indices == {"embed_tokens": new, "lm_head": new}
+
+
+# pictures of ECGs
+
+# what the Hub's folders of the three names say, of smaller pictures
+PREPROCESSORS = {
+    "clip_vision_model": {
+        "crop_size": 160,
+        "do_center_crop": True,
+        "do_normalize": True,
+        "do_resize": True,
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "resample": 3,
+        "size": 160,
+    },
+    "siglip2_vision_model": {
+        "do_convert_rgb": None,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_processor_type": "Siglip2ImageProcessor",
+        "image_std": [0.5, 0.5, 0.5],
+        "max_num_patches": 16,
+        "patch_size": 32,
+        "processor_class": "Siglip2Processor",
+        "resample": 2,
+        "rescale_factor": 0.00392156862745098,
+    },
+    "vit": {
+        "do_normalize": True,
+        "do_resize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "resample": 2,
+        "size": 160,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def backbones(tmp_path_factory):
+    """Folders of tiny pretrained backbones; CLIP and SigLIP2 with their text towers."""
+    folder = tmp_path_factory.mktemp("backbones")
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text |= {"vocab_size": 20, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    models = {
+        "clip_vision_model": CLIPModel(
+            CLIPConfig(text_config=text, vision_config=TINY_VISION["clip_vision_model"], projection_dim=24)
+        ),
+        "siglip2_vision_model": Siglip2Model(
+            Siglip2Config(text_config=text, vision_config=TINY_VISION["siglip2_vision_model"])
+        ),
+        "vit": ViTModel(ViTConfig(**TINY_VISION["vit"])),
+    }
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        (folder / name / "preprocessor_config.json").write_text(json.dumps(PREPROCESSORS[name]))
+    return {name: (folder / name, getattr(model, "vision_model", model)) for name, model in models.items()}
+
+
+def image_arguments(llm, **changes) -> ELMArguments:
+    """Of a tiny ViT with random weights, unless `changes` name an encoder."""
+    defaults = {"representation": "rgb", "encoder": "vit", "encoder_config": json.dumps(TINY_VISION["vit"])}
+    if {"encoder", "encoder_name_or_path"} & changes.keys():
+        defaults["encoder_config"] = None
+    return arguments(llm, sampling_rate=100, **defaults | changes)
+
+
+RECORD = make_record(0, 1, sampling_rate=100, seconds=5.0)["ecg"]
+
+
+@pytest.mark.parametrize("option", ["encoder", "encoder_name_or_path"])
+@pytest.mark.parametrize("representation", ["rgb", "stacked_signal"])
+@pytest.mark.parametrize("name", PREPROCESSORS)
+def test_pretrained_backbone(llm, backbones, name, representation, option):
+    folder, tower = backbones[name]
+    args = image_arguments(llm, representation=representation, **{option: str(folder)})
+    processor = build_processor(args)
+    model = build_model(args, ModelConfig(), processor)
+    assert model.config.encoder_config.model_type == name
+    for key, tensor in model.model.encoder.state_dict().items():
+        assert torch.equal(tensor, tower.state_dict()[key.removeprefix("vision_model.")]), key
+    own = processor.image_processor.image_processor.to_dict()
+    assert list(own["image_mean"]) == PREPROCESSORS[name]["image_mean"]
+    assert own["resample"] == PREPROCESSORS[name]["resample"]
+    inputs = processor(ecgs=[RECORD, RECORD], return_tensors="pt")
+    assert inputs["pixel_values"].shape == ((2, 16, 32**2 * 3) if "siglip2" in name else (2, 3, 160, 160))
+    assert model.get_ecg_features(**inputs).shape == (2, 4, 32)
+
+
+@pytest.mark.parametrize("representation", ["rgb", "stacked_signal"])
+@pytest.mark.parametrize("model_type", TINY_VISION)
+def test_backbone_with_random_weights(llm, model_type, representation):
+    fields = json.dumps(TINY_VISION[model_type])
+    args = image_arguments(llm, representation=representation, encoder=model_type, encoder_config=fields)
+    processor = build_processor(args)
+    model = build_model(args, ModelConfig(), processor)
+    assert model.config.encoder_config.to_dict().items() >= TINY_VISION[model_type].items()
+    inputs = processor(ecgs=[RECORD, RECORD], return_tensors="pt")
+    side = 224 if model_type == "resnet" else 160  # which reads any size
+    assert inputs["pixel_values"].shape == ((2, 16, 32**2 * 3) if "siglip2" in model_type else (2, 3, side, side))
+    assert model.get_ecg_features(**inputs).shape == (2, 4, 32)
+    name = type(processor.image_processor.image_processor).__name__
+    expected = {"clip_vision_model": "CLIP", "siglip2_vision_model": "Siglip2", "vit": "ViT", "dinov2": "Bit"}
+    assert name == f"{expected.get(model_type, 'ConvNext')}ImageProcessorPil"
+
+
+def test_embedding_of_a_backbone(llm, backbones):
+    args = image_arguments(
+        llm, encoder=str(backbones["clip_vision_model"][0]), image_features="embedding", num_ecg_tokens=None
+    )
+    processor = build_processor(args)
+    model = build_model(args, ModelConfig(), processor)
+    assert processor.num_ecg_tokens == 1
+    assert model.get_ecg_features(**processor(ecgs=RECORD, return_tensors="pt")).shape == (1, 1, 32)
+
+
+def test_paper(llm):
+    paper = {"layout": "6x2", "gain": 20, "rhythm_leads": ["V1"]}
+    processor = build_processor(image_arguments(llm, paper=json.dumps(paper)))
+    assert processor.image_processor.paper == ECGPaper("6x2", ("V1",), gain=20)
+    drawn = draw_ecg(as_record(RECORD), 160, 160, processor.image_processor.paper)
+    assert np.abs(np.asarray(processor.draw(RECORD), dtype=int) - np.asarray(drawn)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("encoder", "fields", "shape"),
+    [
+        ("vit", {"size": {"height": 96, "width": 192}}, (3, 96, 192)),
+        ("clip_vision_model", {"size": {"height": 320, "width": 320}, "resample": 0}, (3, 320, 320)),
+        ("siglip2_vision_model", {"max_num_patches": 20}, (20, 32**2 * 3)),
+    ],
+)
+def test_image_processor(llm, backbones, encoder, fields, shape):
+    """Of other sizes than the backbone was made for, whose positions are interpolated."""
+    args = image_arguments(
+        llm, representation="stacked_signal", encoder=str(backbones[encoder][0]), image_processor=json.dumps(fields)
+    )
+    processor = build_processor(args)
+    own = processor.image_processor.image_processor.to_dict()
+    assert own.items() >= fields.items()
+    assert list(own["image_mean"]) == PREPROCESSORS[encoder]["image_mean"]
+    inputs = processor(ecgs=RECORD, return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, *shape)
+    assert build_model(args, ModelConfig(), processor).get_ecg_features(**inputs).shape == (1, 4, 32)
+
+
+@pytest.mark.parametrize(("normalization", "expected"), [("none", [-2, 2]), ("zscore", [-4, 4]), ("minmax", [0, 1])])
+def test_values_that_are_black_and_white(llm, normalization, expected):
+    args = image_arguments(llm, representation="stacked_signal", normalization=normalization)
+    assert build_processor(args).image_processor.value_range == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder": "merl"}, "Unknown --encoder 'merl' for rgb ECGs; expected clip-vit-base-patch32, .* such as vit"),
+        ({"encoder": "resnet50"}, "Unknown --encoder 'resnet50' for rgb ECGs"),
+        ({"encoder": "bert"}, "A 'bert' model reads no images"),
+        ({"encoder_config": '{"depth": 1, "width": 2}'}, "--encoder_config: ViTConfig has no field depth, width"),
+        ({"paper": '{"colour": "red"}'}, "--paper has no field colour; expected layout, rhythm_leads, speed"),
+        ({"paper": '{"layout": "4x3"}'}, "layout is '4x3'"),
+        (
+            {"image_processor": '{"max_num_patches": 512}'},  # of SigLIP2
+            "--image_processor: ViTImageProcessor has no field max_num_patches; expected .*image_mean",
+        ),
+        ({"representation": "signal"}, "Unknown --encoder 'vit' for signal ECGs; .*--representation stacked_signal or rgb"),
+        ({"representation": "signal", "encoder": "clip-vit-base-patch32"}, "Unknown --encoder 'clip-vit-base-patch32' for signal"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_with_pictures(llm, changes, message):
+    defaults = {"representation": "rgb", "encoder": "vit", "encoder_config": None}
+    with pytest.raises(ValueError, match=message):
+        build(arguments(llm, **defaults | changes))
 
 
 def test_load_elm_from_an_empty_folder(tmp_path):

@@ -1,12 +1,18 @@
 from pathlib import Path
 
 import pytest
-from helpers import tiny_elm_config, tiny_processor
+from helpers import (
+    tiny_elm_config,
+    tiny_image_elm_config,
+    tiny_image_processor_elm,
+    tiny_processor,
+    tiny_symbolic_processor,
+)
 from huggingface_hub import ModelCard
 from trl import ModelConfig
 
 from training.arguments import ELMArguments
-from training.cards import add_evaluation, write_model_card
+from training.cards import add_evaluation, representation_of, write_model_card
 
 RESULTS = {"conditions": {"ecg": {"exact_match": 0.875}, "left_out": {"exact_match": 0.25}}}
 
@@ -49,6 +55,39 @@ def test_other_architectures(tmp_path, part, words, trained):
     text = write(tmp_path, part).text
     assert words in text
     assert f"| trained parts | {trained} |" in text
+
+
+PICTURES = {
+    "vit-rgb": "`rgb`: a drawing on ECG paper, layout 12x1, 25 mm/s, 10 mm/mV, 160 x 160 pixels",
+    "siglip2_vision_model-rgb": "`rgb`: a drawing on ECG paper, layout 12x1, 25 mm/s, 10 mm/mV, 96 x 160 pixels",
+    "vit-stacked_signal": "`stacked_signal`: a grey picture of leads x samples, black at 0 and white at 1",
+}
+
+
+@pytest.mark.parametrize("case", PICTURES)
+def test_what_a_model_of_pictures_sees(tmp_path, case):
+    backbone, representation = case.split("-")
+    options = {"data": ["owner/data"], "update": ["connector"], "representation": representation}
+
+    def card(model: ModelConfig, **changes) -> str:
+        config, processor = (
+            make(backbone, representation) for make in (tiny_image_elm_config, tiny_image_processor_elm)
+        )
+        write_model_card(tmp_path, ELMArguments(**options | changes), model, config, processor)
+        return ModelCard.load(tmp_path / "README.md").text
+
+    text = card(ModelConfig(), encoder="owner/backbone")
+    assert f"| representation | {PICTURES[case]} |" in text
+    assert f"| ECG path | `{backbone}` encoder of `owner/backbone`, `mlp` connector |" in text
+    assert "secret" not in card(ModelConfig(), encoder="/home/someone/secret/backbone")
+    for text in (card(ModelConfig(), encoder="vit"), card(ModelConfig(model_name_or_path="owner/old-elm"))):
+        assert f"| ECG path | `{backbone}` encoder, `mlp` connector |" in text
+
+
+def test_other_representations():
+    assert representation_of(tiny_processor()) == "`signal`"
+    assert representation_of(tiny_symbolic_processor()) == "`symbolic`"
+    assert representation_of(tiny_processor(num_ecg_tokens=0)) == "none"
 
 
 def test_adapter(tmp_path):

@@ -4,9 +4,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import FAMILIES, tiny_processor, tiny_symbolic_processor
+from helpers import FAMILIES, tiny_image_processor_elm, tiny_processor, tiny_symbolic_processor
+from PIL import Image
 
-from training.collator import ELMCollator, augmented_ecg
+from ecg_utils import STANDARD_LEADS
+from training.collator import ELMCollator, augmented_ecg, augmented_rgb
+from training.synthetic import make_record
 
 
 def row(*turns: str, ecg: bool = True) -> dict[str, Any]:
@@ -85,7 +88,11 @@ def test_system_prompt():
     assert learnt(processor, batch["labels"][0]) == ["yes<|eot_id|>"]
 
 
-PROCESSORS = {"signal": tiny_processor, "symbolic": tiny_symbolic_processor}
+def drawing_processor():
+    return tiny_image_processor_elm("vit")
+
+
+PROCESSORS = {"signal": tiny_processor, "symbolic": tiny_symbolic_processor, "rgb": drawing_processor}
 
 
 @pytest.mark.parametrize("representation", PROCESSORS)
@@ -108,7 +115,7 @@ def test_perturb(representation):
     for name, expected in changed.items():
         assert_same(ELMCollator(processor, perturb=name)(rows), ELMCollator(processor)(expected))
     plain, only_text = ELMCollator(processor)(rows), ELMCollator(processor, perturb="only_text")(rows)
-    assert "ecg_values" not in only_text
+    assert only_text.keys() == {"input_ids", "attention_mask", "labels"}
     assert not set(only_text["input_ids"].flatten().tolist()) & {processor.ecg_token_id, *processor.signal_token_ids}
     assert learnt(processor, only_text["labels"][1]) == learnt(processor, plain["labels"][1])
 
@@ -149,26 +156,110 @@ def test_augment_leaves_its_input():
 
 @pytest.mark.parametrize("representation", PROCESSORS)
 def test_what_is_random_depends_on_seed_epoch_and_row_alone(representation):
-    rate = {"signal": 250, "symbolic": 100}[representation]
-    collator = ELMCollator(PROCESSORS[representation](), augment_ecg=True, perturb="noise", seed=3)
+    processor = PROCESSORS[representation]()
+    augment_rgb = representation == "rgb"
+    collator = ELMCollator(processor, augment_ecg=True, augment_rgb=augment_rgb, perturb="noise", seed=3)
     rows = [row("Is it?", "yes"), row("Is it so?", "no"), row("Is it?", "yes", "Sure?", "no")]
     for one in rows:
-        one["ecg"]["sampling_rate"] = rate
+        one["ecg"]["sampling_rate"] = processor.feature_extractor.sampling_rate
     together, alone = collator(rows), [collator([one]) for one in rows]
     again = collator(rows[::-1])
     length = alone[1]["input_ids"].shape[1]
     assert torch.equal(together["input_ids"][1, :length], alone[1]["input_ids"][0])
     assert torch.equal(together["input_ids"], again["input_ids"].flip(0))
-    if representation == "signal":
-        assert torch.equal(together["ecg_values"], torch.cat([batch["ecg_values"] for batch in alone]))
-        assert torch.equal(together["ecg_values"], again["ecg_values"].flip(0))
-        assert not torch.equal(
-            together["ecg_values"][0], together["ecg_values"][1]
-        )  # the words differ, the ECG does not
+    key = {"signal": "ecg_values", "symbolic": "input_ids", "rgb": "pixel_values"}[representation]
+    if representation != "symbolic":
+        assert torch.equal(together[key], torch.cat([batch[key] for batch in alone]))
+        assert torch.equal(together[key], again[key].flip(0))
+        assert not torch.equal(together[key][0], together[key][1])  # the words differ, the ECG does not
     for changes in ({"epoch": 1}, {"seed": 4}):
         other = replace(collator, **changes)(rows)
-        key = "ecg_values" if representation == "signal" else "input_ids"
         assert other[key].shape != together[key].shape or not torch.equal(other[key], together[key])
+
+
+@pytest.fixture(scope="module")
+def drawing() -> Image.Image:
+    record = make_record(0, 1, sampling_rate=100, seconds=5.0)["ecg"]
+    return drawing_processor().draw({**record, "lead_names": STANDARD_LEADS})
+
+
+def test_augmented_rgb_statistics(drawing, monkeypatch):
+    """How often a drawing undergoes each of the four changes, and how large they are."""
+    bounds = {"brightness_factor": (0.8, 1.2), "angle": (-5, 5), "sigma": (0, 1.5), "hue_factor": (-0.08, 0.08)}
+    bounds["saturation_factor"] = (0.7, 1.3)
+    seen: list[dict[str, float]] = []
+
+    def watch(transform, picture, params):
+        values = {name: params[name] for name in bounds if params.get(name) is not None}
+        seen[-1].update({name: float(np.ravel(value)[0]) for name, value in values.items()})
+        return picture
+
+    for name in ("ColorJitter", "RandomRotation", "GaussianBlur"):
+        monkeypatch.setattr(f"torchvision.transforms.v2.{name}.transform", watch)
+    for seed in range(1500):
+        seen.append({})
+        augmented_rgb(drawing, np.random.default_rng(seed))
+    assert all(("hue_factor" in changes) == ("saturation_factor" in changes) for changes in seen)
+    assert np.mean([not changes for changes in seen]) == pytest.approx(0.4 + 0.6 / 16, abs=0.04)
+    assert np.mean([len(changes) == len(bounds) for changes in seen]) == pytest.approx(0.6 / 16, abs=0.015)
+    for name, (low, high) in bounds.items():
+        amounts = [changes[name] for changes in seen if name in changes]
+        assert len(amounts) / len(seen) == pytest.approx(0.6 * 0.5, abs=0.04), name
+        margin = 0.05 * (high - low)
+        assert low <= min(amounts) < low + margin, name
+        assert high - margin < max(amounts) <= high, name
+
+
+def test_augmented_rgb_changes_some_drawings(drawing):
+    before = np.array(drawing)
+    changed = [augmented_rgb(drawing, np.random.default_rng(seed)) for seed in range(60)]
+    assert np.array_equal(drawing, before)  # its input is left as it is
+    assert {(picture.size, picture.mode) for picture in changed} == {(drawing.size, "RGB")}
+    differ = [not np.array_equal(picture, before) for picture in changed]
+    assert 20 < sum(differ) < 50
+    for picture in changed:
+        assert np.asarray(picture).max() > 150 > 100 > np.asarray(picture).min()  # still a drawing
+        assert np.array_equal(np.ravel(picture)[-3:] > 0, [True] * 3)  # no black corner
+    again = [augmented_rgb(drawing, np.random.default_rng(seed)) for seed in range(60)]
+    assert all(map(np.array_equal, changed, again))
+
+
+def test_augmented_rgb_leaves_torch_as_it_is(drawing, monkeypatch):
+    def fail(seed):
+        raise AssertionError("the generators of GPUs are seeded")
+
+    monkeypatch.setattr("torch.cuda.manual_seed_all", fail)
+    state = torch.get_rng_state()
+    pictures = [augmented_rgb(drawing, np.random.default_rng(seed)) for seed in range(10)]
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)  # nor is it asked of torch what is drawn
+    again = [augmented_rgb(drawing, np.random.default_rng(seed)) for seed in range(10)]
+    assert all(map(np.array_equal, pictures, again))
+
+
+def test_augment_rgb_of_a_batch():
+    """The drawing is changed, the size and the words are not, and a record and its drawing are what they would be alone."""
+    processor = drawing_processor()
+    rows = [row("Is it?", "yes", ecg=False)]
+    for index in range(12):
+        rows.append(row(f"Is it {index}?", "yes"))
+        rows[-1]["ecg"] = make_record(index, 1, sampling_rate=100, seconds=5.0)["ecg"]
+    plain = ELMCollator(processor)(rows)
+    augmented = ELMCollator(processor, augment_rgb=True)(rows)
+    assert augmented.keys() == plain.keys()
+    assert augmented["pixel_values"].shape == plain["pixel_values"].shape == (12, 3, 160, 160)
+    for name in ("input_ids", "attention_mask", "labels"):
+        assert torch.equal(augmented[name], plain[name])
+    differ = (augmented["pixel_values"] != plain["pixel_values"]).flatten(1).any(1)
+    assert 2 < differ.sum() < 12
+
+
+@pytest.mark.parametrize("representation", ["signal", "symbolic", "stacked_signal"])
+def test_augment_rgb_of_what_is_not_drawn(representation):
+    stacked = tiny_image_processor_elm("vit", "stacked_signal")
+    processor = stacked if representation == "stacked_signal" else PROCESSORS[representation]()
+    with pytest.raises(ValueError, match=f"--augment_rgb with a model of '{representation}' ECGs; only 'rgb'"):
+        ELMCollator(processor, augment_rgb=True)
 
 
 @pytest.mark.parametrize("representation", PROCESSORS)

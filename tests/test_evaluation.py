@@ -4,11 +4,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
-from helpers import save_tiny_data, save_tiny_llm, tiny_ecg_byte, tiny_sft
+from helpers import TINY_VISION, save_tiny_data, save_tiny_llm, tiny_ecg_byte, tiny_sft
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modeling_elm import ELMForConditionalGeneration
 from training import evaluation, sft
 from training.build import load_elm
 from training.data import load_data
@@ -258,6 +260,38 @@ def test_symbolic_model(tmp_path, data):
     assert answers["zeroed"] == answers_of(tmp_path / "elm", Dataset.from_list(zeros), "ecg")
     assert len({tuple(texts) for texts in answers.values()}) == 4
     assert answers["ecg"] == answers_of(tmp_path / "elm", rows, "ecg", batch_size=1)
+
+
+def test_model_of_drawings(tmp_path, data, monkeypatch):
+    llm = save_tiny_llm(tmp_path / "llm")
+    options = ["--representation", "rgb", "--encoder", "vit", "--encoder_config", json.dumps(TINY_VISION["vit"])]
+    options += ["--num_ecg_tokens", "4", "--max_steps", "2"]
+    sft.main(tiny_sft(llm, data, tmp_path / "elm", *options, encoder=None))
+    rows = load_data(EvaluationArguments(data=[str(data)]), "test")
+    shown: list[torch.Tensor | None] = []
+    generate = ELMForConditionalGeneration.generate
+
+    def watch(model, **inputs):
+        shown.append(inputs.get("pixel_values"))
+        return generate(model, **inputs)
+
+    monkeypatch.setattr(ELMForConditionalGeneration, "generate", watch)
+    answers = {condition: answers_of(tmp_path / "elm", rows, condition) for condition in CONDITIONS}
+    ecg, zeroed, swapped, left_out = shown  # all questions are a batch
+    assert left_out is None
+    assert torch.equal(ecg.unique(dim=0), swapped.unique(dim=0))
+    assert len(ecg.unique(dim=0)) == 7
+    assert all(not torch.equal(own, other) for own, other in zip(ecg, swapped, strict=True))
+    processor = load_elm(str(tmp_path / "elm"))[1]
+    zeros = processor(ecgs=np.zeros((12, 500)), sampling_rate=100, return_tensors="pt")["pixel_values"]
+    assert torch.equal(zeroed, zeros.expand_as(ecg))
+
+    assert answers["ecg"] == answers_of(tmp_path / "elm", rows, "ecg", batch_size=1)
+    options = ["--data", str(data), "--max_new_tokens", "6", "--num_resamples", "10"]
+    evaluation.main(["--model_name_or_path", str(tmp_path / "elm"), *options])
+    predictions = (tmp_path / "elm" / "predictions.jsonl").read_text().splitlines()
+    for condition, texts in answers.items():
+        assert [json.loads(row)[condition] for row in predictions] == texts
 
 
 @pytest.mark.parametrize(

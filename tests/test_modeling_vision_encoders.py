@@ -1,7 +1,7 @@
 import pytest
 import torch
 from helpers import TINY_VISION, save_tiny_llm, tiny_image_elm_config, tiny_vision_config
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -178,6 +178,7 @@ class TestPaddingOfSiglip2:
         assert not torch.allclose(elm.get_ecg_features(**inputs | {"pixel_values": other}), features, atol=1e-3)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=4), st.integers(1, 9))
 def test_pooling_is_that_of_torch_over_the_tokens_of_each_row(lengths, num_tokens):
     tokens = randn(len(lengths), max(lengths), 3)

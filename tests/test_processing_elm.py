@@ -1,10 +1,22 @@
+import json
+
 import numpy as np
 import pytest
 import torch
-from helpers import run_isolated, tiny_ecg_byte, tiny_processor, tiny_symbolic_processor, tiny_tokenizer
+from helpers import (
+    run_isolated,
+    tiny_ecg_byte,
+    tiny_image_processor,
+    tiny_image_processor_elm,
+    tiny_processor,
+    tiny_symbolic_processor,
+    tiny_tokenizer,
+)
+from PIL import Image
 from safetensors.torch import load_file
 
-from ecg_utils import STANDARD_LEADS, as_record, resample
+from ecg_drawing import draw_ecg
+from ecg_utils import STANDARD_LEADS, ECGRecord, as_record, resample
 from feature_extraction_elm import ECGFeatureExtractor
 from processing_elm import DISPENSABLE_LEADS, ELMProcessor
 from training.synthetic import make_record
@@ -251,6 +263,8 @@ class TestConstruction:
 
     def test_input_names(self, processor):
         assert set(processor.model_input_names) >= {"input_ids", "attention_mask", "ecg_values"}
+        text_only = tiny_processor(num_ecg_tokens=0)
+        assert text_only.model_input_names == text_only.tokenizer.model_input_names
 
     def test_decode(self, processor):
         ids = processor(text=["sinus<|eot_id|>", "ST"], padding=False)["input_ids"]
@@ -258,26 +272,43 @@ class TestConstruction:
         assert processor.decode(ids[0]) == "sinus<|eot_id|>"
 
 
-def test_fresh_process_without_the_project(processor, tmp_path):
+def test_fresh_process_without_the_project_and_torchvision(processor, tmp_path):
     """AutoProcessor gives the same inputs with the same template, and what it saves again is the same."""
     first, second = tmp_path / "first", tmp_path / "second"
     processor.save_pretrained(first)
+    of_pictures = {name: tiny_image_processor_elm(*name.split("-")) for name in PICTURES}
+    for name, picture_processor in of_pictures.items():
+        picture_processor.save_pretrained(tmp_path / name)
     np.save(tmp_path / "ecg.npy", ecg())
     run_isolated(
-        "import numpy as np\n"
-        "from safetensors.torch import save_file\n"
-        "from transformers import AutoProcessor\n"
-        f"processor = AutoProcessor.from_pretrained({str(first)!r}, trust_remote_code=True)\n"
-        f"processor.save_pretrained({str(second)!r})\n"
-        f"processor = AutoProcessor.from_pretrained({str(second)!r}, trust_remote_code=True)\n"
-        "ecg = {'type': 'ecg', 'ecg': np.load('ecg.npy'), 'sampling_rate': 250}\n"
-        "chats = [[{'role': 'user', 'content': [ecg, {'type': 'text', 'text': 'Q'}]}, {'role': 'assistant', 'content': 'A'}],\n"
-        "         [{'role': 'user', 'content': 'Hello'}, {'role': 'assistant', 'content': 'A long answer'}]]\n"
-        "inputs = processor.apply_chat_template(chats, tokenize=True, return_dict=True, return_tensors='pt',\n"
-        "                                       return_assistant_tokens_mask=True)\n"
-        "save_file(dict(inputs), 'inputs.safetensors')\n",
+        f"""
+import sys
+sys.modules["torchvision"] = None  # as if it were not installed
+import numpy as np
+from safetensors.torch import save_file
+from transformers import AutoImageProcessor, AutoProcessor
+processor = AutoProcessor.from_pretrained("first", trust_remote_code=True)
+processor.save_pretrained("second")
+processor = AutoProcessor.from_pretrained("second", trust_remote_code=True)
+ecg = {{"type": "ecg", "ecg": np.load("ecg.npy"), "sampling_rate": 250}}
+chats = [[{{"role": "user", "content": [ecg, {{"type": "text", "text": "Q"}}]}}, {{"role": "assistant", "content": "A"}}],
+         [{{"role": "user", "content": "Hello"}}, {{"role": "assistant", "content": "A long answer"}}]]
+inputs = processor.apply_chat_template(chats, tokenize=True, return_dict=True, return_tensors="pt",
+                                       return_assistant_tokens_mask=True)
+save_file(dict(inputs), "inputs.safetensors")
+for name in {list(of_pictures)}:
+    processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
+    save_file(dict(processor(text="<signal>", ecgs="ecg.npy", sampling_rate=250, return_tensors="pt")), f"{{name}}.safetensors")
+    image_processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=True)
+    assert image_processor.to_dict() == processor.image_processor.to_dict()
+""",
         tmp_path,
     )
+    for name, picture_processor in of_pictures.items():
+        inputs = picture_processor(text="<signal>", ecgs=ecg(), sampling_rate=250, return_tensors="pt")
+        loaded = load_file(tmp_path / f"{name}.safetensors")
+        assert loaded.keys() == inputs.keys()
+        assert all(torch.equal(loaded[key], inputs[key]) for key in loaded)
     chats = [chat([ecg_part(), "Q"], ["A"]), chat(["Hello"], ["A long answer"])]
     expected = processor.apply_chat_template(
         chats, tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
@@ -306,6 +337,172 @@ def simulated(index=0, millivolts=1.0):
     """A simulated record [12, 500] of 5 s at 100 Hz, as the symbolic processors take it."""
     row = make_record(index, 1, sampling_rate=100, seconds=5.0)
     return {**row["ecg"], "array": millivolts * row["ecg"]["array"] / np.float32(1e3), "unit": "mV"}
+
+
+PICTURES = [
+    f"{backbone}-{representation}"
+    for backbone in ("clip_vision_model", "siglip2_vision_model")
+    for representation in ("rgb", "stacked_signal")
+]
+
+
+@pytest.fixture(scope="module", params=PICTURES)
+def pictures(request):
+    """A processor of ECGs of 5 s at 100 Hz as pictures."""
+    return tiny_image_processor_elm(*request.param.split("-"))
+
+
+@pytest.fixture(scope="module")
+def drawing():
+    return tiny_image_processor_elm("clip_vision_model")
+
+
+class TestPictures:
+    def test_call(self, pictures):
+        ecgs = [simulated(0), simulated(1)]
+        inputs = pictures(text=["a<signal>", "b", "<signal>"], ecgs=ecgs, return_tensors="pt")
+        assert set(inputs) == set(pictures.model_input_names)
+        assert (inputs["input_ids"] == pictures.ecg_token_id).sum(1).tolist() == [4, 0, 4]
+        values = pictures.feature_extractor(ecgs)["ecg_values"]
+        expected = pictures.image_processor([ECGRecord(value, 100.0, STANDARD_LEADS) for value in values])
+        for name in pictures.image_processor.model_input_names:
+            np.testing.assert_array_equal(inputs[name], expected[name])
+        assert inputs["pixel_values"].dtype == torch.float32
+
+    def test_ecgs_only(self, pictures):
+        inputs = pictures(ecgs=simulated(), return_tensors="pt")
+        assert list(inputs) == pictures.image_processor.model_input_names
+
+    def test_chats_with_several_ecgs_and_with_none(self, pictures):
+        parts = [{"type": "ecg", "ecg": simulated(index)} for index in range(4)]
+        chats = [
+            chat([parts[0], "Compare with", parts[1], "please."], ["no"], [parts[2], "And now?"]),
+            chat(["No ECG here."]),
+            chat([parts[3], "Q"]),
+        ]
+        batch = inputs_of(pictures, chats)
+        alone = [inputs_of(pictures, messages) for messages in chats]
+        assert alone[1].keys() == {"input_ids", "attention_mask"}
+        for ids, mask, single in zip(batch["input_ids"], batch["attention_mask"], alone, strict=True):
+            assert torch.equal(ids[mask.bool()], single["input_ids"][0])
+        assert [(ids == pictures.ecg_token_id).sum() for ids in batch["input_ids"]] == [12, 0, 4]
+        for name in pictures.image_processor.model_input_names:
+            assert torch.equal(batch[name], torch.cat([alone[0][name], alone[2][name]]))
+
+    @pytest.mark.parametrize("number", [0, 1, 3])
+    def test_placeholders_and_ecgs_of_different_number(self, number, pictures):
+        with pytest.raises(ValueError, match=rf"has 2 <signal> placeholders \(\[2\] by sample\) for {number} ECGs"):
+            pictures(text="<signal><signal>", ecgs=[simulated()] * number or None)
+
+    def test_draw_is_what_the_backbone_sees(self, pictures):
+        picture = pictures.draw(simulated())
+        values = pictures.image_processor.image_processor(picture, return_tensors="np")["pixel_values"]
+        if pictures.representation == "rgb":
+            np.testing.assert_allclose(pictures(ecgs=simulated())["pixel_values"], values, atol=1e-6)
+        else:
+            assert picture.size == (500, 12)
+
+    def test_any_rate_unit_and_lead_order(self, pictures):
+        ecg = simulated()
+        turned = {"array": 1e3 * ecg["array"][::-1], "lead_names": STANDARD_LEADS[::-1], "unit": "uV"}
+        assert np.array_equal(pictures.draw(ecg), pictures.draw(turned, sampling_rate=100))
+        assert np.array_equal(pictures.draw(ecg), pictures.draw(ecg["array"], sampling_rate=100, unit="mV"))
+        fast = {**ecg, "array": resample(ecg["array"], 100, 400), "sampling_rate": 400}
+        difference = np.abs(np.asarray(pictures.draw(fast), dtype=int) - np.asarray(pictures.draw(ecg)))
+        assert difference.mean() < 3 < np.abs(np.asarray(pictures.draw(simulated(1)), dtype=int) - difference).mean()
+
+    @pytest.mark.parametrize("representation", ["rgb", "stacked_signal"])
+    def test_short_records(self, representation):
+        """Stacked they are padded as signals are; a drawing ends where the record ends, at the same scale."""
+        processor = tiny_image_processor_elm("clip_vision_model", representation)
+        ecg = simulated()
+        short = {**ecg, "array": ecg["array"][:, :300] + np.float32(2)}
+        picture, whole = np.asarray(processor.draw(short)), np.asarray(processor.draw(ecg))
+        assert picture.shape == whole.shape
+        if representation == "stacked_signal":
+            assert (picture[:, 300:] == 0).all()
+            assert picture[:, :300].min() == 0
+            assert picture[:, :300].max() == 254  # epsilon of the normalization
+        else:
+            end = round(160 * (10 + 3 * 25 + 5) / (10 + 5 * 25 + 5))  # millimetres of paper
+            array = processor.feature_extractor(short, padding=False)["ecg_values"][0]
+            assert np.array_equal(picture[:, :end], draw_ecg(ECGRecord(array, 100.0, STANDARD_LEADS), 160, end))
+            assert (picture[:, end:] == picture[-1, -1]).all()
+            assert (picture[:, end - 1] != picture[-1, -1]).any()
+        assert np.array_equal(processor(ecgs=[short])["pixel_values"], processor(ecgs=[ecg, short])["pixel_values"][1:])
+
+    def test_scans_in_place_of_ecgs(self, drawing):
+        scan = Image.effect_noise((300, 200), 50)
+        part = {"type": "ecg", "ecg": scan}
+        ecg = {"type": "ecg", "ecg": simulated()}
+        inputs = inputs_of(drawing, chat([ecg, part, "Same?"]))
+        assert (inputs["input_ids"] == drawing.ecg_token_id).sum() == 8
+        expected = drawing.image_processor([scan.convert("RGB").resize((160, 160), Image.Resampling.BICUBIC)])
+        np.testing.assert_array_equal(inputs["pixel_values"][1:], expected["pixel_values"])
+        np.testing.assert_array_equal(inputs["pixel_values"][:1], drawing(ecgs=simulated())["pixel_values"])
+        for ecgs in (scan, [scan]):
+            np.testing.assert_array_equal(drawing(text="<signal>", ecgs=ecgs)["pixel_values"], expected["pixel_values"])
+        assert drawing.draw(scan) is scan
+
+    def test_scans_where_no_drawings_are_read(self, processor):
+        scan = Image.new("RGB", (300, 200))
+        stacked = tiny_image_processor_elm("vit", "stacked_signal")
+        for call in (lambda: stacked(ecgs=[simulated(), scan]), lambda: stacked.draw(scan)):
+            with pytest.raises(
+                ValueError, match="A picture in place of an ECG, but representation is 'stacked_signal'"
+            ):
+                call()
+        for ecgs in (scan, [scan]):
+            with pytest.raises(ValueError, match="A picture in place of an ECG, but representation is 'signal'"):
+                processor(ecgs=ecgs, sampling_rate=250)
+
+    def test_no_ecg(self, drawing):
+        with pytest.raises(ValueError, match="There is no ECG"):
+            drawing(ecgs=[])
+
+    def test_bad_ecgs(self, drawing):
+        with pytest.raises(ValueError, match="no sampling rate"):
+            drawing(ecgs=simulated()["array"])
+        with pytest.raises(ValueError, match="The ECG is 10 s long"):
+            drawing(ecgs={**simulated(), "sampling_rate": 50})
+
+    def test_draw_of_other_representations(self, processor):
+        with pytest.raises(ValueError, match="representation is 'signal'; only stacked_signal and rgb show ECGs"):
+            processor.draw(ecg(), sampling_rate=250)
+
+    @pytest.mark.parametrize(
+        ("representation", "of_images", "message"),
+        [
+            (
+                "rgb",
+                None,
+                "representation='rgb' with no image_processor; 'stacked_signal' and 'rgb' need one of theirs",
+            ),
+            ("rgb", "stacked_signal", "representation='rgb' with one of 'stacked_signal'"),
+            ("stacked_signal", "rgb", "representation='stacked_signal' with one of 'rgb'"),
+            ("signal", "rgb", "representation='signal' with one of 'rgb'; .* the others take none"),
+        ],
+    )
+    def test_image_processor_of_another_representation(self, representation, of_images, message, processor):
+        image_processor = of_images and tiny_image_processor("vit", of_images)
+        with pytest.raises(ValueError, match=message):
+            ELMProcessor(
+                processor.feature_extractor,
+                processor.tokenizer,
+                representation=representation,
+                image_processor=image_processor,
+            )
+
+    def test_saved_and_loaded(self, pictures, tmp_path):
+        pictures.save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "processor_config.json").read_text())
+        own = pictures.image_processor.image_processor
+        assert saved["image_processor"]["image_processor"] == json.loads(own.to_json_string())
+        loaded = ELMProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+        assert loaded.image_processor.to_dict() == pictures.image_processor.to_dict()
+        inputs, expected = (processor(text="<signal>", ecgs=simulated()) for processor in (loaded, pictures))
+        assert inputs.keys() == expected.keys()
+        assert all(np.array_equal(inputs[name], expected[name]) for name in inputs)
 
 
 def symbolic_ids(processor, array, leads=STANDARD_LEADS):

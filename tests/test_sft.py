@@ -5,12 +5,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from datasets import load_from_disk
-from helpers import ROOT, losses, run_isolated, save_tiny_data, save_tiny_llm, tiny_ecg_byte, tiny_sft
+from helpers import ROOT, TINY_VISION, losses, run_isolated, save_tiny_data, save_tiny_llm, tiny_ecg_byte, tiny_sft
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -220,16 +221,16 @@ def test_augments_anew_in_each_epoch_and_never_in_evaluation(llm, data, tmp_path
     collate = sft.ELMCollator.__call__
 
     def watch(collator, rows):
-        seen.append((len(rows), collator.augment_ecg, collator.epoch))
+        seen.append((len(rows), collator.augment_ecg, collator.augment_rgb, collator.epoch))
         return collate(collator, rows)
 
     monkeypatch.setattr(sft.ELMCollator, "__call__", watch)
-    options = ["--batch_size", "24", "--epochs", "2", "--eval_strategy", "epoch", "--augment_ecg"]
-    sft.main(tiny_sft(llm, data, tmp_path, *options, encoder="mtae"))
-    assert [call for call in seen if call[0] == 24] == [(24, True, 0), (24, True, 1)]
+    options = ["--batch_size", "24", "--epochs", "2", "--eval_strategy", "epoch", "--augment_ecg", "--augment_rgb"]
+    sft.main(tiny_sft(llm, data, tmp_path, *options, *of_pictures("vit"), encoder=None))
+    assert [call for call in seen if call[0] == 24] == [(24, True, True, 0), (24, True, True, 1)]
     evaluated = [call for call in seen if call[0] < 24]  # there are 6 rows
     assert len(evaluated) >= 2
-    assert not any(augment for _, augment, _ in evaluated)
+    assert not any(augment_ecg or augment_rgb for _, augment_ecg, augment_rgb, _ in evaluated)
 
 
 def test_connector_alone_with_batches_without_ecg(llm, mixed_data, tmp_path):
@@ -314,7 +315,7 @@ def test_symbolic_rows_are_trained(symbolic, llm, tied_llm, ecg_byte, mixed_data
         assert not moved[words].any()
 
 
-def symbolic_chats(data: Path) -> list[list[dict]]:
+def chats_about_ecgs(data: Path) -> list[list[dict]]:
     """Questions about three ECGs, and one about none."""
     rows = [row for row in load_from_disk(data)["train"] if row["ecg"] is not None][:3]
     questions = [
@@ -334,13 +335,13 @@ def symbolic_answers(folder: Path, chats: list) -> list[list[int]]:
 
 
 def test_symbolic_answers_alike_in_a_batch(symbolic, mixed_data):
-    chats = symbolic_chats(mixed_data)
+    chats = chats_about_ecgs(mixed_data)
     assert symbolic_answers(symbolic, chats) == [symbolic_answers(symbolic, [chat])[0] for chat in chats]
 
 
 def test_symbolic_in_a_fresh_process_without_the_project(symbolic_elms, mixed_data, tmp_path):
     """A whole model, and an adapter that is not merged."""
-    chats = symbolic_chats(mixed_data)
+    chats = chats_about_ecgs(mixed_data)
     (tmp_path / "chats.json").write_text(json.dumps(chats))
     printed = run_isolated(
         f"""
@@ -382,13 +383,147 @@ def test_symbolic_ecgs_are_written(symbolic, mixed_data):
     assert (ecg["lead_names"], ecg["sampling_rate"], ecg["unit"]) == (["I", "V1"], 100, "mV")
 
 
-def test_symbolic_chats_that_exceed_the_context(llm, data, ecg_byte, tmp_path, caplog):
+def test_chats_about_ecgs_that_exceed_the_context(llm, data, ecg_byte, tmp_path, caplog):
     options = ["--representation", "symbolic", "--ecg_tokenizer", str(ecg_byte), "--max_steps", "1"]
     with pytest.raises(ValueError, match=r"tokens of 1 ECGs and room for \d+ beside its words \(max_length=1024\)"):
         sft.main(tiny_sft(llm, data, tmp_path / "error", *options, encoder=None))
     sft.main(tiny_sft(llm, data, tmp_path / "dropped", *options, "--ecg_overflow", "drop_leads", encoder=None))
     assert "their leads aVR, aVL, aVF, III" in caplog.text
     assert len(losses(tmp_path / "dropped")) == 1
+
+
+# ECGs as pictures
+
+
+def of_pictures(encoder: str, representation: str = "rgb") -> list[str]:
+    """Options of a tiny vision backbone with random weights."""
+    fields = TINY_VISION.get(f"{encoder}_vision_model", TINY_VISION.get(encoder))
+    options = ["--representation", representation, "--encoder", encoder, "--encoder_config", json.dumps(fields)]
+    return [*options, "--num_ecg_tokens", "4"]
+
+
+@pytest.fixture(scope="module")
+def image_elms(tmp_path_factory, llm, mixed_data) -> dict[str, Path]:
+    """After two steps, with batches of some ECGs and of none."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for encoder in ("clip", "siglip2", "vit"):
+        for representation in ("rgb", "stacked_signal"):
+            options = [*of_pictures(encoder, representation), "--max_steps", "2"]
+            sft.main(tiny_sft(llm, mixed_data, folder / f"{encoder}_{representation}", *options, encoder=None))
+    return {path.name: path for path in sorted(folder.iterdir())}
+
+
+def test_pictures_train(image_elms):
+    assert len(image_elms) == 6
+    for name, folder in image_elms.items():
+        first, last = losses(folder)
+        assert last < first, name
+        assert {path.name for path in folder.iterdir()} >= {
+            "image_processing_elm.py",
+            "ecg_drawing.py",
+            "modeling_vision_encoders.py",
+            "processor_config.json",
+        }
+        encoder, representation = name.split("_", 1)
+        card = (folder / "README.md").read_text()
+        assert f"| representation | `{representation}`: a " in card
+        assert f"| ECG path | `{encoder}" in card
+
+
+def test_pictures_in_a_fresh_process_without_the_project(image_elms, mixed_data, tmp_path):
+    """Each of the six sees there what it sees here, and answers alike in a batch, alone and here."""
+    chats = chats_about_ecgs(mixed_data)
+    chats.append([{"role": "user", "content": [*chats[0][0]["content"], *chats[1][0]["content"]]}])
+    (tmp_path / "chats.json").write_text(json.dumps(chats))
+    code = """
+def inputs_of(processor, chats):
+    return processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+
+def answers(model, inputs):
+    output = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    return output[:, inputs["input_ids"].shape[1]:].tolist()
+
+def features(model, inputs):
+    pictures = {name: values for name, values in inputs.items() if name not in ("input_ids", "attention_mask")}
+    return model.get_ecg_features(**pictures)[..., 0].tolist()
+"""
+    printed = run_isolated(
+        f"""{code}
+import json
+from transformers import AutoModelForCausalLM, AutoProcessor
+chats = json.load(open("chats.json"))
+for folder in {list(map(str, image_elms.values()))}:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    inputs = inputs_of(processor, chats)
+    alone = [answers(model, inputs_of(processor, [chat]))[0] for chat in chats]
+    print(json.dumps([answers(model, inputs), alone, features(model, inputs)]))
+""",
+        tmp_path,
+    )
+    here: dict[str, Any] = {}
+    exec(code, here)
+    for line, (name, folder) in zip(printed.strip().splitlines()[-6:], image_elms.items(), strict=True):
+        together, alone, seen = json.loads(line)
+        model, processor = load_elm(str(folder))
+        inputs = here["inputs_of"](processor, chats)
+        assert together == alone == here["answers"](model.eval(), inputs), name
+        np.testing.assert_allclose(seen, here["features"](model, inputs), atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(
+            seen[3:], seen[:2], atol=1e-5, err_msg=name
+        )  # the last chat's are those of two others
+        assert np.abs(np.subtract(seen[0], seen[1])).max() > 1e-4, name
+
+
+@pytest.mark.parametrize("update", [["encoder"], ["connector", "llm"]])
+def test_only_updated_parts_change_of_pictures(image_elms, llm, mixed_data, tmp_path, update):
+    start = image_elms["clip_rgb"]
+    options = ["--model_name_or_path", str(start), "--update", *update, "--max_steps", "2"]
+    sft.main(tiny_sft(llm, mixed_data, tmp_path, *options, encoder=None))
+    before, after = weights(start), weights(tmp_path)
+    assert before.keys() == after.keys()
+    changed = {name.split(".")[1] for name in before if not torch.equal(before[name], after[name])}
+    assert changed - {"weight"} == {{"llm": "language_model"}.get(part, part) for part in update}
+    assert ("weight" in changed) is ("llm" in update)  # of the head
+
+
+def test_lora_of_pictures(llm, mixed_data, tmp_path):
+    """The encoder, which starts at random, is trained in full and saved with the adapter."""
+    folder = tmp_path / "adapter"
+    options = [*of_pictures("vit"), "--max_steps", "2", "--peft"]
+    sft.main(tiny_sft(llm, mixed_data, folder, *options, encoder=None))
+    trained, base = load_file(folder / "adapter_model.safetensors"), base_of(folder).state_dict()
+    encoder = {name.removeprefix("base_model.model."): value for name, value in trained.items() if ".encoder." in name}
+    assert {name for name in base if ".encoder." in name} == encoder.keys()
+    assert any(not torch.equal(base[name], value) for name, value in encoder.items())
+    chats = chats_about_ecgs(mixed_data)
+    model, processor = load_elm(str(folder))
+    inputs = processor.apply_chat_template(
+        chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        merged = model.eval()(**inputs).logits
+        adapted = PeftModel.from_pretrained(base_of(folder), folder).eval()(**inputs).logits
+        untrained = base_of(folder).eval()(**inputs).logits
+    assert torch.allclose(merged, adapted, atol=1e-5)
+    assert not torch.allclose(merged, untrained, atol=1e-3)
+
+
+def test_augmented_drawings_resume_bit_for_bit(llm, mixed_data, tmp_path):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    options = [*of_pictures("vit"), "--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2"]
+    options += ["--augment_rgb", "--augment_ecg"]
+    sft.main(tiny_sft(llm, mixed_data, straight, *options, encoder=None))
+    shutil.copytree(straight / "checkpoint-2", resumed / "checkpoint-2")
+    sft.main(tiny_sft(llm, mixed_data, resumed, *options, "--resume_from_checkpoint", "last", encoder=None))
+    assert len(losses(straight)) == 4
+    assert losses(resumed) == losses(straight)
+    assert_same(weights(straight), weights(resumed))
+
+
+def test_augmented_rgb_of_another_representation(trained, data, tmp_path):
+    with pytest.raises(ValueError, match="--augment_rgb with a model of 'signal' ECGs"):
+        sft.main(tiny_sft(trained, data, tmp_path, "--elm_ckpt", str(trained), "--augment_rgb"))
 
 
 # other processes
@@ -432,28 +567,28 @@ def test_resumes_bit_for_bit(llm, data, tmp_path):
 
 
 def test_two_processes_equal_one(llm, mixed_data, tmp_path):
+    """Of signals with torchrun, and of drawings with accelerate."""
     steps = ["--max_steps", "6", "--gradient_checkpointing", "true"]
-    for name, batch_size in (("one", "4"), ("two", "2"), ("accelerate", "2")):
-        args = tiny_sft(llm, mixed_data, tmp_path / name, *steps, "--batch_size", batch_size, encoder="st_mem")
-        (tmp_path / f"{name}.json").write_text(json.dumps(args))
-    sft.main(json.loads((tmp_path / "one.json").read_text()))
+    commands = {}
+    for name, options, encoder in (("torchrun", [], "st_mem"), ("accelerate", of_pictures("clip"), None)):
+        args = [*steps, *options, "--batch_size"]
+        sft.main(tiny_sft(llm, mixed_data, tmp_path / f"{name}_one", *args, "4", encoder=encoder))
+        args += ["2", "--distributed"]
+        commands[name] = ["training/sft.py", *tiny_sft(llm, mixed_data, tmp_path / name, *args, encoder=encoder)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     accelerate += ["--main_process_port", free_port()]
     output = finish(
-        start([*torchrun, "training/sft.py", *json.loads((tmp_path / "two.json").read_text()), "--distributed"]),
-        start(
-            [*accelerate, "training/sft.py", *json.loads((tmp_path / "accelerate.json").read_text()), "--distributed"],
-            ACCELERATE_USE_CPU="true",
-        ),
+        start([*torchrun, *commands["torchrun"]]),
+        start([*accelerate, *commands["accelerate"]], ACCELERATE_USE_CPU="true"),
     )
     assert output.count("parameters trained") == 2  # the main process speaks, the other is silent
-    one = losses(tmp_path / "one")
-    assert len(one) == 6
-    assert one[-1] < one[0] - 0.1
-    for name in ("two", "accelerate"):
+    for name in commands:
+        one = losses(tmp_path / f"{name}_one")
+        assert len(one) == 6
+        assert one[-1] < one[0] - 0.1
         assert losses(tmp_path / name) == pytest.approx(one, abs=1e-4)
-        trained, expected = weights(tmp_path / name), weights(tmp_path / "one")
+        trained, expected = weights(tmp_path / name), weights(tmp_path / f"{name}_one")
         for key in expected:  # Adam turns a tiny difference of a tiny gradient into a step
             assert torch.allclose(trained[key], expected[key], atol=5e-3), key
 

@@ -216,12 +216,18 @@ class ELMArguments(DataArguments):
         if self.connector is None:
             self.connector = {"llava": "linear", "fuyu": "patch", "text": None}[self.architecture]
         of_images = self.representation in IMAGE_REPRESENTATIONS
+        if of_images and self.architecture != "llava":
+            raise ValueError(
+                f"--representation {self.representation} with --architecture {self.architecture}; pictures of ECGs need a vision "
+                "backbone: leave the option out, or --elm."
+            )
         if self.encoder is None:
             self.encoder = "clip-vit-base-patch32" if of_images else "st_mem"
-        if self.architecture == "llava" and self.encoder_name_or_path is None and "/" in self.encoder:
-            self.encoder_name_or_path = self.encoder
-        elif self.architecture == "llava" and self.encoder_name_or_path is None:
-            self.encoder_name_or_path = VISION_BACKBONES.get(self.encoder)
+        if self.architecture == "llava" and self.encoder_name_or_path is None:
+            if "/" in self.encoder:
+                self.encoder_name_or_path = self.encoder
+            elif of_images:
+                self.encoder_name_or_path = VISION_BACKBONES.get(self.encoder)
         if self.num_ecg_tokens is None:
             of_encoder = (1 if self.image_features == "embedding" else 49) if of_images else 12
             defaults: dict[str | None, int] = {"linear": of_encoder, "mlp": of_encoder, "patch": 25, "conv": 25}
@@ -241,7 +247,7 @@ class ELMArguments(DataArguments):
         ):
             if getattr(self, name) and self.representation not in representations:
                 raise ValueError(
-                    f"--{name} with --representation {self.representation}; it is for {' and '.join(representations)}."
+                    f"--{name} with --representation {self.representation}; it is for {' and '.join(representations)} ECGs."
                 )
         self.encoder_fields = self._fields("encoder_config")
         if self.encoder_fields and self.encoder_name_or_path is not None:

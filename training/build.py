@@ -22,7 +22,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
-from transformers.processing_utils import ImagesKwargs
 from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig
 
@@ -92,15 +91,20 @@ def encoder_config(args: ELMArguments, num_leads: int) -> PreTrainedConfig:
     if args.representation in IMAGE_REPRESENTATIONS:
         if args.encoder_name_or_path is not None:
             return vision_config(args.encoder_name_or_path)
-        if args.encoder in ENCODER_CONFIGS or args.encoder not in CONFIG_MAPPING:
+        # of models that read text too the vision tower
+        model_types = [name for name in (f"{args.encoder}_vision_model", args.encoder) if name in CONFIG_MAPPING]
+        if not model_types:
             raise ValueError(
                 f"Unknown --encoder {args.encoder!r} for {args.representation} ECGs; expected {', '.join(VISION_BACKBONES)}, a Hub "
                 "id such as owner/name, or the model_type of a vision backbone, such as vit."
             )
-        config_class, shape = CONFIG_MAPPING[args.encoder], {}
+        config_class, shape = CONFIG_MAPPING[model_types[0]], {}
     else:
         if args.encoder not in ENCODER_CONFIGS:
-            raise ValueError(f"Unknown --encoder {args.encoder!r}; expected one of {', '.join(ENCODER_CONFIGS)}.")
+            raise ValueError(
+                f"Unknown --encoder {args.encoder!r} for signal ECGs; expected one of {', '.join(ENCODER_CONFIGS)}. Vision "
+                f"backbones read --representation {' or '.join(IMAGE_REPRESENTATIONS)}."
+            )
         config_class = ENCODER_CONFIGS[args.encoder]
         shape = {"num_leads": num_leads, "num_samples": args.num_samples}
     unknown = args.encoder_fields.keys() - {field.name for field in fields(config_class)}
@@ -116,15 +120,20 @@ def build_image_processor(args: ELMArguments, config: PreTrainedConfig) -> ECGIm
     else:
         names = IMAGE_PROCESSOR_MAPPING_NAMES.get(config.model_type.removesuffix("_vision_model"), {})
         settings = {"image_processor_type": names.get("torchvision", "ViTImageProcessor")}
+        height, width = image_size(config)
+        settings |= {"size": {"height": height, "width": width}, "do_center_crop": False}
     if hasattr(config, "num_patches"):  # of pictures of any shape
         settings.setdefault("max_num_patches", config.num_patches)
         settings["patch_size"] = config.patch_size
-    else:
-        height, width = image_size(config)
-        settings |= {"size": {"height": height, "width": width}, "do_center_crop": False}
-    unknown = args.image_processor_fields.keys() - ImagesKwargs.__annotations__.keys() - {"max_num_patches"}
+    if "size" in args.image_processor_fields:
+        settings["do_center_crop"] = False  # else the size would be that of the crop
+    settings = ECGImageProcessor(settings).image_processor.to_dict()  # with the defaults of its class
+    unknown = args.image_processor_fields.keys() - settings.keys()
     if unknown:
-        raise ValueError(f"--image_processor: there is no field {', '.join(sorted(unknown))}.")
+        raise ValueError(
+            f"--image_processor: {settings['image_processor_type']} has no field {', '.join(sorted(unknown))}; expected "
+            f"{', '.join(settings)}."
+        )
     unknown = args.paper_fields.keys() - {field.name for field in fields(ECGPaper)}
     if unknown:
         raise ValueError(

@@ -43,6 +43,22 @@ def shown(name: str) -> str:
     return name if on_hub(name) else Path(name).name
 
 
+def representation_of(processor: ELMProcessor) -> str:
+    """What the model is shown of an ECG, in words."""
+    extractor, image_processor = processor.feature_extractor, processor.image_processor
+    if image_processor is None:
+        return f"`{processor.representation}`" if processor.takes_ecgs else "none"
+    if processor.representation == "stacked_signal":
+        low, high = image_processor.value_range
+        return f"`stacked_signal`: a grey picture of leads x samples, black at {low:g} and white at {high:g}"
+    paper = image_processor.paper
+    height, width = image_processor.image_size(extractor.lead_names, extractor.num_samples / extractor.sampling_rate)
+    return (
+        f"`rgb`: a drawing on ECG paper, layout {paper.layout}, {paper.speed:g} mm/s, {paper.gain:g} mm/mV, {width} x {height} "
+        "pixels"
+    )
+
+
 def add_evaluation(folder: Path, results: dict[str, Any]) -> None:
     """Writes the scores with and without the ECG into the card of `folder`, if it has one with a place for them."""
     path = folder / "README.md"
@@ -63,8 +79,10 @@ def write_model_card(
     start = model_args.model_name_or_path or resolve_llm(args.llm)
     adapter = model_args.use_peft
     encoder = config.encoder_config
+    pretrained = args.encoder_name_or_path if model_args.model_name_or_path is None else None
+    source = "" if pretrained is None else f" of `{shown(pretrained)}`"
     ecg_path = {
-        "llava": f"`{encoder.model_type}` encoder, `{config.connector}` connector"
+        "llava": f"`{encoder.model_type}` encoder{source}, `{config.connector}` connector"
         if isinstance(encoder, PreTrainedConfig)
         else "",
         "fuyu": f"`{config.connector}` connector, no encoder",
@@ -90,6 +108,7 @@ def write_model_card(
         template_path=str(TEMPLATES / "model.md"),
         model_name=folder.resolve().name,
         start=shown(start),
+        representation=representation_of(processor),
         ecg_path=ecg_path,
         num_leads=len(extractor.lead_names),
         num_samples=extractor.num_samples,

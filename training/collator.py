@@ -129,7 +129,7 @@ def augmented_rgb(picture: Image.Image, rng: np.random.Generator) -> Image.Image
         v2.ColorJitter(hue=0.08, saturation=0.3),
     )
     with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator
-        torch.manual_seed(int(rng.integers(2**63)))
+        torch.default_generator.manual_seed(int(rng.integers(2**63)))  # torch.manual_seed would seed those of GPUs too
         for change in changes:
             picture = v2.RandomApply([change])(picture)
     return picture
