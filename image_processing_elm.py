@@ -104,13 +104,17 @@ class ECGImageProcessor(BaseImageProcessor):
 
         Args:
             seconds: that the page of `rgb` has room for; default: those of the record. The paper of a shorter record ends
-                where it ends, at the same scale.
+                where it ends, at the same scale. So does that of all records where a few seconds over the whole width would
+                leave no height for the leads.
         """
         if self.representation == "rgb":
             own_seconds = record.array.shape[1] / record.sampling_rate
             seconds = seconds or own_seconds
             height, width = self.image_size(record.lead_names, seconds)
-            own_width = round(width * page_width(self.paper, own_seconds) / page_width(self.paper, seconds))
+            # millimetres of paper that the picture shows at least: rows half as high as on a page of natural size
+            least = page_height(self.paper, record.lead_names) / 2
+            scale = min(width / page_width(self.paper, seconds), height / least)
+            own_width = round(scale * page_width(self.paper, own_seconds))
             picture = Image.new("RGB", (width, height), self.paper.background_color)
             picture.paste(draw_ecg(record, height, own_width, self.paper))
             return picture
@@ -125,11 +129,7 @@ class ECGImageProcessor(BaseImageProcessor):
         height: Any = page_height(self.paper, lead_names)
         width: Any = page_width(self.paper, seconds)
         patches = self.image_processor.patch_size, self.image_processor.max_num_patches
-        while True:  # until the backbone's image processor leaves the size as it is
-            size = get_image_size_for_max_num_patches(height, width, *patches)
-            if size == (height, width):
-                return size
-            height, width = size
+        return get_image_size_for_max_num_patches(height, width, *patches)  # which leaves its result as it is
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -96,6 +96,19 @@ class TestDrawn:
         assert abs(drawn[:, : end - 20].astype(int) - expected[:, : end - 20]).mean() < 8
         assert abs(np.roll(drawn, 8, 1)[:, : end - 20].astype(int) - expected[:, : end - 20]).mean() > 16
 
+    @pytest.mark.parametrize("seconds", [1.0, 3.0])
+    def test_a_few_seconds_take_as_much_width_as_the_leads_leave_height(self, seconds):
+        """Over the whole width of 224 pixels, 2 s would leave 5 mm for each of twelve leads; they have 10."""
+        processor = ECGImageProcessor({"image_processor_type": "ViTImageProcessor"})
+        record = ecg()
+        record = ECGRecord(record.array[:, : int(100 * seconds)], record.sampling_rate, record.lead_names)
+        drawn = np.asarray(processor.draw(record))
+        scale = 224 / (page_height(ECGPaper(), STANDARD_LEADS) / 2)
+        width = round(scale * page_width(ECGPaper(), seconds))
+        assert drawn.shape == (224, 224, 3)
+        assert np.array_equal(drawn[:, :width], draw_ecg(record, 224, width))
+        assert (drawn[:, width:] == drawn[-1, -1]).all()
+
 
 class TestStacked:
     @pytest.mark.parametrize("model_type", TINY_VISION)

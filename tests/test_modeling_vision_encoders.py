@@ -137,6 +137,12 @@ class TestPatches:
         inputs = inputs_of(model_type)
         assert torch.equal(encode(model, image_features, **inputs), encode(model, image_features, **inputs))
 
+    def test_compiled(self):
+        inputs = (tiny_tower("clip_vision_model"), "patches", randn(2, 3, 160, 160))
+        patches = torch.compile(encode_images, backend="aot_eager")(*inputs)
+        patches.sum().backward()
+        torch.testing.assert_close(patches, encode_images(*inputs))
+
     @pytest.mark.parametrize("model_type", TINY_VISION)
     def test_a_blank_picture(self, model_type):
         model = tiny_tower(model_type)
