@@ -202,7 +202,7 @@ def _labels(page: Iterable[Strip], row_height: float, text_size: float) -> list[
 def _pen(lines: Iterable[Lines], height: int, width: int, line_width: float, scale: float) -> Image.Image:
     """Mask of what a round pen covers, anti-aliased: 255 where it covers the whole pixel.
 
-    Each column of pixels is cut into four parts side by side. In a part, what the pen covers of a line is one interval,
+    Each column of pixels is cut into five parts side by side. In a part, what the pen covers of a line is one interval,
     whose overlap with the pixels is exact.
 
     Args:
@@ -212,8 +212,8 @@ def _pen(lines: Iterable[Lines], height: int, width: int, line_width: float, sca
         scale: pixels per mm.
     """
     radius = max(MIN_LINE_WIDTH, line_width * scale) / 2
-    parts = 4
-    ink_bits = 6  # 64 steps of ink for a pixel that is covered in one part, 256 in all
+    parts = 5
+    ink = 255 // parts  # of a pixel that is covered in one part
     reach = max(0, round(radius * parts - 0.5))  # parts that the pen covers on each side of its own
     beside = np.sqrt((radius**2 - ((np.arange(reach) + 1.5) / parts) ** 2).clip(min=0))  # where it leaves these
     half_heights = np.concatenate([beside[::-1], [radius], beside])
@@ -240,10 +240,11 @@ def _pen(lines: Iterable[Lines], height: int, width: int, line_width: float, sca
         column = np.arange(first, last) // parts
         inside = (column >= 0) & (column < width)
         for edges, sign in ((tops, 1), (bottoms, -1)):
-            depth = np.rint(edges[:, inside].clip(0, height) * (1 << ink_bits)).astype(np.intp)
-            cell = ((depth >> ink_bits) * width + column[inside]).ravel()
-            below = (depth & ((1 << ink_bits) - 1)).ravel().astype(np.int16)
-            np.add.at(steps, cell, sign * ((1 << ink_bits) - below))
+            depth = np.rint(edges[:, inside].clip(0, height) * ink).astype(np.intp)
+            row, below = np.divmod(depth, ink)
+            cell = (row * width + column[inside]).ravel()
+            below = below.ravel().astype(np.int16)
+            np.add.at(steps, cell, sign * (ink - below))
             np.add.at(steps, cell + width, sign * below)
     rows = steps[: height * width].reshape(height, width)
     for above, row in pairwise(rows):

@@ -147,7 +147,7 @@ class TestTraces:
         exact = covered.reshape(size, fine, size, fine).mean((1, 3))
         difference = (ink_of(draw_ecg(record, size, size, paper)) - exact)[:, int(9 * scale) :]
         assert np.abs(difference).max() < 0.2
-        assert np.abs(difference).sum() < 0.07 * exact.sum()
+        assert np.abs(difference).sum() < 0.05 * exact.sum()
         assert abs(difference.sum()) < 0.02 * exact.sum()
 
     @pytest.mark.parametrize("millivolts", [0.013, 0.05, -0.031])
