@@ -1,4 +1,5 @@
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -6,10 +7,11 @@ import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict, load_from_disk
 from helpers import save_tiny_data, tiny_processor
+from torch.utils.data import DataLoader
 
 from training.arguments import DataArguments
 from training.collator import ELMCollator
-from training.data import load_data, load_ecgs, to_chat
+from training.data import ecgs_of, load_data, load_ecgs, load_stream, to_chat
 from training.synthetic import make_dataset
 
 ECG = {"array": np.zeros((12, 500)), "sampling_rate": 250, "unit": "mV"}
@@ -84,11 +86,13 @@ def test_mixed_datasets(saved, simulated, tmp_path):
     floats = json_lines(tmp_path / "floats", [{"messages": ASKED, "ecg": plain_ecg(0.25)}])
     data = load(saved, simulated, words)
     assert len(data) == 11
-    assert data[0]["ecg"]["array"].shape == (12, 500)
-    assert data[6]["ecg"]["array"].shape == (12, 1000)
-    assert np.array_equal(data[6]["ecg"]["array"], load(simulated)[0]["ecg"]["array"])
-    assert data[6]["ecg"]["sampling_rate"] == 200
-    assert data[10]["ecg"] is None
+    arrays = [ecgs_of(row)[0]["array"] for row in data.select(range(10))]
+    assert [array.shape for array in arrays] == [(12, 500)] * 6 + [(12, 1000)] * 4
+    assert np.array_equal(arrays[1], load(saved)[1]["ecg"]["array"])
+    assert np.array_equal(arrays[6], load(simulated)[0]["ecg"]["array"])
+    assert ecgs_of(data[6])[0].keys() == {"array", "sampling_rate", "lead_names", "unit"}
+    assert ecgs_of(data[6])[0]["sampling_rate"] == 200
+    assert ecgs_of(data[10]) == []
     assert load(saved, saved, split="test").num_rows == 6
     assert load(floats, json_lines(tmp_path / "more", [{"messages": ASKED, "ecg": plain_ecg()}])).num_rows == 2
 
@@ -121,9 +125,9 @@ def test_ecgs_alone(saved, tmp_path):
     data = load_ecgs(args, "train")
     assert data.column_names == ["ecg"]
     assert data.info.license == "CC BY 4.0"
-    assert np.array_equal(data[1]["ecg"]["array"], load(saved)[1]["ecg"]["array"])
-    assert (data[6]["ecg"]["array"] == 0.5).all()
-    assert data[7]["ecg"] is None
+    assert np.array_equal(ecgs_of(data[1])[0]["array"], load(saved)[1]["ecg"]["array"])
+    assert (ecgs_of(data[6])[0]["array"] == 0.5).all()
+    assert ecgs_of(data[7]) == []
     assert len(data) == 8
     assert len(load_ecgs(args, "test")) == 3
     assert load_ecgs(args, "validation") is None
@@ -236,3 +240,78 @@ def test_saved_dataset_dict_of_other_splits(tmp_path):
     DatasetDict(val=Dataset.from_list([{"messages": ASKED}])).save_to_disk(tmp_path)
     assert load(tmp_path) is None
     assert len(load(tmp_path, split="val")) == 1
+
+
+# streaming
+
+
+@pytest.fixture(scope="module")
+def parquet(saved, tmp_path_factory) -> Path:
+    """Twenty-four rows in three row groups."""
+    folder = tmp_path_factory.mktemp("data") / "parquet"
+    data = save_tiny_data(folder / "saved", train=24)
+    load_from_disk(data)["train"].to_parquet(folder / "train" / "train.parquet", batch_size=8)
+    return folder / "train"
+
+
+def stream_ids(*names: Any, rows: int, workers: int = 0, seed: int = 0, shuffle_buffer: int = 10, **options) -> list:
+    args = DataArguments(data=[str(name) for name in names], **options)
+    stream = load_stream(args, "train", seed, shuffle_buffer)
+    loader = DataLoader(stream, batch_size=4, num_workers=workers, collate_fn=_ids)
+    return [ids for batch in islice(loader, rows // 4) for ids in batch]
+
+
+def _ids(rows: list[dict[str, Any]]) -> list[tuple[int, str]]:
+    return [(row["epoch"], row["record_id"]) for row in rows]
+
+
+@pytest.mark.parametrize("workers", [0, 2, 5])  # fewer and more than row groups
+def test_a_stream_gives_every_row_once_a_pass(parquet, workers):
+    rows = stream_ids(parquet, rows=72, workers=workers)
+    assert rows == stream_ids(parquet, rows=72, workers=workers)
+    assert rows != stream_ids(parquet, rows=72, workers=workers, seed=1)
+    passes = [[record for epoch, record in rows if epoch == number] for number in (0, 1)]
+    assert all(len(set(records)) == len(records) for records in passes)
+    assert passes[0] != sorted(passes[0])
+    assert passes[0] != passes[1]
+    if workers == 0:
+        assert [len(records) for records in passes] == [24, 24]
+
+
+def test_streamed_rows_are_as_those_of_the_dataset(parquet, saved):
+    streamed = list(load_stream(DataArguments(data=[str(parquet)]), "train"))
+    whole = load(parquet)
+    assert [row["record_id"] for row in streamed] == whole["record_id"][:]
+    for one, other in zip(streamed, whole, strict=True):
+        assert np.array_equal(one["ecg"]["array"], other["ecg"]["array"])
+        assert one["ecg"]["array"].dtype == other["ecg"]["array"].dtype
+        assert one["messages"] == other["messages"]
+    assert len(list(load_stream(DataArguments(data=[str(saved)]), "test"))) == 3  # of save_to_disk
+    assert load_stream(DataArguments(data=[str(saved)]), "validation") is None
+
+
+def test_a_stream_of_several_datasets(parquet, simulated):
+    both = stream_ids(parquet, simulated, rows=28)
+    assert len(set(both)) == 28  # all of the first pass
+    weighted = stream_ids(parquet, simulated, rows=200, data_weights=[0.8, 0.2])
+    assert 20 < len([record for _, record in weighted if record.startswith("synthetic-1-")]) < 60
+    assert weighted == stream_ids(parquet, simulated, rows=200, data_weights=[0.8, 0.2])
+
+
+def test_a_stream_has_no_subset(parquet):
+    with pytest.raises(ValueError, match="--data_subset with --streaming"):
+        load_stream(DataArguments(data=[str(parquet)], data_subset=0.5), "train")
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, 0.0], [1.0, 2.0, 3.0]])
+def test_wrong_weights(weights):
+    with pytest.raises(ValueError, match="expected a positive number for each of the 2 of --data"):
+        DataArguments(data=["a", "b"], data_weights=weights)
+
+
+def test_paths_under_a_root(tmp_path):
+    absolute = str(tmp_path / "c.npz")
+    folder = json_lines(tmp_path, [{"messages": ASKED, "ecg": ["a.npz", absolute]}, {"messages": ASKED, "ecg": None}])
+    data = load(folder, ecg_root="/ecgs")
+    assert ecgs_of(data[0]) == ["/ecgs/a.npz", absolute]
+    assert ecgs_of(data[1]) == []

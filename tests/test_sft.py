@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import streamed_run
 import torch
 from datasets import load_from_disk
 from helpers import ROOT, TINY_VISION, losses, run_isolated, save_tiny_data, save_tiny_llm, tiny_ecg_byte, tiny_sft
@@ -591,6 +592,61 @@ def test_two_processes_equal_one(llm, mixed_data, tmp_path):
         trained, expected = weights(tmp_path / name), weights(tmp_path / f"{name}_one")
         for key in expected:  # Adam turns a tiny difference of a tiny gradient into a step
             assert torch.allclose(trained[key], expected[key], atol=5e-3), key
+
+
+# streaming
+
+
+@pytest.fixture(scope="module")
+def parquet(data, tmp_path_factory) -> Path:
+    """Of the data's 24 training rows, in three row groups."""
+    folder = tmp_path_factory.mktemp("parquet")
+    for split, rows in load_from_disk(data).items():
+        rows.to_parquet(folder / f"{split}.parquet", batch_size=8)
+    return folder
+
+
+def streamed(llm: Path, parquet: Path, folder: Path, *options: str) -> list[str]:
+    return tiny_sft(llm, parquet, folder, "--streaming", "--shuffle_buffer", "10", *options)
+
+
+def test_a_stream_resumes_in_mid_epoch(llm, parquet, tmp_path):
+    """Of the second pass, where a pass is six steps; with what is random about its ECGs."""
+    argv = streamed(llm, parquet, tmp_path, "--augment_ecg", "--eval_strategy", "steps", "--eval_steps", "6")
+    whole, resumed = streamed_run.stop_and_resume(tmp_path, argv, stop=8, end=12)
+    assert resumed == whole
+    steps = json.loads((tmp_path / "whole.0.json").read_text())
+    first, second = ([record for ids in half for record in ids] for half in (steps[:6], steps[6:]))
+    assert len(set(first)) == len(set(second)) == 24
+    assert first != second
+    runs = tmp_path / "runs"
+    assert len(losses(runs / "whole")) == 12
+    assert losses(runs / "parts") == losses(runs / "whole")
+    assert_same(weights(runs / "whole"), weights(runs / "parts"))
+
+
+def test_a_stream_of_two_processes_resumes_in_mid_epoch(llm, parquet, tmp_path):
+    argv = streamed(llm, parquet, tmp_path, "--batch_size", "2", "--distributed")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    finish(start([*torchrun, "tests/streamed_run.py", str(tmp_path), "8", "12", *argv]))
+
+    def steps(run: str, rank: int) -> list[list[str]]:
+        return json.loads((tmp_path / f"{run}.{rank}.json").read_text())
+
+    for rank in (0, 1):
+        assert len(steps("begun", rank)) == 8
+        assert steps("resumed", rank) == steps("whole", rank)[8:]
+        assert len(steps("resumed", rank)) == 4
+    seen = [record for rank in (0, 1) for ids in steps("whole", rank)[:6] for record in ids]
+    assert len(seen) == len(set(seen)) == 24
+    assert_same(weights(tmp_path / "runs" / "whole"), weights(tmp_path / "runs" / "parts"))
+
+
+def test_a_stream_needs_max_steps(llm, parquet, tmp_path):
+    with pytest.raises(ValueError, match="--streaming does not know when the data has been read once; say --max_steps"):
+        sft.main(streamed(llm, parquet, tmp_path))
+    with pytest.raises(ValueError, match="--shuffle_buffer is 0"):
+        sft.main(streamed(llm, parquet, tmp_path, "--shuffle_buffer", "0", "--max_steps", "1"))
 
 
 # LoRA

@@ -51,9 +51,23 @@ class DataArguments:
 
     data: list[str] = field(
         metadata={
-            "help": "Datasets, one or several that are mixed: local folders (written by `save_to_disk`, or of parquet "
-            "or JSON Lines files) or Hub ids, with the columns `messages` and `ecg`."
+            "help": "Datasets, one or several that are mixed: local folders (made by `elm data build` or `save_to_disk`, or of "
+            "parquet or JSON Lines files) or Hub ids, with the columns `messages` and `ecg`; or keys of the reference's, which "
+            "`elm data list` shows."
         },
+    )
+    data_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Share that each of --data has among the rows, drawn by --seed until all rows of each were there once. "
+            "Default: one dataset after the other."
+        },
+    )
+    fold: int | None = field(
+        default=None, metadata={"help": "Fold of datasets that have splits such as fold1_train and fold1_test."}
+    )
+    ecg_root: str | None = field(
+        default=None, metadata={"help": "Folder of the ECG files that a dataset names by relative paths."}
     )
     data_subset: float | None = field(
         default=None, metadata={"help": "Use this share of the rows, in (0, 1], chosen at random by --seed."}
@@ -69,6 +83,12 @@ class DataArguments:
     def __post_init__(self) -> None:
         if self.data_subset is not None and not 0 < self.data_subset <= 1:
             raise ValueError(f"--data_subset is {self.data_subset}; expected a share of the rows in (0, 1].")
+        if self.data_weights is not None and not (
+            len(self.data_weights) == len(self.data) and all(weight > 0 for weight in self.data_weights)
+        ):
+            raise ValueError(
+                f"--data_weights is {self.data_weights}; expected a positive number for each of the {len(self.data)} of --data."
+            )
 
 
 @dataclass
@@ -177,6 +197,20 @@ class ELMArguments(DataArguments):
     lead_names: list[str] | None = field(
         default=None, metadata={"help": "Leads and their order. Default: I II III aVR aVL aVF V1 ... V6."}
     )
+    missing_leads: Literal["error", "zeros"] = field(
+        default="error",
+        metadata={
+            "help": "Leads that a record has not: an error, or zeros that the model is told of. Limb leads are derived where "
+            "I and II are there."
+        },
+    )
+    bandpass: list[float] | None = field(
+        default=None,
+        metadata={"help": "Low and high frequency in Hz that pass, such as 0.5 40. Default: no filter."},
+    )
+    notch: float | None = field(
+        default=None, metadata={"help": "Hz of the mains that is taken out, 50 or 60. Default: no filter."}
+    )
     normalization: Literal["none", "zscore", "minmax"] | None = field(
         default=None,
         metadata={
@@ -191,12 +225,34 @@ class ELMArguments(DataArguments):
             "help": "Parts that are trained. Default: connector and llm, and an encoder that starts with random weights.",
         },
     )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read the rows as they are needed instead of caching them first; say --max_steps."},
+    )
+    shuffle_buffer: int = field(
+        default=1000, metadata={"help": "Rows that --streaming holds in memory and shuffles, in each data loader worker."}
+    )
     augment_ecg: bool = field(
         default=False, metadata={"help": "In training, add noise and baseline wander to some of the ECGs."}
     )
     augment_rgb: bool = field(
         default=False,
         metadata={"help": "In training, change brightness, colour, angle and sharpness of some of the drawn ECGs."},
+    )
+    time_shift: float = field(
+        default=0.0,
+        metadata={"help": "In training, begin each recording up to so many seconds later, at most at its half."},
+    )
+    gain_jitter: float = field(
+        default=0.0,
+        metadata={"help": "In training, make each recording up to this share larger or smaller, such as 0.1."},
+    )
+    lead_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "In training, lose each lead with this probability, but never all: it is zeros, or missing with "
+            "--missing_leads zeros."
+        },
     )
     wandb: bool = field(default=False, metadata={"help": "Report to Weights & Biases, as --report_to wandb does."})
     distributed: bool = field(
@@ -211,6 +267,13 @@ class ELMArguments(DataArguments):
             self.connector = self.connector or connector
             if self.elm == "ecg_byte":
                 self.representation = "symbolic"
+        if not 0 <= self.time_shift < float("inf"):
+            raise ValueError(f"--time_shift is {self.time_shift}; expected seconds, at least 0.")
+        for name in ("gain_jitter", "lead_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; expected a share in [0, 1).")
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"--shuffle_buffer is {self.shuffle_buffer}; expected at least 1 row.")
         if self.architecture is None:
             self.architecture = "text" if self.representation == "symbolic" else "llava"
         if self.connector is None:
@@ -274,9 +337,9 @@ class ELMArguments(DataArguments):
 
 def new_elm_options(args: ELMArguments) -> list[str]:
     """The options that differ from their defaults and say what a new ELM is made of."""
-    of_training = {"update", "augment_ecg", "augment_rgb", "wandb", "distributed"} | {
-        option.name for option in fields(DataArguments)
-    }
+    of_training = {"update", "streaming", "shuffle_buffer", "wandb", "distributed"}
+    of_training |= {"augment_ecg", "augment_rgb", "time_shift", "gain_jitter", "lead_dropout"}
+    of_training |= {option.name for option in fields(DataArguments)}
     defaults = ELMArguments(data=args.data)
     names = [option.name for option in fields(args) if option.name not in of_training]
     return [name for name in names if getattr(args, name) != getattr(defaults, name)]

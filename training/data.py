@@ -1,13 +1,35 @@
-"""Datasets of chats about ECGs."""
+"""Datasets of chats about ECGs: on the Hub, in local folders, or streamed."""
 
 import logging
+import re
+import zlib
+from collections.abc import Iterator
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
+import fsspec.asyn
 import numpy as np
-from datasets import Dataset, DatasetDict, List, Value, concatenate_datasets, load_dataset, load_from_disk
+import pyarrow as pa
+import torch.utils.data
+from datasets import (
+    Dataset,
+    DatasetDict,
+    DatasetInfo,
+    Features,
+    IterableDataset,
+    IterableDatasetDict,
+    List,
+    Value,
+    concatenate_datasets,
+    interleave_datasets,
+    load_dataset,
+    load_from_disk,
+)
 
+from ecg_utils import STANDARD_LEADS
 from training.arguments import DataArguments
+from training.reference_data import LITERALS, OWNER, SAMPLING_RATE, from_reference, is_key, is_reference
 
 logger = logging.getLogger(__name__)
 
@@ -15,74 +37,283 @@ COLUMNS = {
     "messages": "a list of turns with 'role' and 'content', beside 'ecg'",
     "ecg": "a dict with 'array', 'sampling_rate', 'lead_names' and 'unit', the path of a file, or a list of these",
 }
+# one ECG of datasets that are mixed and differ in its form
+_ECG = {
+    "array": List(List(Value("float32"))),
+    "sampling_rate": Value("float32"),
+    "lead_names": List(Value("string")),
+    "unit": Value("string"),
+    "path": Value("string"),
+}
+STREAMED_ROWS = 100  # read at once
 
 
-def load_data(args: DataArguments, split: str, seed: int = 0) -> Dataset | None:
-    """The rows of one split of all `args.data`, concatenated; None where no dataset has that split.
+def load_data(args: DataArguments, split: str, seed: int = 0, num_proc: int | None = None) -> Dataset | None:
+    """The rows of one split of all `args.data`; None where no dataset has that split.
 
     Each row has `messages` (a chat of `role` and `content`) and `ecg` (a dict with `array` [leads, samples],
     `sampling_rate`, `lead_names` and `unit`, the path of a file, or a list of these).
 
     Raises:
-        ValueError: if a dataset has other columns, or cannot be found.
+        ValueError: a dataset has other columns, cannot be found, or has folds and `args.fold` names none.
     """
-    return _mix([_load_split(name, split, "messages") for name in args.data], args.data_subset, seed)
+    return _mix([load_split(name, split, args, "messages", num_proc=num_proc) for name in args.data], args, seed)
 
 
 def load_ecgs(args: DataArguments, split: str, seed: int = 0) -> Dataset | None:
     """The column `ecg` of the rows that `load_data` gives; no other column has to be there."""
-    parts = [_load_split(name, split, "ecg") for name in args.data]
-    return _mix([None if part is None else part.select_columns("ecg") for part in parts], args.data_subset, seed)
+    parts = [load_split(name, split, args, "ecg") for name in args.data]
+    kept = [
+        # `num_samples` belongs to the reference's ECGs that are no files
+        None if part is None else part.select_columns([c for c in ("ecg", "num_samples") if c in part.column_names])
+        for part in parts
+    ]
+    return _mix(kept, args, seed)
 
 
-def _mix(loaded: list[Dataset | None], subset: float | None, seed: int) -> Dataset | None:
+def _mix(loaded: list[Dataset | None], args: DataArguments, seed: int) -> Dataset | None:
     parts = [part for part in loaded if part is not None]
     if not parts:
         return None
-    if any(part.features != parts[0].features for part in parts):
-        parts = [_any_shape(part) for part in parts]
-    data = concatenate_datasets(parts)
-    if subset is not None:
-        data = data.shuffle(seed=seed).select(range(max(1, round(subset * len(data)))))
+    if len(parts) > 1 and any(part.features.get("ecg") != parts[0].features.get("ecg") for part in parts):
+        parts = [_any_form(part) for part in parts]
+    if args.data_weights is None:
+        data = concatenate_datasets(parts)
+    else:
+        weights = _weights_of(args, [part is not None for part in loaded])
+        data = interleave_datasets(parts, weights, seed, stopping_strategy="all_exhausted")
+    if args.data_subset is not None:
+        data = data.shuffle(seed=seed).select(range(max(1, round(args.data_subset * len(data)))))
     # arrays as NumPy: lists of Python numbers would take longer to make than the ECG to process
     return data.with_format("numpy", columns=["ecg"], output_all_columns=True) if "ecg" in data.column_names else data
 
 
-def _load_split(name: str, split: str, column: str) -> Dataset | None:
+def _weights_of(args: DataArguments, there: list[bool]) -> list[float]:
+    weights = [weight for weight, has_split in zip(args.data_weights or [], there, strict=True) if has_split]
+    return [weight / sum(weights) for weight in weights]
+
+
+def load_splits(name: str, streaming: bool = False, revision: str | None = None) -> DatasetDict | IterableDatasetDict:
+    """All splits of a dataset as they are: a local folder (of `save_to_disk`, or of parquet, JSON Lines or CSV files), a Hub id, or
+    a key of the reference's datasets.
+
+    Raises:
+        ValueError: `name` is none of these.
+    """
     path = Path(name).expanduser()
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         loaded = load_from_disk(path)
-    elif path.exists() or name.count("/") == 1:
-        loaded = load_dataset(str(path) if path.exists() else name)
-    else:
-        raise ValueError(f"No dataset {name!r}: expected a local folder or a Hub id such as owner/name.")
-    splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
-    if split not in splits:
-        logger.info("%s has no split %r; it has %s", name, split, ", ".join(splits))
-        return None
-    if column not in splits[split].column_names:
+        splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
+        if not streaming:
+            return splits
+        shards = {split: max(1, len(data) // STREAMED_ROWS) for split, data in splits.items()}
+        return IterableDatasetDict({split: data.to_iterable_dataset(shards[split]) for split, data in splits.items()})
+    if path.exists():
+        return load_dataset(str(path), streaming=streaming)
+    if is_key(name):
+        name = f"{OWNER}/{name}"
+    if name.count("/") != 1:
         raise ValueError(
-            f"{name} ({split}) has the columns {splits[split].column_names}; expected {column!r}, {COLUMNS[column]}."
+            f"No dataset {name!r}: expected a local folder, a Hub id such as owner/name, or a key that `elm data list` shows."
         )
-    return splits[split]
+    return load_dataset(name, streaming=streaming, revision=revision)
 
 
-def _any_shape(part: Dataset) -> Dataset:
-    """Datasets of different record lengths, rates or number types have one type here, as concatenation demands."""
-    ecg = part.features.get("ecg")
-    several = isinstance(ecg, List)
-    fields = ecg.feature if several else ecg
-    if not isinstance(fields, dict):  # paths, or no ECG
+def load_split(
+    name: str,
+    split: str,
+    args: DataArguments,
+    column: str,
+    streaming: bool = False,
+    num_proc: int | None = None,
+) -> Any:
+    """One split of one dataset, a `Dataset` or if `streaming` an `IterableDataset`, or None where it has no such split."""
+    splits = load_splits(name, streaming)
+    folds = sorted({match.group(1) for key in splits if (match := re.fullmatch(r"fold(\d+)_\w+", str(key)))}, key=int)
+    if folds and args.fold is None:
+        raise ValueError(f"{name} has the folds {', '.join(folds)}; choose one with --fold.")
+    if folds and str(args.fold) not in folds:
+        raise ValueError(f"--fold {args.fold}, but {name} has the folds {', '.join(folds)}.")
+    key = f"fold{args.fold}_{split}" if folds else split
+    if key not in splits:
+        logger.info("%s has no split %r; it has %s", name, key, ", ".join(map(str, splits)))
+        return None
+    data = splits[key]
+    if is_reference(data):
+        return from_reference(data, name, args.ecg_root, num_proc)
+    if column not in data.column_names:
+        raise ValueError(f"{name} ({key}) has the columns {data.column_names}; expected {column!r}, {COLUMNS[column]}.")
+    if args.ecg_root is not None and _is_path(data.features.get("ecg")):
+        data = data.map(_under_root, fn_kwargs={"root": args.ecg_root}, features=data.features)
+    return data
+
+
+def _is_path(ecg: Any) -> bool:
+    return (ecg.feature if isinstance(ecg, List) else ecg) == Value("string")
+
+
+def _under_root(row: dict[str, Any], root: str) -> dict[str, Any]:
+    """Paths of a row under `root`; absolute ones stay."""
+    if isinstance(row["ecg"], str):
+        return {"ecg": str(Path(root) / row["ecg"])}
+    return {"ecg": row["ecg"] and [str(Path(root) / path) for path in row["ecg"]]}
+
+
+def _any_form(part: Dataset) -> Dataset:
+    """ECGs as lists of `_ECG`, which holds arrays of any type and paths: to concatenate, datasets need one form."""
+    if "ecg" not in part.column_names:
         return part
-    fields = {**fields, "array": List(List(Value("float32"))), "sampling_rate": Value("float32")}
-    return part.cast_column("ecg", List(fields) if several else fields)
+    features = Features({**part.features, "ecg": List(_ECG)})
+    return part.with_format("arrow").map(_to_any_form, batched=True, features=features).with_format(None)
+
+
+def _to_any_form(table: pa.Table) -> pa.Table:
+    ecgs = table["ecg"].combine_chunks()
+    if isinstance(ecgs, pa.ChunkedArray):  # of an empty table
+        ecgs = pa.concat_arrays(ecgs.chunks) if ecgs.num_chunks else pa.array([], ecgs.type)
+    if pa.types.is_list(ecgs.type):
+        counts = ecgs.value_lengths().fill_null(0).to_numpy()
+        values = ecgs.flatten()
+    else:
+        counts = ecgs.is_valid().to_numpy(zero_copy_only=False)
+        values = ecgs.drop_null()
+    there = (
+        {"path": values}
+        if pa.types.is_string(values.type)
+        else dict(zip(values.type.names, values.flatten(), strict=True))
+    )
+    types = Features(_ECG).arrow_schema
+    columns = [
+        there[name].cast(types.field(name).type) if name in there else pa.nulls(len(values), types.field(name).type)
+        for name in _ECG
+    ]
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    listed = pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(columns, names=list(_ECG)))
+    return table.set_column(table.column_names.index("ecg"), "ecg", listed)
+
+
+def load_stream(
+    args: DataArguments, split: str, seed: int = 0, shuffle_buffer: int | None = None
+) -> "RowStream | None":
+    """The rows of `load_data`, read as they are needed; None where no dataset has that split.
+
+    Args:
+        shuffle_buffer: rows that are shuffled among each other; the stream is then endless. None reads them once, in order.
+
+    Raises:
+        ValueError: as `load_data`; `args.data_subset` is set.
+    """
+    if args.data_subset is not None:
+        raise ValueError(
+            "--data_subset with --streaming, which does not know how many rows there are; say --max_steps alone."
+        )
+    parts = [load_split(name, split, args, "messages", streaming=True) for name in args.data]
+    there = [part is not None for part in parts]
+    if not any(there):
+        return None
+    endless = shuffle_buffer is not None
+    weights = None if args.data_weights is None or not endless else _weights_of(args, there)
+    return RowStream([part for part in parts if part is not None], weights, shuffle_buffer, seed)
+
+
+class RowStream(torch.utils.data.IterableDataset):
+    """Rows of streamed datasets, in an order that depends on `seed` and the number of data loader workers alone.
+
+    Shuffled it is endless, and the order another in each pass: pieces of the files (row groups of parquet) come in random order,
+    and rows are shuffled within a buffer. `datasets` can shuffle too, but copies each row in doing so, 20 times slower, and
+    leaves workers idle where there are fewer files.
+
+    Args:
+        sources: one or several.
+        weights: the share of the rows that each source is to have; None reads each of their rows once a pass.
+        shuffle_buffer: rows that are held and shuffled; None keeps the order and ends after one pass.
+
+    Each row has its `epoch`, the pass over its source.
+    """
+
+    def __init__(
+        self, sources: list[IterableDataset], weights: list[float] | None, shuffle_buffer: int | None, seed: int
+    ) -> None:
+        self.sources = [source.reshard() for source in sources]
+        self.weights = weights
+        self.shuffle_buffer = shuffle_buffer
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = torch.utils.data.get_worker_info()
+        if worker is not None:
+            fsspec.asyn.reset_lock()  # remote files would hang in a forked process
+        place, places = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        if self.weights is None:
+            yield from self._passes(self.sources, place, places)
+            return
+        streams = [self._passes([source], place, places) for source in self.sources]
+        rng = np.random.default_rng([self.seed, place])
+        while True:
+            for choice in rng.choice(len(streams), size=1000, p=self.weights):
+                if (row := next(streams[choice], None)) is None:
+                    return  # it has no rows for this worker
+                yield row
+
+    def _passes(self, sources: list[IterableDataset], place: int, places: int) -> Iterator[dict[str, Any]]:
+        for epoch in count() if self.shuffle_buffer is not None else (0,):
+            row = None
+            for row in self._pass(sources, epoch, place, places):
+                yield {**row, "epoch": epoch}
+            if row is None:
+                return
+
+    def _pass(self, sources: list[IterableDataset], epoch: int, place: int, places: int) -> Iterator[dict[str, Any]]:
+        pieces = [(source, piece) for source in sources for piece in range(source.num_shards)]
+        if self.shuffle_buffer is not None:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(pieces))
+            pieces = [pieces[index] for index in order]
+        by_piece = len(pieces) >= places  # else every worker reads all, and takes its share of the rows
+        if by_piece:
+            pieces = pieces[place::places]
+        rng = np.random.default_rng([self.seed, epoch, place])
+        turn = cycle(range(places))
+        held: list[tuple[Dataset, int]] = []
+        for source, piece in pieces:
+            for block in _blocks(source.shard(source.num_shards, piece)):
+                held += [(block, row) for row in range(len(block)) if by_piece or next(turn) == place]
+                if self.shuffle_buffer is None or len(held) >= self.shuffle_buffer:
+                    yield from self._release(held, rng)
+                    held = []
+        yield from self._release(held, rng)
+
+    def _release(self, held: list[tuple[Dataset, int]], rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+        order = range(len(held)) if self.shuffle_buffer is None else rng.permutation(len(held))
+        for index in order:
+            block, row = held[index]
+            yield block[row]
+
+
+def _blocks(source: IterableDataset) -> Iterator[Dataset]:
+    """The rows as small tables that are read as those of a whole dataset are."""
+    for table in source.with_format("arrow").iter(STREAMED_ROWS):
+        features = source.features or Features.from_arrow_schema(table.schema)
+        block = Dataset(table, DatasetInfo(features=features))
+        yield block.with_format("numpy", columns=["ecg"], output_all_columns=True) if "ecg" in features else block
 
 
 def ecgs_of(row: dict[str, Any]) -> list[Any]:
-    """The ECGs of a row: none, one or several."""
+    """The ECGs of a row: none, one or several, each a dict or the path of a file."""
     ecg = row.get("ecg")
     # several ECGs come out of `datasets` as an array of objects
-    return list(ecg) if isinstance(ecg, list | tuple | np.ndarray) else [] if ecg is None else [ecg]
+    ecgs = list(ecg) if isinstance(ecg, list | tuple | np.ndarray) else [] if ecg is None else [ecg]
+    return [_plain(ecg, row) for ecg in ecgs]
+
+
+def _plain(ecg: Any, row: dict[str, Any]) -> Any:
+    if isinstance(ecg, dict) and "path" in ecg:  # of `_ECG`
+        ecg = ecg["path"] if ecg["path"] is not None else {key: value for key, value in ecg.items() if key != "path"}
+    if not (isinstance(ecg, str) and ecg in LITERALS):
+        return ecg
+    shape = (len(STANDARD_LEADS), int(row.get("num_samples") or 2500))
+    rng = np.random.default_rng(zlib.crc32(str(row.get("record_id")).encode()))
+    array = rng.standard_normal(shape, np.float32) if ecg == "noise" else np.zeros(shape, np.float32)
+    return {"array": array, "sampling_rate": SAMPLING_RATE, "lead_names": list(STANDARD_LEADS), "unit": "mV"}
 
 
 def to_chat(row: dict[str, Any], system_prompt: str | None = None, with_ecg: bool = True) -> list[dict[str, Any]]:

@@ -46,6 +46,9 @@ class EvaluationArguments(DataArguments):
     batch_size: int = field(default=32, metadata={"help": "Answers generated at once."})
     max_new_tokens: int = field(default=128, metadata={"help": "Longest answer, in tokens."})
     dtype: str = field(default="auto", metadata={"help": "Of the model: auto, float32, bfloat16 or float16."})
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that prepare datasets of the reference."}
+    )
     seed: int = field(default=0, metadata={"help": "Of the swapped ECGs and of the bootstrap."})
     num_resamples: int = field(default=2000, metadata={"help": "Bootstrap resamples of patients."})
 
@@ -72,7 +75,7 @@ def list_questions(data: Dataset) -> list[Question]:
     """Every assistant turn of the data.
 
     `question_type` of a row is one string or a list with one for each of its answers; a row without `patient_id` counts
-    as a patient of its own.
+    as a patient of its own, and one about the ECGs of several patients as of the first of them.
     """
     columns = [name for name in ("messages", "question_type") if name in data.column_names]
     patients = _patients(data)
@@ -84,7 +87,9 @@ def list_questions(data: Dataset) -> list[Question]:
         for turn, message in enumerate(chat):
             if message["role"] == "assistant":
                 asked = chat[turn - 1]["content"] if turn else ""
-                questions.append(Question(index, turn, asked, message["content"].strip(), next(kinds), patients[index]))
+                questions.append(
+                    Question(index, turn, asked, message["content"].strip(), next(kinds), patients[index][0])
+                )
     return questions
 
 
@@ -94,15 +99,17 @@ def _text(content: str | list[dict[str, Any]]) -> str:
     return "".join(part["text"] for part in content if part["type"] == "text")
 
 
-def other_patients(patients: list[str], seed: int) -> np.ndarray:
-    """For each row the index of a row of another patient, each used about as often as any other."""
+def other_patients(patients: list[tuple[str, ...]], seed: int) -> np.ndarray:
+    """For each row, with the patients of its ECGs, the index of a row of other patients, each used about as often as any other."""
     order = np.random.default_rng(seed).permutation(len(patients))
     others = np.empty(len(patients), dtype=int)
     for place, row in enumerate(order):
         following = (order[(place + step) % len(order)] for step in range(1, len(order)))
-        other = next((other for other in following if patients[other] != patients[row]), None)
+        other = next((other for other in following if not set(patients[other]) & set(patients[row])), None)
         if other is None:
-            raise ValueError(f"All {len(patients)} rows are of the patient {patients[row]!r}: no other ECG to swap in.")
+            raise ValueError(
+                f"All {len(patients)} rows have an ECG of the patients {', '.join(patients[row])}: no other ECG to swap in."
+            )
         others[row] = other
     return others
 
@@ -163,9 +170,12 @@ def answer_questions(
     return answers
 
 
-def _patients(data: Dataset) -> list[str]:
+def _patients(data: Dataset) -> list[tuple[str, ...]]:
+    """The patients of each row's ECGs."""
     patients = data["patient_id"] if "patient_id" in data.column_names else [None] * len(data)
-    return [f"row {row}" if patient in (None, "") else str(patient) for row, patient in enumerate(patients)]
+    several = [patient if isinstance(patient, list) else [patient] for patient in patients]
+    named = [tuple(str(patient) for patient in group if patient not in (None, "")) for group in several]
+    return [names or (f"row {row}",) for row, names in enumerate(named)]
 
 
 def _num_ecgs(data: Dataset) -> np.ndarray:
@@ -255,7 +265,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     model, processor = load_elm(args.model_name_or_path, dtype=args.dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]  # a wrapped method
     model.eval()
-    data = load_data(args, args.split, args.seed)
+    data = load_data(args, args.split, args.seed, args.dataset_num_proc)
     if data is None:
         raise ValueError(f"--data {' '.join(args.data)} has no split {args.split!r}.")
     questions = list_questions(data)

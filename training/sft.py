@@ -2,7 +2,6 @@
 
 import logging
 import os
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from training.arguments import ELMArguments, ELMParser, new_elm_options
 from training.build import build_model, build_processor, freeze, load_elm, lora_config
 from training.cards import write_model_card
 from training.collator import ELMCollator
-from training.data import load_data
+from training.data import load_data, load_stream
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ class ELMTrainer(SFTTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         collator = self.data_collator
         assert isinstance(collator, ELMCollator)
-        self.data_collator = replace(collator, augment_ecg=False, augment_rgb=False)
+        self.data_collator = collator.without_augmentation()
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
@@ -113,10 +112,21 @@ def build_base(
 def main(argv: list[str] | None = None) -> None:
     args, training_args, model_args = parse(argv)
     torch.manual_seed(training_args.seed)
-    train_data = load_data(args, "train", training_args.seed)
+    validate = training_args.eval_strategy != "no"
+    train_data: Any
+    eval_data: Any = None
+    if args.streaming:
+        if training_args.max_steps < 1:
+            raise ValueError("--streaming does not know when the data has been read once; say --max_steps.")
+        train_data = load_stream(args, "train", training_args.seed, args.shuffle_buffer)
+        eval_data = load_stream(args, "validation", training_args.seed) if validate else None
+    else:
+        num_proc = training_args.dataset_num_proc
+        with training_args.main_process_first(desc="preparing the data"):
+            train_data = load_data(args, "train", training_args.seed, num_proc)
+            eval_data = load_data(args, "validation", training_args.seed, num_proc) if validate else None
     if train_data is None:
         raise ValueError(f"--data {' '.join(args.data)} has no split 'train'.")
-    eval_data = load_data(args, "validation", training_args.seed) if training_args.eval_strategy != "no" else None
 
     model, processor = build_base(args, training_args, model_args)
     peft_config = lora_config(args, model_args, model, processor) if model_args.use_peft else None
@@ -129,6 +139,9 @@ def main(argv: list[str] | None = None) -> None:
         perturb=args.perturb,
         augment_ecg=args.augment_ecg,
         augment_rgb=args.augment_rgb,
+        time_shift=args.time_shift,
+        gain_jitter=args.gain_jitter,
+        lead_dropout=args.lead_dropout,
         max_length=training_args.max_length,
         seed=training_args.seed,
     )
@@ -137,20 +150,22 @@ def main(argv: list[str] | None = None) -> None:
     trainer = ELMTrainer(
         model=model,
         args=training_args,
-        train_dataset=train_data,
+        train_dataset=train_data.sources[0] if args.streaming else train_data,
         eval_dataset=eval_data,
         data_collator=collator,
         processing_class=processor,
         peft_config=peft_config,
         callbacks=[CountEpochs(collator)],
     )
+    trainer.train_dataset = train_data  # of a stream TRL checks that it is of `datasets`
     if peft_config is not None:
         model.lm_head.register_parameter("bias", None)  # TRL reads it, and PEFT's wrapper of the head has none
     if trainer.is_world_process_zero():
         assert trainer.model is not None
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in trainer.model.parameters()]
         total, trainable = sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
-        print(f"{len(train_data)} chats; {trainable:,} of {total:,} parameters trained", flush=True)
+        chats = "streamed" if args.streaming else len(train_data)
+        print(f"{chats} chats; {trainable:,} of {total:,} parameters trained", flush=True)
 
     resume = training_args.resume_from_checkpoint
     if str(resume).lower() in ("true", "last"):  # YAML's true is a bool

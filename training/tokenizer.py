@@ -32,19 +32,18 @@ except ImportError:  # Windows
 BYTES_PER_SAMPLE = 40 if ecg_byte is None else 20
 
 
-def load_splits(
-    names: list[str], splits: Sequence[str], data_subset: float | None = None, seed: int = 0
-) -> list[Dataset]:
-    """The ECGs of each split.
+def load_splits(args: argparse.Namespace, splits: Sequence[str], subset: float | None = None) -> list[Dataset]:
+    """The ECGs of each split of `args.data`.
 
     Raises:
         ValueError: a split is in none of the datasets.
     """
+    data_args = DataArguments(data=args.data, data_subset=subset, fold=args.fold, ecg_root=args.ecg_root)
     parts = []
     for split in splits:
-        data = load_ecgs(DataArguments(data=names, data_subset=data_subset), split, seed)
+        data = load_ecgs(data_args, split, args.seed if subset else 0)
         if data is None:
-            raise ValueError(f"--data {' '.join(names)} has no split {split!r}.")
+            raise ValueError(f"--data {' '.join(args.data)} has no split {split!r}.")
         parts.append(data)
     return parts
 
@@ -101,7 +100,7 @@ def train(args: argparse.Namespace) -> None:
     lead_names = canonical_lead_names(args.lead_names)
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
-    splits = load_splits(args.data, args.split, args.data_subset, args.seed)
+    splits = load_splits(args, args.split, args.data_subset)
     rows = tqdm(chain.from_iterable(splits), total=sum(map(len, splits)), desc="Reading", unit="row")
     records = [record.array for record in read_records(rows, lead_names, args.sampling_rate)]
     num_samples = sum(record.size for record in records)
@@ -254,7 +253,7 @@ def inspect(args: argparse.Namespace) -> None:
         record = read_ecg(args.ecg, args.sampling_rate_of_file, args.lead_names, args.unit)
         records.append(prepare(record, None, rate))
     if args.data is not None:
-        rows = chain.from_iterable(load_splits(args.data, [args.split]))
+        rows = chain.from_iterable(load_splits(args, [args.split]))
         some = islice(read_records(rows, None, rate), args.max_records)
         records += tqdm(some, total=args.max_records, desc="Reading", unit="record")
         if not records:
@@ -329,6 +328,11 @@ def whole_number(text: str) -> int:
     return value
 
 
+def add_data_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--fold", type=int, help="of datasets that have splits such as fold1_train")
+    command.add_argument("--ecg_root", metavar="FOLDER", help="of the ECG files that a dataset names by relative paths")
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="elm tokenizer", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -337,6 +341,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.set_defaults(work=train)
     data_help = "datasets as of `elm sft`; only their column `ecg` is read, and each distinct record once"
     command.add_argument("--data", nargs="+", required=True, help=data_help)
+    add_data_options(command)
     command.add_argument("--output_dir", type=Path, required=True, help=f"where {FILE_NAME} and its card go")
     command.add_argument(
         "--num_merges", type=whole_number, default=10_000, help="tokens beside the 26 amplitudes; default: %(default)s"
@@ -368,13 +373,14 @@ def make_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("inspect", help="settings of a tokenizer, and how it fares on ECGs, with a picture")
     command.set_defaults(work=inspect)
     command.add_argument("tokenizer", help=f"folder or Hub id that holds {FILE_NAME}, or such a file")
-    command.add_argument("--ecg", type=Path, metavar="FILE", help="a record, .npy or .npz")
+    command.add_argument("--ecg", type=Path, metavar="FILE", help="a record, of any format that read_ecg reads")
     command.add_argument(
         "--sampling_rate_of_file", type=float, metavar="HZ", help="of --ecg, where the file does not say"
     )
     command.add_argument("--unit", help="of --ecg, where the file does not say: mV, uV or V")
     command.add_argument("--lead_names", nargs="+", help="of the rows of --ecg, where the file does not say")
     command.add_argument("--data", nargs="+", help=data_help)
+    add_data_options(command)
     command.add_argument("--split", default="test", help="of the data; default: %(default)s")
     command.add_argument("--max_records", type=whole_number, default=200, help="of the data; default: %(default)s")
     command.add_argument(

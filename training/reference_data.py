@@ -1,0 +1,136 @@
+"""The Hub datasets of the reference system: their keys, and their rows as chats."""
+
+import json
+import re
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, IterableDataset, List, Value
+
+OWNER = "willxxy"
+# keys, of which * stands for what the family's datasets differ in -> what they are; ECGs have 500, 1,250 or 2,500 samples at 250 Hz
+DATASETS = {
+    "ecg-qa-ptbxl-250-*": "ECG-QA questions about PTB-XL",
+    "ecg-qa-mimic-iv-ecg-250-*": "ECG-QA questions about MIMIC-IV-ECG",
+    "pretrain-mimic-250-*": "texts about MIMIC-IV-ECG, for pretraining",
+    "ecg-instruct-45k-250-*": "instructions of ECG-Instruct 45k",
+    "ecg-instruct-pulse-250-*": "instructions of PULSE, ECGInstruct",
+    "ecg-bench-pulse-250-*": "benchmark of PULSE, ECGBench",
+    "ecg-grounding-250-2500": "findings with their evidence, ECG-Grounding",
+    "ecg-comp-*": "closed questions, scored by class",
+    "ecg-comprehension-*": "comprehension of ECGs",
+    "ecg-qa-cot": "ECG-QA with chains of thought",
+    "base-ecg-r1": "ECG-R1, base",
+    "rl-ecg-r1": "ECG-R1, reinforcement learning",
+    "ecg-instruct-ecg-r1": "ECG-R1, instructions",
+}
+SAMPLING_RATE = 250
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+LITERALS = ("noise", "flatline")  # an `ecg_path` that is no file
+
+_MESSAGES = List({"role": Value("string"), "content": Value("string")})
+
+
+def is_key(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in DATASETS)
+
+
+def is_reference(data: Dataset | IterableDataset) -> bool:
+    return {"text", "ecg_path"} <= set(data.column_names or []) and "messages" not in data.column_names
+
+
+def clean(text: str) -> str:
+    """Text without `<ecg>` and `<image>`, the word image replaced by signal, without a leading "user:", "Q:" and the like."""
+    text = re.sub(r"<(?:ecg|image)>", "", text, flags=re.IGNORECASE).strip()
+    text = re.sub(r"^(?:user|assistant|human|gpt|q|a):\s*", "", text, flags=re.IGNORECASE)
+    return re.sub(r"\bimage(?=s?\b)", _signal, text, flags=re.IGNORECASE)
+
+
+def _signal(image: re.Match[str]) -> str:
+    word = image.group()
+    return "SIGNAL" if word.isupper() else "Signal" if word[0].isupper() else "signal"
+
+
+def to_messages(text: str) -> tuple[list[dict[str, str]], str | None]:
+    """The chat that the column `text` holds as JSON, and the type of its question where it says so.
+
+    It is a list of turns with `from` and `value`, or with `role` and `content`; the triple [type, question, answers] of
+    ECG-QA, whose answers are joined with "; "; or a bare string, which becomes the answer to an ECG without words.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError:
+        content = text
+    if isinstance(content, str):
+        return _chat([("user", ""), ("assistant", content)]), None
+    match content:
+        case [str(question_type), str(question), answers] if isinstance(answers, str | list):
+            answer = answers if isinstance(answers, str) else "; ".join(map(str, answers))
+            return _chat([("user", question), ("assistant", answer)]), question_type
+        case [dict(), *_] if all(isinstance(turn, dict) for turn in content):
+            turns = [(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in content]
+            if all(role in ROLES and isinstance(said, str) for role, said in turns):
+                return _chat([(ROLES[role], said) for role, said in turns]), None
+    raise ValueError(
+        f"The text {text[:200]!r} is no chat; expected JSON of turns with 'from' ({', '.join(ROLES)}) and 'value', of turns "
+        "with 'role' and 'content', [type, question, answers], or a string."
+    )
+
+
+def _chat(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"role": role, "content": clean(said)} for role, said in turns]
+
+
+def from_reference(
+    data: Dataset | IterableDataset, name: str, ecg_root: str | None, num_proc: int | None = None
+) -> Dataset | IterableDataset:
+    """Rows with `messages`, `ecg` (the path of a file, or `noise` or `flatline`), `record_id` and `question_type`, of rows with
+    `text`, `ecg_path` and `name`.
+
+    Raises:
+        ValueError: there are paths, but no `ecg_root`; a text is no chat.
+        FileNotFoundError: the first file is not under `ecg_root`.
+    """
+    path = next((row["ecg_path"] for row in data.select_columns("ecg_path") if row["ecg_path"] not in LITERALS), None)
+    if path is not None and ecg_root is None:
+        raise ValueError(
+            f"{name} names its ECGs as files, such as {path!r}; say under which folder they are with --ecg_root."
+        )
+    if path is not None and not (Path(ecg_root or "") / path).is_file():
+        raise FileNotFoundError(f"{name} has the ECG {path!r}, but there is no such file under --ecg_root {ecg_root}.")
+    length = re.search(r"-250-(\d+)$", name)
+    settings: dict[str, Any] = {"root": ecg_root, "num_samples": int(length.group(1)) if length else 2500}
+    features = Features(
+        {
+            "messages": _MESSAGES,
+            "ecg": Value("string"),
+            "record_id": Value("string"),
+            "question_type": Value("string"),
+            "num_samples": Value("int32"),
+        }
+    )
+    if isinstance(data, Dataset):  # others show no progress and have no processes
+        settings = {"fn_kwargs": settings, "num_proc": num_proc, "desc": f"chats of {name}"}
+    else:
+        settings = {"fn_kwargs": settings}
+    return data.map(_from_row, with_indices=True, remove_columns=data.column_names, features=features, **settings)
+
+
+def _from_row(row: dict[str, Any], index: int, root: str | None, num_samples: int) -> dict[str, Any]:
+    path = row["ecg_path"]
+    try:
+        messages, question_type = to_messages(row["text"])
+    except ValueError as error:
+        raise ValueError(f"Row {index}: {error}") from error
+    literal = path in LITERALS
+    return {
+        "messages": messages,
+        "ecg": path if literal else str(Path(root or "") / path),
+        "record_id": f"{path} {index}" if literal else path,
+        "question_type": question_type or row.get("name") or "all",
+        "num_samples": num_samples,  # of `noise` and `flatline`
+    }
