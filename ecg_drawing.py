@@ -173,7 +173,9 @@ def _traces(record: ECGRecord, paper: ECGPaper, page: Iterable[Strip]) -> Iterat
         # the sample at `stop` is the next strip's; rounding shall not move it
         first, last = math.ceil(start * rate - 1e-6), min(num_samples, math.ceil(stop * rate - 1e-6))
         if first < last:
-            column = list(group)
+            column = [strip for strip in group if strip.lead in record.lead_names]
+            if not column:
+                continue
             leads = record.array[[record.lead_names.index(strip.lead) for strip in column]]
             baselines = np.array([[strip.y] for strip in column])
             y = baselines - paper.gain * (leads[:, first:last] - np.median(leads, axis=1, keepdims=True))
@@ -304,7 +306,12 @@ def _page(
 
 
 def draw_ecg(
-    record: ECGRecord, height: int, width: int, paper: ECGPaper = ECGPaper(), caption: str = ""
+    record: ECGRecord,
+    height: int,
+    width: int,
+    paper: ECGPaper = ECGPaper(),
+    caption: str = "",
+    lead_names: tuple[str, ...] | None = None,
 ) -> Image.Image:
     """The record on ECG paper, as an RGB picture; the same input gives the same pixels.
 
@@ -315,6 +322,8 @@ def draw_ecg(
         record: of any leads, rate and length; each lead's median stands on its baseline.
         height, width: of the picture in pixels.
         caption: at the bottom left, in one line.
+        lead_names: that have a place on the page; default: those of the record. One that the record has not is named, and no
+            line is drawn, as a flat one would say that the heart stands still.
 
     Raises:
         ValueError: the size is impossible or too small for the leads, or the record has not the rhythm leads.
@@ -323,7 +332,9 @@ def draw_ecg(
         if not isinstance(size, (int, np.integer)) or size < 1:
             raise ValueError(f"{name} is {size!r}; expected a whole number of pixels, such as 512.")
     seconds = record.array.shape[1] / record.sampling_rate
-    page, picture = _page(paper, record.lead_names, seconds, height, width, " ".join(caption.splitlines()))
+    page, picture = _page(
+        paper, lead_names or record.lead_names, seconds, height, width, " ".join(caption.splitlines())
+    )
     lines = [lines for _, lines in _traces(record, paper, page)]
     mask = _pen(lines, height, width, paper.line_width, width / page_width(paper, seconds))
     return Image.composite(Image.new("RGB", picture.size, paper.trace_color), picture, mask)

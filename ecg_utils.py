@@ -1,19 +1,26 @@
-"""ECG records: lead names and order, units, gaps, files and resampling."""
+"""ECG records: lead names and order, units, gaps, files, quality, resampling, filters and windows."""
 
+import logging
 import math
 import os
-import zipfile
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
+
+try:
+    from .ecg_formats import read_file
+except ImportError:
+    if __package__:  # loaded from a Hub repo: a real error
+        raise
+    from ecg_formats import read_file
+
+logger = logging.getLogger(__name__)
 
 STANDARD_LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 # the order of the reference system's checkpoints
@@ -29,6 +36,18 @@ UNITS_PER_MILLIVOLT = {"mV": 1.0, "uV": 1e3, "\u00b5V": 1e3, "\u03bcV": 1e3, "V"
 MAX_GAP_SECONDS = 0.04
 # pacing spikes and a 16-bit recorder at 1 uV a count (32.8 mV) stay below
 MAX_MILLIVOLTS = 100.0
+# limb leads in real records are within 0.04 mV of what I and II give, and with two leads exchanged at least 0.05 mV off
+MAX_LIMB_LEAD_ERROR = 0.05
+
+# of `filter_ecg`, in one direction
+BUTTERWORTH_ORDER = 2
+NOTCH_QUALITY = 30.0
+
+# of `lead_quality`: seconds and millivolts
+FLAT_SECONDS, FLAT_MILLIVOLTS = 1.0, 0.1
+SATURATED_SECONDS, SATURATED_MILLIVOLTS = 0.2, 1.0
+NOISE_BAND, NOISE_SECONDS, NOISE_MILLIVOLTS = (20.0, 150.0), 0.1, 0.015  # hertz, seconds, millivolts
+DRIFT_SECONDS, DRIFT_MILLIVOLTS = 1.0, 1.0
 
 _CANONICAL_LEADS = {name.lower(): name for name in STANDARD_LEADS}
 _RECORD_KEYS = ("array", "sampling_rate", "lead_names", "unit", "metadata")
@@ -51,6 +70,10 @@ class ECGRecord:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
+def _lead_key(name: str) -> str:
+    return str(name).strip().lower().removeprefix("lead").strip()
+
+
 def canonical_lead_name(name: str) -> str:
     """The standard spelling of a lead: any case, with or without the word "lead" ("avr", "Lead II" -> "aVR", "II").
 
@@ -59,26 +82,32 @@ def canonical_lead_name(name: str) -> str:
     Raises:
         ValueError: the name is none of the twelve standard leads.
     """
-    key = str(name).strip().lower().removeprefix("lead").strip()
+    key = _lead_key(name)
     if key not in _CANONICAL_LEADS:
         raise ValueError(f"Unknown lead {name!r}; expected one of {', '.join(STANDARD_LEADS)}, in any case.")
     return _CANONICAL_LEADS[key]
 
 
-def canonical_lead_names(names: Iterable[str]) -> tuple[str, ...]:
+def canonical_lead_names(names: Iterable[str], others: bool = False) -> tuple[str, ...]:
     """`canonical_lead_name` of each name.
 
+    Args:
+        others: leave names that are no standard lead as they are.
+
     Raises:
-        ValueError: a name is unknown or given twice, or `names` is a string or empty.
+        ValueError: a name is unknown and `others` is False, a standard lead is named twice, or `names` is a string or
+            empty.
     """
     if isinstance(names, str):
         raise ValueError(
             f"lead_names is the string {names!r}; give a list of names, such as {list(STANDARD_LEADS[:3])}."
         )
-    leads = tuple(canonical_lead_name(name) for name in names)
+    leads = tuple(
+        str(name) if others and _lead_key(name) not in _CANONICAL_LEADS else canonical_lead_name(name) for name in names
+    )
     if not leads:
         raise ValueError("lead_names is empty; name at least one lead.")
-    twice = sorted({name for name in leads if leads.count(name) > 1})
+    twice = [name for name in STANDARD_LEADS if leads.count(name) > 1]
     if twice:
         raise ValueError(f"Lead {', '.join(twice)} is named more than once in {list(leads)}; a lead stands once.")
     return leads
@@ -118,7 +147,8 @@ def as_record(
             which all but `array` may be missing or None and are then taken from the other arguments; an array, tensor
             or nested list [leads, samples]; or the path of a file that `read_ecg` reads.
         sampling_rate: in hertz.
-        lead_names: names of the rows; may be left out for twelve rows, which are then `STANDARD_LEADS`.
+        lead_names: names of the rows; may be left out for twelve rows, which are then `STANDARD_LEADS`. Rows of other leads
+            (Frank's VX, V4R, a monitor's MLII, respiration) are left out, which is logged once.
         unit: `mV` (the default for floats), `uV` or `V`. Integers need one: counts say nothing about the amplitude.
 
     Gaps (NaN) of at most `MAX_GAP_SECONDS` in a lead are filled linearly, at its ends with the nearest sample. Constant
@@ -127,8 +157,8 @@ def as_record(
 
     Raises:
         ValueError: the ECG is no real numeric [leads, samples] array, is empty, holds infinities or longer gaps; its
-            sampling rate, unit or lead names are missing, impossible, or contradict the arguments; it exceeds
-            `MAX_MILLIVOLTS`, as microvolts taken for millivolts do.
+            sampling rate, unit or lead names are missing, impossible, or contradict the arguments; it has no standard
+            lead, or one twice; it exceeds `MAX_MILLIVOLTS`, as microvolts taken for millivolts do.
     """
     if isinstance(ecg, (str, os.PathLike)):
         return read_ecg(ecg, sampling_rate, lead_names, unit)
@@ -147,13 +177,13 @@ def as_record(
         return values[0] if values else None
 
     rate = member("sampling_rate", sampling_rate, check_sampling_rate)
-    leads = member("lead_names", lead_names, canonical_lead_names)
+    leads = member("lead_names", lead_names, lambda names: canonical_lead_names(names, others=True))
     scale = member("unit", unit, _units_per_millivolt)
     if rate is None:
         raise ValueError("The ECG has no sampling rate; pass sampling_rate=... in hertz.")
 
     array = _numeric_array(ecg["array"])
-    leads = _names_of_rows(array, leads)
+    array, leads = _standard_rows(array, _names_of_rows(array, leads))
     if scale is None:
         if array.dtype.kind != "f":
             raise ValueError(
@@ -214,6 +244,25 @@ def _names_of_rows(array: np.ndarray, leads: tuple[str, ...] | None) -> tuple[st
     raise ValueError(f"The ECG has {len(array)} leads but {expected} lead names: {', '.join(leads)}.")
 
 
+@lru_cache(maxsize=128)  # says it once
+def _tell_left_out(leads: str) -> None:
+    logger.warning("%s: no standard leads, and left out of the ECGs that have them.", leads)
+
+
+def _standard_rows(array: np.ndarray, leads: tuple[str, ...]) -> tuple[np.ndarray, tuple[str, ...]]:
+    rows = [row for row, lead in enumerate(leads) if lead in STANDARD_LEADS]
+    if len(rows) == len(leads):
+        return array, leads
+    others = ", ".join(lead for lead in leads if lead not in STANDARD_LEADS)
+    if not rows:
+        raise ValueError(
+            f"The ECG has no standard lead, but {others}; expected some of {', '.join(STANDARD_LEADS)}, in any case. If these "
+            "are their names, pass lead_names=[...]."
+        )
+    _tell_left_out(others)
+    return array[rows], tuple(leads[row] for row in rows)
+
+
 def _fill_gaps(array: np.ndarray, sampling_rate: float, lead_names: tuple[str, ...]) -> np.ndarray:
     array = array.copy()
     for name, lead in zip(lead_names, array, strict=True):
@@ -233,13 +282,16 @@ def _fill_gaps(array: np.ndarray, sampling_rate: float, lead_names: tuple[str, .
     return array
 
 
-def select_leads(record: ECGRecord, lead_names: Sequence[str]) -> ECGRecord:
+def select_leads(record: ECGRecord, lead_names: Sequence[str], allow_missing: bool = False) -> ECGRecord:
     """The record with the leads `lead_names`, in that order; other leads are dropped.
 
     Missing limb leads are derived from I and II: III = II - I, aVR = -(I + II) / 2, aVL = I - II / 2, aVF = II - I / 2.
 
+    Args:
+        allow_missing: leave out leads that are missing and not derivable; else they are an error.
+
     Raises:
-        ValueError: a lead is unknown, named twice, or missing and not derivable.
+        ValueError: a lead is unknown, named twice, or missing and not derivable; or all are missing.
     """
     wanted = canonical_lead_names(lead_names)
     if wanted == record.lead_names:
@@ -250,12 +302,79 @@ def select_leads(record: ECGRecord, lead_names: Sequence[str]) -> ECGRecord:
             if name in wanted and name not in rows:
                 rows[name] = np.float32(i) * rows["I"] + np.float32(ii) * rows["II"]
     missing = [name for name in wanted if name not in rows]
-    if missing:
+    if allow_missing and len(missing) < len(wanted):
+        wanted = tuple(name for name in wanted if name in rows)
+    elif missing:
         raise ValueError(
             f"The ECG has no lead {', '.join(missing)}: it has {', '.join(record.lead_names)}. III, aVR, aVL "
             "and aVF can be derived where I and II are there; other leads have to be recorded."
         )
     return ECGRecord(np.stack([rows[name] for name in wanted]), record.sampling_rate, wanted, record.metadata)
+
+
+def limb_lead_error(record: ECGRecord) -> float:
+    """How far the recorded III, aVR, aVL and aVF are from what I and II give (`LIMB_LEADS`), in millivolts.
+
+    The largest over these leads of the standard deviation of the difference: an offset of a lead does no harm. Quantisation to
+    microvolts makes 0.0005 mV. More than `MAX_LIMB_LEAD_ERROR` says that leads have wrong names or signs, or were not
+    recorded at the same time. 0.0 where I, II or all the others are missing: there is nothing to compare.
+    """
+    rows = dict(zip(record.lead_names, record.array, strict=True))
+    if "I" not in rows or "II" not in rows:
+        return 0.0
+    errors = [rows[name] - i * rows["I"] - ii * rows["II"] for name, (i, ii) in LIMB_LEADS.items() if name in rows]
+    return max((float(error.std()) for error in errors), default=0.0)
+
+
+def lead_quality(record: ECGRecord) -> dict[str, list[str]]:
+    """What is wrong with the leads of a record as it was recorded, before filters and resampling.
+
+    - `flat`: spans less than 0.1 mV, or holds one value for 1 s or longer, as after an electrode fell off.
+    - `saturated`: at its highest or lowest value for 0.2 s altogether or longer, 1 mV or further from its median: the recorder
+      could show no more.
+    - `noisy`: more than 0.015 mV (root mean square) between 20 and 150 Hz in three quarters of all stretches of 0.1 s, as QRS
+      complexes leave a quarter without them up to 200 beats a minute. Or a baseline that drifts: the medians of its seconds
+      are more than 1 mV apart.
+
+    The kinds of fault, and 20 Hz as the border of muscle noise, are those of Jekova et al. 2012 (doi 10.1088/0967-3334/33/9/1463);
+    the numbers are set so that few leads of PTB-XL have a flag.
+
+    Returns:
+        The flags of each lead that has any, by lead.
+    """
+    array, rate = record.array, record.sampling_rate
+    peaks = np.stack([array.max(axis=1), array.min(axis=1)])
+    middle = np.median(array, axis=1)
+    held = np.stack([(array == peak[:, None]).sum(axis=1) for peak in peaks]) / rate
+    flags = {
+        "flat": (peaks[0] - peaks[1] < FLAT_MILLIVOLTS) | (_longest_hold(array) >= FLAT_SECONDS * rate),
+        "saturated": ((held >= SATURATED_SECONDS) & (abs(peaks - middle) >= SATURATED_MILLIVOLTS)).any(axis=0),
+        "noisy": (_noise(array, rate) > NOISE_MILLIVOLTS)
+        | (np.ptp(np.median(_stretches(array, rate, DRIFT_SECONDS), axis=2), axis=1) > DRIFT_MILLIVOLTS),
+    }
+    found = {name: [flag for flag, leads in flags.items() if leads[row]] for row, name in enumerate(record.lead_names)}
+    return {name: own for name, own in found.items() if own}
+
+
+def _longest_hold(array: np.ndarray) -> np.ndarray:
+    """Samples of the longest stretch of each lead without a change."""
+    changes = np.pad(np.diff(array, axis=1) != 0, ((0, 0), (1, 1)), constant_values=True)
+    return np.array([np.diff(np.flatnonzero(lead)).max() for lead in changes])
+
+
+def _stretches(array: np.ndarray, sampling_rate: float, seconds: float) -> np.ndarray:
+    """Whole stretches of each lead [leads, stretches, samples]; the record as one where it is shorter."""
+    size = min(array.shape[1], max(1, round(seconds * sampling_rate)))
+    number = array.shape[1] // size
+    return array[:, : number * size].reshape(len(array), number, size)
+
+
+def _noise(array: np.ndarray, sampling_rate: float) -> np.ndarray:
+    low, high = NOISE_BAND[0], min(NOISE_BAND[1], 0.45 * sampling_rate)
+    if low >= high:
+        return np.zeros(len(array))
+    stretches = _stretches(filter_ecg(array, sampling_rate, (low, high)), sampling_rate, NOISE_SECONDS)
+    return np.quantile(np.sqrt(np.square(stretches).mean(axis=2)), 0.25, axis=1)
 
 
 def _resampling_ratio(source_rate: float, target_rate: float) -> Fraction:
@@ -310,6 +429,112 @@ def resample(array: np.ndarray, source_rate: float, target_rate: float) -> np.nd
     return blocks.transpose(1, 2).flatten(1)[:, :num_outputs].numpy() + offset
 
 
+def check_filter(sampling_rate: float, bandpass: Sequence[float] | None, notch: float | None) -> None:
+    """ValueError if `filter_ecg` cannot filter so at that sampling rate."""
+    nyquist = sampling_rate / 2
+    if bandpass is not None and not (len(bandpass) == 2 and 0 < bandpass[0] < bandpass[1] < nyquist):
+        raise ValueError(
+            f"bandpass is {list(bandpass)}; expected two frequencies low < high between 0 and {nyquist:g} Hz, half of the "
+            "sampling rate, such as [0.5, 40]."
+        )
+    if notch is not None and not 0 < notch < nyquist:
+        raise ValueError(
+            f"notch is {notch!r}; expected a frequency between 0 and {nyquist:g} Hz, half of the sampling rate, such as 50 or 60. "
+            "At a lower sampling rate there is no mains hum to take out: leave it out."
+        )
+
+
+def filter_ecg(
+    array: np.ndarray, sampling_rate: float, bandpass: Sequence[float] | None = None, notch: float | None = None
+) -> np.ndarray:
+    """Band-pass and mains filter without delay: no wave moves or becomes skew.
+
+    The gains are those of SciPy's filters run forward and backward: `sosfiltfilt(butter(2, bandpass, "bandpass"))`, a half at the
+    two frequencies, and `filtfilt(*iirnotch(notch, 30))`. They are applied to the spectrum of each lead and its mirror image,
+    which has no jump at the ends. A constant stays constant, or becomes 0 with `bandpass`.
+
+    Without delay the lower frequency may be up to 0.67 Hz for diagnosis, with adults' upper one at least 150 Hz (AHA/ACCF/HRS,
+    Kligfield et al. 2007, doi 10.1161/CIRCULATIONAHA.106.180200).
+
+    Args:
+        array: float32 [leads, samples].
+        sampling_rate: in hertz.
+        bandpass: the low and the high frequency, in hertz.
+        notch: frequency that is taken out, in hertz: 50 or 60.
+
+    Returns:
+        float32 [leads, samples]; `array` itself where there is nothing to filter.
+
+    Raises:
+        ValueError: as `check_filter`.
+    """
+    check_filter(sampling_rate, bandpass, notch)
+    array = np.asarray(array, dtype=np.float32)
+    if bandpass is None and notch is None:
+        return array
+    num_samples = array.shape[1]
+    gain = _filter_gain(num_samples, sampling_rate, None if bandpass is None else tuple(bandpass), notch)
+    offset = array[:, :1]
+    mirrored = np.concatenate([array - offset, (array - offset)[:, ::-1]], axis=1)
+    filtered = np.fft.irfft(np.fft.rfft(mirrored) * gain, 2 * num_samples)[:, :num_samples]
+    return (filtered + offset * gain[0]).astype(np.float32, copy=False)
+
+
+@lru_cache(maxsize=16)
+def _filter_gain(
+    num_samples: int, sampling_rate: float, bandpass: tuple[float, float] | None, notch: float | None
+) -> np.ndarray:
+    """Gains [num_samples + 1] of the spectrum of a lead and its mirror image: squares of those of one direction."""
+    angle = np.pi * np.arange(num_samples + 1) / num_samples
+    gain = np.ones(num_samples + 1)
+    if bandpass is not None:
+        # the bilinear transform maps an angle to the tangent of its half; at 0 and pi the gain is 0
+        low, high = np.tan(np.pi * np.array(bandpass) / sampling_rate)
+        tangent = np.tan(angle[1:-1] / 2)
+        distance = (tangent**2 - low * high) / ((high - low) * tangent)
+        gain[1:-1] /= 1 + distance ** (2 * BUTTERWORTH_ORDER)
+        gain[[0, -1]] = 0
+    if notch is not None:
+        center = 2 * np.pi * notch / sampling_rate
+        width = np.tan(center / NOTCH_QUALITY / 2)
+        distance = (np.cos(angle) - np.cos(center)) ** 2
+        gain *= distance / (distance + (width * np.sin(angle)) ** 2)
+    return gain.astype(np.float32)
+
+
+def cut_windows(record: ECGRecord, seconds: float, stride: float | None = None) -> list[ECGRecord]:
+    """The windows of a long record, each a record of its own that shares its memory.
+
+    What is left at the end is dropped if it is shorter than a window; a record that is shorter is its only window. The
+    `metadata` say with `start_second` where in the record a window begins.
+
+    Args:
+        seconds: length of a window.
+        stride: seconds from the start of a window to that of the next; default: `seconds`.
+
+    Raises:
+        ValueError: a length is not positive, or less than a sample.
+    """
+    stride = seconds if stride is None else stride
+    for name, length in (("seconds", seconds), ("stride", stride)):
+        if not (math.isfinite(length) and length * record.sampling_rate >= 0.5):
+            raise ValueError(
+                f"{name} is {length!r}; expected a positive number of seconds, at least a sample of "
+                f"{1 / record.sampling_rate:g} s."
+            )
+    size, step = round(seconds * record.sampling_rate), stride * record.sampling_rate
+    number = max(0, record.array.shape[1] - size) / step
+    starts = [round(index * step) for index in range(math.floor(number + 1e-9) + 1)]
+    return [
+        replace(
+            record,
+            array=record.array[:, start : start + size],
+            metadata={**record.metadata, "start_second": start / record.sampling_rate},
+        )
+        for start in starts
+    ]
+
+
 def read_ecg(
     path: str | os.PathLike,
     sampling_rate: float | None = None,
@@ -318,37 +543,24 @@ def read_ecg(
 ) -> ECGRecord:
     """Reads one ECG from a file; the other arguments are those of `as_record`, for what the file does not say.
 
-    - `.npy`: an array [leads, samples].
-    - `.npz`: `array` (or `ecg`) [leads, samples], and if there `sampling_rate`, `lead_names`, `unit`.
-
-    Pickled objects are refused, as loading them runs code.
+    NumPy (`.npy`, `.npz`), WFDB, EDF and BDF, DICOM, HL7 aECG, GE MUSE XML, Philips Sierra XML, SCP-ECG, ISHNE, MATLAB
+    (CPSC 2018, CODE-15) and CSV; `ecg_formats.read_file` tells the format by the content, and never executes any.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is of another kind, damaged, or holds no valid ECG.
+        ImportError: the format needs a library of the extra `formats`.
     """
-    path = Path(path)
-    if path.suffix.lower() not in (".npy", ".npz"):
-        raise ValueError(f"Cannot read {path}: its suffix is {path.suffix!r}; expected .npy or .npz.")
-    with path.open("rb") as file:
-        try:
-            content = np.load(file, allow_pickle=False)
-            if isinstance(content, np.ndarray):
-                members = {"array": content}
-            else:
-                members = {
-                    key: content[key].tolist() for key in ("sampling_rate", "lead_names", "unit") if key in content
-                }
-                members["array"] = content["array" if "array" in content else "ecg"]
-        except KeyError as error:
-            raise ValueError(f"{path} holds {content.files}; expected the key 'array' or 'ecg'.") from error
-        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(
-                f"Cannot read {path}: it is damaged or holds pickled objects, such as a dict in a .npy file, which are "
-                "not read as loading them runs code. Save the array itself, or an .npz with array, sampling_rate, "
-                f"lead_names and unit. (NumPy: {error})"
-            ) from error
+    members = read_file(path)
     try:
-        return as_record(members, sampling_rate, lead_names, unit)
+        record = as_record(members, sampling_rate, lead_names, unit)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    error_millivolts = limb_lead_error(record)
+    if error_millivolts > MAX_LIMB_LEAD_ERROR:
+        logger.warning(
+            "%s: its III, aVR, aVL or aVF is %.2g mV off what its I and II give. Leads may have wrong names or signs.",
+            path,
+            error_millivolts,
+        )
+    return record

@@ -73,12 +73,13 @@ class ECGImageProcessor(BaseImageProcessor):
         self,
         ecgs: Sequence[ECGRecord | Image.Image],
         seconds: float | None = None,
+        lead_names: Sequence[str] | None = None,
         return_tensors: str | TensorType | None = None,
     ) -> BatchFeature:
         """
         Args:
             ecgs: records, for `rgb` in millivolts, or pictures that stand for them.
-            seconds: as of `draw`.
+            seconds, lead_names: as of `draw`.
 
         Returns:
             `pixel_values` [ECGs, channels, height, width] and what else the backbone's image processor makes: of SigLIP2
@@ -86,7 +87,7 @@ class ECGImageProcessor(BaseImageProcessor):
         """
         if not ecgs:
             raise ValueError("There is no ECG; give at least one.")
-        pictures = [ecg if isinstance(ecg, Image.Image) else self.draw(ecg, seconds) for ecg in ecgs]
+        pictures = [ecg if isinstance(ecg, Image.Image) else self.draw(ecg, seconds, lead_names) for ecg in ecgs]
         rows = [self._pixels(picture.convert("RGB")) for picture in pictures]
         columns = {name: np.ascontiguousarray([row[name][0] for row in rows]) for name in rows[0]}
         return BatchFeature(columns, tensor_type=return_tensors)
@@ -99,24 +100,28 @@ class ECGImageProcessor(BaseImageProcessor):
             picture = picture.resize((width, height), self.image_processor.resample)
         return self.image_processor(picture, do_resize=False, do_center_crop=False)
 
-    def draw(self, record: ECGRecord, seconds: float | None = None) -> Image.Image:
+    def draw(
+        self, record: ECGRecord, seconds: float | None = None, lead_names: Sequence[str] | None = None
+    ) -> Image.Image:
         """The picture of a record that the backbone is shown, before its image processor.
 
         Args:
             seconds: that the page of `rgb` has room for; default: those of the record. The paper of a shorter record ends
                 where it ends, at the same scale. So does that of all records where a few seconds over the whole width would
                 leave no height for the leads.
+            lead_names: that have a place on the page of `rgb`; default: those of the record.
         """
         if self.representation == "rgb":
             own_seconds = record.array.shape[1] / record.sampling_rate
             seconds = seconds or own_seconds
-            height, width = self.image_size(record.lead_names, seconds)
+            leads = tuple(lead_names or record.lead_names)
+            height, width = self.image_size(leads, seconds)
             # millimetres of paper that the picture shows at least: rows half as high as on a page of natural size
-            least = page_height(self.paper, record.lead_names) / 2
+            least = page_height(self.paper, leads) / 2
             scale = min(width / page_width(self.paper, seconds), height / least)
             own_width = round(scale * page_width(self.paper, own_seconds))
             picture = Image.new("RGB", (width, height), self.paper.background_color)
-            picture.paste(draw_ecg(record, height, own_width, self.paper))
+            picture.paste(draw_ecg(record, height, own_width, self.paper, lead_names=leads))
             return picture
         low, high = self.value_range
         grey = ((record.array - low) * (255 / (high - low))).clip(0, 255)

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -39,7 +41,12 @@ except ImportError:
 
 
 class ECGEncoder(PreTrainedModel):
-    """What the encoders share: `forward(ecg_values)` of records [batch, leads, samples] gives tokens before pooling."""
+    """What the encoders share: `forward(ecg_values)` of records [batch, leads, samples] gives tokens before pooling.
+
+    `lead_mask` [batch, leads] is False for leads that a record has not: what stands in their rows is never read. The convolutions
+    of MERL and the time patches of MTAE read zeros there; MLAE and ST-MEM, whose tokens are leads or parts of them, attend to
+    no token of a missing lead and give zeros for it.
+    """
 
     config: ECGEncoderConfig
     base_model_prefix = "encoder"
@@ -47,8 +54,8 @@ class ECGEncoder(PreTrainedModel):
     input_modalities = "ecg"
     supports_gradient_checkpointing = True
 
-    def prepare_ecg_values(self, ecg_values: torch.Tensor) -> torch.Tensor:
-        """The records in the model's dtype; ValueError if they do not fit the configuration."""
+    def prepare_ecg_values(self, ecg_values: torch.Tensor, lead_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The records in the model's dtype, zeros for missing leads; ValueError if they do not fit the configuration."""
         name, leads = type(self).__name__, self.config.num_leads
         if not ecg_values.is_floating_point():
             raise ValueError(
@@ -66,11 +73,23 @@ class ECGEncoder(PreTrainedModel):
                 "select them by name, or set num_leads in the configuration."
             )
         self.check_num_samples(ecg_values.shape[2])
-        return ecg_values.to(self.dtype)
+        return without_missing_leads(ecg_values, lead_mask).to(self.dtype)
 
     def check_num_samples(self, num_samples: int) -> None:
         """ValueError if the encoder does not admit records of this length."""
         raise NotImplementedError
+
+
+def without_missing_leads(ecg_values: torch.Tensor, lead_mask: torch.Tensor | None) -> torch.Tensor:
+    """The records [batch, leads, samples] with zeros for the leads of which `lead_mask` [batch, leads] is False."""
+    if lead_mask is None:
+        return ecg_values
+    if lead_mask.shape != ecg_values.shape[:2]:
+        raise ValueError(
+            f"The lead mask has shape {list(lead_mask.shape)}; expected {list(ecg_values.shape[:2])}, one value for each lead of each "
+            "record: take ecg_lead_mask as the feature extractor gives it."
+        )
+    return ecg_values.masked_fill(~lead_mask.bool()[..., None], 0)
 
 
 # MERL
@@ -162,15 +181,21 @@ class MERLModel(ECGEncoder):
             raise ValueError("MERLModel got empty records of 0 samples; expected at least 1: drop them from the batch.")
 
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, ecg_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutput:
+    def forward(
+        self,
+        ecg_values: torch.Tensor,
+        lead_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
         """
         Args:
             ecg_values: float [batch, leads, samples].
+            lead_mask: [batch, leads], False for leads that a record has not, which are zeros here.
 
         Returns:
             `last_hidden_state` [batch, tokens, output_size].
         """
-        hidden_states = self.stem(self.prepare_ecg_values(ecg_values)).relu()
+        hidden_states = self.stem(self.prepare_ecg_values(ecg_values, lead_mask)).relu()
         for stage in self.stages:
             hidden_states = stage(hidden_states)
         return BaseModelOutput(last_hidden_state=hidden_states.transpose(1, 2))
@@ -184,12 +209,14 @@ def eager_attention_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: None,
+    attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
     weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
@@ -205,7 +232,10 @@ class ECGAttention(nn.Module):
         self.out_proj = nn.Linear(num_heads * config.head_dim, hidden_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = self.qkv_proj(hidden_states).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -216,7 +246,7 @@ class ECGAttention(nn.Module):
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
-            attention_mask=None,
+            attention_mask=attention_mask,
             scaling=self.scaling,
             **kwargs,
         )
@@ -288,6 +318,18 @@ class ECGTransformer(ECGEncoder):
         elif isinstance(module, STMEMEmbeddings):
             for parameter in (module.positions, module.sep_token, module.lead_embeddings):
                 init.trunc_normal_(parameter, std=std)
+
+
+def attention_mask_of(
+    config: ECGTransformerConfig, hidden_states: torch.Tensor, token_mask: torch.Tensor | None
+) -> Any:
+    """For attention to the tokens of which `token_mask` [batch, tokens] is True, as the attention implementation takes it."""
+    return None if token_mask is None else create_bidirectional_mask(config, hidden_states, token_mask)
+
+
+def zero_missing(hidden_states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
+    """Zeros for the tokens of which `token_mask` [batch, tokens] is False."""
+    return hidden_states if token_mask is None else hidden_states.masked_fill(~token_mask[..., None], 0)
 
 
 def check_time_patches(model: str, config: MTAEConfig | STMEMConfig, num_samples: int) -> None:
@@ -370,22 +412,34 @@ class MaskedAutoencoderModel(ECGTransformer):
         """Records [batch, leads, samples] to patches [batch, patches, patch_dim]."""
         raise NotImplementedError
 
+    def make_token_mask(self, lead_mask: torch.Tensor) -> torch.Tensor | None:
+        """Which tokens [batch, 1 + patches] hold anything of the leads that are there; None for all."""
+        return None
+
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, ecg_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutput:
+    def forward(
+        self,
+        ecg_values: torch.Tensor,
+        lead_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
         """
         Args:
             ecg_values: float [batch, leads, samples].
+            lead_mask: [batch, leads], False for leads that a record has not: zeros in time patches, no patch of MLAE.
 
         Returns:
-            `last_hidden_state` [batch, 1 + patches, output_size], CLS first.
+            `last_hidden_state` [batch, 1 + patches, output_size], CLS first; zeros for patches without a lead.
         """
-        hidden_states = self.embeddings(self.make_patches(self.prepare_ecg_values(ecg_values)))
+        hidden_states = self.embeddings(self.make_patches(self.prepare_ecg_values(ecg_values, lead_mask)))
+        token_mask = None if lead_mask is None else self.make_token_mask(lead_mask)
+        attention_mask = attention_mask_of(self.config, hidden_states, token_mask)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, **kwargs)
+            hidden_states = layer(hidden_states, attention_mask=attention_mask, **kwargs)
         hidden_states = self.decoder_embeddings(self.norm(hidden_states))
         for layer in self.decoder_layers:
-            hidden_states = layer(hidden_states, **kwargs)
-        return BaseModelOutput(last_hidden_state=hidden_states)
+            hidden_states = layer(hidden_states, attention_mask=attention_mask, **kwargs)
+        return BaseModelOutput(last_hidden_state=zero_missing(hidden_states, token_mask))
 
 
 class MLAEModel(MaskedAutoencoderModel):
@@ -405,6 +459,10 @@ class MLAEModel(MaskedAutoencoderModel):
 
     def make_patches(self, ecg_values: torch.Tensor) -> torch.Tensor:
         return ecg_values.unflatten(1, (-1, self.config.patch_size)).flatten(2)
+
+    def make_token_mask(self, lead_mask: torch.Tensor) -> torch.Tensor:
+        patches = lead_mask.bool().unflatten(1, (-1, self.config.patch_size)).any(-1)
+        return nn.functional.pad(patches, (1, 0), value=True)  # CLS
 
 
 class MTAEModel(MaskedAutoencoderModel):
@@ -446,6 +504,11 @@ class STMEMEmbeddings(nn.Module):
         return hidden_states + self.positions[:, : hidden_states.shape[2]] + self.lead_embeddings[:, None]
 
 
+def tokens_of_leads(lead_mask: torch.Tensor | None, number: int) -> torch.Tensor | None:
+    """The mask [batch, leads] repeated for the `number` tokens of each lead, [batch, leads * number]."""
+    return None if lead_mask is None else lead_mask.bool().repeat_interleave(number, dim=1)
+
+
 class STMEMModel(ECGTransformer):
     """ST-MEM (Na et al. 2024, arXiv 2402.09450): patches of `patch_size` samples of each lead, all in one sequence.
 
@@ -466,19 +529,30 @@ class STMEMModel(ECGTransformer):
         check_time_patches("STMEMModel", self.config, num_samples)
 
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, ecg_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutput:
+    def forward(
+        self,
+        ecg_values: torch.Tensor,
+        lead_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
         """
         Args:
             ecg_values: float [batch, leads, samples].
+            lead_mask: [batch, leads], False for leads that a record has not.
 
         Returns:
-            `last_hidden_state` [batch, leads * patches, output_size], all patches of a lead before the next lead's.
+            `last_hidden_state` [batch, leads * patches, output_size], all patches of a lead before the next lead's; zeros for
+            those of missing leads.
         """
-        hidden_states = self.embeddings(self.prepare_ecg_values(ecg_values)).flatten(1, 2)
+        hidden_states = self.embeddings(self.prepare_ecg_values(ecg_values, lead_mask))
+        tokens_of_lead = hidden_states.shape[2]
+        hidden_states = hidden_states.flatten(1, 2)
+        attention_mask = attention_mask_of(self.config, hidden_states, tokens_of_leads(lead_mask, tokens_of_lead))
         for layer in self.layers:
-            hidden_states = layer(hidden_states, **kwargs)
+            hidden_states = layer(hidden_states, attention_mask=attention_mask, **kwargs)
         without_sep = hidden_states.unflatten(1, (self.config.num_leads, -1))[:, :, 1:-1].flatten(1, 2)
-        return BaseModelOutput(last_hidden_state=self.norm(without_sep))
+        token_mask = tokens_of_leads(lead_mask, tokens_of_lead - 2)
+        return BaseModelOutput(last_hidden_state=zero_missing(self.norm(without_sep), token_mask))
 
 
 ENCODER_MODELS: dict[str, type[ECGEncoder]] = {

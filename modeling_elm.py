@@ -14,7 +14,7 @@ from transformers.utils import can_return_tuple, torch_compilable_check
 
 try:
     from .configuration_elm import IMAGE_REPRESENTATIONS, ELMConfig
-    from .modeling_ecg_encoders import ENCODER_MODELS
+    from .modeling_ecg_encoders import ENCODER_MODELS, without_missing_leads
     from .modeling_vision_encoders import (
         blank_images,
         encode_images,
@@ -26,7 +26,7 @@ except ImportError:
     if __package__:  # loaded from a Hub repo: a real error
         raise
     from configuration_elm import IMAGE_REPRESENTATIONS, ELMConfig
-    from modeling_ecg_encoders import ENCODER_MODELS
+    from modeling_ecg_encoders import ENCODER_MODELS, without_missing_leads
     from modeling_vision_encoders import (
         blank_images,
         encode_images,
@@ -129,7 +129,7 @@ CONNECTOR_MODULES: dict[str, type[nn.Module]] = {
 
 
 # the tensors of a batch that hold its ECGs, one row an ECG
-ECG_INPUTS = ("ecg_values", "pixel_values", "pixel_attention_mask", "spatial_shapes")
+ECG_INPUTS = ("ecg_values", "ecg_lead_mask", "pixel_values", "pixel_attention_mask", "spatial_shapes")
 
 
 def pool_tokens(tokens: torch.Tensor, num_tokens: int, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -202,6 +202,7 @@ class ELMModel(ELMPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
+        ecg_lead_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embeddings that stand for each ECG in the text.
 
@@ -210,6 +211,8 @@ class ELMModel(ELMPreTrainedModel):
             pixel_values, pixel_attention_mask, spatial_shapes: in place of them for a vision backbone, as the image processor
                 gives them: [number of ECGs, channels, height, width], or of SigLIP2 [number of ECGs, patches, values of a
                 patch], [number of ECGs, patches] and [number of ECGs, 2].
+            ecg_lead_mask: [number of ECGs, leads], False for leads that an ECG has not, whose `ecg_values` are not read. Encoders
+                say what they do about them; fuyu connectors read zeros.
 
         Returns:
             [number of ECGs, num_ecg_tokens, width of the language model]
@@ -234,13 +237,13 @@ class ELMModel(ELMPreTrainedModel):
                     f"ecg_values has shape {tuple(given.shape)}; the {config.connector} connector reads "
                     f"[ECGs, {shape[0]} leads, {shape[1]} samples]. Prepare ECGs with the model's processor."
                 )
-            return self.connector(given.to(self.dtype))
+            return self.connector(without_missing_leads(given, ecg_lead_mask).to(self.dtype))
 
         if reads_images:
             pictures = (given, pixel_attention_mask, spatial_shapes)
             tokens = encode_images(self.encoder, config.image_features, *pictures)
         else:
-            tokens = self.encoder(given).last_hidden_state
+            tokens = self.encoder(given, lead_mask=ecg_lead_mask).last_hidden_state
         if config.num_ecg_tokens > tokens.shape[1]:
             raise ValueError(
                 f"num_ecg_tokens={config.num_ecg_tokens}, but the {config.encoder_config.model_type} encoder makes "
@@ -295,6 +298,7 @@ class ELMModel(ELMPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
+        ecg_lead_mask: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -304,15 +308,17 @@ class ELMModel(ELMPreTrainedModel):
         """
         Args:
             input_ids: [batch, tokens], with `num_ecg_tokens` placeholders where each ECG stands.
-            ecg_values, pixel_values, pixel_attention_mask, spatial_shapes: the ECGs of the batch in the order of their
-                placeholders, as [`get_ecg_features`] takes them; None when the batch has no ECG.
+            ecg_values, pixel_values, pixel_attention_mask, spatial_shapes, ecg_lead_mask: the ECGs of the batch in the order of
+                their placeholders, as [`get_ecg_features`] takes them; None when the batch has no ECG.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if ecg_values is not None or pixel_values is not None:
-            ecg_features = self.get_ecg_features(ecg_values, pixel_values, pixel_attention_mask, spatial_shapes)
+            ecg_features = self.get_ecg_features(
+                ecg_values, pixel_values, pixel_attention_mask, spatial_shapes, ecg_lead_mask
+            )
             ecg_features = ecg_features.to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, ecg_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, ecg_features)
@@ -422,6 +428,7 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
+        ecg_lead_mask: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -442,6 +449,7 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
             pixel_values=pixel_values,
             pixel_attention_mask=pixel_attention_mask,
             spatial_shapes=spatial_shapes,
+            ecg_lead_mask=ecg_lead_mask,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,

@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,14 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import logging
 
 try:
-    from .ecg_utils import STANDARD_LEADS, ECGRecord, as_record, resample
+    from .ecg_utils import STANDARD_LEADS, ECGRecord, as_record, resample, select_leads
     from .feature_extraction_elm import ECGFeatureExtractor, as_batch
     from .image_processing_elm import IMAGE_REPRESENTATIONS, ECGImageProcessor
     from .tokenization_ecg_byte import ECGByteTokenizer
 except ImportError:
     if __package__:  # loaded from a Hub repo: a real error
         raise
-    from ecg_utils import STANDARD_LEADS, ECGRecord, as_record, resample
+    from ecg_utils import STANDARD_LEADS, ECGRecord, as_record, resample, select_leads
     from feature_extraction_elm import ECGFeatureExtractor, as_batch
     from image_processing_elm import IMAGE_REPRESENTATIONS, ECGImageProcessor
     from tokenization_ecg_byte import ECGByteTokenizer
@@ -46,7 +47,10 @@ class ELMProcessor(ProcessorMixin):
         chat_template: Jinja template that writes one `<signal>` where each ECG stands.
         num_ecg_tokens: placeholders that each ECG takes, as in the model's config; 0 for a text-only model.
         representation: `signal`: each ECG becomes `ecg_values` and placeholders; `rgb` and `stacked_signal`: it becomes a
-            picture, `pixel_values`, and placeholders; `symbolic`: it becomes tokens in the text.
+            picture, `pixel_values`, and placeholders; `symbolic`: it becomes tokens in the text. Leads that an ECG has not, where
+            the feature extractor admits that: of `signal`, `ecg_lead_mask` tells them; in `symbolic` text they are left out; on the
+            paper of `rgb` they have their place and name, and no line; of `stacked_signal` their row is 0, as padding is (0 mV,
+            after zscore the mean, after minmax black).
         image_processor: makes and prepares the pictures of `rgb` and `stacked_signal`, for the model's vision backbone.
         ecg_byte: the ECG-Byte tokenizer of the `symbolic` representation.
         max_length: tokens that a text may have with its symbolic ECGs, such as the context of the language model.
@@ -93,6 +97,12 @@ class ELMProcessor(ProcessorMixin):
                 f"The tokenizer has no token {self.ecg_token!r}. Add it, "
                 f"tokenizer.add_special_tokens({{'additional_special_tokens': ['{self.ecg_token}']}}), and resize the "
                 "model's embeddings."
+            )
+        if ecg_byte is not None and ecg_byte.across_leads and feature_extractor.missing_leads != "error":
+            raise ValueError(
+                f"missing_leads is {feature_extractor.missing_leads!r}, but this ECG-Byte tokenizer makes one sequence of all leads "
+                "without their names, of which none can be left out: take missing_leads='error', or a tokenizer that keeps within "
+                "leads."
             )
         self.num_ecg_tokens = num_ecg_tokens
         self.representation = representation
@@ -172,8 +182,9 @@ class ELMProcessor(ProcessorMixin):
             kwargs: for the tokenizer (`padding`, `padding_side`, `return_tensors`, ...).
 
         Returns:
-            `input_ids` and `attention_mask` [batch, tokens]; of ECGs that do not stand in the text as tokens, `ecg_values`
-            [number of ECGs, leads, samples], or what the image processor makes of pictures (`pixel_values`, ...).
+            `input_ids` and `attention_mask` [batch, tokens]; of ECGs that do not stand in the text as tokens, what the feature
+            extractor makes of them (`ecg_values` [number of ECGs, leads, samples], `ecg_lead_mask` where leads may be missing), or
+            what the image processor makes of pictures (`pixel_values`, ...).
 
         Raises:
             ValueError: if the placeholders and the ECGs differ in number, a text is too long for its symbolic ECGs, or as
@@ -200,12 +211,12 @@ class ELMProcessor(ProcessorMixin):
             described = {"sampling_rate": sampling_rate, "lead_names": lead_names, "unit": unit}
             if self.image_processor is not None:
                 values = self._drawable(ecgs, **described)
-                data.update(self.image_processor(values, self._seconds))
+                data.update(self.image_processor(values, self._seconds, self.feature_extractor.lead_names))
+            elif self.ecg_tokenizer is not None:
+                values = self._records(self._as_batch(ecgs), padding=False, **described)
             else:
-                padding = self.ecg_tokenizer is None
-                values = self.feature_extractor(self._as_batch(ecgs), padding=padding, **described)["ecg_values"]
-                if self.ecg_tokenizer is None:
-                    data["ecg_values"] = values
+                data.update(self.feature_extractor(self._as_batch(ecgs), **described))
+                values = data["ecg_values"]
         if text is not None:
             data.update(self._tokenize([text] if isinstance(text, str) else list(text), values, text_kwargs))
         return BatchFeature(data, tensor_type=return_tensors)
@@ -224,7 +235,9 @@ class ELMProcessor(ProcessorMixin):
                 f"representation is {self.representation!r}; only {' and '.join(IMAGE_REPRESENTATIONS)} show ECGs as pictures."
             )
         (record,) = self._drawable([ecg], **described)
-        return record if isinstance(record, Image.Image) else self.image_processor.draw(record, self._seconds)
+        if isinstance(record, Image.Image):
+            return record
+        return self.image_processor.draw(record, self._seconds, self.feature_extractor.lead_names)
 
     @property
     def _seconds(self) -> float:
@@ -241,13 +254,24 @@ class ELMProcessor(ProcessorMixin):
     def _drawable(self, ecgs: Any, **described: Any) -> list[ECGRecord | Image.Image]:
         """Records as the feature extractor prepares them, not padded where they are drawn; pictures stay what they are."""
         batch = self._as_batch(ecgs)
-        records = [ecg for ecg in batch if not isinstance(ecg, Image.Image)]
+        given = [ecg for ecg in batch if not isinstance(ecg, Image.Image)]
+        records: Iterator[ECGRecord] = iter(())
+        if given or not batch:
+            records = iter(self._records(given, padding=self.representation != "rgb", **described))
+        return [ecg if isinstance(ecg, Image.Image) else next(records) for ecg in batch]
+
+    def _records(self, ecgs: list, **described: Any) -> list[ECGRecord]:
+        """The ECGs as the feature extractor prepares them; without their missing leads, but where leads are the rows of a picture."""
+        features = self.feature_extractor(ecgs, **described)
         rate, leads = self.feature_extractor.sampling_rate, tuple(self.feature_extractor.lead_names)
-        arrays: Iterator[np.ndarray] = iter(())
-        if records or not batch:
-            padding = self.representation != "rgb"
-            arrays = iter(self.feature_extractor(records, padding=padding, **described)["ecg_values"])
-        return [ecg if isinstance(ecg, Image.Image) else ECGRecord(next(arrays), rate, leads) for ecg in batch]
+        records = [ECGRecord(array, rate, leads) for array in features["ecg_values"]]
+        if self.representation == "stacked_signal" or "ecg_lead_mask" not in features:
+            return records
+        masks = features["ecg_lead_mask"]
+        return [
+            select_leads(record, list(itertools.compress(leads, mask)))
+            for record, mask in zip(records, masks, strict=True)
+        ]
 
     def _tokenize(self, texts: list[str], values: Any, text_kwargs: dict[str, Any]) -> dict[str, list]:
         """The tokens of the texts, with those of the ECGs in place of the placeholders, padded."""
@@ -281,24 +305,25 @@ class ELMProcessor(ProcessorMixin):
             first += count
         return self._pad(encoded, **padding)
 
-    def _symbolic(self, values: list[np.ndarray], lead_names: Sequence[str] | None = None) -> list[list[int]]:
-        """Ids of the language model for each ECG [leads, samples]."""
+    def _symbolic(self, records: list[ECGRecord]) -> list[list[int]]:
+        """Ids of the language model for each ECG."""
         assert self.ecg_tokenizer is not None
         batch = []
-        for ecg, ids in zip(values, self.ecg_tokenizer.encode_batch(values), strict=True):
+        for record, ids in zip(
+            records, self.ecg_tokenizer.encode_batch([record.array for record in records]), strict=True
+        ):
             tokens = self._signal_ids[ids]
             if self._lead_ids:
-                leads = self.ecg_tokenizer.offsets(ids, ecg.shape[1])[:, 0]
-                starts = np.searchsorted(leads, np.arange(len(ecg)))
-                names = lead_names or self.feature_extractor.lead_names
-                tokens = np.insert(tokens, starts, [self._lead_ids[name] for name in names])
+                leads = self.ecg_tokenizer.offsets(ids, record.array.shape[1])[:, 0]
+                starts = np.searchsorted(leads, np.arange(len(record.array)))
+                tokens = np.insert(tokens, starts, [self._lead_ids[name] for name in record.lead_names])
             batch.append(tokens.tolist())
         return batch
 
-    def _fit(self, values: list[np.ndarray], tokens: list[list[int]], room: int, name: str) -> list[list[int]]:
+    def _fit(self, records: list[ECGRecord], tokens: list[list[int]], room: int, name: str) -> list[list[int]]:
         """Fewer tokens for the ECGs of a text, by the rule `overflow`: at most `room` together."""
         size = sum(map(len, tokens))
-        rate, leads = self.feature_extractor.sampling_rate, self.feature_extractor.lead_names
+        rate = self.feature_extractor.sampling_rate
         too_long = (
             f"{name} has {size} tokens of {len(tokens)} ECGs and room for {max(room, 0)} beside its words "
             f"(max_length={self.max_length})"
@@ -306,16 +331,17 @@ class ELMProcessor(ProcessorMixin):
         if self.ecg_tokenizer is not None and tokens:
             if self.overflow == "downsample":
                 for factor in (2**power for power in range(1, int(math.log2(rate / MIN_SAMPLING_RATE)) + 1)):
-                    tokens = self._symbolic([resample(ecg, rate, rate / factor) for ecg in values])
+                    tokens = self._symbolic(
+                        [replace(record, array=resample(record.array, rate, rate / factor)) for record in records]
+                    )
                     if sum(map(len, tokens)) <= room:
                         logger.warning("%s: they are resampled from %g to %g Hz.", too_long, rate, rate / factor)
                         return tokens
             elif self.overflow == "drop_leads":
+                leads = {lead for record in records for lead in record.lead_names}
                 order = [lead for lead in DISPENSABLE_LEADS if lead in leads]
                 for number in range(1, len(order)):
-                    kept = [lead for lead in leads if lead not in order[:number]]
-                    rows = [leads.index(lead) for lead in kept]
-                    tokens = self._symbolic([np.ascontiguousarray(ecg[rows]) for ecg in values], kept)
+                    tokens = self._symbolic([_without_leads(record, order[:number]) for record in records])
                     if sum(map(len, tokens)) <= room:
                         logger.warning("%s: their leads %s are left out.", too_long, ", ".join(order[:number]))
                         return tokens
@@ -453,6 +479,12 @@ class ELMProcessor(ProcessorMixin):
         if isinstance(ecg, (str, os.PathLike, Mapping)):  # may say some of it too
             return as_record(ecg, **described)
         return {"array": ecg, **described}
+
+
+def _without_leads(record: ECGRecord, leads: Sequence[str]) -> ECGRecord:
+    """The record without these leads, or as it is if it has no others."""
+    kept = [lead for lead in record.lead_names if lead not in leads]
+    return select_leads(record, kept or record.lead_names)
 
 
 ELMProcessor.register_for_auto_class()

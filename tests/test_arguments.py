@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from trl import ModelConfig, SFTConfig
 
-from training.arguments import ALIASES, ELMS, VISION_BACKBONES, ELMArguments, ELMParser
+from training.arguments import ALIASES, ELMS, VISION_BACKBONES, ELMArguments, ELMParser, new_elm_options
 from training.evaluation import parse as parse_evaluation
 from training.sft import parse
 
@@ -42,6 +42,12 @@ def write_yaml(folder: Path, text: str) -> list[str]:
         (["--update", "encoder", "llm"], 0, "update", ["encoder", "llm"]),
         (["--data_subset", "0.5"], 0, "data_subset", 0.5),
         (["--augment_ecg"], 0, "augment_ecg", True),
+        (["--time_shift", "1.5"], 0, "time_shift", 1.5),
+        (["--gain_jitter", "0.1"], 0, "gain_jitter", 0.1),
+        (["--lead_dropout", "0.2"], 0, "lead_dropout", 0.2),
+        (["--missing_leads", "zeros"], 0, "missing_leads", "zeros"),
+        (["--bandpass", "0.5", "40"], 0, "bandpass", [0.5, 40.0]),
+        (["--notch", "50"], 0, "notch", 50.0),
         (["--augment_rgb"], 0, "augment_rgb", True),  # of a saved model too, whose representation is not yet known
         (["--data_representation", "rgb"], 0, "representation", "rgb"),
         (["--representation", "rgb", "--paper", '{"layout": "3x4"}'], 0, "paper_fields", {"layout": "3x4"}),
@@ -197,6 +203,14 @@ def test_options_that_do_not_go_together(options, message):
         parse([*BASE, *options])
 
 
+def test_options_of_a_new_elm():
+    """Those that a saved ELM does not take; what is random in training is none of them."""
+    of_new = ["--missing_leads", "zeros", "--bandpass", "0.5", "40", "--notch", "50"]
+    of_training = ["--augment_ecg", "--time_shift", "1", "--gain_jitter", "0.1", "--lead_dropout", "0.2"]
+    args = parse([*BASE, *of_new, *of_training])[0]
+    assert new_elm_options(args) == ["missing_leads", "bandpass", "notch"]
+
+
 def test_defaults_of_training():
     _, training_args, _ = parse(BASE)
     assert training_args.max_length is None
@@ -264,6 +278,12 @@ def test_missing_yaml():
     [
         (["--data_subset", "0"], "--data_subset is 0.0"),
         (["--data_subset", "1.5"], "--data_subset is 1.5"),
+        (["--time_shift", "-1"], r"--time_shift is -1\.0; expected seconds, at least 0"),
+        (["--time_shift", "inf"], "--time_shift is inf"),
+        (["--gain_jitter", "1"], r"--gain_jitter is 1\.0; expected a share in \[0, 1\)"),
+        (["--lead_dropout", "1"], r"--lead_dropout is 1\.0; expected a share in \[0, 1\)"),
+        (["--lead_dropout", "-0.1"], r"--lead_dropout is -0\.1"),
+        (["--lead_dropout", "nan"], "--lead_dropout is nan"),
         (["--encoder_config", "{depths"], "--encoder_config is not JSON"),
         (["--encoder_config", "[1]"], r"--encoder_config is '\[1\]'; expected names and values"),
         (["--distributed"], "--distributed, but there is one process"),

@@ -108,11 +108,13 @@ def test_pad_token(llm, tmp_path):
 
 def test_processor_follows_the_arguments(llm):
     changes = {"lead_names": ["II", "V5"], "sampling_rate": 100, "normalization": "minmax", "truncation": "center"}
+    changes |= {"bandpass": [0.5, 40.0], "notch": 49.0, "missing_leads": "zeros"}
     processor = build_processor(arguments(llm, **changes))
     extractor = processor.feature_extractor
     assert extractor.lead_names == ["II", "V5"]
     assert (extractor.sampling_rate, extractor.num_samples) == (100, 500)
     assert (extractor.normalization, extractor.truncation) == ("minmax", "center")
+    assert (extractor.bandpass, extractor.notch, extractor.missing_leads) == ([0.5, 40.0], 49.0, "zeros")
     assert processor.num_ecg_tokens == 4
     assert processor.tokenizer.encode("<signal>", add_special_tokens=False) == [processor.ecg_token_id]
     text_only = build_processor(arguments(llm, architecture="text"))

@@ -120,6 +120,23 @@ def test_perturb(representation):
     assert learnt(processor, only_text["labels"][1]) == learnt(processor, plain["labels"][1])
 
 
+@pytest.mark.parametrize("perturb", ["noise", "zeros", "only_text"])
+def test_perturb_lists_and_files(perturb, tmp_path):
+    """Each of several ECGs by itself, arrays and files."""
+    processor = tiny_processor()
+    array = row("a")["ecg"]["array"]
+    np.savez(tmp_path / "a.npz", array=array, sampling_rate=250)
+    several = row("Is it?", "yes") | {"ecg": [{"array": array, "sampling_rate": 250}, str(tmp_path / "a.npz")]}
+    batch = ELMCollator(processor, perturb=perturb)([several, row("Is it?", "yes") | {"ecg": str(tmp_path / "a.npz")}])
+    if perturb == "only_text":
+        assert "ecg_values" not in batch
+        assert processor.ecg_token_id not in batch["input_ids"]
+        return
+    assert batch["ecg_values"].shape == (3, 12, 500)
+    assert not torch.equal(batch["ecg_values"], ELMCollator(processor)([several, several])["ecg_values"][:3])
+    assert float(batch["ecg_values"].std()) == pytest.approx({"noise": 1.0, "zeros": 0.0}[perturb], abs=0.05)
+
+
 def test_text_only_processor_leaves_the_ecg_out():
     processor = tiny_processor(num_ecg_tokens=0)
     batch = ELMCollator(processor)([row("Is it?", "yes")])
@@ -154,11 +171,91 @@ def test_augment_leaves_its_input():
     assert np.array_equal(ecg, np.ones((12, 500)))
 
 
+def augmented(ecg, size, processor=None, **options):
+    """What the collator makes of so many rows of one ECG, [size, leads, samples]."""
+    rows = [row(f"Is it {index}?", "yes") | {"ecg": ecg} for index in range(size)]
+    return ELMCollator(processor or tiny_processor(), **options)(rows)
+
+
+RAMP = {"array": np.tile(np.arange(500, dtype=np.float32) / 250, (12, 1)), "sampling_rate": 250}
+
+
+@pytest.mark.parametrize(("seconds", "most"), [(0.5, 0.5), (5.0, 1.0)])
+def test_time_shift(seconds, most):
+    """Up to so many seconds, at most half of two; what is left is padded."""
+    values = augmented(RAMP, 200, time_shift=seconds)["ecg_values"]
+    starts = values[:, 0, 0]
+    assert starts.min() < 0.2 * most
+    assert 0.9 * most < starts.max() <= most
+    assert starts.mean() == pytest.approx(min(seconds / 2, 0.9), abs=0.1)
+    for one, start in zip(values, starts, strict=True):
+        length = 500 - round(float(start) * 250)
+        np.testing.assert_array_equal(one[:, :length], RAMP["array"][:, 500 - length :])
+        assert not one[:, length:].any()
+
+
+def test_gain_jitter():
+    gains = augmented(RAMP, 200, gain_jitter=0.2)["ecg_values"][:, :, 1:] / RAMP["array"][:, 1:]
+    torch.testing.assert_close(gains, gains[:, :1, :1].expand_as(gains))
+    gains = gains[:, 0, 0]
+    assert 0.8 <= gains.min() < 0.82
+    assert 1.18 < gains.max() <= 1.2
+    assert gains.mean() == pytest.approx(1, abs=0.03)
+
+
+def test_lead_dropout():
+    ones = {"array": np.ones((12, 500), np.float32), "sampling_rate": 250}
+    batch = augmented(ones, 200, lead_dropout=0.3)
+    assert "ecg_lead_mask" not in batch
+    kept = batch["ecg_values"].mean(-1)
+    assert set(kept.flatten().tolist()) == {0.0, 1.0}
+    assert kept.mean() == pytest.approx(0.7, abs=0.03)
+    assert (augmented(ones, 100, lead_dropout=0.99)["ecg_values"].mean(-1).sum(1) == 1).float().mean() > 0.8
+    assert augmented(ones, 100, lead_dropout=0.99)["ecg_values"].flatten(1).any(1).all()  # one is always kept
+
+
+def test_lead_dropout_of_a_model_that_knows_missing_leads():
+    """They are missing, but for limb leads that two others give."""
+    processor = tiny_processor(missing_leads="zeros")
+    batch = augmented(row("a")["ecg"], 200, processor, lead_dropout=0.5)
+    mask = batch["ecg_lead_mask"]
+    assert torch.equal(mask, batch["ecg_values"].any(-1))
+    assert mask[:, 6:].float().mean() == pytest.approx(0.5, abs=0.05)
+    both = mask[:, 0] & mask[:, 1]
+    assert 0.15 < both.float().mean() < 0.35
+    assert mask[both, :6].all()
+
+
+def test_augmentations_are_independent_options():
+    """Each leaves what the others draw first as it is."""
+    ecg = row("a")["ecg"]
+    noise = augmented(ecg, 20, augment_ecg=True)["ecg_values"]
+    both = augmented(ecg, 20, augment_ecg=True, gain_jitter=0.5)["ecg_values"]
+    ratio = both / noise
+    torch.testing.assert_close(ratio, ratio[:, :1, :1].expand_as(ratio), atol=1e-3, rtol=1e-3)
+
+
+def test_without_augmentation():
+    options = {"augment_ecg": True, "time_shift": 0.5, "gain_jitter": 0.5, "lead_dropout": 0.5}
+    collator = ELMCollator(tiny_processor(), seed=3, max_length=200, perturb="noise", **options)
+    rows = [row("Is it?", "yes")]
+    plain = ELMCollator(collator.processor, seed=3, perturb="noise")(rows)
+    assert_same(collator.without_augmentation()(rows), plain)
+    assert not torch.equal(collator(rows)["ecg_values"], plain["ecg_values"])
+
+
 @pytest.mark.parametrize("representation", PROCESSORS)
 def test_what_is_random_depends_on_seed_epoch_and_row_alone(representation):
     processor = PROCESSORS[representation]()
     augment_rgb = representation == "rgb"
-    collator = ELMCollator(processor, augment_ecg=True, augment_rgb=augment_rgb, perturb="noise", seed=3)
+    changes = {
+        "augment_ecg": True,
+        "augment_rgb": augment_rgb,
+        "time_shift": 0.2,
+        "gain_jitter": 0.1,
+        "lead_dropout": 0.1,
+    }
+    collator = ELMCollator(processor, perturb="noise", seed=3, **changes)
     rows = [row("Is it?", "yes"), row("Is it so?", "no"), row("Is it?", "yes", "Sure?", "no")]
     for one in rows:
         one["ecg"]["sampling_rate"] = processor.feature_extractor.sampling_rate

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from ecg_utils import REFERENCE_LEADS, STANDARD_LEADS, as_record, resample
+from ecg_utils import REFERENCE_LEADS, STANDARD_LEADS, as_record, filter_ecg, resample
 from feature_extraction_elm import ECGFeatureExtractor
 
 
@@ -50,7 +50,7 @@ class TestOutput:
 
     def test_tensors(self, counts):
         features = ECGFeatureExtractor()(counts[100][0], 100, unit="uV", return_tensors="pt")
-        assert list(features) == ECGFeatureExtractor.model_input_names == ["ecg_values"]
+        assert list(features) == ECGFeatureExtractor().model_input_names == ["ecg_values"]
         assert features.ecg_values.dtype == torch.float32
         assert features.ecg_values.shape == (1, 12, 2500)
 
@@ -213,6 +213,85 @@ class TestLength:
         assert values.shape == (10, 12, 2500)
 
 
+class TestFilters:
+    def test_come_after_resampling_and_before_cutting(self, counts):
+        """What is kept has no trace of where it was cut."""
+        extractor = ECGFeatureExtractor(
+            num_samples=500, bandpass=[0.5, 40], notch=50, truncation="end", normalization="zscore"
+        )
+        values = extractor(counts[500][0], 500, unit="uV").ecg_values[0]
+        whole = filter_ecg(resample(counts[500][0] / 1000, 500, 250), 250, (0.5, 40), 50)[:, -500:]
+        np.testing.assert_allclose(values, (whole - whole.mean()) / (whole.std() + 1e-6), atol=1e-5)
+
+    def test_of_every_rate_alike(self, counts):
+        extractor = ECGFeatureExtractor(bandpass=[0.5, 15])
+        fast, slow = (extractor(counts[rate], rate, unit="uV").ecg_values for rate in (500, 100))
+        for a, b in zip(fast, slow, strict=True):
+            assert np.corrcoef(a[:, 500:2000].ravel(), b[:, 500:2000].ravel())[0, 1] > 0.997
+
+    def test_none(self):
+        array = noise(12, 50)
+        np.testing.assert_array_equal(small()(array, 100).ecg_values[0], array)
+        assert abs(small(bandpass=(1, 30))(array, 100).ecg_values[0] - array).max() > 0.1
+
+
+class TestMissingLeads:
+    """Some leads, and the others of the output are zeros."""
+
+    SETS = {
+        "one": (["II"], "II"),
+        "two": (["I", "II"], "I II III aVR aVL aVF"),
+        "three": (["V1", "I", "V5"], "I V1 V5"),
+        "six": (["I", "II", "III", "aVR", "aVL", "aVF"], "I II III aVR aVL aVF"),
+        "eight": (["I", "II", "V1", "V2", "V3", "V4", "V5", "V6"], " ".join(STANDARD_LEADS)),
+    }
+
+    @pytest.mark.parametrize("normalization", ["none", "zscore", "minmax"])
+    @pytest.mark.parametrize("name", SETS)
+    def test_any_subset(self, name, normalization):
+        leads, expected = self.SETS[name]
+        there = [lead in expected.split() for lead in STANDARD_LEADS]
+        array = noise(len(leads), 40) + 3
+        features = small(normalization=normalization, missing_leads="zeros")(array, 100, lead_names=leads)
+        assert features.ecg_lead_mask.dtype == bool
+        assert features.ecg_lead_mask.tolist() == [there]
+        values = features.ecg_values[0]
+        assert not values[~np.array(there)].any()
+        alone = small(normalization=normalization, lead_names=expected.split())(array, 100, lead_names=leads)
+        np.testing.assert_array_equal(values[there], alone.ecg_values[0])
+
+    def test_batch(self):
+        extractor = small(missing_leads="zeros")
+        array = noise(12, 50)
+        ecgs = [
+            {"array": array, "sampling_rate": 100},
+            {"array": array[6:7], "sampling_rate": 100, "lead_names": ["V1"]},
+        ]
+        features = extractor(ecgs, return_tensors="pt")
+        assert list(features) == extractor.model_input_names == ["ecg_values", "ecg_lead_mask"]
+        assert features.ecg_lead_mask.dtype == torch.bool
+        assert features.ecg_lead_mask.sum(1).tolist() == [12, 1]
+        np.testing.assert_array_equal(features.ecg_values[0], array)
+        short = extractor([array[:, :30], array[:, :20]], 100, padding=False)
+        assert [values.shape for values in short.ecg_values] == [(12, 30), (12, 20)]
+        assert short.ecg_lead_mask.all()
+
+    def test_recorded_zeros_are_there(self):
+        """A lead that is flat is no missing one."""
+        features = small(missing_leads="zeros")(np.zeros((12, 50)), 100)
+        assert features.ecg_lead_mask.all()
+
+    def test_none_is_there(self):
+        with pytest.raises(ValueError, match="has no lead I, II: it has V1"):
+            small(lead_names=["I", "II"], missing_leads="zeros")(noise(1, 50), 100, lead_names=["V1"])
+
+    def test_other_leads_of_a_recording(self):
+        """Fifteen of a PTB record, three of them Frank's."""
+        names = [*STANDARD_LEADS, "vx", "vy", "vz"]
+        array = noise(15, 50)
+        np.testing.assert_array_equal(small()(array, 100, lead_names=names).ecg_values[0], array[:12])
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("kwargs", "message"),
@@ -230,6 +309,12 @@ class TestErrors:
                 r"normalization is 'min-max'; expected one of \('none', 'zscore', 'minmax'\)",
             ),
             ({"normalization": None}, "normalization is None"),
+            (
+                {"bandpass": [0.5, 125]},
+                r"bandpass is \[0\.5, 125\]; expected two frequencies low < high between 0 and 125 Hz",
+            ),
+            ({"notch": 60, "sampling_rate": 100}, "notch is 60; expected a frequency between 0 and 50 Hz"),
+            ({"missing_leads": "nan"}, r"missing_leads is 'nan'; expected one of \('error', 'zeros'\)"),
             ({"truncation": True}, r"truncation is True; expected one of \(False, 'start', 'center', 'end'\)"),
         ],
     )
@@ -258,7 +343,6 @@ class TestErrors:
             (noise(50, 12), "looks like"),
             ([1.0, 2.0], r"ECG 0 of 2, counted from 0: The ECG has shape \[\]"),
             ([[], []], "ECG 0 of 2"),
-            ("record.xml", r"suffix is '\.xml'"),
             (None, "NoneType"),
             ([noise(12, 50), noise(3, 50)], "ECG 1 of 2, counted from 0: The ECG has 3 leads without names"),
             ([noise(12, 50), noise(12, 51)], r"ECG 1 of 2, counted from 0: The ECG is 0\.51 s long"),
@@ -283,6 +367,9 @@ CONFIG = {
     "lead_names": list(REFERENCE_LEADS),
     "normalization": "zscore",
     "truncation": "center",
+    "bandpass": [0.5, 40.0],
+    "notch": 50.0,
+    "missing_leads": "zeros",
 }
 
 
@@ -299,6 +386,16 @@ class TestSaving:
         loaded.save_pretrained(tmp_path / "again")
         assert json.loads((tmp_path / "again/preprocessor_config.json").read_text()) == config
         assert ECGFeatureExtractor.from_pretrained(tmp_path, num_samples=7).num_samples == 7
+
+    def test_saved_before_there_were_filters(self, tmp_path):
+        ECGFeatureExtractor(**CONFIG).save_pretrained(tmp_path)
+        path = tmp_path / "preprocessor_config.json"
+        config = json.loads(path.read_text())
+        path.write_text(
+            json.dumps({key: config[key] for key in config.keys() - {"bandpass", "notch", "missing_leads"}})
+        )
+        loaded = ECGFeatureExtractor.from_pretrained(tmp_path)
+        assert (loaded.bandpass, loaded.notch, loaded.missing_leads) == (None, None, "error")
 
     def test_fresh_process_without_the_project(self, tmp_path):
         extractor = ECGFeatureExtractor(**CONFIG)

@@ -156,6 +156,79 @@ def test_records_of_a_batch_do_not_mix(kind):
     torch.testing.assert_close(model(ecg_values).last_hidden_state, one_by_one)
 
 
+# missing leads
+
+LEADS_THERE = torch.tensor([[True, False, True, True, False, True], [False, False, True, False, False, False]])
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_mask_of_all_leads_is_none(kind):
+    model = tiny(kind)
+    masked = model(records(), lead_mask=torch.ones(2, NUM_LEADS, dtype=torch.bool)).last_hidden_state
+    assert torch.equal(masked, model(records()).last_hidden_state)
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_values_of_missing_leads_are_not_read(kind):
+    model = tiny(kind)
+    expected = model(records(), lead_mask=LEADS_THERE).last_hidden_state
+    assert expected.isfinite().all()
+    other = records().masked_fill(~LEADS_THERE[..., None], torch.nan)
+    assert torch.equal(model(other, lead_mask=LEADS_THERE).last_hidden_state, expected)
+    assert not torch.allclose(model(records()).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize("kind", ["merl", "mtae"])
+def test_missing_leads_are_zeros_where_tokens_hold_all_leads(kind):
+    zeros = records().masked_fill(~LEADS_THERE[..., None], 0)
+    model = tiny(kind)
+    assert torch.equal(model(records(), lead_mask=LEADS_THERE).last_hidden_state, model(zeros).last_hidden_state)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["mlae", "st_mem"])
+def test_missing_leads_are_as_if_the_model_had_none_of_them(kind, attention):
+    """The tokens of the others are those of a model of these leads alone."""
+    patches = {"mlae": {"patch_size": 1}, "st_mem": {}}[kind]
+    model = tiny(kind, **patches)
+    model.set_attn_implementation(attention)
+    output = model(records(), lead_mask=LEADS_THERE).last_hidden_state
+    if kind == "mlae":
+        output = output[:, 1:]
+    output = output.unflatten(1, (NUM_LEADS, -1))
+    for record, there, tokens in zip(records(), LEADS_THERE, output, strict=True):
+        assert not tokens[~there].any()
+        smaller = tiny(kind, num_leads=int(there.sum()), **patches)
+        weights = model.state_dict()
+        for name, rows in (
+            (name, rows) for name, rows in weights.items() if rows.shape != smaller.state_dict()[name].shape
+        ):
+            cls = torch.tensor([True])
+            weights[name] = rows[there] if kind == "st_mem" else rows[:, torch.cat([cls, there])]
+        smaller.load_state_dict(weights)
+        expected = smaller(record[there][None]).last_hidden_state[0, 1 if kind == "mlae" else 0 :]
+        torch.testing.assert_close(tokens[there].flatten(0, 1), expected)
+
+
+def test_mlae_patch_with_one_of_its_leads():
+    output = tiny("mlae")(records(), lead_mask=LEADS_THERE).last_hidden_state
+    assert output.any(-1).tolist() == [[True, True, True, True], [True, False, True, False]]
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_training_with_missing_leads(kind):
+    model = tiny(kind).train()
+    model(records(), lead_mask=LEADS_THERE).last_hidden_state.square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert model.get_parameter({"merl": "stem.conv.weight"}.get(kind, "layers.0.norm1.weight")).grad.any()
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_wrong_lead_mask(kind):
+    with pytest.raises(ValueError, match=r"The lead mask has shape \[6\]; expected \[2, 6\], one value for each lead"):
+        tiny(kind)(records(), lead_mask=LEADS_THERE[0])
+
+
 # errors
 
 

@@ -386,6 +386,28 @@ class TestGeneration:
         assert model.generation_config.suppress_tokens == [3, 7]
 
 
+class TestMissingLeads:
+    @pytest.mark.parametrize("ecg_part", ["merl", "st_mem", "patch"])
+    def test_mask(self, ecg_part):
+        """It goes with its ECG, in a batch, in beams and without a cache; what stands in place of missing leads is not read."""
+        model = tiny_elm(ecg_part)
+        batch, alone = mixed_batch(model)
+        mask = torch.ones(3, 12, dtype=torch.bool)
+        assert torch.equal(logits(model, **batch, ecg_lead_mask=mask), logits(model, **batch))
+        mask[1, 2:] = mask[2, :7] = False
+        expected = logits(model, **batch, ecg_lead_mask=mask)
+        assert ((expected - logits(model, **batch)).abs().amax((1, 2)) > 1e-3).tolist() == [True, False, True]
+        masked = batch | {
+            "ecg_lead_mask": mask,
+            "ecg_values": batch["ecg_values"].masked_fill(~mask[..., None], torch.nan),
+        }
+        assert torch.equal(logits(model, **masked), expected)
+        groups = [{"ecg_lead_mask": mask[:2]}, {}, {"ecg_lead_mask": mask[2:]}]
+        for mode in ("greedy", "no cache", "beams, two answers"):
+            single = [new_tokens(model, one | own, **MODES[mode]) for one, own in zip(alone, groups, strict=True)]
+            assert torch.equal(new_tokens(model, masked, **MODES[mode]), torch.cat(single)), mode
+
+
 class TestNumerics:
     @pytest.mark.parametrize(
         "config",

@@ -15,7 +15,7 @@ from helpers import (
 from PIL import Image
 from safetensors.torch import load_file
 
-from ecg_drawing import draw_ecg
+from ecg_drawing import ECGPaper, draw_ecg
 from ecg_utils import STANDARD_LEADS, ECGRecord, as_record, resample
 from feature_extraction_elm import ECGFeatureExtractor
 from processing_elm import DISPENSABLE_LEADS, ELMProcessor
@@ -43,6 +43,12 @@ def chat(*contents):
     roles = ["user", "assistant"] * len(contents)
     parts = [[{"type": "text", "text": part} if isinstance(part, str) else part for part in c] for c in contents]
     return [{"role": role, "content": content} for role, content in zip(roles, parts, strict=False)]
+
+
+def simulated_leads(lead_names):
+    """[leads, 500] millivolts, 5 s at 100 Hz."""
+    array = make_record(0, 0, sampling_rate=100, seconds=5.0)["ecg"]["array"]
+    return array[[STANDARD_LEADS.index(lead) for lead in lead_names]] / np.float32(1e3)
 
 
 def inputs_of(processor, chats, **kwargs):
@@ -228,6 +234,82 @@ class TestChat:
         bad = ecg_part(ecg=np.full((12, 500), np.nan, dtype=np.float32))
         with pytest.raises(ValueError, match="ECG 1 of 2, counted from 0: Lead I is NaN throughout"):
             inputs_of(processor, [chat([ecg_part()]), chat([bad])])
+
+
+PART = {"array": simulated_leads(["II", "V1", "V5"]), "sampling_rate": 100, "lead_names": ["II", "V1", "V5"]}
+
+
+class TestMissingLeads:
+    """What the model is shown of a record of three leads."""
+
+    THERE = [lead in PART["lead_names"] for lead in STANDARD_LEADS]
+
+    def test_signal(self):
+        processor = tiny_processor(sampling_rate=100, missing_leads="zeros")
+        assert processor.model_input_names[:2] == ["ecg_values", "ecg_lead_mask"]
+        inputs = inputs_of(processor, [chat([{"type": "ecg", "ecg": PART}, "a"]), chat([ecg_part(sampling_rate=100)])])
+        assert inputs["ecg_lead_mask"].tolist() == [self.THERE, [True] * 12]
+        assert inputs["ecg_values"].abs().amax(-1).bool().tolist() == [self.THERE, [True] * 12]
+
+    def test_symbolic(self):
+        """As a processor of these leads alone would write it, in the order of all."""
+        ecg_byte = tiny_ecg_byte(across_leads=False)
+        extractor = {"missing_leads": "zeros"}
+        processor = tiny_symbolic_processor(ecg_byte=ecg_byte, extractor=extractor)
+        (ids,) = processor(text="<signal>", ecgs=PART)["input_ids"]
+        assert ids == symbolic_ids(processor, PART["array"], PART["lead_names"])
+        array = processor.decode_ecg(ids, -1, 1)[0]["array"]
+        assert (~np.isnan(array).any(1)).tolist() == self.THERE
+        with pytest.raises(
+            ValueError, match="one sequence of all leads without their names, of which none can be left out"
+        ):
+            tiny_symbolic_processor(ecg_byte=tiny_ecg_byte(across_leads=True), extractor=extractor)
+
+    def test_symbolic_without_room(self, caplog):
+        """Leads go in the same order; a record that has no others keeps its own."""
+        extractor = {"missing_leads": "zeros"}
+        processor = tiny_symbolic_processor(ecg_byte=tiny_ecg_byte(across_leads=False), extractor=extractor)
+        one = {**PART, "array": PART["array"][2:], "lead_names": ["V5"]}
+        both = {"text": "<signal><signal>", "ecgs": [PART, one]}
+        (ids,) = processor(**both)["input_ids"]
+        processor.max_length, processor.overflow = len(ids) - 1, "drop_leads"
+        (ids,) = processor(**both)["input_ids"]
+        three = symbolic_ids(processor, PART["array"][:2], ["II", "V1"])
+        assert ids == three + symbolic_ids(processor, one["array"], ["V5"])
+        assert caplog.messages[-1].endswith("their leads V5 are left out.")
+
+    def test_rgb(self):
+        """The paper has room for all leads and their names; only the lines are missing."""
+        processor = tiny_image_processor_elm("vit", missing_leads="zeros")
+        whole = {"array": simulated_leads(STANDARD_LEADS), "sampling_rate": 100}
+        full, part = (np.asarray(processor.draw(ecg)).astype(int) for ecg in (whole, PART))
+        record = ECGRecord(PART["array"], 100, tuple(PART["lead_names"]))
+        drawn = draw_ecg(record, *full.shape[:2], processor.image_processor.paper, lead_names=STANDARD_LEADS)
+        np.testing.assert_array_equal(part, np.asarray(drawn))
+        assert (part >= full).all()  # the paper is brighter than the lines
+        assert (part != full).mean() > 0.05
+        flat = {**whole, "array": whole["array"] * np.array(self.THERE)[:, None]}
+        assert (np.asarray(processor.draw(flat)) < part).any()
+        pixels = processor(ecgs=[PART, whole], return_tensors="np")["pixel_values"]
+        np.testing.assert_array_equal(pixels[0], processor(ecgs=PART, return_tensors="np")["pixel_values"][0])
+
+    def test_rgb_with_a_column_without_a_lead(self):
+        v1, v6 = (ECGRecord(simulated_leads([lead]), 100, (lead,)) for lead in ("V1", "V6"))
+        paper = ECGPaper(layout="3x4")
+        one, other = (np.asarray(draw_ecg(record, 400, 600, paper, lead_names=STANDARD_LEADS)) for record in (v1, v6))
+        np.testing.assert_array_equal(one[:, :300], other[:, :300])
+        assert (one[:, 310:] != other[:, 310:]).any()
+
+    @pytest.mark.parametrize(("normalization", "grey"), [("none", 127), ("minmax", 0)])
+    def test_stacked_signal(self, normalization, grey):
+        processor = tiny_image_processor_elm(
+            "vit", "stacked_signal", missing_leads="zeros", normalization=normalization
+        )
+        processor.image_processor.value_range = [-2.0, 2.0] if normalization == "none" else [0.0, 1.0]
+        picture = np.asarray(processor.draw(PART))
+        assert picture.shape == (12, 500, 3)
+        assert (picture[~np.array(self.THERE)] == grey).all()
+        assert all(np.ptp(picture[row]) for row in np.flatnonzero(self.THERE))
 
 
 class TestTextOnly:

@@ -164,6 +164,9 @@ def build_processor(args: ELMArguments) -> ELMProcessor:
         num_samples=args.num_samples,
         normalization=args.normalization or "none",
         truncation=args.truncation or False,
+        bandpass=args.bandpass,
+        notch=args.notch,
+        missing_leads=args.missing_leads,
         **leads,
     )
     if ecg_byte is not None:

@@ -5,6 +5,7 @@ import math
 import zlib
 from copy import copy
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,18 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from ecg_utils import as_record
+from ecg_utils import ECGRecord, as_record
 from processing_elm import ELMProcessor
 from training.data import ecgs_of, to_chat
+
+# options of the collator that change ECGs in training alone, and what they are outside of it
+NO_AUGMENTATION: dict[str, Any] = {
+    "augment_ecg": False,
+    "augment_rgb": False,
+    "time_shift": 0.0,
+    "gain_jitter": 0.0,
+    "lead_dropout": 0.0,
+}
 
 
 @dataclass
@@ -29,6 +39,9 @@ class ELMCollator:
         perturb: what becomes of every ECG: `noise`, `zeros`, or `only_text` to leave it out.
         augment_ecg: change some of the ECGs, as `augmented_ecg` does.
         augment_rgb: change some of the drawings, as `augmented_rgb` does; for the representation `rgb`.
+        time_shift: seconds by which a recording begins later at most, as `time_shifted` says.
+        gain_jitter: share by which the amplitude of a recording is larger or smaller at most.
+        lead_dropout: probability of each lead to be lost, as `with_lost_leads` says.
         max_length: tokens that a chat may have at most, if the processor says no less.
         epoch: the trainer counts it up.
     """
@@ -38,6 +51,9 @@ class ELMCollator:
     perturb: str | None = None
     augment_ecg: bool = False
     augment_rgb: bool = False
+    time_shift: float = 0.0
+    gain_jitter: float = 0.0
+    lead_dropout: float = 0.0
     max_length: int | None = None
     seed: int = 0
     epoch: int = 0
@@ -51,9 +67,13 @@ class ELMCollator:
             self.processor = copy(self.processor)
             self.processor.max_length = min(self.max_length, self.processor.max_length or self.max_length)
 
+    def without_augmentation(self) -> "ELMCollator":
+        """For evaluation; what `perturb` says stands."""
+        return replace(self, **NO_AUGMENTATION)
+
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         with_ecg = self.perturb != "only_text" and self.processor.takes_ecgs
-        if with_ecg and (self.perturb or self.augment_ecg or self.augment_rgb):
+        if with_ecg and (self.perturb or any(getattr(self, name) for name in NO_AUGMENTATION)):
             rows = [{**row, "ecg": self._changed(row)} for row in rows]
         chats = [to_chat(row, self.system_prompt, with_ecg) for row in rows]
         batch: Any = self.processor.apply_chat_template(
@@ -80,10 +100,18 @@ class ELMCollator:
         ecgs: list[Any] = []
         for ecg in ecgs_of(row):
             record = as_record(ecg)
-            rng = np.random.default_rng([self.seed, self.epoch, words, zlib.crc32(record.array.tobytes())])
+            rng = np.random.default_rng(
+                [self.seed, row.get("epoch", self.epoch), words, zlib.crc32(record.array.tobytes())]
+            )
             array = perturbed(record.array, self.perturb, rng)
             array = augmented_ecg(array, rng) if self.augment_ecg else array
+            array = time_shifted(array, record.sampling_rate, self.time_shift, rng) if self.time_shift else array
+            if self.gain_jitter:
+                array = array * np.float32(rng.uniform(1 - self.gain_jitter, 1 + self.gain_jitter))
             record = replace(record, array=array)
+            if self.lead_dropout:
+                as_missing = self.processor.feature_extractor.missing_leads == "zeros"
+                record = with_lost_leads(record, self.lead_dropout, rng, as_missing)
             ecgs.append(augmented_rgb(self.processor.draw(record), rng) if self.augment_rgb else record)
         return ecgs
 
@@ -110,6 +138,29 @@ def augmented_ecg(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         wander = np.sin(math.pi * half_periods * np.linspace(0, 1, array.shape[1]))
         changed += (0.07 * np.abs(array).max() * wander).astype(np.float32)
     return changed
+
+
+def time_shifted(array: np.ndarray, sampling_rate: float, seconds: float, rng: np.random.Generator) -> np.ndarray:
+    """An ECG [leads, samples] that begins up to `seconds` later, evenly distributed: its first samples are cut, half of them at
+    most."""
+    return array[:, min(round(rng.uniform(0, seconds) * sampling_rate), array.shape[1] // 2) :]
+
+
+def with_lost_leads(
+    record: ECGRecord, probability: float, rng: np.random.Generator, as_missing: bool = False
+) -> ECGRecord:
+    """A record of which each lead is lost with this probability, but never all.
+
+    Args:
+        as_missing: leave lost leads out, for a model that knows missing leads; limb leads come back where they can be derived.
+            Else they are zeros.
+    """
+    kept = rng.random(len(record.array)) >= probability
+    if not kept.any():
+        kept[rng.integers(len(kept))] = True
+    if as_missing:
+        return replace(record, array=record.array[kept], lead_names=tuple(compress(record.lead_names, kept)))
+    return replace(record, array=record.array * kept[:, None])
 
 
 def augmented_rgb(picture: Image.Image, rng: np.random.Generator) -> Image.Image:

@@ -99,7 +99,9 @@ def make_parser() -> argparse.ArgumentParser:
         usage="elm plot RECORD [RECORD ...] [options]",
         description=__doc__,
     )
-    parser.add_argument("records", type=Path, nargs="+", metavar="RECORD", help="files, .npy or .npz")
+    parser.add_argument(
+        "records", type=Path, nargs="+", metavar="RECORD", help="files of any format that read_ecg reads"
+    )
     parser.add_argument(
         "-o",
         "--output",
