@@ -35,6 +35,7 @@ except ImportError:
 MAX_FILE_BYTES = 512 * 2**20
 # what a compressed file may unpack to: twelve leads of three hours at 500 Hz
 MAX_SAMPLES = 2**26
+SAMPLING_RATES = (1.0, 1e6)  # hertz
 
 _STANDARD_LEADS = frozenset(["i", "ii", "iii", "avr", "avl", "avf", "v1", "v2", "v3", "v4", "v5", "v6"])
 # casefold() makes the Greek letter of the micro sign
@@ -869,6 +870,14 @@ _FORMATS: list[tuple[str, Callable[[bytes], bool], Callable[[bytes], dict[str, A
 ]
 
 
+def _checked(record: dict[str, Any]) -> dict[str, Any]:
+    rate = record.get("sampling_rate")
+    low, high = SAMPLING_RATES
+    if isinstance(rate, (int, float)) and not low <= rate <= high:  # resampled it could take any amount of memory
+        raise ValueError(f"its sampling rate is {rate:g} Hz; expected {low:g} to {high:g}.")
+    return record
+
+
 def read_file(path: str | os.PathLike) -> dict[str, Any]:
     """What an ECG file says, whatever its format, which is told by its content.
 
@@ -906,11 +915,11 @@ def read_file(path: str | os.PathLike) -> dict[str, Any]:
     keys = dict.fromkeys(("array", "sampling_rate", "lead_names", "unit", "metadata"))
     if header is not None:
         with _reading(path, "WFDB"):
-            return {**keys, **_read_wfdb(header)}
+            return {**keys, **_checked(_read_wfdb(header))}
     for name, is_format, read in _FORMATS:
         if is_format(content):
             with _reading(path, name):
-                return {**keys, **read(content)}
+                return {**keys, **_checked(read(content))}
     raise ValueError(
         f"{path} is of no known format. These are: {', '.join(name for name, _, _ in _FORMATS)}, and WFDB, whose signal "
         "files need their header NAME.hea beside them."

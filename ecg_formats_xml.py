@@ -38,8 +38,9 @@ def read_xml(content: bytes) -> dict[str, Any]:
         `statements`, `filters` what the file says).
 
     Raises:
-        ValueError: the content is no such file, is damaged, or defusedxml is not installed. Entities are refused, no
-            DTD is fetched, and depth and number of elements are bounded.
+        ValueError: the content is no such file or is damaged. Entities are refused, no DTD is fetched, and depth and number
+            of elements are bounded.
+        ImportError: defusedxml is not installed.
     """
     root = _parse(content)
     if root.tag not in READERS:
@@ -88,7 +89,7 @@ def _parse(content: bytes) -> Element:
         from defusedxml.common import DefusedXmlException
         from defusedxml.ElementTree import DefusedXMLParser
     except ImportError as error:
-        raise ValueError('ECG files in XML need defusedxml; install it: pip install "elm-ecg[formats]".') from error
+        raise ImportError('ECG files in XML need defusedxml: pip install "elm-ecg[formats]".') from error
     # a DTD may be named, as by MUSE, but none is fetched, and any entity is refused
     parser = DefusedXMLParser(
         target=_BoundedTreeBuilder(), forbid_dtd=False, forbid_entities=True, forbid_external=True

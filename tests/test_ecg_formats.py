@@ -726,6 +726,13 @@ class TestCSV:
 
 
 class TestHostileFiles:
+    @pytest.mark.parametrize("rate", [1e-9, 0, -500, 2e6])
+    def test_impossible_rates(self, tmp_path: Path, rate: float):
+        """Resampled to 250 Hz, 1 nHz would be more samples than any memory holds."""
+        np.savez(tmp_path / "ecg.npz", array=COUNTS, unit="uV", sampling_rate=rate)
+        with pytest.raises(ValueError, match=r"its sampling rate is \S+ Hz; expected 1 to"):
+            read_file(tmp_path / "ecg.npz")
+
     @pytest.mark.parametrize("name", sorted(set(WHOLE) - {"csv"}))  # a table does not tell its length
     def test_cut(self, name, tmp_path):
         whole = WHOLE[name]

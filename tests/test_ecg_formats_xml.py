@@ -439,7 +439,7 @@ class TestHostileXML:
 
     def test_without_defusedxml(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setitem(sys.modules, "defusedxml.common", None)
-        with pytest.raises(ValueError, match=re.escape('pip install "elm-ecg[formats]"')):
+        with pytest.raises(ImportError, match=re.escape('pip install "elm-ecg[formats]"')):
             read_xml(aecg({"MDC_ECG_LEAD_I": "1 2 3"}))
 
     @pytest.mark.parametrize("name", ["aecg", "muse", "sierra"])

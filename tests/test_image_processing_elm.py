@@ -259,6 +259,9 @@ def test_saved_and_loaded(model_type, representation, tmp_path):
     assert {path.name for path in tmp_path.glob("*.py")} == {
         "image_processing_elm.py",
         "ecg_drawing.py",
+        "ecg_formats.py",
+        "ecg_formats_binary.py",
+        "ecg_formats_xml.py",
         "ecg_utils.py",
     }
     loaded = ECGImageProcessor.from_pretrained(tmp_path)

@@ -102,6 +102,9 @@ def test_saved_folder_is_complete(trained):
         "modeling_ecg_encoders.py",
         "processing_elm.py",
         "feature_extraction_elm.py",
+        "ecg_formats.py",
+        "ecg_formats_binary.py",
+        "ecg_formats_xml.py",
         "ecg_utils.py",
         "README.md",
     }

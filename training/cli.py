@@ -13,6 +13,7 @@ COMMANDS = {
     ),
     "sft": ("training.sft", "fine-tune an ELM; every option of TRL's SFTConfig, and --config FILE.yaml"),
     "evaluate": ("training.evaluation", "score an ELM with the ECG and without it: elm evaluate MODEL --data DATA"),
+    "data": ("training.data_tool", "build, check or push a dataset of ECGs; list the reference's: elm data COMMAND"),
     "tokenizer": ("training.tokenizer", "train, inspect or import an ECG-Byte tokenizer, which writes ECGs as tokens"),
     "plot": ("training.plot", "draw ECG files on ECG paper, as PNG or SVG: elm plot RECORD [RECORD ...]"),
 }
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         module = importlib.import_module(COMMANDS[command][0])  # late: --help need not wait for torch
         try:
             module.main(rest)
-        except (ValueError, OSError, StrictDataclassError) as error:
+        except (ValueError, OSError, ImportError, StrictDataclassError) as error:
             print(f"elm {command}: {error}", file=sys.stderr)
             return 1
     except KeyboardInterrupt:
