@@ -117,7 +117,9 @@ def main() -> None:
             works |= {f"{kind}, {number} workers": partial(feed, data, number) for number in args.workers}
         times = interleaved(works, args.repeats)
         count = num_batches * BATCH_SIZE
-    print(f"{count} records at {args.sampling_rate} Hz, chats of {np.mean([len(b['input_ids'][0]) for b in batches]):.0f} tokens\n")
+    print(
+        f"{count} records at {args.sampling_rate} Hz, chats of {np.mean([len(b['input_ids'][0]) for b in batches]):.0f} tokens\n"
+    )
     print("| | records/s | times the training step |\n| --- | --- | --- |")
     for name, time in times.items():
         print(f"| {name} | {count / time:.0f} | {times['training step'] / time:.1f} |")

@@ -14,7 +14,7 @@ from helpers import ROOT, run_isolated, save_tiny_llm
 from torch.distributed.run import get_args_parser
 from trl import SFTConfig
 
-from training import cli, evaluation, plot, quickstart, sft, tokenizer
+from training import cli, data_tool, evaluation, plot, quickstart, sft, tokenizer
 from training.arguments import ALIASES, ELMS, VISION_BACKBONES, DataArguments
 from training.build import LLMS
 from training.data import load_data
@@ -29,7 +29,7 @@ def blocks(language: str, text: str = README) -> list[str]:
     return [block for name, block in found if name == language]
 
 
-INFERENCE, OWN_DATA, ECG_BYTE = blocks("python")
+INFERENCE, RECORDINGS, ECG_BYTE = blocks("python")
 COMMANDS = [
     line for block in blocks("bash", DOCUMENTS) for line in block.splitlines() if line and not line.startswith("#")
 ]
@@ -65,8 +65,18 @@ def test_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(evaluation, "main", lambda argv: parsed.append(evaluation.parse(argv)))
         monkeypatch.setattr(quickstart, "main", lambda argv: parsed.append(argv))
         monkeypatch.setattr(tokenizer, "main", lambda argv: parsed.append(tokenizer.make_parser().parse_args(argv)))
+        monkeypatch.setattr(data_tool, "main", lambda argv: parsed.append(data_tool.make_parser().parse_args(argv)))
         monkeypatch.setattr(plot, "main", lambda argv: parsed.append(plot.make_parser().parse_args(argv)))
-        names = (["sft"], ["evaluate"], ["plot"], ["tokenizer"], ["tokenizer", "import"])
+        names = (
+            ["sft"],
+            ["evaluate"],
+            ["plot"],
+            ["tokenizer"],
+            ["tokenizer", "import"],
+            ["data"],
+            ["data", "build"],
+            ["data", "check"],
+        )
         if words in names or words[1:] == ["--help"]:  # the name of a command in a sentence
             return
         assert cli.main(words) == 0, f"does not parse: {command}"
@@ -114,6 +124,15 @@ def test_tables_name_what_there_is() -> None:
         assert f"`{elm}`" in README or f"`--elm {elm}`" in README, elm
 
 
+def test_recordings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    samples = np.random.default_rng(0).integers(-500, 500, (1000, 2))
+    np.savetxt("record.csv", samples, "%d", ",", header="sampling_rate: 500\nII,V1", comments="# ")
+    Path("record.csv").write_text(Path("record.csv").read_text().replace("# II", "II"))
+    exec(RECORDINGS, {})
+    assert capsys.readouterr().out.startswith("('II', 'V1') 500.0 (2, 1000) float32\n{")
+
+
 def test_ecg_byte(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     names: dict[str, Any] = {}
@@ -126,7 +145,19 @@ def test_ecg_byte(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_own_data_to_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The README's story with a tiny model: make the data, train, evaluate, load in a process without the project."""
     monkeypatch.chdir(tmp_path)
-    run_isolated(OWN_DATA, tmp_path)
+    header, *examples = next(block for block in blocks("") if block.startswith("record,")).splitlines()
+    rng = np.random.default_rng(0)
+    lines = [header]
+    for number in range(40):
+        record = Path("recordings") / "2024" / f"{number:04d}.npz"
+        record.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(record, array=rng.normal(0, 100, (12, 5000)).astype(np.int16), sampling_rate=500, unit="uV")
+        _, _, question, answer = examples[number % len(examples)].split(",")
+        lines.append(f"2024/{number:04d},p{number // 2},{question},{answer}")
+    Path("questions.csv").write_text("\n".join(lines))
+    build, check, train, evaluate = (shlex.split(line)[1:] for line in blocks("bash")[1].splitlines())
+    assert cli.main(build) == 0
+    assert cli.main(check) == 0
     splits = {split: load_data(DataArguments(["my_data"]), split) for split in ("train", "validation", "test")}
     patients = {split: set(rows["patient_id"]) for split, rows in splits.items()}
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 32, "validation": 4, "test": 4}
@@ -135,11 +166,10 @@ def test_own_data_to_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert np.shape(ecg["array"]) == (12, 5000)
     assert ecg["unit"] == "uV"
 
-    train, evaluate = (shlex.split(line) for line in blocks("bash")[1].splitlines())
     train[train.index("--llm") + 1] = str(save_tiny_llm(tmp_path / "llm", "default"))
     small = ["--encoder_config", '{"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 1}']
-    assert cli.main([*train[1:], *small, "--max_steps", "1", "--report_to", "none"]) == 0
-    assert cli.main([*evaluate[1:], "--max_new_tokens", "4"]) == 0
+    assert cli.main([*train, *small, "--max_steps", "1", "--report_to", "none"]) == 0
+    assert cli.main([*evaluate, "--max_new_tokens", "4"]) == 0
     assert (tmp_path / "runs" / "my_elm" / "evaluation_results.json").is_file()
     shutil.rmtree(tmp_path / "llm")  # what is saved stands alone
     assert run_isolated(f"{INFERENCE}\nprint(answer.shape[1] > inputs['input_ids'].shape[1])", tmp_path).endswith(

@@ -182,5 +182,5 @@ def test_texts_that_are_no_chats(content):
 def test_keys():
     names = [f"ecg-qa-{source}-250-{length}" for source in ("ptbxl", "mimic-iv-ecg") for length in (500, 1250, 2500)]
     assert all(is_key(name) for name in [*names, "pretrain-mimic-250-500", "rl-ecg-r1", "ecg-comp-1"])
-    assert not any(is_key(name) for name in ("my_data", "willxxy/ecg-qa-cot", "ecg-qa"))
+    assert not any(is_key(name) for name in ("my_data", "willxxy/ecg-qa-cot", "ecg-qa", "ecg-qa-ptbxl-250-600"))
     assert all(is_key(pattern.replace("*", "500")) for pattern in DATASETS)

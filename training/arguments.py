@@ -230,7 +230,8 @@ class ELMArguments(DataArguments):
         metadata={"help": "Read the rows as they are needed instead of caching them first; say --max_steps."},
     )
     shuffle_buffer: int = field(
-        default=1000, metadata={"help": "Rows that --streaming holds in memory and shuffles, in each data loader worker."}
+        default=1000,
+        metadata={"help": "Rows that --streaming holds in memory and shuffles, in each data loader worker."},
     )
     augment_ecg: bool = field(
         default=False, metadata={"help": "In training, add noise and baseline wander to some of the ECGs."}

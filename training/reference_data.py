@@ -9,14 +9,18 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, List, Value
 
 OWNER = "willxxy"
-# keys, of which * stands for what the family's datasets differ in -> what they are; ECGs have 500, 1,250 or 2,500 samples at 250 Hz
+# name of a family of which there is one for each length of its ECGs, in samples at 250 Hz -> what it is
+_BY_LENGTH = {
+    "ecg-qa-ptbxl": "ECG-QA questions about PTB-XL",
+    "ecg-qa-mimic-iv-ecg": "ECG-QA questions about MIMIC-IV-ECG",
+    "pretrain-mimic": "texts about MIMIC-IV-ECG, for pretraining",
+    "ecg-instruct-45k": "instructions of ECG-Instruct 45k",
+    "ecg-instruct-pulse": "instructions of PULSE, ECGInstruct",
+    "ecg-bench-pulse": "benchmark of PULSE, ECGBench",
+}
+# keys, of which * stands for any suffix -> what they are
 DATASETS = {
-    "ecg-qa-ptbxl-250-*": "ECG-QA questions about PTB-XL",
-    "ecg-qa-mimic-iv-ecg-250-*": "ECG-QA questions about MIMIC-IV-ECG",
-    "pretrain-mimic-250-*": "texts about MIMIC-IV-ECG, for pretraining",
-    "ecg-instruct-45k-250-*": "instructions of ECG-Instruct 45k",
-    "ecg-instruct-pulse-250-*": "instructions of PULSE, ECGInstruct",
-    "ecg-bench-pulse-250-*": "benchmark of PULSE, ECGBench",
+    **{f"{name}-250-{length}": what for name, what in _BY_LENGTH.items() for length in (500, 1250, 2500)},
     "ecg-grounding-250-2500": "findings with their evidence, ECG-Grounding",
     "ecg-comp-*": "closed questions, scored by class",
     "ecg-comprehension-*": "comprehension of ECGs",

@@ -1,0 +1,118 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import load_dataset
+from loopback_hub import LoopbackHub, run_on_hub
+
+from training import cli
+from training.data_tool import main
+from training.reference_data import DATASETS
+
+ROWS = [
+    {"record": "a", "question": "Is it?", "answer": "yes", "split": "train"},
+    {"record": "b", "question": "Is it?", "answer": "no", "split": "test"},
+]
+
+PUSH = """
+import json
+from datasets import load_dataset
+from training.data_tool import main
+
+for _ in range(2):
+    main(["push", {data!r}, "--repo_id", "user/ecgs"])
+main(["push", {data!r}, "--repo_id", "user/ecgs", "--revision", "first"])
+loaded = load_dataset("user/ecgs", revision="first")
+print(json.dumps({{split: list(rows) for split, rows in loaded.items()}}))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A dataset of two rows in `data`, the same without licence in `unlicensed`."""
+    folder = tmp_path_factory.mktemp("push")
+    (folder / "records").mkdir()
+    for seed, name in enumerate("ab"):
+        array = np.random.default_rng(seed).normal(0, 0.1, (12, 200))
+        np.savez(folder / "records" / f"{name}.npz", ecg=array, sampling_rate=100)
+    (folder / "questions.json").write_text(json.dumps(ROWS))
+    arguments = ["build", str(folder / "records"), "--questions", str(folder / "questions.json"), "--output_dir"]
+    main([*arguments, str(folder / "data"), "--license", "cc0-1.0"])
+    main([*arguments, str(folder / "unlicensed")])
+    return folder
+
+
+def test_list(capsys):
+    assert cli.main(["data", "list"]) == 0
+    output = capsys.readouterr().out
+    assert all(f"{key} " in output and text in output for key, text in DATASETS.items())
+
+
+def test_push_and_load(folder, tmp_path):
+    """What is pushed is loaded by its id; what did not change makes no commit."""
+    with LoopbackHub() as hub:
+        output = run_on_hub(PUSH.format(data=str(folder / "data")), hub, tmp_path)
+        pushed = hub.files("user/ecgs", repo_type="dataset")
+        commits = {name for name in hub.repos["datasets/user/ecgs"] if len(name) == 40}
+    *said, rows = output.splitlines()
+    assert said == [f"3 files in {hub.url}/datasets/user/ecgs"] * 3
+    files = [file for file in (folder / "data").rglob("*") if file.is_file()]
+    assert pushed == {file.relative_to(folder / "data").as_posix(): file.read_bytes() for file in files}
+    assert len(commits) == 2  # the empty one of a new repository, and one
+    local = load_dataset(str(folder / "data"), cache_dir=str(tmp_path))
+    assert json.loads(rows) == {split: list(part) for split, part in local.items()}
+
+
+def without_card(data: Path) -> None:
+    (data / "README.md").unlink()
+
+
+def with_another_file(data: Path) -> None:
+    (data / "patients.csv").write_text("name")
+
+
+def with_a_deep_file(data: Path) -> None:
+    (data / "data" / "old").mkdir()
+    (data / "data" / "old" / "train.parquet").write_bytes(b"")
+
+
+def with_unknown_licence(data: Path) -> None:
+    card = data / "README.md"
+    card.write_text(card.read_text().replace("license: cc0-1.0", "license: unknown"))
+
+
+def without_data(data: Path) -> None:
+    shutil.rmtree(data / "data")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_card, "has no card"),
+        (with_another_file, r"holds patients\.csv; only README\.md and data/\*\.parquet are pushed"),
+        (with_a_deep_file, r"holds data/old/train\.parquet; only"),
+        (with_unknown_licence, "names no licence"),
+        (without_data, "holds no dataset"),
+    ],
+)
+def test_refuses(change, message, folder, tmp_path):
+    data = shutil.copytree(folder / "data", tmp_path / "data")
+    change(data)
+    with pytest.raises(ValueError, match=message):
+        main(["push", str(data), "--repo_id", "user/ecgs"])
+
+
+def test_refuses_without_licence_or_login(folder, monkeypatch, capsys):
+    monkeypatch.setattr("training.data_tool.get_token", lambda: None)
+    with pytest.raises(ValueError, match="names no licence"):
+        main(["push", str(folder / "unlicensed"), "--repo_id", "user/ecgs"])
+    assert cli.main(["data", "push", str(folder / "data"), "--repo_id", "user/ecgs"]) == 1
+    assert "elm data: Nobody is logged in to the Hub" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [[], ["build", "x"], ["build", "x", "--output_dir", "y", "--num_proc", "0"]])
+def test_usage(argv):
+    with pytest.raises(SystemExit, match="2"):
+        main(argv)
