@@ -132,10 +132,17 @@ class _Handler(BaseHTTPRequestHandler):
         self.send(200, {"errors": [], "warnings": []})
 
     def preupload(self, body: bytes, repo: str, revision: str) -> None:
-        paths = [file["path"] for file in json.loads(body)["files"]]
-        modes = {path: "lfs" if path.endswith(LFS_SUFFIXES) else "regular" for path in paths}
-        files = [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()]
-        self.send(200, {"files": files})
+        if (found := self.find(repo, revision)) is None:
+            return
+        entries = []
+        for path in (file["path"] for file in json.loads(body)["files"]):
+            mode = "lfs" if path.endswith(LFS_SUFFIXES) else "regular"
+            entries.append({"path": path, "uploadMode": mode, "shouldIgnore": False})
+            if path in found[1]:  # the client sends no file that is as it was
+                data = found[1][path]
+                blob = f"blob {len(data)}\0".encode() + data
+                entries[-1]["oid"] = (hashlib.sha256(data) if mode == "lfs" else hashlib.sha1(blob)).hexdigest()
+        self.send(200, {"files": entries})
 
     def lfs_batch(self, body: bytes, repo: str) -> None:
         objects = json.loads(body)["objects"]

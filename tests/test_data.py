@@ -67,6 +67,20 @@ def test_parquet_folder(saved, tmp_path):
     assert np.array_equal(load(tmp_path)[2]["ecg"]["array"], load(saved)[2]["ecg"]["array"])
 
 
+@pytest.mark.parametrize("card", ["", "---\nconfigs:\n- config_name: default\n  data_files: data.jsonl\n---\n"])
+def test_folders_of_one_name(tmp_path, card):
+    """`datasets` alone takes the second for the first, and a changed one for what it was."""
+    for number, place in enumerate(("a", "b", "b")):
+        folder = tmp_path / place / "data"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "README.md").write_text(card)
+        (folder / "data.jsonl").write_text(json.dumps({"messages": ASKED, "record_id": f"{place}{number}"}) + "\n")
+        assert load(folder)["record_id"][:] == [f"{place}{number}"]
+        assert [row["record_id"] for row in load_stream(DataArguments(data=[str(folder)]), "train")] == [
+            f"{place}{number}"
+        ]
+
+
 def test_json_lines_folder(tmp_path):
     json_lines(tmp_path, [{"messages": ASKED, "ecg": plain_ecg(1.5)}, {"messages": ASKED, "ecg": None}])
     data = load(tmp_path)

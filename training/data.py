@@ -1,5 +1,6 @@
 """Datasets of chats about ECGs: on the Hub, in local folders, or streamed."""
 
+import hashlib
 import logging
 import re
 import zlib
@@ -22,6 +23,7 @@ from datasets import (
     List,
     Value,
     concatenate_datasets,
+    config,
     interleave_datasets,
     load_dataset,
     load_from_disk,
@@ -109,7 +111,7 @@ def load_splits(name: str, streaming: bool = False, revision: str | None = None)
         shards = {split: max(1, len(data) // STREAMED_ROWS) for split, data in splits.items()}
         return IterableDatasetDict({split: data.to_iterable_dataset(shards[split]) for split, data in splits.items()})
     if path.exists():
-        return load_dataset(str(path), streaming=streaming)
+        return load_dataset(str(path), streaming=streaming, cache_dir=_cache_of(path))
     if is_key(name):
         name = f"{OWNER}/{name}"
     if name.count("/") != 1:
@@ -117,6 +119,14 @@ def load_splits(name: str, streaming: bool = False, revision: str | None = None)
             f"No dataset {name!r}: expected a local folder, a Hub id such as owner/name, or a key that `elm data list` shows."
         )
     return load_dataset(name, streaming=streaming, revision=revision)
+
+
+def _cache_of(path: Path) -> str:
+    """A cache for the files as they are: `datasets` knows a folder whose card has `configs` by its name alone, and would give the
+    rows of another folder of that name, or of one that has changed."""
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    stats = [(str(file.resolve()), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+    return str(Path(config.HF_DATASETS_CACHE) / "local" / hashlib.sha256(repr(stats).encode()).hexdigest()[:32])
 
 
 def load_split(
