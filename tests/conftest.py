@@ -1,6 +1,10 @@
+import os
 from pathlib import Path
 
 import pytest
+
+# two processes run tests at a time: more threads would only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
