@@ -1,4 +1,9 @@
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from helpers import TINY_VISION, save_tiny_data, save_tiny_llm, tiny_ecg_byte, tiny_sft
+from helpers import ROOT, TINY_VISION, free_port, save_tiny_data, save_tiny_llm, tiny_ecg_byte, tiny_sft
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -186,6 +191,60 @@ def test_files(evaluated, data):
     right = [row["ecg"] == row["answer"] for row in predictions]
     assert np.mean(right) == results["conditions"]["ecg"]["exact_match"]
     assert (folder / "exact_match.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interrupted_evaluation_goes_on(evaluated, model, data, tmp_path, monkeypatch):
+    """What was answered is not asked again, a line that was cut is, and the results are the same."""
+    folder, results = evaluated
+    argv = ["--model_name_or_path", str(model), "--data", str(data), "--output_dir", str(tmp_path)]
+    argv += ["--max_new_tokens", "6", "--batch_size", "3", "--num_resamples", "50"]
+    batches: list[str] = []
+    answer = evaluation._answer
+
+    def some(*args: Any) -> list[str]:
+        if len(batches) == 8:
+            raise KeyboardInterrupt
+        batches.append(args[4])
+        return answer(*args)
+
+    monkeypatch.setattr(evaluation, "_answer", some)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.main(argv)
+    (partial,) = tmp_path.iterdir()
+    lines = partial.read_text().splitlines(keepends=True)
+    partial.write_text("".join(lines[:-1]) + lines[-1][:20])
+    asked = len(batches) - 1
+    batches.clear()
+    monkeypatch.setattr(evaluation, "_answer", lambda *args: batches.append(args[4]) or answer(*args))
+    assert evaluation.main(argv) == results
+    assert len(batches) == 4 * -(-results["num_questions"] // 3) - asked
+    assert not partial.exists()
+    assert (tmp_path / "predictions.jsonl").read_text() == (folder / "predictions.jsonl").read_text()
+
+
+def test_answers_of_other_settings_are_not_taken(evaluated, model, data, tmp_path):
+    (tmp_path / "predictions.partial.0.jsonl").write_text('another\n["ecg", 0, ["no", "no", "no"]]\n')
+    argv = ["--model_name_or_path", str(model), "--data", str(data), "--output_dir", str(tmp_path)]
+    assert (
+        evaluation.main([*argv, "--max_new_tokens", "6", "--batch_size", "3", "--num_resamples", "50"]) == evaluated[1]
+    )
+
+
+def test_two_processes_that_were_killed_give_what_one_gives(evaluated, model, data, tmp_path):
+    folder, results = evaluated
+    argv = ["--model_name_or_path", str(model), "--data", str(data), "--output_dir", str(tmp_path)]
+    argv += ["--max_new_tokens", "6", "--batch_size", "3", "--num_resamples", "50"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    command = [*torchrun, "training/evaluation.py", *argv]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    while sum(path.read_text().count("\n") for path in tmp_path.glob("predictions.partial.*")) < 5:
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+    assert json.loads((tmp_path / "evaluation_results.json").read_text()) == results
+    assert (tmp_path / "predictions.jsonl").read_text() == (folder / "predictions.jsonl").read_text()
 
 
 def test_results_go_to_the_model_by_default(model, data):

@@ -56,8 +56,8 @@ def test_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         launch = get_args_parser().parse_args(words)
         program, words = launch.training_script, launch.training_script_args
         monkeypatch.setattr(SFTConfig, "world_size", property(lambda args: int(launch.nproc_per_node)))
-    if program == "training/sft.py":
-        program, words = "elm", ["sft", *words]
+    if program in ("training/sft.py", "training/evaluation.py"):
+        program, words = "elm", [{"sft": "sft", "evaluation": "evaluate"}[Path(program).stem], *words]
 
     if program == "elm":
         parsed: list[Any] = []

@@ -1,7 +1,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,17 @@ import pytest
 import streamed_run
 import torch
 from datasets import load_from_disk
-from helpers import ROOT, TINY_VISION, losses, run_isolated, save_tiny_data, save_tiny_llm, tiny_ecg_byte, tiny_sft
+from helpers import (
+    ROOT,
+    TINY_VISION,
+    free_port,
+    losses,
+    run_isolated,
+    save_tiny_data,
+    save_tiny_llm,
+    tiny_ecg_byte,
+    tiny_sft,
+)
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -543,12 +552,6 @@ def finish(*processes: subprocess.Popen) -> str:
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output[-4000:]
     return "".join(outputs)
-
-
-def free_port() -> str:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
 
 
 def test_resumes_bit_for_bit(llm, data, tmp_path):

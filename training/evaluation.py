@@ -1,5 +1,6 @@
 """Scores an ELM on the answers of a test split, with the ECG and without it: `elm evaluate MODEL --data ...`."""
 
+import hashlib
 import json
 from dataclasses import dataclass, field, replace
 from itertools import repeat
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset, List
 from tqdm import tqdm
 
@@ -30,6 +33,7 @@ CONDITIONS = {
     "swapped": "another patient's",
     "left_out": "question alone",
 }
+PARTIAL = "predictions.partial"  # what is answered so far, a file for each process
 
 
 @dataclass
@@ -114,6 +118,47 @@ def other_patients(patients: list[tuple[str, ...]], seed: int) -> np.ndarray:
     return others
 
 
+class Progress:
+    """The answers so far in files of `folder`, from which an interrupted evaluation goes on.
+
+    Args:
+        key: of all that the answers depend on; files of another one are replaced.
+        process: each of several processes writes its own file, and reads all.
+    """
+
+    def __init__(self, folder: Path, key: str, process: int = 0) -> None:
+        self.folder, self.key = folder, key
+        self.path = folder / f"{PARTIAL}.{process}.jsonl"
+
+    def read(self) -> dict[tuple[str, int], list[str]]:
+        """Condition and batch -> its answers. A line that was being written when the process ended is left out."""
+        done = {}
+        for path in sorted(self.folder.glob(f"{PARTIAL}.*.jsonl")):
+            head, *lines = path.read_text(encoding="utf-8").split("\n")
+            if head != self.key:
+                continue
+            for line in lines[:-1]:  # what follows the last line end is nothing, or cut
+                condition, batch, answers = json.loads(line)
+                done[condition, batch] = answers
+        return done
+
+    def begin(self, done: dict[tuple[str, int], list[str]]) -> None:
+        """A file that holds `done`, whole lines all."""
+        write_text(self.path, "".join([f"{self.key}\n", *(self._line(*place, done[place]) for place in done)]))
+
+    def add(self, condition: str, batch: int, answers: list[str]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(self._line(condition, batch, answers))
+
+    def remove(self) -> None:
+        for path in self.folder.glob(f"{PARTIAL}.*.jsonl"):
+            path.unlink()
+
+    @staticmethod
+    def _line(condition: str, batch: int, answers: list[str]) -> str:
+        return json.dumps([condition, batch, answers]) + "\n"
+
+
 @torch.inference_mode()
 def answer_questions(
     model: ELMForConditionalGeneration,
@@ -122,8 +167,12 @@ def answer_questions(
     questions: list[Question],
     condition: str,
     args: EvaluationArguments,
+    progress: Progress | None = None,
 ) -> list[str]:
-    """The model's greedy answer to every question, from the gold history before it."""
+    """The model's answer to every question, from the gold history before it; of several processes each gives its share of them.
+
+    The batches are the same whatever the number of processes, and where an interrupted evaluation goes on: so are the answers.
+    """
     with_ecg = condition != "left_out" and processor.takes_ecgs
     others = np.arange(len(data))
     if condition == "swapped" and with_ecg:
@@ -131,43 +180,76 @@ def answer_questions(
         for number in set(num_ecgs.tolist()) - {0}:
             rows = np.flatnonzero(num_ecgs == number)
             others[rows] = rows[other_patients([patients[row] for row in rows], args.seed)]
-    answers = [""] * len(questions)
     # chats of about one length share a batch, so little of it is padding
     order = sorted(range(len(questions)), key=lambda i: (questions[i].turn, len(questions[i].question), i))
-    with tqdm(total=len(questions), desc=f"ECG {CONDITIONS[condition]}", unit="answer") as progress:
-        for start in range(0, len(order), args.batch_size):
-            indices = order[start : start + args.batch_size]
-            chats = []
-            for index in indices:
-                question = questions[index]
-                row = data[question.row]
-                if others[question.row] != question.row:
-                    row = {**row, "ecg": data[int(others[question.row])]["ecg"]}
-                if condition == "zeroed" and with_ecg:
-                    records = [as_record(ecg) for ecg in ecgs_of(row)]
-                    row = {**row, "ecg": [replace(record, array=np.zeros_like(record.array)) for record in records]}
-                turn = question.turn - len(row["messages"])  # from the end: a system prompt may come first
-                chats.append(to_chat(row, args.system_prompt, with_ecg)[:turn])
-            inputs: Any = processor.apply_chat_template(
-                chats,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"padding": True, "padding_side": "left"},
+    batches = [order[start : start + args.batch_size] for start in range(0, len(order), args.batch_size)]
+    state = PartialState()
+    done = (
+        {}
+        if progress is None
+        else {batch: texts for (name, batch), texts in progress.read().items() if name == condition}
+    )
+    state.wait_for_everyone()  # nobody adds to a file that another one reads
+    mine = [batch for batch in range(len(batches)) if batch not in done][state.process_index :: state.num_processes]
+    found: dict[int, list[str]] = {}
+    bar = tqdm(
+        total=len(questions), desc=f"ECG {CONDITIONS[condition]}", unit="answer", disable=not state.is_main_process
+    )
+    bar.update(sum(map(len, done.values())))
+    with bar:
+        for batch in mine:
+            found[batch] = _answer(
+                model, processor, data, [questions[i] for i in batches[batch]], condition, args, others
             )
-            inputs = inputs.to(model.device)
-            output: Any = model.generate(  # type: ignore[misc]  # wants attributes that no model declares
-                **inputs,
-                max_new_tokens=args.max_new_tokens,
-                do_sample=False,
-                repetition_penalty=1.0,  # some language models ask for one, which is not greedy
-            )
-            new_tokens = output[:, inputs["input_ids"].shape[1] :]
-            for index, text in zip(indices, processor.batch_decode(new_tokens, skip_special_tokens=True), strict=True):
-                answers[index] = text.strip()
-            progress.update(len(indices))
+            if progress is not None:
+                progress.add(condition, batch, found[batch])
+            bar.update(len(found[batch]) * state.num_processes)
+    for part in gather_object([found]):
+        done |= part
+    answers = [""] * len(questions)
+    for batch, indices in enumerate(batches):
+        for index, text in zip(indices, done[batch], strict=True):
+            answers[index] = text
     return answers
+
+
+def _answer(
+    model: ELMForConditionalGeneration,
+    processor: ELMProcessor,
+    data: Dataset,
+    questions: list[Question],
+    condition: str,
+    args: EvaluationArguments,
+    others: np.ndarray,
+) -> list[str]:
+    with_ecg = condition != "left_out" and processor.takes_ecgs
+    chats = []
+    for question in questions:
+        row = data[question.row]
+        if others[question.row] != question.row:
+            row = {**row, "ecg": data[int(others[question.row])]["ecg"]}
+        if condition == "zeroed" and with_ecg:
+            records = [as_record(ecg) for ecg in ecgs_of(row)]
+            row = {**row, "ecg": [replace(record, array=np.zeros_like(record.array)) for record in records]}
+        turn = question.turn - len(row["messages"])  # from the end: a system prompt may come first
+        chats.append(to_chat(row, args.system_prompt, with_ecg)[:turn])
+    inputs: Any = processor.apply_chat_template(
+        chats,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left"},
+    )
+    inputs = inputs.to(model.device)
+    output: Any = model.generate(  # type: ignore[misc]  # wants attributes that no model declares
+        **inputs,
+        max_new_tokens=args.max_new_tokens,
+        do_sample=False,
+        repetition_penalty=1.0,  # some language models ask for one, which is not greedy
+    )
+    new_tokens = output[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
 
 
 def _patients(data: Dataset) -> list[tuple[str, ...]]:
@@ -251,6 +333,27 @@ def in_words(results: dict[str, Any]) -> str:
     return f"Exact match {100 * score:.1f}% ({losses} points), {verdict}."
 
 
+def _key(args: EvaluationArguments, model: ELMForConditionalGeneration, questions: list[Question]) -> str:
+    """A digest of what the answers depend on."""
+    weights = sorted(Path(args.model_name_or_path).rglob("*.safetensors"))
+    facts = {
+        "model": [args.model_name_or_path, getattr(model.config, "_commit_hash", None), args.dtype],
+        "weights": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in weights],
+        "data": [
+            args.data,
+            args.data_weights,
+            args.data_subset,
+            args.split,
+            args.fold,
+            args.ecg_root,
+            args.system_prompt,
+        ],
+        "settings": [args.batch_size, args.max_new_tokens, args.seed],
+        "questions": [list(vars(question).values()) for question in questions],
+    }
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
 def parse(argv: list[str] | None = None) -> EvaluationArguments:
     (args,) = ELMParser(EvaluationArguments, prog="elm evaluate").parse_args_and_config(argv)
     if not args.model_name_or_path:
@@ -262,16 +365,28 @@ def parse(argv: list[str] | None = None) -> EvaluationArguments:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
+    state = PartialState(cpu=not torch.cuda.is_available())
     model, processor = load_elm(args.model_name_or_path, dtype=args.dtype)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]  # a wrapped method
+    model.to(state.device)  # type: ignore[arg-type]  # a wrapped method
     model.eval()
-    data = load_data(args, args.split, args.seed, args.dataset_num_proc)
+    with state.main_process_first():
+        data = load_data(args, args.split, args.seed, args.dataset_num_proc)
     if data is None:
         raise ValueError(f"--data {' '.join(args.data)} has no split {args.split!r}.")
+    folder = Path(args.output_dir or args.model_name_or_path)
+    if args.output_dir is None and not folder.is_dir():
+        folder = Path("evaluation")
+    folder.mkdir(parents=True, exist_ok=True)
     questions = list_questions(data)
+    progress = Progress(folder, _key(args, model, questions), state.process_index)
+    with state.main_process_first():  # it takes over what an interrupted evaluation left
+        progress.begin(progress.read() if state.is_main_process else {})
     answers = {
-        condition: answer_questions(model, processor, data, questions, condition, args) for condition in CONDITIONS
+        condition: answer_questions(model, processor, data, questions, condition, args, progress)
+        for condition in CONDITIONS
     }
+    if not state.is_main_process:
+        return {}
     results = {
         "schema_version": SCHEMA_VERSION,
         "model": Path(args.model_name_or_path).name,
@@ -285,11 +400,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         },
         **summarise(questions, answers, args.num_resamples, args.seed),
     }
-
-    folder = Path(args.output_dir or args.model_name_or_path)
-    if args.output_dir is None and not folder.is_dir():
-        folder = Path("evaluation")
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "evaluation_results.json", json.dumps(results, indent=2) + "\n")
     predictions = [
         {
@@ -305,6 +415,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     write_text(folder / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions))
     plot_exact_match(results, folder / "exact_match.png")
     add_evaluation(folder, results)
+    progress.remove()
     print(in_words(results))
     print(f"Results, predictions and plot in {folder.resolve()}", flush=True)
     return results

@@ -1,0 +1,366 @@
+"""95% intervals and p-values by a bootstrap over patients: questions about one patient are not independent of each other.
+
+Patients are drawn with replacement, each with all of its questions (Efron and Tibshirani 1993, An Introduction to the
+Bootstrap, chapter 13: percentile intervals). The draws depend on the patients, the number of resamples and the seed
+alone, so whatever is computed on the same questions is paired.
+
+What the data do not say is None, never NaN:
+    the score, its interval and its p-value, where the score is undefined, as an AUROC of one class alone;
+    the interval and the p-value, where there is one patient alone, or where the score is undefined in more than a tenth
+    of the resamples, as with fewer than about three patients of a class. Otherwise such resamples are left out.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+NUM_RESAMPLES = 2000
+MAX_UNDEFINED = 0.1
+# numbers held at once, 8 MiB: memory does not grow with the resamples, and the cache holds most of it
+CHUNK_SIZE = 2**20
+# of a difference of scores of about 1: below it, sums differ by the order of their terms
+ROUNDING_ERROR = 1e-12
+
+# column sums [..., k] -> scores [...]
+Statistic = Callable[[np.ndarray], np.ndarray]
+
+
+class Estimate(NamedTuple):
+    """A score and its 95% interval."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"value": self.value, "interval_95": _interval(self.low, self.high)}
+
+
+class Difference(NamedTuple):
+    """A difference of two scores on the same questions, its 95% interval and its two-sided p-value."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    p_value: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"difference": self.value, "interval_95": _interval(self.low, self.high), "p_value": self.p_value}
+
+
+def _interval(low: float | None, high: float | None) -> list[float] | None:
+    return None if low is None or high is None else [low, high]
+
+
+def clusters(patients: Sequence[Any]) -> tuple[np.ndarray, int]:
+    """The patient of each question as a number [n], in the order of the sorted names, and how many patients there are.
+
+    Args:
+        patients: [n] names or numbers; a tuple or list where the ECGs are of several patients, of whom the first counts.
+
+    Raises:
+        ValueError: there is no question, or one has no patient.
+    """
+    names = [(*patient, None)[0] if isinstance(patient, tuple | list) else patient for patient in patients]
+    if not names:
+        raise ValueError("There are no questions; expected at least one.")
+    if None in names:
+        raise ValueError(
+            f"Question {names.index(None)}, counted from 0, has no patient; give it a name of its own, such as its row."
+        )
+    unique, numbers = np.unique(np.array(names, dtype=str), return_inverse=True)
+    return numbers, len(unique)
+
+
+def _draws(num_patients: int, num_resamples: int, seed: int, width: int) -> Iterator[tuple[slice, np.ndarray]]:
+    """Some resamples at a time: which, and how often each patient is in them, [resamples, num_patients].
+
+    Args:
+        width: numbers that the caller holds for each resample.
+
+    Raises:
+        ValueError: `num_resamples` is less than 1.
+    """
+    if num_resamples < 1:
+        raise ValueError(f"num_resamples is {num_resamples}; it must be at least 1.")
+    if num_patients == 1:
+        return
+    rng = np.random.default_rng(seed)
+    at_once = max(1, CHUNK_SIZE // width)
+    for start in range(0, num_resamples, at_once):
+        num = min(at_once, num_resamples - start)
+        drawn = rng.integers(num_patients, size=(num, num_patients))
+        drawn += num_patients * np.arange(num)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
+        yield slice(start, start + num), counts.astype(float)
+
+
+def resampled_sums(
+    samples: Any, patients: Sequence[Any], num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> np.ndarray:
+    """The column sums of each resample: all that scores on these questions need, in one pass.
+
+    Args:
+        samples: [n, k], or [n] for one column.
+        patients: [n], as `clusters` takes them.
+
+    Returns:
+        [num_resamples, k]; [0, k] for one patient alone, who says nothing of how patients differ.
+
+    Raises:
+        ValueError: the lengths differ, or a sample is not finite; as `clusters`.
+    """
+    columns = _as_columns(samples, patients)
+    numbers, num_patients = clusters(patients)
+    order = np.argsort(numbers, kind="stable")
+    starts = np.searchsorted(numbers[order], np.arange(num_patients))
+    sums = np.add.reduceat(columns[order], starts)
+    resampled = np.empty((num_resamples if num_patients > 1 else 0, sums.shape[1]))
+    for where, counts in _draws(num_patients, num_resamples, seed, num_patients):
+        resampled[where] = counts @ sums
+    return resampled
+
+
+def estimate(value: float, replicates: np.ndarray) -> Estimate:
+    """A score with the percentile interval of what it is in each resample, [num_resamples]."""
+    if not np.isfinite(value):
+        return Estimate(None, None, None)
+    defined = _defined(replicates)
+    if defined is None:
+        return Estimate(float(value), None, None)
+    low, high = np.quantile(defined, [0.025, 0.975])
+    return Estimate(float(value), float(low), float(high))
+
+
+def difference(value: float, replicates: np.ndarray) -> Difference:
+    """A difference of scores with its percentile interval and p-value, from the differences d in each resample.
+
+    p = min(1, 2 min(#(d <= 0) + 1, #(d >= 0) + 1) / (num_resamples + 1)): twice the share of resamples on the far side of
+    no difference, which inverts the percentile interval. The 1 counts the data themselves among the resamples, so that p
+    is never 0 (Davison and Hinkley 1997, Bootstrap Methods and their Application, section 4.2); it is at least
+    2 / (num_resamples + 1).
+    """
+    value, low, high = estimate(value, replicates)
+    defined = _defined(replicates)
+    if value is None or defined is None:
+        return Difference(value, low, high, None)
+    fewer = min((defined <= ROUNDING_ERROR).sum(), (defined >= -ROUNDING_ERROR).sum())
+    return Difference(value, low, high, min(1.0, 2 * (int(fewer) + 1) / (len(defined) + 1)))
+
+
+def _defined(replicates: np.ndarray) -> np.ndarray | None:
+    finite = replicates[np.isfinite(replicates)]
+    enough = len(finite) > 0 and len(finite) >= (1 - MAX_UNDEFINED) * len(replicates)
+    return finite if enough else None
+
+
+def bootstrap(
+    samples: Any,
+    patients: Sequence[Any],
+    statistic: Statistic | None = None,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """A score with its 95% interval by patient.
+
+    Args:
+        samples: [n, k], or [n] for one column.
+        patients: [n], as `clusters` takes them.
+        statistic: the score as a function of column sums, [..., k] -> [...]; NaN where it is undefined. None: the mean of
+            the one column.
+
+    Raises:
+        ValueError: the samples have several columns, and there is no statistic; as `resampled_sums`.
+    """
+    columns, statistic = _with_statistic(samples, patients, statistic)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = statistic(columns.sum(axis=0))
+        replicates = statistic(resampled_sums(columns, patients, num_resamples, seed))
+    return estimate(float(value), replicates)
+
+
+def paired_difference(
+    a: Any,
+    b: Any,
+    patients: Sequence[Any],
+    statistic: Statistic | None = None,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> Difference:
+    """The score of `a` minus that of `b` on the same questions, two models or conditions, with its 95% interval by patient
+    and its p-value, as `difference` defines it.
+
+    Args:
+        a, b: [n, k] or [n], as the samples of `bootstrap`.
+
+    Raises:
+        ValueError: the shapes differ; as `bootstrap`.
+    """
+    if np.shape(a) != np.shape(b):
+        raise ValueError(f"The samples are {np.shape(a)} and {np.shape(b)}; expected those of the same questions.")
+    given = statistic
+    a, statistic = _with_statistic(a, patients, given)
+    b, _ = _with_statistic(b, patients, given)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = statistic(a.sum(axis=0)) - statistic(b.sum(axis=0))
+        of_a, of_b = np.split(resampled_sums(np.hstack([a, b]), patients, num_resamples, seed), 2, axis=1)
+        replicates = statistic(of_a) - statistic(of_b)
+    return difference(float(value), replicates)
+
+
+def _with_statistic(
+    samples: Any, patients: Sequence[Any], statistic: Statistic | None
+) -> tuple[np.ndarray, Statistic]:
+    """The columns, and the statistic of their sums; for a mean the second column counts the questions."""
+    columns = _as_columns(samples, patients)
+    if statistic is not None:
+        return columns, statistic
+    if columns.shape[1] != 1:
+        raise ValueError(f"The samples have {columns.shape[1]} columns; a mean is of one: give the statistic of their sums.")
+    return np.hstack([columns, np.ones_like(columns)]), lambda sums: sums[..., 0] / sums[..., 1]
+
+
+def _as_columns(samples: Any, patients: Sequence[Any]) -> np.ndarray:
+    columns = np.asarray(samples, dtype=float)
+    if columns.ndim == 1:
+        columns = columns[:, None]
+    if columns.ndim != 2 or len(columns) != len(patients):
+        raise ValueError(f"The samples are {np.shape(samples)}; expected a row for each of the {len(patients)} questions.")
+    faults = np.flatnonzero(~np.isfinite(columns).all(axis=1))
+    if len(faults):
+        raise ValueError(
+            f"Sample {faults[0]}, counted from 0, is {columns[faults[0]].tolist()}; expected finite numbers. Leave out "
+            "questions that have no score."
+        )
+    return columns
+
+
+def class_counts(references: Sequence[str], predictions: Sequence[str], classes: Sequence[str]) -> np.ndarray:
+    """Samples [n, 3 * classes] of closed questions: whether each class is the reference, the prediction, and both.
+
+    A prediction that is none of the classes is wrong, and in the third part nowhere.
+
+    Raises:
+        ValueError: a reference is none of the classes; the lengths differ.
+    """
+    if len(references) != len(predictions):
+        raise ValueError(f"There are {len(references)} references and {len(predictions)} predictions; expected pairs.")
+    for reference in references:
+        if reference not in classes:
+            raise ValueError(f"The reference {reference!r} is none of the classes {', '.join(classes)}.")
+    true, predicted = (np.array(texts, dtype=str)[:, None] == np.array(classes) for texts in (references, predictions))
+    return np.hstack([true, predicted, true & predicted]).astype(float)
+
+
+def balanced_accuracy(counts: np.ndarray) -> np.ndarray:
+    """Mean recall over the classes that occur, from sums of `class_counts`, [..., 3 * classes] -> [...]."""
+    true, _, hits = np.split(counts, 3, axis=-1)
+    return _mean_where(true > 0, hits, true)
+
+
+def macro_f1(counts: np.ndarray) -> np.ndarray:
+    """Mean F1 over the classes that occur or are predicted, from sums of `class_counts`, [..., 3 * classes] -> [...]."""
+    true, predicted, hits = np.split(counts, 3, axis=-1)
+    return _mean_where(true + predicted > 0, 2 * hits, true + predicted)
+
+
+def _mean_where(occurs: np.ndarray, numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    return (numerator / np.where(occurs, denominator, 1)).sum(axis=-1) / occurs.sum(axis=-1)
+
+
+def bootstrap_auroc(
+    scores: Any, labels: Any, patients: Sequence[Any], num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> Estimate:
+    """AUROC, in which ties count half, with its 95% interval by patient; the mean over several classes.
+
+    Args:
+        scores: [n] or [n, classes]; higher speaks for the class.
+        labels: of the same shape; 1 where the class is there, else 0.
+        patients: [n], as `clusters` takes them.
+
+    Raises:
+        ValueError: the shapes differ, a score is NaN, a label is neither 0 nor 1; as `clusters`.
+    """
+    value, replicates = resampled_auroc(scores, labels, patients, num_resamples, seed)
+    return estimate(value.mean(), replicates.mean(axis=1))
+
+
+def paired_auroc_difference(
+    a: Any, b: Any, labels: Any, patients: Sequence[Any], num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> Difference:
+    """The AUROC of scores `a` minus that of `b` on the same questions, as `bootstrap_auroc` and `paired_difference`."""
+    of_a, replicates_a = resampled_auroc(a, labels, patients, num_resamples, seed)
+    of_b, replicates_b = resampled_auroc(b, labels, patients, num_resamples, seed)
+    return difference((of_a - of_b).mean(), (replicates_a - replicates_b).mean(axis=1))
+
+
+def resampled_auroc(
+    scores: Any, labels: Any, patients: Sequence[Any], num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """AUROC of each class, [classes], and in each resample, [num_resamples, classes]; NaN where one side is missing.
+
+    Args, errors: as `bootstrap_auroc`. Resamples are those of `resampled_sums`.
+    """
+    scores, labels = np.asarray(scores, dtype=float), np.asarray(labels)
+    if scores.shape != labels.shape or scores.ndim not in (1, 2) or len(scores) != len(patients):
+        raise ValueError(
+            f"Scores are {scores.shape} and labels {labels.shape}; expected both alike, a row for each of the "
+            f"{len(patients)} questions."
+        )
+    if np.isnan(scores).any():
+        raise ValueError(f"The scores of {int(np.isnan(scores).sum())} of {scores.size} are NaN; expected numbers.")
+    strange = labels[(labels != 0) & (labels != 1)]
+    if len(strange):
+        raise ValueError(f"A label is {strange[0]}; expected 1 where the class is there, else 0.")
+    scores, labels = scores.reshape(len(scores), -1), labels.reshape(len(labels), -1).astype(bool)
+
+    numbers, num_patients = clusters(patients)
+    functions = [_auroc_by_weight(*column, numbers) for column in zip(scores.T, labels.T, strict=True)]
+    value = np.concatenate([function(np.ones((num_patients, 1))) for function in functions])
+    replicates = np.empty((num_resamples if num_patients > 1 else 0, len(functions)))
+    for where, counts in _draws(num_patients, num_resamples, seed, len(scores)):
+        weights = np.ascontiguousarray(counts.T)
+        for column, function in enumerate(functions):
+            replicates[where, column] = function(weights)
+    return value, replicates
+
+
+def _auroc_by_weight(scores: np.ndarray, labels: np.ndarray, numbers: np.ndarray) -> Statistic:
+    """The AUROC as a function of how often each patient counts, [num_patients, resamples] -> [resamples].
+
+    It is the share of pairs of a positive and a negative in which the positive has the higher score: the sorted negatives'
+    weights are cumulated once, and each positive looks up how many lie below it.
+    """
+    negative_scores = np.sort(scores[~labels])
+    negatives = numbers[~labels][np.argsort(scores[~labels])]
+    positives = numbers[labels]
+    below = np.searchsorted(negative_scores, scores[labels], side="left")
+    not_above = np.searchsorted(negative_scores, scores[labels], side="right")
+
+    def auroc(weights: np.ndarray) -> np.ndarray:
+        cumulated = np.zeros((len(negatives) + 1, weights.shape[1]))
+        np.cumsum(weights[negatives], axis=0, out=cumulated[1:])
+        of_positives = weights[positives]
+        wins = (of_positives * (cumulated[below] + cumulated[not_above])).sum(axis=0) / 2
+        with np.errstate(invalid="ignore"):
+            return wins / (of_positives.sum(axis=0) * cumulated[-1])
+
+    return auroc
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values of several tests, adjusted so that the chance of any false finding stays below the level.
+
+    Holm 1979, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6.
+
+    Raises:
+        ValueError: one is not within 0 and 1.
+    """
+    p = np.asarray(p_values, dtype=float)
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError(f"The p-values are {p.tolist()}; expected numbers from 0 to 1.")
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    return adjusted.tolist()
