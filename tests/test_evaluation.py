@@ -27,6 +27,7 @@ from training.evaluation import (
     bootstrap_interval,
     in_words,
     list_questions,
+    most_frequent_answers,
     other_patients,
     summarise,
 )
@@ -103,6 +104,17 @@ def test_other_patients(patients, seed):
     assert np.array_equal(others, other_patients(patients, seed))
     if len(set().union(*patients)) == sum(map(len, patients)):
         assert sorted(others) == list(range(len(patients)))  # each used once
+
+
+def test_most_frequent_answers():
+    def asked(words: str, answer: str, kind: str) -> Question:
+        return Question(0, 1, words, answer, kind, "p")
+
+    training = [asked("Rate?", rate, "rate") for rate in ("60", "80", "80")]
+    training += [asked("Fast?", answer, "rate") for answer in ("yes", "yes", "no", "yes")]
+    training += [asked("Axis?", axis, "axis") for axis in ("right", "left")]
+    test = [asked("Rate?", "", "rate"), asked("Slow?", "", "rate"), asked("Axis?", "", "axis"), asked("ST?", "", "st")]
+    assert most_frequent_answers(test, training) == ["80", "yes", "left", "yes"]
 
 
 def test_bootstrap_against_a_loop():
@@ -185,7 +197,8 @@ def test_files(evaluated, data):
     assert results["num_patients"] == 7
     assert results["data"] == [data.name]
     assert str(data.parent) not in json.dumps(results)
-    assert set(results["conditions"]) == set(CONDITIONS)
+    assert set(results["conditions"]) == {*CONDITIONS, "most_frequent"}
+    assert set(results["ecg_minus"]) == {*CONDITIONS, "most_frequent"} - {"ecg"}
     predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     assert [(row["row"], row["turn"]) for row in predictions] == [(q.row, q.turn) for q in questions]
     right = [row["ecg"] == row["answer"] for row in predictions]
@@ -306,7 +319,7 @@ def test_text_only_model(tmp_path, data):
     sft.main(tiny_sft(llm, data, tmp_path / "elm", "--elm", "text", "--max_steps", "1", encoder=None))
     options = ["--data", str(data), "--max_new_tokens", "3", "--num_resamples", "10"]
     results = evaluation.main(["--model_name_or_path", str(tmp_path / "elm"), *options])
-    assert all(row["difference"] == 0 for row in results["ecg_minus"].values())
+    assert all(results["ecg_minus"][name]["difference"] == 0 for name in ("zeroed", "swapped", "left_out"))
 
 
 def test_symbolic_model(tmp_path, data):

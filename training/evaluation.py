@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from itertools import repeat
 from pathlib import Path
@@ -33,6 +34,7 @@ CONDITIONS = {
     "swapped": "another patient's",
     "left_out": "question alone",
 }
+BASELINE = "most_frequent"  # the answer that training data suggest without any model
 PARTIAL = "predictions.partial"  # what is answered so far, a file for each process
 
 
@@ -95,6 +97,18 @@ def list_questions(data: Dataset) -> list[Question]:
                     Question(index, turn, asked, message["content"].strip(), next(kinds), patients[index][0])
                 )
     return questions
+
+
+def most_frequent_answers(questions: list[Question], training: list[Question]) -> list[str]:
+    """For each question the answer that the same words had most often in training; for words that were never asked that of
+    questions of their type, or of all. Of answers that are as frequent it is the first in alphabetical order."""
+    counts: dict[Any, Counter[str]] = defaultdict(Counter)
+    for question in training:
+        for key in ((question.question_type, question.question), question.question_type, None):
+            counts[key][question.answer] += 1
+    best = {key: min(found, key=lambda answer: (-found[answer], answer)) for key, found in counts.items()}
+    keys = [((q.question_type, q.question), q.question_type, None) for q in questions]
+    return [next(best[key] for key in places if key in best) for places in keys]
 
 
 def _text(content: str | list[dict[str, Any]]) -> str:
@@ -387,6 +401,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     }
     if not state.is_main_process:
         return {}
+    train_data = load_data(replace(args, data_subset=None), "train", args.seed, args.dataset_num_proc)
+    asked = [] if train_data is None or args.split == "train" else list_questions(train_data)
+    if asked:
+        answers[BASELINE] = most_frequent_answers(questions, asked)
     results = {
         "schema_version": SCHEMA_VERSION,
         "model": Path(args.model_name_or_path).name,
@@ -408,7 +426,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             "question_type": question.question_type,
             "question": question.question,
             "answer": question.answer,
-            **{condition: answers[condition][index] for condition in CONDITIONS},
+            **{condition: texts[index] for condition, texts in answers.items()},
         }
         for index, question in enumerate(questions)
     ]

@@ -13,7 +13,20 @@ import matplotlib.pyplot as plt
 from training.files import atomic_path
 
 # Okabe and Ito 2008: told apart by colour-blind readers too
-COLOURS = {"ecg": "#0072B2", "zeroed": "#E69F00", "swapped": "#D55E00", "left_out": "#999999"}
+COLOURS = {
+    "ecg": "#0072B2",
+    "zeroed": "#E69F00",
+    "swapped": "#D55E00",
+    "left_out": "#999999",
+    "most_frequent": "#555555",
+}
+LABELS = {
+    "ecg": "with its ECG",
+    "zeroed": "ECG zeroed",
+    "swapped": "ECG swapped",
+    "left_out": "ECG left out",
+    "most_frequent": "commonest answer",
+}
 TOKEN_SHADES = ("#cfe3f2", "#f4e6c8")
 
 
@@ -33,15 +46,14 @@ def plot_exact_match(results: dict[str, Any], path: Path) -> None:
     for index, (condition, row) in enumerate(results["conditions"].items()):
         scores = 100 * np.array([row["exact_match"], *(row["by_question_type"][kind] for kind in kinds)])
         places = np.arange(len(labels)) + width * (index - (len(results["conditions"]) - 1) / 2)
-        label = "with its ECG" if condition == "ecg" else f"ECG {condition.replace('_', ' ')}"
-        axes.bar(places, scores, width, color=COLOURS[condition], label=label)
+        axes.bar(places, scores, width, color=COLOURS[condition], label=LABELS[condition])
         low, high = 100 * np.array(row["interval_95"])
         axes.errorbar(places[0], scores[0], [[scores[0] - low], [high - scores[0]]], color="black", capsize=2)
     axes.set_xticks(np.arange(len(labels)), labels)
     axes.set_ylabel("exact match, %")
     axes.set_ylim(0, 105)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(ncols=4, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes.legend(ncols=5, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     _save(figure, path)
 
 

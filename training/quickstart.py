@@ -19,7 +19,7 @@ from ecg_utils import as_record
 from training import evaluation, sft
 from training.files import write_text
 from training.plot import save_picture
-from training.plots import plot_training
+from training.plots import LABELS, plot_training
 from training.synthetic import make_dataset
 
 CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
@@ -80,7 +80,7 @@ def write_report(folder: Path, results: dict[str, Any], minutes: float) -> None:
         return f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(text)}"><figcaption>{html.escape(text)}</figcaption></figure>'
 
     rows = "".join(
-        f"<tr><td>{evaluation.CONDITIONS[name]}</td><td>{100 * row['exact_match']:.1f}</td>"
+        f"<tr><td>{LABELS[name]}</td><td>{100 * row['exact_match']:.1f}</td>"
         f"<td>{100 * row['interval_95'][0]:.1f} to {100 * row['interval_95'][1]:.1f}</td></tr>"
         for name, row in results["conditions"].items()
     )
@@ -92,7 +92,7 @@ img{{max-width:100%}}figure{{margin:2rem 0}}figcaption{{color:#555}}td,th{{paddi
 <p>A small ELM, trained from scratch in {minutes:.1f} minutes on simulated ECGs whose questions only the signal answers.
 Research software, not a medical device; simulated ECGs are no evidence about real ones.</p>
 <p><b>{html.escape(evaluation.in_words(results))}</b></p>
-<table><tr><th>ECG</th><th>exact match, %</th><th>95% interval</th></tr>{rows}</table>
+<table><tr><th>scored</th><th>exact match, %</th><th>95% interval</th></tr>{rows}</table>
 {picture("model/exact_match.png", "Exact match on the test split, over all and by question type, by what became of the ECG.")}
 {picture("training.png", "Loss while training.")}
 {picture("example.png", "A record of the test split, with its question and what the model answers.")}
