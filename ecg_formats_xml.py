@@ -347,7 +347,7 @@ def _read_philips(root: Element) -> tuple[np.ndarray, float, list[str], dict[str
 
     The packing is described by sierra-ecg-tools (Watford, MIT licence). Packed limb leads are residuals of what leads I
     and II make them. Packed files often hold 16 channels; those beyond the leads in use are left out. The mark of 1 mV
-    that often ends them stays, as stored; `calibration_start` in the metadata says at which second it begins.
+    that often ends them is cut off; `calibration_start` in the metadata says at which second it began.
     """
     version = _text(root, "documentinfo/documentversion")
     if version not in PHILIPS_VERSIONS:
@@ -397,6 +397,7 @@ def _read_philips(root: Element) -> tuple[np.ndarray, float, list[str], dict[str
     else:
         raise ValueError(f"The waveforms are packed by {packing[:100]!r}; expected 'XLI' or 'Uncompressed'.")
     array, lead_names = _stack(zip(names, [scale * lead for lead in leads], strict=True))
+    mark = _calibration_start(array)
 
     patient = "patient/generalpatientdata"
     acquisition = _find(root, "dataacquisition")
@@ -409,7 +410,7 @@ def _read_philips(root: Element) -> tuple[np.ndarray, float, list[str], dict[str
             statements.append(_text(statement, "leftstatement"))
         statements.append(_text(interpretation, "severity").strip("- "))
     return (
-        array,
+        array[:, : mark or None],
         rate,
         lead_names,
         {
@@ -421,7 +422,7 @@ def _read_philips(root: Element) -> tuple[np.ndarray, float, list[str], dict[str
             "device": _text(acquisition, "machine"),
             "filters": {name: setting for name, setting in settings.items() if setting},
             "statements": [statement for statement in statements if statement],
-            "calibration_start": _calibration_start(array) / rate or None,
+            "calibration_start": mark / rate or None,
         },
     )
 
@@ -430,7 +431,7 @@ def _calibration_start(array: np.ndarray) -> int:
     """First sample of the calibration mark, 1 mV in all leads, that often ends a record; 0 where there is none."""
     differ = np.flatnonzero((array != array[0]).any(axis=0))
     start = int(differ[-1]) + 1 if len(differ) else 0
-    return start if array[0, start:].any() else 0
+    return start if start < array.shape[1] and np.ptp(array[0, start:]) == 1000 else 0
 
 
 def _unpack_xli(data: bytes, num_leads: int, samples: int) -> list[np.ndarray]:

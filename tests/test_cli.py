@@ -37,6 +37,7 @@ def test_unknown_command(capsys):
         (["sft", "--config", "/nowhere.yaml"], "/nowhere.yaml"),
         (["tokenizer", "inspect", "/nowhere/tokenizer"], "/nowhere/tokenizer"),
         (["plot", "/nowhere.npz"], "/nowhere.npz"),
+        (["compare", "/nowhere/a.json", "/nowhere/b.json"], "/nowhere/a.json"),
     ],
 )
 def test_input_at_fault(argv, message, capsys, monkeypatch):

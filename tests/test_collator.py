@@ -380,3 +380,13 @@ def test_nothing_to_learn():
     processor.chat_template = "{% for message in messages %}{{ message['role'] }}{% endfor %}"
     with pytest.raises(ValueError, match="the chat template does not mark it"):
         ELMCollator(processor)([row("Is it?", "yes", ecg=False)])
+
+
+def test_errors_name_the_records():
+    far = {"array": np.full((12, 500), 1e4), "sampling_rate": 250}
+    chat = [{"role": "user", "content": "Rate?"}, {"role": "assistant", "content": "80"}]
+    rows = [{"messages": chat, "ecg": ecg, "record_id": f"r{index}"} for index, ecg in ((7, far), (8, "gone.npz"))]
+    with pytest.raises(ValueError, match="In the batch of the records r7: The ECG reaches 10000 mV"):
+        ELMCollator(tiny_processor())(rows[:1])
+    with pytest.raises(ValueError, match="In the batch of the records r8: .*No such file or directory: 'gone.npz'"):
+        ELMCollator(tiny_processor())(rows[1:])

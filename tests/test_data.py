@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict, load_from_disk
 from helpers import save_tiny_data, tiny_processor
@@ -329,3 +331,68 @@ def test_paths_under_a_root(tmp_path):
     data = load(folder, ecg_root="/ecgs")
     assert ecgs_of(data[0]) == ["/ecgs/a.npz", absolute]
     assert ecgs_of(data[1]) == []
+
+
+def test_mixed_datasets_of_other_columns(tmp_path):
+    """Of one ECG and of two, of a type for the row and for each answer, patients as numbers and as names."""
+    one = {"messages": ASKED, "ecg": plain_ecg(1.0), "patient_id": 7, "question_type": "rhythm", "age": 60}
+    two = {
+        "messages": ASKED,
+        "ecg": [plain_ecg(2.0), plain_ecg(3.0)],
+        "patient_id": ["8", "9"],
+        "question_type": ["rate"],
+    }
+    mixed = load(json_lines(tmp_path / "one", [one]), json_lines(tmp_path / "two", [two, {**two, "ecg": None}]))
+    assert [[ecg["array"][0, 0] for ecg in ecgs_of(row)] for row in mixed] == [[1.0], [2.0, 3.0], []]
+    assert mixed["patient_id"][:] == [["7"], ["8", "9"], ["8", "9"]]
+    assert mixed["question_type"][:] == [["rhythm"], ["rate"], ["rate"]]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Is it?"}]}]
+    with pytest.raises(ValueError, match="to mix them, make them lists of 'role' and 'content', both strings"):
+        load(tmp_path / "one", json_lines(tmp_path / "parts", [{"messages": parts}]))
+
+
+def test_weights_are_of_training(saved, simulated):
+    weights = {"data_weights": [9.0, 1.0]}
+    assert len(load(saved, saved, **weights)) > 12
+    assert len(load(saved, saved, split="test", **weights)) == 6
+
+
+def test_large_types_of_arrow(tmp_path):
+    """As Polars writes them."""
+    turn = pa.struct([("role", pa.large_string()), ("content", pa.large_string())])
+    schema = pa.schema([("messages", pa.large_list(turn)), ("ecg", pa.large_string())])
+    rows = [{"messages": ASKED, "ecg": "a.npz"}, {"messages": ASKED, "ecg": "noise"}]
+    pq.write_table(pa.Table.from_pylist(rows, schema), tmp_path / "train.parquet")
+    assert load(tmp_path, ecg_root="/ecgs")["ecg"][:].tolist() == ["/ecgs/a.npz", "noise"]
+    assert len(load(tmp_path, json_lines(tmp_path / "more", [{"messages": ASKED, "ecg": plain_ecg()}]))) == 3
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        (None, "no messages, but None"),
+        ("Is it?", "no messages, but 'Is it"),
+        ([{"role": "tool", "content": "yes"}], "expected a role of system, user, assistant"),
+        ([{"role": None, "content": "yes"}], "expected a role of"),
+        ([{"role": "user", "content": None}], "a content that is text or a list of parts"),
+    ],
+)
+def test_messages_that_are_no_chat(messages, words):
+    with pytest.raises(ValueError, match=f"The row 17 has .*{words}"):
+        to_chat({"messages": messages, "record_id": "17"})
+
+
+def test_messages_of_another_type(tmp_path):
+    with pytest.raises(ValueError, match="expected a list of turns with 'role' and 'content'"):
+        load(json_lines(tmp_path, [{"messages": "Is it?"}]))
+
+
+def test_a_null_among_the_ecgs():
+    with pytest.raises(ValueError, match="The row 17 lists 2 ECGs, one of which is null"):
+        ecgs_of({"ecg": [ECG, None], "record_id": "17"})
+
+
+def test_a_file_is_no_dataset(tmp_path):
+    json_lines(tmp_path, [{"messages": ASKED}])
+    with pytest.raises(ValueError, match=r"train.jsonl is a file; give the folder that holds it"):
+        load(tmp_path / "train.jsonl")

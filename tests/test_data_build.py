@@ -1,6 +1,7 @@
 import csv
 import hashlib
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ecg_utils import STANDARD_LEADS
 from training import data_build
 from training.collator import ELMCollator
 from training.data import to_chat
-from training.data_sources import Question
+from training.data_sources import Question, Records
 from training.data_tool import main
 
 ASKED = {"question": "Is it?", "answer": "yes"}
@@ -30,6 +31,10 @@ def save_records(folder: Path, *names: str, sampling_rate: int = 100, num_sample
     for number, name in enumerate(names):
         np.savez(folder / f"{name}.npz", ecg=microvolts(number, num_samples), sampling_rate=sampling_rate, unit="uV")
     return folder
+
+
+def ignores_interrupts(location: Any) -> list[bool]:
+    return [signal.getsignal(signal.SIGINT) is signal.SIG_IGN]
 
 
 def save_rows(path: Path, *rows: dict[str, Any]) -> Path:
@@ -219,6 +224,15 @@ class TestSplits:
         again, _ = data_build.split_questions(questions, "patient", {}, (0.8, 0.1, 0.1), 1)
         assert again != parts
 
+    def test_too_few_patients(self, small, tmp_path, capsys):
+        said = "No patients for validation, test: 4 patients are too few for --shares 0.9 0.05 0.05."
+        options = ["--questions", small[1], "--shares"]
+        assert set(build(small[0], tmp_path / "few", *options, 0.9, 0.05, 0.05)) == {"train"}
+        assert said in capsys.readouterr().out
+        assert said in (tmp_path / "few" / "README.md").read_text()
+        build(small[0], tmp_path / "all", *options, 0.5, 0.5, 0)  # none are wanted for the test
+        assert "too few" not in capsys.readouterr().out
+
     def test_by_fold(self):
         metadata = {str(fold): {"strat_fold": fold} for fold in range(1, 11)}
         parts, _ = self.split(*(self.question(str(fold)) for fold in range(1, 11)), by="fold", metadata=metadata)
@@ -274,6 +288,12 @@ def test_twice_the_same(small, tmp_path):
     assert digests(tmp_path / "one" / "data") == digests(tmp_path / "two" / "data")
     build(records, tmp_path / "three" / "data", *options, "--seed", 1)
     assert digests(tmp_path / "three" / "data") != digests(tmp_path / "one" / "data")
+
+
+def test_ctrl_c_is_left_to_the_main_process():
+    questions = [Question((name,), []) for name in "ab"]
+    read = data_build.read_records(questions, Records({"a": 1, "b": 2}), ignores_interrupts, num_proc=2)
+    assert [answers for _, answers in read] == [[[True]], [[True]]]
 
 
 def test_questions_of_a_record_are_neighbours_and_it_is_read_once(small, tmp_path, monkeypatch):
@@ -452,13 +472,24 @@ class TestInputAtFault:
             build(small[0], tmp_path, "--questions", small[1])
         assert (tmp_path / "mine.txt").read_text() == "mine"
 
-    def test_missing_records_are_counted(self, small, tmp_path, capsys):
+    def test_output_dir_cannot_be_written(self, small, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(ValueError, match=r"--output_dir .*/file/out cannot be written"):
+            build(small[0], tmp_path / "file" / "out", "--questions", small[1])
+
+    @pytest.mark.parametrize("option", ["sampling_rate", "sampling_rate_of_files", "window", "stride"])
+    @pytest.mark.parametrize("value", ["0", "-1", "nan"])
+    def test_not_above_0(self, option, value, small, tmp_path):
+        with pytest.raises(ValueError, match=f"--{option} is {value}; expected a number above 0"):
+            build(small[0], tmp_path / "out", "--questions", small[1], f"--{option}={value}")
+
+    def test_missing_records_are_counted_and_named(self, small, tmp_path, capsys):
         rows = [{**ASKED, "record": "a", "question_type": "x"}, {**ASKED, "record": "z", "question_type": "x"}]
         rows.append({**ASKED, "record": "b", "question_type": "y"})
         questions = save_rows(tmp_path / "train.jsonl", *rows)
         data = build(small[0], tmp_path / "out", "--questions", questions, "--question_types", "x")
         assert data["train"]["record_id"][:] == ["a"]
-        assert "Left out: questions whose records are not there (1)" in capsys.readouterr().out
+        assert "Left out: questions whose records are not there (1)\nNot there: z\n" in capsys.readouterr().out
 
 
 def test_unknown_licence_is_said(small, tmp_path):

@@ -121,9 +121,27 @@ class TestChats:
     def test_empty_question(self):
         assert found(train=[make_row(0, question="")]) == {"empty_questions": (1, "train 0")}
 
-    @pytest.mark.parametrize("messages", [[], None, [{"role": "user", "content": "Is it?"}]])
-    def test_no_answer(self, messages):
-        assert found(train=[make_row(0, messages=messages)]) == {"no_answer": (1, "train 0")}
+    def test_no_answer(self):
+        assert found(train=[make_row(0, messages=[{"role": "user", "content": "Is it?"}])]) == {
+            "no_answer": (1, "train 0")
+        }
+
+    @pytest.mark.parametrize(
+        ("messages", "message"),
+        [
+            ([], "has no messages"),
+            (None, "has no messages"),
+            ("Is it?", "has no messages, but 'Is it?'"),
+            ([{"role": "user", "content": None}], "'content': None"),
+            ([*make_row(0)["messages"], {"role": "tool", "content": "x"}], "'role': 'tool'"),
+            ([*make_row(0)["messages"], {"role": None, "content": "x"}], "'role': None"),
+        ],
+    )
+    def test_malformed(self, messages, message):
+        findings = found(train=[make_row(0, messages=messages), make_row(1)])
+        assert list(findings) == ["unusable_chats"]
+        assert findings["unusable_chats"][0] == 1
+        assert message in findings["unusable_chats"][1]
 
     def test_no_question(self):
         count, example = found(train=[make_row(0, messages=[{"role": "assistant", "content": "yes"}])])[

@@ -63,6 +63,14 @@ class TestRecords:
         with pytest.raises(ValueError, match=r"'c' is the name of 2 records: c\.csv, c\.xml"):
             records.find("c")
 
+    def test_names_with_the_folder_in_front(self, tmp_path, monkeypatch):
+        touch(tmp_path, "ecgs/records/2024/b.edf", "elsewhere/2024/b.edf")
+        monkeypatch.chdir(tmp_path)
+        records = find_records(Path("ecgs/records"))
+        for front in ("records", "ecgs/records", tmp_path / "ecgs" / "records"):
+            assert records.find(f"{front}/2024/b.edf") == records.find(f"{front}/2024/b") == "2024/b"
+        assert records.find(str(tmp_path / "elsewhere" / "2024" / "b.edf")) is None
+
     def test_archive_with_ids(self, tmp_path):
         ecg = np.arange(2 * 12 * 5, dtype=np.int16).reshape(2, 12, 5)
         np.savez(tmp_path / "all.npz", ecg_id=np.array([7, 9]), ecg=ecg, sampling_rate=100, unit="uV")
@@ -126,6 +134,10 @@ class TestTable:
             {"record": "002", "age": None, "sex": 0, "code": "12", "answer": "2", "note": None},
         ]
 
+    def test_known_columns_in_capitals(self, tmp_path):
+        table = write(tmp_path / "t.csv", {"Record": "001", "Question ": "Is it?", "AGE": 5, "Site": "x"})
+        assert read_table(table) == [{"record": "001", "question": "Is it?", "age": 5, "Site": "x"}]
+
     def test_json(self, tmp_path):
         rows = [{"a": 1, "b": "line\u2028end"}, {"a": None, "b": "x"}]
         (tmp_path / "t.jsonl").write_text(
@@ -139,7 +151,11 @@ class TestTable:
             ("t.csv", b"a,b\n1,2\n3\n", "row 2 has 1 cells, the header 2"),
             ("t.csv", b'a,b\n1,"2\n', "unexpected end of data"),
             ("t.csv", b"a,b\n", "has no rows"),
-            ("t.csv", b"", "Cannot read"),
+            ("t.csv", b"", "it is empty"),
+            ("t.csv", b"a,b,a,b\n1,2,3,4\n", "its header says 'a', 'b' more than once"),
+            ("t.csv", b"a;b\n1;2\n", "separated by semicolons, and commas are expected"),
+            ("t.csv", b'"a"\t"b"\n"1"\t"2"\n', "separated by tabs, and commas are expected"),
+            ("t.csv", b"Record,record\na,b\n", "its header says 'record' more than once"),
             ("t.csv", b"\xff\xfe\x00", "Cannot read"),
             ("t.json", b"[1, 2]", "others than objects"),
             ("t.jsonl", b'{"a": 1}\n{"a"\n', "Cannot read"),
@@ -196,6 +212,10 @@ class TestQuestions:
             *("test", "test"),
             *("train", "validation"),
         ]
+
+    def test_where_the_questions_lie_is_no_split(self, tmp_path):
+        file = write(tmp_path / "test" / "questions.csv", ROW)
+        assert [question.split for path in (file, file.parent) for question in read_questions(path)] == [None, None]
 
     def test_answers_that_are_lists(self, tmp_path):
         row = {**ROW, "answer": ["qt interval", "p duration"]}

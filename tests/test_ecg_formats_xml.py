@@ -189,12 +189,13 @@ class TestRealFiles:
         path = shared / "data/formats" / name
         read, expected = read_xml(path.read_bytes()), sierraecg.read_file(str(path))
         assert (read["sampling_rate"], read["unit"], tuple(read["lead_names"])) == (500, "uV", STANDARD_LEADS)
-        np.testing.assert_array_equal(
-            read["array"], 5 * np.stack([lead.samples for lead in expected.leads]).astype(int)
-        )
-        # Einthoven's law, but for the 1 mV mark in all leads
-        i, ii, iii = read["array"][:3, : round(500 * read["metadata"]["calibration_start"])]
-        assert np.abs(iii - ii + i).max() <= 10
+        samples = 5 * np.stack([lead.samples for lead in expected.leads]).astype(int)
+        signal, mark = np.split(samples, [round(500 * read["metadata"]["calibration_start"])], axis=1)
+        np.testing.assert_array_equal(read["array"], signal)
+        assert (mark == mark[0]).all()
+        assert np.ptp(mark) == 1000  # 1 mV
+        i, ii, iii = signal[:3]
+        assert np.abs(iii - ii + i).max() <= 10  # Einthoven's law
         assert i.shape[0] > 5000
 
     def test_philips_metadata(self, shared: Path):

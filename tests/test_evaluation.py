@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import evaluate
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modeling_elm import ELMForConditionalGeneration
-from training import evaluation, sft
+from training import compare, evaluation, sft
 from training.build import load_elm
 from training.data import load_data
 from training.evaluation import (
@@ -195,7 +196,8 @@ def test_files(evaluated, data):
     questions = list_questions(load_data(EvaluationArguments(data=[str(data)]), "test"))
     assert results["num_questions"] == len(questions)
     assert results["num_patients"] == 7
-    assert results["data"] == [data.name]
+    assert results["data"]["names"] == [data.name]
+    assert results["data"]["split"] == "test"
     assert str(data.parent) not in json.dumps(results)
     assert set(results["conditions"]) == {*CONDITIONS, "most_frequent"}
     assert set(results["ecg_minus"]) == {*CONDITIONS, "most_frequent"} - {"ecg"}
@@ -312,6 +314,45 @@ def test_swapped_is_the_other_patients_ecg(model, data):
     )
     swapped = swapped.with_format("numpy", columns=["ecg"], output_all_columns=True)
     assert answers_of(model, swapped, "ecg") == answers_of(model, rows, "swapped")
+
+
+def test_nothing_to_swap(model, data, tmp_path, caplog):
+    """All else is scored where there is one patient alone; a type of question for the row counts for each answer."""
+    row = load_data(EvaluationArguments(data=[str(data)]), "test").with_format(None)[0]
+    DatasetDict(test=Dataset.from_list([{**row, "question_type": ["rhythm"]}])).save_to_disk(tmp_path / "data")
+    argv = ["--model_name_or_path", str(model), "--data", str(tmp_path / "data"), "--output_dir", str(tmp_path)]
+    results = evaluation.main([*argv, "--max_new_tokens", "2", "--num_resamples", "10"])
+    assert set(results["conditions"]) == {"ecg", "zeroed", "left_out"}
+    assert set(results["questions_by_type"]) == {"rhythm"}
+    assert "ECGs are not swapped: All 1 rows have an ECG of the patients" in caplog.text
+
+
+def test_compare(evaluated, model, data, tmp_path, capsys):
+    """The results are what `elm compare` reads."""
+    folder, _ = evaluated
+    argv = ["--model_name_or_path", str(model), "--data", str(data), "--output_dir", str(tmp_path)]
+    evaluation.main([*argv, "--max_new_tokens", "2", "--num_resamples", "10"])
+    compare.main([str(folder / "evaluation_results.json"), str(tmp_path / "evaluation_results.json")])
+    assert "| exact_match |" in capsys.readouterr().out
+
+
+def test_metrics(model, data, tmp_path):
+    argv = ["--model_name_or_path", str(model), "--data", str(data), "--output_dir", str(tmp_path)]
+    argv += ["--max_new_tokens", "3", "--num_resamples", "10"]
+    results = evaluation.main([*argv, "--metrics", "token_f1", "exact_match", "closed_set"])
+    predictions = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    for condition, row in results["conditions"].items():
+        found = evaluate.load(str(evaluation.METRICS / "token_f1")).compute(
+            predictions=[line[condition] for line in predictions], references=[line["answer"] for line in predictions]
+        )
+        assert row["metrics"]["token_f1"] == {"token_f1": found["token_f1"]}
+        assert row["metrics"]["exact_match"] == {"exact_match": row["exact_match"]}
+        assert np.sum(row["metrics"]["closed_set"]["confusion_matrix"]) == len(predictions)
+    assert json.loads((tmp_path / "evaluation_results.json").read_text()) == results
+    with pytest.raises(ValueError, match="name it with --bert_score_model"):
+        evaluation.parse([*argv, "--metrics", "bert_score"])
+    with pytest.raises(SystemExit):
+        evaluation.parse([*argv, "--metrics", "accuracy"])
 
 
 def test_text_only_model(tmp_path, data):

@@ -14,7 +14,7 @@ from helpers import ROOT, run_isolated, save_tiny_llm
 from torch.distributed.run import get_args_parser
 from trl import SFTConfig
 
-from training import cli, data_tool, evaluation, plot, quickstart, sft, tokenizer
+from training import cli, compare, data_tool, evaluation, plot, quickstart, sft, tokenizer
 from training.arguments import ALIASES, ELMS, VISION_BACKBONES, DataArguments
 from training.build import LLMS
 from training.data import load_data
@@ -66,10 +66,12 @@ def test_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(quickstart, "main", lambda argv: parsed.append(argv))
         monkeypatch.setattr(tokenizer, "main", lambda argv: parsed.append(tokenizer.make_parser().parse_args(argv)))
         monkeypatch.setattr(data_tool, "main", lambda argv: parsed.append(data_tool.make_parser().parse_args(argv)))
+        monkeypatch.setattr(compare, "main", lambda argv: parsed.append(compare.make_parser().parse_args(argv)))
         monkeypatch.setattr(plot, "main", lambda argv: parsed.append(plot.make_parser().parse_args(argv)))
         names = (
             ["sft"],
             ["evaluate"],
+            ["compare"],
             ["plot"],
             ["tokenizer"],
             ["tokenizer", "import"],

@@ -648,6 +648,11 @@ def test_a_stream_of_two_processes_resumes_in_mid_epoch(llm, parquet, tmp_path):
     assert_same(weights(tmp_path / "runs" / "whole"), weights(tmp_path / "runs" / "parts"))
 
 
+def test_validation_without_such_a_split(llm, mixed_data, tmp_path):
+    with pytest.raises(ValueError, match="has no split 'validation'; leave --eval_strategy out"):
+        sft.main(tiny_sft(llm, mixed_data, tmp_path, "--max_steps", "1", "--eval_strategy", "epoch"))
+
+
 def test_a_stream_needs_max_steps(llm, parquet, tmp_path):
     with pytest.raises(ValueError, match="--streaming does not know when the data has been read once; say --max_steps"):
         sft.main(streamed(llm, parquet, tmp_path))

@@ -13,6 +13,10 @@ COMMANDS = {
     ),
     "sft": ("training.sft", "fine-tune an ELM; every option of TRL's SFTConfig, and --config FILE.yaml"),
     "evaluate": ("training.evaluation", "score an ELM with the ECG and without it: elm evaluate MODEL --data DATA"),
+    "compare": (
+        "training.compare",
+        "tell several models apart by their answers to the same questions: elm compare A.json B.json [...]",
+    ),
     "data": ("training.data_tool", "build, check or push a dataset of ECGs; list the reference's: elm data COMMAND"),
     "tokenizer": ("training.tokenizer", "train, inspect or import an ECG-Byte tokenizer, which writes ECGs as tokens"),
     "plot": ("training.plot", "draw ECG files on ECG paper, as PNG or SVG: elm plot RECORD [RECORD ...]"),

@@ -72,6 +72,15 @@ class ELMCollator:
         return replace(self, **NO_AUGMENTATION)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        try:
+            return self._batch(rows)
+        except (ValueError, OSError) as error:
+            records = [str(row["record_id"]) for row in rows if row.get("record_id") is not None]
+            if not records:
+                raise
+            raise ValueError(f"In the batch of the records {', '.join(records)}: {error}") from error
+
+    def _batch(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         with_ecg = self.perturb != "only_text" and self.processor.takes_ecgs
         if with_ecg and (self.perturb or any(getattr(self, name) for name in NO_AUGMENTATION)):
             rows = [{**row, "ecg": self._changed(row)} for row in rows]

@@ -20,6 +20,7 @@ from datasets import (
     Features,
     IterableDataset,
     IterableDatasetDict,
+    LargeList,
     List,
     Value,
     concatenate_datasets,
@@ -50,6 +51,17 @@ _ECG = {
     "unit": Value("string"),
     "path": Value("string"),
 }
+_MESSAGES = List({"role": Value("string"), "content": Value("string")})
+# what is read of a row, in the form of datasets that are mixed and differ
+_FORMS: dict[str, Any] = {
+    "ecg": List(_ECG),
+    "messages": _MESSAGES,
+    "patient_id": List(Value("string")),
+    "record_id": List(Value("string")),
+    "question_type": List(Value("string")),
+    "num_samples": Value("int32"),  # of the reference's ECGs that are no files
+}
+ROLES = ("system", "user", "assistant")
 STREAMED_ROWS = 100  # read at once
 
 
@@ -62,7 +74,8 @@ def load_data(args: DataArguments, split: str, seed: int = 0, num_proc: int | No
     Raises:
         ValueError: a dataset has other columns, cannot be found, or has folds and `args.fold` names none.
     """
-    return _mix([load_split(name, split, args, "messages", num_proc=num_proc) for name in args.data], args, seed)
+    parts = [load_split(name, split, args, "messages", num_proc=num_proc) for name in args.data]
+    return _mix(parts, args, seed, weighted=split == "train")
 
 
 def load_ecgs(args: DataArguments, split: str, seed: int = 0) -> Dataset | None:
@@ -73,16 +86,17 @@ def load_ecgs(args: DataArguments, split: str, seed: int = 0) -> Dataset | None:
         None if part is None else part.select_columns([c for c in ("ecg", "num_samples") if c in part.column_names])
         for part in parts
     ]
-    return _mix(kept, args, seed)
+    return _mix(kept, args, seed, weighted=split == "train")
 
 
-def _mix(loaded: list[Dataset | None], args: DataArguments, seed: int) -> Dataset | None:
+def _mix(loaded: list[Dataset | None], args: DataArguments, seed: int, weighted: bool) -> Dataset | None:
+    """The datasets as one; those that differ in the form of what a row holds, in one form and without other columns."""
     parts = [part for part in loaded if part is not None]
     if not parts:
         return None
-    if len(parts) > 1 and any(part.features.get("ecg") != parts[0].features.get("ecg") for part in parts):
+    if _differ(parts):
         parts = [_any_form(part) for part in parts]
-    if args.data_weights is None:
+    if args.data_weights is None or not weighted:
         data = concatenate_datasets(parts)
     else:
         weights = _weights_of(args, [part is not None for part in loaded])
@@ -113,6 +127,10 @@ def load_splits(name: str, streaming: bool = False, revision: str | None = None)
             return splits
         shards = {split: max(1, len(data) // STREAMED_ROWS) for split, data in splits.items()}
         return IterableDatasetDict({split: data.to_iterable_dataset(shards[split]) for split, data in splits.items()})
+    if path.is_file():
+        raise ValueError(
+            f"--data {name} is a file; give the folder that holds it, in which train.parquet or the like is a split."
+        )
     if path.exists():
         return load_dataset(str(path), streaming=streaming, cache_dir=_cache_of(path))
     if is_key(name):
@@ -151,14 +169,32 @@ def load_split(
     if key not in splits:
         logger.info("%s has no split %r; it has %s", name, key, ", ".join(map(str, splits)))
         return None
-    data = splits[key]
+    data = _plain_types(splits[key])
     if is_reference(data):
         return from_reference(data, name, args.ecg_root, num_proc)
     if column not in data.column_names:
         raise ValueError(f"{name} ({key}) has the columns {data.column_names}; expected {column!r}, {COLUMNS[column]}.")
+    if column == "messages" and not isinstance(data.features["messages"], List):
+        raise ValueError(f"The messages of {name} ({key}) are {data.features['messages']}; expected {COLUMNS[column]}.")
     if args.ecg_root is not None and _is_path(data.features.get("ecg")):
         data = data.map(_under_root, fn_kwargs={"root": args.ecg_root}, features=data.features)
     return data
+
+
+def _plain_types(data: Any) -> Any:
+    """Arrow's large strings and lists, as Polars writes them, as plain ones."""
+    if data.features is None:
+        return data
+
+    def plain(feature: Any) -> Any:
+        if isinstance(feature, dict):
+            return {name: plain(value) for name, value in feature.items()}
+        if isinstance(feature, List | LargeList):
+            return List(plain(feature.feature), length=getattr(feature, "length", -1))
+        return Value("string") if feature == Value("large_string") else feature
+
+    features = Features({name: plain(feature) for name, feature in data.features.items()})
+    return data if features == data.features else data.cast(features)
 
 
 def _is_path(ecg: Any) -> bool:
@@ -167,42 +203,58 @@ def _is_path(ecg: Any) -> bool:
 
 def _under_root(row: dict[str, Any], root: str) -> dict[str, Any]:
     """Paths of a row under `root`; absolute ones stay."""
-    if isinstance(row["ecg"], str):
-        return {"ecg": str(Path(root) / row["ecg"])}
-    return {"ecg": row["ecg"] and [str(Path(root) / path) for path in row["ecg"]]}
+
+    def placed(path: str | None) -> str | None:
+        return path if path is None or path in LITERALS else str(Path(root) / path)
+
+    ecg = row["ecg"]
+    return {"ecg": [placed(path) for path in ecg] if isinstance(ecg, list) else placed(ecg)}
+
+
+def _differ(parts: list[Dataset]) -> bool:
+    """Whether a column that several of them have is of another type in one."""
+    types: dict[str, Any] = {}
+    return any(types.setdefault(name, kind) != kind for part in parts for name, kind in part.features.items())
 
 
 def _any_form(part: Dataset) -> Dataset:
-    """ECGs as lists of `_ECG`, which holds arrays of any type and paths: to concatenate, datasets need one form."""
-    if "ecg" not in part.column_names:
-        return part
-    features = Features({**part.features, "ecg": List(_ECG)})
+    """ECGs as lists of `_ECG`, which holds arrays of any type and paths, patients and the like as lists of strings, and no other
+    columns: to concatenate, datasets need one form."""
+    part = part.select_columns([name for name in _FORMS if name in part.column_names])
+    features = Features({name: _FORMS[name] for name in part.column_names})
+    if part.features.get("messages", _MESSAGES) != _MESSAGES:
+        raise ValueError(
+            f"The messages have the type {part.features['messages']}, and those of another of --data have another; to mix them, "
+            "make them lists of 'role' and 'content', both strings."
+        )
     return part.with_format("arrow").map(_to_any_form, batched=True, features=features).with_format(None)
 
 
 def _to_any_form(table: pa.Table) -> pa.Table:
-    ecgs = table["ecg"].combine_chunks()
-    if isinstance(ecgs, pa.ChunkedArray):  # of an empty table
-        ecgs = pa.concat_arrays(ecgs.chunks) if ecgs.num_chunks else pa.array([], ecgs.type)
-    if pa.types.is_list(ecgs.type):
-        counts = ecgs.value_lengths().fill_null(0).to_numpy()
-        values = ecgs.flatten()
+    return pa.table({name: _in_form(table[name], name) for name in table.column_names})
+
+
+def _in_form(column: pa.ChunkedArray, name: str) -> pa.Array:
+    values = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+    if name in ("messages", "num_samples"):
+        return values.cast(Features({name: _FORMS[name]}).arrow_schema.field(name).type)
+    if pa.types.is_list(values.type):
+        counts, values = values.value_lengths().fill_null(0).to_numpy(), values.flatten()
     else:
-        counts = ecgs.is_valid().to_numpy(zero_copy_only=False)
-        values = ecgs.drop_null()
-    there = (
-        {"path": values}
-        if pa.types.is_string(values.type)
-        else dict(zip(values.type.names, values.flatten(), strict=True))
-    )
-    types = Features(_ECG).arrow_schema
-    columns = [
-        there[name].cast(types.field(name).type) if name in there else pa.nulls(len(values), types.field(name).type)
-        for name in _ECG
-    ]
+        counts, values = values.is_valid().to_numpy(zero_copy_only=False), values.drop_null()
+    if name == "ecg":
+        path = pa.types.is_string(values.type)
+        there = {"path": values} if path else dict(zip(values.type.names, values.flatten(), strict=True))
+        types = Features(_ECG).arrow_schema
+        fields = [
+            there[key].cast(types.field(key).type) if key in there else pa.nulls(len(values), types.field(key).type)
+            for key in _ECG
+        ]
+        values = pa.StructArray.from_arrays(fields, names=list(_ECG))
+    else:
+        values = values.cast(pa.string())
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    listed = pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(columns, names=list(_ECG)))
-    return table.set_column(table.column_names.index("ecg"), "ecg", listed)
+    return pa.ListArray.from_arrays(offsets, values)
 
 
 def load_stream(
@@ -315,6 +367,10 @@ def ecgs_of(row: dict[str, Any]) -> list[Any]:
     ecg = row.get("ecg")
     # several ECGs come out of `datasets` as an array of objects
     ecgs = list(ecg) if isinstance(ecg, list | tuple | np.ndarray) else [] if ecg is None else [ecg]
+    if any(one is None for one in ecgs):
+        raise ValueError(
+            f"The row {row.get('record_id', '')} lists {len(ecgs)} ECGs, one of which is null; leave it out."
+        )
     return [_plain(ecg, row) for ecg in ecgs]
 
 
@@ -342,9 +398,16 @@ def to_chat(row: dict[str, Any], system_prompt: str | None = None, with_ecg: boo
         ValueError: if the messages have more or fewer places than the row has ECGs.
     """
     ecgs = ecgs_of(row)
-    chat = [{"role": message["role"], "content": _parts(message["content"])} for message in row["messages"]]
-    if not chat:
-        raise ValueError(f"The row {row.get('record_id', '')} has no messages.")
+    messages = row["messages"]
+    if messages is None or isinstance(messages, str) or not len(messages):
+        raise ValueError(f"The row {row.get('record_id', '')} has no messages, but {messages!r}.")
+    for message in messages:
+        if message["role"] not in ROLES or not isinstance(message["content"], str | list | tuple | np.ndarray):
+            raise ValueError(
+                f"The row {row.get('record_id', '')} has the message {message}; expected a role of {', '.join(ROLES)} and a "
+                "content that is text or a list of parts."
+            )
+    chat = [{"role": message["role"], "content": _parts(message["content"])} for message in messages]
     if system_prompt is not None and chat[0]["role"] != "system":
         chat.insert(0, {"role": "system", "content": _parts(system_prompt)})
 

@@ -3,6 +3,7 @@
 import argparse
 import os
 import shutil
+import signal
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -68,8 +69,8 @@ SHARD_BYTES = 500 * 10**6
 
 def choose_questions(
     questions: Iterable[Question], records: Records, question_types: Sequence[str] | None = None
-) -> tuple[list[Question], int]:
-    """The questions whose records are there, by the ids of these; and how many have none.
+) -> tuple[list[Question], list[str]]:
+    """The questions whose records are there, by the ids of these; and for each other one the name of a record that is not.
 
     Args:
         question_types: patterns of the `question_type` that are kept; None for all.
@@ -98,7 +99,7 @@ def choose_questions(
             f"records are {', '.join(list(records.locations)[:3])}... Records are named by their path in the folder, with or "
             "without suffix, or by their id in the archive."
         )
-    return found, len(absent)
+    return found, absent
 
 
 def with_patients(questions: list[Question], metadata: Metadata) -> list[Question]:
@@ -204,9 +205,15 @@ def by_patient(patients: Mapping[str, str | None], shares: Sequence[float], seed
             "has two records, it may repeat their names."
         )
     names = np.random.default_rng(seed).permutation(sorted({str(patient) for patient in patients.values()})).tolist()
-    ends = [round(end * len(names)) for end in np.cumsum(shares)]
+    ends = np.cumsum(share_out(len(names), shares))
     split_of = {name: SPLITS[np.searchsorted(ends, index, side="right")] for index, name in enumerate(names)}
     return {record: split_of[str(patient)] for record, patient in patients.items()}
+
+
+def share_out(num_patients: int, shares: Sequence[float]) -> list[int]:
+    """How many of the patients each split has; few may leave one with none."""
+    ends = [round(end * num_patients) for end in np.cumsum(shares)]
+    return np.diff(ends, prepend=0).tolist()
 
 
 def join_questions(questions: list[Question]) -> list[Question]:
@@ -258,7 +265,7 @@ class Reader:
         """ECGs with their `start_second`; the error in their place, as it may be that such records are left out."""
         try:
             record = as_record(location, self.sampling_rate_of_files, self.lead_names, self.unit)
-            rate = self.sampling_rate or record.sampling_rate
+            rate = record.sampling_rate if self.sampling_rate is None else self.sampling_rate
             microvolts = np.rint(1000 * resample(record.array, record.sampling_rate, rate))
             limits = np.iinfo(np.int16)
             if microvolts.min() < limits.min or microvolts.max() > limits.max:
@@ -296,9 +303,8 @@ def read_records(
     chunk = 8 * num_proc if num_proc > 1 else 1
     with ExitStack() as stack:
         read: Any = map
-        if num_proc > 1:  # PyTorch's threads do not survive a fork
-            pool = ProcessPoolExecutor(num_proc, initializer=torch.set_num_threads, initargs=(1,))
-            read = stack.enter_context(pool).map
+        if num_proc > 1:
+            read = stack.enter_context(ProcessPoolExecutor(num_proc, initializer=_start_process)).map
         for start in range(0, len(questions), chunk):
             part = questions[start : start + chunk]
             needed = dict.fromkeys(record for question in part for record in question.records)
@@ -306,6 +312,11 @@ def read_records(
             held = {record: held[record] for record in needed if record in held}
             held |= zip(new, read(reader, [records.locations[record] for record in new]), strict=True)
             yield from ((question, [held[record] for record in question.records]) for question in part)
+
+
+def _start_process() -> None:
+    torch.set_num_threads(1)  # its threads do not survive a fork
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the main process, and that ends this one
 
 
 def make_features(
@@ -434,12 +445,15 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place when the block ends well, and goes when it does not.
 
     Raises:
-        ValueError: `path` is there and not empty.
+        ValueError: `path` is there and not empty, or cannot be written.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"--output_dir {path} is there and not empty; name another, or remove it.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    except OSError as error:
+        raise ValueError(f"--output_dir {path} cannot be written: {error.strerror}. Name another.") from error
     try:
         yield temporary
         temporary.chmod(0o755)
@@ -548,8 +562,23 @@ def _type(feature: Any) -> str:
     return f"{{{', '.join(feature)}}}" if isinstance(feature, dict) else feature.dtype
 
 
+def _too_few(questions: list[Question], shares: Sequence[float]) -> str | None:
+    """A sentence about the splits that get no patients, though they have a share."""
+    patients = {patient for question in questions for patient in question.patients}
+    numbers = share_out(len(patients), shares)
+    empty = [split for split, share, number in zip(SPLITS, shares, numbers, strict=True) if share > 0 and number == 0]
+    if not empty:
+        return None
+    said = " ".join(f"{share:g}" for share in shares)
+    return f"No patients for {', '.join(empty)}: {len(patients)} patients are too few for --shares {said}."
+
+
 def build(args: argparse.Namespace) -> None:
     """Makes a dataset of records and questions, with its card, in a new folder."""
+    for option in ("sampling_rate", "sampling_rate_of_files", "window", "stride"):
+        value = getattr(args, option)
+        if value is not None and not 0 < value < np.inf:
+            raise ValueError(f"--{option} is {value:g}; expected a number above 0.")
     table = args.records / PTBXL_TABLE
     is_ptbxl = table.is_file()
     if args.metadata_columns and args.metadata is None and not is_ptbxl:
@@ -573,7 +602,8 @@ def build(args: argparse.Namespace) -> None:
         raise ValueError(
             "What is asked about the records? Name a file with --questions; PTB-XL's own folder alone needs none."
         )
-    questions, left_out["questions whose records are not there"] = choose_questions(found, records, args.question_types)
+    questions, absent = choose_questions(found, records, args.question_types)
+    left_out["questions whose records are not there"] = len(absent)
     if args.window is not None and any(len(question.records) > 1 for question in questions):
         raise ValueError("--window cuts single records, and there are questions that compare several; leave it out.")
     metadata: dict[str, dict[str, Any]] = defaultdict(dict)
@@ -587,6 +617,9 @@ def build(args: argparse.Namespace) -> None:
     if not parts:
         raise ValueError(f"No question is left: all {number} are about records of different splits.")
     left_out["questions whose records are in different splits"] = number
+    too_few = _too_few(questions, args.shares) if split_by == "patient" else None
+    if too_few:
+        made.append(too_few)
     if args.join_questions:
         parts = {split: join_questions(part) for split, part in parts.items()}
         made.append("All questions about a record are one chat.")
@@ -619,7 +652,8 @@ def build(args: argparse.Namespace) -> None:
             made.append(f"Records of other rates were resampled to {args.sampling_rate:g} Hz.")
         if args.window is not None:
             made.append(
-                f"Each row is about {args.window:g} s of a record, of which one begins each {args.stride or args.window:g} s."
+                f"Each row is about {args.window:g} s of a record, of which one begins each "
+                f"{args.window if args.stride is None else args.stride:g} s."
             )
         write_card(folder / "README.md", args, features, summaries, split_by, made)
         size = sum(file.stat().st_size for file in data.iterdir())
@@ -627,8 +661,13 @@ def build(args: argparse.Namespace) -> None:
         print(f"Cannot read {record}: {reason}")
     for name, number in left_out.items():
         print(f"Left out: {name} ({number:,})")
+    if absent:
+        names = list(dict.fromkeys(absent))
+        print(f"Not there: {', '.join(names[:3])}{'...' if len(names) > 3 else ''}")
     for split, summary in summaries.items():
         print(
             f"{split:<11}{summary.rows:>10,} rows {len(summary.records):>9,} records {summary.num_patients:>9} patients"
         )
+    if too_few:
+        print(too_few)
     print(f"Split by {split_by}, {size / 1e6:,.1f} MB: dataset and card in {args.output_dir.resolve()}", flush=True)

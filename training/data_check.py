@@ -27,7 +27,7 @@ ERRORS = {
     "unreadable_ecgs": "ECGs that cannot be read",
     "no_answer": "chats without an answer",
     "empty_answers": "chats with an empty answer",
-    "unusable_chats": "chats without a question, or with another number of places than ECGs",
+    "unusable_chats": "chats that are malformed, without a question, or with another number of places than ECGs",
 }
 WARNINGS = {
     "unknown_patients": "rows without a patient: splits may share some unseen",
@@ -199,9 +199,14 @@ class Checker:
         return signal
 
     def _chat(self, row: dict[str, Any], ecgs: bytes, report: SplitReport, where: str) -> None:
+        try:
+            to_chat(row)
+        except ValueError as error:
+            self.findings["unusable_chats"].add(f"{where}: {error}")
+            return
         said: dict[str, list[str]] = {"system": [], "user": [], "assistant": []}
-        for turn in row["messages"] or []:
-            said.setdefault(turn["role"], []).append(_text(turn["content"]))
+        for turn in row["messages"]:
+            said[turn["role"]].append(_text(turn["content"]))
         answers = said["assistant"]
         if not answers:
             self.findings["no_answer"].add(where)
@@ -210,10 +215,6 @@ class Checker:
             self.findings["empty_answers"].add(where)
         if not all(said["user"]):
             self.findings["empty_questions"].add(where)
-        try:
-            to_chat(row)
-        except ValueError as error:
-            self.findings["unusable_chats"].add(f"{where}: {error}")
         kinds = _listed(row.get("question_type")) or ["all"]
         for number, answer in enumerate(answers):
             kind = kinds[number] if len(kinds) == len(answers) else kinds[0]

@@ -6,7 +6,7 @@ import json
 import re
 import zipfile
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from io import StringIO
@@ -66,11 +66,16 @@ class Records:
     Args:
         locations: id -> what `as_record` reads: a file, or an ECG of an archive.
         names: other names of a record -> the ids that it may mean.
+        folder: that may stand in front of a name, as a path or by its own name.
     """
 
-    def __init__(self, locations: Mapping[str, Any], names: Mapping[str, set[str]] | None = None) -> None:
+    def __init__(
+        self, locations: Mapping[str, Any], names: Mapping[str, set[str]] | None = None, folder: Path | None = None
+    ) -> None:
         self.locations = locations
         self.names = names or {}
+        paths = (folder, folder.absolute(), folder.resolve(), Path(folder.absolute().name)) if folder else ()
+        self.fronts = [f"{path.as_posix()}/" for path in paths]
 
     def find(self, name: str) -> str | None:
         """The id of a record; None where there is none of that name.
@@ -79,12 +84,18 @@ class Records:
             ValueError: several records have that name.
         """
         name = name.removeprefix("./")
-        if name in self.locations:
-            return name
-        ids = sorted(self.names.get(name, ()))
-        if len(ids) > 1:
-            raise ValueError(f"{name!r} is the name of {len(ids)} records: {', '.join(ids[:3])}. Name one of these.")
-        return ids[0] if ids else None
+        inside = [name.removeprefix(front) for front in self.fronts if name.startswith(front)]
+        for known in (name, *inside):
+            if known in self.locations:
+                return known
+            ids = sorted(self.names.get(known, ()))
+            if len(ids) > 1:
+                raise ValueError(
+                    f"{name!r} is the name of {len(ids)} records: {', '.join(ids[:3])}. Name one of these."
+                )
+            if ids:
+                return ids[0]
+        return None
 
 
 def find_records(path: Path, sampling_rate: float | None = None) -> Records:
@@ -92,7 +103,8 @@ def find_records(path: Path, sampling_rate: float | None = None) -> Records:
 
     - A folder: each file is a record, whose id is its path in the folder without suffix. Where several differ in their
       suffix alone, a WFDB header stands for them, else the suffix is part of the id. Other names of a record are its path
-      with suffix and its file's name, with or without suffix and leading zeros, where only one has that name.
+      with suffix and its file's name, with or without suffix and leading zeros, where only one has that name. The folder
+      may stand in front of them.
     - A folder with `ptbxl_database.csv`, by `ecg_id`: its files of 100 Hz if that is `sampling_rate`, else those of 500 Hz.
     - An `.npz` archive, which is held in memory: `ecg` [records, leads, samples] and an array of as many ids, and if there
       `sampling_rate`, `lead_names` and `unit`; or one array [leads, samples] for each record.
@@ -129,7 +141,7 @@ def _folder(folder: Path) -> Records:
                 names[name].add(record)
     if not locations:
         raise ValueError(f"The folder {folder} holds no files; expected those of ECGs.")
-    return Records(locations, names)
+    return Records(locations, names, folder)
 
 
 def _archive(path: Path) -> dict[str, Any] | None:
@@ -168,13 +180,14 @@ def identifier(value: Any) -> str:
 def read_table(path: Path, columns: Iterable[str] = ()) -> list[dict[str, Any]]:
     """The rows of a CSV file with a header, of a JSON list, or of JSON Lines. Empty cells of CSV are None.
 
-    A column of CSV holds numbers where all of its cells are such, other than those of ids and texts.
+    A column of CSV holds numbers where all of its cells are such, other than those of ids and texts. The columns that
+    are known here may be spelt there in capitals too.
 
     Args:
         columns: that must be there.
 
     Raises:
-        ValueError: the file is none of these, damaged, empty, or lacks one of `columns`.
+        ValueError: the file is none of these, damaged, empty, has a column twice, or lacks one of `columns`.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -201,7 +214,17 @@ def _demand(columns: Iterable[str], row: Mapping[str, Any], path: Path) -> None:
 
 
 def _read_csv(text: str) -> list[dict[str, Any]]:
+    first = text.lstrip("\r\n").partition("\n")[0]
+    if not first.strip():
+        raise ValueError("it is empty")
+    for separator, name in ((";", "semicolons"), ("\t", "tabs")):
+        if separator in first and "," not in first:
+            raise ValueError(f"its cells are separated by {name}, and commas are expected")
     header, *lines = [cells for cells in csv.reader(StringIO(text, newline=""), strict=True) if cells]
+    known = {*QUESTION_COLUMNS, *METADATA_COLUMNS}
+    header = [lower if (lower := name.strip().lower()) in known else name for name in header]
+    if repeated := [name for name, count in Counter(header).items() if count > 1]:
+        raise ValueError(f"its header says {', '.join(map(repr, repeated))} more than once")
     for number, cells in enumerate(lines, 1):
         if len(cells) != len(header):
             raise ValueError(f"row {number} has {len(cells)} cells, the header {len(header)}")
@@ -224,8 +247,8 @@ def read_questions(path: Path, sort_answers: bool = False) -> Iterator[Question]
 
     A row names the record, or a list of them, in one of `RECORD_COLUMNS`; has a `question` and an `answer`, of which a list
     is joined with "; ", or a chat in `messages` (turns of `role` and `content`) or `conversation` (of `from` and `value`);
-    and may have `patient_id` and `split`. The split may also be the name of the file or of its folder. So are the files of
-    ECG-QA (Oh et al. 2023, https://arxiv.org/abs/2306.15681).
+    and may have `patient_id` and `split`. The split may also be the name of the file, or of the folder inside `path` that
+    it is in. So are the files of ECG-QA (Oh et al. 2023, https://arxiv.org/abs/2306.15681).
 
     Args:
         sort_answers: sort the items of an answer that is a list. ECG-QA has them in any order, for equal questions too.
@@ -239,7 +262,8 @@ def read_questions(path: Path, sort_answers: bool = False) -> Iterator[Question]
     if not files or not files[0].is_file():
         raise ValueError(f"No questions at {path}: expected a .csv, .json or .jsonl file, or a folder of these.")
     for file in files:
-        split = next((name for name in (file.stem, file.absolute().parent.name) if name.lower() in SPLIT_NAMES), None)
+        names = (file.stem, file.relative_to(path).parent.name)  # where `path` itself lies says nothing
+        split = next((name for name in names if name.lower() in SPLIT_NAMES), None)
         for number, row in enumerate(read_table(file), 1):
             try:
                 yield _question(row, split, sort_answers)

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import logging
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+import evaluate
 import numpy as np
 import pyarrow.compute as pc
 import torch
@@ -26,7 +27,9 @@ from training.data import ecgs_of, load_data, to_chat
 from training.files import write_text
 from training.plots import plot_exact_match
 
-SCHEMA_VERSION = 1
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 2
 # what becomes of the ECG of each question
 CONDITIONS = {
     "ecg": "as recorded",
@@ -35,6 +38,7 @@ CONDITIONS = {
     "left_out": "question alone",
 }
 BASELINE = "most_frequent"  # the answer that training data suggest without any model
+METRICS = Path(__file__).parent / "metrics"  # modules of `evaluate`
 PARTIAL = "predictions.partial"  # what is answered so far, a file for each process
 
 
@@ -57,12 +61,26 @@ class EvaluationArguments(DataArguments):
     )
     seed: int = field(default=0, metadata={"help": "Of the swapped ECGs and of the bootstrap."})
     num_resamples: int = field(default=2000, metadata={"help": "Bootstrap resamples of patients."})
+    metrics: list[str] = field(
+        default_factory=list,
+        metadata={
+            "choices": sorted(path.stem for path in METRICS.glob("*/*.py") if path.stem == path.parent.name),
+            "help": 'Scores beside exact match; those of words need `pip install "elm-ecg[metrics]"`.',
+        },
+    )
+    bert_score_model: str | None = field(
+        default=None, metadata={"help": "Encoder of bert_score that it knows, such as roberta-large."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("batch_size", "max_new_tokens", "num_resamples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
+        if "bert_score" in self.metrics and self.bert_score_model is None:
+            raise ValueError(
+                "--metrics bert_score compares what an encoder makes of the answers; name it with --bert_score_model."
+            )
 
 
 @dataclass
@@ -87,14 +105,18 @@ def list_questions(data: Dataset) -> list[Question]:
     patients = _patients(data)
     questions = []
     for index, row in enumerate(data.with_format(None).select_columns(columns)):
-        kind = row.get("question_type") or "all"
-        kinds = iter(kind) if isinstance(kind, list) else repeat(kind)
+        kinds = row.get("question_type") or "all"
+        kinds = kinds if isinstance(kinds, list) else [kinds]
+        if not row["messages"]:
+            raise ValueError(f"Row {index} has no messages.")
+        answered = sum(message["role"] == "assistant" for message in row["messages"])
+        types = iter(kinds if len(kinds) == answered else kinds[:1] * answered)
         chat = [{**message, "content": _text(message["content"])} for message in row["messages"]]
         for turn, message in enumerate(chat):
             if message["role"] == "assistant":
                 asked = chat[turn - 1]["content"] if turn else ""
                 questions.append(
-                    Question(index, turn, asked, message["content"].strip(), next(kinds), patients[index][0])
+                    Question(index, turn, asked, message["content"].strip(), next(types), patients[index][0])
                 )
     return questions
 
@@ -129,6 +151,20 @@ def other_patients(patients: list[tuple[str, ...]], seed: int) -> np.ndarray:
                 f"All {len(patients)} rows have an ECG of the patients {', '.join(patients[row])}: no other ECG to swap in."
             )
         others[row] = other
+    return others
+
+
+def rows_to_swap(data: Dataset, seed: int) -> np.ndarray:
+    """For each row the index of the one whose ECGs are swapped in: of other patients, and as many; of rows without ECG itself.
+
+    Raises:
+        ValueError: a row has no such other.
+    """
+    others = np.arange(len(data))
+    patients, num_ecgs = _patients(data), _num_ecgs(data)
+    for number in set(num_ecgs.tolist()) - {0}:
+        rows = np.flatnonzero(num_ecgs == number)
+        others[rows] = rows[other_patients([patients[row] for row in rows], seed)]
     return others
 
 
@@ -187,13 +223,8 @@ def answer_questions(
 
     The batches are the same whatever the number of processes, and where an interrupted evaluation goes on: so are the answers.
     """
-    with_ecg = condition != "left_out" and processor.takes_ecgs
-    others = np.arange(len(data))
-    if condition == "swapped" and with_ecg:
-        patients, num_ecgs = _patients(data), _num_ecgs(data)
-        for number in set(num_ecgs.tolist()) - {0}:
-            rows = np.flatnonzero(num_ecgs == number)
-            others[rows] = rows[other_patients([patients[row] for row in rows], args.seed)]
+    swapped = condition == "swapped" and processor.takes_ecgs
+    others = rows_to_swap(data, args.seed) if swapped else np.arange(len(data))
     # chats of about one length share a batch, so little of it is padding
     order = sorted(range(len(questions)), key=lambda i: (questions[i].turn, len(questions[i].question), i))
     batches = [order[start : start + args.batch_size] for start in range(0, len(order), args.batch_size)]
@@ -331,6 +362,20 @@ def summarise(
     }
 
 
+def add_metrics(
+    results: dict[str, Any], questions: list[Question], answers: dict[str, list[str]], args: EvaluationArguments
+) -> None:
+    """Writes what each of `args.metrics` says of each condition into `results`."""
+    references = [question.answer for question in questions]
+    for name in args.metrics:
+        module = evaluate.load(str(METRICS / name))
+        options = {"model": args.bert_score_model} if name == "bert_score" else {}
+        for condition, texts in answers.items():
+            scores = module.compute(predictions=texts, references=references, **options)
+            found = {key: value for key, value in scores.items() if key != "samples"}
+            results["conditions"][condition].setdefault("metrics", {})[name] = found
+
+
 def in_words(results: dict[str, Any]) -> str:
     """One line that says whether the model looks at the ECG."""
     score = results["conditions"]["ecg"]["exact_match"]
@@ -365,6 +410,10 @@ def _key(args: EvaluationArguments, model: ELMForConditionalGeneration, question
         "settings": [args.batch_size, args.max_new_tokens, args.seed],
         "questions": [list(vars(question).values()) for question in questions],
     }
+    return _digest(facts)
+
+
+def _digest(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -395,9 +444,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     progress = Progress(folder, _key(args, model, questions), state.process_index)
     with state.main_process_first():  # it takes over what an interrupted evaluation left
         progress.begin(progress.read() if state.is_main_process else {})
+    conditions = list(CONDITIONS)
+    try:
+        rows_to_swap(data, args.seed)
+    except ValueError as error:
+        logger.warning("ECGs are not swapped: %s", error)
+        conditions.remove("swapped")
     answers = {
         condition: answer_questions(model, processor, data, questions, condition, args, progress)
-        for condition in CONDITIONS
+        for condition in conditions
     }
     if not state.is_main_process:
         return {}
@@ -408,8 +463,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     results = {
         "schema_version": SCHEMA_VERSION,
         "model": Path(args.model_name_or_path).name,
-        "data": [Path(name).name for name in args.data],
-        "split": args.split,
+        "data": {
+            "names": [Path(name).name for name in args.data],
+            "split": args.split,
+            "fold": args.fold,
+            "fingerprint": _digest([list(vars(question).values()) for question in questions]),
+        },
         "settings": {
             "decoding": "greedy",
             "max_new_tokens": args.max_new_tokens,
@@ -418,11 +477,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         },
         **summarise(questions, answers, args.num_resamples, args.seed),
     }
+    add_metrics(results, questions, answers, args)
     write_text(folder / "evaluation_results.json", json.dumps(results, indent=2) + "\n")
+    records = data["record_id"][:] if "record_id" in data.column_names else [None] * len(data)
     predictions = [
         {
             "row": question.row,
             "turn": question.turn,
+            "record_id": records[question.row],
+            "patient_id": question.patient_id,
             "question_type": question.question_type,
             "question": question.question,
             "answer": question.answer,

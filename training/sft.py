@@ -127,6 +127,8 @@ def main(argv: list[str] | None = None) -> None:
             eval_data = load_data(args, "validation", training_args.seed, num_proc) if validate else None
     if train_data is None:
         raise ValueError(f"--data {' '.join(args.data)} has no split 'train'.")
+    if validate and eval_data is None:
+        raise ValueError(f"--data {' '.join(args.data)} has no split 'validation'; leave --eval_strategy out.")
 
     model, processor = build_base(args, training_args, model_args)
     peft_config = lora_config(args, model_args, model, processor) if model_args.use_peft else None

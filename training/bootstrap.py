@@ -17,10 +17,10 @@ import numpy as np
 
 NUM_RESAMPLES = 2000
 MAX_UNDEFINED = 0.1
-# numbers held at once, 8 MiB: memory does not grow with the resamples, and the cache holds most of it
-CHUNK_SIZE = 2**20
-# of a difference of scores of about 1: below it, sums differ by the order of their terms
-ROUNDING_ERROR = 1e-12
+# numbers held at once, 1 MiB: it fits the cache, and memory does not grow with the resamples
+CHUNK_SIZE = 2**17
+# of a difference of scores of about 1
+ROUNDING_ERROR = 1e-9
 
 # column sums [..., k] -> scores [...]
 Statistic = Callable[[np.ndarray], np.ndarray]
@@ -73,19 +73,19 @@ def clusters(patients: Sequence[Any]) -> tuple[np.ndarray, int]:
     return numbers, len(unique)
 
 
+def _num_drawn(num_patients: int, num_resamples: int) -> int:
+    """0 for one patient alone, who says nothing of how patients differ."""
+    if num_resamples < 1:
+        raise ValueError(f"num_resamples is {num_resamples}; it must be at least 1.")
+    return num_resamples if num_patients > 1 else 0
+
+
 def _draws(num_patients: int, num_resamples: int, seed: int, width: int) -> Iterator[tuple[slice, np.ndarray]]:
     """Some resamples at a time: which, and how often each patient is in them, [resamples, num_patients].
 
     Args:
         width: numbers that the caller holds for each resample.
-
-    Raises:
-        ValueError: `num_resamples` is less than 1.
     """
-    if num_resamples < 1:
-        raise ValueError(f"num_resamples is {num_resamples}; it must be at least 1.")
-    if num_patients == 1:
-        return
     rng = np.random.default_rng(seed)
     at_once = max(1, CHUNK_SIZE // width)
     for start in range(0, num_resamples, at_once):
@@ -106,18 +106,21 @@ def resampled_sums(
         patients: [n], as `clusters` takes them.
 
     Returns:
-        [num_resamples, k]; [0, k] for one patient alone, who says nothing of how patients differ.
+        [num_resamples, k]; [0, k] for one patient alone.
 
     Raises:
-        ValueError: the lengths differ, or a sample is not finite; as `clusters`.
+        ValueError: the lengths differ, a sample is not finite, `num_resamples` is less than 1; as `clusters`.
     """
     columns = _as_columns(samples, patients)
     numbers, num_patients = clusters(patients)
     order = np.argsort(numbers, kind="stable")
     starts = np.searchsorted(numbers[order], np.arange(num_patients))
-    sums = np.add.reduceat(columns[order], starts)
-    resampled = np.empty((num_resamples if num_patients > 1 else 0, sums.shape[1]))
-    for where, counts in _draws(num_patients, num_resamples, seed, num_patients):
+    # on so fine a grid that sums are exact: they must not hang on their order, which is another with more threads
+    largest = num_patients * np.add.reduceat(np.abs(columns[order]), starts).max(axis=0)
+    steps = 2.0 ** (52 - np.ceil(np.log2(np.maximum(largest, 1))))
+    sums = np.add.reduceat(np.round(columns[order] * steps) / steps, starts)
+    resampled = np.empty((_num_drawn(num_patients, num_resamples), sums.shape[1]))
+    for where, counts in _draws(num_patients, len(resampled), seed, width=num_patients):
         resampled[where] = counts @ sums
     return resampled
 
@@ -138,15 +141,14 @@ def difference(value: float, replicates: np.ndarray) -> Difference:
 
     p = min(1, 2 min(#(d <= 0) + 1, #(d >= 0) + 1) / (num_resamples + 1)): twice the share of resamples on the far side of
     no difference, which inverts the percentile interval. The 1 counts the data themselves among the resamples, so that p
-    is never 0 (Davison and Hinkley 1997, Bootstrap Methods and their Application, section 4.2); it is at least
+    is never 0 (Davison and Hinkley 1997, Bootstrap Methods and their Application, chapter 4); it is at least
     2 / (num_resamples + 1).
     """
-    value, low, high = estimate(value, replicates)
-    defined = _defined(replicates)
-    if value is None or defined is None:
-        return Difference(value, low, high, None)
+    score, defined = estimate(value, replicates), _defined(replicates)
+    if score.value is None or defined is None:
+        return Difference(*score, None)
     fewer = min((defined <= ROUNDING_ERROR).sum(), (defined >= -ROUNDING_ERROR).sum())
-    return Difference(value, low, high, min(1.0, 2 * (int(fewer) + 1) / (len(defined) + 1)))
+    return Difference(*score, min(1.0, 2 * (int(fewer) + 1) / (len(defined) + 1)))
 
 
 def _defined(replicates: np.ndarray) -> np.ndarray | None:
@@ -209,15 +211,15 @@ def paired_difference(
     return difference(float(value), replicates)
 
 
-def _with_statistic(
-    samples: Any, patients: Sequence[Any], statistic: Statistic | None
-) -> tuple[np.ndarray, Statistic]:
+def _with_statistic(samples: Any, patients: Sequence[Any], statistic: Statistic | None) -> tuple[np.ndarray, Statistic]:
     """The columns, and the statistic of their sums; for a mean the second column counts the questions."""
     columns = _as_columns(samples, patients)
     if statistic is not None:
         return columns, statistic
     if columns.shape[1] != 1:
-        raise ValueError(f"The samples have {columns.shape[1]} columns; a mean is of one: give the statistic of their sums.")
+        raise ValueError(
+            f"The samples have {columns.shape[1]} columns; a mean is of one: give the statistic of their sums."
+        )
     return np.hstack([columns, np.ones_like(columns)]), lambda sums: sums[..., 0] / sums[..., 1]
 
 
@@ -226,7 +228,9 @@ def _as_columns(samples: Any, patients: Sequence[Any]) -> np.ndarray:
     if columns.ndim == 1:
         columns = columns[:, None]
     if columns.ndim != 2 or len(columns) != len(patients):
-        raise ValueError(f"The samples are {np.shape(samples)}; expected a row for each of the {len(patients)} questions.")
+        raise ValueError(
+            f"The samples are {np.shape(samples)}; expected a row for each of the {len(patients)} questions."
+        )
     faults = np.flatnonzero(~np.isfinite(columns).all(axis=1))
     if len(faults):
         raise ValueError(
@@ -280,7 +284,7 @@ def bootstrap_auroc(
         patients: [n], as `clusters` takes them.
 
     Raises:
-        ValueError: the shapes differ, a score is NaN, a label is neither 0 nor 1; as `clusters`.
+        ValueError: the shapes differ, a score is NaN, a label is neither 0 nor 1, `num_resamples` is less than 1; as `clusters`.
     """
     value, replicates = resampled_auroc(scores, labels, patients, num_resamples, seed)
     return estimate(value.mean(), replicates.mean(axis=1))
@@ -318,15 +322,15 @@ def resampled_auroc(
     numbers, num_patients = clusters(patients)
     functions = [_auroc_by_weight(*column, numbers) for column in zip(scores.T, labels.T, strict=True)]
     value = np.concatenate([function(np.ones((num_patients, 1))) for function in functions])
-    replicates = np.empty((num_resamples if num_patients > 1 else 0, len(functions)))
-    for where, counts in _draws(num_patients, num_resamples, seed, len(scores)):
+    replicates = np.empty((_num_drawn(num_patients, num_resamples), len(functions)))
+    for where, counts in _draws(num_patients, len(replicates), seed, width=len(scores)):
         weights = np.ascontiguousarray(counts.T)
         for column, function in enumerate(functions):
             replicates[where, column] = function(weights)
     return value, replicates
 
 
-def _auroc_by_weight(scores: np.ndarray, labels: np.ndarray, numbers: np.ndarray) -> Statistic:
+def _auroc_by_weight(scores: np.ndarray, labels: np.ndarray, numbers: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """The AUROC as a function of how often each patient counts, [num_patients, resamples] -> [resamples].
 
     It is the share of pairs of a positive and a negative in which the positive has the higher score: the sorted negatives'

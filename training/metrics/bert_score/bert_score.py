@@ -1,0 +1,101 @@
+"""BERTScore: F1 of the tokens of an answer and its reference, each matched to the most similar (Zhang et al. 2020).
+
+2 P R / (P + R) of each pair, where P is the mean over the answer's tokens of the highest cosine with a token of the
+reference, and R the other way round; tokens are hidden states of an encoder's layer. The score is the mean over the
+pairs. By `bert_score`, without idf weights, and not rescaled. Texts are cut at the encoder's longest.
+
+An empty answer scores 0.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import bert_score
+import datasets
+import evaluate
+from bert_score.utils import model2layers
+from transformers import AutoConfig, AutoTokenizer
+
+CITATION = """
+@inproceedings{zhang2020bertscore,
+  title={{BERTScore}: Evaluating Text Generation with {BERT}},
+  author={Zhang, Tianyi and Kishore, Varsha and Wu, Felix and Weinberger, Kilian Q. and Artzi, Yoav},
+  booktitle={Proceedings of ICLR},
+  year={2020}
+}
+"""
+INPUTS = """
+Args:
+    predictions: [n] answers.
+    references: [n] right answers, none of them empty.
+    model: folder or Hub id of an encoder and its tokenizer, as roberta-large, which the paper recommends for English.
+    num_layers: the layer whose states are compared. None: the one that the paper's authors found best for a model that
+        they know by its Hub id.
+    batch_size: texts at once.
+    device: such as cpu or cuda:0. None: a GPU where there is one.
+
+Returns:
+    bert_score: the mean over the pairs.
+    samples: [n], the F1 of each pair.
+
+Raises:
+    OSError: the model cannot be loaded.
+    ValueError: no layer is known, or the model does not have it.
+"""
+
+
+@lru_cache(maxsize=1)  # for the answers of one condition after the other
+def load_scorer(model: str, num_layers: int | None, device: str | None) -> bert_score.BERTScorer:
+    try:
+        config = AutoConfig.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, add_prefix_space=True)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"BERTScore's model {model!r} cannot be loaded; expected the folder or the Hub id of an encoder with its "
+            f"tokenizer. {error}"
+        ) from error
+    if num_layers is None and model not in model2layers:
+        raise ValueError(f"The best layer of BERTScore's model {model!r} is not known; give num_layers.")
+    layer = model2layers[model] if num_layers is None else num_layers
+    if not 0 < layer <= config.num_hidden_layers:
+        raise ValueError(f"num_layers is {layer}; BERTScore's model {model!r} has 1 to {config.num_hidden_layers}.")
+    scorer = bert_score.BERTScorer(model_type=model, num_layers=layer, device=device)
+    # its own puts no space before RoBERTa's first word, and cuts nothing where the saved one does not say at what
+    # length; positions of RoBERTa begin at 2
+    positions = getattr(config, "max_position_embeddings", 514) - 2
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    scorer._tokenizer = tokenizer
+    return scorer
+
+
+class BERTScore(evaluate.Metric):
+    def _info(self) -> evaluate.MetricInfo:
+        text = datasets.Value("string")
+        return evaluate.MetricInfo(
+            description=__doc__,
+            citation=CITATION,
+            inputs_description=INPUTS,
+            features=datasets.Features({"predictions": text, "references": text}),
+        )
+
+    def _compute(
+        self,
+        predictions: list[str],
+        references: list[str],
+        model: str,
+        num_layers: int | None = None,
+        batch_size: int = 64,
+        device: str | None = None,
+    ) -> dict[str, Any]:
+        for index, reference in enumerate(references):
+            if not reference.strip():
+                raise ValueError(f"The reference of pair {index}, counted from 0, is empty; leave that pair out.")
+        scorer = load_scorer(model, num_layers, device)
+        samples = [0.0] * len(predictions)
+        answered = [index for index, given in enumerate(predictions) if given.strip()]
+        if answered:
+            given, right = ([texts[index] for index in answered] for texts in (predictions, references))
+            _, _, f1 = scorer.score(given, right, batch_size=batch_size)
+            for index, value in zip(answered, f1.tolist(), strict=True):
+                samples[index] = value
+        return {"bert_score": sum(samples) / len(samples), "samples": samples}

@@ -1,0 +1,96 @@
+"""Accuracy of closed questions, whose answer is one of a few labels, with the figures of each class.
+
+An answer is a label but for case, white space and a point at the end. One that is none, as an empty one, is wrong: in
+the confusion matrix it is in a column of its own, OTHER, and it lowers the recall of the right class and no precision.
+What the answers do not say is None: the recall of a class that no reference has, the precision of one that no answer has.
+"""
+
+import unicodedata
+from collections import Counter
+from typing import Any
+
+import datasets
+import evaluate
+
+INPUTS = """
+Args:
+    predictions: [n] answers.
+    references: [n] right answers, each one of the labels.
+    labels: the classes, in their order. None: those of the references, sorted.
+
+Returns:
+    closed_set: accuracy, the share of right answers.
+    balanced_accuracy: mean recall over the classes that occur in the references.
+    macro_f1: mean F1 over the classes that occur in the references or the answers.
+    labels: the classes.
+    per_class: of each class its precision, recall, f1, and support, the number of references.
+    confusion_matrix: [classes][classes + 1] counts; rows are references, columns answers, the last of them OTHER.
+    samples: [n] pairs of the right label and the label given, or OTHER.
+
+Raises:
+    ValueError: a reference is empty or none of the labels, or two labels differ in nothing that counts.
+"""
+OTHER = "(other)"
+
+
+def normalize(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(" .")
+
+
+def ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def mean(values: list[float | None]) -> float:
+    defined = [value for value in values if value is not None]
+    return sum(defined) / len(defined)
+
+
+class ClosedSet(evaluate.Metric):
+    def _info(self) -> evaluate.MetricInfo:
+        text = datasets.Value("string")
+        return evaluate.MetricInfo(
+            description=__doc__,
+            citation="",
+            inputs_description=INPUTS,
+            features=datasets.Features({"predictions": text, "references": text}),
+        )
+
+    def _compute(
+        self, predictions: list[str], references: list[str], labels: list[str] | None = None
+    ) -> dict[str, Any]:
+        if labels is None:
+            labels = sorted({normalize(reference) for reference in references} - {""})
+        label_of = {normalize(label): label for label in labels}
+        if len(label_of) < len(labels):
+            raise ValueError(f"Of the labels {labels}, two differ in nothing but case or white space; give each once.")
+        for index, reference in enumerate(references):
+            if normalize(reference) not in label_of:
+                raise ValueError(
+                    f"The reference of pair {index}, counted from 0, is {reference!r}; expected one of {labels}. "
+                    "Name its label too, or leave that pair out."
+                )
+        samples = [
+            [label_of[normalize(right)], label_of.get(normalize(given), OTHER)]
+            for given, right in zip(predictions, references, strict=True)
+        ]
+        pairs = Counter(map(tuple, samples))
+        occurs, given = Counter(right for right, _ in samples), Counter(given for _, given in samples)
+        per_class = {
+            label: {
+                "precision": ratio(pairs[label, label], given[label]),
+                "recall": ratio(pairs[label, label], occurs[label]),
+                "f1": ratio(2 * pairs[label, label], given[label] + occurs[label]),
+                "support": occurs[label],
+            }
+            for label in labels
+        }
+        return {
+            "closed_set": sum(pairs[label, label] for label in labels) / len(samples),
+            "balanced_accuracy": mean([row["recall"] for row in per_class.values()]),
+            "macro_f1": mean([row["f1"] for row in per_class.values()]),
+            "labels": labels,
+            "per_class": per_class,
+            "confusion_matrix": [[pairs[right, given] for given in [*labels, OTHER]] for right in labels],
+            "samples": samples,
+        }

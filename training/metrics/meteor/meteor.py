@@ -1,0 +1,72 @@
+"""METEOR: words in common, also by stem or as synonyms, less a penalty for another order (Banerjee and Lavie 2005).
+
+10 P R / (R + 9 P) of each pair, where P and R are the shares of the answer's and of the reference's words that are
+matched, times 1 - 0.5 (chunks / matches)^3, where a chunk is a run of matches in the same order; the score is the mean
+over the pairs. Words and punctuation are parted by nltk's `wordpunct_tokenize`. A right answer scores
+1 - 0.5 / words^3: one word, 0.5.
+
+By nltk, with two differences from the paper that its figures have everywhere: of several alignments it takes the one of
+the last words, not that of the fewest chunks; and it looks for synonyms of stems, so it finds none of "large" (larg).
+Synonyms are WordNet's, which nltk needs as a file: `python -m nltk.downloader wordnet`. An empty answer scores 0.
+"""
+
+from typing import Any
+
+import datasets
+import evaluate
+import nltk.corpus
+from nltk.tokenize import wordpunct_tokenize
+from nltk.translate.meteor_score import single_meteor_score
+
+CITATION = """
+@inproceedings{banerjee2005meteor,
+  title={{METEOR}: An Automatic Metric for {MT} Evaluation with Improved Correlation with Human Judgments},
+  author={Banerjee, Satanjeev and Lavie, Alon},
+  booktitle={Proceedings of the ACL Workshop on Intrinsic and Extrinsic Evaluation Measures},
+  year={2005}
+}
+"""
+INPUTS = """
+Args:
+    predictions: [n] answers.
+    references: [n] right answers, none of them empty.
+
+Returns:
+    meteor: the mean over the pairs.
+    samples: [n], the score of each pair.
+"""
+
+
+class Meteor(evaluate.Metric):
+    def _info(self) -> evaluate.MetricInfo:
+        text = datasets.Value("string")
+        return evaluate.MetricInfo(
+            description=__doc__,
+            citation=CITATION,
+            inputs_description=INPUTS,
+            features=datasets.Features({"predictions": text, "references": text}),
+        )
+
+    def _download_and_prepare(self, dl_manager: Any) -> None:
+        """Called by `evaluate.load`.
+
+        Raises:
+            FileNotFoundError: nltk has no WordNet.
+        """
+        try:
+            nltk.corpus.wordnet.ensure_loaded()
+        except LookupError as error:
+            raise FileNotFoundError(
+                "METEOR needs WordNet, which is in none of nltk's folders "
+                f"({', '.join(nltk.data.path)}); get it with `python -m nltk.downloader wordnet`, or leave METEOR out."
+            ) from error
+
+    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, Any]:
+        for index, reference in enumerate(references):
+            if not reference.strip():
+                raise ValueError(f"The reference of pair {index}, counted from 0, is empty; leave that pair out.")
+        samples = [
+            single_meteor_score(wordpunct_tokenize(right), wordpunct_tokenize(given), wordnet=nltk.corpus.wordnet)
+            for given, right in zip(predictions, references, strict=True)
+        ]
+        return {"meteor": sum(samples) / len(samples), "samples": samples}
