@@ -363,12 +363,15 @@ def summarise(
 
 
 def add_metrics(
-    results: dict[str, Any], questions: list[Question], answers: dict[str, list[str]], args: EvaluationArguments
+    results: dict[str, Any],
+    questions: list[Question],
+    answers: dict[str, list[str]],
+    modules: dict[str, evaluate.Metric],
+    args: EvaluationArguments,
 ) -> None:
-    """Writes what each of `args.metrics` says of each condition into `results`."""
+    """Writes what each of `modules` says of each condition into `results`."""
     references = [question.answer for question in questions]
-    for name in args.metrics:
-        module = evaluate.load(str(METRICS / name))
+    for name, module in modules.items():
         options = {"model": args.bert_score_model} if name == "bert_score" else {}
         for condition, texts in answers.items():
             scores = module.compute(predictions=texts, references=references, **options)
@@ -444,6 +447,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     progress = Progress(folder, _key(args, model, questions), state.process_index)
     with state.main_process_first():  # it takes over what an interrupted evaluation left
         progress.begin(progress.read() if state.is_main_process else {})
+    # now, as a library or WordNet that is not there should be told before the answers
+    modules = {name: evaluate.load(str(METRICS / name), keep_in_memory=True) for name in args.metrics}
     conditions = list(CONDITIONS)
     try:
         rows_to_swap(data, args.seed)
@@ -477,7 +482,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         },
         **summarise(questions, answers, args.num_resamples, args.seed),
     }
-    add_metrics(results, questions, answers, args)
+    add_metrics(results, questions, answers, modules, args)
     write_text(folder / "evaluation_results.json", json.dumps(results, indent=2) + "\n")
     records = data["record_id"][:] if "record_id" in data.column_names else [None] * len(data)
     predictions = [

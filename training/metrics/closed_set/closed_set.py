@@ -2,7 +2,8 @@
 
 An answer is a label but for case, white space and a point at the end. One that is none, as an empty one, is wrong: in
 the confusion matrix it is in a column of its own, OTHER, and it lowers the recall of the right class and no precision.
-What the answers do not say is None: the recall of a class that no reference has, the precision of one that no answer has.
+What the answers do not say is None: the recall of a class that no reference has, the precision of one that no answer
+has.
 """
 
 import unicodedata

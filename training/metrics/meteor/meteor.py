@@ -5,8 +5,8 @@ matched, times 1 - 0.5 (chunks / matches)^3, where a chunk is a run of matches i
 over the pairs. Words and punctuation are parted by nltk's `wordpunct_tokenize`. A right answer scores
 1 - 0.5 / words^3: one word, 0.5.
 
-By nltk, with two differences from the paper that its figures have everywhere: of several alignments it takes the one of
-the last words, not that of the fewest chunks; and it looks for synonyms of stems, so it finds none of "large" (larg).
+By nltk, which differs from the paper in two ways: of several alignments it takes the one of the last words, not that of
+the fewest chunks; and it looks for synonyms of stems, so it finds none of "large" (larg).
 Synonyms are WordNet's, which nltk needs as a file: `python -m nltk.downloader wordnet`. An empty answer scores 0.
 """
 

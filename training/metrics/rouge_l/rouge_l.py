@@ -1,8 +1,8 @@
 """ROUGE-L: F1 of the longest run of words, gaps allowed, that an answer and its reference have in common (Lin 2004).
 
 2 P R / (P + R) of each pair, where P and R are the length of that run over the words of the answer and of the
-reference; the score is the mean over the pairs. By `rouge_score` with Porter's stems; its words are of a-z and 0-9 alone,
-here of the letters and digits of every alphabet, which for plain English is the same.
+reference; the score is the mean over the pairs. By `rouge_score` with Porter's stems; its words are of a-z and 0-9
+alone, here of the letters and digits of every alphabet, which for plain English is the same.
 
 An empty answer, or one without a word, scores 0.
 """
