@@ -1,5 +1,6 @@
 import json
 import math
+import sys
 import zlib
 from pathlib import Path
 
@@ -413,8 +414,23 @@ class TestSaving:
         assert printed.split() == ["ECGFeatureExtractor"]
         np.testing.assert_array_equal(np.load(tmp_path / "values.npy"), extractor(ecg, 500).ecg_values)
 
-    def test_records_of_the_installed_module_reach_the_loaded_one(self, tmp_path, monkeypatch):
+    @pytest.fixture
+    def modules_cache(self, tmp_path, monkeypatch):
+        """A cache of its own for modules of Hub repositories, whatever another test has imported from its cache."""
+
+        def taken() -> dict:
+            names = [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]
+            return {name: sys.modules.pop(name) for name in names}
+
         monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+        monkeypatch.syspath_prepend(tmp_path / "modules")
+        others = taken()
+        yield
+        taken()
+        sys.modules.update(others)
+
+    @pytest.mark.usefixtures("modules_cache")
+    def test_records_of_the_installed_module_reach_the_loaded_one(self, tmp_path):
         small().save_pretrained(tmp_path / "saved")
         name = "feature_extraction_elm.ECGFeatureExtractor"  # not by the Auto class, which may know the installed one
         loaded = get_class_from_dynamic_module(name, tmp_path / "saved").from_pretrained(tmp_path / "saved")
