@@ -375,6 +375,9 @@ def test_large_types_of_arrow(tmp_path):
         ([{"role": "tool", "content": "yes"}], "expected a role of system, user, assistant"),
         ([{"role": None, "content": "yes"}], "expected a role of"),
         ([{"role": "user", "content": None}], "a content that is text or a list of parts"),
+        ([{"role": "user"}], "a content that is text or a list of parts"),
+        ([{"content": "yes"}], "expected a role of"),
+        ({"role": "user", "content": "Is it"}, "expected a role of"),
     ],
 )
 def test_messages_that_are_no_chat(messages, words):

@@ -402,7 +402,8 @@ def to_chat(row: dict[str, Any], system_prompt: str | None = None, with_ecg: boo
     if messages is None or isinstance(messages, str) or not len(messages):
         raise ValueError(f"The row {row.get('record_id', '')} has no messages, but {messages!r}.")
     for message in messages:
-        if message["role"] not in ROLES or not isinstance(message["content"], str | list | tuple | np.ndarray):
+        turn = message if isinstance(message, dict) else {}
+        if turn.get("role") not in ROLES or not isinstance(turn.get("content"), str | list | tuple | np.ndarray):
             raise ValueError(
                 f"The row {row.get('record_id', '')} has the message {message}; expected a role of {', '.join(ROLES)} and a "
                 "content that is text or a list of parts."
