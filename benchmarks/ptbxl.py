@@ -5,7 +5,13 @@
     elm evaluate runs/ptbxl/llava --data runs/ptbxl/data
     python benchmarks/ptbxl.py auroc runs/ptbxl/llava runs/ptbxl    # of P(yes), for the five superclasses on fold 10
 
-and so with ptbxl_fuyu.yaml, ptbxl_rgb.yaml and ptbxl_stacked_signal.yaml. The symbolic ELM has a tokenizer of its own:
+The best of them learns from chats of all five questions, and is asked each by itself about every record; beside it a plain CNN:
+
+    elm sft --config training/configs/ptbxl_conversations.yaml --data runs/ptbxl/all_questions --llm runs/ptbxl/llm --output_dir runs/ptbxl/conversations
+    elm evaluate runs/ptbxl/conversations --data runs/ptbxl/all_questions --score likelihood
+    python benchmarks/ptbxl.py cnn                                  # the same areas, on folds 9 and 10
+
+ptbxl_fuyu.yaml, ptbxl_rgb.yaml and ptbxl_stacked_signal.yaml run as the first recipe does. The symbolic ELM has a tokenizer of its own:
 
     elm tokenizer train --data runs/ptbxl/data --sampling_rate 50 --lead_names I II V1 V3 V5 --millivolt_range -2 2 --within_leads --num_merges 1000 --output_dir runs/ptbxl/ecg_byte
     elm sft --config training/configs/ptbxl_symbolic.yaml --ecg_tokenizer runs/ptbxl/ecg_byte --data runs/ptbxl/data --llm runs/ptbxl/llm --output_dir runs/ptbxl/symbolic
@@ -23,18 +29,21 @@ import csv
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, Features, List, Value
+from torch import nn
 from tqdm import tqdm
 
 # this folder has a benchmark named as the package `ecg_byte`: the package is to be found first
 sys.path.append(sys.path.pop(0))
 
 from ecg_utils import STANDARD_LEADS
+from feature_extraction_elm import NORMALIZATIONS, ECGFeatureExtractor
 from training.build import load_elm
 from training.quickstart import save_small_llm
 
@@ -64,6 +73,21 @@ def read_records(source: Path) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if row["has_raw100"] == "1" and row["superclass"]]
 
 
+def answer_of(row: dict[str, str], superclass: str) -> str:
+    return "yes" if superclass in row["superclass"].split() else "no"
+
+
+def make_row(row: dict[str, str], question_type: str, questions: list[tuple[str, str]], folder: Path) -> dict[str, Any]:
+    turns = [text for question in questions for text in question]
+    return {
+        "ecg": str(folder / f"{int(row['ecg_id']):05d}.npz"),
+        "messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)],
+        "record_id": row["ecg_id"],
+        "patient_id": row["patient_id"],
+        "question_type": question_type,
+    }
+
+
 def make_rows(
     records: list[dict[str, str]], split: str, folder: Path, rng: np.random.Generator
 ) -> Iterator[dict[str, Any]]:
@@ -80,14 +104,27 @@ def make_rows(
         for answer, group in zip(("no", "yes"), groups, strict=True):
             chosen = rng.permutation(np.tile(group, -(-size // len(group))) if split == "train" else group)[:size]
             for index in chosen:
-                row = records[index]
-                yield {
-                    "ecg": str(folder / f"{int(row['ecg_id']):05d}.npz"),
-                    "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
-                    "record_id": row["ecg_id"],
-                    "patient_id": row["patient_id"],
-                    "question_type": superclass,
-                }
+                yield make_row(records[index], superclass, [(question, answer)], folder)
+
+
+def make_conversations(
+    records: list[dict[str, str]], split: str, folder: Path, rng: np.random.Generator
+) -> Iterator[dict[str, Any]]:
+    """Every record with all questions in one chat, five times: each question comes first once, the others in any order."""
+    for row in records:
+        if int(row["strat_fold"]) in FOLDS[split]:
+            asked = [(question, answer_of(row, superclass)) for superclass, question in QUESTIONS.items()]
+            for first, superclass in enumerate(QUESTIONS):
+                others = rng.permutation([index for index in range(len(asked)) if index != first])
+                yield make_row(row, superclass, [asked[index] for index in (first, *others)], folder)
+
+
+def make_questions(records: list[dict[str, str]], split: str, folder: Path) -> Iterator[dict[str, Any]]:
+    """Every record with each of the questions once, in a chat of its own."""
+    for row in records:
+        if int(row["strat_fold"]) in FOLDS[split]:
+            for superclass, question in QUESTIONS.items():
+                yield make_row(row, superclass, [(question, answer_of(row, superclass))], folder)
 
 
 def build(folder: Path, seed: int) -> None:
@@ -100,7 +137,12 @@ def build(folder: Path, seed: int) -> None:
     data = DatasetDict({split: Dataset.from_list(list(make_rows(records, split, ecgs, rng))) for split in FOLDS})
     data.save_to_disk(folder / "data")
     save_small_llm(folder / "llm", data["train"]["messages"], seed)
-    print({split: len(rows) for split, rows in data.items()})
+    rows = {split: list(make_questions(records, split, ecgs)) for split in ("validation", "test")}
+    rows["train"] = list(make_conversations(records, "train", ecgs, rng))
+    all_questions = DatasetDict({split: Dataset.from_list(rows[split]) for split in FOLDS})
+    all_questions.save_to_disk(folder / "all_questions")
+    for name, splits in (("data", data), ("all_questions", all_questions)):
+        print(folder / name, {split: len(rows) for split, rows in splits.items()})
 
 
 def make_records(source: Path) -> Iterator[dict[str, Any]]:
@@ -139,13 +181,71 @@ def save_records(folder: Path, source: Path = SHARED) -> None:
     print(f"{len(data):,} records in {folder}")
 
 
+def area_under_roc(scores: np.ndarray, has: np.ndarray) -> float:
+    differences = scores[has][:, None] - scores[~has]
+    return float(((differences > 0) + 0.5 * (differences == 0)).mean())
+
+
+def in_words(areas: dict[str, float]) -> str:
+    parts = [f"{name} {area:.3f}" for name, area in areas.items()]
+    return " ".join([*parts, f"macro {np.mean(list(areas.values())):.3f}"])
+
+
+def cnn(normalization: str, seed: int, num_epochs: int = 20, batch_size: int = 32) -> None:
+    """A plain CNN on the same records, of the epoch with the largest macro AUROC on fold 9."""
+    torch.manual_seed(seed)
+    records = {int(row["ecg_id"]): row for row in read_records(SHARED)}
+    raw = np.load(SHARED / "raw100.npz")
+    chosen = [index for index, ecg_id in enumerate(raw["ecg_id"].tolist()) if ecg_id in records]
+    rows = [records[ecg_id] for ecg_id in raw["ecg_id"][chosen].tolist()]
+    extract = ECGFeatureExtractor(sampling_rate=100, num_samples=1000, normalization=normalization)
+    ecgs = extract(raw["ecg"][chosen], 100, STANDARD_LEADS, "uV", return_tensors="pt")["ecg_values"]
+    labels = torch.tensor([[answer_of(row, superclass) == "yes" for superclass in QUESTIONS] for row in rows])
+    parts = {
+        split: torch.tensor([index for index, row in enumerate(rows) if int(row["strat_fold"]) in folds])
+        for split, folds in FOLDS.items()
+    }
+
+    layers: list[nn.Module] = []
+    for channels, width in pairwise((len(STANDARD_LEADS), 32, 64, 128, 128)):
+        layers += [nn.Conv1d(channels, width, 7, stride=2, padding=3), nn.BatchNorm1d(width), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(width, len(QUESTIONS)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    num_steps = num_epochs * -(-len(parts["train"]) // batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=num_steps)
+
+    def areas(split: str) -> dict[str, float]:
+        part = parts[split]
+        with torch.inference_mode():
+            scores = model.eval()(ecgs[part]).numpy()
+        return {
+            superclass: area_under_roc(scores[:, index], labels[part, index].numpy())
+            for index, superclass in enumerate(QUESTIONS)
+        }
+
+    best: tuple[float, int, str, str] = (0.0, 0, "", "")
+    for epoch in tqdm(range(1, num_epochs + 1), unit="epoch"):
+        model.train()
+        for batch in parts["train"][torch.randperm(len(parts["train"]))].split(batch_size):
+            loss = nn.functional.binary_cross_entropy_with_logits(model(ecgs[batch]), labels[batch].float())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        on_validation = areas("validation")
+        macro = float(np.mean(list(on_validation.values())))
+        if macro > best[0]:
+            best = macro, epoch, in_words(on_validation), in_words(areas("test"))
+    print(f"epoch {best[1]} of {num_epochs}\nfold  9: {best[2]}\nfold 10: {best[3]}")
+
+
 @torch.inference_mode()
-def auroc(model_path: str, folder: Path) -> None:
-    """Area under the ROC curve of the model's P(yes) against P(no), over every record of fold 10."""
+def auroc(model_path: str, folder: Path, split: str) -> None:
+    """Area under the ROC curve of the model's P(yes) against P(no), over every record of fold 9 or 10."""
     model, processor = load_elm(model_path, dtype="float32")
     model.eval()
     yes, no = (processor.tokenizer(f" {word}", add_special_tokens=False)["input_ids"][0] for word in ("yes", "no"))
-    records = [row for row in read_records(SHARED) if int(row["strat_fold"]) in FOLDS["test"]]
+    records = [row for row in read_records(SHARED) if int(row["strat_fold"]) in FOLDS[split]]
     areas = {}
     for superclass, question in QUESTIONS.items():
         scores = []
@@ -160,11 +260,9 @@ def auroc(model_path: str, folder: Path) -> None:
             )
             logits = model(**inputs, logits_to_keep=1).logits[:, -1]
             scores.append((logits[:, yes] - logits[:, no]).numpy())
-        has = np.array([superclass in row["superclass"].split() for row in records])
-        score = np.concatenate(scores)
-        ranks = score[has][:, None] - score[~has]
-        areas[superclass] = ((ranks > 0) + 0.5 * (ranks == 0)).mean()
-    print(" ".join(f"{name} {area:.3f}" for name, area in areas.items()), f"macro {np.mean(list(areas.values())):.3f}")
+        has = np.array([answer_of(row, superclass) == "yes" for row in records])
+        areas[superclass] = area_under_roc(np.concatenate(scores), has)
+    print(in_words(areas))
 
 
 def main() -> None:
@@ -176,6 +274,10 @@ def main() -> None:
     command = commands.add_parser("auroc")
     command.add_argument("model")
     command.add_argument("folder", type=Path)
+    command.add_argument("--split", default="test", choices=["validation", "test"])
+    command = commands.add_parser("cnn")
+    command.add_argument("--normalization", default="none", choices=NORMALIZATIONS)
+    command.add_argument("--seed", type=int, default=0)
     command = commands.add_parser("records")
     command.add_argument("folder", type=Path)
     args = parser.parse_args()
@@ -183,8 +285,10 @@ def main() -> None:
         build(args.folder, args.seed)
     elif args.command == "records":
         save_records(args.folder)
+    elif args.command == "cnn":
+        cnn(args.normalization, args.seed)
     else:
-        auroc(args.model, args.folder)
+        auroc(args.model, args.folder, args.split)
 
 
 if __name__ == "__main__":
