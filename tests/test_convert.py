@@ -4,16 +4,22 @@ import itertools
 import json
 import os
 import pickle
+import re
 import struct
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import golden_state_dict
+from helpers import golden_state_dict, run_isolated, save_tiny_llm, tiny_image_processor, tiny_vision_config
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, CLIPConfig, CLIPModel, ViTForMaskedImageModeling
 
 from configuration_elm import ENCODER_CONFIGS
+from ecg_utils import REFERENCE_LEADS, STANDARD_LEADS
 from modeling_ecg_encoders import ENCODER_MODELS
-from training.convert import MAX_PICKLE_BYTES, convert_state_dict, read_ecg_byte_pickle
+from training.build import load_elm
+from training.convert import MAX_PICKLE_BYTES, convert_state_dict, main, read_ecg_byte_pickle
 
 ENCODERS = ["merl", "mlae", "mtae", "st_mem"]
 CONNECTOR_KEYS = {
@@ -373,3 +379,339 @@ def test_what_is_no_tokenizer(content, message, tmp_path):
         pickler.dump(content)
         with pytest.raises(ValueError, match=message):
             read(tmp_path, file.getvalue())
+
+
+# elm convert
+
+
+def run(checkpoint: Path, content, *options) -> dict:
+    """The report of `elm convert` on a checkpoint of this content."""
+    torch.save(content, checkpoint)
+    output_dir = checkpoint.parent / "out"
+    main([str(checkpoint), "--output_dir", str(output_dir), *map(str, options)])
+    return json.loads((output_dir / "conversion.json").read_text())
+
+
+def checkpoint_of(weights, prefix=""):
+    """As a run of the reference writes it."""
+    return {
+        "model_state_dict": {prefix + key: tensor for key, tensor in weights.items()},
+        "optimizer_state_dict": {"state": {}, "param_groups": [{"lr": 1e-4}]},
+        "epoch": 1,
+        "step": 2,
+    }
+
+
+def shrunk(shapes):
+    """Shapes of the same encoder with one block of width 64 (its decoder's too), as numbers of the formula."""
+    sizes = {768: 64, 2304: 192, 3072: 256, 256: 64, 1024: 256}
+    patches = {"to_patch_embedding.1", "to_patch_embedding.2"}
+    small = {}
+    for key, shape in shapes.items():
+        if re.search(r"(block|blocks\.)[1-9]", key):
+            continue
+        last = shape[-1:] if any(f"{name}." in key for name in patches) and shape[-1:] != [768] else []
+        small[key] = [sizes.get(size, size) for size in shape[: len(shape) - len(last)]] + last
+        if "to_qkv" in key:
+            small[key][0] = 192
+    return golden_state_dict(small)
+
+
+def basic_merl():
+    """A small ResNet of basic blocks in the reference's layout."""
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    shapes = {"resnet.conv1.weight": [8, 12, 7]}
+    shapes |= {f"resnet.bn1.{name}": [] if "tracked" in name else [8] for name in norm}
+    for conv in (1, 2):
+        shapes[f"resnet.layer1.0.conv{conv}.weight"] = [8, 8, 3]
+        shapes |= {f"resnet.layer1.0.bn{conv}.{name}": [] if "tracked" in name else [8] for name in norm}
+    return golden_state_dict(shapes)
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    return save_tiny_llm(tmp_path_factory.mktemp("llm"), hidden_size=64)
+
+
+def llm_weights(folder, prefix="llm.llm.", rows=None):
+    """New weights of the language model under the reference's names, with a row for `<signal>` or with `rows`."""
+    torch.manual_seed(7)
+    config = AutoConfig.from_pretrained(folder)
+    config.vocab_size = config.vocab_size + 1 if rows is None else rows
+    weights = AutoModelForCausalLM.from_config(config).state_dict()
+    return {prefix + key: tensor.clone() for key, tensor in weights.items()}
+
+
+def test_full_size_encoder_gives_the_golden_tokens(shapes, shared, tmp_path, capsys):
+    content = checkpoint_of(golden_state_dict(shapes["merl"]) | {"proj_t.weight": torch.ones(2)}, "module._orig_mod.")
+    report = run(tmp_path / "merl.pt", content, "--encoder", "merl")
+    assert (report["left_over"], report["missing"]) == ([], [])
+    assert report["not_weights"] == ["optimizer_state_dict", "epoch", "step"]
+    assert report["ignored"] == {"module._orig_mod.proj_t.weight": "of the pretraining, or there twice"}
+    assert report["used"]["module._orig_mod.resnet.conv1.weight"] == "stem.conv.weight"
+    assert "624 used, 1 not needed, 0 missing" in capsys.readouterr().out
+    golden = load_file(shared / "golden/encoders.safetensors")
+    model = ENCODER_MODELS["merl"].from_pretrained(tmp_path / "out").eval()
+    assert (model.config.block, list(model.config.depths)) == ("bottleneck", [3, 4, 23, 3])
+    with torch.no_grad():
+        tokens = model(golden["input"]).last_hidden_state.transpose(1, 2)
+    pooled, expected = torch.nn.functional.adaptive_avg_pool1d(tokens, 5).transpose(1, 2), golden["merl.tokens5"]
+    assert (pooled - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["mlae", "mtae", "st_mem"])
+def test_sizes_of_an_encoder_are_told_by_its_weights(kind, shapes, tmp_path):
+    weights = shrunk(shapes[kind])
+    run(tmp_path / "encoder.pt", checkpoint_of(weights), "--encoder", kind)
+    model = ENCODER_MODELS[kind].from_pretrained(tmp_path / "out")
+    config = model.config
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.mlp_ratio) == (64, 1, 1, 4)
+    assert (config.num_leads, config.num_samples, config.patch_size) == (12, 2500, 1 if kind == "mlae" else 100)
+    assert model.dtype == torch.float32
+    for name, tensor in convert_state_dict(kind, weights).items():
+        assert torch.equal(model.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("kind", CONNECTOR_KEYS)
+def test_whole_elms_give_the_golden_features(kind, shapes, shared, llm, tmp_path):
+    golden = load_file(shared / "golden/encoders.safetensors")
+    llava = kind in ("linear", "mlp")
+    weights = llm_weights(llm)
+    elm = {"linear": "llava", "mlp": "mlp_llava", "flat": "base_elf", "patch": "fuyu", "conv": "conv_elf"}[kind]
+    options = ["--llm", llm, "--elm", elm]
+    if llava:  # one block of full width
+        encoder = {key: shape for key, shape in shapes["st_mem"].items() if not re.search(r"block[1-9s]", key)}
+        weights |= {f"encoder.{key}": tensor for key, tensor in golden_state_dict(encoder).items()}
+        options += ["--encoder", "st_mem", "--num_encoder_tokens", 5]
+    elif kind == "conv":
+        options += ["--num_encoder_tokens", 50]
+    connector = golden_state_dict(shapes[kind])
+    weights |= {f"{'projection' if llava else 'project_layer'}.{key}": tensor for key, tensor in connector.items()}
+    content = checkpoint_of(weights | {"loss_scale": torch.ones(1)}, "module.")
+    report = run(tmp_path / "elm.pt", content, *options)
+    assert (report["left_over"], report["missing"]) == (["module.loss_scale"], [])
+    assert len(report["used"]) + len(report["ignored"]) + 1 == len(content["model_state_dict"])
+    model, processor = load_elm(str(tmp_path / "out"))
+    tokens = golden["st_mem.tokens5"]
+    with torch.no_grad():
+        features = model.model.connector(tokens) if llava else model.get_ecg_features(golden["input"])
+    expected = load_file(shared / "golden/connectors.safetensors")[kind].reshape(features.shape)
+    assert (features - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert torch.equal(model.lm_head.weight, weights["llm.llm.lm_head.weight"])
+    extractor = processor.feature_extractor
+    assert (extractor.normalization, tuple(extractor.lead_names)) == ("minmax", REFERENCE_LEADS)
+    assert processor.num_ecg_tokens == (5 if llava else 1 if kind == "flat" else 50)
+
+
+def fuyu(llm, **changes):
+    """A whole ELM of 12 x 500 samples in 5 patches."""
+    connector = {"projection.weight": [64, 1200], "projection.bias": [64]}
+    return llm_weights(llm, **changes) | {
+        f"project_layer.{key}": tensor for key, tensor in golden_state_dict(connector).items()
+    }
+
+
+FUYU = ["--elm", "patch_elf", "--segment_len", 500]
+
+
+def test_both_kinds_load_in_a_fresh_process(llm, tmp_path):
+    (tmp_path / "encoder").mkdir()
+    run(tmp_path / "encoder/merl.pt", checkpoint_of(basic_merl()), "--encoder", "merl", "--segment_len", 500)
+    weights = llm_weights(llm) | {f"encoder.{key}": tensor for key, tensor in basic_merl().items()}
+    connector = {"weight": [64, 8], "bias": [64]}
+    weights |= {f"projection.projection.{key}": tensor for key, tensor in golden_state_dict(connector).items()}
+    options = ["--llm", llm, "--elm", "llava", "--encoder", "merl", "--segment_len", 500, "--num_encoder_tokens", 3]
+    run(tmp_path / "elm.pt", weights, *options, "--lead_names", *STANDARD_LEADS, "--dtype", "bfloat16")
+    code = """
+import numpy as np, torch
+from transformers import AutoFeatureExtractor, AutoModel, AutoModelForCausalLM, AutoProcessor
+encoder = AutoModel.from_pretrained("encoder/out", trust_remote_code=True).eval()
+extractor = AutoFeatureExtractor.from_pretrained("encoder/out", trust_remote_code=True)
+print(extractor.normalization, extractor.num_samples, *extractor.lead_names[3:5])
+print(encoder(torch.ones(1, 12, 500)).last_hidden_state.double().sum().item())
+model = AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("out", trust_remote_code=True)
+ecg = {"array": np.random.default_rng(0).normal(size=(12, 500)), "sampling_rate": 250}
+chat = [{"role": "user", "content": [{"type": "ecg", "ecg": ecg}, {"type": "text", "text": "Rhythm?"}]}]
+inputs = processor.apply_chat_template(
+    chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+print(model.dtype, (inputs["input_ids"] == model.config.ecg_token_id).sum().item(), processor.feature_extractor.lead_names[3])
+print(inputs["ecg_values"].min().item(), round(inputs["ecg_values"].max().item(), 3))
+answer = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+print(answer.shape[1] > inputs["input_ids"].shape[1])
+"""
+    extractor, encoded, *elm = run_isolated(code, tmp_path).splitlines()
+    assert extractor == "minmax 500 aVL aVR"
+    assert elm == ["torch.bfloat16 3 aVR", "0.0 1.0", "True"]
+    model = ENCODER_MODELS["merl"](ENCODER_CONFIGS["merl"](block="basic", depths=[1], widths=[8])).eval()
+    model.load_state_dict(convert_state_dict("merl", basic_merl()))
+    expected = model(torch.ones(1, 12, 500)).last_hidden_state.double().sum().item()
+    assert float(encoded) == pytest.approx(expected, rel=1e-5)
+
+
+def test_lora_checkpoints_give_what_peft_gave(llm, tmp_path):
+    """Of DDP and compile, with PEFT's names."""
+    base = AutoModelForCausalLM.from_pretrained(llm)
+    base.resize_token_embeddings(base.config.vocab_size + 1)
+    torch.manual_seed(1)
+    adapted = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj", "down_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    weights = {f"llm._orig_mod.llm.{key}": tensor.clone() for key, tensor in adapted.state_dict().items()}
+    weights |= {key: tensor for key, tensor in fuyu(llm).items() if key.startswith("project_layer.")}
+    report = run(tmp_path / "elm.pt", checkpoint_of(weights, "module."), "--llm", llm, *FUYU)
+    assert (report["left_over"], report["missing"]) == ([], [])
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    ours = "model.language_model.layers.0.self_attn.q_proj.weight"
+    assert report["used"][f"module.llm._orig_mod.llm.{layer}.base_layer.weight"] == ours
+    assert report["used"][f"module.llm._orig_mod.llm.{layer}.lora_A.default.weight"] == f"{ours} (merged)"
+    assert any("LoRA of rank 16 has alpha 32" in line for line in report["assumed"])
+    model, processor = load_elm(str(tmp_path / "out"))
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, adapted(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
+        with adapted.disable_adapter():
+            assert (model(input_ids=ids).logits - adapted(input_ids=ids).logits).abs().max() > 0.1
+    assert processor.num_ecg_tokens == 5
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_smaller_vocabulary_keeps_its_rows(tied, llm, tmp_path):
+    if tied:
+        llm = save_tiny_llm(tmp_path / "llm", "qwen2_5", hidden_size=64)
+    rows = AutoConfig.from_pretrained(llm).vocab_size - 2
+    weights = fuyu(llm, rows=rows)
+    report = run(tmp_path / "elm.pt", weights, "--llm", llm, *FUYU)
+    assert any(f"has {rows} rows; the other 3 of {rows + 3}" in line for line in report["assumed"])
+    model, _ = load_elm(str(tmp_path / "out"))
+    embeddings = model.get_input_embeddings().weight
+    assert embeddings.shape[0] == rows + 3
+    assert torch.equal(embeddings[:rows], weights["llm.llm.model.embed_tokens.weight"])
+    assert torch.equal(model.lm_head.weight[:rows], weights["llm.llm.lm_head.weight"])
+    base = AutoModelForCausalLM.from_pretrained(llm).get_input_embeddings().weight
+    assert torch.equal(embeddings[rows : rows + 2], base[rows:])
+
+
+def test_added_tokens_are_found_by_name(llm, tmp_path):
+    rows = AutoConfig.from_pretrained(llm).vocab_size
+    weights = fuyu(llm, rows=rows + 3)
+    with pytest.raises(ValueError, match=rf"has {rows + 3} rows.*<signal> needs {rows + 1}.*--added_tokens"):
+        run(tmp_path / "elm.pt", weights, "--llm", llm, *FUYU)
+    run(tmp_path / "elm.pt", weights, "--llm", llm, *FUYU, "--added_tokens", "<think>", "</think>", "<signal>")
+    model, processor = load_elm(str(tmp_path / "out"))
+    theirs = weights["llm.llm.model.embed_tokens.weight"]
+    for place, token in enumerate(["<think>", "</think>", "<signal>"]):
+        row = model.get_input_embeddings().weight[processor.tokenizer.convert_tokens_to_ids(token)]
+        assert torch.equal(row, theirs[rows + place])
+
+
+@pytest.mark.parametrize("model_type", ["clip_vision_model", "vit"])
+def test_vision_backbones(model_type, llm, tmp_path):
+    """Weights under the names that transformers had when the reference was trained."""
+    torch.manual_seed(3)
+    folder = tmp_path / "backbone"
+    if model_type == "vit":
+        config = tiny_vision_config("vit", encoder_stride=32)
+        model = ViTForMaskedImageModeling(config)
+    else:
+        text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+        vision = tiny_vision_config(model_type).to_dict()
+        model = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=24))
+    model.save_pretrained(folder)
+    tiny_image_processor(model_type).image_processor.save_pretrained(folder)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path / "trained")  # transformers writes them under the older names
+    trained = load_file(tmp_path / "trained/model.safetensors")
+    assert model_type != "vit" or "vit.encoder.layer.0.attention.attention.query.weight" in trained
+    width = 32 if model_type == "vit" else 24
+    weights = llm_weights(llm) | {f"encoder.vision_encoder.{key}": tensor for key, tensor in trained.items()}
+    weights |= {"projection.projection.weight": torch.ones(64, width), "projection.projection.bias": torch.ones(64)}
+    options = ["--llm", llm, "--elm", "llava", "--encoder_name_or_path", folder, "--data_representation", "rgb"]
+    report = run(tmp_path / "elm.pt", weights, *options)
+    assert report["left_over"] == []
+    assert set(report["ignored"].values()) == ({"of the masked pretraining"} if width == 32 else {"of the text tower"})
+    assert report["missing"] == [f"model.encoder.pooler.dense.{name}" for name in ("bias", "weight") if width == 32]
+    elm, _ = load_elm(str(tmp_path / "out"))
+    tower = elm.model.encoder.state_dict()
+    source = model.vit.state_dict() if width == 32 else model.state_dict()
+    assert all(torch.equal(tensor, source[name]) for name, tensor in tower.items() if not name.startswith("pooler."))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], r"--encoder is None; expected one of merl, mlae"),
+        (["--encoder", "vit"], r"--encoder is vit; expected one of merl, mlae"),
+        (["--encoder", "st_mem"], r"no entry for embeddings\.lead_embeddings, .* which a st_mem encoder needs"),
+        (["--encoder", "merl", "--llm", "nowhere"], "holds no language model.*leave --llm out"),
+        (["--encoder", "merl", "--lead_names", "I", "II"], "are of 12 leads, and --lead_names are 2"),
+        (["--encoder", "merl", "--elm", "ecg_byte"], "ELMs of ECG-Byte tokens are not converted"),
+    ],
+)
+def test_options_that_do_not_fit_an_encoder(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "merl.pt", checkpoint_of(basic_merl()), *options)
+    assert [path.name for path in tmp_path.iterdir()] == ["merl.pt"]
+
+
+def test_segment_of_another_length(shapes, tmp_path):
+    for kind, message in (
+        ("st_mem", "of 2500 samples, and --segment_len is 1250"),
+        ("mtae", "25 patches of 1200 values"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path / "e.pt", shrunk(shapes[kind]), "--encoder", kind, "--segment_len", 1250)
+
+
+@pytest.mark.parametrize(
+    ("drop", "options", "message"),
+    [
+        (None, [], r"holds a language model.*--llm"),
+        ("project_layer.projection.bias", ["--llm"], r"no entry for projection\.bias, which the patch connector"),
+        ("llm.llm.lm_head.weight", ["--llm"], r"no entry for lm_head\.weight, which --llm"),
+        ("llm.llm.model.norm.weight", ["--llm"], r"no entry for model\.language_model\.norm\.weight"),
+        (None, ["--llm", "--num_encoder_tokens", 4], "makes 5 tokens of 12 leads x 500 samples"),
+        (None, ["--llm", "--segment_len", 550], r"makes 5\.5 tokens of 12 leads x 550 samples"),
+        (None, ["--llm", "--elm", "llava", "--encoder_name_or_path", "here"], "leave --encoder_name_or_path out"),
+        (None, ["--llm", "--elm", "llava"], "--encoder is missing"),
+        (None, ["--llm", "--elm", "llava", "--encoder", "merl"], r"no entry for stages|no entry for stem"),
+        (None, ["--llm", "--elm", "conv_elf"], r"no entry for conv1\.bias"),
+    ],
+)
+def test_what_is_missing_is_an_error_and_nothing_is_written(drop, options, message, llm, tmp_path):
+    weights = fuyu(llm)
+    if drop is not None:
+        del weights[drop]
+    options = [part for option in options for part in ((option, llm) if option == "--llm" else (option,))]
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "elm.pt", checkpoint_of(weights), *FUYU, *options)
+    assert [path.name for path in tmp_path.iterdir()] == ["elm.pt"]
+
+
+def test_a_language_model_of_another_size(llm, tmp_path):
+    other = save_tiny_llm(tmp_path / "other", hidden_size=32)
+    with pytest.raises(ValueError, match=r"is \[64.*\] in the checkpoint and \[32.*\] in the model; check --llm"):
+        run(tmp_path / "elm.pt", fuyu(llm), "--llm", other, *FUYU)
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_dir(tmp_path):
+    with pytest.raises(ValueError, match="--output_dir is missing"):
+        main([str(tmp_path / "merl.pt"), "--encoder", "merl"])
+    (tmp_path / "out").mkdir()
+    report = run(tmp_path / "merl.pt", basic_merl(), "--encoder", "merl")  # an empty folder is taken
+    assert report["not_weights"] == []
+    before = (tmp_path / "out/model.safetensors").stat()
+    with pytest.raises(ValueError, match="is not empty; name a new folder"):
+        run(tmp_path / "merl.pt", basic_merl(), "--encoder", "merl")
+    assert (tmp_path / "out/model.safetensors").stat() == before
+
+
+def test_a_hostile_checkpoint_executes_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"hostile\.pt is refused.*Nothing of it was executed"):
+        run(tmp_path / "hostile.pt", {"model_state_dict": basic_merl(), "epoch": Evil()}, "--encoder", "merl")
+    assert [path.name for path in tmp_path.iterdir()] == ["hostile.pt"]

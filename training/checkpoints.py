@@ -1,0 +1,156 @@
+"""Checkpoints of the reference system: read without running anything, prefixes stripped, LoRA merged."""
+
+import pickle
+import re
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+STATE_DICT = "model_state_dict"
+
+
+@dataclass
+class Checkpoint:
+    """The weights of a checkpoint file.
+
+    Args:
+        tensors: entry without the `module.` and `_orig_mod.` of DDP and of compiled models -> its tensor.
+        names: the same entry -> its name in the file.
+        others: what the file holds beside the weights, such as the state of the optimizer.
+    """
+
+    tensors: dict[str, Tensor]
+    names: dict[str, str]
+    others: list[str] = field(default_factory=list)
+
+
+def plain_key(key: str) -> str:
+    """The key without the prefixes of DDP and of compiled models, wherever they stand in it."""
+    return re.sub(r"(^|(?<=\.))((module|_orig_mod)\.)+", "", key)
+
+
+def _load(path: Path) -> Any:
+    """What the file holds. Of pickles only tensors and plain containers are admitted, so nothing in them is executed."""
+    if path.suffix == ".pkl":
+        raise ValueError(
+            f"{path} is a .pkl file; expected a checkpoint, .pt or .safetensors. ECG-Byte tokenizers are imported with "
+            "`elm tokenizer import`."
+        )
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        # torch's text goes on to say how to load it all the same, which would run the file's code
+        found = re.search(r"GLOBAL [\w.]+|Unsupported (?:operand|class) \S+", str(error))
+        raise ValueError(
+            f"{path} is refused: expected tensors, numbers, strings, dicts and lists alone, anything else could run code"
+            f"{f' ({found[0]})' if found else ''}. Nothing of it was executed."
+        ) from error
+    except OSError:
+        raise
+    except (SafetensorError, RuntimeError, ValueError, TypeError, LookupError, EOFError, AttributeError) as error:
+        raise ValueError(f"{path} is no checkpoint of PyTorch or safetensors, or is damaged: {error}") from error
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Reads a `.pt` file of the reference, or a state dict as `.pt` or `.safetensors`.
+
+    Raises:
+        ValueError: the file is damaged, holds anything that could run code, or no state dict.
+        OSError: it cannot be read.
+    """
+    content = _load(path)
+    others: list[str] = []
+    if isinstance(content, dict) and STATE_DICT in content:
+        others = [str(name) for name in content if name != STATE_DICT]
+        content = content[STATE_DICT]
+    if not (isinstance(content, dict) and content):
+        raise ValueError(f"{path} holds no state dict; expected a dict of tensors, or one under {STATE_DICT!r}.")
+    tensors: dict[str, Tensor] = {}
+    names: dict[str, str] = {}
+    for name, tensor in content.items():
+        if not (isinstance(name, str) and isinstance(tensor, Tensor)):
+            raise ValueError(
+                f"{path}: the entry {name!r} is a {type(tensor).__name__}; expected names of tensors alone, or a state dict "
+                f"under {STATE_DICT!r}."
+            )
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise ValueError(f"{path}: {name} is sparse or quantized; expected plain weights.")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{path}: {name} claims more values than the file holds.")
+        key = plain_key(name)
+        if key in tensors:
+            raise ValueError(f"{path} has two entries for {key}: {names[key]} and {name}.")
+        tensors[key], names[key] = tensor.detach(), name
+    return Checkpoint(tensors, names, others)
+
+
+@dataclass
+class MergedLoRA:
+    """A state dict of PEFT without its adapters.
+
+    Args:
+        tensors: weights under the names of the model that was adapted.
+        used: entry of PEFT -> name in `tensors`.
+        ignored: entry of PEFT -> why.
+        ranks: of the adapters that were merged.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    used: dict[str, str] = field(default_factory=dict)
+    ignored: dict[str, str] = field(default_factory=dict)
+    ranks: set[int] = field(default_factory=set)
+
+
+def merge_lora(state_dict: dict[str, Tensor], alpha: float, use_rslora: bool = False) -> MergedLoRA:
+    """W + (alpha / rank) B A for every weight W that has an adapter (LoRA, arXiv 2106.09685), computed in float32.
+
+    Args:
+        state_dict: of the adapted model, without PEFT's `base_model.model.`. One without adapters comes back as it is.
+        use_rslora: the scale is alpha / sqrt(rank) (arXiv 2312.03732).
+
+    Raises:
+        ValueError: half of an adapter is missing or of another shape, there are several for one weight, or one of a kind that is
+            not known.
+    """
+    merged = MergedLoRA()
+    adapters: dict[str, dict[str, str]] = {}  # weight -> A or B -> entry
+    for key, tensor in state_dict.items():
+        if match := re.fullmatch(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.(?!weight$)[^.]+)?(?:\.weight)?", key):
+            halves = adapters.setdefault(f"{match[1]}.weight", {})
+            if match[2] in halves:
+                raise ValueError(f"{match[1]} has several adapters ({halves[match[2]]}, {key}); expected one.")
+            halves[match[2]] = key
+        elif ".lora_" in key or ".trainable_tokens_" in key:
+            raise ValueError(f"{key}: no adapter that can be merged; expected lora_A and lora_B.")
+        elif re.search(r"\.original_module\.", key):
+            merged.ignored[key] = "PEFT trained a copy of this module, which is used"
+        else:
+            name = re.sub(r"\.modules_to_save\.[^.]+\.", ".", key).replace(".base_layer.", ".")
+            if name in merged.tensors:
+                raise ValueError(f"There are two entries for {name}, one of them {key}; expected one.")
+            merged.tensors[name], merged.used[key] = tensor, name
+    for name, halves in adapters.items():
+        if halves.keys() != {"A", "B"} or name not in merged.tensors:
+            raise ValueError(f"{', '.join(halves.values())}: expected lora_A, lora_B and the weight that they adapt.")
+        a, b, weight = state_dict[halves["A"]], state_dict[halves["B"]], merged.tensors[name]
+        update = b.float() @ a.float() if a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] else a.new_empty(0)
+        if "lora_embedding_A" in halves["A"]:
+            update = update.T
+        if update.shape != weight.shape:
+            raise ValueError(
+                f"{halves['A']} {list(a.shape)} and {halves['B']} {list(b.shape)} do not fit {name} {list(weight.shape)}."
+            )
+        rank = a.shape[0]
+        scale = alpha / (rank**0.5 if use_rslora else rank)
+        merged.tensors[name] = (weight.float() + scale * update).to(weight.dtype)
+        merged.used |= dict.fromkeys(halves.values(), f"{name} (merged)")
+        merged.ranks.add(rank)
+    return merged
