@@ -244,6 +244,13 @@ class ELMConfig(PreTrainedConfig):
             "AutoModelForCausalLM": "modeling_elm.ELMForConditionalGeneration",
             "AutoModelForImageTextToText": "modeling_elm.ELMForConditionalGeneration",
         }
+        kwargs["custom_pipelines"] = {
+            "ecg-question-answering": {
+                "impl": "pipeline_elm.ECGQuestionAnsweringPipeline",
+                "pt": ["AutoModelForCausalLM"],
+                "type": "multimodal",
+            }
+        }
         super().__post_init__(**kwargs)
         text_config, encoder_config = self.text_config, self.encoder_config
         assert isinstance(text_config, PreTrainedConfig)  # made of a dict or of None by the base class

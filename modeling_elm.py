@@ -22,6 +22,7 @@ try:
         vision_model_class,
         vision_output_size,
     )
+    from .pipeline_elm import ECGQuestionAnsweringPipeline
 except ImportError:
     if __package__:  # loaded from a Hub repo: a real error
         raise
@@ -34,6 +35,7 @@ except ImportError:
         vision_model_class,
         vision_output_size,
     )
+    from pipeline_elm import ECGQuestionAnsweringPipeline
 
 
 def encoder_output_size(config: ELMConfig) -> int:
@@ -517,4 +519,5 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
 
 ELMForConditionalGeneration.register_for_auto_class("AutoModelForCausalLM")
 
-__all__ = ["ELMForConditionalGeneration", "ELMModel", "ELMPreTrainedModel"]
+# the pipeline travels to the Hub with what this file imports
+__all__ = ["ECGQuestionAnsweringPipeline", "ELMForConditionalGeneration", "ELMModel", "ELMPreTrainedModel"]

@@ -1,0 +1,127 @@
+"""`transformers.pipeline` for ELMs: an ECG and a question go in, an answer comes out."""
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from transformers import GenerationConfig, Pipeline
+
+
+class ECGQuestionAnsweringPipeline(Pipeline):
+    """Answers questions about ECGs.
+
+    ```python
+    pipe = pipeline("ecg-question-answering", model="owner/name", trust_remote_code=True)
+    pipe({"ecg": "record.npz", "question": "What is the rhythm?"})  # [{"answer": "..."}]
+    ```
+
+    An input is a dict with `question` and `ecg`: the path of a file, an array [leads, samples], a dict of `array`,
+    `sampling_rate`, `lead_names` and `unit`, or a list of these; beside an array `sampling_rate`, `lead_names` and `unit` may stand
+    in the input itself. Without `ecg` the question is asked alone. A chat, as the processor's chat template takes it, is an input too.
+    Of a list of inputs the result is a list of results, and `batch_size` of them are answered at once.
+
+    Args:
+        system_prompt: said before each question.
+        generate_kwargs: for `generate`, such as `{"num_beams": 4}`; `max_new_tokens` may be given alone.
+    """
+
+    _load_processor = True
+    _load_tokenizer = False
+    _load_feature_extractor = False
+    _load_image_processor = False
+    _pipeline_calls_generate = True
+    _default_generation_config = GenerationConfig(max_new_tokens=128)
+
+    def _sanitize_parameters(
+        self,
+        system_prompt: str | None = None,
+        max_new_tokens: int | None = None,
+        generate_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        generation = {**(generate_kwargs or {}), **kwargs}
+        if max_new_tokens is not None:
+            if "max_new_tokens" in generation:
+                raise ValueError("max_new_tokens is given twice, by itself and in generate_kwargs.")
+            generation["max_new_tokens"] = max_new_tokens
+        return {} if system_prompt is None else {"system_prompt": system_prompt}, generation, {}
+
+    def preprocess(self, input_: Any, system_prompt: str | None = None) -> Any:
+        """A list of inputs, as inputs of the model."""
+        inputs = self.processor.apply_chat_template(
+            [as_chat(one, system_prompt) for one in input_],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left"},
+        )
+        # token ids stay integers
+        return {
+            name: value.to(self.model.dtype) if value.is_floating_point() else value for name, value in inputs.items()
+        }
+
+    def _forward(self, input_tensors: Any, **generation: Any) -> dict[str, Any]:
+        prompt = input_tensors["input_ids"]
+        output = self.model.generate(**input_tensors, **self._prepare_generate_kwargs(generation))
+        return {"answers": output[:, prompt.shape[1] :], "num_inputs": len(prompt)}
+
+    def postprocess(self, model_outputs: Any) -> list[list[dict[str, str]]]:
+        """The answers to each input: one, or `num_return_sequences`."""
+        texts = self.processor.batch_decode(model_outputs["answers"], skip_special_tokens=True)
+        answers = [{"answer": text.strip()} for text in texts]
+        each = len(answers) // model_outputs["num_inputs"]
+        return [answers[start : start + each] for start in range(0, len(answers), each)]
+
+    def run_single(self, inputs: Any, *params: dict[str, Any]) -> list[dict[str, str]]:
+        return next(self.get_iterator([inputs], 0, 1, *params))
+
+    def get_iterator(
+        self,
+        inputs: Iterable[Any],
+        num_workers: int,
+        batch_size: int,
+        preprocess_params: dict[str, Any],
+        forward_params: dict[str, Any],
+        postprocess_params: dict[str, Any],
+    ) -> Iterator[list[dict[str, str]]]:
+        """Batches are made by the processor, which pads the texts and keeps the ECGs of each in order."""
+        # a dataset of PyTorch ends where its length says
+        items = (inputs[index] for index in range(len(inputs))) if hasattr(inputs, "__getitem__") else iter(inputs)  # type: ignore[arg-type,index]
+        while batch := list(itertools.islice(items, batch_size)):
+            outputs = self.forward(self.preprocess(batch, **preprocess_params), **forward_params)
+            yield from self.postprocess(outputs, **postprocess_params)
+
+
+def as_chat(question: Any, system_prompt: str | None = None) -> list[dict[str, Any]]:
+    """The chat of an input of the pipeline.
+
+    Raises:
+        ValueError: it is no such input.
+    """
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    if hasattr(question, "messages"):  # transformers made it of a list of messages
+        return [*system, *question.messages]
+    expected = 'expected {"ecg": file, array or dict, "question": text}, a list of these, or a chat'
+    if not isinstance(question, Mapping) or not isinstance(question.get("question"), str):
+        got = f"a dict of {', '.join(map(str, question))}" if isinstance(question, Mapping) else type(question).__name__
+        raise ValueError(f"The pipeline got {got}; {expected}.")
+    unknown = question.keys() - {"ecg", "question", "sampling_rate", "lead_names", "unit"}
+    if unknown:
+        raise ValueError(f"The pipeline got {', '.join(sorted(unknown))} beside a question; {expected}.")
+    ecgs = question.get("ecg")
+    # numbers in nested lists are one ECG
+    several = isinstance(ecgs, (list, tuple)) and not (ecgs and isinstance(ecgs[0], (list, tuple)))
+    described = {key: question[key] for key in ("sampling_rate", "lead_names", "unit") if key in question}
+    parts = []
+    for ecg in ecgs if several else [] if ecgs is None else [ecgs]:
+        if isinstance(ecg, (list, tuple)):
+            ecg = np.asarray(ecg, dtype=np.float32)
+        place = "path" if isinstance(ecg, (str, os.PathLike)) else "ecg"
+        parts.append({"type": "ecg", place: ecg, **described})
+    return [*system, {"role": "user", "content": [*parts, {"type": "text", "text": question["question"]}]}]
+
+
+__all__ = ["ECGQuestionAnsweringPipeline"]
