@@ -34,7 +34,7 @@ def save(folder: Path, questions: list[dict[str, Any]], model: str | None = None
     """What `elm evaluate` writes, as far as it is read here."""
     folder.mkdir(parents=True, exist_ok=True)
     results = {
-        "schema_version": 2,
+        "schema_version": 3,
         "model": model or folder.name,
         "data": {"names": ["my_data"], "split": "test", "fingerprint": "abc"},
         "num_questions": len(questions),
@@ -218,10 +218,10 @@ def test_every_model_is_compared_with_the_first(paths, tmp_path):
     ("content", "message"),
     [
         ("{", "is not JSON"),
-        ("[]", "schema_version None; expected 2"),
-        ('{"schema_version": 1, "model": "old"}', "schema_version 1; expected 2. Write it anew"),
+        ("[]", "schema_version None; expected 3"),
+        ('{"schema_version": 1, "model": "old"}', "schema_version 1; expected 3. Write it anew"),
         (
-            '{"schema_version": 2, "model": "m", "data": ["my_data"]}',
+            '{"schema_version": 3, "model": "m", "data": ["my_data"]}',
             "lacks num_questions, data.split, data.fingerprint",
         ),
     ],

@@ -4,7 +4,16 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from training.plots import COLOURS, TOKEN_SHADES, plot_exact_match, plot_tokens, plot_training
+from training.plots import (
+    COLOURS,
+    LABELS,
+    TOKEN_SHADES,
+    confusion_plot,
+    differences_plot,
+    plot_tokens,
+    scores_plot,
+    training_plot,
+)
 
 
 def pixels(path) -> np.ndarray:
@@ -19,25 +28,55 @@ def figures_are_closed():
     assert plt.get_fignums() == []
 
 
-def test_exact_match(tmp_path):
-    row = {"exact_match": 0.5, "interval_95": [0.4, 0.7], "by_question_type": {"rate": 0.25, "axis": 0.75}}
-    results = {
-        "conditions": dict.fromkeys(COLOURS, row),
+def results_of(**changes) -> dict:
+    """Every condition, two types of questions; of `swapped` one type has no score."""
+    score, unknown = {"value": 0.5, "interval_95": [0.4, 0.7]}, {"value": None, "interval_95": None}
+    row = {
+        "metrics": {"exact_match": score},
+        "by_question_type": {kind: {"exact_match": score} for kind in ("rate", "axis")},
+    }
+    conditions = dict.fromkeys(COLOURS, row)
+    conditions["swapped"] = row | {"by_question_type": {"rate": {"exact_match": unknown}}}
+    lost = {"difference": 0.25, "interval_95": [-0.1, 0.5], "p_value": 0.1}
+    return {
+        "conditions": conditions,
+        "ecg_minus": {name: {"exact_match": lost} for name in conditions if name != "ecg"},
         "num_questions": 8,
         "questions_by_type": {"rate": 4, "axis": 4},
-    }
-    plot_exact_match(results, tmp_path / "plot.png")
-    found = {tuple(colour) for colour in pixels(tmp_path / "plot.png").reshape(-1, 3)}
+    } | changes
+
+
+def test_scores():
+    """Every condition has its colour, every type its row; the same results give the same bytes."""
+    picture = scores_plot(results_of(), "exact_match")
+    assert picture == scores_plot(results_of(), "exact_match")
+    text = picture.decode()
     for colour in COLOURS.values():
-        assert tuple(bytes.fromhex(colour[1:])) in found
+        assert colour.lower() in text
+    for label in ("rate (4)", "axis (4)", "all (8)", *LABELS.values()):
+        assert f"<!-- {label} -->" in text
 
 
-def test_training(tmp_path):
+def test_differences():
+    text = differences_plot(results_of(), "exact_match").decode()
+    for name in set(COLOURS) - {"ecg"}:
+        assert f"<!-- over: {LABELS[name]} -->" in text
+    results = results_of(ecg_minus={"zeroed": {"exact_match": {"difference": None, "interval_95": None}}})
+    assert b"<svg" in differences_plot(results, "exact_match")
+
+
+def test_confusion():
+    closed = {"labels": ["no", "yes"], "confusion_matrix": [[41, 7, 0], [9, 52, 3]]}
+    text = confusion_plot(closed).decode()
+    for label in ("no", "yes", "other", "41", "7", "0", "9", "52", "3"):
+        assert f"<!-- {label} -->" in text
+
+
+def test_training():
     history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.5}, {"train_runtime": 1}]
-    plot_training(history, tmp_path / "both.png")
-    plot_training(history[:2], tmp_path / "one.png")
-    assert (pixels(tmp_path / "both.png").shape[:2]) != (0, 0)
-    assert (tmp_path / "both.png").read_bytes() != (tmp_path / "one.png").read_bytes()
+    both, one = training_plot(history), training_plot(history[:2])
+    assert b"<!-- validation -->" in both
+    assert b"<!-- validation -->" not in one
 
 
 # tokens of 3, 4 and 1 samples of two leads: the second runs from the first lead into the second

@@ -313,27 +313,27 @@ class ELMArguments(DataArguments):
                 raise ValueError(
                     f"--{name} with --representation {self.representation}; it is for {' and '.join(representations)} ECGs."
                 )
-        self.encoder_fields = self._fields("encoder_config")
+        self.encoder_fields = json_fields("encoder_config", self.encoder_config)
         if self.encoder_fields and self.encoder_name_or_path is not None:
             raise ValueError(
                 f"--encoder_config with the pretrained encoder {self.encoder_name_or_path}, whose own config stands; leave it "
                 "out, or name an encoder with random weights, such as --encoder vit."
             )
-        self.paper_fields = self._fields("paper")
-        self.image_processor_fields = self._fields("image_processor")
+        self.paper_fields = json_fields("paper", self.paper)
+        self.image_processor_fields = json_fields("image_processor", self.image_processor)
         if not set(self.update) <= {"encoder", "connector", "llm"}:
             raise ValueError(f"--update is {self.update}; expected some of encoder, connector, llm.")
 
-    def _fields(self, name: str) -> dict[str, Any]:
-        """The names and values of an option that is JSON on the command line and a mapping in a YAML file."""
-        given: Any = getattr(self, name) or {}
-        try:
-            values = json.loads(given) if isinstance(given, str) else given
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--{name} is not JSON ({error}): {given!r}.") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"--{name} is {given!r}; expected names and values of fields.")
-        return values
+
+def json_fields(name: str, given: Any) -> dict[str, Any]:
+    """The names and values of the option `name`, which is JSON on the command line and a mapping in a YAML file."""
+    try:
+        values = json.loads(given) if isinstance(given, str) else given or {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--{name} is not JSON ({error}): {given!r}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--{name} is {given!r}; expected names and values of fields.")
+    return values
 
 
 def new_elm_options(args: ELMArguments) -> list[str]:

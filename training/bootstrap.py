@@ -300,11 +300,17 @@ def paired_auroc_difference(
 
 
 def resampled_auroc(
-    scores: Any, labels: Any, patients: Sequence[Any], num_resamples: int = NUM_RESAMPLES, seed: int = 0
+    scores: Any,
+    labels: Any,
+    patients: Sequence[Any],
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+    asked: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """AUROC of each class, [classes], and in each resample, [num_resamples, classes]; NaN where one side is missing.
 
     Args, errors: as `bootstrap_auroc`. Resamples are those of `resampled_sums`.
+        asked: of the shape of the scores, False where a question is not about the class. None: all are about all.
     """
     scores, labels = np.asarray(scores, dtype=float), np.asarray(labels)
     if scores.shape != labels.shape or scores.ndim not in (1, 2) or len(scores) != len(patients):
@@ -318,9 +324,13 @@ def resampled_auroc(
     if len(strange):
         raise ValueError(f"A label is {strange[0]}; expected 1 where the class is there, else 0.")
     scores, labels = scores.reshape(len(scores), -1), labels.reshape(len(labels), -1).astype(bool)
+    asked = np.ones_like(labels) if asked is None else asked.reshape(labels.shape)
 
     numbers, num_patients = clusters(patients)
-    functions = [_auroc_by_weight(*column, numbers) for column in zip(scores.T, labels.T, strict=True)]
+    functions = [
+        _auroc_by_weight(score[about], label[about], numbers[about])
+        for score, label, about in zip(scores.T, labels.T, asked.T, strict=True)
+    ]
     value = np.concatenate([function(np.ones((num_patients, 1))) for function in functions])
     replicates = np.empty((_num_drawn(num_patients, num_resamples), len(functions)))
     for where, counts in _draws(num_patients, len(replicates), seed, width=len(scores)):

@@ -14,7 +14,7 @@ from training.bootstrap import Difference, Estimate, difference, estimate, holm,
 from training.files import write_text
 
 SCHEMA_VERSION = 1  # of the output
-RESULTS_SCHEMA_VERSION = 2  # of the inputs
+RESULTS_SCHEMA_VERSION = 3  # of the inputs
 METRICS = Path(__file__).parent / "metrics"
 PREDICTIONS = "predictions.jsonl"
 # what makes the data of results the same, and a line of predictions the same question

@@ -121,7 +121,10 @@ def load_splits(name: str, streaming: bool = False, revision: str | None = None)
     """
     path = Path(name).expanduser()
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        loaded = load_from_disk(path)
+        try:
+            loaded = load_from_disk(path)
+        except IndexError as error:  # of `datasets`, where no shard was saved
+            raise ValueError(f"{name} holds an empty split, which `datasets` cannot read; save it without.") from error
         splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
         if not streaming:
             return splits

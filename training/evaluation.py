@@ -3,43 +3,44 @@
 import hashlib
 import json
 import logging
-from collections import Counter, defaultdict
-from dataclasses import dataclass, field, replace
+import statistics
+from dataclasses import dataclass, field, fields
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import evaluate
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
-from datasets import Dataset, List
-from tqdm import tqdm
+from datasets import Dataset
+from scipy.stats import t as student_t
+from transformers import GenerationConfig
 
-from ecg_utils import as_record
 from modeling_elm import ELMForConditionalGeneration
 from processing_elm import ELMProcessor
-from training.arguments import DataArguments, ELMParser
+from training.answers import CONDITIONS, RANDOM_CONDITIONS, Answerer, Progress
+from training.arguments import DataArguments, ELMParser, json_fields
 from training.build import load_elm
 from training.cards import add_evaluation
-from training.data import ecgs_of, load_data, to_chat
+from training.data import load_data
 from training.files import write_text
-from training.plots import plot_exact_match
+from training.questions import Question, candidate_answers, list_questions, most_frequent_answers, rows_to_swap
+from training.report import write_report
+from training.scores import BASELINE, METRIC_NAMES, Scorer, in_words, load_metrics
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 2
-# what becomes of the ECG of each question
-CONDITIONS = {
-    "ecg": "as recorded",
-    "zeroed": "every sample zero",
-    "swapped": "another patient's",
-    "left_out": "question alone",
-}
-BASELINE = "most_frequent"  # the answer that training data suggest without any model
-METRICS = Path(__file__).parent / "metrics"  # modules of `evaluate`
-PARTIAL = "predictions.partial"  # what is answered so far, a file for each process
+SCHEMA_VERSION = 3
+PACKAGES = ("elm-ecg", "torch", "transformers", "accelerate", "datasets", "evaluate", "peft")
+# fields of a generation config that would give other than one text to a prompt, or have an option of their own
+NOT_GENERATION = (
+    "max_new_tokens",
+    "max_length",
+    "num_return_sequences",
+    "return_dict_in_generate",
+    "cache_implementation",
+)
 
 
 @dataclass
@@ -47,25 +48,62 @@ class EvaluationArguments(DataArguments):
     """What is scored, and how."""
 
     model_name_or_path: str = field(
-        default="", metadata={"help": "Saved ELM or LoRA adapter: local folder or Hub id; also the first argument."}
+        default="",
+        metadata={
+            "help": "Saved ELM or LoRA adapter: local folder or Hub id; also the first argument. {fold} in it stands for the fold."
+        },
     )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
     split: str = field(default="test", metadata={"help": "Split of the data that is scored."})
+    fold: list[int] | None = field(  # type: ignore[assignment]  # one of them, or several
+        default=None,
+        metadata={"help": "Folds of datasets that have splits such as fold1_train and fold1_test; each is a run."},
+    )
     output_dir: str | None = field(
         default=None, metadata={"help": "Where the results go. Default: the model's folder, or ./evaluation."}
     )
-    batch_size: int = field(default=32, metadata={"help": "Answers generated at once."})
+    score: Literal["generation", "likelihood"] = field(
+        default="generation",
+        metadata={
+            "help": "generation: what the model writes. likelihood: which of the candidate answers it finds likeliest, with the "
+            "AUROC of their shares."
+        },
+    )
+    candidates: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Answers that --score likelihood decides among. Default: those that a type of question has in the training "
+            "and in the scored split."
+        },
+    )
+    conditions: list[str] = field(
+        default_factory=lambda: list(CONDITIONS),
+        metadata={
+            "choices": list(CONDITIONS),
+            "help": "What is shown of the ECG; ecg, as recorded, is always among them.",
+        },
+    )
+    batch_size: int = field(default=32, metadata={"help": "Conversations answered at once."})
     max_new_tokens: int = field(default=128, metadata={"help": "Longest answer, in tokens."})
+    generation_kwargs: str | None = field(
+        default=None,
+        metadata={"help": 'JSON with other options of `generate`, such as {"num_beams": 4}. Default: greedy decoding.'},
+    )
     dtype: str = field(default="auto", metadata={"help": "Of the model: auto, float32, bfloat16 or float16."})
+    torch_compile: bool = field(default=False, metadata={"help": "Compile the model with torch.compile."})
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Processes that prepare datasets of the reference."}
     )
-    seed: int = field(default=0, metadata={"help": "Of the swapped ECGs and of the bootstrap."})
+    seed: list[int] = field(
+        default_factory=lambda: [0],
+        metadata={"help": "Of noise, swapped ECGs, sampled answers and the bootstrap; of several, each is a run."},
+    )
     num_resamples: int = field(default=2000, metadata={"help": "Bootstrap resamples of patients."})
     metrics: list[str] = field(
-        default_factory=list,
+        default_factory=lambda: ["normalized_match", "token_f1", "closed_set"],
         metadata={
-            "choices": sorted(path.stem for path in METRICS.glob("*/*.py") if path.stem == path.parent.name),
-            "help": 'Scores beside exact match; those of words need `pip install "elm-ecg[metrics]"`.',
+            "choices": METRIC_NAMES,
+            "help": 'Scores beside exact match; bleu4, rouge_l, meteor and bert_score need `pip install "elm-ecg[metrics]"`.',
         },
     )
     bert_score_model: str | None = field(
@@ -81,343 +119,52 @@ class EvaluationArguments(DataArguments):
             raise ValueError(
                 "--metrics bert_score compares what an encoder makes of the answers; name it with --bert_score_model."
             )
-
-
-@dataclass
-class Question:
-    """One assistant turn of a row: what was said before it and what it says."""
-
-    row: int
-    turn: int
-    question: str
-    answer: str
-    question_type: str
-    patient_id: str
-
-
-def list_questions(data: Dataset) -> list[Question]:
-    """Every assistant turn of the data.
-
-    `question_type` of a row is one string or a list with one for each of its answers; a row without `patient_id` counts
-    as a patient of its own, and one about the ECGs of several patients as of the first of them.
-    """
-    columns = [name for name in ("messages", "question_type") if name in data.column_names]
-    patients = _patients(data)
-    questions = []
-    for index, row in enumerate(data.with_format(None).select_columns(columns)):
-        kinds = row.get("question_type") or "all"
-        kinds = kinds if isinstance(kinds, list) else [kinds]
-        if not row["messages"]:
-            raise ValueError(f"Row {index} has no messages.")
-        answered = sum(message["role"] == "assistant" for message in row["messages"])
-        types = iter(kinds if len(kinds) == answered else kinds[:1] * answered)
-        chat = [{**message, "content": _text(message["content"])} for message in row["messages"]]
-        for turn, message in enumerate(chat):
-            if message["role"] == "assistant":
-                asked = chat[turn - 1]["content"] if turn else ""
-                questions.append(
-                    Question(index, turn, asked, message["content"].strip(), next(types), patients[index][0])
-                )
-    return questions
-
-
-def most_frequent_answers(questions: list[Question], training: list[Question]) -> list[str]:
-    """For each question the answer that the same words had most often in training; for words that were never asked that of
-    questions of their type, or of all. Of answers that are as frequent it is the first in alphabetical order."""
-    counts: dict[Any, Counter[str]] = defaultdict(Counter)
-    for question in training:
-        for key in ((question.question_type, question.question), question.question_type, None):
-            counts[key][question.answer] += 1
-    best = {key: min(found, key=lambda answer: (-found[answer], answer)) for key, found in counts.items()}
-    keys = [((q.question_type, q.question), q.question_type, None) for q in questions]
-    return [next(best[key] for key in places if key in best) for places in keys]
-
-
-def _text(content: str | list[dict[str, Any]]) -> str:
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content if part["type"] == "text")
-
-
-def other_patients(patients: list[tuple[str, ...]], seed: int) -> np.ndarray:
-    """For each row, with the patients of its ECGs, the index of a row of other patients, each used about as often as any other."""
-    order = np.random.default_rng(seed).permutation(len(patients))
-    others = np.empty(len(patients), dtype=int)
-    for place, row in enumerate(order):
-        following = (order[(place + step) % len(order)] for step in range(1, len(order)))
-        other = next((other for other in following if not set(patients[other]) & set(patients[row])), None)
-        if other is None:
+        for name in ("seed", "fold"):
+            values = getattr(self, name) or []
+            if len(set(values)) < len(values):
+                raise ValueError(f"--{name} {' '.join(map(str, values))} names one twice.")
+        if self.candidates and self.score != "likelihood":
+            raise ValueError("--candidates are what --score likelihood decides among; add that, or leave them out.")
+        self.generation = json_fields("generation_kwargs", self.generation_kwargs)
+        unknown = [name for name in self.generation if name in NOT_GENERATION or not hasattr(GenerationConfig(), name)]
+        if unknown:
             raise ValueError(
-                f"All {len(patients)} rows have an ECG of the patients {', '.join(patients[row])}: no other ECG to swap in."
+                f"--generation_kwargs has {', '.join(unknown)}; expected options of `generate` that leave one text to a question, "
+                "and --max_new_tokens as an option of its own."
             )
-        others[row] = other
-    return others
+        if self.generation and self.score == "likelihood":
+            raise ValueError("--generation_kwargs with --score likelihood, which generates nothing; leave them out.")
+        self.metrics = list(dict.fromkeys(["exact_match", *self.metrics]))
+        self.conditions = [name for name in CONDITIONS if name == "ecg" or name in self.conditions]
+
+    @property
+    def samples(self) -> bool:
+        """Whether answers are drawn at random."""
+        return bool(self.generation.get("do_sample", False))
+
+    def data_of(self, fold: int | None, **changes: Any) -> DataArguments:
+        return DataArguments(
+            **{f.name: getattr(self, f.name) for f in fields(DataArguments)} | {"fold": fold} | changes
+        )
 
 
-def rows_to_swap(data: Dataset, seed: int) -> np.ndarray:
-    """For each row the index of the one whose ECGs are swapped in: of other patients, and as many; of rows without ECG itself.
-
-    Raises:
-        ValueError: a row has no such other.
-    """
-    others = np.arange(len(data))
-    patients, num_ecgs = _patients(data), _num_ecgs(data)
-    for number in set(num_ecgs.tolist()) - {0}:
-        rows = np.flatnonzero(num_ecgs == number)
-        others[rows] = rows[other_patients([patients[row] for row in rows], seed)]
-    return others
-
-
-class Progress:
-    """The answers so far in files of `folder`, from which an interrupted evaluation goes on.
-
-    Args:
-        key: of all that the answers depend on; files of another one are replaced.
-        process: each of several processes writes its own file, and reads all.
-    """
-
-    def __init__(self, folder: Path, key: str, process: int = 0) -> None:
-        self.folder, self.key = folder, key
-        self.path = folder / f"{PARTIAL}.{process}.jsonl"
-
-    def read(self) -> dict[tuple[str, int], list[str]]:
-        """Condition and batch -> its answers. A line that was being written when the process ended is left out."""
-        done = {}
-        for path in sorted(self.folder.glob(f"{PARTIAL}.*.jsonl")):
-            head, *lines = path.read_text(encoding="utf-8").split("\n")
-            if head != self.key:
-                continue
-            for line in lines[:-1]:  # what follows the last line end is nothing, or cut
-                condition, batch, answers = json.loads(line)
-                done[condition, batch] = answers
-        return done
-
-    def begin(self, done: dict[tuple[str, int], list[str]]) -> None:
-        """A file that holds `done`, whole lines all."""
-        write_text(self.path, "".join([f"{self.key}\n", *(self._line(*place, done[place]) for place in done)]))
-
-    def add(self, condition: str, batch: int, answers: list[str]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(self._line(condition, batch, answers))
-
-    def remove(self) -> None:
-        for path in self.folder.glob(f"{PARTIAL}.*.jsonl"):
-            path.unlink()
-
-    @staticmethod
-    def _line(condition: str, batch: int, answers: list[str]) -> str:
-        return json.dumps([condition, batch, answers]) + "\n"
-
-
-@torch.inference_mode()
-def answer_questions(
-    model: ELMForConditionalGeneration,
-    processor: ELMProcessor,
-    data: Dataset,
-    questions: list[Question],
-    condition: str,
-    args: EvaluationArguments,
-    progress: Progress | None = None,
-) -> list[str]:
-    """The model's answer to every question, from the gold history before it; of several processes each gives its share of them.
-
-    The batches are the same whatever the number of processes, and where an interrupted evaluation goes on: so are the answers.
-    """
-    swapped = condition == "swapped" and processor.takes_ecgs
-    others = rows_to_swap(data, args.seed) if swapped else np.arange(len(data))
-    # chats of about one length share a batch, so little of it is padding
-    order = sorted(range(len(questions)), key=lambda i: (questions[i].turn, len(questions[i].question), i))
-    batches = [order[start : start + args.batch_size] for start in range(0, len(order), args.batch_size)]
-    state = PartialState()
-    done = (
-        {}
-        if progress is None
-        else {batch: texts for (name, batch), texts in progress.read().items() if name == condition}
-    )
-    state.wait_for_everyone()  # nobody adds to a file that another one reads
-    mine = [batch for batch in range(len(batches)) if batch not in done][state.process_index :: state.num_processes]
-    found: dict[int, list[str]] = {}
-    bar = tqdm(
-        total=len(questions), desc=f"ECG {CONDITIONS[condition]}", unit="answer", disable=not state.is_main_process
-    )
-    bar.update(sum(map(len, done.values())))
-    with bar:
-        for batch in mine:
-            found[batch] = _answer(
-                model, processor, data, [questions[i] for i in batches[batch]], condition, args, others
-            )
-            if progress is not None:
-                progress.add(condition, batch, found[batch])
-            bar.update(len(found[batch]) * state.num_processes)
-    for part in gather_object([found]):
-        done |= part
-    answers = [""] * len(questions)
-    for batch, indices in enumerate(batches):
-        for index, text in zip(indices, done[batch], strict=True):
-            answers[index] = text
-    return answers
-
-
-def _answer(
-    model: ELMForConditionalGeneration,
-    processor: ELMProcessor,
-    data: Dataset,
-    questions: list[Question],
-    condition: str,
-    args: EvaluationArguments,
-    others: np.ndarray,
-) -> list[str]:
-    with_ecg = condition != "left_out" and processor.takes_ecgs
-    chats = []
-    for question in questions:
-        row = data[question.row]
-        if others[question.row] != question.row:
-            row = {**row, "ecg": data[int(others[question.row])]["ecg"]}
-        if condition == "zeroed" and with_ecg:
-            records = [as_record(ecg) for ecg in ecgs_of(row)]
-            row = {**row, "ecg": [replace(record, array=np.zeros_like(record.array)) for record in records]}
-        turn = question.turn - len(row["messages"])  # from the end: a system prompt may come first
-        chats.append(to_chat(row, args.system_prompt, with_ecg)[:turn])
-    inputs: Any = processor.apply_chat_template(
-        chats,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": "left"},
-    )
-    inputs = inputs.to(model.device)
-    output: Any = model.generate(  # type: ignore[misc]  # wants attributes that no model declares
-        **inputs,
-        max_new_tokens=args.max_new_tokens,
-        do_sample=False,
-        repetition_penalty=1.0,  # some language models ask for one, which is not greedy
-    )
-    new_tokens = output[:, inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
-
-
-def _patients(data: Dataset) -> list[tuple[str, ...]]:
-    """The patients of each row's ECGs."""
-    patients = data["patient_id"] if "patient_id" in data.column_names else [None] * len(data)
-    several = [patient if isinstance(patient, list) else [patient] for patient in patients]
-    named = [tuple(str(patient) for patient in group if patient not in (None, "")) for group in several]
-    return [names or (f"row {row}",) for row, names in enumerate(named)]
-
-
-def _num_ecgs(data: Dataset) -> np.ndarray:
-    if "ecg" not in data.column_names:
-        return np.zeros(len(data), dtype=int)
-    tables = data.select_columns("ecg").with_format("arrow").iter(1000)
-    columns = [table["ecg"] for table in tables]
-    if isinstance(data.features["ecg"], List):
-        return np.concatenate([pc.list_value_length(column).fill_null(0) for column in columns])
-    return np.concatenate([pc.is_valid(column) for column in columns]).astype(int)
-
-
-def bootstrap_interval(
-    values: np.ndarray, patients: list[str], num_resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """95% percentile interval of the mean of `values`, resampling patients (their questions are not independent).
-
-    Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
-    """
-    _, cluster = np.unique(patients, return_inverse=True)
-    counts, sums = np.bincount(cluster), np.bincount(cluster, weights=values)
-    rng = np.random.default_rng(seed)
-    draws = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=num_resamples)
-    low, high = np.quantile(draws @ sums / (draws @ counts), [0.025, 0.975])
-    return float(low), float(high)
-
-
-def summarise(
-    questions: list[Question], answers: dict[str, list[str]], num_resamples: int, seed: int
-) -> dict[str, Any]:
-    """Exact match of each condition, over all and by question type, and what is lost without the ECG."""
-    patients = [question.patient_id for question in questions]
-    kinds = np.array([question.question_type for question in questions])
-    correct = {
-        condition: np.array([given == q.answer for given, q in zip(texts, questions, strict=True)], dtype=float)
-        for condition, texts in answers.items()
-    }
-    conditions = {}
-    for condition, scores in correct.items():
-        low, high = bootstrap_interval(scores, patients, num_resamples, seed)
-        conditions[condition] = {
-            "exact_match": float(scores.mean()),
-            "interval_95": [low, high],
-            "by_question_type": {str(kind): float(scores[kinds == kind].mean()) for kind in np.unique(kinds)},
-        }
-    differences = {}
-    for condition in [name for name in correct if name != "ecg"]:
-        lost = correct["ecg"] - correct[condition]
-        low, high = bootstrap_interval(lost, patients, num_resamples, seed)
-        differences[condition] = {"difference": float(lost.mean()), "interval_95": [low, high]}
-    return {
-        "num_questions": len(questions),
-        "num_patients": len(set(patients)),
-        "questions_by_type": {str(kind): int((kinds == kind).sum()) for kind in np.unique(kinds)},
-        "conditions": conditions,
-        "ecg_minus": differences,
-    }
-
-
-def add_metrics(
-    results: dict[str, Any],
-    questions: list[Question],
-    answers: dict[str, list[str]],
-    modules: dict[str, evaluate.Metric],
-    args: EvaluationArguments,
-) -> None:
-    """Writes what each of `modules` says of each condition into `results`."""
-    references = [question.answer for question in questions]
-    for name, module in modules.items():
-        options = {"model": args.bert_score_model} if name == "bert_score" else {}
-        for condition, texts in answers.items():
-            scores = module.compute(predictions=texts, references=references, **options)
-            found = {key: value for key, value in scores.items() if key != "samples"}
-            results["conditions"][condition].setdefault("metrics", {})[name] = found
-
-
-def in_words(results: dict[str, Any]) -> str:
-    """One line that says whether the model looks at the ECG."""
-    score = results["conditions"]["ecg"]["exact_match"]
-    worst = min(results["ecg_minus"].values(), key=lambda row: row["interval_95"][0])
-    verdict = (
-        "better than without the ECG: the model looks at it"
-        if worst["interval_95"][0] > 0
-        else "not shown to be better than without the ECG: the model may not look at it"
-    )
-    losses = ", ".join(
-        f"{100 * row['difference']:+.1f} [{100 * row['interval_95'][0]:.1f}, {100 * row['interval_95'][1]:.1f}] over {name}"
-        for name, row in results["ecg_minus"].items()
-    )
-    return f"Exact match {100 * score:.1f}% ({losses} points), {verdict}."
-
-
-def _key(args: EvaluationArguments, model: ELMForConditionalGeneration, questions: list[Question]) -> str:
-    """A digest of what the answers depend on."""
-    weights = sorted(Path(args.model_name_or_path).rglob("*.safetensors"))
-    facts = {
-        "model": [args.model_name_or_path, getattr(model.config, "_commit_hash", None), args.dtype],
-        "weights": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in weights],
-        "data": [
-            args.data,
-            args.data_weights,
-            args.data_subset,
-            args.split,
-            args.fold,
-            args.ecg_root,
-            args.system_prompt,
-        ],
-        "settings": [args.batch_size, args.max_new_tokens, args.seed],
-        "questions": [list(vars(question).values()) for question in questions],
-    }
-    return _digest(facts)
+def revision_of(model: ELMForConditionalGeneration, name_or_path: str) -> str:
+    """The commit of a model on the Hub, or a digest of the weights in a local folder."""
+    if not Path(name_or_path).is_dir():
+        return str(getattr(model.config, "_commit_hash", None))
+    digest = hashlib.sha256()
+    for path in sorted(Path(name_or_path).glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"sha256:{digest.hexdigest()}"
 
 
 def _digest(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def fingerprint_of(questions: list[Question]) -> str:
+    return _digest([list(vars(question).values()) for question in questions])
 
 
 def parse(argv: list[str] | None = None) -> EvaluationArguments:
@@ -429,82 +176,237 @@ def parse(argv: list[str] | None = None) -> EvaluationArguments:
     return args
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    args = parse(argv)
-    state = PartialState(cpu=not torch.cuda.is_available())
-    model, processor = load_elm(args.model_name_or_path, dtype=args.dtype)
-    model.to(state.device)  # type: ignore[arg-type]  # a wrapped method
-    model.eval()
-    with state.main_process_first():
-        data = load_data(args, args.split, args.seed, args.dataset_num_proc)
-    if data is None:
-        raise ValueError(f"--data {' '.join(args.data)} has no split {args.split!r}.")
-    folder = Path(args.output_dir or args.model_name_or_path)
-    if args.output_dir is None and not folder.is_dir():
-        folder = Path("evaluation")
-    folder.mkdir(parents=True, exist_ok=True)
-    questions = list_questions(data)
-    progress = Progress(folder, _key(args, model, questions), state.process_index)
-    with state.main_process_first():  # it takes over what an interrupted evaluation left
-        progress.begin(progress.read() if state.is_main_process else {})
-    # now, as a library or WordNet that is not there should be told before the answers
-    modules = {name: evaluate.load(str(METRICS / name), keep_in_memory=True) for name in args.metrics}
-    conditions = list(CONDITIONS)
-    try:
-        rows_to_swap(data, args.seed)
-    except ValueError as error:
-        logger.warning("ECGs are not swapped: %s", error)
-        conditions.remove("swapped")
-    answers = {
-        condition: answer_questions(model, processor, data, questions, condition, args, progress)
-        for condition in conditions
+def output_folder(args: EvaluationArguments) -> Path:
+    own = Path(args.model_name_or_path)
+    return Path(args.output_dir) if args.output_dir else own if own.is_dir() else Path("evaluation")
+
+
+@dataclass
+class Fold:
+    """All that is asked about one fold, or about data without folds."""
+
+    args: EvaluationArguments
+    number: int | None
+    name_or_path: str
+    model: ELMForConditionalGeneration
+    processor: ELMProcessor
+    folder: Path
+
+    def __post_init__(self) -> None:
+        args, state = self.args, PartialState()
+        with state.main_process_first():
+            data = load_data(args.data_of(self.number), args.split, args.seed[0], args.dataset_num_proc)
+            train_data = load_data(
+                args.data_of(self.number, data_subset=None), "train", args.seed[0], args.dataset_num_proc
+            )
+        if data is None:
+            raise ValueError(f"--data {' '.join(args.data)} has no split {args.split!r}.")
+        self.data: Dataset = data
+        self.questions = list_questions(data)
+        if not self.questions:
+            raise ValueError(
+                f"The split {args.split!r} of --data {' '.join(args.data)} has {len(data)} rows and no assistant turn to score."
+            )
+        self.training = [] if train_data is None or args.split == "train" else list_questions(train_data)
+        self.candidates = None
+        if args.score == "likelihood":
+            self.candidates = candidate_answers(self.questions, self.training, args.candidates)
+        self.revision = revision_of(self.model, self.name_or_path)
+        facts = [
+            SCHEMA_VERSION,
+            self.revision,
+            [args.dtype, args.torch_compile, args.system_prompt, args.batch_size],
+            [args.max_new_tokens, args.generation, self.candidates],
+            [args.data, args.ecg_root, fingerprint_of(self.questions)],
+        ]
+        self.progress = Progress(self.folder, _digest(facts), state.process_index)
+
+    def run(self, seed: int, folder: Path, modules: dict[str, evaluate.Metric]) -> dict[str, Any]:
+        """Asks everything with one seed, and on the main process scores the answers and writes the results to `folder`."""
+        args = self.args
+        not_scored: dict[str, str] = {}
+        others = None
+        if "swapped" in args.conditions:
+            try:
+                others = rows_to_swap(self.data, seed)
+            except ValueError as error:
+                not_scored["swapped"] = str(error)
+        answerer = Answerer(
+            self.model,
+            self.processor,
+            self.data,
+            self.questions,
+            candidates=self.candidates,
+            batch_size=args.batch_size,
+            generation={"max_new_tokens": args.max_new_tokens, **args.generation},
+            system_prompt=args.system_prompt,
+            seed=seed,
+            others=others,
+        )
+        asked: dict[str, list[Any]] = {}
+        for condition in args.conditions:
+            if condition in not_scored:
+                continue
+            # what no seed changes is asked once for all of them
+            name = f"{condition} {seed}" if args.samples or condition in RANDOM_CONDITIONS else condition
+            found, reason = answerer.ask(condition, name, self.progress)
+            if reason is None:
+                asked[condition] = found
+            else:
+                not_scored[condition] = reason
+        if not PartialState().is_main_process:
+            return {}
+        for condition, reason in not_scored.items():
+            logger.warning("ECG %s: not scored. %s", CONDITIONS[condition], reason)
+        likelihoods, answers = None, asked
+        if self.candidates is not None:
+            likelihoods = asked
+            answers = {
+                condition: [names[int(np.argmax(row))] for names, row in zip(self.candidates, rows, strict=True)]
+                for condition, rows in asked.items()
+            }
+        if self.training:
+            answers = {**answers, BASELINE: most_frequent_answers(self.questions, self.training)}
+        options = {"bert_score": {"model": args.bert_score_model}}
+        scorer = Scorer(self.questions, modules, args.num_resamples, seed, options, self.candidates)
+        if "closed_set" in modules and not scorer.closed:
+            not_scored["closed_set"] = "No type of question has a few different answers."
+        results: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "model": Path(self.name_or_path).name,
+            "model_revision": self.revision,
+            "data": {
+                "names": [Path(name).name for name in args.data],
+                "split": args.split,
+                "fold": self.number,
+                "fingerprint": fingerprint_of(self.questions),
+            },
+            "settings": {
+                "score": args.score,
+                "generation": {"do_sample": False, "max_new_tokens": args.max_new_tokens, **args.generation},
+                "candidates": args.candidates,
+                "batch_size": args.batch_size,
+                "dtype": str(self.model.dtype).removeprefix("torch."),
+                "torch_compile": args.torch_compile,
+                "system_prompt": args.system_prompt,
+                "data_subset": args.data_subset,
+                "seed": seed,
+                "num_resamples": args.num_resamples,
+            },
+            "packages": {name: version(name) for name in PACKAGES},
+            **scorer.summarise(answers, likelihoods),
+            "not_scored": not_scored,
+        }
+        results["verdict"] = in_words(results)
+        predictions = self._predictions(answers, likelihoods)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "evaluation_results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
+        write_text(folder / "predictions.jsonl", lines)
+        write_report(folder / "report.html", results, predictions, self.data)
+        add_evaluation(folder, results)
+        print(results["verdict"])
+        print(f"Results, predictions and report in {folder.resolve()}", flush=True)
+        return results
+
+    def _predictions(
+        self, answers: dict[str, list[str]], likelihoods: dict[str, list[list[float]]] | None
+    ) -> list[dict[str, Any]]:
+        """A line for each question."""
+        records = self.data["record_id"][:] if "record_id" in self.data.column_names else [None] * len(self.data)
+        predictions = []
+        for index, question in enumerate(self.questions):
+            line = {
+                "row": question.row,
+                "turn": question.turn,
+                "record_id": records[question.row],
+                "patient_id": question.patient_id,
+                "question_type": question.question_type,
+                "question": question.question,
+                "answer": question.answer,
+                **{condition: texts[index] for condition, texts in answers.items()},
+            }
+            if likelihoods is not None and self.candidates is not None:
+                line["candidates"] = self.candidates[index]
+                line["log_likelihoods"] = {condition: rows[index] for condition, rows in likelihoods.items()}
+            predictions.append(line)
+        return predictions
+
+
+def over_runs(runs: list[dict[str, Any]], seeds: list[int], samples: bool) -> dict[str, Any]:
+    """Mean, standard deviation and 95% t-interval of each score over the runs, folds times seeds.
+
+    Where no seed changes the answers of a condition, its runs of one fold are the same one, and count once.
+    """
+    scores: dict[str, dict[str, Any]] = {}
+    for condition in runs[0]["conditions"]:
+        random = samples or condition in RANDOM_CONDITIONS
+        counted = [run for run in runs if random or run["settings"]["seed"] == seeds[0]]
+        for metric in runs[0]["conditions"][condition]["metrics"]:
+            found = [run["conditions"].get(condition, {}).get("metrics", {}).get(metric, {}) for run in counted]
+            values = [row["value"] for row in found if row.get("value") is not None]
+            if not values:
+                continue
+            mean, row = statistics.fmean(values), scores.setdefault(condition, {})
+            row[metric] = {"mean": mean, "std": None, "interval_95": None, "num_runs": len(values)}
+            if len(values) > 1:
+                deviation = statistics.stdev(values)
+                half = float(student_t.ppf(0.975, len(values) - 1)) * deviation / len(values) ** 0.5
+                row[metric] |= {"std": deviation, "interval_95": [mean - half, mean + half]}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "runs": [
+            {"fold": run["data"]["fold"], "seed": run["settings"]["seed"], "model_revision": run["model_revision"]}
+            for run in runs
+        ],
+        "conditions": scores,
     }
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Returns the results of a single run, of several the figures over them; on processes other than the first nothing."""
+    args = parse(argv)
+    modules = load_metrics(args.metrics)  # first, as what it lacks should be told before the answers are made
+    state = PartialState(cpu=not torch.cuda.is_available())
+    folder = output_folder(args)
+    folds: list[int | None] = [None] if args.fold is None else [*args.fold]
+    if len(args.seed) > 1 and not args.samples:
+        logger.warning(
+            "Nothing but noise and swapped ECGs depends on the seed, as answers are not sampled: the others are asked once, for %s.",
+            ", ".join(f"seed {seed}" for seed in args.seed),
+        )
+    runs, progresses = [], []
+    model = processor = None
+    for number in folds:
+        name = args.model_name_or_path.replace("{fold}", str(number))
+        if model is None or processor is None or name != args.model_name_or_path:
+            model, processor = load_elm(name, revision=args.model_revision, dtype=args.dtype)
+            model.to(state.device)  # type: ignore[arg-type]  # a wrapped method
+            model.eval()
+            if args.torch_compile:
+                model.compile(dynamic=True)
+        of_fold = folder / f"fold{number}" if len(folds) > 1 else folder
+        of_fold.mkdir(parents=True, exist_ok=True)
+        fold = Fold(args, number, name, model, processor, of_fold)
+        progresses.append(fold.progress)
+        with state.main_process_first():  # it takes over what an interrupted evaluation left
+            fold.progress.begin(fold.progress.read() if state.is_main_process else {})
+        for seed in args.seed:
+            runs.append(fold.run(seed, of_fold / f"seed{seed}" if len(args.seed) > 1 else of_fold, modules))
     if not state.is_main_process:
         return {}
-    train_data = load_data(replace(args, data_subset=None), "train", args.seed, args.dataset_num_proc)
-    asked = [] if train_data is None or args.split == "train" else list_questions(train_data)
-    if asked:
-        answers[BASELINE] = most_frequent_answers(questions, asked)
-    results = {
-        "schema_version": SCHEMA_VERSION,
-        "model": Path(args.model_name_or_path).name,
-        "data": {
-            "names": [Path(name).name for name in args.data],
-            "split": args.split,
-            "fold": args.fold,
-            "fingerprint": _digest([list(vars(question).values()) for question in questions]),
-        },
-        "settings": {
-            "decoding": "greedy",
-            "max_new_tokens": args.max_new_tokens,
-            "seed": args.seed,
-            "num_resamples": args.num_resamples,
-        },
-        **summarise(questions, answers, args.num_resamples, args.seed),
-    }
-    add_metrics(results, questions, answers, modules, args)
-    write_text(folder / "evaluation_results.json", json.dumps(results, indent=2) + "\n")
-    records = data["record_id"][:] if "record_id" in data.column_names else [None] * len(data)
-    predictions = [
-        {
-            "row": question.row,
-            "turn": question.turn,
-            "record_id": records[question.row],
-            "patient_id": question.patient_id,
-            "question_type": question.question_type,
-            "question": question.question,
-            "answer": question.answer,
-            **{condition: texts[index] for condition, texts in answers.items()},
-        }
-        for index, question in enumerate(questions)
-    ]
-    write_text(folder / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions))
-    plot_exact_match(results, folder / "exact_match.png")
-    add_evaluation(folder, results)
-    progress.remove()
-    print(in_words(results))
-    print(f"Results, predictions and plot in {folder.resolve()}", flush=True)
-    return results
+    for progress in progresses:
+        progress.remove()
+    if len(runs) == 1:
+        return runs[0]
+    summary = over_runs(runs, args.seed, args.samples)
+    write_text(folder / "evaluation_summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    for condition, metrics in summary["conditions"].items():
+        row = metrics["exact_match"]
+        spread = "" if row["std"] is None else f", standard deviation {100 * row['std']:.1f}"
+        print(f"{condition}: exact match {100 * row['mean']:.1f}% over {row['num_runs']} runs{spread}")
+    print(f"Figures over the runs in {(folder / 'evaluation_summary.json').resolve()}", flush=True)
+    return summary
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Plots for people who would rather look than read."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from training.files import atomic_path
 COLOURS = {
     "ecg": "#0072B2",
     "zeroed": "#E69F00",
+    "noise": "#56B4E9",
     "swapped": "#D55E00",
     "left_out": "#999999",
     "most_frequent": "#555555",
@@ -23,7 +25,8 @@ COLOURS = {
 LABELS = {
     "ecg": "with its ECG",
     "zeroed": "ECG zeroed",
-    "swapped": "ECG swapped",
+    "noise": "noise for an ECG",
+    "swapped": "another patient's ECG",
     "left_out": "ECG left out",
     "most_frequent": "commonest answer",
 }
@@ -36,29 +39,82 @@ def _save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
-def plot_exact_match(results: dict[str, Any], path: Path) -> None:
-    """Exact match of each condition, over all with its interval and by question type, of an evaluation."""
-    kinds = list(results["questions_by_type"])
-    labels = [f"all\n({results['num_questions']})"]
-    labels += [f"{kind.replace('_', ' ')}\n({results['questions_by_type'][kind]})" for kind in kinds]
-    figure, axes = plt.subplots(figsize=(max(6.0, 1.3 * len(labels) + 1), 3.6))
-    width = 0.8 / len(results["conditions"])
-    for index, (condition, row) in enumerate(results["conditions"].items()):
-        scores = 100 * np.array([row["exact_match"], *(row["by_question_type"][kind] for kind in kinds)])
-        places = np.arange(len(labels)) + width * (index - (len(results["conditions"]) - 1) / 2)
-        axes.bar(places, scores, width, color=COLOURS[condition], label=LABELS[condition])
-        low, high = 100 * np.array(row["interval_95"])
-        axes.errorbar(places[0], scores[0], [[scores[0] - low], [high - scores[0]]], color="black", capsize=2)
-    axes.set_xticks(np.arange(len(labels)), labels)
-    axes.set_ylabel("exact match, %")
-    axes.set_ylim(0, 105)
+def _svg(figure: Any) -> bytes:
+    """A figure as SVG, the same bytes each time."""
+    content = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "elm"}):
+        figure.savefig(content, format="svg", bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+    return content.getvalue()
+
+
+def _bars(row: dict[str, Any], key: str = "value") -> tuple[float, list[list[float]]]:
+    """A score and what its interval reaches below and above it, in percent."""
+    if row.get(key) is None:
+        return float("nan"), [[0.0], [0.0]]
+    value = 100 * row[key]
+    low, high = (value, value) if row["interval_95"] is None else (100 * end for end in row["interval_95"])
+    return value, [[max(0.0, value - low)], [max(0.0, high - value)]]
+
+
+def scores_plot(results: dict[str, Any], metric: str) -> bytes:
+    """SVG of a metric under each condition with its interval, over all questions and by their type: a row for each type."""
+    kinds = [("all", results["num_questions"]), *results["questions_by_type"].items()]
+    conditions = {name: row for name, row in results["conditions"].items() if metric in row["metrics"]}
+    figure, axes = plt.subplots(figsize=(8, 1 + (0.2 * len(conditions) + 0.25) * len(kinds)))
+    step = 0.8 / len(conditions)
+    for index, (name, row) in enumerate(conditions.items()):
+        for place, (kind, _) in enumerate(kinds):
+            scores = row["metrics"] if place == 0 else row["by_question_type"].get(kind, {})
+            value, reach = _bars(scores.get(metric, {}))
+            y = place + step * (index - (len(conditions) - 1) / 2)
+            label = LABELS[name] if place == 0 else None
+            axes.barh(y, value, step, color=COLOURS[name], label=label)
+            axes.errorbar(value, y, xerr=reach, color="black", capsize=1.5, linewidth=0.8)
+    labels = [f"{kind.replace('_', ' ')} ({number})" for kind, number in kinds]
+    axes.set_yticks(range(len(kinds)), labels)
+    axes.set_ylim(len(kinds) - 0.5, -0.5)
+    axes.set_xlim(0, 105)
+    axes.set_xlabel(f"{'AUROC' if metric == 'auroc' else metric.replace('_', ' ')}, %")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(ncols=5, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    _save(figure, path)
+    axes.legend(ncols=3, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return _svg(figure)
 
 
-def plot_training(history: list[dict[str, float]], path: Path) -> None:
-    """Training loss, and evaluation loss where there is one, from the trainer's `log_history`."""
+def differences_plot(results: dict[str, Any], metric: str) -> bytes:
+    """SVG of what each condition loses against the ECG, with its interval."""
+    lost = {name: row[metric] for name, row in results["ecg_minus"].items() if metric in row}
+    figure, axes = plt.subplots(figsize=(8, 1 + 0.4 * max(1, len(lost))))
+    for place, (name, row) in enumerate(lost.items()):
+        value, reach = _bars(row, "difference")
+        axes.errorbar(value, place, xerr=reach, fmt="o", color=COLOURS[name], capsize=3)
+    axes.axvline(0, color="#777777", linewidth=0.8)
+    axes.set_yticks(range(len(lost)), [f"over: {LABELS[name]}" for name in lost])
+    axes.set_ylim(len(lost) - 0.5, -0.5)
+    axes.set_xlabel("points gained with its ECG")
+    axes.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)
+
+
+def confusion_plot(closed: dict[str, Any]) -> bytes:
+    """SVG of a confusion matrix with its counts, rows shaded by their share."""
+    labels, counts = closed["labels"], np.array(closed["confusion_matrix"])
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    rows, columns = counts.shape
+    figure, axes = plt.subplots(figsize=(1.5 + 0.7 * columns, 1.2 + 0.45 * rows))
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for row, column in np.ndindex(rows, columns):
+        shade = "white" if shares[row, column] > 0.6 else "black"
+        axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=shade)
+    axes.set_xticks(range(columns), [*labels, "other"], rotation=35, ha="right")
+    axes.set_yticks(range(rows), labels)
+    axes.set_xlabel("answer given")
+    axes.set_ylabel("right answer")
+    return _svg(figure)
+
+
+def training_plot(history: list[dict[str, float]]) -> bytes:
+    """SVG of the training loss, and the validation loss where there is one, from the trainer's `log_history`."""
     figure, axes = plt.subplots(figsize=(6, 3.2))
     for key, label in (("loss", "training"), ("eval_loss", "validation")):
         points = [(row["step"], row[key]) for row in history if key in row]
@@ -69,7 +125,7 @@ def plot_training(history: list[dict[str, float]], path: Path) -> None:
     axes.set_yscale("log")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    _save(figure, path)
+    return _svg(figure)
 
 
 def plot_tokens(

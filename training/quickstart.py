@@ -1,25 +1,19 @@
 """`elm quickstart`: simulated ECGs, a small ELM fine-tuned on them, its evaluation and a report, offline."""
 
 import argparse
-import base64
-import html
 import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import DatasetDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ecg_drawing import ECGPaper
-from ecg_utils import as_record
 from training import evaluation, sft
-from training.files import write_text
-from training.plot import save_picture
-from training.plots import LABELS, plot_training
+from training.plots import training_plot
+from training.report import write_report
 from training.synthetic import make_dataset
 
 CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
@@ -72,35 +66,6 @@ def simulate(folder: Path, num_records: int, seed: int) -> DatasetDict:
     return data
 
 
-def write_report(folder: Path, results: dict[str, Any], minutes: float) -> None:
-    """`report.html`, with its pictures inside."""
-
-    def picture(name: str, text: str) -> str:
-        data = base64.b64encode((folder / name).read_bytes()).decode()
-        return f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(text)}"><figcaption>{html.escape(text)}</figcaption></figure>'
-
-    rows = "".join(
-        f"<tr><td>{LABELS[name]}</td><td>{100 * row['exact_match']:.1f}</td>"
-        f"<td>{100 * row['interval_95'][0]:.1f} to {100 * row['interval_95'][1]:.1f}</td></tr>"
-        for name, row in results["conditions"].items()
-    )
-    page = f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>ELM quickstart</title>
-<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}
-img{{max-width:100%}}figure{{margin:2rem 0}}figcaption{{color:#555}}td,th{{padding:.2rem 1rem .2rem 0;text-align:left}}</style>
-<h1>ELM quickstart</h1>
-<p>A small ELM, trained from scratch in {minutes:.1f} minutes on simulated ECGs whose questions only the signal answers.
-Research software, not a medical device; simulated ECGs are no evidence about real ones.</p>
-<p><b>{html.escape(evaluation.in_words(results))}</b></p>
-<table><tr><th>scored</th><th>exact match, %</th><th>95% interval</th></tr>{rows}</table>
-{picture("model/exact_match.png", "Exact match on the test split, over all and by question type, by what became of the ECG.")}
-{picture("training.png", "Loss while training.")}
-{picture("example.png", "A record of the test split, with its question and what the model answers.")}
-</html>
-"""
-    write_text(folder / "report.html", page)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="elm quickstart", description=__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
@@ -125,14 +90,18 @@ def main(argv: list[str] | None = None) -> None:
     results = evaluation.main(["--model_name_or_path", model, *common, "--max_new_tokens", "16", "--batch_size", "96"])
 
     print("[4/4] Writing the report", flush=True)
-    history = json.loads((folder / "model" / "trainer_state.json").read_text())["log_history"]
-    plot_training(history, folder / "training.png")
-    first = json.loads((folder / "model" / "predictions.jsonl").read_text().splitlines()[0])
-    record = as_record(data["test"][first["row"]]["ecg"])
-    caption = f"{first['question']}  Model: {first['ecg']}. Truth: {first['answer']}."
-    save_picture(folder / "example.png", record, ECGPaper(), caption)
+    history = json.loads((folder / "model" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    lines = (folder / "model" / "predictions.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     minutes = (time.monotonic() - started) / 60
-    write_report(folder, results, minutes)
+    write_report(
+        folder / "report.html",
+        results,
+        [json.loads(line) for line in lines],
+        data["test"],
+        title="ELM quickstart",
+        notice=f"The model was trained from scratch in {minutes:.1f} minutes on simulated ECGs, which are no evidence about real ones.",
+        pictures=[(training_plot(history), "Loss while training.")],
+    )
     print(f"Done in {minutes:.1f} minutes. Report: {(folder / 'report.html').resolve()}")
     print(f'Load it anywhere: AutoModelForCausalLM.from_pretrained("{folder / "model"}", trust_remote_code=True)')
 

@@ -1,0 +1,164 @@
+"""What an evaluation asks of a split: each assistant turn, its patient, its candidate answers, whose ECG is swapped in."""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset, List
+
+MAX_CANDIDATES = 50
+
+
+@dataclass
+class Question:
+    """One assistant turn of a row: what was said before it and what it says.
+
+    Args:
+        turn: its place among the messages of the row.
+        template: what the question is an instance of: the `template_id` of the row, else its words.
+    """
+
+    row: int
+    turn: int
+    question: str
+    answer: str
+    question_type: str
+    patient_id: str
+    template: str = ""
+
+
+def list_questions(data: Dataset) -> list[Question]:
+    """Every assistant turn of the data.
+
+    `question_type` of a row is one string or a list with one for each of its answers; a row without `patient_id` counts
+    as a patient of its own, and one about the ECGs of several patients as of the first of them.
+
+    Raises:
+        ValueError: a row has no messages, or an answer is empty.
+    """
+    columns = [name for name in ("messages", "question_type", "template_id") if name in data.column_names]
+    patients = patients_of(data)
+    questions = []
+    for index, row in enumerate(data.with_format(None).select_columns(columns)):
+        kinds = row.get("question_type") or "all"
+        kinds = kinds if isinstance(kinds, list) else [kinds]
+        if not row["messages"]:
+            raise ValueError(f"Row {index} has no messages.")
+        answered = sum(message["role"] == "assistant" for message in row["messages"])
+        types = iter(kinds if len(kinds) == answered else kinds[:1] * answered)
+        template = row.get("template_id")
+        chat = [{**message, "content": _text(message["content"])} for message in row["messages"]]
+        for turn, message in enumerate(chat):
+            if message["role"] != "assistant":
+                continue
+            asked, answer = chat[turn - 1]["content"] if turn else "", message["content"].strip()
+            if not answer:
+                raise ValueError(
+                    f"Row {index} has an empty answer to {asked!r}, which no model could give; leave the row out."
+                )
+            named = asked if template is None else f"template {template}"
+            questions.append(Question(index, turn, asked, answer, str(next(types)), patients[index][0], named))
+    return questions
+
+
+def _text(content: str | list[dict[str, Any]]) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
+
+
+def most_frequent_answers(questions: list[Question], training: list[Question]) -> list[str]:
+    """For each question the answer that its template had most often in training; for templates that were never asked that of
+    questions of their type, or of all. Of answers that are as frequent it is the first in alphabetical order."""
+    counts: dict[Any, Counter[str]] = defaultdict(Counter)
+    for question in training:
+        for key in ((question.question_type, question.template), question.question_type, None):
+            counts[key][question.answer] += 1
+    best = {key: min(found, key=lambda answer: (-found[answer], answer)) for key, found in counts.items()}
+    keys = [((q.question_type, q.template), q.question_type, None) for q in questions]
+    return [next(best[key] for key in places if key in best) for places in keys]
+
+
+def candidate_answers(questions: list[Question], known: list[Question], given: Sequence[str] | None) -> list[list[str]]:
+    """The answers among which each question is to be decided, sorted: `given` ones for all, or those that `known` questions
+    of its type have, and its own.
+
+    Raises:
+        ValueError: there is one candidate alone, more than `MAX_CANDIDATES`, or `given` ones lack a right answer.
+    """
+    if given:
+        candidates = sorted(set(given))
+        if len(candidates) < 2:
+            raise ValueError(f"--candidates {' '.join(given)}: expected at least two different answers.")
+        for question in questions:
+            if question.answer not in candidates:
+                raise ValueError(
+                    f"The right answer {question.answer!r} to {question.question!r} is none of --candidates {', '.join(candidates)}."
+                )
+        return [candidates] * len(questions)
+    by_type: dict[str, set[str]] = defaultdict(set)
+    for question in [*known, *questions]:
+        by_type[question.question_type].add(question.answer)
+    asked = {question.question_type for question in questions}
+    for kind in sorted(asked):
+        if not 2 <= len(by_type[kind]) <= MAX_CANDIDATES:
+            raise ValueError(
+                f"Questions of the type {kind!r} have {len(by_type[kind])} different answers; --score likelihood decides among 2 "
+                f"to {MAX_CANDIDATES}. Give them as --candidates, or use --score generation."
+            )
+    found = {kind: sorted(by_type[kind]) for kind in asked}
+    return [found[question.question_type] for question in questions]
+
+
+def patients_of(data: Dataset) -> list[tuple[str, ...]]:
+    """The patients of each row's ECGs."""
+    patients = data["patient_id"] if "patient_id" in data.column_names else [None] * len(data)
+    several = [patient if isinstance(patient, list) else [patient] for patient in patients]
+    named = [tuple(str(patient) for patient in group if patient not in (None, "")) for group in several]
+    return [names or (f"row {row}",) for row, names in enumerate(named)]
+
+
+def other_patients(patients: list[tuple[str, ...]], seed: int) -> np.ndarray:
+    """For each row, with the patients of its ECGs, the index of a row of other patients, each used about as often as any other.
+
+    Raises:
+        ValueError: a row has no such other.
+    """
+    order = np.random.default_rng(seed).permutation(len(patients))
+    others = np.empty(len(patients), dtype=int)
+    for place, row in enumerate(order):
+        following = (order[(place + step) % len(order)] for step in range(1, len(order)))
+        other = next((other for other in following if not set(patients[other]) & set(patients[row])), None)
+        if other is None:
+            raise ValueError(
+                f"All {len(patients)} rows have an ECG of the patients {', '.join(patients[row])}: no other ECG to swap in."
+            )
+        others[row] = other
+    return others
+
+
+def rows_to_swap(data: Dataset, seed: int) -> np.ndarray:
+    """For each row the index of the one whose ECGs are swapped in: of other patients, and as many; of rows without ECG itself.
+
+    Raises:
+        ValueError: a row has no such other.
+    """
+    others = np.arange(len(data))
+    patients, num_ecgs = patients_of(data), _num_ecgs(data)
+    for number in set(num_ecgs.tolist()) - {0}:
+        rows = np.flatnonzero(num_ecgs == number)
+        others[rows] = rows[other_patients([patients[row] for row in rows], seed)]
+    return others
+
+
+def _num_ecgs(data: Dataset) -> np.ndarray:
+    if "ecg" not in data.column_names:
+        return np.zeros(len(data), dtype=int)
+    tables = data.select_columns("ecg").with_format("arrow").iter(1000)
+    columns = [table["ecg"] for table in tables]
+    if isinstance(data.features["ecg"], List):
+        return np.concatenate([pc.list_value_length(column).fill_null(0) for column in columns])
+    return np.concatenate([pc.is_valid(column) for column in columns]).astype(int)
