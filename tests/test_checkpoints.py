@@ -5,6 +5,7 @@ import struct
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import tiny_llm_config
@@ -127,6 +128,24 @@ def test_damaged_files(tmp_path):
         read_checkpoint(tmp_path / "lies.safetensors")
     with pytest.raises(OSError, match="nowhere"):
         read_checkpoint(tmp_path / "nowhere.pt")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("new_format", [True, False])
+def test_flipped_bytes(new_format, tmp_path):
+    path, random = tmp_path / "flipped.pt", np.random.default_rng(0)
+    torch.save({"model_state_dict": WEIGHTS, "epoch": 1}, path, _use_new_zipfile_serialization=new_format)
+    whole = np.frombuffer(path.read_bytes(), dtype=np.uint8)
+    refused = 0
+    for _ in range(300):
+        content = whole[: random.integers(1, len(whole) + 1)].copy()
+        content[random.integers(0, min(len(content), 1200), 2)] = random.integers(0, 256, 2)
+        path.write_bytes(content.tobytes())
+        try:
+            read_checkpoint(path)
+        except (ValueError, OSError):
+            refused += 1
+    assert refused > 200
 
 
 @pytest.mark.parametrize(

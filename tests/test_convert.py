@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import struct
 from pathlib import Path
 
@@ -715,3 +716,26 @@ def test_a_hostile_checkpoint_executes_and_writes_nothing(tmp_path, monkeypatch)
     with pytest.raises(ValueError, match=r"hostile\.pt is refused.*Nothing of it was executed"):
         run(tmp_path / "hostile.pt", {"model_state_dict": basic_merl(), "epoch": Evil()}, "--encoder", "merl")
     assert [path.name for path in tmp_path.iterdir()] == ["hostile.pt"]
+
+
+def test_the_widest_dtype_unless_another_is_said(llm, tmp_path):
+    weights = {key: tensor.bfloat16() if key.startswith("llm.") else tensor for key, tensor in fuyu(llm).items()}
+    report = run(tmp_path / "elm.pt", weights, "--llm", llm, *FUYU)
+    assert any("all weights become torch.float32" in line for line in report["assumed"])
+    saved = load_file(tmp_path / "out/model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert torch.equal(saved["model.connector.projection.weight"], weights["project_layer.projection.weight"])
+    shutil.rmtree(tmp_path / "out")
+    run(tmp_path / "elm.pt", weights, "--llm", llm, *FUYU, "--dtype", "bfloat16")
+    saved = load_file(tmp_path / "out/model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+
+
+def test_a_failure_while_saving_leaves_nothing(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError("no space left on the disk")
+
+    monkeypatch.setattr("training.convert.write_text", full)
+    with pytest.raises(OSError, match="no space left"):
+        run(tmp_path / "merl.pt", basic_merl(), "--encoder", "merl")
+    assert [path.name for path in tmp_path.iterdir()] == ["merl.pt"]

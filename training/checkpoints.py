@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import struct
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 STATE_DICT = "model_state_dict"
+# what torch and safetensors raise on damaged files
+DAMAGE: tuple[type[Exception], ...] = (
+    SafetensorError,
+    struct.error,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass
@@ -55,7 +70,7 @@ def _load(path: Path) -> Any:
         ) from error
     except OSError:
         raise
-    except (SafetensorError, RuntimeError, ValueError, TypeError, LookupError, EOFError, AttributeError) as error:
+    except DAMAGE as error:
         raise ValueError(f"{path} is no checkpoint of PyTorch or safetensors, or is damaged: {error}") from error
 
 

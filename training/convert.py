@@ -522,7 +522,10 @@ def _dtype(args: ConvertArguments, tensors: dict[str, Tensor]) -> torch.dtype:
     if args.dtype is not None:
         return getattr(torch, args.dtype)
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
-    return reduce(torch.promote_types, dtypes or {torch.float32})
+    widest = reduce(torch.promote_types, dtypes or {torch.float32})
+    if len(dtypes) > 1:
+        args.assumed.append(f"all weights become {widest}, the widest of the checkpoint; --dtype says another")
+    return widest
 
 
 def convert_encoder(
