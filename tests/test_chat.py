@@ -190,7 +190,7 @@ def test_conversation(chat, records, monkeypatch, capsys):
     assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
     kinds = [[part["type"] for part in message["content"]] for message in chat.messages]
     assert kinds == [["ecg", "text"], ["text"], ["text"], ["text"]]
-    assert chat.messages[1]["content"][0]["text"] in out
+    assert chat.messages[1]["content"][0]["text"].translate(chat_module.CONTROL_CHARACTERS) in out
 
 
 @pytest.mark.parametrize(
@@ -244,6 +244,15 @@ def test_ctrl_c_stops_the_answer_alone(chat, monkeypatch, capsys):
     assert "Ctrl-D or /quit ends the chat." in out
     assert out.endswith("It is \n(stopped)\n")
     assert chat.messages[1]["content"][0]["text"] == "It is"
+
+
+def test_answers_do_not_steer_the_terminal(chat, monkeypatch, capsys):
+    monkeypatch.setattr(
+        chat_module, "stream_answer", lambda *args, **kwargs: (piece for piece in ["\x1b[2Jyes\n", "or no"])
+    )
+    type_lines(monkeypatch, "What is it?")
+    run(chat)
+    assert capsys.readouterr().out == "\ufffd[2Jyes\nor no\n"
 
 
 def test_clear(chat, records):

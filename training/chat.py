@@ -34,6 +34,8 @@ except ImportError:  # not on Windows
     readline = None  # type: ignore[assignment]
 
 HISTORY_LENGTH = 1000
+# what a model writes shall not steer the terminal
+CONTROL_CHARACTERS = dict.fromkeys({*range(32), *range(127, 160)} - {9, 10}, "\N{REPLACEMENT CHARACTER}")
 HELP = """\
 /ecg FILE [FILE ...]  ECGs that the next question is about; without FILE, those of the chat
     [--start SECOND]  where the part that the model sees begins, of a longer record
@@ -209,6 +211,7 @@ def _history() -> Iterator[None]:
         yield
         return
     readline.parse_and_bind("tab: complete")
+    readline.set_completer_delims(" ")  # else a file name ends at its slashes
     path = history_path()
     with contextlib.suppress(OSError):
         readline.read_history_file(path)
@@ -247,7 +250,7 @@ def run(chat: Chat) -> None:
                 with contextlib.closing(chat.ask(line)) as answer:
                     answered = False
                     for piece in answer:
-                        print(piece, end="", flush=True)
+                        print(piece.translate(CONTROL_CHARACTERS), end="", flush=True)
                         answered = True
                     print("" if answered else "(no answer)")
         except KeyboardInterrupt:

@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from transformers import PreTrainedModel, set_seed
 
 import ecg_utils
-from ecg_drawing import ECGPaper, ecg_svg
+from ecg_drawing import ECGPaper, ecg_svg, page_width
 from training.conversation import (
     DISCLAIMER,
     ShownECG,
@@ -44,7 +44,8 @@ CSS = """
 #disclaimer {border-left: 4px solid #b45309; padding: 2px 12px}
 #ecgs figure {margin: 0 0 16px}
 #ecgs .paper {overflow-x: auto}
-#ecgs svg {display: block; width: 100%; min-width: 560px; height: auto}
+#ecgs svg {display: block; width: 100%; min-width: calc(var(--mm) * 2.1px); max-width: calc(var(--mm) * 5px); height: auto}
+#ecgs figcaption {margin-top: 8px}
 #ecgs .none {min-height: 160px; display: grid; place-items: center; border: 1px dashed #9ca3af; border-radius: 8px}
 #ecgs .error {border-left: 4px solid #b91c1c; padding: 8px 12px; overflow-wrap: anywhere}
 """
@@ -73,10 +74,14 @@ def import_gradio() -> Any:
 def draw(ecg: ShownECG) -> str:
     """The ECG on paper as in a hospital, to scale and of any width, with what was read below: HTML."""
     record = ecg.record
-    paper = ECGPaper(layout="3x4" if len(record.lead_names) > 6 else "12x1")
-    caption = f"{ecg.name}, {paper.speed:g} mm/s, {paper.gain:g} mm/mV, {record.sampling_rate:g} Hz"
+    seconds = record.array.shape[1] / record.sampling_rate
+    # columns show a part of the time each, which has to hold some beats
+    paper = ECGPaper(layout="3x4" if len(record.lead_names) > 6 and seconds >= 8 else "12x1")
+    caption = f"{paper.speed:g} mm/s, {paper.gain:g} mm/mV, {record.sampling_rate:g} Hz"
     said = f"<b>{html.escape(ecg.name)}</b>: {html.escape(ecg.facts)}."
-    return f'<figure><div class="paper">{ecg_svg(record, paper, caption)}</div><figcaption>{said}</figcaption></figure>'
+    width = page_width(paper, seconds)
+    svg = ecg_svg(record, paper, caption)
+    return f'<figure><div class="paper" style="--mm: {width:g}">{svg}</div><figcaption>{said}</figcaption></figure>'
 
 
 def read_uploads(processor: Any, paths: Sequence[Path], **described: Any) -> list[ShownECG]:
@@ -211,7 +216,7 @@ def build_demo(page: Page, name: str, questions: Sequence[str] = QUESTIONS) -> A
             for now, compared_now in page.ask(question, ecgs, turns, compare, compared):
                 yield "", now, now, compared_now, compared_now
         except Exception as error:  # whatever it is, it is said and the page goes on
-            gr.Warning(str(error))
+            gr.Warning(html.escape(str(error)))
             yield question, turns, turns, compared, compared
 
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as demo:
