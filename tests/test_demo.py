@@ -62,6 +62,7 @@ def test_upload_of_several_ecgs(page, folder):
     ecgs, shown = page.upload([str(folder / "walk_one.npz"), str(save_record(folder / "two.npz", seed=1))])
     assert [ecg.name for ecg in ecgs] == ["walk_one.npz", "two.npz"]
     assert shown.count("<svg") == 2
+    assert "Several files are named walk_one.npz" in page.upload([str(folder / "walk_one.npz")] * 2)[1]
     assert page.upload([]) == page.upload(None) == ([], NO_ECG)
 
 

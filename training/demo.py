@@ -88,9 +88,12 @@ def read_uploads(processor: Any, paths: Sequence[Path], **described: Any) -> lis
     """The ECGs of uploaded files; the several files of a WFDB record are one.
 
     Raises:
-        ValueError: a file is no ECG that the model can take, by the name under which it was uploaded.
-        ImportError: as `read_ecg`.
+        ValueError: a file is no ECG that the model can take, by the name under which it was uploaded; or two have one name.
     """
+    names = [path.name for path in paths]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"Several files are named {', '.join(twice)}; rename them, so that each can be told.")
     with tempfile.TemporaryDirectory() as folder:
         # the parts of a WFDB record name each other, and Gradio gives each a folder of its own
         files = [Path(shutil.copy(path, Path(folder) / path.name)) for path in paths]
