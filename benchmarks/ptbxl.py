@@ -5,7 +5,7 @@
     elm evaluate runs/ptbxl/llava --data runs/ptbxl/data
     python benchmarks/ptbxl.py auroc runs/ptbxl/llava runs/ptbxl    # of P(yes), for the five superclasses on fold 10
 
-The best of them learns from chats of all five questions, and is asked each by itself about every record; beside it a plain CNN:
+Another learns from chats of all five questions, and is asked each by itself about every record; beside it a plain CNN:
 
     elm sft --config training/configs/ptbxl_conversations.yaml --data runs/ptbxl/all_questions --llm runs/ptbxl/llm --output_dir runs/ptbxl/conversations
     elm evaluate runs/ptbxl/conversations --data runs/ptbxl/all_questions --score likelihood
