@@ -17,14 +17,24 @@ from pathlib import Path
 from threading import Thread
 from urllib.parse import parse_qs, unquote, urlsplit
 
-LFS_SUFFIXES = (".safetensors", ".parquet", ".arrow", ".bin")
+import yaml
+from helpers import _HIDE_PROJECT, ROOT
+
+LICENSES = {"apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "llama3.2", "gemma", "other", "unknown"}
+PIPELINE_TAGS = {"text-generation", "feature-extraction", "image-text-to-text", "question-answering"}
+LFS_SUFFIXES = (".safetensors", ".parquet", ".arrow", ".bin", ".npz")
 
 
 class LoopbackHub(ThreadingHTTPServer):
-    """Repositories in memory. Reading is free, writing needs any token; a repository keeps each of its commits.
+    """Repositories in memory. Reading is free, writing needs any token but "wrong"; a repository keeps each of its commits.
 
     Args:
         user: owner of a repository that is created without one.
+
+    Attributes:
+        private, read_only: names of repositories as in `repos`, which need a token to be read, or admit pull requests alone.
+        broken_commits: how many commits from now on fail when their large files are there.
+        cards: texts of the cards that were validated.
     """
 
     def __init__(self, user: str = "user"):
@@ -34,9 +44,13 @@ class LoopbackHub(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}  # sha256 -> content of large files
         # "models/user/name" or "datasets/user/name" -> branch or commit -> path -> content
         self.repos: dict[str, dict[str, dict[str, bytes]]] = {}
+        self.private: set[str] = set()
+        self.read_only: set[str] = set()
+        self.broken_commits = 0
+        self.cards: list[str] = []
 
     def __enter__(self) -> "LoopbackHub":
-        Thread(target=self.serve_forever, daemon=True).start()
+        Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -68,7 +82,8 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self) -> None:
         body = self.read_body()  # all of it, or the next request of the connection starts in its midst
         path = urlsplit(self.path).path
-        if self.command in ("POST", "PUT") and "Authorization" not in self.headers and "/lfs/" not in path:
+        token = self.headers.get("Authorization")
+        if token == "Bearer wrong" or (self.command in ("POST", "PUT") and token is None and "/lfs/" not in path):
             return self.send(401, {"error": "Invalid username or password."})
         for pattern, handle in _ROUTES:
             match = re.fullmatch(pattern, f"{self.command.replace('HEAD', 'GET')} {path}")
@@ -98,8 +113,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def find(self, repo: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
         """Commit and files of a revision; answers 404 where there is none."""
-        if repo not in self.server.repos:
-            self.send(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
+        hidden = repo in self.server.private and "Authorization" not in self.headers
+        if repo not in self.server.repos or hidden:
+            status = (
+                401 if "Authorization" not in self.headers else 404
+            )  # the Hub does not tell strangers what there is
+            self.send(status, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
             return None
         commits = self.server.repos[repo]
         if revision not in commits:
@@ -119,17 +138,38 @@ class _Handler(BaseHTTPRequestHandler):
         if repo in self.server.repos:
             return self.send(409, {"error": "You already created this repo", "url": url})
         self.server.repos[repo] = {}
+        if content.get("private") or content.get("visibility") == "private":
+            self.server.private.add(repo)
         self.server.commit(repo, "main", {})
         self.send(200, {"url": url, "name": repo_id})
 
+    def may_not_write(self, repo: str) -> bool:
+        if repo in self.server.read_only:
+            self.send(403, {"error": "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request"})
+        return repo in self.server.read_only
+
+    def tag(self, body: bytes, repo: str, revision: str) -> None:
+        if self.may_not_write(repo) or (found := self.find(repo, revision)) is None:
+            return
+        name = json.loads(body)["tag"]
+        if name in self.server.repos[repo]:
+            return self.send(409, {"error": f"Tag reference {name} already exists"})
+        self.server.repos[repo][name] = found[1]
+        self.send(200, {})
+
     def branch(self, body: bytes, repo: str, revision: str) -> None:
+        if self.may_not_write(repo):
+            return
         if revision in self.server.repos[repo]:
             return self.send(409, {"error": "Reference already exists"})
         self.server.repos[repo][revision] = self.server.repos[repo][json.loads(body).get("startingPoint", "main")]
         self.send(200, {})
 
     def validate_card(self, body: bytes) -> None:
-        self.send(200, {"errors": [], "warnings": []})
+        content = json.loads(body)
+        self.server.cards.append(content["content"])
+        errors = card_errors(content["content"], content["repoType"])
+        self.send(400 if errors else 200, {"errors": [{"message": error} for error in errors], "warnings": []})
 
     def preupload(self, body: bytes, repo: str, revision: str) -> None:
         if (found := self.find(repo, revision)) is None:
@@ -160,6 +200,12 @@ class _Handler(BaseHTTPRequestHandler):
     def commit(self, body: bytes, repo: str, revision: str) -> None:
         if (found := self.find(repo, revision)) is None:
             return
+        create_pr = parse_qs(urlsplit(self.path).query).get("create_pr") == ["1"]
+        if not create_pr and self.may_not_write(repo):
+            return
+        if self.server.broken_commits:
+            self.server.broken_commits -= 1
+            return self.send(500, {"error": "the commit failed"})
         files = dict(found[1])
         for line in body.splitlines():
             operation, value = json.loads(line).values()
@@ -171,8 +217,12 @@ class _Handler(BaseHTTPRequestHandler):
                 del files[value["path"]]
             elif operation == "deletedFolder":
                 files = {path: data for path, data in files.items() if not path.startswith(f"{value['path']}/")}
-        digest = self.server.commit(repo, revision, files)
-        self.send(200, {"commitUrl": f"{self.server.url}/{repo}/commit/{digest}", "commitOid": digest})
+        number = 1 + sum(name.startswith("refs/pr/") for name in self.server.repos[repo])
+        digest = self.server.commit(repo, f"refs/pr/{number}" if create_pr else revision, files)
+        said = {"commitUrl": f"{self.server.url}/{repo}/commit/{digest}", "commitOid": digest}
+        if create_pr:
+            said["pullRequestUrl"] = f"{self.server.url}/{repo.split('/', 1)[1]}/discussions/{number}"
+        self.send(200, said)
 
     # reading
 
@@ -181,7 +231,16 @@ class _Handler(BaseHTTPRequestHandler):
             return
         repo_id = repo.split("/", 1)[1]
         siblings = [{"rfilename": path} for path in sorted(found[1])]
-        self.send(200, {"id": repo_id, "sha": found[0], "private": False, "tags": [], "siblings": siblings})
+        said = {
+            "id": repo_id,
+            "sha": found[0],
+            "private": repo in self.server.private,
+            "tags": [],
+            "siblings": siblings,
+        }
+        card = found[1].get("README.md", b"").decode()
+        said["cardData"] = front_matter(card) if card.startswith("---") else {}
+        self.send(200, said)
 
     def tree(self, body: bytes, repo: str, revision: str, folder: str) -> None:
         if (found := self.find(repo, revision)) is None:
@@ -208,7 +267,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send(200, [_file_entry(path, found[1][path]) for path in paths if path in found[1]])
 
     def resolve(self, body: bytes, repo: str, revision: str, file: str) -> None:
-        if (found := self.find(repo if repo.startswith("datasets/") else f"models/{repo}", revision)) is None:
+        if (
+            found := self.find(repo if repo.startswith(("datasets/", "spaces/")) else f"models/{repo}", revision)
+        ) is None:
             return
         digest, files = found
         if file not in files:
@@ -221,12 +282,50 @@ def _file_entry(path: str, data: bytes) -> dict:
     return {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
 
 
-_REPO = r"(?P<repo>(?:models|datasets)/[^/]+(?:/[^/]+)?)"
+def front_matter(card: str) -> dict:
+    return yaml.safe_load(card.split("---\n")[1]) or {}
+
+
+def card_errors(card: str, repo_type: str = "model") -> list[str]:
+    """What the Hub would say of a card's metadata, as far as that is known without it."""
+    if not card.startswith("---\n"):
+        return ["empty or missing yaml metadata"]
+    try:
+        data = front_matter(card)
+    except yaml.YAMLError as error:
+        return [f"bad yaml: {error}"]
+    errors = [
+        f'"{key}" must be a string' for key in ("library_name", "license") if not isinstance(data.get(key, ""), str)
+    ]
+    for key in ("tags", "datasets", "metrics", "models"):
+        value = data.get(key, [])
+        if not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
+            errors.append(f'"{key}" must be an array of strings')
+    ids = [*(data.get("datasets") or []), *([data["base_model"]] if isinstance(data.get("base_model"), str) else [])]
+    errors += [f'"{name}" is no repo id' for name in ids if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name))]
+    if data.get("license", "mit") not in LICENSES:
+        errors.append(f'"license" must be one of [...], not {data["license"]}')
+    if data.get("license") == "other" and repo_type == "model" and not {"license_name", "license_link"} & data.keys():
+        errors.append('"license_name" or "license_link" is required')
+    if data.get("pipeline_tag", "text-generation") not in PIPELINE_TAGS:
+        errors.append(f'"pipeline_tag" must be one of [...], not {data["pipeline_tag"]}')
+    for model in data.get("model-index", []):
+        for result in model["results"] if "name" in model else [{}]:
+            task, dataset = result.get("task", {}), result.get("dataset", {})
+            if not (task.get("type") and dataset.get("type") and dataset.get("name") and result.get("metrics")):
+                errors.append('"model-index" results need task.type, dataset.type, dataset.name and metrics')
+            elif not all(metric.get("type") and "value" in metric for metric in result["metrics"]):
+                errors.append('"model-index" metrics need type and value')
+    return errors
+
+
+_REPO = r"(?P<repo>(?:models|datasets|spaces)/[^/]+(?:/[^/]+)?)"
 _REVISION = "(?P<revision>[^/]+)"
 _ROUTES = [
     (r"POST /api/repos/create", _Handler.create),
     (r"POST /api/validate-yaml", _Handler.validate_card),
     (rf"POST /api/{_REPO}/branch/{_REVISION}", _Handler.branch),
+    (rf"POST /api/{_REPO}/tag/{_REVISION}", _Handler.tag),
     (rf"POST /api/{_REPO}/preupload/{_REVISION}", _Handler.preupload),
     (rf"POST /api/{_REPO}/commit/{_REVISION}", _Handler.commit),
     (rf"POST /api/{_REPO}/paths-info/{_REVISION}", _Handler.paths_info),
@@ -234,12 +333,14 @@ _ROUTES = [
     (r"PUT /lfs/(?P<oid>.+)", _Handler.lfs_upload),
     (rf"GET /api/{_REPO}(?:/revision/{_REVISION})?", _Handler.info),
     (rf"GET /api/{_REPO}/tree/{_REVISION}(?:/(?P<folder>.+))?", _Handler.tree),
-    (rf"GET /(?P<repo>(?:datasets/)?[^/]+(?:/[^/]+)?)/resolve/{_REVISION}/(?P<file>.+)", _Handler.resolve),
+    (rf"GET /(?P<repo>(?:datasets/|spaces/)?[^/]+(?:/[^/]+)?)/resolve/{_REVISION}/(?P<file>.+)", _Handler.resolve),
 ]
 
 
-def run_on_hub(code: str, hub: LoopbackHub, cwd: str | Path) -> str:
+def run_on_hub(code: str, hub: LoopbackHub, cwd: str | Path, isolated: bool = False) -> str:
     """Runs `code` in a fresh process whose Hub is `hub`, and returns what it prints.
+
+    Where it is `isolated` the process cannot import the project.
 
     `cwd` holds the process' Hugging Face caches too; a process that fails raises with its stderr. huggingface_hub reads
     these variables when it is imported, hence the process.
@@ -255,6 +356,9 @@ def run_on_hub(code: str, hub: LoopbackHub, cwd: str | Path) -> str:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "OMP_NUM_THREADS": "1",
     }
+    if isolated:
+        environment.pop("PYTHONPATH", None)
+        code = _HIDE_PROJECT.format(root=str(ROOT)) + code
     process = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
     if process.returncode:
         raise RuntimeError(f"the process ended with {process.returncode}:\n{process.stderr}")

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from helpers import (
     tiny_elm_config,
     tiny_image_elm_config,
@@ -9,21 +10,42 @@ from helpers import (
     tiny_symbolic_processor,
 )
 from huggingface_hub import ModelCard
-from trl import ModelConfig
+from loopback_hub import card_errors
+from trl import ModelConfig, SFTConfig
 
 from training.arguments import ELMArguments
 from training.cards import add_evaluation, representation_of, write_model_card
 
-RESULTS = {"conditions": {"ecg": {"exact_match": 0.875}, "left_out": {"exact_match": 0.25}}}
+RESULTS = {
+    "schema_version": 3,
+    "verdict": "Exact match 87.5%, better than all that does without: the model looks at the ECG.",
+    "data": {"names": ["ecgs"], "split": "test", "fold": 2, "fingerprint": "0"},
+    "num_questions": 40,
+    "num_patients": 20,
+    "conditions": {
+        "ecg": {
+            "metrics": {
+                "exact_match": {"value": 0.875, "interval_95": [0.8, 0.95]},
+                "auroc": {"value": None, "interval_95": None},
+            }
+        },
+        "left_out": {"metrics": {"exact_match": {"value": 0.25, "interval_95": None}}},
+        "most_frequent": {"metrics": {"exact_match": {"value": 0.5, "interval_95": None}}},
+    },
+}
+TRAINING = SFTConfig(output_dir="unused", learning_rate=3e-4, per_device_train_batch_size=4, use_cpu=True, bf16=False)
+SPLITS = {
+    "train": Dataset.from_dict({"patient_id": ["a", "a", "b"], "record_id": ["1", "2", "3"]}),
+    "validation": None,
+}
 
 
 def write(folder: Path, part: str | None = "merl", model: dict | None = None, **options) -> ModelCard:
     defaults = {"data": ["owner/data", "/home/someone/secret/local"], "llm": "qwen2.5-0.5b-instruct"}
     options = defaults | {"update": ["connector", "llm"]} | options
     folder.mkdir(exist_ok=True)
-    write_model_card(
-        folder, ELMArguments(**options), ModelConfig(**model or {}), tiny_elm_config(part), tiny_processor()
-    )
+    arguments = (ELMArguments(**options), TRAINING, ModelConfig(**model or {}))
+    write_model_card(folder, *arguments, tiny_elm_config(part), tiny_processor(), SPLITS)
     return ModelCard.load(folder / "README.md")
 
 
@@ -42,6 +64,13 @@ def test_what_a_card_says(tmp_path):
     assert str(tmp_path) not in card.text
     assert "not a medical device" in card.text
     assert "Not evaluated yet" in card.text
+    assert "| train | 3 | 3 | 2 |" in card.text
+    assert "| `learning_rate` | 0.0003 |" in card.text
+    assert "| batch size | 4 |" in card.text
+    assert "| transformers |" in card.text
+    assert "validation" not in card.text
+    assert "{{" not in card.text
+    assert card_errors(str(card)) == []
 
 
 @pytest.mark.parametrize(
@@ -73,7 +102,7 @@ def test_what_a_model_of_pictures_sees(tmp_path, case):
         config, processor = (
             make(backbone, representation) for make in (tiny_image_elm_config, tiny_image_processor_elm)
         )
-        write_model_card(tmp_path, ELMArguments(**options | changes), model, config, processor)
+        write_model_card(tmp_path, ELMArguments(**options | changes), TRAINING, model, config, processor, SPLITS)
         return ModelCard.load(tmp_path / "README.md").text
 
     text = card(ModelConfig(), encoder="owner/backbone")
@@ -112,19 +141,45 @@ def test_snippet_is_python(tmp_path):
         text = write(tmp_path, model=model).text
         code = text.split("```python\n")[1].split("\n```")[0]
         compile(code, "card", "exec")
-        assert len(code.splitlines()) <= 12
+        assert len(code.splitlines()) <= 13
 
 
 def test_add_evaluation(tmp_path):
     before = write(tmp_path).text
     for score in (0.5, 0.875):  # a second evaluation replaces the first
-        RESULTS["conditions"]["ecg"]["exact_match"] = score
+        RESULTS["conditions"]["ecg"]["metrics"]["exact_match"]["value"] = score
         add_evaluation(tmp_path, RESULTS)
-    text = (tmp_path / "README.md").read_text()
-    assert "| ecg | 87.5 |\n| left_out | 25.0 |" in text
-    assert "50.0" not in text
-    assert "Not evaluated yet" not in text
-    assert text.split("## Limits")[1].strip() == before.split("## Limits")[1].strip()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "| ECG | exact match | auroc |" in card.text
+    assert "| ecg | 87.5 [80.0, 95.0] | undefined |\n| left_out | 25.0 |  |" in card.text
+    assert RESULTS["verdict"] in card.text
+    assert "`ecgs`, split `test` of fold 2: 40 questions, 20 patients" in card.text
+    assert "commonest answer" in card.text
+    assert "50.0 [" not in card.text
+    assert "Not evaluated yet" not in card.text
+    assert card.text.split("## Limits")[1].strip() == before.split("## Limits")[1].strip()
+    (result,) = card.data.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_split) == ("exact_match", 0.875, "test")
+    assert result.dataset_args == {"fold": 2}
+    assert card.data.metrics == ["exact_match", "auroc"]
+    assert card_errors(str(card)) == []
+
+
+@pytest.mark.parametrize(
+    ("metadata", "error"),
+    [
+        ("license: no-such-licence", "license"),
+        ("pipeline_tag: no-such-task", "pipeline_tag"),
+        ("tags: ecg", "tags"),
+        ("base_model: /home/someone/llm", "is no repo id"),
+        ("license: other", "license_link"),
+        ("model-index: [{name: x, results: [{task: {type: a}}]}]", "model-index"),
+        ("a: [", "bad yaml"),
+    ],
+)
+def test_the_loopback_hub_refuses_a_bad_card(metadata, error):
+    assert error in " ".join(card_errors(f"---\n{metadata}\n---\n# x\n"))
+    assert card_errors("# x\n") == ["empty or missing yaml metadata"]
 
 
 def test_training_again_drops_old_scores(tmp_path):

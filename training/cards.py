@@ -1,32 +1,45 @@
-"""The card of a trained ELM, from what the run knows."""
+"""Cards of ELMs, adapters and ECG encoders, from what their runs and folders know."""
 
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
-from transformers import PreTrainedConfig
-from trl import ModelConfig
+import torch
+from datasets import Dataset
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedConfig, PreTrainedModel
+from trl import ModelConfig, SFTConfig
 
 from configuration_elm import ELMConfig
+from modeling_ecg_encoders import ENCODER_MODELS
 from processing_elm import ELMProcessor
 from training.arguments import ELMArguments
 from training.build import resolve_llm
 from training.files import write_text
+from training.scores import with_interval
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "model_cards"
+CARD = "README.md"
+SAMPLE = "sample_ecg.npz"
+TAGS = ["ecg", "electrocardiogram"]
+PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "elm-ecg")
+EVALUATION = "What it says without the ECG"
+NOT_EVALUATED = "Not evaluated yet: run `elm evaluate` on it."
+PAPERS = {
+    "merl": ("MERL, a 1-D ResNet", "https://arxiv.org/abs/2403.06659"),
+    "mlae": ("MaeFE, masked lead autoencoder", "https://doi.org/10.1109/TIM.2022.3228267"),
+    "mtae": ("MaeFE, masked time autoencoder", "https://doi.org/10.1109/TIM.2022.3228267"),
+    "st_mem": ("ST-MEM", "https://arxiv.org/abs/2402.09450"),
+}
+# of TRL's and PEFT's arguments those that say most of a run
+TRAINING = ("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio")
+TRAINING += ("weight_decay", "max_grad_norm", "optim", "bf16", "fp16", "seed")
+LORA = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
 
-LOAD_MODEL = """\
-model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)"""
-LOAD_ADAPTER = """\
-model = AutoPeftModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)"""
-SNIPPET = """\
-from {library} import {auto_class}
-from transformers import AutoProcessor
-
-processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
-{load}
-ecg = {{"array": array, "sampling_rate": 500, "unit": "mV"}}  # [leads, samples]
-chat = [{{"role": "user", "content": [{{"type": "ecg", "ecg": ecg}}, {{"type": "text", "text": "What is the rhythm?"}}]}}]
+CHAT = """\
+chat = [{{"role": "user", "content": [{ecg_part}{{"type": "text", "text": "What is the rhythm?"}}]}}]
 inputs = processor.apply_chat_template(
     chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
 )
@@ -41,6 +54,79 @@ def on_hub(name: str) -> bool:
 def shown(name: str) -> str:
     """A local path says nothing to a reader, and may say too much: its last part stands for it."""
     return name if on_hub(name) else Path(name).name
+
+
+def use_of(kind: str, name: str, revision: str | None = None, takes_ecgs: bool = True, num_leads: int = 12) -> str:
+    """How to load what the card is about: code in Markdown.
+
+    Args:
+        kind: `model`, `adapter`, `encoder` or `tokenizer`.
+        name: of a local folder, or with a `revision` of a repo on the Hub, which holds a simulated ECG beside.
+    """
+    local = revision is None
+    pin = "" if local else ", revision=revision"
+    names = f'name = "{name}"' if local else f'name, revision = "{name}", "{revision}"'
+    download = f'hf_hub_download(name, "{SAMPLE}"{pin})'
+    imports = [] if local or not takes_ecgs or kind == "tokenizer" else ["from huggingface_hub import hf_hub_download"]
+    trust = f"name{pin}, trust_remote_code=True"
+    sample = f"ecg = {download}  # simulated; yours: its file, or " if not local else "ecg = "
+    sample += '{"array": array, "sampling_rate": 500, "unit": "mV"}' + ("  # [leads, samples]" if local else "")
+    lines: list[str]
+    if kind == "encoder":
+        values = (
+            f"torch.zeros(1, {num_leads}, encoder.config.num_samples)"
+            if local
+            else f'torch.from_numpy(np.load({download})["array"] / 1000).float()[None]'
+        )
+        lines = [*(["import numpy as np"] if not local else []), "import torch", *imports]
+        lines += ["from transformers import AutoModel", "", names]
+        lines += [f"encoder = AutoModel.from_pretrained({trust}).eval()"]
+        lines += [f"ecg_values = {values}  # [ECGs, leads, samples]"]
+        lines += ["print(encoder(ecg_values).last_hidden_state.shape)"]
+    elif kind == "tokenizer":
+        lines = ["from transformers.dynamic_module_utils import get_class_from_dynamic_module", "", names]
+        lines += [
+            f'ECGByteTokenizer = get_class_from_dynamic_module("tokenization_ecg_byte.ECGByteTokenizer", name{pin})'
+        ]
+        lines += [f"tokenizer = ECGByteTokenizer.from_pretrained(name{pin})"]
+        lines += ["ids = tokenizer.encode(ecg)  # floats [leads, samples] in millivolts"]
+        lines += ["again = tokenizer.decode(ids, *tokenizer.value_range(ecg), num_leads=len(ecg))"]
+    else:
+        auto_class = "AutoPeftModelForCausalLM" if kind == "adapter" else "AutoModelForCausalLM"
+        of_transformers = "AutoProcessor" if kind == "adapter" else "AutoModelForCausalLM, AutoProcessor"
+        lines = [*imports, *([f"from peft import {auto_class}"] if kind == "adapter" else [])]
+        lines += [f"from transformers import {of_transformers}", "", names]
+        lines += [f"processor = AutoProcessor.from_pretrained({trust})"]
+        lines += [f"model = {auto_class}.from_pretrained({trust})"]
+        lines += [sample] if takes_ecgs else []
+        place = "ecg" if local else "path"
+        lines += CHAT.format(ecg_part=f'{{"type": "ecg", "{place}": ecg}}, ' if takes_ecgs else "").splitlines()
+    text = "```python\n" + "\n".join(lines) + "\n```"
+    if kind == "model" and takes_ecgs and not local:
+        text += "\n\nOr, of a file and a question:\n\n```python\n" + "\n".join(
+            [
+                *imports,
+                "from transformers import pipeline",
+                "",
+                names,
+                f'pipe = pipeline("ecg-question-answering", model={trust})',
+                f'print(pipe({{"ecg": {download}, "question": "What is the rhythm?"}}))',
+            ]
+        )
+        text += "\n```"
+    return text
+
+
+def replace_section(text: str, heading: str, body: str) -> str:
+    """The card's text with another body of the section `## heading`; as it was where it has none."""
+    head, found, rest = text.partition(f"## {heading}\n")
+    _, next_heading, tail = rest.partition("\n## ")
+    return f"{head}{found}\n{body}\n{next_heading}{tail}" if found else text
+
+
+def table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
 
 
 def representation_of(processor: ELMProcessor) -> str:
@@ -59,28 +145,98 @@ def representation_of(processor: ELMProcessor) -> str:
     )
 
 
-def add_evaluation(folder: Path, results: dict[str, Any]) -> None:
-    """Writes the scores with and without the ECG into the card of `folder`, if it has one with a place for them."""
-    path = folder / "README.md"
-    if not path.is_file():
-        return
-    head, heading, rest = path.read_text(encoding="utf-8").partition("## What it says without the ECG\n")
-    _, next_heading, tail = rest.partition("\n## ")
-    rows = [f"| {name} | {100 * row['exact_match']:.1f} |" for name, row in results["conditions"].items()]
-    table = "\n".join(["| ECG | exact match, % |", "| --- | --- |", *rows])
-    if heading:
-        write_text(path, f"{head}{heading}\n{table}\n{next_heading}{tail}")
+def environment() -> str:
+    """The versions of the packages, each a row."""
+    return table(("package", "version"), [(name, version(name)) for name in PACKAGES])
 
 
-def write_model_card(
-    folder: Path, args: ELMArguments, model_args: ModelConfig, config: ELMConfig, processor: ELMProcessor
-) -> None:
-    """Writes `README.md` into the folder of a trained model or adapter."""
-    start = model_args.model_name_or_path or resolve_llm(args.llm)
-    adapter = model_args.use_peft
-    encoder = config.encoder_config
-    pretrained = args.encoder_name_or_path if model_args.model_name_or_path is None else None
-    source = "" if pretrained is None else f" of `{shown(pretrained)}`"
+def citation(title: str, url: str | None = None) -> str:
+    lines = [
+        "@misc{elm,",
+        f"  title = {{{title}: an ECG-language model}},",
+        f"  howpublished = {{{url or 'Hugging Face Hub'}}},",
+    ]
+    return (
+        "```bibtex\n" + "\n".join([*lines, "}"]) + "\n```\n\nAnd the papers of its parts and the sources of its data."
+    )
+
+
+def licence_of(folder: str) -> str | None:
+    """What the card of a local model says of its licence."""
+    card = Path(folder) / CARD
+    licence = ModelCard.load(card).data.license if card.is_file() else None
+    return licence if isinstance(licence, str) else None
+
+
+def count(data: Any) -> tuple[Any, Any, Any]:
+    """Rows, records and patients of a split, as far as they can be known."""
+    if not isinstance(data, Dataset):
+        return "streamed", "unknown", "unknown"
+
+    def distinct(column: str) -> str:
+        if column not in data.column_names:
+            return "unknown"
+        values = [row if isinstance(row, list) else [row] for row in data[column][:]]
+        return f"{len({value for row in values for value in row if value not in (None, '')}):,}"
+
+    return f"{len(data):,}", distinct("record_id"), distinct("patient_id")
+
+
+def add_evaluation(folder: Path, results: Mapping[str, Any]) -> None:
+    """Writes the scores with and without the ECG into the card of `folder`, if it has one with a place for them.
+
+    Args:
+        results: what `evaluation_results.json` holds.
+    """
+    path = folder / CARD
+    if path.is_file():
+        write_text(path, with_evaluation(path.read_text(encoding="utf-8"), results, folder.resolve().name))
+
+
+def with_evaluation(text: str, results: Mapping[str, Any], model_name: str) -> str:
+    """A card with the scores, in its text and its metadata; as it was if it has no place for them."""
+    if f"## {EVALUATION}\n" not in text:
+        return text
+    conditions, data = results["conditions"], results["data"]
+    metrics = list(dict.fromkeys(name for row in conditions.values() for name in row["metrics"]))
+    rows = [
+        (name, *(with_interval(row["metrics"][metric]) if metric in row["metrics"] else "" for metric in metrics))
+        for name, row in conditions.items()
+    ]
+    split = f"split `{data['split']}`" + ("" if data.get("fold") is None else f" of fold {data['fold']}")
+    sources = ", ".join(f"`{name}`" for name in data["names"])
+    number = ", ".join(
+        f"{results[key]:,} {key.removeprefix('num_')}" for key in ("num_questions", "num_patients") if key in results
+    )
+    lines = [f"{results['verdict']}\n", table(("ECG", *(name.replace("_", " ") for name in metrics)), rows)]
+    lines += [f"\nIn percent, with 95% intervals by patient; {sources}, {split}{': ' + number if number else ''}."]
+    if "most_frequent" in conditions:
+        lines += ["`most_frequent` is the commonest answer to each question in training, without any model."]
+    card = ModelCard(replace_section(text, EVALUATION, "\n".join(lines)))
+    name = " + ".join(data["names"])
+    card.data.model_name = card.data.model_name or model_name
+    card.data.metrics = metrics
+    card.data.eval_results = [
+        EvalResult(
+            task_type="ecg-question-answering",
+            task_name="ECG question answering",
+            dataset_type=name.replace(" ", ""),
+            dataset_name=name,
+            dataset_split=data["split"],
+            dataset_args=None if data.get("fold") is None else {"fold": data["fold"]},
+            metric_type=metric,
+            metric_name=metric.replace("_", " "),
+            metric_value=row["value"],
+        )
+        for metric, row in conditions["ecg"]["metrics"].items()
+        if row["value"] is not None
+    ]
+    return str(card)
+
+
+def _parts(config: ELMConfig, processor: ELMProcessor, source: str = "") -> dict[str, Any]:
+    """What model and processor say of themselves, for the templates."""
+    encoder, extractor = config.encoder_config, processor.feature_extractor
     ecg_path = {
         "llava": f"`{encoder.model_type}` encoder{source}, `{config.connector}` connector"
         if isinstance(encoder, PreTrainedConfig)
@@ -88,42 +244,126 @@ def write_model_card(
         "fuyu": f"`{config.connector}` connector, no encoder",
         "text": "none: the model reads no ECG",
     }[config.architecture]
-    extractor = processor.feature_extractor
     num_ecg_tokens, normalization = str(processor.num_ecg_tokens), extractor.normalization
     if processor.ecg_tokenizer is not None:
         millivolts = processor.ecg_tokenizer.millivolt_range
         normalization = "minmax" if millivolts is None else f"{millivolts[0]:g} to {millivolts[1]:g} mV"
         num_ecg_tokens = "as many as its signal needs"
         ecg_path = f"ECG-Byte tokens in the text, {processor.ecg_tokenizer.vocab_size:,} of them in the vocabulary"
-    auto_class = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
+    return {
+        "representation": representation_of(processor),
+        "ecg_path": ecg_path,
+        "num_leads": len(extractor.lead_names),
+        "num_samples": extractor.num_samples,
+        "sampling_rate": f"{extractor.sampling_rate:g}",
+        "normalization": normalization,
+        "num_ecg_tokens": num_ecg_tokens,
+    }
+
+
+def _training(args: SFTConfig, model_args: ModelConfig) -> str:
+    rows: list[tuple[str, Any]] = [
+        ("batch size", args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
+    ]
+    rows += [(f"`{name}`", getattr(args, name)) for name in TRAINING if getattr(args, name, None) is not None]
+    if model_args.use_peft:
+        rows += [(f"`{name}`", getattr(model_args, name)) for name in LORA]
+    return "TRL's `SFTTrainer`, on the answers alone.\n\n" + table(
+        ("argument", ""), [(name, getattr(value, "value", value)) for name, value in rows]
+    )
+
+
+def write_model_card(
+    folder: Path,
+    args: ELMArguments,
+    training_args: SFTConfig,
+    model_args: ModelConfig,
+    config: ELMConfig,
+    processor: ELMProcessor,
+    splits: Mapping[str, Any],
+) -> None:
+    """Writes `README.md` into the folder of a trained model or adapter.
+
+    Args:
+        splits: the data of each split, None where there was none.
+    """
+    start = model_args.model_name_or_path or resolve_llm(args.llm)
+    adapter = model_args.use_peft
+    pretrained = args.encoder_name_or_path if model_args.model_name_or_path is None else None
+    name = folder.resolve().name
     card_data = ModelCardData(
+        license=None if on_hub(start) else licence_of(start),
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         base_model=start if on_hub(start) else None,
         datasets=[name for name in args.data if on_hub(name)] or None,
-        tags=["ecg", "electrocardiogram", "elm", "trl", "sft", *(["lora"] if adapter else [])],
+        tags=[*TAGS, "elm", "trl", "sft", *(["lora"] if adapter else [])],
     )
+    counts = [(split, *count(data)) for split, data in splits.items() if data is not None]
     card = ModelCard.from_template(
         card_data,
-        template_path=str(TEMPLATES / "model.md"),
-        model_name=folder.resolve().name,
-        start=shown(start),
-        representation=representation_of(processor),
-        ecg_path=ecg_path,
-        num_leads=len(extractor.lead_names),
-        num_samples=extractor.num_samples,
-        sampling_rate=f"{extractor.sampling_rate:g}",
-        normalization=normalization,
-        num_ecg_tokens=num_ecg_tokens,
+        template_path=str(TEMPLATES / ("adapter.md" if adapter else "model.md")),
+        model_name=name,
+        start=f"`{shown(start)}`",
         trained=", ".join(part for part in args.update if part != "connector" or config.connector is not None)
         + (" (LoRA on the language model)" if adapter else ""),
         data=", ".join(f"`{shown(name)}`" for name in args.data),
-        snippet=SNIPPET.format(
-            name=folder.resolve().name,
-            library="peft" if adapter else "transformers",
-            auto_class=auto_class,
-            load=(LOAD_ADAPTER if adapter else LOAD_MODEL).format(name=folder.resolve().name),
-        ),
-        evaluation="Not evaluated yet: run `elm evaluate` on it.",
+        use=use_of("adapter" if adapter else "model", name, takes_ecgs=processor.takes_ecgs),
+        evaluation=NOT_EVALUATED,
+        splits=table(("split", "rows", "records", "patients"), counts),
+        training=_training(training_args, model_args),
+        environment=environment(),
+        citation=citation(name),
+        **_parts(config, processor, "" if pretrained is None else f" of `{shown(pretrained)}`"),
     )
-    card.save(folder / "README.md")
+    card.save(folder / CARD)
+
+
+def folder_card(folder: Path, kind: str, config: PreTrainedConfig, name: str, processor: Any = None) -> ModelCard:
+    """The card of a model or encoder of which only its folder is known."""
+    shared = {"model_name": name, "environment": environment(), "citation": citation(name)}
+    if kind == "encoder":
+        assert isinstance(config.num_leads, int)
+        with torch.device("meta"):
+            encoder: PreTrainedModel = ENCODER_MODELS[config.model_type](config)
+            tokens = encoder(torch.empty(1, config.num_leads, config.num_samples)).last_hidden_state
+        paper, url = PAPERS[config.model_type]
+        return ModelCard.from_template(
+            ModelCardData(
+                library_name="transformers",
+                pipeline_tag="feature-extraction",
+                tags=[*TAGS, "ecg-encoder", config.model_type],
+            ),
+            template_path=str(TEMPLATES / "encoder.md"),
+            num_tokens=tokens.shape[1],
+            width=tokens.shape[2],
+            num_leads=config.num_leads,
+            num_samples=config.num_samples,
+            model_type=config.model_type,
+            paper=f"[{paper}]({url})",
+            parameters=f"{encoder.num_parameters():,}",
+            weights="their folder does not say where they are from",
+            use=use_of("encoder", name, num_leads=config.num_leads),
+            **shared,
+        )
+    assert isinstance(config, ELMConfig)
+    text_config = config.text_config
+    assert isinstance(text_config, PreTrainedConfig)
+    unknown = "Its folder does not say."
+    card = ModelCard.from_template(
+        ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=[*TAGS, "elm"]),
+        template_path=str(TEMPLATES / "model.md"),
+        start=f"a `{text_config.model_type}` language model",
+        trained="not said",
+        data="not said",
+        use=use_of("model", name, takes_ecgs=processor.takes_ecgs),
+        evaluation=NOT_EVALUATED,
+        splits=unknown,
+        training=unknown,
+        **shared,
+        **_parts(config, processor),
+    )
+    results = folder / "evaluation_results.json"
+    if results.is_file():
+        return ModelCard(with_evaluation(str(card), json.loads(results.read_text(encoding="utf-8")), name))
+    return card

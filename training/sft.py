@@ -181,7 +181,9 @@ def main(argv: list[str] | None = None) -> None:
     trainer.save_model()
     if trainer.is_world_process_zero():
         assert training_args.output_dir is not None
-        write_model_card(Path(training_args.output_dir), args, model_args, model.config, processor)
+        splits = {"train": train_data, "validation": eval_data}
+        folder = Path(training_args.output_dir)
+        write_model_card(folder, args, training_args, model_args, model.config, processor, splits)
         print(f"Saved model, processor and card to {os.path.abspath(training_args.output_dir)}", flush=True)
 
 

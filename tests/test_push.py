@@ -1,0 +1,332 @@
+"""Pushes to a loopback Hub, and what a stranger loads from it."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    tiny_elm_config,
+    tiny_image_elm_config,
+    tiny_image_processor_elm,
+    tiny_processor,
+    tiny_symbolic_processor,
+)
+from huggingface_hub import ModelCard, constants
+from loopback_hub import LoopbackHub, card_errors, front_matter, run_on_hub
+from peft import LoraConfig, get_peft_model
+from test_cards import RESULTS
+
+from configuration_elm import MERLConfig
+from ecg_utils import read_ecg
+from modeling_ecg_encoders import MERLModel
+from modeling_elm import ELMForConditionalGeneration
+from training import cli
+from training.push import kind_of, main
+
+CASES = ("llava", "fuyu", "symbolic", "rgb")
+
+
+def save(folder: Path, case: str = "llava") -> Path:
+    torch.manual_seed(0)
+    if case == "rgb":
+        processor, make = tiny_image_processor_elm("vit"), lambda **kwargs: tiny_image_elm_config("vit", **kwargs)
+    elif case == "symbolic":
+        processor = tiny_symbolic_processor()
+        make = lambda **kwargs: tiny_elm_config(None, representation="symbolic", **kwargs)  # noqa: E731
+    else:
+        processor = tiny_processor()
+        make = lambda **kwargs: tiny_elm_config({"llava": "merl", "fuyu": "patch"}[case], **kwargs)  # noqa: E731
+    config = make(ecg_token_id=None if case == "symbolic" else processor.ecg_token_id)
+    model = ELMForConditionalGeneration(config)
+    model.resize_token_embeddings(len(processor.tokenizer))
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    """An ELM of each kind, an adapter on the first, and an encoder."""
+    root = tmp_path_factory.mktemp("push")
+    for case in CASES:
+        save(root / case, case)
+    base = save(root / "adapter" / "base_model")
+    model = ELMForConditionalGeneration.from_pretrained(base)
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=r".*language_model.*q_proj", init_lora_weights=False)
+    get_peft_model(model, lora).save_pretrained(root / "adapter")
+    tiny_processor().save_pretrained(root / "adapter")
+    card = "---\nlibrary_name: peft\ntags: [elm]\n---\n# adapter\n\n## Use\n\nlater\n\n## Limits\n\nmany\n"
+    (root / "adapter" / "README.md").write_text(card)
+    config = json.loads((root / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "/home/someone/secret/base_model"  # it was moved
+    (root / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    MERLModel(MERLConfig(block="basic", depths=[1, 1], widths=[8, 16], num_samples=500)).save_pretrained(
+        root / "encoder"
+    )
+    return root
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub, which this process knows too."""
+    with LoopbackHub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", "any")
+        yield server
+
+
+def push(folder: Path, name: str, *options: str) -> None:
+    main([str(folder), "--repo_id", f"user/{name}", "--license", "mit", *options])
+
+
+def commits(hub: LoopbackHub, name: str) -> set[str]:
+    return {commit for commit in hub.repos[f"models/user/{name}"] if len(commit) == 40}
+
+
+LOAD = """
+import json, sys, torch
+from huggingface_hub import hf_hub_download
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, pipeline
+
+def logits(name, auto_class, revision):
+    processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=True)
+    model = auto_class.from_pretrained(name, revision=revision, trust_remote_code=True).eval()
+    ecg = hf_hub_download(name, "sample_ecg.npz", revision=revision)
+    chat = [{"role": "user", "content": [{"type": "ecg", "path": ecg}, {"type": "text", "text": "What is it?"}]}]
+    inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+    with torch.no_grad():
+        return model(**inputs).logits.flatten()[-300:].double().sum().item()
+"""
+
+
+def local_logits(folder: Path, sample: bytes, base: Path | None = None) -> float:
+    from training.build import load_elm
+
+    model, processor = load_elm(str(folder))
+    record = read_sample(sample)
+    chat = [{"role": "user", "content": [{"type": "ecg", "ecg": record}, {"type": "text", "text": "What is it?"}]}]
+    inputs = processor.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        return model.eval()(**inputs).logits.flatten()[-300:].double().sum().item()
+
+
+def read_sample(sample: bytes) -> dict:
+    with np.load(io.BytesIO(sample)) as file:
+        return {
+            "array": file["array"],
+            "sampling_rate": file["sampling_rate"].item(),
+            "lead_names": file["lead_names"].tolist(),
+            "unit": file["unit"].item(),
+        }
+
+
+def test_a_stranger_loads_what_is_pushed(folders, hub, tmp_path, capsys):
+    """By commit and by the card's tag, with every Auto class, without the project: the logits are the same."""
+    code, expected = [LOAD], {}
+    for case in (*CASES, "adapter", "encoder"):
+        push(folders / case, case)
+        printed = capsys.readouterr().out
+        revision = [commit for commit in hub.repos[f"models/user/{case}"] if len(commit) == 40][-1]
+        assert f'"user/{case}", "{revision}"' in printed
+        card = hub.files(f"user/{case}")["README.md"].decode()
+        assert card_errors(card) == []
+        if case == "encoder":
+            continue
+        classes = (
+            ["AutoModelForCausalLM", "AutoModelForImageTextToText"] if case == "llava" else ["AutoModelForCausalLM"]
+        )
+        for auto_class in ["AutoPeftModelForCausalLM"] if case == "adapter" else classes:
+            importing = f"from peft import {auto_class}\n" if case == "adapter" else ""
+            code.append(f"{importing}print(json.dumps(['{case}', logits('user/{case}', {auto_class}, '{revision}')]))")
+        expected[case] = local_logits(folders / case, hub.files(f"user/{case}")["sample_ecg.npz"])
+    code.append(
+        "print(json.dumps(['config', AutoConfig.from_pretrained('user/fuyu', trust_remote_code=True).architecture]))"
+    )
+    card = hub.files("user/llava")["README.md"].decode()
+    for name in ("llava", "encoder"):
+        blocks = hub.files(f"user/{name}")["README.md"].decode().split("```python\n")[1:]
+        code += [block.split("\n```")[0] for block in blocks]  # the cards' snippets run as they stand
+    output = run_on_hub("\n".join(code), hub, tmp_path, isolated=True)
+    rows = [json.loads(line) for line in output.splitlines() if line.startswith('["')]
+    assert len(rows) == len(expected) + 2
+    for case, value in rows:
+        assert value == ("fuyu" if case == "config" else pytest.approx(expected[case], abs=1e-4))
+    assert "[{'answer': " in output
+    assert "torch.Size([1, " in output
+    base = json.loads(hub.files("user/adapter")["adapter_config.json"])
+    assert base["base_model_name_or_path"] == "user/adapter-base"
+    assert base["revision"] in commits(hub, "adapter-base")
+    assert "secret" not in str(hub.repos)
+
+
+@pytest.fixture
+def model(folders, tmp_path) -> Path:
+    return shutil.copytree(folders / "fuyu", tmp_path / "run")
+
+
+def test_what_is_sent_and_what_is_not(model, hub, capsys):
+    for name in ("training_args.bin", "predictions.jsonl", "trainer_state.json", "notes.txt"):
+        (model / name).write_bytes(b"x")
+    (model / "checkpoint-3").mkdir()
+    (model / "checkpoint-3" / "optimizer.pt").write_bytes(b"x")
+    (model / "mine.py").write_text("password = 1")
+    (model / "evaluation_results.json").write_text(json.dumps(RESULTS))
+    (model / "report.html").write_text("<h2>Scores</h2>\n<h2>Examples</h2>\nrecord 17</html>\n")
+    push(model, "model")
+    files = hub.files("user/model")
+    assert {"model.safetensors", "pipeline_elm.py", "sample_ecg.npz", "evaluation_results.json"} <= files.keys()
+    assert not {"training_args.bin", "predictions.jsonl", "trainer_state.json", "notes.txt", "mine.py"} & files.keys()
+    assert not any("checkpoint" in name for name in files)
+    assert files["report.html"] == b"<h2>Scores</h2>\n</html>\n"
+    assert "predictions.jsonl" in capsys.readouterr().out
+    assert front_matter(files["README.md"].decode())["license"] == "mit"
+    record = read_sample(files["sample_ecg.npz"])
+    assert record["array"].shape == (12, 500)
+
+
+def test_again_and_changed(model, hub, capsys):
+    """The same content makes no commit; what is no longer there goes; a branch is a branch."""
+    push(model, "model")
+    before = commits(hub, "model")
+    capsys.readouterr()
+    push(model, "model")
+    assert "nothing was sent" in capsys.readouterr().out
+    assert commits(hub, "model") == before
+    card = hub.files("user/model")["README.md"].decode()
+    tag = card.split('"user/model", "')[1].split('"')[0]
+    assert hub.files("user/model", tag)["model.safetensors"] == (model / "model.safetensors").read_bytes()
+    (model / "generation_config.json").unlink()
+    push(model, "model", "--revision", "next")
+    assert "generation_config.json" not in hub.files("user/model", "next")
+    assert "generation_config.json" in hub.files("user/model")
+    push(model, "hidden", "--private")
+    assert hub.private == {"models/user/hidden"}
+
+
+def test_a_failure_midway_leaves_the_remote_as_it_was(model, hub, capsys, monkeypatch):
+    push(model, "model")
+    before = dict(hub.files("user/model"))
+    (model / "generation_config.json").write_text("{}")
+    hub.broken_commits = 100
+    with pytest.raises(ValueError, match=r"The Hub refused \(500\): .*the commit failed.* Push again"):
+        push(model, "model")
+    assert hub.files("user/model") == before
+    hub.broken_commits = 0
+    push(model, "model")
+    assert hub.files("user/model")["generation_config.json"] == b"{}"
+
+
+def test_errors_of_the_hub(model, hub, monkeypatch, capsys):
+    push(model, "model")
+    hub.read_only = {"models/user/model"}
+    (model / "generation_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"may not write to user/model; .*--pr"):
+        push(model, "model")
+    capsys.readouterr()
+    push(model, "model", "--pr")
+    assert f"Pull request {hub.url}/user/model/discussions/1" in capsys.readouterr().out
+    assert hub.repos["models/user/model"]["refs/pr/1"]["generation_config.json"] == b"{}"
+    with pytest.raises(ValueError, match="There is no repository user/none"):
+        push(model, "none", "--pr")
+    with pytest.raises(ValueError, match=r"user/model has no revision gone\."):
+        push(model, "model", "--pr", "--revision", "gone")
+    monkeypatch.setenv("HF_TOKEN", "wrong")
+    with pytest.raises(ValueError, match="does not know this token"):
+        push(model, "model")
+    monkeypatch.setattr("training.push.get_token", lambda: None)
+    assert cli.COMMANDS.get("push", ("training.push",))[0] == "training.push"
+    with pytest.raises(ValueError, match="Nobody is logged in"):
+        push(model, "model")
+
+
+def test_licence(model, hub):
+    with pytest.raises(ValueError, match=r"names no licence.*--license"):
+        main([str(model), "--repo_id", "user/model"])
+    assert hub.repos == {}
+    (model / "README.md").write_text("---\nbase_model: owner/llm\n---\n# x\n\n## Use\n\n## Limits\n")
+    with pytest.raises(ValueError, match="nor does owner/llm on the Hub"):
+        main([str(model), "--repo_id", "user/model"])
+    text = b"---\nlicense: llama3.2\nlicense_link: https://a.example/l\n---\n"
+    hub.repos["models/owner/llm"] = {}
+    hub.commit("models/owner/llm", "main", {"README.md": text})
+    main([str(model), "--repo_id", "user/model"])
+    data = ModelCard(hub.files("user/model")["README.md"].decode()).data
+    assert data.license == "llama3.2"
+    assert data.license_link == "https://a.example/l"
+    with pytest.raises(ValueError, match="--license other needs --license_link"):
+        main([str(model), "--repo_id", "user/model", "--license", "other"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("pytorch_model.bin", b"x", "is a pickle"),
+        ("extra/weights.pt", b"x", "is a pickle"),
+        ("scan.dcm", bytes(128) + b"DICM", r"looks like data of patients \(DICOM\)"),
+        ("export", b"<?xml version='1.0'?><AnnotatedECG/>", r"looks like data of patients \(XML"),
+        ("ecg", bytes(16) + b"SCPECG" + bytes(9), r"looks like data of patients \(SCP-ECG\)"),
+        ("patients.csv", b"name", "looks like data of patients"),
+        ("evaluation_results.json", b'{"a": [{"patient_id": 3}]}', "holds patient_id"),
+    ],
+)
+def test_refuses_a_file(name, content, message, model, hub):
+    (model / name).parent.mkdir(exist_ok=True)
+    (model / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        push(model, "model")
+    assert hub.repos == {}
+
+
+def test_refuses_what_is_no_model(model, tmp_path, hub):
+    for folder, message in ((tmp_path / "none", "is no folder"), (tmp_path, "has no config.json")):
+        with pytest.raises(ValueError, match=message):
+            push(folder, "model")
+    (model / "pipeline_elm.py").unlink()
+    with pytest.raises(ValueError, match=r"lacks pipeline_elm\.py"):
+        push(model, "model")
+    (model / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no weights in safetensors"):
+        push(model, "model")
+    with pytest.raises(ValueError, match="expected OWNER/NAME"):
+        main([str(model), "--repo_id", "model"])
+    config = {"model_type": "bert"}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="is of a 'bert' model"):
+        kind_of(model)
+    assert hub.repos == {}
+
+
+def test_tokenizer(hub, tmp_path):
+    shutil.copytree(Path(cli.__file__).parent / "tokenizers" / "ptbxl_250hz", tmp_path / "tokenizer")
+    push(tmp_path / "tokenizer", "tokenizer")
+    assert hub.files("user/tokenizer").keys() == {"README.md", "ecg_byte.json", "tokenization_ecg_byte.py"}
+    with pytest.raises(ValueError, match="--space is a page that asks a model"):
+        push(tmp_path / "tokenizer", "tokenizer", "--space")
+
+
+def test_space(model, hub):
+    push(model, "model", "--space")
+    files = hub.files("user/model", repo_type="space")
+    assert {"README.md", "app.py", "space.json", "requirements.txt"} <= files.keys()
+    space = json.loads(files["space.json"])
+    assert space["model"] == "user/model"
+    assert space["revision"] in commits(hub, "model")
+
+
+def test_sample_is_read_as_any_record(tmp_path):
+    from training.push import sample_ecg
+
+    assert sample_ecg(250, 2500) == sample_ecg(250, 2500)
+    (tmp_path / "sample.npz").write_bytes(sample_ecg(100, 500))
+    record = read_ecg(tmp_path / "sample.npz")
+    assert record.array.shape == (12, 500)
+    assert record.sampling_rate == 100

@@ -1,0 +1,430 @@
+"""`elm push`: shares a model, adapter, encoder, tokenizer or dataset on the Hub, in one commit."""
+
+import argparse
+import fnmatch
+import hashlib
+import io
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
+
+from configuration_elm import ENCODER_CONFIGS, ELMConfig
+from ecg_formats import _FORMATS, _is_wfdb_header
+from processing_elm import ELMProcessor
+from tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer
+from training.cards import CARD, SAMPLE, citation, folder_card, on_hub, replace_section, use_of
+from training.synthetic import make_record
+
+# what a repo is made of beside its code, its card and the sample
+FILES = ["config.json", "generation_config.json", "adapter_config.json", "processor_config.json", "chat_template.jinja"]
+FILES += ["*.safetensors", "*.safetensors.index.json", "preprocessor_config.json", FILE_NAME]
+FILES += ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"]
+FILES += ["merges.txt", "tokenizer.model", "evaluation_results.json", "report.html", "LICENSE*", "NOTICE*"]
+# what a run leaves in its folder and nobody needs: states of training, logs, and answers, which quote the data
+NOT_SHARED = ["training_args.bin", "trainer_state.json", "*_results.json", "predictions*.jsonl", "*.log"]
+FOLDERS_NOT_SHARED = ["checkpoint-*", "runs", "logs", "wandb", "base_model", "__pycache__", ".*"]
+PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
+TABLES = {".csv", ".tsv", ".parquet", ".arrow", ".jsonl", ".xlsx", ".hea", ".dat"}
+# keys of JSON that stand for somebody
+PERSONAL = {"patient_id", "patient_name", "record_id", "birth_date", "date_of_birth", "birthdate", "mrn", "recorded_at"}
+EXAMPLES = "<h2>Examples</h2>"
+
+
+def kind_of(folder: Path) -> str:
+    """`model`, `adapter`, `encoder`, `tokenizer` or `dataset`.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder} is no folder; expected that of a saved model, adapter, encoder, tokenizer or dataset."
+        )
+    if (folder / "adapter_config.json").is_file():
+        return "adapter"
+    if (folder / "config.json").is_file():
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        if model_type == ELMConfig.model_type:
+            return "model"
+        if model_type in ENCODER_CONFIGS:
+            return "encoder"
+        raise ValueError(
+            f"{folder / 'config.json'} is of a {model_type!r} model; expected {ELMConfig.model_type} or one of "
+            f"{', '.join(ENCODER_CONFIGS)}. Share others with `hf upload`."
+        )
+    if (folder / FILE_NAME).is_file():
+        return "tokenizer"
+    if list((folder / "data").glob("*.parquet")):
+        return "dataset"
+    raise ValueError(
+        f"{folder} has no config.json, adapter_config.json, {FILE_NAME} or data/*.parquet; expected the folder of a saved model, "
+        "adapter, encoder, tokenizer or dataset."
+    )
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def check_folder(folder: Path) -> list[str]:
+    """The files that are left out.
+
+    Raises:
+        ValueError: there are weights in pickles, or recordings and tables that may be of patients.
+    """
+    left_out = []
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        if not path.is_file() or any(_matches(part, FOLDERS_NOT_SHARED) for part in parts[:-1]):
+            continue
+        name = "/".join(parts)
+        # the Trainer's own results are not the evaluation's
+        shared = len(parts) == 1 and (_matches(name, FILES) or path.suffix == ".py" or name in (CARD, SAMPLE))
+        if shared:
+            continue
+        if _matches(path.name, NOT_SHARED):
+            left_out.append(name)
+            continue
+        if path.suffix in PICKLES:
+            raise ValueError(
+                f"{path} is a pickle, which may run anything where it is read; save weights as safetensors, with save_pretrained, "
+                "and move it away."
+            )
+        with path.open("rb") as file:
+            content = file.read(4096)
+        found = next((kind for kind, is_one, _ in _FORMATS if kind != "CSV" and is_one(content)), None)
+        if path.suffix in TABLES or found or _is_wfdb_header(content):
+            raise ValueError(
+                f"{path} looks like data of patients ({found or 'a table or recording'}); nothing was shared. Move it out of the "
+                "folder."
+            )
+        left_out.append(name)
+    return left_out
+
+
+def check_results(path: Path) -> None:
+    """ValueError if a JSON file has a key that stands for somebody."""
+
+    def keys(value: Any) -> set[str]:
+        if isinstance(value, Mapping):
+            return {str(key).lower() for key in value} | {key for part in value.values() for key in keys(part)}
+        return {key for part in value for key in keys(part)} if isinstance(value, list) else set()
+
+    found = PERSONAL & keys(json.loads(path.read_text(encoding="utf-8")))
+    if found:
+        raise ValueError(
+            f"{path} holds {', '.join(sorted(found))}, which may name patients; take it out before sharing."
+        )
+
+
+def code_of(folder: Path) -> dict[str, bytes]:
+    """The modules that the folder's configurations name, and those that these import.
+
+    Raises:
+        ValueError: one is not there.
+    """
+    modules = set()
+    for name in ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            continue
+        config = json.loads((folder / name).read_text(encoding="utf-8"))
+        parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+        for part in parts:
+            entries = [*(part.get("auto_map") or {}).values()]
+            entries += [pipeline["impl"] for pipeline in (part.get("custom_pipelines") or {}).values()]
+            flat = [one for entry in entries for one in (entry if isinstance(entry, list) else [entry])]
+            modules |= {one.split("--")[-1].split(".")[0] for one in flat if one}
+    code = {}
+    for module in sorted(modules):
+        path = folder / f"{module}.py"
+        try:
+            for file in [path, *map(Path, get_relative_import_files(path))]:
+                code[file.name] = file.read_bytes()
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{folder} lacks {Path(error.filename).name}, which its configuration needs; save it again with save_pretrained."
+            ) from error
+    return code
+
+
+def sample_ecg(sampling_rate: float, num_samples: int, num_leads: int = 12) -> bytes:
+    """A simulated record as an .npz file, the same each time; of 100 Hz at least, which lasts as long."""
+    rate = max(100, round(sampling_rate))
+    num_samples = round(num_samples * rate / sampling_rate)
+    ecg = make_record(0, 0, sampling_rate=rate, seconds=max(5.0, num_samples / rate))["ecg"]
+    stream = io.BytesIO()
+    array, lead_names = np.asarray(ecg["array"])[:num_leads, :num_samples], np.array(ecg["lead_names"][:num_leads])
+    np.savez_compressed(stream, array=array, sampling_rate=rate, lead_names=lead_names, unit=ecg["unit"])
+    return stream.getvalue()
+
+
+def gather(folder: Path, kind: str) -> dict[str, bytes | Path]:
+    """Path in the repo -> content, without the card.
+
+    Raises:
+        ValueError: weights are not safetensors, code is missing, or results may name patients.
+    """
+    if kind == "tokenizer":
+        with tempfile.TemporaryDirectory() as code:
+            custom_object_save(ECGByteTokenizer, code)
+            modules = {path.name: path.read_bytes() for path in Path(code).glob("*.py")}
+        return {FILE_NAME: folder / FILE_NAME, **modules}
+    files: dict[str, bytes | Path] = {
+        path.name: path for path in sorted(folder.iterdir()) if path.is_file() and _matches(path.name, FILES)
+    }
+    weights = [name for name in files if name.endswith(".safetensors")]
+    if not weights:
+        raise ValueError(f"{folder} has no weights in safetensors; save them with save_pretrained.")
+    files |= code_of(folder)
+    if "evaluation_results.json" in files:
+        check_results(folder / "evaluation_results.json")
+    if "report.html" in files:  # its examples are recordings
+        page = (folder / "report.html").read_text(encoding="utf-8").partition(EXAMPLES)
+        files["report.html"] = (page[0] + ("</html>\n" if page[1] else "")).encode()
+    if kind == "encoder":
+        config = _encoder_config(folder)
+        files[SAMPLE] = sample_ecg(max(100, config.num_samples / 10), config.num_samples, config.num_leads)
+    else:
+        if "processor_config.json" not in files:
+            raise ValueError(f"{folder} has no processor; save it beside the model, processor.save_pretrained.")
+        extractor = ELMProcessor.from_pretrained(folder).feature_extractor
+        files[SAMPLE] = sample_ecg(extractor.sampling_rate, extractor.num_samples)
+    return files
+
+
+def _encoder_config(folder: Path) -> Any:
+    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    return ENCODER_CONFIGS[model_type].from_pretrained(folder)
+
+
+def read_card(folder: Path, kind: str, name: str) -> ModelCard:
+    if (folder / CARD).is_file():
+        card = ModelCard.load(folder / CARD)
+        if kind != "adapter" or "library_name" in card.data.to_dict():
+            return card
+    if kind == "encoder":
+        return folder_card(folder, kind, _encoder_config(folder), name)
+    if kind == "model":
+        processor = ELMProcessor.from_pretrained(folder)
+        return folder_card(folder, kind, ELMConfig.from_pretrained(folder), name, processor)
+    raise ValueError(f"{folder} has no card; write its {CARD}, as `elm sft` and `elm tokenizer` do.")
+
+
+def set_licence(card: ModelCard, args: argparse.Namespace, api: HfApi) -> None:
+    """Writes the licence into the card: that of the command line, the card's own, or that of the base model on the Hub.
+
+    Raises:
+        ValueError: none of these says one.
+    """
+    if args.license is not None:
+        card.data.license = args.license
+        card.data.license_name = card.data.license_link = None
+    if args.license_link is not None:
+        card.data.license_link = args.license_link
+    if card.data.license in (None, "unknown") and isinstance(card.data.base_model, str):
+        try:
+            theirs = api.model_info(card.data.base_model).card_data
+        except (HfHubHTTPError, OSError):
+            theirs = None
+        for name in ("license", "license_name", "license_link"):
+            if theirs is not None and theirs.get(name):
+                setattr(card.data, name, theirs.get(name))
+    if card.data.license in (None, "unknown"):
+        base = f", and nor does {card.data.base_model} on the Hub" if card.data.base_model else ""
+        raise ValueError(
+            f"The card names no licence{base}. A model is shared under that of the language model within: find it out, and say it "
+            "with --license, such as apache-2.0 or llama3.2 (and --license_link)."
+        )
+    if card.data.license == "other" and not (card.data.license_name or card.data.license_link):
+        raise ValueError("--license other needs --license_link, where its text is.")
+
+
+class Target:
+    """Where to push: a repo of the Hub, and how."""
+
+    def __init__(self, api: HfApi, repo_id: str, args: argparse.Namespace) -> None:
+        self.api, self.repo_id, self.args = api, repo_id, args
+
+    def create(self) -> None:
+        if self.args.pr:
+            return  # of somebody else's repo
+        self.api.create_repo(self.repo_id, private=self.args.private or None, exist_ok=True)
+        if self.args.revision is not None:
+            self.api.create_branch(self.repo_id, branch=self.args.revision, exist_ok=True)
+
+    def push(self, files: dict[str, bytes | Path], card: ModelCard, kind: str, takes_ecgs: bool = True) -> str:
+        """Makes one commit of the files and the card, if anything is new; returns its hash."""
+        # a tag of the content pins what the card tells to load; it is known before the commit is
+        digest = hashlib.sha256()
+        for name, content in sorted(files.items()):
+            data = content if isinstance(content, bytes) else content.read_bytes()
+            digest.update(f"{name} {hashlib.sha256(data).hexdigest()}\n".encode())
+        tag = "main" if self.args.pr else f"elm-{digest.hexdigest()[:12]}"
+        text = replace_section(str(card), "Use", use_of(kind, self.repo_id, tag, takes_ecgs))
+        url = f"{self.api.endpoint}/{self.repo_id}"
+        text = replace_section(text, "How to cite", citation(self.repo_id.split("/")[-1], url))
+        everything = {**files, CARD: text.encode()}
+        before = self.api.repo_info(self.repo_id, revision=self.args.revision)
+        old = [sibling.rfilename for sibling in before.siblings or []]
+        stale = [n for n in old if n not in everything and (_matches(n, FILES) or n.endswith(".py"))]
+        commit = self.api.create_commit(
+            self.repo_id,
+            [
+                *(CommitOperationAdd(name, content) for name, content in sorted(everything.items())),
+                *(CommitOperationDelete(name) for name in stale),
+            ],
+            commit_message=f"Upload {kind}",
+            revision=self.args.revision,
+            create_pr=self.args.pr,
+            parent_commit=None if self.args.pr else before.sha,
+        )
+        if not self.args.pr:
+            self.api.create_tag(self.repo_id, tag=tag, revision=commit.oid, exist_ok=True)
+        if commit.oid == before.sha:
+            print(f"{url} holds all of it already; nothing was sent.")
+        elif self.args.pr:
+            print(f"Pull request {commit.pr_url}")
+        else:
+            print(f"{len(everything)} files in {url}")
+        return commit.oid
+
+
+def with_base(
+    folder: Path, files: dict[str, bytes | Path], card: ModelCard, args: argparse.Namespace, api: HfApi
+) -> None:
+    """Makes the adapter name a base model of the Hub, and pushes the local one there first."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    base = config["base_model_name_or_path"]
+    if not on_hub(base):
+        path = Path(base) if Path(base).is_dir() else folder / "base_model"
+        if not path.is_dir():
+            raise ValueError(
+                f"The adapter's base model {base} is neither a folder nor on the Hub; put it in {folder}/base_model."
+            )
+        check_folder(path)
+        base = args.base_repo_id or f"{args.repo_id}-base"
+        base_files = gather(path, "model")
+        processor = ELMProcessor.from_pretrained(path)
+        base_card = folder_card(path, "model", ELMConfig.from_pretrained(path), base.split("/")[-1], processor)
+        for name in ("license", "license_name", "license_link", "base_model"):
+            setattr(base_card.data, name, getattr(card.data, name, None))
+        target = Target(api, base, argparse.Namespace(**{**vars(args), "revision": None, "pr": False}))
+        target.create()
+        config["revision"] = target.push(base_files, base_card, "model", processor.takes_ecgs)
+    config["base_model_name_or_path"] = base
+    card.data.base_model = base
+    files["adapter_config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+
+
+def push_space(api: HfApi, repo_id: str, revision: str, adapter: bool, private: bool) -> str:
+    """A page on which the model is asked; returns its address."""
+    from training.demo import write_space
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_space(Path(folder), repo_id, revision, adapter)
+        url = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private or None, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, repo_type="space", folder_path=folder, commit_message="Upload demo")
+    return str(url)
+
+
+def push(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        ValueError: the folder is none that can be shared, nobody is logged in, or the Hub refuses.
+    """
+    kind = kind_of(args.run)
+    if kind == "dataset":
+        if args.pr or args.space or args.license or args.license_link or args.base_repo_id:
+            raise ValueError(
+                "Of a dataset --repo_id, --private and --revision are known; its licence stands in its card."
+            )
+        from training import data_tool
+
+        data_tool.push(argparse.Namespace(**{**vars(args), "data": args.run}))
+        return
+    if args.space and kind not in ("model", "adapter"):
+        raise ValueError(
+            f"--space is a page that asks a model; {args.run} holds {'an encoder' if kind == 'encoder' else 'a tokenizer'}."
+        )
+    if args.space and args.pr:
+        raise ValueError("--space shows what is in the repo, and a pull request is not yet; leave one of them out.")
+    left_out = check_folder(args.run)
+    files = gather(args.run, kind)
+    api = HfApi()
+    card = read_card(args.run, kind, args.repo_id.split("/")[-1])
+    if get_token() is None:
+        raise ValueError("Nobody is logged in to the Hub: run `hf auth login`, or set HF_TOKEN.")
+    set_licence(card, args, api)
+    if left_out:
+        print(f"Left out: {', '.join(left_out[:8])}{' ...' if len(left_out) > 8 else ''}. Predictions quote the data.")
+    takes_ecgs = kind not in ("model", "adapter") or ELMProcessor.from_pretrained(args.run).takes_ecgs
+    target = Target(api, args.repo_id, args)
+    target.create()
+    if kind == "adapter":
+        with_base(args.run, files, card, args, api)
+    commit = target.push(files, card, kind, takes_ecgs)
+    print(f"It is loaded, pinned to this commit, with\n\n{use_of(kind, args.repo_id, commit, takes_ecgs)}", flush=True)
+    if args.space:
+        print(f"Demo: {push_space(api, args.repo_id, commit, kind == 'adapter', args.private)}", flush=True)
+
+
+def refusal(error: HfHubHTTPError, args: argparse.Namespace) -> str:
+    """What the Hub says, in one line."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, RevisionNotFoundError):
+        return f"{args.repo_id} has no revision {args.revision}."
+    if status == 401 and "token" in str(error).lower() + str(getattr(error, "server_message", "")).lower():
+        return "The Hub does not know this token: run `hf auth login` again, or set HF_TOKEN."
+    if isinstance(error, RepositoryNotFoundError):
+        return f"There is no repository {args.repo_id} on the Hub, or this token may not see it."
+    if status == 401:
+        return "The Hub does not know this token: run `hf auth login` again, or set HF_TOKEN."
+    if status == 403:
+        return f"This token may not write to {args.repo_id}; take one with write access, or --pr to propose the change."
+    if status == 412:
+        return f"{args.repo_id} was changed meanwhile; push again."
+    said = getattr(error, "server_message", None) or str(error).splitlines()[0]
+    return f"The Hub refused ({status}): {said}. Push again: what is there already is not sent twice."
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="elm push", description=__doc__)
+    parser.add_argument(
+        "run", type=Path, metavar="RUN", help="folder of a model, LoRA adapter, encoder, ECG-Byte tokenizer or dataset"
+    )
+    parser.add_argument("--repo_id", required=True, metavar="OWNER/NAME")
+    parser.add_argument("--private", action="store_true", help="a repository that others do not see, if it is new")
+    parser.add_argument("--revision", metavar="BRANCH", help="made if it is new; default: main")
+    parser.add_argument("--pr", action="store_true", help="propose it as a pull request")
+    parser.add_argument("--space", action="store_true", help="also a Space on which the model is asked")
+    parser.add_argument(
+        "--license",
+        metavar="ID",
+        help="as the Hub spells it; default: the card's, or that of the base model on the Hub",
+    )
+    parser.add_argument("--license_link", metavar="URL", help="where the licence stands")
+    parser.add_argument(
+        "--base_repo_id", metavar="OWNER/NAME", help="where an adapter's local base model goes; default: REPO_ID-base"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    if args.repo_id.count("/") != 1:
+        raise ValueError(f"--repo_id is {args.repo_id!r}; expected OWNER/NAME.")
+    try:
+        push(args)
+    except HfHubHTTPError as error:
+        raise ValueError(refusal(error, args)) from error
+
+
+if __name__ == "__main__":
+    main()
