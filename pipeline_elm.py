@@ -27,10 +27,12 @@ class ECGQuestionAnsweringPipeline(Pipeline):
         generate_kwargs: for `generate`, such as `{"num_beams": 4}`; `max_new_tokens` may be given alone.
     """
 
-    _load_processor = True
-    _load_tokenizer = False
-    _load_feature_extractor = False
-    _load_image_processor = False
+    model: Any
+    processor: Any
+    _load_processor: Any = True
+    _load_tokenizer: Any = False
+    _load_feature_extractor: Any = False
+    _load_image_processor: Any = False
     _pipeline_calls_generate = True
     _default_generation_config = GenerationConfig(max_new_tokens=128)
 
@@ -48,10 +50,10 @@ class ECGQuestionAnsweringPipeline(Pipeline):
             generation["max_new_tokens"] = max_new_tokens
         return {} if system_prompt is None else {"system_prompt": system_prompt}, generation, {}
 
-    def preprocess(self, input_: Any, system_prompt: str | None = None) -> Any:
+    def preprocess(self, input_: Any, **preprocess_parameters: Any) -> Any:
         """A list of inputs, as inputs of the model."""
         inputs = self.processor.apply_chat_template(
-            [as_chat(one, system_prompt) for one in input_],
+            [as_chat(one, **preprocess_parameters) for one in input_],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -63,12 +65,12 @@ class ECGQuestionAnsweringPipeline(Pipeline):
             name: value.to(self.model.dtype) if value.is_floating_point() else value for name, value in inputs.items()
         }
 
-    def _forward(self, input_tensors: Any, **generation: Any) -> dict[str, Any]:
+    def _forward(self, input_tensors: Any, **forward_parameters: Any) -> Any:
         prompt = input_tensors["input_ids"]
-        output = self.model.generate(**input_tensors, **self._prepare_generate_kwargs(generation))
+        output = self.model.generate(**input_tensors, **self._prepare_generate_kwargs(forward_parameters))
         return {"answers": output[:, prompt.shape[1] :], "num_inputs": len(prompt)}
 
-    def postprocess(self, model_outputs: Any) -> list[list[dict[str, str]]]:
+    def postprocess(self, model_outputs: Any, **postprocess_parameters: Any) -> list[list[dict[str, str]]]:
         """The answers to each input: one, or `num_return_sequences`."""
         texts = self.processor.batch_decode(model_outputs["answers"], skip_special_tokens=True)
         answers = [{"answer": text.strip()} for text in texts]
@@ -116,7 +118,8 @@ def as_chat(question: Any, system_prompt: str | None = None) -> list[dict[str, A
     several = isinstance(ecgs, (list, tuple)) and not (ecgs and isinstance(ecgs[0], (list, tuple)))
     described = {key: question[key] for key in ("sampling_rate", "lead_names", "unit") if key in question}
     parts = []
-    for ecg in ecgs if several else [] if ecgs is None else [ecgs]:
+    given: Any = ecgs if several else [] if ecgs is None else [ecgs]
+    for ecg in given:
         if isinstance(ecg, (list, tuple)):
             ecg = np.asarray(ecg, dtype=np.float32)
         place = "path" if isinstance(ecg, (str, os.PathLike)) else "ecg"
