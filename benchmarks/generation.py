@@ -1,26 +1,29 @@
-"""Generation speed: questions answered one by one against in batches.
+"""Answers a second of `elm evaluate`: one by one, in batches, and with what the turns of a conversation share read once.
 
     python benchmarks/generation.py
     python benchmarks/generation.py --llm qwen2.5-0.5b-instruct --encoder st_mem
 
-Every answer has the same number of tokens, so that all sides do the same work: processor, greedy generation with cache,
-decoding; on a GPU in bf16.
+Conversations of four or five questions about one record each. Every answer has the same number of tokens, so that all sides do
+the same work: processor, greedy generation with cache, decoding; on a GPU in bf16.
 """
 
 import argparse
+import contextlib
+import os
 from functools import partial
 
-import torch
 from common import DEVICE, add_arguments, build, interleaved, make_rows
+from datasets import Dataset
 
-from training.data import to_chat
+from training.answers import Answerer
+from training.questions import list_questions
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 32], help="default: %(default)s")
-    parser.add_argument("--answers", type=int, default=32, help="of a repeat; default: %(default)s")
+    parser.add_argument("--conversations", type=int, default=32, help="of a repeat; default: %(default)s")
     parser.add_argument("--new_tokens", type=int, default=16, help="of an answer; default: %(default)s")
     args = parser.parse_args()
 
@@ -28,27 +31,31 @@ def main() -> None:
     model.eval()
     if DEVICE == "cuda":
         model.bfloat16()
-    chats = [to_chat(row)[:1] for row in make_rows(args.answers, args.seed)]
+    data = Dataset.from_list(
+        [
+            {**row, "ecg": {**row["ecg"], "array": row["ecg"]["array"].tolist()}}
+            for row in make_rows(args.conversations, args.seed)
+        ]
+    )
+    data = data.with_format("numpy", columns=["ecg"], output_all_columns=True)
+    questions = list_questions(data)
+    generation = {"min_new_tokens": args.new_tokens, "max_new_tokens": args.new_tokens}
 
-    @torch.inference_mode()
-    def answer(batch_size: int) -> None:
-        for start in range(0, len(chats), batch_size):
-            inputs = processor.apply_chat_template(
-                chats[start : start + batch_size],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"padding": True, "padding_side": "left"},
-            ).to(DEVICE)
-            output = model.generate(
-                **inputs, min_new_tokens=args.new_tokens, max_new_tokens=args.new_tokens, do_sample=False
+    def answer(batch_size: int, reuse_prefix: bool) -> None:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # the bar
+            answerer = Answerer(
+                model, processor, data, questions, None, batch_size, generation, reuse_prefix=reuse_prefix
             )
-            processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            answerer.ask("ecg")
 
-    times = interleaved({str(size): partial(answer, size) for size in args.batch_sizes}, args.repeats)
-    speeds = {size: len(chats) / median for size, median in times.items()}
-    print(f"\n{len(chats)} answers of {args.new_tokens} tokens\n\n| batch | answers/s | ratio |\n| --- | --- | --- |")
+    works = {str(size): partial(answer, size, False) for size in args.batch_sizes}
+    largest = max(args.batch_sizes)
+    works[f"{largest}, prefix reused"] = partial(answer, largest, True)
+    times = interleaved(works, args.repeats)
+    speeds = {size: len(questions) / median for size, median in times.items()}
+    print(
+        f"\n{len(questions)} answers of {args.new_tokens} tokens\n\n| batch | answers/s | ratio |\n| --- | --- | --- |"
+    )
     for size, speed in speeds.items():
         print(f"| {size} | {speed:.2f} | {speed / speeds[str(args.batch_sizes[0])]:.1f} |")
 

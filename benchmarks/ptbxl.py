@@ -77,7 +77,9 @@ def answer_of(row: dict[str, str], superclass: str) -> str:
     return "yes" if superclass in row["superclass"].split() else "no"
 
 
-def make_row(row: dict[str, str], question_type: str, questions: list[tuple[str, str]], folder: Path) -> dict[str, Any]:
+def make_row(
+    row: dict[str, str], question_type: str | list[str], questions: list[tuple[str, str]], folder: Path
+) -> dict[str, Any]:
     turns = [text for question in questions for text in question]
     return {
         "ecg": str(folder / f"{int(row['ecg_id']):05d}.npz"),
@@ -110,13 +112,17 @@ def make_rows(
 def make_conversations(
     records: list[dict[str, str]], split: str, folder: Path, rng: np.random.Generator
 ) -> Iterator[dict[str, Any]]:
-    """Every record with all questions in one chat, five times: each question comes first once, the others in any order."""
+    """Every record with all questions in one chat, five times: each question comes first once, the others in any order; and
+    twice with one of them alone, as they are asked in evaluation."""
+    superclasses = list(QUESTIONS)
     for row in records:
         if int(row["strat_fold"]) in FOLDS[split]:
-            asked = [(question, answer_of(row, superclass)) for superclass, question in QUESTIONS.items()]
-            for first, superclass in enumerate(QUESTIONS):
-                others = rng.permutation([index for index in range(len(asked)) if index != first])
-                yield make_row(row, superclass, [asked[index] for index in (first, *others)], folder)
+            orders = [[first, *rng.permutation(np.delete(np.arange(5), first))] for first in range(5)]
+            orders += [[index] for index in rng.permutation(5)[:2]]
+            for order in orders:
+                names = [superclasses[index] for index in order]
+                asked = [(QUESTIONS[name], answer_of(row, name)) for name in names]
+                yield make_row(row, names, asked, folder)
 
 
 def make_questions(records: list[dict[str, str]], split: str, folder: Path) -> Iterator[dict[str, Any]]:
@@ -124,7 +130,7 @@ def make_questions(records: list[dict[str, str]], split: str, folder: Path) -> I
     for row in records:
         if int(row["strat_fold"]) in FOLDS[split]:
             for superclass, question in QUESTIONS.items():
-                yield make_row(row, superclass, [(question, answer_of(row, superclass))], folder)
+                yield make_row(row, [superclass], [(question, answer_of(row, superclass))], folder)
 
 
 def build(folder: Path, seed: int) -> None:

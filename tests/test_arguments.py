@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from trl import ModelConfig, SFTConfig
 
-from training.arguments import ALIASES, ELMS, VISION_BACKBONES, ELMArguments, ELMParser, new_elm_options
+from training.arguments import ALIASES, ELMS, VISION_BACKBONES, DataArguments, ELMArguments, ELMParser, new_elm_options
 from training.evaluation import parse as parse_evaluation
 from training.sft import parse
 
@@ -323,3 +323,9 @@ def test_wandb_present(monkeypatch):
 def test_evaluation_knows_the_aliases_and_its_own_batch_size():
     args = parse_evaluation(["--elm_ckpt", "folder", "--data", "some/data", "--batch_size", "3"])
     assert (args.model_name_or_path, args.batch_size) == ("folder", 3)
+
+
+def test_system_prompt_is_text_or_a_file(tmp_path):
+    (tmp_path / "prompt.txt").write_text("You read ECGs.\n", encoding="utf-8")
+    assert DataArguments(data=["d"], system_prompt=str(tmp_path / "prompt.txt")).system_prompt == "You read ECGs."
+    assert DataArguments(data=["d"], system_prompt="Be brief.").system_prompt == "Be brief."

@@ -14,7 +14,7 @@ from helpers import ROOT, run_isolated, save_tiny_llm
 from torch.distributed.run import get_args_parser
 from trl import SFTConfig
 
-from training import cli, compare, data_tool, evaluation, plot, quickstart, sft, tokenizer
+from training import chat, cli, compare, convert, data_tool, demo, evaluation, plot, push, quickstart, sft, tokenizer
 from training.arguments import ALIASES, ELMS, VISION_BACKBONES, DataArguments
 from training.build import LLMS
 from training.data import load_data
@@ -68,8 +68,16 @@ def test_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(data_tool, "main", lambda argv: parsed.append(data_tool.make_parser().parse_args(argv)))
         monkeypatch.setattr(compare, "main", lambda argv: parsed.append(compare.make_parser().parse_args(argv)))
         monkeypatch.setattr(plot, "main", lambda argv: parsed.append(plot.make_parser().parse_args(argv)))
+        monkeypatch.setattr(convert, "main", lambda argv: parsed.append(convert.parse(argv)))
+        monkeypatch.setattr(chat, "main", lambda argv: parsed.append(chat.make_parser().parse_args(argv)))
+        monkeypatch.setattr(demo, "main", lambda argv: parsed.append(demo.make_parser().parse_args(argv)))
+        monkeypatch.setattr(push, "main", lambda argv: parsed.append(push.make_parser().parse_args(argv)))
         names = (
             ["sft"],
+            ["chat"],
+            ["demo"],
+            ["push"],
+            ["convert"],
             ["evaluate"],
             ["compare"],
             ["plot"],
@@ -157,7 +165,8 @@ def test_own_data_to_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         _, _, question, answer = examples[number % len(examples)].split(",")
         lines.append(f"2024/{number:04d},p{number // 2},{question},{answer}")
     Path("questions.csv").write_text("\n".join(lines))
-    build, check, train, evaluate = (shlex.split(line)[1:] for line in blocks("bash")[1].splitlines())
+    (story,) = (block for block in blocks("bash") if block.startswith("elm data build"))
+    build, check, train, evaluate = (shlex.split(line)[1:] for line in story.splitlines())
     assert cli.main(build) == 0
     assert cli.main(check) == 0
     splits = {split: load_data(DataArguments(["my_data"]), split) for split in ("train", "validation", "test")}

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from trl import TrlParser
 
 from configuration_elm import IMAGE_REPRESENTATIONS
+from training.conversation import read_system_prompt
 
 # what users of the reference type -> the option it stands for
 ALIASES = {
@@ -81,6 +82,7 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
+        self.system_prompt = read_system_prompt(self.system_prompt)
         if self.data_subset is not None and not 0 < self.data_subset <= 1:
             raise ValueError(f"--data_subset is {self.data_subset}; expected a share of the rows in (0, 1].")
         if self.data_weights is not None and not (

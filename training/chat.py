@@ -259,12 +259,16 @@ def run(chat: Chat) -> None:
             print(f"Error: {error}", file=sys.stderr, flush=True)
 
 
-def main(argv: list[str] | None = None) -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="elm chat", usage="elm chat MODEL [options]", description=f"{__doc__} {DISCLAIMER}"
     )
     add_arguments(parser)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
     system_prompt = read_system_prompt(args.system_prompt)
     from training.build import load_elm  # late: --help need not wait for it
 

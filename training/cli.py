@@ -17,6 +17,16 @@ COMMANDS = {
         "training.compare",
         "tell several models apart by their answers to the same questions: elm compare A.json B.json [...]",
     ),
+    "chat": ("training.chat", "ask an ELM about ECGs in the terminal: elm chat MODEL"),
+    "demo": ("training.demo", "ask an ELM about ECGs on a page in the browser: elm demo MODEL"),
+    "push": (
+        "training.push",
+        "share a model, adapter, encoder, tokenizer or dataset on the Hub: elm push FOLDER --repo_id OWNER/NAME",
+    ),
+    "convert": (
+        "training.convert",
+        "a checkpoint of ELM-Research/ELM as a folder that from_pretrained loads: elm convert FILE.pt",
+    ),
     "data": ("training.data_tool", "build, check or push a dataset of ECGs; list the reference's: elm data COMMAND"),
     "tokenizer": ("training.tokenizer", "train, inspect or import an ECG-Byte tokenizer, which writes ECGs as tokens"),
     "plot": ("training.plot", "draw ECG files on ECG paper, as PNG or SVG: elm plot RECORD [RECORD ...]"),

@@ -399,7 +399,7 @@ def _requirements(adapter: bool) -> list[str]:
     return sorted(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="elm demo", usage="elm demo MODEL [options]", description=f"{__doc__} {DISCLAIMER}"
     )
@@ -414,7 +414,11 @@ def main(argv: list[str] | None = None) -> None:
         "--records", type=Path, nargs="+", default=[], metavar="FILE", help="ECG files to pick; default: simulated ones"
     )
     parser.add_argument("--questions", nargs="+", default=QUESTIONS, metavar="TEXT", help="examples of what to ask")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
     import_gradio()
     system_prompt = read_system_prompt(args.system_prompt)
     for path in args.records:
