@@ -96,6 +96,16 @@ def test_bleu_is_of_the_corpus():
     assert found["conditions"]["ecg"]["metrics"]["bleu4"]["value"] == pytest.approx(expected)
 
 
+def test_statements_missed_and_extra():
+    questions = [question("af; lbbb", patient="1"), question("af", patient="2"), question("none", patient="3")]
+    texts = ["lbbb", "", "none; pvc"]
+    found = Scorer(questions, load_metrics(["set_f1"]), 10, 0).summarise({"ecg": texts})
+    row = found["conditions"]["ecg"]["metrics"]["set_f1"]
+    assert row["value"] == pytest.approx((2 / 3 + 0 + 2 / 3) / 3)
+    assert (row["missed"], row["extra"]) == ({"af": 2}, {"pvc": 1})
+    assert (row["precision"], row["recall"]) == pytest.approx((0.5, 0.5))
+
+
 def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
     """Of the ranks, Mann and Whitney's U."""
     ranks = rankdata(scores)

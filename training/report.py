@@ -92,6 +92,15 @@ def _scores(results: dict[str, Any]) -> str:
     return page
 
 
+def _statements(results: dict[str, Any]) -> str:
+    """The statements of answers that are lists, missed and extra."""
+    lists = results["conditions"]["ecg"]["metrics"].get("set_f1")
+    if lists is None:
+        return ""
+    rows = [(kind, name, number) for kind in ("missed", "extra") for name, number in lists[kind].items()]
+    return "<h3>Statements missed and extra, with its ECG</h3>" + table(["", "statement", "times"], rows, [2])
+
+
 def _types(results: dict[str, Any]) -> str:
     metric = main_metric(results)
     rows = []
@@ -219,6 +228,7 @@ def write_report(
 {"<h2>Closed questions</h2>" + confusions if confusions else ""}
 <h2>Most frequent wrong answers</h2>
 {table(["question type", "right answer", "answer given", "times"], wrong, [3]) if wrong else "<p>None.</p>"}
+{_statements(results)}
 {"".join(figure(content, caption) for content, caption in pictures)}
 <h2>Examples</h2>
 {"".join(_example(row, data) for row in examples(predictions))}

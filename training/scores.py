@@ -26,6 +26,7 @@ METRICS = Path(__file__).parent / "metrics"  # modules of `evaluate`
 METRIC_NAMES = sorted(path.stem for path in METRICS.glob("*/*.py") if path.stem == path.parent.name)
 BASELINE = "most_frequent"  # the answer that training data suggest without any model
 MAX_CLASSES = 20  # of a closed question
+NUM_STATEMENTS = 20  # that are told as missed most often
 PARTS = ("think", "answer")  # of answers that reason, in tags of these names
 LOST = {
     "zeroed": "the ECG zeroed",
@@ -192,9 +193,15 @@ class Scorer:
     def _figure(self, module: evaluate.Metric, texts: list[str], references: list[str], name: str) -> Figure:
         scores = module.compute(predictions=texts, references=references, **self.options.get(name, {}))
         samples = np.asarray(scores["samples"], dtype=float)
+        details: dict[str, Any] = {}
+        if "pairs" in scores:  # of answers that are lists
+            details = {key: scores[key] for key in ("precision", "recall")}
+            for key in ("missed", "extra"):
+                counts = Counter(statement for pair in scores["pairs"] for statement in pair[key])
+                details[key] = dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:NUM_STATEMENTS])
         if hasattr(module, "statistic"):  # no mean over the answers
             return Figure(samples, module.statistic)
-        return Figure(np.stack([samples, np.ones_like(samples)], axis=1), _mean)
+        return Figure(np.stack([samples, np.ones_like(samples)], axis=1), _mean, details)
 
     def _closed(self, module: evaluate.Metric, texts: list[str]) -> dict[Key, Figure]:
         figures: dict[Key, Figure] = {}
