@@ -186,6 +186,7 @@ def test_in_words():
     line = words({"zeroed": [0.1, 0.3], "swapped": [0.0, 0.3]})
     assert "not shown to be better than with another patient's: the model may not look" in line
     assert "nothing can be said" in words({"zeroed": None})
+    assert "nothing can be said of whether it looks" in words({"most_frequent": [0.1, 0.3]})
 
 
 def test_unknown_metric():

@@ -323,6 +323,8 @@ def in_words(results: dict[str, Any]) -> str:
         return (
             f"{name} {score}%: nothing can be said of what the ECG adds; too few patients, or nothing to compare with."
         )
+    if set(lost) <= {BASELINE}:
+        return f"{name} {score}%: it was asked with its ECG alone, so nothing can be said of whether it looks at it."
     listed = ", ".join(f"{with_interval(row, 'difference', '+')} over {LOST[other]}" for other, row in lost.items())
     not_better = [LOST[other] for other, (low, _) in intervals.items() if low <= 0]
     verdict = (
