@@ -3,9 +3,10 @@
     python benchmarks/ptbxl.py build runs/ptbxl                     # questions from the SCP statements, and a small LLM
     elm sft --config training/configs/ptbxl_llava.yaml --data runs/ptbxl/data --llm runs/ptbxl/llm --output_dir runs/ptbxl/llava
     elm evaluate runs/ptbxl/llava --data runs/ptbxl/data
-    python benchmarks/ptbxl.py auroc runs/ptbxl/llava runs/ptbxl    # of P(yes), for the five superclasses on fold 10
+    elm evaluate runs/ptbxl/llava --data runs/ptbxl/all_questions --score likelihood --output_dir runs/ptbxl/llava_auroc
 
-Another learns from chats of all five questions, and is asked each by itself about every record; beside it a plain CNN:
+The last asks every record of fold 10 all five questions, and gives the area under the ROC curve of each. Another recipe learns from chats of
+all five; beside it a plain CNN:
 
     elm sft --config training/configs/ptbxl_conversations.yaml --data runs/ptbxl/all_questions --llm runs/ptbxl/llm --output_dir runs/ptbxl/conversations
     elm evaluate runs/ptbxl/conversations --data runs/ptbxl/all_questions --score likelihood
@@ -44,7 +45,6 @@ sys.path.append(sys.path.pop(0))
 
 from ecg_utils import STANDARD_LEADS
 from feature_extraction_elm import NORMALIZATIONS, ECGFeatureExtractor
-from training.build import load_elm
 from training.quickstart import save_small_llm
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "ptbxl"
@@ -245,42 +245,12 @@ def cnn(normalization: str, seed: int, num_epochs: int = 20, batch_size: int = 3
     print(f"epoch {best[1]} of {num_epochs}\nfold  9: {best[2]}\nfold 10: {best[3]}")
 
 
-@torch.inference_mode()
-def auroc(model_path: str, folder: Path, split: str) -> None:
-    """Area under the ROC curve of the model's P(yes) against P(no), over every record of fold 9 or 10."""
-    model, processor = load_elm(model_path, dtype="float32")
-    model.eval()
-    yes, no = (processor.tokenizer(f" {word}", add_special_tokens=False)["input_ids"][0] for word in ("yes", "no"))
-    records = [row for row in read_records(SHARED) if int(row["strat_fold"]) in FOLDS[split]]
-    areas = {}
-    for superclass, question in QUESTIONS.items():
-        scores = []
-        for start in range(0, len(records), 64):
-            chats = []
-            for row in records[start : start + 64]:
-                path = str(folder / "ecgs" / f"{int(row['ecg_id']):05d}.npz")
-                content = [{"type": "ecg", "path": path}, {"type": "text", "text": question}]
-                chats.append([{"role": "user", "content": content}])
-            inputs = processor.apply_chat_template(
-                chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-            )
-            logits = model(**inputs, logits_to_keep=1).logits[:, -1]
-            scores.append((logits[:, yes] - logits[:, no]).numpy())
-        has = np.array([answer_of(row, superclass) == "yes" for row in records])
-        areas[superclass] = area_under_roc(np.concatenate(scores), has)
-    print(in_words(areas))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("build")
     command.add_argument("folder", type=Path)
     command.add_argument("--seed", type=int, default=0)
-    command = commands.add_parser("auroc")
-    command.add_argument("model")
-    command.add_argument("folder", type=Path)
-    command.add_argument("--split", default="test", choices=["validation", "test"])
     command = commands.add_parser("cnn")
     command.add_argument("--normalization", default="none", choices=NORMALIZATIONS)
     command.add_argument("--seed", type=int, default=0)
@@ -291,10 +261,8 @@ def main() -> None:
         build(args.folder, args.seed)
     elif args.command == "records":
         save_records(args.folder)
-    elif args.command == "cnn":
-        cnn(args.normalization, args.seed)
     else:
-        auroc(args.model, args.folder, args.split)
+        cnn(args.normalization, args.seed)
 
 
 if __name__ == "__main__":

@@ -191,6 +191,18 @@ def test_likelihoods_are_those_of_the_whole_text(elm):
     assert all(len(row) == len(names) for row, names in zip(found[6], candidates, strict=True))
 
 
+def test_batches_do_not_tell_the_right_answer(elm, data):
+    """They are made by length, but not that of the answer which is asked for: rounding differs by batch."""
+
+    def batches(answers: list[str]) -> list[list[int]]:
+        rows = data.with_format(None)
+        chats = [[{"role": "user", "content": "Fast?"}, {"role": "assistant", "content": a}] for a in answers]
+        asked = Dataset.from_list([{**row, "messages": chat} for row, chat in zip(rows, chats, strict=True)])
+        return Answerer(*elm, asked, list_questions(asked))._conversations
+
+    assert batches(["yes", "no", "maybe so", "no", "no", "yes", "no"]) == batches(["no"] * 7)
+
+
 def test_sampled_answers_do_not_depend_on_what_came_before(elm, data, tmp_path):
     options = {"generation": {**TEN_TOKENS, "do_sample": True, "temperature": 2.0}, "batch_size": 2}
     answers = ask(elm, data, **options)

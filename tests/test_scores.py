@@ -139,6 +139,15 @@ def test_auroc_of_likelihoods(modules):
     assert low < row["metrics"]["auroc"]["value"] < high
 
 
+def test_rounding_errors_do_not_rank(modules):
+    """Equal inputs get log-likelihoods that differ by batch; that is no knowledge of the answer."""
+    questions = [question("yes" if index % 2 else "no", "a", str(index)) for index in range(20)]
+    logs = [[-1.0 - 1e-6 * (index % 2), -0.5] for index in range(20)]
+    scorer = Scorer(questions, modules, 10, 0, candidates=[["no", "yes"]] * 20)
+    found = scorer.summarise({"ecg": ["yes"] * 20}, {"ecg": logs})
+    assert found["conditions"]["ecg"]["metrics"]["auroc"]["value"] == 0.5
+
+
 def test_auroc_of_one_answer_alone_is_not_there(modules):
     questions = [question("yes", "a", str(index)) for index in range(4)]
     logs = [[-1.0, -2.0]] * 4

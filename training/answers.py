@@ -151,7 +151,9 @@ class Answerer:
         self._conversations = [rows[row] for row in order]
 
     def _length(self, indices: list[int]) -> int:
-        return sum(len(self.questions[i].question) + len(self.questions[i].answer) for i in indices)
+        """Of what is read, which the last answer is not: the batch of a row must not tell it, as rounding differs by batch."""
+        read = sum(len(self.questions[i].question) for i in indices)
+        return read + sum(len(self.questions[i].answer) for i in indices[:-1])
 
     def ask(self, condition: str, name: str = "", progress: Progress | None = None) -> tuple[list[Any], str | None]:
         """The answer to every question under one of `CONDITIONS`; of several processes each gives its share of them.

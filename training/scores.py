@@ -26,6 +26,7 @@ METRICS = Path(__file__).parent / "metrics"  # modules of `evaluate`
 METRIC_NAMES = sorted(path.stem for path in METRICS.glob("*/*.py") if path.stem == path.parent.name)
 BASELINE = "most_frequent"  # the answer that training data suggest without any model
 MAX_CLASSES = 20  # of a closed question
+ODDS_DECIMALS = 4  # of log-odds; float32 gives equal inputs in other batches the same within 1e-5
 NUM_STATEMENTS = 20  # that are told as missed most often
 PARTS = ("think", "answer")  # of answers that reason, in tags of these names
 LOST = {
@@ -252,17 +253,16 @@ class Scorer:
             rows = np.flatnonzero(self.kinds == kind)
             candidates = self.candidates[rows[0]]
             logs = np.array([likelihoods[row] for row in rows])
-            shares = np.exp(logs - logs.max(axis=1, keepdims=True))
-            shares /= shares.sum(axis=1, keepdims=True)
             # of two candidates one says all
             for place in range(len(candidates))[len(candidates) == 2 :]:
                 labels = np.array([self.references[row] == candidates[place] for row in rows])
                 if labels.any() and not labels.all():
                     scores, truth, asked = (np.zeros(len(self.questions)) for _ in range(3))
-                    # log-odds tell apart what rounds to the same share
+                    # log-odds tell apart what rounds to the same share; equal inputs differ by rounding errors alone
                     others = np.delete(logs, place, axis=1)
                     top = others.max(axis=1)
-                    scores[rows] = logs[:, place] - top - np.log(np.exp(others - top[:, None]).sum(axis=1))
+                    odds = logs[:, place] - top - np.log(np.exp(others - top[:, None]).sum(axis=1))
+                    scores[rows] = np.round(odds, ODDS_DECIMALS)
                     truth[rows], asked[rows] = labels, 1
                     columns.append((kind, scores, truth, asked))
         if not columns:
