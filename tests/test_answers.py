@@ -225,10 +225,11 @@ def test_beams(elm):
 
 
 def test_compiled_answers_are_the_same(elm, data):
-    answers = ask(elm, data)
+    rows, options = data.select([0]), {"generation": {"max_new_tokens": 3}}
+    answers = ask(elm, rows, **options)
     model, processor = tiny_elm()
-    model.compile(dynamic=True, backend="aot_eager")
-    assert ask((model, processor), data) == answers
+    model.compile(dynamic=True, backend="eager")
+    assert ask((model, processor), rows, **options) == answers
 
 
 def test_a_text_only_model_is_shown_no_ecg(data):

@@ -124,7 +124,8 @@ def training_plot(history: list[dict[str, float]]) -> bytes:
     axes.set_ylabel("loss per answer token")
     axes.set_yscale("log")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    if axes.lines:
+        axes.legend(frameon=False)
     return _svg(figure)
 
 
