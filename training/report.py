@@ -26,7 +26,8 @@ body{font:16px/1.5 system-ui,sans-serif;max-width:66rem;margin:2rem auto;padding
 h2{margin-top:2.5rem}img{max-width:100%;height:auto}figure{margin:1.5rem 0}figcaption{color:#555}
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem 1rem .25rem 0;text-align:left;vertical-align:top;border-bottom:1px solid #ddd}
 td.number{text-align:right}td.number,td.score{white-space:nowrap}.scroll{overflow-x:auto}.notice{border-left:4px solid #D55E00;padding:.2rem 1rem}
-.verdict{font-weight:600}td,p,figcaption{overflow-wrap:anywhere}
+.verdict{font-weight:600}td,p,figcaption{overflow-wrap:break-word}td:first-child{min-width:7rem}
+td:nth-child(2):last-child{overflow-wrap:anywhere}
 """
 
 
@@ -103,11 +104,13 @@ def _statements(results: dict[str, Any]) -> str:
 
 def _types(results: dict[str, Any]) -> str:
     metric = main_metric(results)
+    scored = {name: row for name, row in results["conditions"].items() if metric in row["metrics"]}
     rows = []
     for kind, number in results["questions_by_type"].items():
-        of_kind = [row["by_question_type"].get(kind, {}).get(metric) for row in results["conditions"].values()]
-        rows.append([kind.replace("_", " "), number, *("" if row is None else with_interval(row) for row in of_kind)])
-    return table(["question type", "questions", *(LABELS[name] for name in results["conditions"])], rows, [1])
+        of_kind = [row["by_question_type"][kind].get(metric) for row in scored.values()]
+        shown = ["" if row is None else with_interval(row) for row in of_kind]
+        rows.append([kind.replace("_", " "), number, *shown])
+    return table(["question type", "questions", *(LABELS[name] for name in scored)], rows, [1])
 
 
 def _differences(results: dict[str, Any]) -> str:
