@@ -16,7 +16,7 @@ from helpers import (
     tiny_symbolic_processor,
 )
 from huggingface_hub import ModelCard, constants
-from loopback_hub import LoopbackHub, card_errors, front_matter, run_on_hub
+from loopback_hub import LoopbackHub, front_matter, run_on_hub
 from peft import LoraConfig, get_peft_model
 from test_cards import RESULTS
 
@@ -138,7 +138,8 @@ def test_a_stranger_loads_what_is_pushed(folders, hub, tmp_path, capsys):
         revision = [commit for commit in hub.repos[f"models/user/{case}"] if len(commit) == 40][-1]
         assert f'"user/{case}", "{revision}"' in printed
         card = hub.files(f"user/{case}")["README.md"].decode()
-        assert card_errors(card) == []
+        assert card in hub.cards  # the Hub has validated it
+        ModelCard(card).validate()
         if case == "encoder":
             continue
         classes = (
@@ -179,6 +180,9 @@ def test_what_is_sent_and_what_is_not(model, hub, capsys):
     (model / "checkpoint-3").mkdir()
     (model / "checkpoint-3" / "optimizer.pt").write_bytes(b"x")
     (model / "mine.py").write_text("password = 1")
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"]["_name_or_path"] = "/home/someone/secret/llm"
+    (model / "config.json").write_text(json.dumps(config))
     (model / "evaluation_results.json").write_text(json.dumps(RESULTS))
     (model / "report.html").write_text("<h2>Scores</h2>\n<h2>Examples</h2>\nrecord 17</html>\n")
     push(model, "model")
@@ -186,6 +190,7 @@ def test_what_is_sent_and_what_is_not(model, hub, capsys):
     assert {"model.safetensors", "pipeline_elm.py", "sample_ecg.npz", "evaluation_results.json"} <= files.keys()
     assert not {"training_args.bin", "predictions.jsonl", "trainer_state.json", "notes.txt", "mine.py"} & files.keys()
     assert not any("checkpoint" in name for name in files)
+    assert b"secret" not in files["config.json"]
     assert files["report.html"] == b"<h2>Scores</h2>\n</html>\n"
     assert "predictions.jsonl" in capsys.readouterr().out
     assert front_matter(files["README.md"].decode())["license"] == "mit"
@@ -303,6 +308,17 @@ def test_refuses_what_is_no_model(model, tmp_path, hub):
     with pytest.raises(ValueError, match="is of a 'bert' model"):
         kind_of(model)
     assert hub.repos == {}
+
+
+def test_dataset(hub, tmp_path, capsys):
+    """It goes the way of `elm data push`."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.parquet").write_bytes(b"PAR1")
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# ecgs\n")
+    main([str(tmp_path), "--repo_id", "user/ecgs"])
+    assert hub.files("user/ecgs", repo_type="dataset").keys() == {"README.md", "data/train.parquet"}
+    with pytest.raises(ValueError, match="Of a dataset"):
+        push(tmp_path, "ecgs")
 
 
 def test_tokenizer(hub, tmp_path):

@@ -26,6 +26,8 @@ SAMPLE = "sample_ecg.npz"
 TAGS = ["ecg", "electrocardiogram"]
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "elm-ecg")
 EVALUATION = "What it says without the ECG"
+CITED = {"model": "an ECG-language model", "adapter": "an ECG-language model", "encoder": "an ECG encoder"}
+CITED |= {"tokenizer": "an ECG-Byte tokenizer"}
 NOT_EVALUATED = "Not evaluated yet: run `elm evaluate` on it."
 PAPERS = {
     "merl": ("MERL, a 1-D ResNet", "https://arxiv.org/abs/2403.06659"),
@@ -34,8 +36,8 @@ PAPERS = {
     "st_mem": ("ST-MEM", "https://arxiv.org/abs/2402.09450"),
 }
 # of TRL's and PEFT's arguments those that say most of a run
-TRAINING = ("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio")
-TRAINING += ("weight_decay", "max_grad_norm", "optim", "bf16", "fp16", "seed")
+TRAINING = ["num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio"]
+TRAINING += ["weight_decay", "max_grad_norm", "optim", "bf16", "fp16", "seed"]
 LORA = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
 
 CHAT = """\
@@ -150,10 +152,10 @@ def environment() -> str:
     return table(("package", "version"), [(name, version(name)) for name in PACKAGES])
 
 
-def citation(title: str, url: str | None = None) -> str:
+def citation(title: str, kind: str = "model", url: str | None = None) -> str:
     lines = [
         "@misc{elm,",
-        f"  title = {{{title}: an ECG-language model}},",
+        f"  title = {{{title}: {CITED[kind]}}},",
         f"  howpublished = {{{url or 'Hugging Face Hub'}}},",
     ]
     return (
@@ -214,9 +216,10 @@ def with_evaluation(text: str, results: Mapping[str, Any], model_name: str) -> s
         lines += ["`most_frequent` is the commonest answer to each question in training, without any model."]
     card = ModelCard(replace_section(text, EVALUATION, "\n".join(lines)))
     name = " + ".join(data["names"])
-    card.data.model_name = card.data.model_name or model_name
-    card.data.metrics = metrics
-    card.data.eval_results = [
+    metadata: Any = card.data
+    metadata.model_name = metadata.model_name or model_name
+    metadata.metrics = metrics
+    metadata.eval_results = [
         EvalResult(
             task_type="ecg-question-answering",
             task_name="ECG question answering",
@@ -268,6 +271,8 @@ def _training(args: SFTConfig, model_args: ModelConfig) -> str:
     rows += [(f"`{name}`", getattr(args, name)) for name in TRAINING if getattr(args, name, None) is not None]
     if model_args.use_peft:
         rows += [(f"`{name}`", getattr(model_args, name)) for name in LORA]
+    idle = "`num_train_epochs`" if args.max_steps > 0 else "`max_steps`"
+    rows = [(name, value) for name, value in rows if name != idle and value is not False]
     return "TRL's `SFTTrainer`, on the answers alone.\n\n" + table(
         ("argument", ""), [(name, getattr(value, "value", value)) for name, value in rows]
     )
@@ -321,7 +326,7 @@ def write_model_card(
 
 def folder_card(folder: Path, kind: str, config: PreTrainedConfig, name: str, processor: Any = None) -> ModelCard:
     """The card of a model or encoder of which only its folder is known."""
-    shared = {"model_name": name, "environment": environment(), "citation": citation(name)}
+    shared = {"model_name": name, "environment": environment(), "citation": citation(name, kind)}
     if kind == "encoder":
         assert isinstance(config.num_leads, int)
         with torch.device("meta"):

@@ -182,6 +182,8 @@ def gather(folder: Path, kind: str) -> dict[str, bytes | Path]:
     weights = [name for name in files if name.endswith(".safetensors")]
     if not weights:
         raise ValueError(f"{folder} has no weights in safetensors; save them with save_pretrained.")
+    name = "adapter_config.json" if kind == "adapter" else "config.json"
+    files[name] = without_local_paths(folder / name)
     files |= code_of(folder)
     if "evaluation_results.json" in files:
         check_results(folder / "evaluation_results.json")
@@ -197,6 +199,19 @@ def gather(folder: Path, kind: str) -> dict[str, bytes | Path]:
         extractor = ELMProcessor.from_pretrained(folder).feature_extractor
         files[SAMPLE] = sample_ecg(extractor.sampling_rate, extractor.num_samples)
     return files
+
+
+def without_local_paths(path: Path) -> bytes:
+    """A configuration without the folders that its parts were once loaded from, which tell of the one who trained it."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            paths = {key for key in ("_name_or_path", "name_or_path") if value.get(key) and not on_hub(value[key])}
+            return {key: clean(part) for key, part in value.items() if key not in paths}
+        return [clean(part) for part in value] if isinstance(value, list) else value
+
+    config = clean(json.loads(path.read_text(encoding="utf-8")))
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _encoder_config(folder: Path) -> Any:
@@ -223,26 +238,27 @@ def set_licence(card: ModelCard, args: argparse.Namespace, api: HfApi) -> None:
     Raises:
         ValueError: none of these says one.
     """
+    metadata: Any = card.data
     if args.license is not None:
-        card.data.license = args.license
-        card.data.license_name = card.data.license_link = None
+        metadata.license = args.license
+        metadata.license_name = metadata.license_link = None
     if args.license_link is not None:
-        card.data.license_link = args.license_link
-    if card.data.license in (None, "unknown") and isinstance(card.data.base_model, str):
+        metadata.license_link = args.license_link
+    if metadata.license in (None, "unknown") and isinstance(metadata.base_model, str):
         try:
-            theirs = api.model_info(card.data.base_model).card_data
+            theirs = api.model_info(metadata.base_model).card_data
         except (HfHubHTTPError, OSError):
             theirs = None
         for name in ("license", "license_name", "license_link"):
             if theirs is not None and theirs.get(name):
-                setattr(card.data, name, theirs.get(name))
-    if card.data.license in (None, "unknown"):
-        base = f", and nor does {card.data.base_model} on the Hub" if card.data.base_model else ""
+                setattr(metadata, name, theirs.get(name))
+    if metadata.license in (None, "unknown"):
+        base = f", and nor does {metadata.base_model} on the Hub" if metadata.base_model else ""
         raise ValueError(
             f"The card names no licence{base}. A model is shared under that of the language model within: find it out, and say it "
             "with --license, such as apache-2.0 or llama3.2 (and --license_link)."
         )
-    if card.data.license == "other" and not (card.data.license_name or card.data.license_link):
+    if metadata.license == "other" and not (metadata.license_name or metadata.license_link):
         raise ValueError("--license other needs --license_link, where its text is.")
 
 
@@ -269,9 +285,9 @@ class Target:
         tag = "main" if self.args.pr else f"elm-{digest.hexdigest()[:12]}"
         text = replace_section(str(card), "Use", use_of(kind, self.repo_id, tag, takes_ecgs))
         url = f"{self.api.endpoint}/{self.repo_id}"
-        text = replace_section(text, "How to cite", citation(self.repo_id.split("/")[-1], url))
+        text = replace_section(text, "How to cite", citation(self.repo_id.split("/")[-1], kind, url))
         everything = {**files, CARD: text.encode()}
-        before = self.api.repo_info(self.repo_id, revision=self.args.revision)
+        before = self.api.model_info(self.repo_id, revision=self.args.revision)
         old = [sibling.rfilename for sibling in before.siblings or []]
         stale = [n for n in old if n not in everything and (_matches(n, FILES) or n.endswith(".py"))]
         commit = self.api.create_commit(
@@ -319,7 +335,8 @@ def with_base(
         target.create()
         config["revision"] = target.push(base_files, base_card, "model", processor.takes_ecgs)
     config["base_model_name_or_path"] = base
-    card.data.base_model = base
+    metadata: Any = card.data
+    metadata.base_model = base
     files["adapter_config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 
 
