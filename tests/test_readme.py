@@ -96,7 +96,7 @@ def test_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     elif program == ".ci/run":
         assert (ROOT / program).stat().st_mode & 0o111
     else:
-        assert (program, *words[:1]) in {("pytest",), ("uv", "sync"), ("hf", "upload")}
+        assert (program, *words[:1]) in {("pytest",), ("uv", "sync")}
 
 
 def test_quickstart_is_installed() -> None:
