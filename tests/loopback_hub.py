@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -35,6 +36,7 @@ class LoopbackHub(ThreadingHTTPServer):
         private, read_only: names of repositories as in `repos`, which need a token to be read, or admit pull requests alone.
         broken_commits: how many commits from now on fail when their large files are there.
         cards: texts of the cards that were validated.
+        on_upload: called when a large file arrives, before it is kept.
     """
 
     def __init__(self, user: str = "user"):
@@ -48,6 +50,7 @@ class LoopbackHub(ThreadingHTTPServer):
         self.read_only: set[str] = set()
         self.broken_commits = 0
         self.cards: list[str] = []
+        self.on_upload: Callable[[], object] = lambda: None
 
     def __enter__(self) -> "LoopbackHub":
         Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
@@ -195,6 +198,7 @@ class _Handler(BaseHTTPRequestHandler):
     def lfs_upload(self, body: bytes, oid: str) -> None:
         if hashlib.sha256(body).hexdigest() != oid:
             return self.send(400, {"error": "the content is not what its sha256 says"})
+        self.server.on_upload()
         self.server.objects[oid] = body
         self.send(200, {})
 

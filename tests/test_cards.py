@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 from helpers import (
+    ROOT,
     tiny_elm_config,
     tiny_image_elm_config,
     tiny_image_processor_elm,
@@ -14,8 +15,9 @@ from loopback_hub import card_errors
 from trl import ModelConfig, SFTConfig
 
 from training.arguments import ELMArguments
-from training.cards import add_evaluation, representation_of, write_model_card
+from training.cards import TEMPLATES, add_evaluation, representation_of, write_model_card
 
+FINISHED = list(TEMPLATES.glob("*_*.md"))
 RESULTS = {
     "schema_version": 3,
     "verdict": "Exact match 87.5%, better than all that does without: the model looks at the ECG.",
@@ -194,3 +196,14 @@ def test_no_card_or_no_place_in_it(tmp_path):
     (tmp_path / "README.md").write_text("# Mine\n")
     add_evaluation(tmp_path, RESULTS)
     assert (tmp_path / "README.md").read_text() == "# Mine\n"
+
+
+@pytest.mark.parametrize("path", sorted(FINISHED), ids=lambda path: path.stem)
+def test_finished_cards(path):
+    """The card of each recipe that was run is one that the Hub takes, and says what it must."""
+    text = path.read_text(encoding="utf-8")
+    assert (ROOT / "training" / "configs" / f"{path.stem}.yaml").is_file()
+    assert card_errors(text) == []
+    assert ModelCard(text).data.license == "mit"
+    for words in ("not a medical device", "## What it says without the ECG", "## Limits"):
+        assert words in text

@@ -2,13 +2,18 @@
 
 import io
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import (
+    ROOT,
     tiny_elm_config,
     tiny_image_elm_config,
     tiny_image_processor_elm,
@@ -18,7 +23,7 @@ from helpers import (
 from huggingface_hub import ModelCard, constants
 from loopback_hub import LoopbackHub, front_matter, run_on_hub
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_cards import RESULTS
 
 from configuration_elm import MERLConfig
@@ -244,6 +249,25 @@ def test_a_failure_midway_leaves_the_remote_as_it_was(model, hub, capsys, monkey
     hub.broken_commits = 0
     push(model, "model")
     assert hub.files("user/model")["generation_config.json"] == b"{}"
+
+
+def test_killed_while_it_uploads(model, hub):
+    """The remote stays as it was, and a push that is repeated ends right."""
+    push(model, "model")
+    before = dict(hub.files("user/model"))
+    weights = load_file(model / "model.safetensors")
+    save_file({name: values + 1 for name, values in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    arguments = ["push", str(model), "--repo_id", "user/model", "--license", "mit"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "training.cli", *arguments], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
+    )
+    hub.on_upload = process.kill
+    assert process.wait(timeout=120) == -signal.SIGKILL
+    hub.on_upload = lambda: None
+    assert hub.files("user/model") == before
+    push(model, "model")
+    assert hub.files("user/model")["model.safetensors"] == (model / "model.safetensors").read_bytes()
 
 
 def test_errors_of_the_hub(model, hub, monkeypatch, capsys):
