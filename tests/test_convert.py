@@ -461,6 +461,18 @@ def test_full_size_encoder_gives_the_golden_tokens(shapes, shared, tmp_path, cap
 
 
 @pytest.mark.parametrize("kind", ["mlae", "mtae", "st_mem"])
+def test_other_full_size_encoders_give_the_golden_tokens(kind, shapes, shared, tmp_path):
+    report = run(tmp_path / "encoder.pt", checkpoint_of(golden_state_dict(shapes[kind])), "--encoder", kind)
+    assert (report["left_over"], report["missing"]) == ([], [])
+    golden = load_file(shared / "golden/encoders.safetensors")
+    model = ENCODER_MODELS[kind].from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        tokens = model(golden["input"]).last_hidden_state.transpose(1, 2)
+    pooled, expected = torch.nn.functional.adaptive_avg_pool1d(tokens, 5).transpose(1, 2), golden[f"{kind}.tokens5"]
+    assert (pooled - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["mlae", "mtae", "st_mem"])
 def test_sizes_of_an_encoder_are_told_by_its_weights(kind, shapes, tmp_path):
     weights = shrunk(shapes[kind])
     run(tmp_path / "encoder.pt", checkpoint_of(weights), "--encoder", kind)
