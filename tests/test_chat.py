@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 from datasets import load_dataset
-from helpers import tiny_elm_config, tiny_llm_config, tiny_processor
+from helpers import (
+    tiny_elm_config,
+    tiny_image_elm_config,
+    tiny_image_processor_elm,
+    tiny_llm_config,
+    tiny_processor,
+    tiny_symbolic_processor,
+)
 from PIL import Image
 
 from ecg_utils import STANDARD_LEADS, read_ecg
@@ -335,3 +342,32 @@ def test_script_on_standard_input(model, processor, records, tmp_path, monkeypat
 def test_folder_without_a_model(tmp_path):
     with pytest.raises(ValueError, match=r"has no config\.json"):
         main([str(tmp_path)])
+
+
+@pytest.mark.parametrize("representation", ["symbolic", "rgb"])
+def test_other_representations(representation, records, tmp_path, monkeypatch, capsys):
+    """Two questions about one ECG, as tokens in the text and as a drawing; the answers are those without a kept prefix."""
+    monkeypatch.chdir(tmp_path)
+    if representation == "rgb":
+        processor = tiny_image_processor_elm("vit")
+        config = tiny_image_elm_config("vit", llm=tiny_llm_config(vocab_size=len(processor.tokenizer)))
+        config.ecg_token_id = processor.ecg_token_id
+    else:
+        processor = tiny_symbolic_processor()
+        llm = tiny_llm_config(vocab_size=len(processor.tokenizer), max_position_embeddings=8192)
+        config = tiny_elm_config(None, llm=llm, representation="symbolic")
+    torch.manual_seed(0)
+    chat = Chat(ELMForConditionalGeneration(config).eval(), processor, "tiny", max_new_tokens=6)
+    type_lines(monkeypatch, f"/ecg {records[0]}", "Why?", "And now?", "/save chat.json", "/quit")
+    run(chat)
+    printed = capsys.readouterr().out
+    assert "all 12 leads, 500 Hz, 2 s" in printed
+    (row,) = load_dataset("json", data_files=str(tmp_path / "chat.json"), cache_dir=str(tmp_path / "cache"))["train"]
+    turns = to_chat(row)
+    for place in (1, 3):
+        inputs = processor.apply_chat_template(
+            turns[:place], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        output = chat.model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        text = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+        assert turns[place]["content"][0]["text"].strip() == text.strip()
