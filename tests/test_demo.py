@@ -1,12 +1,14 @@
 import json
 import re
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import run_isolated, tiny_processor
 from huggingface_hub import SpaceCard
+from peft import LoraConfig, get_peft_model
 from test_chat import save_record, tiny_elm
 
 from ecg_utils import read_ecg
@@ -161,7 +163,8 @@ def test_examples_are_simulated_records(tmp_path):
         assert (record.array.shape, record.sampling_rate) == ((12, 5000), 500)
 
 
-def test_space(page, folder, tmp_path):
+@pytest.mark.parametrize("adapter", [False, True])
+def test_space(adapter, page, folder, tmp_path):
     space = tmp_path / "space"
     space.mkdir()
     write_space(space, "owner/my-elm", revision="abc123")
@@ -184,16 +187,22 @@ def test_space(page, folder, tmp_path):
     assert json.loads((space / "space.json").read_text())["revision"] == "abc123"
 
     # runs without this project, with the code of the model's own folder
-    model = tmp_path / "model"
-    page.model.save_pretrained(model)
+    model = base = tmp_path / "model"
+    page.model.save_pretrained(base)
+    if adapter:
+        model = tmp_path / "adapter"
+        lora = LoraConfig(task_type="CAUSAL_LM", target_modules=r".*language_model.*q_proj")
+        get_peft_model(deepcopy(page.model), lora).save_pretrained(model)
+        config = json.loads((model / "adapter_config.json").read_text())
+        (model / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
     page.processor.save_pretrained(model)
-    (space / "space.json").write_text(json.dumps({"model": str(model), "revision": "main", "adapter": False}))
+    (space / "space.json").write_text(json.dumps({"model": str(model), "revision": "main", "adapter": adapter}))
     code = """
 from unittest.mock import MagicMock
 sys.modules["gradio"] = MagicMock()  # which takes seconds to import; test_served_page has it
 sys.path.insert(0, ".")
 import app
-assert app.__file__.endswith("space/app.py") and "transformers_modules" in type(app.model).__module__
+assert app.__file__.endswith("space/app.py") and "transformers_modules" in type(app.model.get_base_model() if app.space["adapter"] else app.model).__module__
 ecgs, shown = app.page.pick("Simulated sinus rhythm")
 print("the model sees 0 to 2 s" in shown, [turn["role"] for turn in list(app.page.ask("Why?", ecgs, [], False, []))[-1][0]])
 """
