@@ -1,13 +1,9 @@
 """From the files of the reference system (ELM-Research/ELM) to ours: `elm convert` for checkpoints, and ECG-Byte tokenizers."""
 
 import json
-import os
 import pickletools
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
@@ -30,7 +26,7 @@ from tokenization_ecg_byte import FIRST_MERGE_ID, ECGByteTokenizer
 from training.arguments import ELMArguments, ELMParser
 from training.build import build_model, build_processor
 from training.checkpoints import Checkpoint, merge_lora, plain_key, read_checkpoint
-from training.files import write_text
+from training.files import new_folder, write_text
 
 # pattern at the start of the reference's key, and what takes its place; None drops the entry
 Rule = tuple[str, str | Callable[[re.Match[str]], str] | None]
@@ -734,21 +730,6 @@ def convert_elm(
     return model, processor, conversion
 
 
-@contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block ends well, and goes when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        if path.is_dir():
-            path.rmdir()
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def parse(argv: list[str] | None = None) -> tuple[Path, ConvertArguments]:
     """The checkpoint, and what the command line says of it."""
     parser = ELMParser(
@@ -785,7 +766,7 @@ def main(argv: list[str] | None = None) -> None:
         "ignored": {names[key]: why for key, why in conversion.ignored.items()},
         "used": {names[key]: ours for key, ours in conversion.used.items()},
     }
-    with _new_folder(output_dir) as folder:
+    with new_folder(output_dir) as folder:
         model.save_pretrained(folder)
         preparation.save_pretrained(folder)
         write_text(folder / "conversion.json", json.dumps(report, indent=2) + "\n")

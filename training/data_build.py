@@ -1,14 +1,11 @@
 """Datasets made of records and questions about them: `elm data build`."""
 
 import argparse
-import os
-import shutil
 import signal
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -34,6 +31,7 @@ from training.data_sources import (
     read_questions,
     superclass_questions,
 )
+from training.files import new_folder
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "dataset.md"
 Metadata = Mapping[str, Mapping[str, Any]]  # id of a record -> column -> value
@@ -438,30 +436,6 @@ def _row_groups(rows: Iterable[dict[str, Any]], schema: pa.Schema) -> Iterator[p
 
 def _ecgs(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     return row["ecg"] if isinstance(row["ecg"], list) else [row["ecg"]]
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block ends well, and goes when it does not.
-
-    Raises:
-        ValueError: `path` is there and not empty, or cannot be written.
-    """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"--output_dir {path} is there and not empty; name another, or remove it.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
-    except OSError as error:
-        raise ValueError(f"--output_dir {path} cannot be written: {error.strerror}. Name another.") from error
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        if path.exists():
-            path.rmdir()
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @dataclass

@@ -1,6 +1,7 @@
-"""Files that are either whole or not there."""
+"""Files and folders that are either whole or not there."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,3 +26,27 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically, in UTF-8."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place when the block ends well, and goes when it does not.
+
+    Raises:
+        ValueError: `path` is there and not empty, or cannot be written.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"--output_dir {path} is there and not empty; name another, or remove it.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    except OSError as error:
+        raise ValueError(f"--output_dir {path} cannot be written: {error.strerror}. Name another.") from error
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if path.exists():
+            path.rmdir()
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
