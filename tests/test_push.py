@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,10 +44,10 @@ def save(folder: Path, case: str = "llava") -> Path:
         processor, make = tiny_image_processor_elm("vit"), lambda **kwargs: tiny_image_elm_config("vit", **kwargs)
     elif case == "symbolic":
         processor = tiny_symbolic_processor()
-        make = lambda **kwargs: tiny_elm_config(None, representation="symbolic", **kwargs)  # noqa: E731
+        make = partial(tiny_elm_config, None, representation="symbolic")
     else:
         processor = tiny_processor()
-        make = lambda **kwargs: tiny_elm_config({"llava": "merl", "fuyu": "patch"}[case], **kwargs)  # noqa: E731
+        make = partial(tiny_elm_config, {"llava": "merl", "fuyu": "patch"}[case])
     config = make(ecg_token_id=None if case == "symbolic" else processor.ecg_token_id)
     model = ELMForConditionalGeneration(config)
     model.resize_token_embeddings(len(processor.tokenizer))
