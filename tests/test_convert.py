@@ -9,16 +9,26 @@ import shutil
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import golden_state_dict, run_isolated, save_tiny_llm, tiny_image_processor, tiny_vision_config
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, CLIPConfig, CLIPModel, ViTForMaskedImageModeling
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPConfig,
+    CLIPModel,
+    Siglip2Config,
+    Siglip2Model,
+    ViTForMaskedImageModeling,
+)
 
 from configuration_elm import ENCODER_CONFIGS
 from ecg_utils import REFERENCE_LEADS, STANDARD_LEADS
 from modeling_ecg_encoders import ENCODER_MODELS
+from tokenization_ecg_byte import ECGByteTokenizer
 from training.build import load_elm
 from training.convert import MAX_PICKLE_BYTES, convert_state_dict, main, read_ecg_byte_pickle
 
@@ -620,7 +630,71 @@ def test_added_tokens_are_found_by_name(llm, tmp_path):
         assert torch.equal(row, theirs[rows + place])
 
 
-@pytest.mark.parametrize("model_type", ["clip_vision_model", "vit"])
+@pytest.fixture(scope="module")
+def ecg_byte(tmp_path_factory):
+    """A tokenizer of three merges."""
+    folder = tmp_path_factory.mktemp("ecg_byte")
+    ECGByteTokenizer(["nn", "nnn", "ab"]).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("order", [["signal_*", "<signal>"], ["<signal>", "<think>", "signal_*"]])
+@pytest.mark.parametrize("tied", [False, True])
+def test_symbolic_elms(tied, order, llm, ecg_byte, tmp_path):
+    """Each token of an ECG gets the row that it had, in the order that the user says: the next token is the reference's."""
+    if tied:
+        llm = save_tiny_llm(tmp_path / "llm", "qwen2_5", hidden_size=64)
+    first = AutoConfig.from_pretrained(llm).vocab_size
+    names = [name for token in order for name in ([f"signal_{k}" for k in range(259)] if "*" in token else [token])]
+    weights = llm_weights(llm, rows=first + len(names))
+    options = ["--llm", llm, "--elm", "ecg_byte", "--ecg_tokenizer", ecg_byte, "--segment_len", 50]
+    report = run(tmp_path / "elm.pt", checkpoint_of(weights), *options, "--added_tokens", *order)
+    assert (report["left_over"], report["missing"]) == ([], [])
+    assert any(f"in the order {' '.join(order)}, signal_* being signal_0 to signal_258" in e for e in report["assumed"])
+    model, processor = load_elm(str(tmp_path / "out"))
+    ecg = {"array": np.linspace(-1, 1, 600).reshape(12, 50), "sampling_rate": 250, "lead_names": REFERENCE_LEADS}
+    chat = [{"role": "user", "content": [{"type": "ecg", "ecg": ecg}, {"type": "text", "text": "Rhythm?"}]}]
+    ids = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")["input_ids"]
+    tokens = processor.tokenizer.convert_ids_to_tokens(ids[0])
+    assert {"signal_256", "signal_257", "signal_122"} <= set(tokens)  # nn, nnn, z
+    # the same text with the reference's ids
+    theirs = [first + names.index(token) if token in names else id for token, id in zip(tokens, ids[0], strict=True)]
+    config = AutoConfig.from_pretrained(llm)
+    config.vocab_size = first + len(names)
+    reference = AutoModelForCausalLM.from_config(config).eval()
+    reference.load_state_dict({key.removeprefix("llm.llm."): tensor for key, tensor in weights.items()})
+    with torch.no_grad():
+        expected = reference(input_ids=torch.tensor([theirs])).logits
+        found = model.eval()(input_ids=ids).logits
+    torch.testing.assert_close(found[..., :first], expected[..., :first], rtol=1e-5, atol=1e-5)
+    for token in ("signal_97", "signal_258", "<signal>"):
+        ours = found[..., processor.tokenizer.convert_tokens_to_ids(token)]
+        torch.testing.assert_close(ours, expected[..., first + names.index(token)], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--elm", "ecg_byte"], r"does not say which of its rows is which token.*--ecg_tokenizer.*--added_tokens"),
+        (["--elm", "ecg_byte", "--ecg_tokenizer"], r"does not say which of its rows"),
+        (["--elm", "ecg_byte", "--added_tokens", "signal_*"], r"does not say which of its rows"),
+        (
+            ["--elm", "ecg_byte", "--added_tokens", "signal_*", "--ecg_tokenizer"],
+            r"needs 519; check --llm and --ecg_tokenizer",
+        ),
+        ([*FUYU, "--added_tokens", "signal_*"], r"signal_\* is of symbolic ELMs"),
+        ([*FUYU, "--added_tokens", "<signal>", "<signal>"], r"--added_tokens has <signal> more than once"),
+    ],
+)
+def test_added_tokens_that_do_not_fit(options, message, llm, ecg_byte, tmp_path):
+    rows = AutoConfig.from_pretrained(llm).vocab_size + 200
+    options = [*options, ecg_byte] if options[-1] == "--ecg_tokenizer" else options
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "elm.pt", llm_weights(llm, rows=rows), "--llm", llm, *options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("model_type", ["clip_vision_model", "siglip2_vision_model", "vit"])
 def test_vision_backbones(model_type, llm, tmp_path):
     """Weights under the names that transformers had when the reference was trained."""
     torch.manual_seed(3)
@@ -631,26 +705,46 @@ def test_vision_backbones(model_type, llm, tmp_path):
     else:
         text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
         vision = tiny_vision_config(model_type).to_dict()
-        model = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=24))
+        if model_type == "clip_vision_model":
+            model = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=24))
+        else:
+            model = Siglip2Model(Siglip2Config(vision_config=vision, text_config=text))
     model.save_pretrained(folder)
     tiny_image_processor(model_type).image_processor.save_pretrained(folder)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(tmp_path / "trained")  # transformers writes them under the older names
     trained = load_file(tmp_path / "trained/model.safetensors")
-    assert model_type != "vit" or "vit.encoder.layer.0.attention.attention.query.weight" in trained
-    width = 32 if model_type == "vit" else 24
+    older = {
+        "clip_vision_model": "vision_model.encoder.layers.0.self_attn.q_proj.weight",
+        "siglip2_vision_model": "vision_model.head.attention.in_proj_weight",
+        "vit": "vit.encoder.layer.0.attention.attention.query.weight",
+    }
+    assert older[model_type] in trained
+    width = 24 if model_type == "clip_vision_model" else 32
     weights = llm_weights(llm) | {f"encoder.vision_encoder.{key}": tensor for key, tensor in trained.items()}
     weights |= {"projection.projection.weight": torch.ones(64, width), "projection.projection.bias": torch.ones(64)}
     options = ["--llm", llm, "--elm", "llava", "--encoder_name_or_path", folder, "--data_representation", "rgb"]
     report = run(tmp_path / "elm.pt", weights, *options)
     assert report["left_over"] == []
-    assert set(report["ignored"].values()) == ({"of the masked pretraining"} if width == 32 else {"of the text tower"})
-    assert report["missing"] == [f"model.encoder.pooler.dense.{name}" for name in ("bias", "weight") if width == 32]
-    elm, _ = load_elm(str(tmp_path / "out"))
+    left_out = "of the masked pretraining" if model_type == "vit" else "of the text tower"
+    assert set(report["ignored"].values()) == {left_out}
+    missing = [f"model.encoder.pooler.dense.{name}" for name in ("bias", "weight")]
+    assert report["missing"] == (missing if model_type == "vit" else [])
+    elm, processor = load_elm(str(tmp_path / "out"))
     tower = elm.model.encoder.state_dict()
-    source = model.vit.state_dict() if width == 32 else model.state_dict()
+    source = {"vit": getattr(model, "vit", None), "siglip2_vision_model": getattr(model, "vision_model", None)}
+    source = (source.get(model_type) or model).state_dict()
     assert all(torch.equal(tensor, source[name]) for name, tensor in tower.items() if not name.startswith("pooler."))
+    if model_type == "siglip2_vision_model":
+        record = {"array": np.random.default_rng(0).normal(size=(12, 2500)), "sampling_rate": 250}
+        inputs = processor(text="<signal>", ecgs=[record], return_tensors="pt")
+        pixels = {name: inputs[name] for name in ("pixel_values", "pixel_attention_mask", "spatial_shapes")}
+        with torch.no_grad():
+            expected = model.get_image_features(**pixels).pooler_output
+            found = elm.get_ecg_features(**pixels)
+        connector = elm.model.connector
+        torch.testing.assert_close(found.reshape(1, -1), connector(expected).reshape(1, -1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -661,7 +755,7 @@ def test_vision_backbones(model_type, llm, tmp_path):
         (["--encoder", "st_mem"], r"no entry for embeddings\.lead_embeddings, .* which a st_mem encoder needs"),
         (["--encoder", "merl", "--llm", "nowhere"], "holds no language model.*leave --llm out"),
         (["--encoder", "merl", "--lead_names", "I", "II"], "are of 12 leads, and --lead_names are 2"),
-        (["--encoder", "merl", "--elm", "ecg_byte"], "ELMs of ECG-Byte tokens are not converted"),
+        (["--encoder", "merl", "--representation", "rgb"], "holds no language model.*leave --representation rgb out"),
     ],
 )
 def test_options_that_do_not_fit_an_encoder(options, message, tmp_path):

@@ -356,6 +356,7 @@ def read_ecg_byte_pickle(path: Path) -> ECGByteTokenizer:
 
 LLM_PREFIX, PEFT_PREFIX, ENCODER_PREFIX = "llm.llm.", "base_model.model.", "encoder."
 CONNECTOR_PREFIXES = {"llava": "projection.", "fuyu": "project_layer."}
+ECG_TOKENS = "signal_*"  # among --added_tokens: signal_<id> of all ids of the ECG-Byte tokenizer
 # of a vision model, what its tower does without
 NOT_OF_THE_TOWER = {
     r"text_model\.|text_projection\.|logit_scale$|logit_bias$": "of the text tower",
@@ -385,7 +386,10 @@ class ConvertArguments(ELMArguments):
     )
     added_tokens: list[str] = field(
         default_factory=lambda: [ELMProcessor.ecg_token],
-        metadata={"help": "Tokens that the run added to the language model's, in the order of their rows."},
+        metadata={
+            "help": "Tokens that the run added to the language model's, in the order of their rows; signal_* stands for all ECG tokens "
+            "of a symbolic ELM, by id."
+        },
     )
     lora_alpha: float = field(default=32.0, metadata={"help": "Of LoRA, which the checkpoint does not say."})
     use_rslora: bool = field(default=False, metadata={"help": "LoRA was scaled by the square root of its rank."})
@@ -400,7 +404,6 @@ class ConvertArguments(ELMArguments):
     data_subset: float | None = field(init=False, default=None)
     perturb: Literal["noise", "zeros", "only_text"] | None = field(init=False, default=None)
     system_prompt: str | None = field(init=False, default=None)
-    ecg_tokenizer: str | None = field(init=False, default=None)
     ecg_overflow: Literal["error", "downsample", "drop_leads"] = field(init=False, default="error")
     update: list[str] = field(init=False, default_factory=list)
     streaming: bool = field(init=False, default=False)
@@ -416,11 +419,6 @@ class ConvertArguments(ELMArguments):
     def __post_init__(self) -> None:
         if not self.output_dir:
             raise ValueError("--output_dir is missing; say the folder that the converted model is saved in.")
-        if self.representation == "symbolic" or self.elm == "ecg_byte":
-            raise ValueError(
-                "ELMs of ECG-Byte tokens are not converted: their checkpoints do not say which row of the embeddings is which "
-                "ECG token. `elm tokenizer import` converts the tokenizer; train the language model anew."
-            )
         self.assumed: list[str] = []  # what the reader of the report should know
         if self.lead_names is None:
             self.lead_names = list(REFERENCE_LEADS)
@@ -428,13 +426,28 @@ class ConvertArguments(ELMArguments):
                 "leads in the reference's order, I II III aVL aVR aVF V1 ... V6; of a model trained on its PTB-XL, say "
                 "--lead_names I II III aVR aVL aVF V1 V2 V3 V4 V5 V6"
             )
-        if self.normalization is None and self.representation == "signal":
+        if self.normalization is None and self.representation == "signal" and self.elm != "ecg_byte":
             self.normalization = "minmax"
         if self.representation not in IMAGE_REPRESENTATIONS:
             self.image_features = "patches"
         self.says_encoder = self.encoder is not None or self.encoder_name_or_path is not None
         self.says_num_ecg_tokens = self.num_ecg_tokens is not None
         super().__post_init__()
+        symbolic = self.representation == "symbolic"
+        if symbolic and (self.ecg_tokenizer is None or ECG_TOKENS not in self.added_tokens):
+            raise ValueError(
+                "A checkpoint of a symbolic ELM does not say which of its rows is which token. Give the run's tokenizer as "
+                "--ecg_tokenizer (`elm tokenizer import` makes it of a .pkl), and all tokens that the run added, in the order of their "
+                f"rows, as --added_tokens, with {ECG_TOKENS} for those of the tokenizer: --added_tokens '{ECG_TOKENS}' "
+                f"'{ELMProcessor.ecg_token}' if these came first."
+            )
+        if ECG_TOKENS in self.added_tokens and not symbolic:
+            raise ValueError(f"--added_tokens {ECG_TOKENS} is of symbolic ELMs; say --elm ecg_byte, or leave it out.")
+        repeated = {token for token in self.added_tokens if self.added_tokens.count(token) > 1}
+        if repeated:
+            raise ValueError(
+                f"--added_tokens has {', '.join(sorted(repeated))} more than once; each token has one row."
+            )
 
 
 def _state_dict_of(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -538,9 +551,10 @@ def convert_encoder(
             f"The checkpoint holds no language model ({LLM_PREFIX}...), so an encoder alone, and --encoder is {given}; expected "
             f"one of {', '.join(ENCODER_MODELS)}."
         )
-    if args.llm:
+    if args.llm or args.representation != "signal":
+        option = "--llm" if args.llm else f"--representation {args.representation}"
         raise ValueError(
-            f"The checkpoint holds no language model ({LLM_PREFIX}...); leave --llm out if it is an encoder alone."
+            f"The checkpoint holds no language model ({LLM_PREFIX}...); leave {option} out if it is an encoder alone."
         )
     conversion = convert_part(args.encoder, checkpoint.tensors)
     _check_missing(conversion, f"a {args.encoder} encoder")
@@ -616,13 +630,24 @@ def _convert_llm(
     return part
 
 
+def _names_of_rows(added_tokens: list[str], ecg_byte: ECGByteTokenizer | None) -> list[str]:
+    """The tokens that a run added, one a row. The reference's have a row for each of the 256 bytes, of which ECGs take 26."""
+    rows: list[str] = []
+    for token in added_tokens:
+        if token == ECG_TOKENS and ecg_byte is not None:
+            rows += [f"signal_{token_id}" for token_id in range(FIRST_MERGE_ID + len(ecg_byte.merges))]
+        else:
+            rows.append(token)
+    return rows
+
+
 def _fit_vocabulary(
     args: ConvertArguments, model: ELMForConditionalGeneration, processor: ELMProcessor, part: Conversion
 ) -> None:
     """Gives embeddings and head of the checkpoint the rows of ours; rows that it has not stay as they are in the base model.
 
     Raises:
-        ValueError: it has more rows than there are tokens, or a head of its own where ours is tied.
+        ValueError: it has more rows than there are tokens, none for some of a symbolic ELM, or a head of its own where ours is tied.
     """
     embeddings = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
     name, head = f"{embeddings}.weight", "lm_head.weight"
@@ -636,7 +661,8 @@ def _fit_vocabulary(
             part.tensors[name] = part.tensors[head] = part.tensors[known[0]]
             part.missing = [key for key in part.missing if key not in (name, head)]
     first_added = processor.ecg_token_id  # the first that our processor adds, behind the language model's own
-    ids = processor.tokenizer.convert_tokens_to_ids(args.added_tokens)
+    vocabulary, symbolic = processor.tokenizer.get_vocab(), processor.ecg_tokenizer is not None
+    ids = [vocabulary.get(token) for token in _names_of_rows(args.added_tokens, processor.ecg_tokenizer)]
     current = model.state_dict()
     for key in (name, head):
         if key not in part.tensors:
@@ -645,15 +671,18 @@ def _fit_vocabulary(
         rows = len(theirs)
         if theirs.shape[1:] != ours.shape[1:]:
             continue  # an error of its own, with all shapes
-        if rows > first_added + len(ids) and rows != len(ours):  # as many as ours are spare ones of the language model
+        expected = first_added + len(ids)
+        if (rows < expected and symbolic) or (rows > expected and rows != len(ours)):
+            # as many as ours are spare ones of the language model
             raise ValueError(
                 f"{key} has {rows} rows in the checkpoint, and --llm {args.llm} with {' '.join(args.added_tokens)} needs "
-                f"{first_added + len(ids)}; check --llm, or name all tokens that the run added, in order, as --added_tokens."
+                f"{expected}; check --llm{' and --ecg_tokenizer' if symbolic else ''}, or name all tokens that the run added, in "
+                "order, as --added_tokens."
             )
         fitted = ours.clone()
         fitted[: min(rows, len(ours))] = theirs[: len(ours)].to(ours.dtype)
         for place, token_id in enumerate(ids, start=first_added):
-            if place < rows:
+            if place < rows and token_id is not None:
                 fitted[token_id] = theirs[place].to(ours.dtype)
         part.tensors[key] = fitted
         if rows < len(ours) and key == name:
@@ -706,10 +735,17 @@ def convert_elm(
         elif args.connector != "flat" and args.image_features != "embedding" and not args.says_num_ecg_tokens:
             args.assumed.append(f"{args.num_ecg_tokens} tokens an ECG; --num_encoder_tokens says another number")
 
-    if args.connector in ("patch", "conv") or (args.encoder == "merl" and of_ecg):
+    if args.connector in ("patch", "conv") or (args.encoder == "merl" and of_ecg) or args.representation == "symbolic":
         args.assumed.append(f"{args.num_samples} samples a lead; --segment_len says another number")
     processor = build_processor(args)
-    processor.tokenizer.add_tokens(args.added_tokens, special_tokens=True)
+    others = [token for token in args.added_tokens if token != ECG_TOKENS]
+    processor.tokenizer.add_tokens(others, special_tokens=True)
+    if processor.ecg_tokenizer is not None:
+        count = FIRST_MERGE_ID + len(processor.ecg_tokenizer.merges)
+        args.assumed.append(
+            f"rows of the added tokens in the order {' '.join(args.added_tokens)}, {ECG_TOKENS} being signal_0 to signal_{count - 1}; a "
+            "wrong order is not noticed, so compare an answer with the reference's"
+        )
     dtype = str(_dtype(args, tensors)).removeprefix("torch.")
     model = build_model(args, ModelConfig(dtype=dtype), processor).eval()
     if llava and not of_ecg:
