@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import golden_state_dict, run_isolated, save_tiny_llm, tiny_image_processor, tiny_vision_config
+from huggingface_hub import ModelCard
+from loopback_hub import card_errors
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
@@ -564,6 +566,11 @@ print(inputs["ecg_values"].min().item(), round(inputs["ecg_values"].max().item()
 answer = model.generate(**inputs, max_new_tokens=3, do_sample=False)
 print(answer.shape[1] > inputs["input_ids"].shape[1])
 """
+    for folder, words in (("encoder/out", "`merl.pt`, a checkpoint"), ("out", "\n- 500 samples a lead")):
+        card = ModelCard.load(tmp_path / folder / "README.md")
+        assert card_errors(str(card)) == []
+        assert words in card.text
+        assert str(tmp_path) not in card.text
     extractor, encoded, *elm = run_isolated(code, tmp_path).splitlines()
     assert extractor == "minmax 500 aVL aVR"
     assert elm == ["torch.bfloat16 3 aVR", "0.0 1.0", "True"]

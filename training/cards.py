@@ -324,8 +324,21 @@ def write_model_card(
     card.save(folder / CARD)
 
 
-def folder_card(folder: Path, kind: str, config: PreTrainedConfig, name: str, processor: Any = None) -> ModelCard:
-    """The card of a model or encoder of which only its folder is known."""
+def folder_card(
+    folder: Path,
+    kind: str,
+    config: PreTrainedConfig,
+    name: str,
+    processor: Any = None,
+    llm: str | None = None,
+    source: str = "Its folder does not say.",
+) -> ModelCard:
+    """The card of a model or encoder that `elm sft` has not trained.
+
+    Args:
+        llm: Hub id or folder of the language model within, where it is known.
+        source: where the weights are from, in whole sentences.
+    """
     shared = {"model_name": name, "environment": environment(), "citation": citation(name, kind)}
     if kind == "encoder":
         assert isinstance(config.num_leads, int)
@@ -347,24 +360,29 @@ def folder_card(folder: Path, kind: str, config: PreTrainedConfig, name: str, pr
             model_type=config.model_type,
             paper=f"[{paper}]({url})",
             parameters=f"{encoder.num_parameters():,}",
-            weights="their folder does not say where they are from",
+            weights=source,
             use=use_of("encoder", name, num_leads=config.num_leads),
             **shared,
         )
     assert isinstance(config, ELMConfig)
     text_config = config.text_config
     assert isinstance(text_config, PreTrainedConfig)
-    unknown = "Its folder does not say."
     card = ModelCard.from_template(
-        ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=[*TAGS, "elm"]),
+        ModelCardData(
+            license=None if llm is None or on_hub(llm) else licence_of(llm),
+            library_name="transformers",
+            pipeline_tag="text-generation",
+            base_model=llm if llm is not None and on_hub(llm) else None,
+            tags=[*TAGS, "elm"],
+        ),
         template_path=str(TEMPLATES / "model.md"),
-        start=f"a `{text_config.model_type}` language model",
-        trained="not said",
-        data="not said",
+        start=f"a `{text_config.model_type}` language model" if llm is None else f"`{shown(llm)}`",
+        trained="unknown",
+        data="unknown",
         use=use_of("model", name, takes_ecgs=processor.takes_ecgs),
         evaluation=NOT_EVALUATED,
-        splits=unknown,
-        training=unknown,
+        splits="Unknown.",
+        training=source,
         **shared,
         **_parts(config, processor),
     )

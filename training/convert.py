@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import ModelCard
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from trl import ModelConfig
@@ -24,7 +25,8 @@ from modeling_elm import ELMForConditionalGeneration
 from processing_elm import ELMProcessor
 from tokenization_ecg_byte import FIRST_MERGE_ID, ECGByteTokenizer
 from training.arguments import ELMArguments, ELMParser
-from training.build import build_model, build_processor
+from training.build import build_model, build_processor, resolve_llm
+from training.cards import CARD, folder_card, shown
 from training.checkpoints import Checkpoint, merge_lora, plain_key, read_checkpoint
 from training.files import new_folder, write_text
 
@@ -687,7 +689,7 @@ def _fit_vocabulary(
         part.tensors[key] = fitted
         if rows < len(ours) and key == name:
             args.assumed.append(
-                f"the vocabulary of the checkpoint has {rows} rows; the other {len(ours) - rows} of {len(ours)} are those of {args.llm}"
+                f"the vocabulary of the checkpoint has {rows} rows; the other {len(ours) - rows} of {len(ours)} are those of {shown(args.llm)}"
             )
 
 
@@ -766,6 +768,23 @@ def convert_elm(
     return model, processor, conversion
 
 
+def card_of(
+    folder: Path,
+    args: ConvertArguments,
+    checkpoint: str,
+    config: PreTrainedConfig,
+    preparation: ELMProcessor | ECGFeatureExtractor,
+) -> ModelCard:
+    """The card of what was converted, with what was assumed."""
+    name = Path(args.output_dir).absolute().name
+    source = f"Converted by `elm convert` from `{checkpoint}`, a checkpoint of ELM-Research/ELM, which does not say how it was trained."
+    if not isinstance(preparation, ELMProcessor):
+        return folder_card(folder, "encoder", config, name, source=source)
+    assumed = "".join(f"\n- {line}" for line in args.assumed)
+    source += f" Assumed were:\n{assumed}" if assumed else ""
+    return folder_card(folder, "model", config, name, preparation, resolve_llm(args.llm), source)
+
+
 def parse(argv: list[str] | None = None) -> tuple[Path, ConvertArguments]:
     """The checkpoint, and what the command line says of it."""
     parser = ELMParser(
@@ -805,6 +824,7 @@ def main(argv: list[str] | None = None) -> None:
     with new_folder(output_dir) as folder:
         model.save_pretrained(folder)
         preparation.save_pretrained(folder)
+        card_of(folder, args, path.name, model.config, preparation).save(folder / CARD)
         write_text(folder / "conversion.json", json.dumps(report, indent=2) + "\n")
     print(
         f"{len(names):,} entries: {len(conversion.used):,} used, {len(conversion.ignored):,} not needed, {len(missing)} missing"
