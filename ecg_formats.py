@@ -870,6 +870,13 @@ _FORMATS: list[tuple[str, Callable[[bytes], bool], Callable[[bytes], dict[str, A
 ]
 
 
+def format_of(content: bytes) -> str | None:
+    """The name of the format that a file which begins so is of, if it is a known one; last CSV, which much text may be."""
+    if _is_wfdb_header(content):
+        return "WFDB"
+    return next((name for name, is_format, _ in _FORMATS if is_format(content)), None)
+
+
 def _checked(record: dict[str, Any]) -> dict[str, Any]:
     rate = record.get("sampling_rate")
     low, high = SAMPLING_RATES

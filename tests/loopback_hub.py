@@ -80,14 +80,14 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.answer()
 
-    do_HEAD = do_POST = do_PUT = do_GET
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
 
     def answer(self) -> None:
         body = self.read_body()  # all of it, or the next request of the connection starts in its midst
         path = urlsplit(self.path).path
         token = self.headers.get("Authorization")
         free = "/lfs/" in path or path == "/api/validate-yaml"
-        if token == "Bearer wrong" or (self.command in ("POST", "PUT") and token is None and not free):
+        if token == "Bearer wrong" or (self.command in ("POST", "PUT", "DELETE") and token is None and not free):
             return self.send(401, {"error": "Invalid username or password."})
         for pattern, handle in _ROUTES:
             match = re.fullmatch(pattern, f"{self.command.replace('HEAD', 'GET')} {path}")
@@ -146,6 +146,19 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.private.add(repo)
         self.server.commit(repo, "main", {})
         self.send(200, {"url": url, "name": repo_id})
+
+    def delete(self, body: bytes) -> None:
+        content = json.loads(body)
+        repo = f"{content.get('type') or 'model'}s/{content['organization'] or self.server.user}/{content['name']}"
+        if self.find(repo, "main") is not None:
+            del self.server.repos[repo]
+            self.server.private.discard(repo)
+            self.send(200, {})
+
+    def delete_branch(self, body: bytes, repo: str, revision: str) -> None:
+        if not self.may_not_write(repo) and self.find(repo, revision) is not None:
+            del self.server.repos[repo][revision]
+            self.send(200, {})
 
     def may_not_write(self, repo: str) -> bool:
         if repo in self.server.read_only:
@@ -329,7 +342,9 @@ _REVISION = "(?P<revision>[^/]+)"
 _ROUTES = [
     (r"POST /api/repos/create", _Handler.create),
     (r"POST /api/validate-yaml", _Handler.validate_card),
+    (r"DELETE /api/repos/delete", _Handler.delete),
     (rf"POST /api/{_REPO}/branch/{_REVISION}", _Handler.branch),
+    (rf"DELETE /api/{_REPO}/branch/{_REVISION}", _Handler.delete_branch),
     (rf"POST /api/{_REPO}/tag/{_REVISION}", _Handler.tag),
     (rf"POST /api/{_REPO}/preupload/{_REVISION}", _Handler.preupload),
     (rf"POST /api/{_REPO}/commit/{_REVISION}", _Handler.commit),

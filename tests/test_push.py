@@ -21,7 +21,7 @@ from helpers import (
     tiny_processor,
     tiny_symbolic_processor,
 )
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants
 from loopback_hub import LoopbackHub, front_matter, run_on_hub
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -252,6 +252,48 @@ def test_a_failure_midway_leaves_the_remote_as_it_was(model, hub, capsys, monkey
     assert hub.files("user/model")["generation_config.json"] == b"{}"
 
 
+@pytest.mark.parametrize("failure", [ConnectionError("no network"), KeyboardInterrupt()])
+def test_a_failure_leaves_nothing_new(failure, model, folders, hub, monkeypatch):
+    """Neither a repository, a branch, a Space nor the base model of an adapter."""
+    push(model, "old")
+    before = {repo: dict(revisions) for repo, revisions in hub.repos.items()}
+
+    def fail(*args, **kwargs):
+        raise failure
+
+    def refuses(folder, name, *options):
+        with pytest.raises(type(failure)):
+            push(folder, name, *options)
+        assert hub.repos == before
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HfApi, "create_commit", fail)
+        refuses(model, "new")
+        refuses(model, "new", "--revision", "next")
+        refuses(model, "old", "--revision", "next")
+    real = HfApi.create_commit
+
+    def fail_at_the_adapter(api, repo_id, *args, **kwargs):
+        return real(api, repo_id, *args, **kwargs) if repo_id.endswith("-base") else fail()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HfApi, "create_commit", fail_at_the_adapter)
+        refuses(folders / "adapter", "adapter")
+    with monkeypatch.context() as patch:
+        patch.setattr(HfApi, "upload_folder", fail)
+        refuses(model, "old", "--space")
+
+
+def test_what_cannot_be_removed_again_is_said(model, hub, monkeypatch, capsys):
+    hub.broken_commits = 100
+    monkeypatch.setattr(HfApi, "delete_repo", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("no connection")))
+    with pytest.raises(ValueError, match="The Hub refused"):
+        push(model, "model")
+    assert (
+        "user/model was made for this and could not be removed again: delete it on the Hub." in capsys.readouterr().out
+    )
+
+
 def test_killed_while_it_uploads(model, hub):
     """The remote stays as it was, and a push that is repeated ends right."""
     push(model, "model")
@@ -322,6 +364,17 @@ def test_licence(model, hub):
         ("ecg", bytes(16) + b"SCPECG" + bytes(9), r"looks like data of patients \(SCP-ECG\)"),
         ("patients.csv", b"name", "looks like data of patients"),
         ("evaluation_results.json", b'{"a": [{"patient_id": 3}]}', "holds patient_id"),
+        (
+            "evaluation_results.json",
+            b'{"examples": ["as on 12-MAR-2014"]}',
+            "has '12-MAR-2014', which may be of a patient",
+        ),
+        ("report.html", b"<td>Compared with 2014-03-12: new</td></html>", "has '2014-03-12'"),
+        ("report.html", b"<td>seen on March 12, 2014</td></html>", "has 'March 12, 2014'"),
+        ("report.html", b"<td>3.12.2014 sinus rhythm</td></html>", "has '3.12.2014'"),
+        ("report.html", b"<td>DOE^JANE</td></html>", r"has 'DOE\^JANE'"),
+        ("README.md", b"# x\n\nPatient name: Jane Doe\n", "has 'Patient name: Jane Doe'"),
+        ("README.md", b"# x\n\nMRN: 12345\n", "has 'MRN: 12345'"),
     ],
 )
 def test_refuses_a_file(name, content, message, model, hub):
@@ -330,6 +383,16 @@ def test_refuses_a_file(name, content, message, model, hub):
     with pytest.raises(ValueError, match=message):
         push(model, "model")
     assert hub.repos == {}
+
+
+def test_text_of_nobody_is_sent(model, hub):
+    """Dates of a card and numbers that look like none are no one's."""
+    (model / "README.md").write_text(
+        "# x\n\nTrained on 2026-11-20 with torch 2.15.0; the model's name: x. V1^2 = I - II\n"
+    )
+    (model / "report.html").write_text("<td>QT 392 ms, 1.2.3, 12/100/2000; P^2, exact match 12.5 2014</td></html>")
+    push(model, "model")
+    assert b"2026-11-20" in hub.files("user/model")["README.md"]
 
 
 def test_refuses_what_is_no_model(model, tmp_path, hub):

@@ -5,6 +5,9 @@ import re
 from pathlib import Path
 
 from huggingface_hub import DatasetCard, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError
+
+from training.hub import refusal, repo_for
 
 # what `elm data build` writes; nothing else is pushed
 DATASET_FILES = r"README\.md|data/[^/]+\.parquet"
@@ -60,19 +63,19 @@ def push(args: argparse.Namespace) -> None:
     if get_token() is None:
         raise ValueError("Nobody is logged in to the Hub: run `hf auth login`, or set HF_TOKEN.")
     api = HfApi()
-    # None: as the owner's settings say
-    url = api.create_repo(args.repo_id, repo_type="dataset", private=args.private or None, exist_ok=True)
-    if args.revision is not None:
-        api.create_branch(args.repo_id, branch=args.revision, repo_type="dataset", exist_ok=True)
-    api.upload_folder(
-        repo_id=args.repo_id,
-        folder_path=args.data,
-        repo_type="dataset",
-        revision=args.revision,
-        commit_message="Upload dataset",
-        delete_patterns="data/*.parquet",  # those of a former version alone
-    )
-    print(f"{len(files)} files in {url}", flush=True)
+    try:
+        with repo_for(api, args.repo_id, "dataset", args.revision, args.private):
+            api.upload_folder(
+                repo_id=args.repo_id,
+                folder_path=args.data,
+                repo_type="dataset",
+                revision=args.revision,
+                commit_message="Upload dataset",
+                delete_patterns="data/*.parquet",  # those of a former version alone
+            )
+    except HfHubHTTPError as error:
+        raise ValueError(refusal(error, args.repo_id, args.revision)) from error
+    print(f"{len(files)} files in {api.endpoint}/datasets/{args.repo_id}", flush=True)
 
 
 def whole_number(text: str) -> int:

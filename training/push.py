@@ -5,21 +5,24 @@ import fnmatch
 import hashlib
 import io
 import json
+import re
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
 from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
 
 from configuration_elm import ENCODER_CONFIGS, ELMConfig
-from ecg_formats import _FORMATS, _is_wfdb_header
+from ecg_formats import format_of
 from processing_elm import ELMProcessor
 from tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer
 from training.cards import CARD, SAMPLE, citation, folder_card, on_hub, replace_section, use_of
+from training.hub import refusal, repo_for
 from training.synthetic import make_record
 
 # what a repo is made of beside its code, its card and the sample
@@ -34,6 +37,18 @@ PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
 TABLES = {".csv", ".tsv", ".parquet", ".arrow", ".jsonl", ".xlsx", ".hea", ".dat"}
 # keys of JSON that stand for somebody
 PERSONAL = {"patient_id", "patient_name", "record_id", "birth_date", "date_of_birth", "birthdate", "mrn", "recorded_at"}
+# what in text stands for somebody: DICOM's and HL7's NAME^NAME, fields of a form, and in quotations of records dates
+_MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
+NAMES = re.compile(
+    r"\b[A-Z][A-Za-z'-]+\^[A-Z][A-Za-z'-]*"
+    r"|\b(?i:(?:patient|first|last|family|given|sur)(?:'s)?[ _-]?name|date of birth|birth ?date|dob|mrn|medical record (?:number|no))\b"
+    r"[\"']?\s*[:=#]\s*[\"']?\w[^\n<\"']{0,40}"
+)
+DATES = re.compile(
+    r"\b(?:19|20)\d\d[-/.](?:0?[1-9]|1[0-2])[-/.](?:0?[1-9]|[12]\d|3[01])\b"
+    r"|\b(?:0?[1-9]|[12]\d|3[01])[-/.](?:0?[1-9]|[12]\d|3[01])[-/.](?:19|20)\d\d\b"
+    rf"|\b(?i:(?:\d{{1,2}}[-. ]{{1,2}}{_MONTH}|{_MONTH}[-. ]{{1,2}}\d{{1,2}})[-,. ]{{1,2}}(?:19|20)\d\d)\b"
+)
 EXAMPLES = "<h2>Examples</h2>"
 
 
@@ -99,8 +114,10 @@ def check_folder(folder: Path) -> list[str]:
             )
         with path.open("rb") as file:
             content = file.read(4096)
-        found = next((kind for kind, is_one, _ in _FORMATS if kind != "CSV" and is_one(content)), None)
-        if path.suffix in TABLES or found or _is_wfdb_header(content):
+        found = format_of(content)
+        if found == "CSV" and path.suffix not in TABLES:
+            found = None  # any text with commas
+        if path.suffix in TABLES or found:
             raise ValueError(
                 f"{path} looks like data of patients ({found or 'a table or recording'}); nothing was shared. Move it out of the "
                 "folder."
@@ -121,6 +138,16 @@ def check_results(path: Path) -> None:
     if found:
         raise ValueError(
             f"{path} holds {', '.join(sorted(found))}, which may name patients; take it out before sharing."
+        )
+
+
+def check_text(path: Path, text: str, quotes: bool = False) -> None:
+    """ValueError if a text names somebody, or where it `quotes` records, tells a date."""
+    found = NAMES.search(text) or (DATES.search(text) if quotes else None)
+    if found:
+        raise ValueError(
+            f"{path} has {found[0]!r}, which may be of a patient: nothing was shared. Take it out, of the data first if it stands in "
+            "questions or answers."
         )
 
 
@@ -186,9 +213,12 @@ def gather(folder: Path, kind: str) -> dict[str, bytes | Path]:
     files[name] = without_local_paths(folder / name)
     files |= code_of(folder)
     if "evaluation_results.json" in files:
-        check_results(folder / "evaluation_results.json")
+        path = folder / "evaluation_results.json"
+        check_results(path)
+        check_text(path, path.read_text(encoding="utf-8"), quotes=True)
     if "report.html" in files:  # its examples are recordings
         page = (folder / "report.html").read_text(encoding="utf-8").partition(EXAMPLES)
+        check_text(folder / "report.html", page[0], quotes=True)
         files["report.html"] = (page[0] + ("</html>\n" if page[1] else "")).encode()
     if kind == "encoder":
         config = _encoder_config(folder)
@@ -222,6 +252,7 @@ def _encoder_config(folder: Path) -> Any:
 def read_card(folder: Path, kind: str, name: str) -> ModelCard:
     if (folder / CARD).is_file():
         card = ModelCard.load(folder / CARD)
+        check_text(folder / CARD, card.text)
         if kind != "adapter" or "library_name" in card.data.to_dict():
             return card
     if kind == "encoder":
@@ -262,60 +293,61 @@ def set_licence(card: ModelCard, args: argparse.Namespace, api: HfApi) -> None:
         raise ValueError("--license other needs --license_link, where its text is.")
 
 
-class Target:
-    """Where to push: a repo of the Hub, and how."""
-
-    def __init__(self, api: HfApi, repo_id: str, args: argparse.Namespace) -> None:
-        self.api, self.repo_id, self.args = api, repo_id, args
-
-    def create(self) -> None:
-        if self.args.pr:
-            return  # of somebody else's repo
-        self.api.create_repo(self.repo_id, private=self.args.private or None, exist_ok=True)
-        if self.args.revision is not None:
-            self.api.create_branch(self.repo_id, branch=self.args.revision, exist_ok=True)
-
-    def push(self, files: dict[str, bytes | Path], card: ModelCard, kind: str, takes_ecgs: bool = True) -> str:
-        """Makes one commit of the files and the card, if anything is new; returns its hash."""
-        # a tag of the content pins what the card tells to load; it is known before the commit is
-        digest = hashlib.sha256()
-        for name, content in sorted(files.items()):
-            data = content if isinstance(content, bytes) else content.read_bytes()
-            digest.update(f"{name} {hashlib.sha256(data).hexdigest()}\n".encode())
-        tag = "main" if self.args.pr else f"elm-{digest.hexdigest()[:12]}"
-        text = replace_section(str(card), "Use", use_of(kind, self.repo_id, tag, takes_ecgs))
-        url = f"{self.api.endpoint}/{self.repo_id}"
-        text = replace_section(text, "How to cite", citation(self.repo_id.split("/")[-1], kind, url))
-        everything = {**files, CARD: text.encode()}
-        before = self.api.model_info(self.repo_id, revision=self.args.revision)
-        old = [sibling.rfilename for sibling in before.siblings or []]
-        stale = [n for n in old if n not in everything and (_matches(n, FILES) or n.endswith(".py"))]
-        commit = self.api.create_commit(
-            self.repo_id,
-            [
-                *(CommitOperationAdd(name, content) for name, content in sorted(everything.items())),
-                *(CommitOperationDelete(name) for name in stale),
-            ],
-            commit_message=f"Upload {kind}",
-            revision=self.args.revision,
-            create_pr=self.args.pr,
-            parent_commit=None if self.args.pr else before.sha,
-        )
-        if not self.args.pr:
-            self.api.create_tag(self.repo_id, tag=tag, revision=commit.oid, exist_ok=True)
-        if commit.oid == before.sha:
-            print(f"{url} holds all of it already; nothing was sent.")
-        elif self.args.pr:
-            print(f"Pull request {commit.pr_url}")
-        else:
-            print(f"{len(everything)} files in {url}")
-        return commit.oid
+def commit(
+    api: HfApi,
+    repo_id: str,
+    files: dict[str, bytes | Path],
+    card: ModelCard,
+    kind: str,
+    takes_ecgs: bool = True,
+    revision: str | None = None,
+    pr: bool = False,
+) -> str:
+    """Makes one commit of the files and the card, if anything is new; returns its hash."""
+    # a tag of the content pins what the card tells to load; it is known before the commit is
+    digest = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        data = content if isinstance(content, bytes) else content.read_bytes()
+        digest.update(f"{name} {hashlib.sha256(data).hexdigest()}\n".encode())
+    tag = "main" if pr else f"elm-{digest.hexdigest()[:12]}"
+    text = replace_section(str(card), "Use", use_of(kind, repo_id, tag, takes_ecgs))
+    url = f"{api.endpoint}/{repo_id}"
+    text = replace_section(text, "How to cite", citation(repo_id.split("/")[-1], kind, url))
+    everything = {**files, CARD: text.encode()}
+    before = api.model_info(repo_id, revision=revision)
+    old = [sibling.rfilename for sibling in before.siblings or []]
+    stale = [n for n in old if n not in everything and (_matches(n, FILES) or n.endswith(".py"))]
+    made = api.create_commit(
+        repo_id,
+        [
+            *(CommitOperationAdd(name, content) for name, content in sorted(everything.items())),
+            *(CommitOperationDelete(name) for name in stale),
+        ],
+        commit_message=f"Upload {kind}",
+        revision=revision,
+        create_pr=pr,
+        parent_commit=None if pr else before.sha,
+    )
+    if not pr:
+        api.create_tag(repo_id, tag=tag, revision=made.oid, exist_ok=True)
+    if made.oid == before.sha:
+        print(f"{url} holds all of it already; nothing was sent.")
+    elif pr:
+        print(f"Pull request {made.pr_url}")
+    else:
+        print(f"{len(everything)} files in {url}")
+    return made.oid
 
 
 def with_base(
-    folder: Path, files: dict[str, bytes | Path], card: ModelCard, args: argparse.Namespace, api: HfApi
+    folder: Path,
+    files: dict[str, bytes | Path],
+    card: ModelCard,
+    args: argparse.Namespace,
+    api: HfApi,
+    repos: ExitStack,
 ) -> None:
-    """Makes the adapter name a base model of the Hub, and pushes the local one there first."""
+    """Makes the adapter name a base model of the Hub, and pushes the local one there first, into a repository of `repos`."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     base = config["base_model_name_or_path"]
     if not on_hub(base):
@@ -331,9 +363,8 @@ def with_base(
         base_card = folder_card(path, "model", ELMConfig.from_pretrained(path), base.split("/")[-1], processor)
         for name in ("license", "license_name", "license_link", "base_model"):
             setattr(base_card.data, name, getattr(card.data, name, None))
-        target = Target(api, base, argparse.Namespace(**{**vars(args), "revision": None, "pr": False}))
-        target.create()
-        config["revision"] = target.push(base_files, base_card, "model", processor.takes_ecgs)
+        repos.enter_context(repo_for(api, base, private=args.private))
+        config["revision"] = commit(api, base, base_files, base_card, "model", processor.takes_ecgs)
     config["base_model_name_or_path"] = base
     metadata: Any = card.data
     metadata.base_model = base
@@ -346,9 +377,9 @@ def push_space(api: HfApi, repo_id: str, revision: str, adapter: bool, private: 
 
     with tempfile.TemporaryDirectory() as folder:
         write_space(Path(folder), repo_id, revision, adapter)
-        url = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private or None, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, repo_type="space", folder_path=folder, commit_message="Upload demo")
-    return str(url)
+        with repo_for(api, repo_id, "space", private=private, space_sdk="gradio"):
+            api.upload_folder(repo_id=repo_id, repo_type="space", folder_path=folder, commit_message="Upload demo")
+    return f"{api.endpoint}/spaces/{repo_id}"
 
 
 def push(args: argparse.Namespace) -> None:
@@ -382,33 +413,15 @@ def push(args: argparse.Namespace) -> None:
     if left_out:
         print(f"Left out: {', '.join(left_out[:8])}{' ...' if len(left_out) > 8 else ''}. Predictions quote the data.")
     takes_ecgs = kind not in ("model", "adapter") or ELMProcessor.from_pretrained(args.run).takes_ecgs
-    target = Target(api, args.repo_id, args)
-    target.create()
-    if kind == "adapter":
-        with_base(args.run, files, card, args, api)
-    commit = target.push(files, card, kind, takes_ecgs)
-    print(f"It is loaded, pinned to this commit, with\n\n{use_of(kind, args.repo_id, commit, takes_ecgs)}", flush=True)
+    with ExitStack() as repos:
+        if not args.pr:  # else of somebody else's
+            repos.enter_context(repo_for(api, args.repo_id, revision=args.revision, private=args.private))
+        if kind == "adapter":
+            with_base(args.run, files, card, args, api, repos)
+        pushed = commit(api, args.repo_id, files, card, kind, takes_ecgs, args.revision, args.pr)
+    print(f"It is loaded, pinned to this commit, with\n\n{use_of(kind, args.repo_id, pushed, takes_ecgs)}", flush=True)
     if args.space:
-        print(f"Demo: {push_space(api, args.repo_id, commit, kind == 'adapter', args.private)}", flush=True)
-
-
-def refusal(error: HfHubHTTPError, args: argparse.Namespace) -> str:
-    """What the Hub says, in one line."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, RevisionNotFoundError):
-        return f"{args.repo_id} has no revision {args.revision}."
-    if status == 401 and "token" in str(error).lower() + str(getattr(error, "server_message", "")).lower():
-        return "The Hub does not know this token: run `hf auth login` again, or set HF_TOKEN."
-    if isinstance(error, RepositoryNotFoundError):
-        return f"There is no repository {args.repo_id} on the Hub, or this token may not see it."
-    if status == 401:
-        return "The Hub does not know this token: run `hf auth login` again, or set HF_TOKEN."
-    if status == 403:
-        return f"This token may not write to {args.repo_id}; take one with write access, or --pr to propose the change."
-    if status == 412:
-        return f"{args.repo_id} was changed meanwhile; push again."
-    said = getattr(error, "server_message", None) or str(error).splitlines()[0]
-    return f"The Hub refused ({status}): {said}. Push again: what is there already is not sent twice."
+        print(f"Demo: {push_space(api, args.repo_id, pushed, kind == 'adapter', args.private)}", flush=True)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -440,7 +453,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         push(args)
     except HfHubHTTPError as error:
-        raise ValueError(refusal(error, args)) from error
+        raise ValueError(refusal(error, args.repo_id, args.revision)) from error
 
 
 if __name__ == "__main__":

@@ -1,0 +1,59 @@
+"""What `elm push` and `elm data push` share: repositories that a failure leaves as they were, and what the Hub says in words."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+
+@contextmanager
+def repo_for(
+    api: HfApi,
+    repo_id: str,
+    repo_type: str = "model",
+    revision: str | None = None,
+    private: bool = False,
+    **options: Any,
+) -> Iterator[None]:
+    """A repository, and of it the branch `revision`, for one commit within: what of them is new goes again if that fails."""
+    where: dict[str, Any] = {"repo_id": repo_id, "repo_type": repo_type}
+    new_repo = not api.repo_exists(**where)
+    new_branch = not new_repo and revision is not None and not api.revision_exists(**where, revision=revision)
+    if new_repo:
+        # None: as the owner's settings say
+        api.create_repo(**where, private=private or None, **options)
+    try:
+        if revision is not None and (new_repo or new_branch):
+            api.create_branch(**where, branch=revision, exist_ok=new_repo)  # a new repository has its main
+        yield
+    except BaseException:  # of the user's Ctrl-C too
+        try:
+            if new_repo:
+                api.delete_repo(**where, missing_ok=True)
+            elif new_branch:
+                api.delete_branch(**where, branch=str(revision))
+        except (HfHubHTTPError, OSError):
+            what = repo_id if new_repo else f"the branch {revision} of {repo_id}"
+            print(f"{what} was made for this and could not be removed again: delete it on the Hub.", flush=True)
+        raise
+
+
+def refusal(error: HfHubHTTPError, repo_id: str, revision: str | None) -> str:
+    """What the Hub says, in one line."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo_id} has no revision {revision}."
+    if status == 401 and "token" in str(error).lower() + str(getattr(error, "server_message", "")).lower():
+        return "The Hub does not know this token: run `hf auth login` again, or set HF_TOKEN."
+    if isinstance(error, RepositoryNotFoundError):
+        return f"There is no repository {repo_id} on the Hub, or this token may not see it."
+    if status == 401:
+        return "The Hub does not know this token: run `hf auth login` again, or set HF_TOKEN."
+    if status == 403:
+        return f"This token may not write to {repo_id}; take one with write access, or --pr to propose the change."
+    if status == 412:
+        return f"{repo_id} was changed meanwhile; push again."
+    said = getattr(error, "server_message", None) or str(error).splitlines()[0]
+    return f"The Hub refused ({status}): {said}. Push again: what is there already is not sent twice."
