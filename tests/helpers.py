@@ -7,11 +7,14 @@ import socket
 import subprocess
 import sys
 import zlib
+from importlib.metadata import distribution
 from pathlib import Path
+from venv import EnvBuilder
 
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
+from packaging.requirements import Requirement
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CONFIG_MAPPING,
@@ -80,6 +83,29 @@ def run_isolated(code: str, cwd: str | Path) -> str:
     if process.returncode:
         raise RuntimeError(f"the isolated process ended with {process.returncode}:\n{process.stderr}")
     return process.stdout
+
+
+def environment_of(packages: list[str], folder: Path) -> Path:
+    """A new virtual environment with these of the installed packages, what they require, and nothing else; returns its Python."""
+    EnvBuilder(symlinks=True).create(folder)
+    (site,) = folder.glob("lib/python*/site-packages")
+    wanted = [Requirement(name) for name in packages]
+    done: set[tuple[str, str]] = set()
+    while wanted:
+        requirement = wanted.pop()
+        for extra in ("", *requirement.extras):
+            if (requirement.name.lower(), extra) in done:
+                continue
+            done.add((requirement.name.lower(), extra))
+            package = distribution(requirement.name)
+            for text in package.requires or []:
+                part = Requirement(text)
+                if part.marker is None or part.marker.evaluate({"extra": extra}):
+                    wanted.append(part)
+            for entry in {file.parts[0] for file in package.files or []} - {"..", "__pycache__"}:
+                if not (site / entry).exists():
+                    (site / entry).symlink_to(package.locate_file(entry))
+    return folder / "bin" / "python"
 
 
 # bos, eos and the other control tokens of each family's tokenizer

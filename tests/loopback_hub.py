@@ -19,7 +19,6 @@ from threading import Thread
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
-from helpers import _HIDE_PROJECT, ROOT
 
 LICENSES = {"apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "llama3.2", "gemma", "other", "unknown"}
 PIPELINE_TAGS = {"text-generation", "feature-extraction", "image-text-to-text", "question-answering"}
@@ -357,10 +356,10 @@ _ROUTES = [
 ]
 
 
-def run_on_hub(code: str, hub: LoopbackHub, cwd: str | Path, isolated: bool = False) -> str:
+def run_on_hub(code: str, hub: LoopbackHub, cwd: str | Path, python: Path | None = None) -> str:
     """Runs `code` in a fresh process whose Hub is `hub`, and returns what it prints.
 
-    Where it is `isolated` the process cannot import the project.
+    The process is of another `python` where one is given, and then cannot import the project.
 
     `cwd` holds the process' Hugging Face caches too; a process that fails raises with its stderr. huggingface_hub reads
     these variables when it is imported, hence the process.
@@ -376,10 +375,11 @@ def run_on_hub(code: str, hub: LoopbackHub, cwd: str | Path, isolated: bool = Fa
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "OMP_NUM_THREADS": "1",
     }
-    if isolated:
+    if python is not None:
         environment.pop("PYTHONPATH", None)
-        code = _HIDE_PROJECT.format(root=str(ROOT)) + code
-    process = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
+    process = subprocess.run(
+        [python or sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True
+    )
     if process.returncode:
         raise RuntimeError(f"the process ended with {process.returncode}:\n{process.stderr}")
     return process.stdout

@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import (
     ROOT,
+    environment_of,
     tiny_elm_config,
     tiny_image_elm_config,
     tiny_image_processor_elm,
@@ -143,9 +144,25 @@ def read_sample(sample: bytes) -> dict:
         }
 
 
-def test_a_stranger_loads_what_is_pushed(folders, hub, tmp_path, capsys):
-    """By commit and by the card's tag, with every Auto class, without the project: the logits are the same."""
-    code, expected = [LOAD], {}
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory) -> dict[str, Path]:
+    """Pythons of environments with what the cards ask for and nothing else, of which peft is for adapters alone."""
+    packages = ["torch", "transformers", "numpy", "pillow"]
+    folder = tmp_path_factory.mktemp("stranger")
+    without = environment_of(packages, folder / "without_peft")
+    return {"adapter": environment_of([*packages, "peft"], folder / "with_peft"), "": without}
+
+
+def test_a_stranger_loads_what_is_pushed(folders, hub, stranger, tmp_path, capsys):
+    """In a fresh environment, by commit and by the card's tag, with every Auto class: the logits are identical."""
+    missing = (
+        "assert not any(map(importlib.util.find_spec, ('training', 'configuration_elm', 'datasets', 'scipy', 'trl'{})))"
+    )
+    code = {
+        "": ["import importlib.util", missing.format(", 'peft', 'torchvision'"), LOAD],
+        "adapter": ["import importlib.util", missing.format(""), LOAD, "from peft import AutoPeftModelForCausalLM"],
+    }
+    expected = {}
     for case in (*CASES, "adapter", "encoder"):
         push(folders / case, case)
         printed = capsys.readouterr().out
@@ -156,11 +173,10 @@ def test_a_stranger_loads_what_is_pushed(folders, hub, tmp_path, capsys):
         ModelCard(card).validate()
         classes = ["AutoModelForCausalLM", "AutoModelForImageTextToText"]
         classes = {"adapter": ["AutoPeftModelForCausalLM"], "encoder": ["AutoModel"]}.get(case, classes)
-        if case == "adapter":
-            code.append("from peft import AutoPeftModelForCausalLM")
         function = "states" if case == "encoder" else "logits"
         for auto_class in classes:
-            code.append(f"found['{case} {auto_class}'] = {function}('user/{case}', {auto_class}, '{revision}')")
+            loads = f"found['{case} {auto_class}'] = {function}('user/{case}', {auto_class}, '{revision}')"
+            code["adapter" if case == "adapter" else ""].append(loads)
             if case == "encoder":
                 with torch.no_grad():
                     ecg_values = torch.linspace(-1, 1, 6000).reshape(1, 12, 500)
@@ -169,22 +185,29 @@ def test_a_stranger_loads_what_is_pushed(folders, hub, tmp_path, capsys):
             else:
                 sample = hub.files(f"user/{case}")["sample_ecg.npz"]
                 expected[f"{case} {auto_class}"] = local_logits(folders / case, sample)
-    code.append("save_file(found, 'found.safetensors')")
-    code.append(
+    shutil.copytree(Path(cli.__file__).parent / "tokenizers" / "ptbxl_250hz", tmp_path / "tokenizer")
+    push(tmp_path / "tokenizer", "tokenizer")
+    for name in (*CASES, "encoder", "tokenizer"):
+        blocks = hub.files(f"user/{name}")["README.md"].decode().split("```python\n")[1:]
+        assert blocks
+        code[""] += [block.split("\n```")[0] for block in blocks]  # the cards' snippets run as they stand
+    code[""].append(
         "print(json.dumps(['config', AutoConfig.from_pretrained('user/fuyu', trust_remote_code=True).architecture]))"
     )
-    card = hub.files("user/llava")["README.md"].decode()
-    for name in ("llava", "encoder"):
-        blocks = hub.files(f"user/{name}")["README.md"].decode().split("```python\n")[1:]
-        code += [block.split("\n```")[0] for block in blocks]  # the cards' snippets run as they stand
-    output = run_on_hub("\n".join(code), hub, tmp_path, isolated=True)
-    found = load_file(tmp_path / "found.safetensors")
+    code[""].append("print('of 12 leads', again.shape, len(ids) > 100)")
+    found, output = {}, ""
+    for case, python in stranger.items():
+        code[case].append("save_file(found, 'found.safetensors')")
+        output += run_on_hub("\n".join(code[case]), hub, tmp_path, python)
+        found |= load_file(tmp_path / "found.safetensors")
     assert found.keys() == expected.keys()
     for case, values in found.items():
-        torch.testing.assert_close(values, expected[case], rtol=1e-5, atol=1e-5)  # another number of threads
+        # of an adapter only the order of the sum differs: it is merged here, and beside its base there
+        torch.testing.assert_close(values, expected[case], rtol=0, atol=1e-6 if "adapter" in case else 0)
     assert '["config", "fuyu"]' in output
     assert "[{'answer': " in output
     assert "torch.Size([1, " in output
+    assert "of 12 leads (12, 2500) True" in output
     base = json.loads(hub.files("user/adapter")["adapter_config.json"])
     assert base["base_model_name_or_path"] == "user/adapter-base"
     assert base["revision"] in commits(hub, "adapter-base")
@@ -428,7 +451,8 @@ def test_dataset(hub, tmp_path, capsys):
 def test_tokenizer(hub, tmp_path):
     shutil.copytree(Path(cli.__file__).parent / "tokenizers" / "ptbxl_250hz", tmp_path / "tokenizer")
     push(tmp_path / "tokenizer", "tokenizer")
-    assert hub.files("user/tokenizer").keys() == {"README.md", "ecg_byte.json", "tokenization_ecg_byte.py"}
+    names = {"README.md", "ecg_byte.json", "tokenization_ecg_byte.py", "sample_ecg.npz"}
+    assert hub.files("user/tokenizer").keys() == names
     with pytest.raises(ValueError, match="--space is a page that asks a model"):
         push(tmp_path / "tokenizer", "tokenizer", "--space")
 

@@ -63,13 +63,13 @@ def use_of(kind: str, name: str, revision: str | None = None, takes_ecgs: bool =
 
     Args:
         kind: `model`, `adapter`, `encoder` or `tokenizer`.
-        name: of a local folder, or with a `revision` of a repo on the Hub, which holds a simulated ECG beside.
+        name: of a local folder (not of a tokenizer), or with a `revision` of a repo on the Hub, which holds a simulated ECG beside.
     """
     local = revision is None
     pin = "" if local else ", revision=revision"
     names = f'name = "{name}"' if local else f'name, revision = "{name}", "{revision}"'
     download = f'hf_hub_download(name, "{SAMPLE}"{pin})'
-    imports = [] if local or not takes_ecgs or kind == "tokenizer" else ["from huggingface_hub import hf_hub_download"]
+    imports = [] if local or not takes_ecgs else ["from huggingface_hub import hf_hub_download"]
     trust = f"name{pin}, trust_remote_code=True"
     sample = f"ecg = {download}  # simulated; yours: its file, or " if not local else "ecg = "
     sample += '{"array": array, "sampling_rate": 500, "unit": "mV"}' + ("  # [leads, samples]" if local else "")
@@ -86,12 +86,14 @@ def use_of(kind: str, name: str, revision: str | None = None, takes_ecgs: bool =
         lines += [f"ecg_values = {values}  # [ECGs, leads, samples]"]
         lines += ["print(encoder(ecg_values).last_hidden_state.shape)"]
     elif kind == "tokenizer":
-        lines = ["from transformers.dynamic_module_utils import get_class_from_dynamic_module", "", names]
+        lines = ["import numpy as np", *imports]
+        lines += ["from transformers.dynamic_module_utils import get_class_from_dynamic_module", "", names]
         lines += [
             f'ECGByteTokenizer = get_class_from_dynamic_module("tokenization_ecg_byte.ECGByteTokenizer", name{pin})'
         ]
         lines += [f"tokenizer = ECGByteTokenizer.from_pretrained(name{pin})"]
-        lines += ["ids = tokenizer.encode(ecg)  # floats [leads, samples] in millivolts"]
+        lines += [f'ecg = np.load({download})["array"] / 1000  # simulated; [leads, samples] in millivolts']
+        lines += ["ids = tokenizer.encode(ecg)"]
         lines += ["again = tokenizer.decode(ids, *tokenizer.value_range(ecg), num_leads=len(ecg))"]
     else:
         auto_class = "AutoPeftModelForCausalLM" if kind == "adapter" else "AutoModelForCausalLM"

@@ -202,7 +202,8 @@ def gather(folder: Path, kind: str) -> dict[str, bytes | Path]:
         with tempfile.TemporaryDirectory() as code:
             custom_object_save(ECGByteTokenizer, code)
             modules = {path.name: path.read_bytes() for path in Path(code).glob("*.py")}
-        return {FILE_NAME: folder / FILE_NAME, **modules}
+        rate = round(ECGByteTokenizer.from_pretrained(folder).sampling_rate or 250)
+        return {FILE_NAME: folder / FILE_NAME, SAMPLE: sample_ecg(rate, 10 * rate), **modules}
     files: dict[str, bytes | Path] = {
         path.name: path for path in sorted(folder.iterdir()) if path.is_file() and _matches(path.name, FILES)
     }
