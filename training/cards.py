@@ -149,9 +149,9 @@ def representation_of(processor: ELMProcessor) -> str:
     )
 
 
-def environment() -> str:
+def environment(packages: tuple[str, ...] = PACKAGES) -> str:
     """The versions of the packages, each a row."""
-    return table(("package", "version"), [(name, version(name)) for name in PACKAGES])
+    return table(("package", "version"), [(name, version(name)) for name in packages])
 
 
 def citation(title: str, kind: str = "model", url: str | None = None) -> str:

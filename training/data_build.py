@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -629,6 +630,7 @@ def build(args: argparse.Namespace) -> None:
                 f"Each row is about {args.window:g} s of a record, of which one begins each "
                 f"{args.window if args.stride is None else args.stride:g} s."
             )
+        made.append(f"With elm-ecg {version('elm-ecg')} and datasets {version('datasets')}.")
         write_card(folder / "README.md", args, features, summaries, split_by, made)
         size = sum(file.stat().st_size for file in data.iterdir())
     for record, reason in unreadable.items():

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ecg_utils import STANDARD_LEADS, ECGRecord, as_record, canonical_lead_names, read_ecg, resample, select_leads
 from tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer, ecg_byte
 from training.arguments import DataArguments
-from training.cards import TEMPLATES, on_hub, shown
+from training.cards import TEMPLATES, citation, environment, on_hub, shown
 from training.convert import read_ecg_byte_pickle
 from training.data import ecgs_of, load_ecgs
 from training.files import atomic_path
@@ -157,6 +157,8 @@ def _save(folder: Path, tokenizer: ECGByteTokenizer, datasets: list[str], **part
         longest=f"{tokenizer.token_lengths.max():,}",
         normalization=_normalization(tokenizer),
         borders=_borders(tokenizer),
+        environment=environment(("numpy", "datasets", "elm-ecg")),
+        citation=citation(folder.resolve().name, "tokenizer"),
         **parts,
     )
     with atomic_path(folder / FILE_NAME) as json_path, atomic_path(folder / "README.md") as card_path:
