@@ -331,6 +331,8 @@ def card_errors(card: str, repo_type: str = "model") -> list[str]:
             task, dataset = result.get("task", {}), result.get("dataset", {})
             if not (task.get("type") and dataset.get("type") and dataset.get("name") and result.get("metrics")):
                 errors.append('"model-index" results need task.type, dataset.type, dataset.name and metrics')
+            elif task["type"] not in PIPELINE_TAGS:
+                errors.append(f'"model-index" has the unknown task {task["type"]}')
             elif not all(metric.get("type") and "value" in metric for metric in result["metrics"]):
                 errors.append('"model-index" metrics need type and value')
     return errors

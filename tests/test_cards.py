@@ -176,6 +176,10 @@ def test_add_evaluation(tmp_path):
         ("base_model: /home/someone/llm", "is no repo id"),
         ("license: other", "license_link"),
         ("model-index: [{name: x, results: [{task: {type: a}}]}]", "model-index"),
+        (
+            "model-index: [{name: x, results: [{task: {type: a}, dataset: {type: b, name: c}, metrics: [{type: d, value: 1}]}]}]",
+            "unknown task a",
+        ),
         ("a: [", "bad yaml"),
     ],
 )

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import load_dataset
+from helpers import environment_of
 from loopback_hub import LoopbackHub, run_on_hub
 
 from training import cli
@@ -17,15 +18,19 @@ ROWS = [
 ]
 
 PUSH = """
-import json
-from datasets import load_dataset
 from training.data_tool import main
 
 for _ in range(2):
     main(["push", {data!r}, "--repo_id", "user/ecgs"])
 main(["push", {data!r}, "--repo_id", "user/ecgs", "--revision", "first"])
+"""
+LOAD = """
+import importlib.util, json
+from datasets import load_dataset
+
+assert not any(map(importlib.util.find_spec, ("training", "ecg_utils", "torch")))
 loaded = load_dataset("user/ecgs", revision="first")
-print(json.dumps({{split: list(rows) for split, rows in loaded.items()}}))
+print(json.dumps({split: list(rows) for split, rows in loaded.items()}))
 """
 
 
@@ -51,14 +56,15 @@ def test_list(capsys):
 
 
 def test_push_and_load(folder, tmp_path):
-    """What is pushed is loaded by its id; what did not change makes no commit."""
+    """What is pushed is loaded by its id, where there is nothing but `datasets`; what did not change makes no commit."""
     with LoopbackHub() as hub:
-        output = run_on_hub(PUSH.format(data=str(folder / "data")), hub, tmp_path)
+        said = run_on_hub(PUSH.format(data=str(folder / "data")), hub, tmp_path).splitlines()
+        rows = run_on_hub(LOAD, hub, tmp_path, environment_of(["datasets"], tmp_path / "stranger"))
         pushed = hub.files("user/ecgs", repo_type="dataset")
         commits = {name for name in hub.repos["datasets/user/ecgs"] if len(name) == 40}
-    *said, rows = output.splitlines()
     assert said == [f"3 files in {hub.url}/datasets/user/ecgs"] * 3
     files = [file for file in (folder / "data").rglob("*") if file.is_file()]
+    assert pushed["README.md"].decode() in hub.cards  # the Hub has validated it
     assert pushed == {file.relative_to(folder / "data").as_posix(): file.read_bytes() for file in files}
     assert len(commits) == 2  # the empty one of a new repository, and one
     local = load_dataset(str(folder / "data"), cache_dir=str(tmp_path))

@@ -36,13 +36,13 @@ from training import cli
 from training.build import load_elm
 from training.push import kind_of, main
 
-CASES = ("llava", "fuyu", "symbolic", "rgb")
+CASES = ("llava", "fuyu", "symbolic", "rgb", "stacked_signal")
 
 
 def save(folder: Path, case: str = "llava") -> Path:
     torch.manual_seed(0)
-    if case == "rgb":
-        processor, make = tiny_image_processor_elm("vit"), lambda **kwargs: tiny_image_elm_config("vit", **kwargs)
+    if case in ("rgb", "stacked_signal"):
+        processor, make = tiny_image_processor_elm("vit", case), partial(tiny_image_elm_config, "vit", case)
     elif case == "symbolic":
         processor = tiny_symbolic_processor()
         make = partial(tiny_elm_config, None, representation="symbolic")
@@ -452,7 +452,9 @@ def test_tokenizer(hub, tmp_path):
     shutil.copytree(Path(cli.__file__).parent / "tokenizers" / "ptbxl_250hz", tmp_path / "tokenizer")
     push(tmp_path / "tokenizer", "tokenizer")
     names = {"README.md", "ecg_byte.json", "tokenization_ecg_byte.py", "sample_ecg.npz"}
-    assert hub.files("user/tokenizer").keys() == names
+    files = hub.files("user/tokenizer")
+    assert files.keys() == names
+    assert files["README.md"].decode() in hub.cards  # the Hub has validated it
     with pytest.raises(ValueError, match="--space is a page that asks a model"):
         push(tmp_path / "tokenizer", "tokenizer", "--space")
 

@@ -223,7 +223,7 @@ def with_evaluation(text: str, results: Mapping[str, Any], model_name: str) -> s
     metadata.metrics = metrics
     metadata.eval_results = [
         EvalResult(
-            task_type="ecg-question-answering",
+            task_type="question-answering",
             task_name="ECG question answering",
             dataset_type=name.replace(" ", ""),
             dataset_name=name,
