@@ -29,7 +29,8 @@ from safetensors.torch import load_file, save_file
 from test_cards import RESULTS
 
 from configuration_elm import MERLConfig
-from ecg_utils import read_ecg
+from ecg_utils import REFERENCE_LEADS, read_ecg
+from feature_extraction_elm import ECGFeatureExtractor
 from modeling_ecg_encoders import MERLModel
 from modeling_elm import ELMForConditionalGeneration
 from training import cli
@@ -74,8 +75,12 @@ def folders(tmp_path_factory) -> Path:
     config["base_model_name_or_path"] = "/home/someone/secret/base_model"  # it was moved
     (root / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
-    MERLModel(MERLConfig(block="basic", depths=[1, 1], widths=[8, 16], num_samples=500)).save_pretrained(
-        root / "encoder"
+    for name in ("encoder", "prepared"):
+        MERLModel(MERLConfig(block="basic", depths=[1, 1], widths=[8, 16], num_samples=500)).save_pretrained(
+            root / name
+        )
+    ECGFeatureExtractor(num_samples=500, lead_names=REFERENCE_LEADS, normalization="minmax").save_pretrained(
+        root / "prepared"
     )
     return root
 
@@ -187,7 +192,9 @@ def test_a_stranger_loads_what_is_pushed(folders, hub, stranger, tmp_path, capsy
                 expected[f"{case} {auto_class}"] = local_logits(folders / case, sample)
     shutil.copytree(Path(cli.__file__).parent / "tokenizers" / "ptbxl_250hz", tmp_path / "tokenizer")
     push(tmp_path / "tokenizer", "tokenizer")
-    for name in (*CASES, "encoder", "tokenizer"):
+    push(folders / "prepared", "prepared")
+    assert "I, II, III, aVL, aVR, aVF" in hub.files("user/prepared")["README.md"].decode()
+    for name in (*CASES, "encoder", "prepared", "tokenizer"):
         blocks = hub.files(f"user/{name}")["README.md"].decode().split("```python\n")[1:]
         assert blocks
         code[""] += [block.split("\n```")[0] for block in blocks]  # the cards' snippets run as they stand
@@ -206,7 +213,7 @@ def test_a_stranger_loads_what_is_pushed(folders, hub, stranger, tmp_path, capsy
         torch.testing.assert_close(values, expected[case], rtol=0, atol=1e-6 if "adapter" in case else 0)
     assert '["config", "fuyu"]' in output
     assert "[{'answer': " in output
-    assert "torch.Size([1, " in output
+    assert output.count("torch.Size([1, ") == 2
     assert "of 12 leads (12, 2500) True" in output
     base = json.loads(hub.files("user/adapter")["adapter_config.json"])
     assert base["base_model_name_or_path"] == "user/adapter-base"
@@ -438,14 +445,34 @@ def test_refuses_what_is_no_model(model, tmp_path, hub):
 
 
 def test_dataset(hub, tmp_path, capsys):
-    """It goes the way of `elm data push`."""
+    """What is no longer there goes, other people's files stay; it can be proposed, as a model can."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.parquet").write_bytes(b"PAR1")
-    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# ecgs\n")
-    main([str(tmp_path), "--repo_id", "user/ecgs"])
-    assert hub.files("user/ecgs", repo_type="dataset").keys() == {"README.md", "data/train.parquet"}
-    with pytest.raises(ValueError, match="Of a dataset"):
-        push(tmp_path, "ecgs")
+    (tmp_path / "data" / "test-1.parquet").write_bytes(b"PAR1")
+    (tmp_path / "README.md").write_text("---\nlicense: unknown\n---\n# ecgs\n\n## Use\n\nlater\n")
+    with pytest.raises(ValueError, match=r"no licence\. A dataset is shared under that of what it was made of"):
+        main([str(tmp_path), "--repo_id", "user/ecgs"])
+    push(tmp_path, "ecgs")
+    assert hub.files("user/ecgs", repo_type="dataset").keys() == {
+        "README.md",
+        "data/train.parquet",
+        "data/test-1.parquet",
+    }
+    assert 'split="train")' in hub.files("user/ecgs", repo_type="dataset")["README.md"].decode()
+    (tmp_path / "data" / "train.parquet").unlink()
+    repo = hub.repos["datasets/user/ecgs"]
+    hub.commit("datasets/user/ecgs", "main", repo["main"] | {"LICENSE": b"mit"})
+    push(tmp_path, "ecgs")
+    assert repo["main"].keys() == {"README.md", "LICENSE", "data/test-1.parquet"}
+    assert 'split="test")' in repo["main"]["README.md"].decode()
+    hub.read_only = {"datasets/user/ecgs"}
+    (tmp_path / "data" / "test-1.parquet").write_bytes(b"PAR1 new")
+    push(tmp_path, "ecgs", "--pr")
+    assert repo["refs/pr/1"]["data/test-1.parquet"] == b"PAR1 new"
+    assert repo["main"]["data/test-1.parquet"] == b"PAR1"
+    for option, message in (("--space", r"holds a dataset\."), ("--base_repo_id=user/base", "of the base model")):
+        with pytest.raises(ValueError, match=message):
+            push(tmp_path, "ecgs", option)
 
 
 def test_tokenizer(hub, tmp_path):

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from trl import ModelConfig, SFTConfig
 
 from configuration_elm import ELMConfig
+from feature_extraction_elm import ECGFeatureExtractor
 from modeling_ecg_encoders import ENCODER_MODELS
 from processing_elm import ELMProcessor
 from training.arguments import ELMArguments
@@ -23,11 +24,12 @@ from training.scores import with_interval
 TEMPLATES = Path(__file__).resolve().parents[1] / "model_cards"
 CARD = "README.md"
 SAMPLE = "sample_ecg.npz"
+PREPROCESSOR = "preprocessor_config.json"
 TAGS = ["ecg", "electrocardiogram"]
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "elm-ecg")
 EVALUATION = "What it says without the ECG"
 CITED = {"model": "an ECG-language model", "adapter": "an ECG-language model", "encoder": "an ECG encoder"}
-CITED |= {"tokenizer": "an ECG-Byte tokenizer"}
+CITED |= {"tokenizer": "an ECG-Byte tokenizer", "dataset": "questions and answers about ECGs"}
 NOT_EVALUATED = "Not evaluated yet: run `elm evaluate` on it."
 PAPERS = {
     "merl": ("MERL, a 1-D ResNet", "https://arxiv.org/abs/2403.06659"),
@@ -58,12 +60,25 @@ def shown(name: str) -> str:
     return name if on_hub(name) else Path(name).name
 
 
-def use_of(kind: str, name: str, revision: str | None = None, takes_ecgs: bool = True, num_leads: int = 12) -> str:
+def use_of(
+    kind: str,
+    name: str,
+    revision: str | None = None,
+    *,
+    takes_ecgs: bool = True,
+    prepares: bool = False,
+    num_leads: int = 12,
+    split: str = "train",
+) -> str:
     """How to load what the card is about: code in Markdown.
 
     Args:
-        kind: `model`, `adapter`, `encoder` or `tokenizer`.
+        kind: `model`, `adapter`, `encoder`, `tokenizer` or `dataset`.
         name: of a local folder (not of a tokenizer), or with a `revision` of a repo on the Hub, which holds a simulated ECG beside.
+        takes_ecgs: of a model or adapter, whether it does.
+        prepares: of an encoder, whether its feature extractor is there.
+        num_leads: of an encoder.
+        split: of a dataset, one that it has.
     """
     local = revision is None
     pin = "" if local else ", revision=revision"
@@ -74,7 +89,19 @@ def use_of(kind: str, name: str, revision: str | None = None, takes_ecgs: bool =
     sample = f"ecg = {download}  # simulated; yours: its file, or " if not local else "ecg = "
     sample += '{"array": array, "sampling_rate": 500, "unit": "mV"}' + ("  # [leads, samples]" if local else "")
     lines: list[str]
-    if kind == "encoder":
+    if kind == "dataset":
+        pin = "" if local else f', revision="{revision}"'
+        lines = ["from datasets import load_dataset", "", f'data = load_dataset("{name}"{pin}, split="{split}")']
+        lines += ['print(data[0]["messages"])', "```", "", "```bash", f"elm data check {name}"]
+        lines += [f"elm sft --data {name} --llm qwen2.5-0.5b-instruct --output_dir runs/my_elm"]
+        lines += [f"elm evaluate runs/my_elm --data {name}"]
+    elif kind == "encoder" and prepares:
+        lines = [*imports, "from transformers import AutoFeatureExtractor, AutoModel", "", names]
+        lines += [f"feature_extractor = AutoFeatureExtractor.from_pretrained({trust})"]
+        lines += [f"encoder = AutoModel.from_pretrained({trust}).eval()"]
+        lines += [sample, 'ecg_values = feature_extractor(ecg, return_tensors="pt")["ecg_values"]']
+        lines += ["print(encoder(ecg_values).last_hidden_state.shape)"]
+    elif kind == "encoder":
         values = (
             f"torch.zeros(1, {num_leads}, encoder.config.num_samples)"
             if local
@@ -160,9 +187,12 @@ def citation(title: str, kind: str = "model", url: str | None = None) -> str:
         f"  title = {{{title}: {CITED[kind]}}},",
         f"  howpublished = {{{url or 'Hugging Face Hub'}}},",
     ]
-    return (
-        "```bibtex\n" + "\n".join([*lines, "}"]) + "\n```\n\nAnd the papers of its parts and the sources of its data."
+    others = (
+        "its sources, as they ask for it above"
+        if kind == "dataset"
+        else "the papers of its parts and the sources of its data"
     )
+    return "```bibtex\n" + "\n".join([*lines, "}"]) + f"\n```\n\nAnd {others}."
 
 
 def licence_of(folder: str) -> str | None:
@@ -348,6 +378,14 @@ def folder_card(
             encoder: PreTrainedModel = ENCODER_MODELS[config.model_type](config)
             tokens = encoder(torch.empty(1, config.num_leads, config.num_samples)).last_hidden_state
         paper, url = PAPERS[config.model_type]
+        prepares = (folder / PREPROCESSOR).is_file()
+        ecg_input = f"{config.num_leads} leads, {config.num_samples} samples, in millivolts or as its training data were normalised"
+        if prepares:
+            extractor = ECGFeatureExtractor.from_pretrained(folder)
+            ecg_input = (
+                f"{', '.join(extractor.lead_names)}; {extractor.num_samples} samples at {extractor.sampling_rate:g} Hz, normalisation "
+                f"`{extractor.normalization}`: what its feature extractor makes of a record"
+            )
         return ModelCard.from_template(
             ModelCardData(
                 library_name="transformers",
@@ -358,12 +396,12 @@ def folder_card(
             num_tokens=tokens.shape[1],
             width=tokens.shape[2],
             num_leads=config.num_leads,
-            num_samples=config.num_samples,
+            ecg_input=ecg_input,
             model_type=config.model_type,
             paper=f"[{paper}]({url})",
             parameters=f"{encoder.num_parameters():,}",
             weights=source,
-            use=use_of("encoder", name, num_leads=config.num_leads),
+            use=use_of("encoder", name, num_leads=config.num_leads, prepares=prepares),
             **shared,
         )
     assert isinstance(config, ELMConfig)

@@ -21,6 +21,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from tqdm import tqdm
 
 from ecg_utils import as_record, cut_windows, resample
+from training.cards import citation, use_of
 from training.data_sources import (
     PTBXL_TABLE,
     SPLITS,
@@ -503,9 +504,9 @@ def write_card(
             size_categories=next((size for limit, size in SIZES.items() if num_rows < limit), "n>10M"),
         ),
         template_path=str(TEMPLATE),
-        name=name,
         title=args.name or name,
-        first_split=next(iter(parts)),
+        use=use_of("dataset", name, split=next(iter(parts))),
+        citation=citation(args.name or name, "dataset"),
         splits="\n".join(
             f"| {split} | {part.rows:,} | {len(part.records):,} | {part.num_patients} |"
             for split, part in parts.items()

@@ -1,17 +1,7 @@
 """Datasets of ECGs: `elm data list`, `build`, `check` and `push`."""
 
 import argparse
-import re
 from pathlib import Path
-
-from huggingface_hub import DatasetCard, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError
-
-from training.hub import refusal, repo_for
-
-# what `elm data build` writes; nothing else is pushed
-DATASET_FILES = r"README\.md|data/[^/]+\.parquet"
-
 
 # PyTorch, `datasets` and TRL take seconds to import, so each command imports what it needs
 
@@ -38,44 +28,13 @@ def check(args: argparse.Namespace) -> None:
 
 
 def push(args: argparse.Namespace) -> None:
-    """Uploads the folder of a dataset to the Hub; files that are there already are not sent again.
-
-    Raises:
-        ValueError: nobody is logged in; the folder holds other files, no data, no card, or one without a licence.
-    """
-    files = {file.relative_to(args.data).as_posix() for file in args.data.rglob("*") if file.is_file()}
-    others = sorted(file for file in files if not re.fullmatch(DATASET_FILES, file))
-    if others:
-        raise ValueError(
-            f"{args.data} holds {', '.join(others[:5])}{'...' if len(others) > 5 else ''}; only README.md and data/*.parquet are pushed. "
-            "Move the others away, or nobody knows what is shared."
-        )
-    if not files - {"README.md"}:
+    if not list((args.data / "data").glob("*.parquet")):
         raise ValueError(f"{args.data} holds no dataset; expected the folder that `elm data build` makes.")
-    if "README.md" not in files:
-        raise ValueError(f"{args.data} has no card; write its README.md, as `elm data build` does.")
-    licence = DatasetCard.load(args.data / "README.md").data.license
-    if licence in (None, "unknown"):
-        raise ValueError(
-            f"The card {args.data / 'README.md'} names no licence. Find out whether the data may be shared, and say under what: "
-            "`license: cc-by-4.0` in its first lines, or --license of `elm data build`."
-        )
-    if get_token() is None:
-        raise ValueError("Nobody is logged in to the Hub: run `hf auth login`, or set HF_TOKEN.")
-    api = HfApi()
-    try:
-        with repo_for(api, args.repo_id, "dataset", args.revision, args.private):
-            api.upload_folder(
-                repo_id=args.repo_id,
-                folder_path=args.data,
-                repo_type="dataset",
-                revision=args.revision,
-                commit_message="Upload dataset",
-                delete_patterns="data/*.parquet",  # those of a former version alone
-            )
-    except HfHubHTTPError as error:
-        raise ValueError(refusal(error, args.repo_id, args.revision)) from error
-    print(f"{len(files)} files in {api.endpoint}/datasets/{args.repo_id}", flush=True)
+    from training import push
+
+    options = ["--private"] if args.private else []
+    options += [] if args.revision is None else ["--revision", args.revision]
+    push.main([str(args.data), "--repo_id", args.repo_id, *options])
 
 
 def whole_number(text: str) -> int:

@@ -13,23 +13,34 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    DatasetCard,
+    HfApi,
+    ModelCard,
+    RepoCard,
+    get_token,
+)
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
 
 from configuration_elm import ENCODER_CONFIGS, ELMConfig
 from ecg_formats import format_of
+from feature_extraction_elm import ECGFeatureExtractor
 from processing_elm import ELMProcessor
 from tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer
-from training.cards import CARD, SAMPLE, citation, folder_card, on_hub, replace_section, use_of
+from training.cards import CARD, PREPROCESSOR, SAMPLE, citation, folder_card, on_hub, replace_section, use_of
 from training.hub import refusal, repo_for
 from training.synthetic import make_record
 
 # what a repo is made of beside its code, its card and the sample
 FILES = ["config.json", "generation_config.json", "adapter_config.json", "processor_config.json", "chat_template.jinja"]
-FILES += ["*.safetensors", "*.safetensors.index.json", "preprocessor_config.json", FILE_NAME]
+FILES += ["*.safetensors", "*.safetensors.index.json", PREPROCESSOR, FILE_NAME]
 FILES += ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"]
 FILES += ["merges.txt", "tokenizer.model", "evaluation_results.json", "report.html", "LICENSE*", "NOTICE*"]
+# what `elm data build` writes
+DATASET_FILES = ["data/*.parquet"]
 # what a run leaves in its folder and nobody needs: states of training, logs, and answers, which quote the data
 NOT_SHARED = ["training_args.bin", "trainer_state.json", "*_results.json", "predictions*.jsonl", "*.log"]
 FOLDERS_NOT_SHARED = ["checkpoint-*", "runs", "logs", "wandb", "base_model", "__pycache__", ".*"]
@@ -126,6 +137,17 @@ def check_folder(folder: Path) -> list[str]:
     return left_out
 
 
+def check_dataset(folder: Path) -> None:
+    """ValueError if there is anything in the folder of a dataset but the dataset and its card."""
+    files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    others = [name for name in files if name != CARD and not (name.count("/") == 1 and _matches(name, DATASET_FILES))]
+    if others:
+        raise ValueError(
+            f"{folder} holds {', '.join(others[:5])}{'...' if len(others) > 5 else ''}; only {CARD} and data/*.parquet are pushed. "
+            "Move the others away, or nobody knows what is shared."
+        )
+
+
 def check_results(path: Path) -> None:
     """ValueError if a JSON file has a key that stands for somebody."""
 
@@ -198,6 +220,8 @@ def gather(folder: Path, kind: str) -> dict[str, bytes | Path]:
     Raises:
         ValueError: weights are not safetensors, code is missing, or results may name patients.
     """
+    if kind == "dataset":
+        return {path.relative_to(folder).as_posix(): path for path in sorted((folder / "data").glob("*.parquet"))}
     if kind == "tokenizer":
         with tempfile.TemporaryDirectory() as code:
             custom_object_save(ECGByteTokenizer, code)
@@ -221,14 +245,17 @@ def gather(folder: Path, kind: str) -> dict[str, bytes | Path]:
         page = (folder / "report.html").read_text(encoding="utf-8").partition(EXAMPLES)
         check_text(folder / "report.html", page[0], quotes=True)
         files["report.html"] = (page[0] + ("</html>\n" if page[1] else "")).encode()
-    if kind == "encoder":
+    if kind == "encoder" and PREPROCESSOR not in files:
         config = _encoder_config(folder)
         files[SAMPLE] = sample_ecg(max(100, config.num_samples / 10), config.num_samples, config.num_leads)
-    else:
-        if "processor_config.json" not in files:
-            raise ValueError(f"{folder} has no processor; save it beside the model, processor.save_pretrained.")
+        return files
+    if kind == "encoder":
+        extractor = ECGFeatureExtractor.from_pretrained(folder)
+    elif "processor_config.json" in files:
         extractor = ELMProcessor.from_pretrained(folder).feature_extractor
-        files[SAMPLE] = sample_ecg(extractor.sampling_rate, extractor.num_samples)
+    else:
+        raise ValueError(f"{folder} has no processor; save it beside the model, processor.save_pretrained.")
+    files[SAMPLE] = sample_ecg(extractor.sampling_rate, extractor.num_samples)
     return files
 
 
@@ -250,9 +277,9 @@ def _encoder_config(folder: Path) -> Any:
     return ENCODER_CONFIGS[model_type].from_pretrained(folder)
 
 
-def read_card(folder: Path, kind: str, name: str) -> ModelCard:
+def read_card(folder: Path, kind: str, name: str) -> RepoCard:
     if (folder / CARD).is_file():
-        card = ModelCard.load(folder / CARD)
+        card: RepoCard = (DatasetCard if kind == "dataset" else ModelCard).load(folder / CARD)
         check_text(folder / CARD, card.text)
         if kind != "adapter" or "library_name" in card.data.to_dict():
             return card
@@ -261,36 +288,38 @@ def read_card(folder: Path, kind: str, name: str) -> ModelCard:
     if kind == "model":
         processor = ELMProcessor.from_pretrained(folder)
         return folder_card(folder, kind, ELMConfig.from_pretrained(folder), name, processor)
-    raise ValueError(f"{folder} has no card; write its {CARD}, as `elm sft` and `elm tokenizer` do.")
+    raise ValueError(f"{folder} has no card; write its {CARD}, as `elm sft`, `elm tokenizer` and `elm data build` do.")
 
 
-def set_licence(card: ModelCard, args: argparse.Namespace, api: HfApi) -> None:
+def set_licence(card: RepoCard, kind: str, args: argparse.Namespace, api: HfApi) -> None:
     """Writes the licence into the card: that of the command line, the card's own, or that of the base model on the Hub.
 
     Raises:
         ValueError: none of these says one.
     """
     metadata: Any = card.data
+    base = metadata.get("base_model")
     if args.license is not None:
         metadata.license = args.license
         metadata.license_name = metadata.license_link = None
     if args.license_link is not None:
         metadata.license_link = args.license_link
-    if metadata.license in (None, "unknown") and isinstance(metadata.base_model, str):
+    if metadata.license in (None, "unknown") and isinstance(base, str):
         try:
-            theirs = api.model_info(metadata.base_model).card_data
+            theirs = api.model_info(base).card_data
         except (HfHubHTTPError, OSError):
             theirs = None
         for name in ("license", "license_name", "license_link"):
             if theirs is not None and theirs.get(name):
                 setattr(metadata, name, theirs.get(name))
     if metadata.license in (None, "unknown"):
-        base = f", and nor does {metadata.base_model} on the Hub" if metadata.base_model else ""
+        nor = f", and nor does {base} on the Hub" if base else ""
+        whose = "the language model within" if kind in ("model", "adapter") else "what it was made of"
         raise ValueError(
-            f"The card names no licence{base}. A model is shared under that of the language model within: find it out, and say it "
-            "with --license, such as apache-2.0 or llama3.2 (and --license_link)."
+            f"The card names no licence{nor}. A {kind} is shared under that of {whose}: find it out, and say it with --license, such "
+            "as apache-2.0, llama3.2 or cc-by-4.0 (and --license_link)."
         )
-    if metadata.license == "other" and not (metadata.license_name or metadata.license_link):
+    if metadata.license == "other" and not (metadata.get("license_name") or metadata.get("license_link")):
         raise ValueError("--license other needs --license_link, where its text is.")
 
 
@@ -298,26 +327,32 @@ def commit(
     api: HfApi,
     repo_id: str,
     files: dict[str, bytes | Path],
-    card: ModelCard,
+    card: RepoCard,
     kind: str,
-    takes_ecgs: bool = True,
+    about: Mapping[str, Any],
     revision: str | None = None,
     pr: bool = False,
 ) -> str:
-    """Makes one commit of the files and the card, if anything is new; returns its hash."""
+    """Makes one commit of the files and the card, if anything is new; returns its hash.
+
+    Args:
+        about: what `use_of` has to know.
+    """
+    repo_type = "dataset" if kind == "dataset" else "model"
     # a tag of the content pins what the card tells to load; it is known before the commit is
     digest = hashlib.sha256()
     for name, content in sorted(files.items()):
         data = content if isinstance(content, bytes) else content.read_bytes()
         digest.update(f"{name} {hashlib.sha256(data).hexdigest()}\n".encode())
     tag = "main" if pr else f"elm-{digest.hexdigest()[:12]}"
-    text = replace_section(str(card), "Use", use_of(kind, repo_id, tag, takes_ecgs))
-    url = f"{api.endpoint}/{repo_id}"
+    text = replace_section(str(card), "Use", use_of(kind, repo_id, tag, **about))
+    url = f"{api.endpoint}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
     text = replace_section(text, "How to cite", citation(repo_id.split("/")[-1], kind, url))
     everything = {**files, CARD: text.encode()}
-    before = api.model_info(repo_id, revision=revision)
+    before: Any = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
     old = [sibling.rfilename for sibling in before.siblings or []]
-    stale = [n for n in old if n not in everything and (_matches(n, FILES) or n.endswith(".py"))]
+    ours = DATASET_FILES if kind == "dataset" else [*FILES, "*.py"]
+    stale = [name for name in old if name not in everything and _matches(name, ours)]
     made = api.create_commit(
         repo_id,
         [
@@ -325,12 +360,13 @@ def commit(
             *(CommitOperationDelete(name) for name in stale),
         ],
         commit_message=f"Upload {kind}",
+        repo_type=repo_type,
         revision=revision,
         create_pr=pr,
         parent_commit=None if pr else before.sha,
     )
     if not pr:
-        api.create_tag(repo_id, tag=tag, revision=made.oid, exist_ok=True)
+        api.create_tag(repo_id, tag=tag, repo_type=repo_type, revision=made.oid, exist_ok=True)
     if made.oid == before.sha:
         print(f"{url} holds all of it already; nothing was sent.")
     elif pr:
@@ -343,7 +379,7 @@ def commit(
 def with_base(
     folder: Path,
     files: dict[str, bytes | Path],
-    card: ModelCard,
+    card: RepoCard,
     args: argparse.Namespace,
     api: HfApi,
     repos: ExitStack,
@@ -365,7 +401,7 @@ def with_base(
         for name in ("license", "license_name", "license_link", "base_model"):
             setattr(base_card.data, name, getattr(card.data, name, None))
         repos.enter_context(repo_for(api, base, private=args.private))
-        config["revision"] = commit(api, base, base_files, base_card, "model", processor.takes_ecgs)
+        config["revision"] = commit(api, base, base_files, base_card, "model", {"takes_ecgs": processor.takes_ecgs})
     config["base_model_name_or_path"] = base
     metadata: Any = card.data
     metadata.base_model = base
@@ -383,44 +419,50 @@ def push_space(api: HfApi, repo_id: str, revision: str, adapter: bool, private: 
     return f"{api.endpoint}/spaces/{repo_id}"
 
 
+def about(folder: Path, kind: str, files: Mapping[str, Any]) -> dict[str, Any]:
+    """What `use_of` has to know of the folder."""
+    if kind in ("model", "adapter"):
+        return {"takes_ecgs": ELMProcessor.from_pretrained(folder).takes_ecgs}
+    if kind == "encoder":
+        return {"prepares": PREPROCESSOR in files}
+    if kind == "dataset":
+        splits = [re.split("[-.]", Path(name).name)[0] for name in files]
+        return {"split": "train" if "train" in splits else splits[0]}
+    return {}
+
+
 def push(args: argparse.Namespace) -> None:
     """
     Raises:
         ValueError: the folder is none that can be shared, nobody is logged in, or the Hub refuses.
     """
     kind = kind_of(args.run)
-    if kind == "dataset":
-        if args.pr or args.space or args.license or args.license_link or args.base_repo_id:
-            raise ValueError(
-                "Of a dataset --repo_id, --private and --revision are known; its licence stands in its card."
-            )
-        from training import data_tool
-
-        data_tool.push(argparse.Namespace(**{**vars(args), "data": args.run}))
-        return
     if args.space and kind not in ("model", "adapter"):
-        raise ValueError(
-            f"--space is a page that asks a model; {args.run} holds {'an encoder' if kind == 'encoder' else 'a tokenizer'}."
-        )
+        a = "an" if kind == "encoder" else "a"
+        raise ValueError(f"--space is a page that asks a model; {args.run} holds {a} {kind}.")
+    if args.base_repo_id and kind != "adapter":
+        raise ValueError(f"--base_repo_id is of the base model of an adapter; {args.run} holds none. Leave it out.")
     if args.space and args.pr:
         raise ValueError("--space shows what is in the repo, and a pull request is not yet; leave one of them out.")
-    left_out = check_folder(args.run)
+    if kind == "dataset":
+        check_dataset(args.run)
+    left_out = check_folder(args.run) if kind != "dataset" else []
     files = gather(args.run, kind)
     api = HfApi()
     card = read_card(args.run, kind, args.repo_id.split("/")[-1])
     if get_token() is None:
         raise ValueError("Nobody is logged in to the Hub: run `hf auth login`, or set HF_TOKEN.")
-    set_licence(card, args, api)
+    set_licence(card, kind, args, api)
     if left_out:
         print(f"Left out: {', '.join(left_out[:8])}{' ...' if len(left_out) > 8 else ''}. Predictions quote the data.")
-    takes_ecgs = kind not in ("model", "adapter") or ELMProcessor.from_pretrained(args.run).takes_ecgs
+    facts, repo_type = about(args.run, kind, files), "dataset" if kind == "dataset" else "model"
     with ExitStack() as repos:
         if not args.pr:  # else of somebody else's
-            repos.enter_context(repo_for(api, args.repo_id, revision=args.revision, private=args.private))
+            repos.enter_context(repo_for(api, args.repo_id, repo_type, args.revision, args.private))
         if kind == "adapter":
             with_base(args.run, files, card, args, api, repos)
-        pushed = commit(api, args.repo_id, files, card, kind, takes_ecgs, args.revision, args.pr)
-    print(f"It is loaded, pinned to this commit, with\n\n{use_of(kind, args.repo_id, pushed, takes_ecgs)}", flush=True)
+        pushed = commit(api, args.repo_id, files, card, kind, facts, args.revision, args.pr)
+    print(f"It is loaded, pinned to this commit, with\n\n{use_of(kind, args.repo_id, pushed, **facts)}", flush=True)
     if args.space:
         print(f"Demo: {push_space(api, args.repo_id, pushed, kind == 'adapter', args.private)}", flush=True)
 
