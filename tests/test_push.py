@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from test_cards import RESULTS
 
 from configuration_elm import MERLConfig
-from ecg_utils import REFERENCE_LEADS, read_ecg
+from ecg_utils import REFERENCE_LEADS, lead_quality, limb_lead_error, read_ecg
 from feature_extraction_elm import ECGFeatureExtractor
 from modeling_ecg_encoders import MERLModel
 from modeling_elm import ELMForConditionalGeneration
@@ -495,11 +495,15 @@ def test_space(model, hub):
     assert space["revision"] in commits(hub, "model")
 
 
-def test_sample_is_read_as_any_record(tmp_path):
+@pytest.mark.parametrize("rate", [100, 250, 500])
+def test_sample_is_read_as_any_record(rate, tmp_path):
+    """Of a normal sinus rhythm, without faults."""
     from training.push import sample_ecg
 
-    assert sample_ecg(250, 2500) == sample_ecg(250, 2500)
-    (tmp_path / "sample.npz").write_bytes(sample_ecg(100, 500))
+    assert sample_ecg(rate, 10 * rate) == sample_ecg(rate, 10 * rate)
+    (tmp_path / "sample.npz").write_bytes(sample_ecg(rate, 10 * rate))
     record = read_ecg(tmp_path / "sample.npz")
-    assert record.array.shape == (12, 500)
-    assert record.sampling_rate == 100
+    assert record.array.shape == (12, 10 * rate)
+    assert record.sampling_rate == rate
+    assert limb_lead_error(record) < 0.002
+    assert lead_quality(record) == {}

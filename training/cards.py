@@ -86,7 +86,7 @@ def use_of(
     download = f'hf_hub_download(name, "{SAMPLE}"{pin})'
     imports = [] if local or not takes_ecgs else ["from huggingface_hub import hf_hub_download"]
     trust = f"name{pin}, trust_remote_code=True"
-    sample = f"ecg = {download}  # simulated; yours: its file, or " if not local else "ecg = "
+    sample = f"ecg = {download}  # simulated sinus rhythm; yours: its file, or " if not local else "ecg = "
     sample += '{"array": array, "sampling_rate": 500, "unit": "mV"}' + ("  # [leads, samples]" if local else "")
     lines: list[str]
     if kind == "dataset":
@@ -119,7 +119,9 @@ def use_of(
             f'ECGByteTokenizer = get_class_from_dynamic_module("tokenization_ecg_byte.ECGByteTokenizer", name{pin})'
         ]
         lines += [f"tokenizer = ECGByteTokenizer.from_pretrained(name{pin})"]
-        lines += [f'ecg = np.load({download})["array"] / 1000  # simulated; [leads, samples] in millivolts']
+        lines += [
+            f'ecg = np.load({download})["array"] / 1000  # simulated sinus rhythm; [leads, samples] in millivolts'
+        ]
         lines += ["ids = tokenizer.encode(ecg)"]
         lines += ["again = tokenizer.decode(ids, *tokenizer.value_range(ecg), num_leads=len(ecg))"]
     else:

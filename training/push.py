@@ -27,12 +27,13 @@ from transformers.dynamic_module_utils import custom_object_save, get_relative_i
 
 from configuration_elm import ENCODER_CONFIGS, ELMConfig
 from ecg_formats import format_of
+from ecg_utils import STANDARD_LEADS
 from feature_extraction_elm import ECGFeatureExtractor
 from processing_elm import ELMProcessor
 from tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer
 from training.cards import CARD, PREPROCESSOR, SAMPLE, citation, folder_card, on_hub, replace_section, use_of
 from training.hub import refusal, repo_for
-from training.synthetic import make_record
+from training.synthetic import Findings, simulate_ecg
 
 # what a repo is made of beside its code, its card and the sample
 FILES = ["config.json", "generation_config.json", "adapter_config.json", "processor_config.json", "chat_template.jinja"]
@@ -204,13 +205,14 @@ def code_of(folder: Path) -> dict[str, bytes]:
 
 
 def sample_ecg(sampling_rate: float, num_samples: int, num_leads: int = 12) -> bytes:
-    """A simulated record as an .npz file, the same each time; of 100 Hz at least, which lasts as long."""
+    """A simulated normal record as an .npz file, the same each time; of 100 Hz at least, which lasts as long."""
     rate = max(100, round(sampling_rate))
     num_samples = round(num_samples * rate / sampling_rate)
-    ecg = make_record(0, 0, sampling_rate=rate, seconds=max(5.0, num_samples / rate))["ecg"]
+    findings, rng = Findings(noise=0.002, wander=0.02), np.random.default_rng(0)
+    ecg = simulate_ecg(findings, rng, sampling_rate=rate, seconds=max(5.0, num_samples / rate))
     stream = io.BytesIO()
-    array, lead_names = np.asarray(ecg["array"])[:num_leads, :num_samples], np.array(ecg["lead_names"][:num_leads])
-    np.savez_compressed(stream, array=array, sampling_rate=rate, lead_names=lead_names, unit=ecg["unit"])
+    array, lead_names = np.rint(1000 * ecg[:num_leads, :num_samples]).astype(np.int16), STANDARD_LEADS[:num_leads]
+    np.savez_compressed(stream, array=array, sampling_rate=rate, lead_names=np.array(lead_names), unit="uV")
     return stream.getvalue()
 
 
