@@ -262,7 +262,9 @@ def test_again_and_changed(model, hub, capsys):
     tag = card.split('"user/model", "')[1].split('"')[0]
     assert hub.files("user/model", tag)["model.safetensors"] == (model / "model.safetensors").read_bytes()
     (model / "generation_config.json").unlink()
+    hub.commit("models/user/model", "main", hub.files("user/model") | {"LICENSE": b"mit", "ours.txt": b"x"})
     push(model, "model", "--revision", "next")
+    assert {"LICENSE", "ours.txt"} <= hub.files("user/model", "next").keys()
     assert "generation_config.json" not in hub.files("user/model", "next")
     assert "generation_config.json" in hub.files("user/model")
     push(model, "hidden", "--private")

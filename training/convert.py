@@ -386,6 +386,13 @@ class ConvertArguments(ELMArguments):
     image_features: Literal["patches", "embedding"] = field(
         default="embedding", metadata={"help": "What the connector reads of a vision backbone."}
     )
+    ecg_tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "ECG-Byte tokenizer that a symbolic ELM was trained with, as `elm tokenizer import` makes it: local folder or "
+            "Hub id."
+        },
+    )
     added_tokens: list[str] = field(
         default_factory=lambda: [ELMProcessor.ecg_token],
         metadata={

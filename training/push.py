@@ -39,7 +39,8 @@ from training.synthetic import Findings, simulate_ecg
 FILES = ["config.json", "generation_config.json", "adapter_config.json", "processor_config.json", "chat_template.jinja"]
 FILES += ["*.safetensors", "*.safetensors.index.json", PREPROCESSOR, FILE_NAME]
 FILES += ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"]
-FILES += ["merges.txt", "tokenizer.model", "evaluation_results.json", "report.html", "LICENSE*", "NOTICE*"]
+FILES += ["merges.txt", "tokenizer.model", "evaluation_results.json", "report.html"]
+LICENCES = ["LICENSE*", "NOTICE*"]  # where they are in the repo alone, they stay
 # what `elm data build` writes
 DATASET_FILES = ["data/*.parquet"]
 # what a run leaves in its folder and nobody needs: states of training, logs, and answers, which quote the data
@@ -113,7 +114,9 @@ def check_folder(folder: Path) -> list[str]:
             continue
         name = "/".join(parts)
         # the Trainer's own results are not the evaluation's
-        shared = len(parts) == 1 and (_matches(name, FILES) or path.suffix == ".py" or name in (CARD, SAMPLE))
+        shared = len(parts) == 1 and (
+            _matches(name, FILES + LICENCES) or path.suffix == ".py" or name in (CARD, SAMPLE)
+        )
         if shared:
             continue
         if _matches(path.name, NOT_SHARED):
@@ -231,7 +234,7 @@ def gather(folder: Path, kind: str) -> dict[str, bytes | Path]:
         rate = round(ECGByteTokenizer.from_pretrained(folder).sampling_rate or 250)
         return {FILE_NAME: folder / FILE_NAME, SAMPLE: sample_ecg(rate, 10 * rate), **modules}
     files: dict[str, bytes | Path] = {
-        path.name: path for path in sorted(folder.iterdir()) if path.is_file() and _matches(path.name, FILES)
+        path.name: path for path in sorted(folder.iterdir()) if path.is_file() and _matches(path.name, FILES + LICENCES)
     }
     weights = [name for name in files if name.endswith(".safetensors")]
     if not weights:
