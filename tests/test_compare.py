@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from training import compare
-from training.bootstrap import Difference, bootstrap, holm, paired_difference
+from training.bootstrap import (
+    Difference,
+    bootstrap,
+    bootstrap_auroc,
+    holm,
+    paired_auroc_difference,
+    paired_difference,
+)
 from training.compare import in_words, main, read_evaluation, score
 
 
@@ -269,3 +276,62 @@ def test_bad_arguments(paths, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main([*paths, "--num_resamples", "0"])
     assert "0 is less than 1" in capsys.readouterr().err
+
+
+def likelihoods(seed: int, skill: float, candidates: tuple[str, ...] = ("no", "yes")) -> list[dict[str, Any]]:
+    """Questions decided by likelihood, the likelier right the larger the skill."""
+    rng = np.random.default_rng(seed)
+    answers = np.random.default_rng(9).choice(candidates, 60)
+    questions = []
+    for row, answer in enumerate(answers):
+        logs = rng.normal(size=len(candidates)) + skill * (np.array(candidates) == answer)
+        texts = {"ecg": candidates[int(logs.argmax())], "answer": str(answer), "candidates": list(candidates)}
+        (question,) = make_questions(["yes"])
+        names = {"row": row, "record_id": f"record {row}", "patient_id": f"patient {row % 20}"}
+        questions.append(question | names | texts | {"log_likelihoods": {"ecg": logs.tolist(), "zeroed": [0.0] * 2}})
+    return questions
+
+
+def test_auroc(tmp_path, capsys):
+    """As the paired difference of the same scores, and as `elm evaluate` has it for each model."""
+    models = {name: likelihoods(seed, skill) for seed, (name, skill) in enumerate({"good": 2.5, "poor": 0.5}.items())}
+    paths = [str(save(tmp_path / name, questions)) for name, questions in models.items()]
+    output = tmp_path / "out.json"
+    main([*paths, "--metric", "auroc", "exact_match", "--num_resamples", "500", "--output", str(output)])
+    compared = json.loads(output.read_text())
+    odds = [
+        np.array([np.subtract(*question["log_likelihoods"]["ecg"][::-1]) for question in questions])
+        for questions in models.values()
+    ]
+    labels = np.array([question["answer"] == "yes" for question in models["good"]])
+    patients = [question["patient_id"] for question in models["good"]]
+    expected = paired_auroc_difference(*odds, labels, patients, 500)
+    row = compared["comparisons"][0]
+    assert row["difference"] == pytest.approx(expected.value)
+    assert row["interval_95"] == pytest.approx([expected.low, expected.high])
+    assert row["p_value"] == pytest.approx(expected.p_value)
+    for name, scores in zip(models, odds, strict=True):
+        single = bootstrap_auroc(scores, labels, patients, 500)
+        assert compared["models"][name]["auroc"]["value"] == pytest.approx(single.value)
+        assert compared["models"][name]["auroc"]["interval_95"] == pytest.approx([single.low, single.high])
+    assert "good is better than poor by" in capsys.readouterr().out
+
+
+def test_auroc_needs_likelihoods(tmp_path):
+    questions = likelihoods(0, 1.0)
+    written = [{name: question[name] for name in question if name != "candidates"} for question in questions]
+    paths = [str(save(tmp_path / "a", questions)), str(save(tmp_path / "b", written))]
+    with pytest.raises(ValueError, match="b/evaluation_results.json has no likelihoods, of which auroc is made"):
+        main([*paths, "--metric", "auroc"])
+
+
+def test_auroc_of_other_candidates_or_of_one_answer(tmp_path):
+    questions = likelihoods(0, 1.0)
+    other = [question | {"candidates": ["yes", "no"]} for question in questions]
+    first = str(save(tmp_path / "a", questions))
+    with pytest.raises(ValueError, match="decide among different candidates"):
+        main([first, str(save(tmp_path / "b", other)), "--metric", "auroc"])
+    alike = [question | {"answer": "yes"} for question in questions]
+    paths = [str(save(tmp_path / name, alike)) for name in ("c", "d")]
+    with pytest.raises(ValueError, match="has one right answer, so there is no AUROC"):
+        main([*paths, "--metric", "auroc"])

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+ODDS_DECIMALS = 4  # of log-odds; float32 gives equal inputs in other batches the same within 1e-5
 NUM_RESAMPLES = 2000
 MAX_UNDEFINED = 0.1
 # numbers held at once, 1 MiB: it fits the cache, and memory does not grow with the resamples
@@ -338,6 +339,58 @@ def resampled_auroc(
         for column, function in enumerate(functions):
             replicates[where, column] = function(weights)
     return value, replicates
+
+
+def auroc_of_candidates(
+    types: Sequence[str],
+    candidates: Sequence[Sequence[str]],
+    references: Sequence[str],
+    likelihoods: Sequence[Sequence[float]],
+    patients: Sequence[Any],
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> dict[str | None, tuple[float, np.ndarray]]:
+    """AUROC of P(candidate) against all others: the mean over the candidates of a type of questions, and of that over the types.
+
+    Args:
+        types: of each question.
+        candidates: of each question the answers among which it was decided, those of its type.
+        references: right answers.
+        likelihoods: of each question the log-likelihood of each candidate.
+
+    Returns:
+        Type, or None for all -> value and replicates, in the resamples of `resampled_sums`. Without types that have only one right
+        answer; empty if there are no others.
+    """
+    columns: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]] = []
+    for kind in sorted(set(types)):
+        rows = np.array([row for row, other in enumerate(types) if other == kind])
+        names = candidates[rows[0]]
+        logs = np.array([likelihoods[row] for row in rows])
+        # of two candidates one says all
+        for place in range(len(names))[len(names) == 2 :]:
+            labels = np.array([references[row] == names[place] for row in rows])
+            if labels.any() and not labels.all():
+                scores, truth, asked = (np.zeros(len(types)) for _ in range(3))
+                # log-odds tell apart what rounds to the same share; equal inputs differ by rounding errors alone
+                others = np.delete(logs, place, axis=1)
+                top = others.max(axis=1)
+                odds = logs[:, place] - top - np.log(np.exp(others - top[:, None]).sum(axis=1))
+                scores[rows] = np.round(odds, ODDS_DECIMALS)
+                truth[rows], asked[rows] = labels, 1
+                columns.append((kind, scores, truth, asked))
+    if not columns:
+        return {}
+    kinds = np.array([kind for kind, *_ in columns])
+    scores, truth, asked = (np.stack(part, axis=1) for part in list(zip(*columns, strict=True))[1:])
+    values, replicates = resampled_auroc(scores, truth, patients, num_resamples, seed, asked=asked.astype(bool))
+    found: dict[str | None, tuple[float, np.ndarray]] = {
+        kind: (float(values[kinds == kind].mean()), replicates[:, kinds == kind].mean(axis=1))
+        for kind in dict.fromkeys(kinds.tolist())
+    }
+    all_values, all_replicates = zip(*found.values(), strict=True)
+    found[None] = (float(np.mean(all_values)), np.mean(all_replicates, axis=0))
+    return found
 
 
 def _auroc_by_weight(scores: np.ndarray, labels: np.ndarray, numbers: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:

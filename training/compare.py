@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from training.bootstrap import Difference, Estimate, difference, estimate, holm, resampled_sums
+from training.bootstrap import Difference, Estimate, auroc_of_candidates, difference, estimate, holm, resampled_sums
 from training.files import write_text
 
 SCHEMA_VERSION = 1  # of the output
@@ -129,7 +129,7 @@ def score(metric: str, predictions: list[str], references: list[str]) -> np.ndar
         return np.array([given.strip() == answer.strip() != "" for given, answer in pairs], dtype=float)
     if not (METRICS / metric / f"{metric}.py").is_file():
         known = sorted(
-            {"exact_match", *(path.stem for path in METRICS.glob("*/*.py") if path.stem == path.parent.name)}
+            {"exact_match", "auroc", *(path.stem for path in METRICS.glob("*/*.py") if path.stem == path.parent.name)}
         )
         raise ValueError(f"There is no metric {metric!r}; expected one of {', '.join(known)}.")
     import evaluate  # late: it imports PyTorch
@@ -145,6 +145,35 @@ def score(metric: str, predictions: list[str], references: list[str]) -> np.ndar
     if samples.ndim != 1 or samples.dtype.kind not in "bif":
         raise ValueError(f"{metric} is not a mean over the answers, so it cannot be compared answer by answer.")
     return samples.astype(float)
+
+
+def auroc(evaluations: list[Evaluation], num_resamples: int, seed: int) -> list[tuple[float, np.ndarray]]:
+    """The AUROC of each model with the ECG, as `elm evaluate --score likelihood` has it, and its replicates.
+
+    Raises:
+        ValueError: the models decided among other candidates, or among none; or there is no question type with two right answers.
+    """
+    candidates = []
+    for evaluation in evaluations:
+        if any("candidates" not in question for question in evaluation.questions):
+            raise ValueError(
+                f"{evaluation.path} has no likelihoods, of which auroc is made; evaluate with --score likelihood."
+            )
+        candidates.append([question["candidates"] for question in evaluation.questions])
+        if candidates[-1] != candidates[0]:
+            raise ValueError(
+                f"{evaluations[0].path} and {evaluation.path} decide among different candidates; give both the same --candidates."
+            )
+    found = []
+    for evaluation in evaluations:
+        columns = [[question[name] for question in evaluation.questions] for name in ("question_type", "answer")]
+        logs = [question["log_likelihoods"]["ecg"] for question in evaluation.questions]
+        patients = [question["patient_id"] for question in evaluation.questions]
+        figures = auroc_of_candidates(columns[0], candidates[0], columns[1], logs, patients, num_resamples, seed)
+        if not figures:
+            raise ValueError(f"{evaluation.path}: each type of questions has one right answer, so there is no AUROC.")
+        found.append(figures[None])
+    return found
 
 
 def name_models(evaluations: list[Evaluation]) -> list[str]:
@@ -176,12 +205,16 @@ def compare(
         (name, metric): score(metric, [question["ecg"] for question in evaluation.questions], references)
         for name, evaluation in zip(names, evaluations, strict=True)
         for metric in metrics
+        if metric != "auroc"
     }
     # all of them in one pass, beside the number of questions
     samples = np.column_stack([*columns.values(), np.ones(len(questions))])
     sums = resampled_sums(samples, [question["patient_id"] for question in questions], num_resamples, seed)
     values = dict(zip(columns, samples[:, :-1].mean(axis=0), strict=True))
     replicates = dict(zip(columns, (sums[:, :-1] / sums[:, -1:]).T, strict=True))
+    if "auroc" in metrics:
+        for name, figure in zip(names, auroc(evaluations, num_resamples, seed), strict=True):
+            values[name, "auroc"], replicates[name, "auroc"] = figure
 
     scores = {
         name: {metric: estimate(values[name, metric], replicates[name, metric]) for metric in metrics} for name in names
@@ -297,7 +330,8 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["exact_match"],
         metavar="NAME",
-        help="exact_match, or a metric of training/metrics that is a mean over the answers; default: exact_match",
+        help="exact_match, a metric of training/metrics that is a mean over the answers, or auroc (of --score likelihood); "
+        "default: exact_match",
     )
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="the comparison, as JSON")
     parser.add_argument(

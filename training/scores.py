@@ -12,12 +12,12 @@ import numpy as np
 
 from training.bootstrap import (
     Statistic,
+    auroc_of_candidates,
     balanced_accuracy,
     class_counts,
     difference,
     estimate,
     macro_f1,
-    resampled_auroc,
     resampled_sums,
 )
 from training.questions import Question
@@ -26,7 +26,6 @@ METRICS = Path(__file__).parent / "metrics"  # modules of `evaluate`
 METRIC_NAMES = sorted(path.stem for path in METRICS.glob("*/*.py") if path.stem == path.parent.name)
 BASELINE = "most_frequent"  # the answer that training data suggest without any model
 MAX_CLASSES = 20  # of a closed question
-ODDS_DECIMALS = 4  # of log-odds; float32 gives equal inputs in other batches the same within 1e-5
 NUM_STATEMENTS = 20  # that are told as missed most often
 PARTS = ("think", "answer")  # of answers that reason, in tags of these names
 LOST = {
@@ -246,42 +245,17 @@ class Scorer:
             }
 
     def _auroc(self, likelihoods: list[list[float]]) -> dict[Key, tuple[float, np.ndarray]]:
-        """Of P(candidate) against all others, the mean over the candidates of a type, and of that over the types."""
         assert self.candidates is not None
-        columns: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]] = []
-        for kind in self.types:
-            rows = np.flatnonzero(self.kinds == kind)
-            candidates = self.candidates[rows[0]]
-            logs = np.array([likelihoods[row] for row in rows])
-            # of two candidates one says all
-            for place in range(len(candidates))[len(candidates) == 2 :]:
-                labels = np.array([self.references[row] == candidates[place] for row in rows])
-                if labels.any() and not labels.all():
-                    scores, truth, asked = (np.zeros(len(self.questions)) for _ in range(3))
-                    # log-odds tell apart what rounds to the same share; equal inputs differ by rounding errors alone
-                    others = np.delete(logs, place, axis=1)
-                    top = others.max(axis=1)
-                    odds = logs[:, place] - top - np.log(np.exp(others - top[:, None]).sum(axis=1))
-                    scores[rows] = np.round(odds, ODDS_DECIMALS)
-                    truth[rows], asked[rows] = labels, 1
-                    columns.append((kind, scores, truth, asked))
-        if not columns:
-            return {}
-        kinds = np.array([kind for kind, *_ in columns])
-        scores, truth, asked = (np.stack(part, axis=1) for part in list(zip(*columns, strict=True))[1:])
-        values, replicates = resampled_auroc(
-            scores, truth, self.patients, self.num_resamples, self.seed, asked=asked.astype(bool)
+        found = auroc_of_candidates(
+            self.kinds.tolist(),
+            self.candidates,
+            self.references,
+            likelihoods,
+            self.patients,
+            self.num_resamples,
+            self.seed,
         )
-        of_types = {
-            kind: (values[kinds == kind].mean(), replicates[:, kinds == kind].mean(axis=1))
-            for kind in dict.fromkeys(kinds.tolist())
-        }
-        found: dict[Key, tuple[float, np.ndarray]] = {
-            (kind, "auroc", "value"): (float(value), drawn) for kind, (value, drawn) in of_types.items()
-        }
-        all_values, all_drawn = zip(*of_types.values(), strict=True)
-        found[None, "auroc", "value"] = (float(np.mean(all_values)), np.mean(all_drawn, axis=0))
-        return found
+        return {(kind, "auroc", "value"): figure for kind, figure in found.items()}
 
 
 def _mean(sums: np.ndarray) -> np.ndarray:
