@@ -224,6 +224,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.broken_commits -= 1
             return self.send(500, {"error": "the commit failed"})
         files = dict(found[1])
+        parent = json.loads(body.splitlines()[0])["value"].get("parentCommit")
+        if parent not in (None, found[0]):
+            return self.send(412, {"error": "A commit has happened since. Please refresh and try again."})
         for line in body.splitlines():
             operation, value = json.loads(line).values()
             if operation == "file":
@@ -320,7 +323,7 @@ def card_errors(card: str, repo_type: str = "model") -> list[str]:
             errors.append(f'"{key}" must be an array of strings')
     ids = [*(data.get("datasets") or []), *([data["base_model"]] if isinstance(data.get("base_model"), str) else [])]
     errors += [f'"{name}" is no repo id' for name in ids if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name))]
-    if data.get("license", "mit") not in LICENSES:
+    if str(data.get("license", "mit")) not in LICENSES:
         errors.append(f'"license" must be one of [...], not {data["license"]}')
     if data.get("license") == "other" and repo_type == "model" and not {"license_name", "license_link"} & data.keys():
         errors.append('"license_name" or "license_link" is required')

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import (
@@ -35,6 +37,7 @@ from modeling_ecg_encoders import MERLModel
 from modeling_elm import ELMForConditionalGeneration
 from training import cli
 from training.build import load_elm
+from training.hub import NETWORK_ERRORS
 from training.push import kind_of, main
 
 CASES = ("llava", "fuyu", "symbolic", "rgb", "stacked_signal")
@@ -86,10 +89,13 @@ def folders(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def hub(monkeypatch):
+def hub(monkeypatch, tmp_path):
     """A Hub, which this process knows too."""
     with LoopbackHub() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", "any")
@@ -313,12 +319,159 @@ def test_a_failure_leaves_nothing_new(failure, model, folders, hub, monkeypatch)
         refuses(folders / "adapter", "adapter")
     with monkeypatch.context() as patch:
         patch.setattr(HfApi, "upload_folder", fail)
-        refuses(model, "old", "--space")
+        with pytest.raises((ValueError, KeyboardInterrupt), match=r"The model is shared, its Space is not|^$"):
+            push(model, "old", "--space")
+        assert hub.repos == before
+
+
+def test_what_others_have_written_stays(model, hub, monkeypatch, capsys):
+    """Of a new repository, a colleague's commit during our push; of one that was there, files that no push makes."""
+
+    def somebody_else(api, repo_id, *args, **kwargs):
+        hub.commit("models/user/new", "main", {"theirs.txt": b"x"})
+        raise ConnectionError("no network")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HfApi, "create_commit", somebody_else)
+        with pytest.raises(ConnectionError):
+            push(model, "new")
+    assert hub.files("user/new") == {"theirs.txt": b"x"}
+    assert "user/new stays: somebody else has written to it meanwhile." in capsys.readouterr().out
+    push(model, "new")
+    others = {"examples/train.py": b"1", "onnx/model.safetensors": b"2", "handler.py": b"3", "report.html": b"ours"}
+    hub.commit("models/user/new", "main", hub.files("user/new") | others)
+    push(model, "new")
+    assert hub.files("user/new").keys() >= {"theirs.txt", *others} - {"report.html"}
+    assert "report.html" not in hub.files("user/new")
+
+
+def test_a_commit_of_somebody_else_during_ours(model, hub, monkeypatch):
+    push(model, "model")
+    (model / "generation_config.json").write_text("{}")
+    real = HfApi.create_commit
+
+    def late(api, *args, **kwargs):
+        hub.commit("models/user/model", "main", hub.files("user/model") | {"model.safetensors": b"theirs"})
+        return real(api, *args, **kwargs)
+
+    monkeypatch.setattr(HfApi, "create_commit", late)
+    with pytest.raises(ValueError, match="user/model was changed meanwhile; push again"):
+        push(model, "model")
+    assert hub.files("user/model")["model.safetensors"] == b"theirs"
+
+
+def test_a_repository_of_something_else(model, folders, hub, tmp_path):
+    """It is not overwritten, neither by another kind nor as the base of an adapter, nor is a Space."""
+    shutil.copytree(Path(cli.__file__).parent / "tokenizers" / "ptbxl_250hz", tmp_path / "tokenizer")
+    push(model, "model")
+    push(tmp_path / "tokenizer", "tokenizer")
+    hub.repos |= {f"models/user/{name}": {} for name in ("adapter-base", "gguf")}
+    hub.commit("models/user/adapter-base", "main", {"config.json": b'{"model_type": "bert"}', "train.py": b"1"})
+    hub.commit("models/user/gguf", "main", {"x.gguf": b"1"})
+    hub.repos["spaces/user/model"] = {}
+    hub.commit("spaces/user/model", "main", {"app.py": b"theirs"})
+    before = {repo: dict(revisions) for repo, revisions in hub.repos.items()}
+    for folder, name, options, message in (
+        (tmp_path / "tokenizer", "model", [], "user/model holds the model of another push; name another .* tokenizer"),
+        (model, "tokenizer", [], "holds the tokenizer of"),
+        (model, "gguf", [], r"holds the file x\.gguf"),
+        (folders / "encoder", "model", [], "holds the model of"),
+        (folders / "adapter", "adapter", [], "user/adapter-base holds the bert model of"),
+        (folders / "adapter", "adapter", ["--base_repo_id", "user/adapter"], "are both user/adapter; a base model has"),
+        (folders / "adapter", "adapter", ["--base_repo_id", "base"], "--base_repo_id is 'base'; expected OWNER/NAME"),
+        (folders / "adapter", "model", ["--pr"], "is pushed, not proposed: name a repository of yours"),
+        (model, "model", ["--space"], "spaces/user/model is another Space, which --space would overwrite"),
+        (model, "model", ["--private"], "user/model is there already, and public"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            push(folder, name, *options)
+        assert hub.repos == before, message
+
+
+def test_base_of_an_adapter(folders, hub, tmp_path, monkeypatch):
+    """The base beside it goes before what its configuration names; a name that is nowhere is an error."""
+    adapter = shutil.copytree(folders / "adapter", tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "runs/my_elm"  # of another working directory
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    push(adapter, "adapter", "--base_repo_id", "user/my-base")
+    pushed = json.loads(hub.files("user/adapter")["adapter_config.json"])
+    assert pushed["base_model_name_or_path"] == "user/my-base"
+    assert "base_model: user/my-base" in hub.files("user/adapter")["README.md"].decode()
+    shutil.rmtree(adapter / "base_model")
+    for name in ("runs/my_elm", None):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
+        with pytest.raises(ValueError, match="is neither a folder nor on the Hub; put it in"):
+            push(adapter, "other")
+    config["base_model_name_or_path"] = "user/my-base"
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    card = "---\nlibrary_name: peft\ntags: [elm, 'base_model:adapter:/tmp/jane']\n---\n# x\n"
+    (adapter / "README.md").write_text(card)
+    push(adapter, "other")
+    assert "jane" not in hub.files("user/other")["README.md"].decode()
+
+
+def test_tag_that_fails(model, hub, monkeypatch):
+    """Of a repository that was there: the commit stays, and pushing again sets the tag."""
+    push(model, "model")
+    (model / "generation_config.json").write_text("{}")
+    with monkeypatch.context() as patch:
+        patch.setattr(HfApi, "create_tag", lambda *args, **kwargs: (_ for _ in ()).throw(ConnectionError("lost")))
+        with pytest.raises(
+            ValueError, match=r"was written, but the tag elm-\w+, which its card names, was not \(lost\)"
+        ):
+            push(model, "model")
+    push(model, "model")
+    tag = hub.files("user/model")["README.md"].decode().split('"user/model", "')[1].split('"')[0]
+    assert hub.files("user/model", tag)["generation_config.json"] == b"{}"
+
+
+def test_pull_request_of_nothing_new(model, hub, capsys):
+    push(model, "model")
+    push(model, "model", "--pr")
+    assert "nothing was sent" in capsys.readouterr().out
+    assert "refs/pr/1" not in hub.repos["models/user/model"]
+
+
+def test_no_network(model, hub, monkeypatch):
+    hub.shutdown()
+    hub.server_close()
+    with pytest.raises(ValueError, match=r"The Hub cannot be reached .* Push again"):
+        push(model, "model")
+
+
+def test_own_words_of_the_card_stay(model, hub):
+    own = "# x\n\n### Use\n\nmine\n\n## Use\n\nold\n\n## How to cite\n\n@article{jane}\n"
+    (model / "README.md").write_text(f"---\nlicense: mit\n---\n{own}")
+    push(model, "model")
+    text = hub.files("user/model")["README.md"].decode()
+    assert "### Use\n\nmine\n\n## Use\n\n```python\n" in text
+    assert text.endswith("## How to cite\n\n@article{jane}\n")
+    assert "old" not in text
+
+
+def test_damaged_folders(model, folders, hub, tmp_path):
+    for name, content, message in (
+        ("README.md", "---\nlicense: [\n---\n# x\n", r"The metadata of .*README\.md are damaged"),
+        ("config.json", "[]", r"config\.json holds a list; expected a JSON object"),
+        ("evaluation_results.json", "{", r"evaluation_results\.json is not JSON"),
+        ("evaluation_results.json", "{}", r"evaluation_results\.json has no scores"),
+    ):
+        folder = shutil.copytree(model, tmp_path / message.replace("/", "")[:40])
+        (folder / name).write_text(content)
+        with pytest.raises(ValueError, match=message):
+            push(folder, "model")
+    config = json.loads((model / "config.json").read_text())
+    del config["auto_map"]
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="names no code"):
+        push(model, "model")
+    assert hub.repos == {}
 
 
 def test_what_cannot_be_removed_again_is_said(model, hub, monkeypatch, capsys):
     hub.broken_commits = 100
-    monkeypatch.setattr(HfApi, "delete_repo", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("no connection")))
+    monkeypatch.setattr(HfApi, "delete_repo", lambda *args, **kwargs: (_ for _ in ()).throw(NETWORK_ERRORS[0]("lost")))
     with pytest.raises(ValueError, match="The Hub refused"):
         push(model, "model")
     assert (
@@ -407,6 +560,8 @@ def test_licence(model, hub):
         ("report.html", b"<td>DOE^JANE</td></html>", r"has 'DOE\^JANE'"),
         ("README.md", b"# x\n\nPatient name: Jane Doe\n", "has 'Patient name: Jane Doe'"),
         ("README.md", b"# x\n\nMRN: 12345\n", "has 'MRN: 12345'"),
+        ("README.md", b"# x\n\nhf_" + b"a" * 34, "has a token of the Hub"),
+        ("NOTICE", b"Based on /home/jane/x", "a folder of this machine"),
     ],
 )
 def test_refuses_a_file(name, content, message, model, hub):
@@ -448,30 +603,34 @@ def test_refuses_what_is_no_model(model, tmp_path, hub):
 
 def test_dataset(hub, tmp_path, capsys):
     """What is no longer there goes, other people's files stay; it can be proposed, as a model can."""
+
+    def write(name: str, answer: str = "yes") -> None:
+        pq.write_table(pa.table({"answer": [answer]}), tmp_path / "data" / f"{name}.parquet")
+
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.parquet").write_bytes(b"PAR1")
-    (tmp_path / "data" / "test-1.parquet").write_bytes(b"PAR1")
+    write("train")
+    write("test-1")
     (tmp_path / "README.md").write_text("---\nlicense: unknown\n---\n# ecgs\n\n## Use\n\nlater\n")
     with pytest.raises(ValueError, match=r"no licence\. A dataset is shared under that of what it was made of"):
         main([str(tmp_path), "--repo_id", "user/ecgs"])
     push(tmp_path, "ecgs")
-    assert hub.files("user/ecgs", repo_type="dataset").keys() == {
-        "README.md",
-        "data/train.parquet",
-        "data/test-1.parquet",
-    }
-    assert 'split="train")' in hub.files("user/ecgs", repo_type="dataset")["README.md"].decode()
-    (tmp_path / "data" / "train.parquet").unlink()
     repo = hub.repos["datasets/user/ecgs"]
-    hub.commit("datasets/user/ecgs", "main", repo["main"] | {"LICENSE": b"mit"})
+    assert repo["main"].keys() == {"README.md", "data/train.parquet", "data/test-1.parquet"}
+    assert 'split="train")' in repo["main"]["README.md"].decode()
+    (tmp_path / "data" / "train.parquet").unlink()
+    others = {"LICENSE": b"mit", "data/raw/x.parquet": b"theirs"}
+    hub.commit("datasets/user/ecgs", "main", repo["main"] | others)
+    capsys.readouterr()
     push(tmp_path, "ecgs")
-    assert repo["main"].keys() == {"README.md", "LICENSE", "data/test-1.parquet"}
+    assert "Removed, as it is no longer in the folder: data/train.parquet\n" in capsys.readouterr().out
+    assert repo["main"].keys() == {"README.md", "data/test-1.parquet", *others}
     assert 'split="test")' in repo["main"]["README.md"].decode()
     hub.read_only = {"datasets/user/ecgs"}
-    (tmp_path / "data" / "test-1.parquet").write_bytes(b"PAR1 new")
+    write("test-1", "no")
+    before = repo["main"]["data/test-1.parquet"]
     push(tmp_path, "ecgs", "--pr")
-    assert repo["refs/pr/1"]["data/test-1.parquet"] == b"PAR1 new"
-    assert repo["main"]["data/test-1.parquet"] == b"PAR1"
+    assert repo["refs/pr/1"]["data/test-1.parquet"] != before
+    assert repo["main"]["data/test-1.parquet"] == before
     for option, message in (("--space", r"holds a dataset\."), ("--base_repo_id=user/base", "of the base model")):
         with pytest.raises(ValueError, match=message):
             push(tmp_path, "ecgs", option)

@@ -1,6 +1,7 @@
 """Cards of ELMs, adapters and ECG encoders, from what their runs and folders know."""
 
 import json
+import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,7 @@ TEMPLATES = Path(__file__).resolve().parents[1] / "model_cards"
 CARD = "README.md"
 SAMPLE = "sample_ecg.npz"
 PREPROCESSOR = "preprocessor_config.json"
+CITATION = "@misc{elm,"
 TAGS = ["ecg", "electrocardiogram"]
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "elm-ecg")
 EVALUATION = "What it says without the ECG"
@@ -152,9 +154,12 @@ def use_of(
 
 def replace_section(text: str, heading: str, body: str) -> str:
     """The card's text with another body of the section `## heading`; as it was where it has none."""
-    head, found, rest = text.partition(f"## {heading}\n")
-    _, next_heading, tail = rest.partition("\n## ")
-    return f"{head}{found}\n{body}\n{next_heading}{tail}" if found else text
+    section = re.compile(rf"^## {re.escape(heading)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+    return (
+        section.sub(lambda _: f"## {heading}\n\n{body}\n\n", text, count=1).rstrip("\n") + "\n"
+        if section.search(text)
+        else text
+    )
 
 
 def table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
@@ -185,7 +190,7 @@ def environment(packages: tuple[str, ...] = PACKAGES) -> str:
 
 def citation(title: str, kind: str = "model", url: str | None = None) -> str:
     lines = [
-        "@misc{elm,",
+        CITATION,
         f"  title = {{{title}: {CITED[kind]}}},",
         f"  howpublished = {{{url or 'Hugging Face Hub'}}},",
     ]
@@ -233,6 +238,8 @@ def with_evaluation(text: str, results: Mapping[str, Any], model_name: str) -> s
     """A card with the scores, in its text and its metadata; as it was if it has no place for them."""
     if f"## {EVALUATION}\n" not in text:
         return text
+    if not {"conditions", "data", "verdict"} <= results.keys():
+        raise ValueError("evaluation_results.json has no scores of `elm evaluate`; write it anew.")
     conditions, data = results["conditions"], results["data"]
     metrics = list(dict.fromkeys(name for row in conditions.values() for name in row["metrics"]))
     rows = [

@@ -32,8 +32,9 @@ def push(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.data} holds no dataset; expected the folder that `elm data build` makes.")
     from training import push
 
-    options = ["--private"] if args.private else []
-    options += [] if args.revision is None else ["--revision", args.revision]
+    given = {name: value for name in ("revision", "license", "license_link") if (value := getattr(args, name))}
+    options = [f"--{name}" for name in ("private", "pr") if getattr(args, name)]
+    options += [f"--{name}={value}" for name, value in given.items()]
     push.main([str(args.data), "--repo_id", args.repo_id, *options])
 
 
@@ -145,7 +146,10 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("data", type=Path, metavar="FOLDER", help="made by `elm data build`")
     command.add_argument("--repo_id", required=True, metavar="OWNER/NAME")
     command.add_argument("--private", action="store_true", help="a repository that others do not see, if it is new")
-    command.add_argument("--revision", metavar="BRANCH", help="default: main")
+    command.add_argument("--revision", metavar="BRANCH", help="made if it is new; default: main")
+    command.add_argument("--pr", action="store_true", help="propose it as a pull request")
+    command.add_argument("--license", metavar="ID", help="as the Hub spells it; default: the card's")
+    command.add_argument("--license_link", metavar="URL", help="where the licence stands")
     return parser
 
 

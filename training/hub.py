@@ -1,4 +1,4 @@
-"""What `elm push` and `elm data push` share: repositories that a failure leaves as they were, and what the Hub says in words."""
+"""What commands share that write to the Hub: repositories that a failure takes back, and what the Hub says in words."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,6 +6,9 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+# of the HTTP library that huggingface_hub has, whose lost connections are no OSError
+NETWORK_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], OSError)
 
 
 @contextmanager
@@ -16,32 +19,52 @@ def repo_for(
     revision: str | None = None,
     private: bool = False,
     **options: Any,
-) -> Iterator[None]:
-    """A repository, and of it the branch `revision`, for one commit within: what of them is new goes again if that fails."""
+) -> Iterator[set[str]]:
+    """A repository, and of it the branch `revision`, for the commits within.
+
+    What of them is new goes again if these fail, unless somebody else has written to it meanwhile.
+
+    Yields:
+        The hashes of our own commits; add those that are made.
+
+    Raises:
+        ValueError: it is to be private, and is not.
+    """
     where: dict[str, Any] = {"repo_id": repo_id, "repo_type": repo_type}
     new_repo = not api.repo_exists(**where)
     new_branch = not new_repo and revision is not None and not api.revision_exists(**where, revision=revision)
+    if private and not new_repo and not api.repo_info(**where).private:
+        raise ValueError(
+            f"{repo_id} is there already, and public: make it private in its settings first, or name another repository."
+        )
     if new_repo:
         # None: as the owner's settings say
         api.create_repo(**where, private=private or None, **options)
+    ours: set[str] = set()
     try:
         if revision is not None and (new_repo or new_branch):
             api.create_branch(**where, branch=revision, exist_ok=new_repo)  # a new repository has its main
-        yield
+        if new_repo or new_branch:
+            ours.add(str(api.repo_info(**where, revision=revision).sha))
+        yield ours
     except BaseException:  # of the user's Ctrl-C too
-        try:
-            if new_repo:
-                api.delete_repo(**where, missing_ok=True)
-            elif new_branch:
-                api.delete_branch(**where, branch=str(revision))
-        except (HfHubHTTPError, OSError):
+        if new_repo or new_branch:
             what = repo_id if new_repo else f"the branch {revision} of {repo_id}"
-            print(f"{what} was made for this and could not be removed again: delete it on the Hub.", flush=True)
+            try:
+                written = api.repo_info(**where, revision=revision).sha not in ours if ours else False
+                if written:
+                    print(f"{what} stays: somebody else has written to it meanwhile.", flush=True)
+                elif new_repo:
+                    api.delete_repo(**where, missing_ok=True)
+                else:
+                    api.delete_branch(**where, branch=str(revision))
+            except NETWORK_ERRORS:
+                print(f"{what} was made for this and could not be removed again: delete it on the Hub.", flush=True)
         raise
 
 
-def refusal(error: HfHubHTTPError, repo_id: str, revision: str | None) -> str:
-    """What the Hub says, in one line."""
+def refusal(error: Exception, repo_id: str, revision: str | None) -> str:
+    """What went wrong with the Hub, in one line."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, RevisionNotFoundError):
         return f"{repo_id} has no revision {revision}."
@@ -55,5 +78,7 @@ def refusal(error: HfHubHTTPError, repo_id: str, revision: str | None) -> str:
         return f"This token may not write to {repo_id}; take one with write access, or --pr to propose the change."
     if status == 412:
         return f"{repo_id} was changed meanwhile; push again."
+    if not isinstance(error, HfHubHTTPError):
+        return f"The Hub cannot be reached ({error}). Push again: what is there already is not sent twice."
     said = getattr(error, "server_message", None) or str(error).splitlines()[0]
     return f"The Hub refused ({status}): {said}. Push again: what is there already is not sent twice."

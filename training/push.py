@@ -1,18 +1,18 @@
 """`elm push`: shares a model, adapter, encoder, tokenizer or dataset on the Hub, in one commit."""
 
 import argparse
-import fnmatch
 import hashlib
 import io
 import json
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -22,46 +22,39 @@ from huggingface_hub import (
     RepoCard,
     get_token,
 )
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
 
 from configuration_elm import ENCODER_CONFIGS, ELMConfig
-from ecg_formats import format_of
 from ecg_utils import STANDARD_LEADS
 from feature_extraction_elm import ECGFeatureExtractor
 from processing_elm import ELMProcessor
 from tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer
-from training.cards import CARD, PREPROCESSOR, SAMPLE, citation, folder_card, on_hub, replace_section, use_of
-from training.hub import refusal, repo_for
+from training.cards import CARD, CITATION, PREPROCESSOR, SAMPLE, citation, folder_card, on_hub, replace_section, use_of
+from training.disclosure import (
+    DATASET_FILES,
+    PICKLES,
+    check_dataset,
+    check_folder,
+    check_page,
+    check_results,
+    check_text,
+    check_weights,
+    matches,
+    read_json,
+    without_local_paths,
+)
+from training.hub import NETWORK_ERRORS, refusal, repo_for
 from training.synthetic import Findings, simulate_ecg
 
+RESULTS = "evaluation_results.json"
+MODULES = {path.name for path in Path(__file__).resolve().parents[1].glob("*.py")}  # that travel with models
 # what a repo is made of beside its code, its card and the sample
 FILES = ["config.json", "generation_config.json", "adapter_config.json", "processor_config.json", "chat_template.jinja"]
-FILES += ["*.safetensors", "*.safetensors.index.json", PREPROCESSOR, FILE_NAME]
+FILES += ["model*.safetensors", "model*.safetensors.index.json", "adapter_model.safetensors", PREPROCESSOR, FILE_NAME]
 FILES += ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"]
 FILES += ["merges.txt", "tokenizer.model", "evaluation_results.json", "report.html"]
-LICENCES = ["LICENSE*", "NOTICE*"]  # where they are in the repo alone, they stay
-# what `elm data build` writes
-DATASET_FILES = ["data/*.parquet"]
-# what a run leaves in its folder and nobody needs: states of training, logs, and answers, which quote the data
-NOT_SHARED = ["training_args.bin", "trainer_state.json", "*_results.json", "predictions*.jsonl", "*.log"]
-FOLDERS_NOT_SHARED = ["checkpoint-*", "runs", "logs", "wandb", "base_model", "__pycache__", ".*"]
-PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
-TABLES = {".csv", ".tsv", ".parquet", ".arrow", ".jsonl", ".xlsx", ".hea", ".dat"}
-# keys of JSON that stand for somebody
-PERSONAL = {"patient_id", "patient_name", "record_id", "birth_date", "date_of_birth", "birthdate", "mrn", "recorded_at"}
-# what in text stands for somebody: DICOM's and HL7's NAME^NAME, fields of a form, and in quotations of records dates
-_MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
-NAMES = re.compile(
-    r"\b[A-Z][A-Za-z'-]+\^[A-Z][A-Za-z'-]*"
-    r"|\b(?i:(?:patient|first|last|family|given|sur)(?:'s)?[ _-]?name|date of birth|birth ?date|dob|mrn|medical record (?:number|no))\b"
-    r"[\"']?\s*[:=#]\s*[\"']?\w[^\n<\"']{0,40}"
-)
-DATES = re.compile(
-    r"\b(?:19|20)\d\d[-/.](?:0?[1-9]|1[0-2])[-/.](?:0?[1-9]|[12]\d|3[01])\b"
-    r"|\b(?:0?[1-9]|[12]\d|3[01])[-/.](?:0?[1-9]|[12]\d|3[01])[-/.](?:19|20)\d\d\b"
-    rf"|\b(?i:(?:\d{{1,2}}[-. ]{{1,2}}{_MONTH}|{_MONTH}[-. ]{{1,2}}\d{{1,2}})[-,. ]{{1,2}}(?:19|20)\d\d)\b"
-)
+LICENCES = ["LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "NOTICE.md"]
 EXAMPLES = "<h2>Examples</h2>"
 
 
@@ -78,7 +71,7 @@ def kind_of(folder: Path) -> str:
     if (folder / "adapter_config.json").is_file():
         return "adapter"
     if (folder / "config.json").is_file():
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        model_type = read_json(folder / "config.json").get("model_type")
         if model_type == ELMConfig.model_type:
             return "model"
         if model_type in ENCODER_CONFIGS:
@@ -97,97 +90,21 @@ def kind_of(folder: Path) -> str:
     )
 
 
-def _matches(name: str, patterns: list[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def check_folder(folder: Path) -> list[str]:
-    """The files that are left out.
-
-    Raises:
-        ValueError: there are weights in pickles, or recordings and tables that may be of patients.
-    """
-    left_out = []
-    for path in sorted(folder.rglob("*")):
-        parts = path.relative_to(folder).parts
-        if not path.is_file() or any(_matches(part, FOLDERS_NOT_SHARED) for part in parts[:-1]):
-            continue
-        name = "/".join(parts)
-        # the Trainer's own results are not the evaluation's
-        shared = len(parts) == 1 and (
-            _matches(name, FILES + LICENCES) or path.suffix == ".py" or name in (CARD, SAMPLE)
-        )
-        if shared:
-            continue
-        if _matches(path.name, NOT_SHARED):
-            left_out.append(name)
-            continue
-        if path.suffix in PICKLES:
-            raise ValueError(
-                f"{path} is a pickle, which may run anything where it is read; save weights as safetensors, with save_pretrained, "
-                "and move it away."
-            )
-        with path.open("rb") as file:
-            content = file.read(4096)
-        found = format_of(content)
-        if found == "CSV" and path.suffix not in TABLES:
-            found = None  # any text with commas
-        if path.suffix in TABLES or found:
-            raise ValueError(
-                f"{path} looks like data of patients ({found or 'a table or recording'}); nothing was shared. Move it out of the "
-                "folder."
-            )
-        left_out.append(name)
-    return left_out
-
-
-def check_dataset(folder: Path) -> None:
-    """ValueError if there is anything in the folder of a dataset but the dataset and its card."""
-    files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-    others = [name for name in files if name != CARD and not (name.count("/") == 1 and _matches(name, DATASET_FILES))]
-    if others:
-        raise ValueError(
-            f"{folder} holds {', '.join(others[:5])}{'...' if len(others) > 5 else ''}; only {CARD} and data/*.parquet are pushed. "
-            "Move the others away, or nobody knows what is shared."
-        )
-
-
-def check_results(path: Path) -> None:
-    """ValueError if a JSON file has a key that stands for somebody."""
-
-    def keys(value: Any) -> set[str]:
-        if isinstance(value, Mapping):
-            return {str(key).lower() for key in value} | {key for part in value.values() for key in keys(part)}
-        return {key for part in value for key in keys(part)} if isinstance(value, list) else set()
-
-    found = PERSONAL & keys(json.loads(path.read_text(encoding="utf-8")))
-    if found:
-        raise ValueError(
-            f"{path} holds {', '.join(sorted(found))}, which may name patients; take it out before sharing."
-        )
-
-
-def check_text(path: Path, text: str, quotes: bool = False) -> None:
-    """ValueError if a text names somebody, or where it `quotes` records, tells a date."""
-    found = NAMES.search(text) or (DATES.search(text) if quotes else None)
-    if found:
-        raise ValueError(
-            f"{path} has {found[0]!r}, which may be of a patient: nothing was shared. Take it out, of the data first if it stands in "
-            "questions or answers."
-        )
-
-
-def code_of(folder: Path) -> dict[str, bytes]:
+def code_of(folder: Path, kind: str) -> dict[str, bytes]:
     """The modules that the folder's configurations name, and those that these import.
 
     Raises:
-        ValueError: one is not there.
+        ValueError: one is not there, or the model's configuration names none.
     """
     modules = set()
     for name in ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             continue
-        config = json.loads((folder / name).read_text(encoding="utf-8"))
+        config = read_json(folder / name)
+        if name == "config.json" and kind in ("model", "encoder") and not config.get("auto_map"):
+            raise ValueError(
+                f"{folder / name} names no code (auto_map), so that nobody could load it; save the model again with save_pretrained."
+            )
         parts = [config, *(part for part in config.values() if isinstance(part, dict))]
         for part in parts:
             entries = [*(part.get("auto_map") or {}).values()]
@@ -226,6 +143,7 @@ def gather(folder: Path, kind: str) -> dict[str, bytes | Path]:
         ValueError: weights are not safetensors, code is missing, or results may name patients.
     """
     if kind == "dataset":
+        check_dataset(folder)
         return {path.relative_to(folder).as_posix(): path for path in sorted((folder / "data").glob("*.parquet"))}
     if kind == "tokenizer":
         with tempfile.TemporaryDirectory() as code:
@@ -234,22 +152,23 @@ def gather(folder: Path, kind: str) -> dict[str, bytes | Path]:
         rate = round(ECGByteTokenizer.from_pretrained(folder).sampling_rate or 250)
         return {FILE_NAME: folder / FILE_NAME, SAMPLE: sample_ecg(rate, 10 * rate), **modules}
     files: dict[str, bytes | Path] = {
-        path.name: path for path in sorted(folder.iterdir()) if path.is_file() and _matches(path.name, FILES + LICENCES)
+        path.name: path for path in sorted(folder.iterdir()) if path.is_file() and matches(path.name, FILES + LICENCES)
     }
-    weights = [name for name in files if name.endswith(".safetensors")]
-    if not weights:
-        raise ValueError(f"{folder} has no weights in safetensors; save them with save_pretrained.")
-    name = "adapter_config.json" if kind == "adapter" else "config.json"
-    files[name] = without_local_paths(folder / name)
-    files |= code_of(folder)
-    if "evaluation_results.json" in files:
-        path = folder / "evaluation_results.json"
-        check_results(path)
-        check_text(path, path.read_text(encoding="utf-8"), quotes=True)
-    if "report.html" in files:  # its examples are recordings
-        page = (folder / "report.html").read_text(encoding="utf-8").partition(EXAMPLES)
-        check_text(folder / "report.html", page[0], quotes=True)
-        files["report.html"] = (page[0] + ("</html>\n" if page[1] else "")).encode()
+    weights = "adapter_model.safetensors" if kind == "adapter" else "model*.safetensors"
+    check_weights(folder, [name for name in files if matches(name, [weights])])
+    files |= code_of(folder, kind)
+    known = check_results(folder / RESULTS) if RESULTS in files else []
+    for name in set(files) & {"report.html", *LICENCES}:
+        text = (folder / name).read_text(encoding="utf-8")
+        if name != "report.html":
+            check_text(folder / name, text)
+        else:  # its examples are recordings
+            page, found, _ = text.partition(EXAMPLES)
+            check_page(folder / name, page, known)
+            files[name] = (page + ("</html>\n" if found else "")).encode()
+    for name in list(files):
+        if name.endswith("_config.json") or name == "config.json":
+            files[name] = without_local_paths(folder / name)
     if kind == "encoder" and PREPROCESSOR not in files:
         config = _encoder_config(folder)
         files[SAMPLE] = sample_ecg(max(100, config.num_samples / 10), config.num_samples, config.num_leads)
@@ -264,29 +183,26 @@ def gather(folder: Path, kind: str) -> dict[str, bytes | Path]:
     return files
 
 
-def without_local_paths(path: Path) -> bytes:
-    """A configuration without the folders that its parts were once loaded from, which tell of the one who trained it."""
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, dict):
-            paths = {key for key in ("_name_or_path", "name_or_path") if value.get(key) and not on_hub(value[key])}
-            return {key: clean(part) for key, part in value.items() if key not in paths}
-        return [clean(part) for part in value] if isinstance(value, list) else value
-
-    config = clean(json.loads(path.read_text(encoding="utf-8")))
-    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-
-
 def _encoder_config(folder: Path) -> Any:
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    model_type = read_json(folder / "config.json")["model_type"]
     return ENCODER_CONFIGS[model_type].from_pretrained(folder)
 
 
 def read_card(folder: Path, kind: str, name: str) -> RepoCard:
-    if (folder / CARD).is_file():
-        card: RepoCard = (DatasetCard if kind == "dataset" else ModelCard).load(folder / CARD)
-        check_text(folder / CARD, card.text)
-        if kind != "adapter" or "library_name" in card.data.to_dict():
+    """The card of the folder, or of what is known of it.
+
+    Raises:
+        ValueError: it is damaged, says what is not to be shared, or is not there, and cannot be written.
+    """
+    path = folder / CARD
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+        check_text(path, text)
+        try:
+            card: RepoCard = (DatasetCard if kind == "dataset" else ModelCard)(text)
+        except (yaml.YAMLError, ValueError, TypeError) as error:
+            raise ValueError(f"The metadata of {path} are damaged: {error}") from error
+        if kind != "adapter" or card.data.get("library_name") is not None:
             return card
     if kind == "encoder":
         return folder_card(folder, kind, _encoder_config(folder), name)
@@ -303,22 +219,25 @@ def set_licence(card: RepoCard, kind: str, args: argparse.Namespace, api: HfApi)
         ValueError: none of these says one.
     """
     metadata: Any = card.data
-    base = metadata.get("base_model")
     if args.license is not None:
         metadata.license = args.license
         metadata.license_name = metadata.license_link = None
     if args.license_link is not None:
         metadata.license_link = args.license_link
-    if metadata.license in (None, "unknown") and isinstance(base, str):
+    base = metadata.get("base_model")
+    nor = ""
+    if metadata.license in (None, "unknown") and isinstance(base, str) and on_hub(base):
+        nor = f", and nor does {base} on the Hub"
         try:
             theirs = api.model_info(base).card_data
-        except (HfHubHTTPError, OSError):
+        except RepositoryNotFoundError:
             theirs = None
+        except NETWORK_ERRORS as error:
+            theirs, nor = None, f", and {base} cannot be asked ({type(error).__name__})"
         for name in ("license", "license_name", "license_link"):
             if theirs is not None and theirs.get(name):
                 setattr(metadata, name, theirs.get(name))
     if metadata.license in (None, "unknown"):
-        nor = f", and nor does {base} on the Hub" if base else ""
         whose = "the language model within" if kind in ("model", "adapter") else "what it was made of"
         raise ValueError(
             f"The card names no licence{nor}. A {kind} is shared under that of {whose}: find it out, and say it with --license, such "
@@ -326,6 +245,22 @@ def set_licence(card: RepoCard, kind: str, args: argparse.Namespace, api: HfApi)
         )
     if metadata.license == "other" and not (metadata.get("license_name") or metadata.get("license_link")):
         raise ValueError("--license other needs --license_link, where its text is.")
+
+
+def kind_of_repo(api: HfApi, repo_id: str, revision: str, files: Collection[str]) -> str | None:
+    """What a repository of models holds: as `kind_of`, or in words what else; None if nothing yet."""
+    if "adapter_config.json" in files:
+        return "adapter"
+    if "config.json" in files:
+        path = api.hf_hub_download(repo_id, "config.json", revision=revision)
+        model_type = read_json(Path(path)).get("model_type")
+        if model_type == ELMConfig.model_type:
+            return "model"
+        return "encoder" if model_type in ENCODER_CONFIGS else f"{model_type} model"
+    if FILE_NAME in files:
+        return "tokenizer"
+    weights = [name for name in files if name.endswith((".safetensors", ".gguf", ".onnx", *PICKLES))]
+    return f"file {weights[0]}" if weights else None
 
 
 def commit(
@@ -340,24 +275,38 @@ def commit(
 ) -> str:
     """Makes one commit of the files and the card, if anything is new; returns its hash.
 
+    What an earlier push left and this one has not goes; what others put there stays.
+
     Args:
         about: what `use_of` has to know.
+
+    Raises:
+        ValueError: the repository holds something else.
     """
     repo_type = "dataset" if kind == "dataset" else "model"
+    url = f"{api.endpoint}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
+    before: Any = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
+    old = [sibling.rfilename for sibling in before.siblings or []]
+    holds = kind if kind == "dataset" else kind_of_repo(api, repo_id, before.sha, old)
+    if holds not in (kind, None):
+        raise ValueError(f"{url} holds the {holds} of another push; name another repository for this {kind}.")
     # a tag of the content pins what the card tells to load; it is known before the commit is
     digest = hashlib.sha256()
     for name, content in sorted(files.items()):
         data = content if isinstance(content, bytes) else content.read_bytes()
         digest.update(f"{name} {hashlib.sha256(data).hexdigest()}\n".encode())
-    tag = "main" if pr else f"elm-{digest.hexdigest()[:12]}"
+    tag = f"elm-{digest.hexdigest()[:12]}"
+    if pr and not api.revision_exists(repo_id, tag, repo_type=repo_type):
+        tag = "main"  # whoever takes the pull request does not tag it
     text = replace_section(str(card), "Use", use_of(kind, repo_id, tag, **about))
-    url = f"{api.endpoint}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
-    text = replace_section(text, "How to cite", citation(repo_id.split("/")[-1], kind, url))
+    if CITATION in text:
+        text = replace_section(text, "How to cite", citation(repo_id.split("/")[-1], kind, url))
     everything = {**files, CARD: text.encode()}
-    before: Any = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
-    old = [sibling.rfilename for sibling in before.siblings or []]
-    ours = DATASET_FILES if kind == "dataset" else [*FILES, "*.py"]
-    stale = [name for name in old if name not in everything and _matches(name, ours)]
+    if kind == "dataset":
+        ours = [name for name in old if re.fullmatch(DATASET_FILES, name)]
+    else:
+        ours = [name for name in old if "/" not in name and (matches(name, FILES) or name in MODULES)]
+    stale = sorted(set(ours) - set(everything))
     made = api.create_commit(
         repo_id,
         [
@@ -370,14 +319,21 @@ def commit(
         create_pr=pr,
         parent_commit=None if pr else before.sha,
     )
-    if not pr:
-        api.create_tag(repo_id, tag=tag, repo_type=repo_type, revision=made.oid, exist_ok=True)
+    if stale:
+        print(f"Removed, as it is no longer in the folder: {', '.join(stale)}")
     if made.oid == before.sha:
         print(f"{url} holds all of it already; nothing was sent.")
     elif pr:
         print(f"Pull request {made.pr_url}")
     else:
         print(f"{len(everything)} files in {url}")
+    if not pr:
+        try:
+            api.create_tag(repo_id, tag=tag, repo_type=repo_type, revision=made.oid, exist_ok=True)
+        except NETWORK_ERRORS as error:
+            raise ValueError(
+                f"{url} was written, but the tag {tag}, which its card names, was not ({error}): push again."
+            ) from error
     return made.oid
 
 
@@ -390,37 +346,54 @@ def with_base(
     repos: ExitStack,
 ) -> None:
     """Makes the adapter name a base model of the Hub, and pushes the local one there first, into a repository of `repos`."""
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    base = config["base_model_name_or_path"]
-    if not on_hub(base):
-        path = Path(base) if Path(base).is_dir() else folder / "base_model"
-        if not path.is_dir():
-            raise ValueError(
-                f"The adapter's base model {base} is neither a folder nor on the Hub; put it in {folder}/base_model."
-            )
-        check_folder(path)
-        base = args.base_repo_id or f"{args.repo_id}-base"
-        base_files = gather(path, "model")
-        processor = ELMProcessor.from_pretrained(path)
-        base_card = folder_card(path, "model", ELMConfig.from_pretrained(path), base.split("/")[-1], processor)
-        for name in ("license", "license_name", "license_link", "base_model"):
-            setattr(base_card.data, name, getattr(card.data, name, None))
-        repos.enter_context(repo_for(api, base, private=args.private))
-        config["revision"] = commit(api, base, base_files, base_card, "model", {"takes_ecgs": processor.takes_ecgs})
-    config["base_model_name_or_path"] = base
+    config = read_json(folder / "adapter_config.json")
+    base = str(config.get("base_model_name_or_path") or "")
+    local = next((path for path in (folder / "base_model", Path(base)) if base and path.is_dir()), None)
     metadata: Any = card.data
+    if local is not None:
+        if args.pr and args.base_repo_id is None:
+            raise ValueError(
+                f"The adapter's base model {local} is pushed, not proposed: name a repository of yours for it as --base_repo_id."
+            )
+        base = args.base_repo_id or f"{args.repo_id}-base"
+        base_files = gather(local, "model")
+        check_folder(local, base_files)
+        processor = ELMProcessor.from_pretrained(local)
+        base_card = folder_card(local, "model", ELMConfig.from_pretrained(local), base.split("/")[-1], processor)
+        names = ["license", "license_name", "license_link"]
+        names += ["base_model"] if isinstance(metadata.get("base_model"), str) and on_hub(metadata.base_model) else []
+        for name in names:
+            setattr(base_card.data, name, metadata.get(name))
+        ours = repos.enter_context(repo_for(api, base, private=args.private))
+        config["revision"] = commit(api, base, base_files, base_card, "model", {"takes_ecgs": processor.takes_ecgs})
+        ours.add(config["revision"])
+    elif not (on_hub(base) and api.repo_exists(base)):
+        raise ValueError(
+            f"The adapter's base model {base or 'is not named and'} is neither a folder nor on the Hub; put it in {folder}/base_model."
+        )
+    config["base_model_name_or_path"] = base
     metadata.base_model = base
+    metadata.tags = [
+        tag for tag in metadata.get("tags") or [] if not tag.startswith("base_model:")
+    ]  # PEFT's, of a folder
     files["adapter_config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+
+
+def check_space(api: HfApi, repo_id: str) -> None:
+    """ValueError if there is a Space of this name that is none of ours."""
+    if api.repo_exists(repo_id, repo_type="space") and not api.file_exists(repo_id, "space.json", repo_type="space"):
+        raise ValueError(
+            f"{api.endpoint}/spaces/{repo_id} is another Space, which --space would overwrite; rename it, or leave --space out."
+        )
 
 
 def push_space(api: HfApi, repo_id: str, revision: str, adapter: bool, private: bool) -> str:
     """A page on which the model is asked; returns its address."""
     from training.demo import write_space
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, repo_for(api, repo_id, "space", None, private, space_sdk="gradio"):
         write_space(Path(folder), repo_id, revision, adapter)
-        with repo_for(api, repo_id, "space", private=private, space_sdk="gradio"):
-            api.upload_folder(repo_id=repo_id, repo_type="space", folder_path=folder, commit_message="Upload demo")
+        api.upload_folder(repo_id=repo_id, repo_type="space", folder_path=folder, commit_message="Upload demo")
     return f"{api.endpoint}/spaces/{repo_id}"
 
 
@@ -436,40 +409,65 @@ def about(folder: Path, kind: str, files: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def check_arguments(args: argparse.Namespace, kind: str) -> None:
+    """ValueError if the options do not go with each other, or with what is pushed."""
+    for name in ("repo_id", "base_repo_id"):
+        repo_id = getattr(args, name)
+        if repo_id is not None and repo_id.count("/") != 1:
+            raise ValueError(f"--{name} is {repo_id!r}; expected OWNER/NAME.")
+    a = "an" if kind[0] in "ae" else "a"
+    if args.space and kind not in ("model", "adapter"):
+        raise ValueError(f"--space is a page that asks a model; {args.run} holds {a} {kind}.")
+    if args.base_repo_id and kind != "adapter":
+        raise ValueError(
+            f"--base_repo_id is of the base model of an adapter; {args.run} holds {a} {kind}. Leave it out."
+        )
+    if args.base_repo_id == args.repo_id:
+        raise ValueError(
+            f"--base_repo_id and --repo_id are both {args.repo_id}; a base model has a repository of its own."
+        )
+    if args.space and args.pr:
+        raise ValueError("--space shows what is in the repo, and a pull request is not yet; leave one of them out.")
+
+
 def push(args: argparse.Namespace) -> None:
     """
     Raises:
-        ValueError: the folder is none that can be shared, nobody is logged in, or the Hub refuses.
+        ValueError: the folder is none that can be shared, or nobody is logged in.
+        HfHubHTTPError, OSError: the Hub refuses, or cannot be reached.
     """
     kind = kind_of(args.run)
-    if args.space and kind not in ("model", "adapter"):
-        a = "an" if kind == "encoder" else "a"
-        raise ValueError(f"--space is a page that asks a model; {args.run} holds {a} {kind}.")
-    if args.base_repo_id and kind != "adapter":
-        raise ValueError(f"--base_repo_id is of the base model of an adapter; {args.run} holds none. Leave it out.")
-    if args.space and args.pr:
-        raise ValueError("--space shows what is in the repo, and a pull request is not yet; leave one of them out.")
-    if kind == "dataset":
-        check_dataset(args.run)
-    left_out = check_folder(args.run) if kind != "dataset" else []
+    check_arguments(args, kind)
     files = gather(args.run, kind)
+    left_out = (
+        []
+        if kind == "dataset"
+        else check_folder(args.run, {*files, CARD, *(path.name for path in args.run.glob("*.py"))})
+    )
     api = HfApi()
     card = read_card(args.run, kind, args.repo_id.split("/")[-1])
     if get_token() is None:
         raise ValueError("Nobody is logged in to the Hub: run `hf auth login`, or set HF_TOKEN.")
     set_licence(card, kind, args, api)
+    if args.space:
+        check_space(api, args.repo_id)
     if left_out:
         print(f"Left out: {', '.join(left_out[:8])}{' ...' if len(left_out) > 8 else ''}. Predictions quote the data.")
     facts, repo_type = about(args.run, kind, files), "dataset" if kind == "dataset" else "model"
     with ExitStack() as repos:
+        ours: set[str] = set()
         if not args.pr:  # else of somebody else's
-            repos.enter_context(repo_for(api, args.repo_id, repo_type, args.revision, args.private))
+            ours = repos.enter_context(repo_for(api, args.repo_id, repo_type, args.revision, args.private))
         if kind == "adapter":
             with_base(args.run, files, card, args, api, repos)
         pushed = commit(api, args.repo_id, files, card, kind, facts, args.revision, args.pr)
+        ours.add(pushed)
     print(f"It is loaded, pinned to this commit, with\n\n{use_of(kind, args.repo_id, pushed, **facts)}", flush=True)
     if args.space:
-        print(f"Demo: {push_space(api, args.repo_id, pushed, kind == 'adapter', args.private)}", flush=True)
+        try:
+            print(f"Demo: {push_space(api, args.repo_id, pushed, kind == 'adapter', args.private)}", flush=True)
+        except NETWORK_ERRORS as error:
+            raise ValueError(f"The {kind} is shared, its Space is not: {error}") from error
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -496,11 +494,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    if args.repo_id.count("/") != 1:
-        raise ValueError(f"--repo_id is {args.repo_id!r}; expected OWNER/NAME.")
     try:
         push(args)
-    except HfHubHTTPError as error:
+    except NETWORK_ERRORS as error:
+        if isinstance(error, OSError) and not isinstance(error, HfHubHTTPError):
+            raise  # of a file
         raise ValueError(refusal(error, args.repo_id, args.revision)) from error
 
 

@@ -89,15 +89,18 @@ def build_base(
                 model_args.model_name_or_path,
                 ", ".join(f"--{name}" for name in unused),
             )
+        name = model_args.model_name_or_path
+        if model_args.use_peft and os.path.isdir(name):
+            name = os.path.abspath(name)  # the adapter names it, for any working directory
         return load_elm(
-            model_args.model_name_or_path,
+            name,
             revision=model_args.model_revision,
             dtype=model_args.dtype,
             attn_implementation=model_args.attn_implementation,
         )
     processor = build_processor(args)
     assert training_args.output_dir is not None  # TRL has a default
-    base = Path(training_args.output_dir).absolute() / "base_model"  # the adapter names it, for any working directory
+    base = Path(training_args.output_dir).absolute() / "base_model"
     if not model_args.use_peft:
         return build_model(args, model_args, processor), processor
     with training_args.main_process_first(desc="building the base model"):
