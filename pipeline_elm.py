@@ -119,6 +119,8 @@ def as_chat(question: Any, system_prompt: str | None = None) -> list[dict[str, A
     described = {key: question[key] for key in ("sampling_rate", "lead_names", "unit") if key in question}
     parts = []
     given: Any = ecgs if several else [] if ecgs is None else [ecgs]
+    if several and not given:
+        raise ValueError('The pipeline got an empty list of ECGs; leave "ecg" out of a question that is about none.')
     for ecg in given:
         if isinstance(ecg, (list, tuple)):
             ecg = np.asarray(ecg, dtype=np.float32)

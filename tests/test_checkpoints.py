@@ -159,6 +159,7 @@ def test_flipped_bytes(new_format, tmp_path):
         ({1: torch.zeros(1)}, "the entry 1 is a Tensor"),
         ({"a": torch.zeros(1), "module.a": torch.zeros(1)}, "two entries for a: a and module.a"),
         ({"a": torch.zeros(2, 2).to_sparse()}, "a is sparse or quantized"),
+        ({"a": torch.zeros(2).to(torch.float8_e4m3fn)}, r"a is of torch\.float8_e4m3fn; expected float16"),
         ({"a": torch.zeros(1).expand(1000, 1000)}, "a claims more values than the file holds"),
     ],
 )

@@ -691,6 +691,7 @@ def test_symbolic_elms(tied, order, llm, ecg_byte, tmp_path):
         ),
         ([*FUYU, "--added_tokens", "signal_*"], r"signal_\* is of symbolic ELMs"),
         ([*FUYU, "--added_tokens", "<signal>", "<signal>"], r"--added_tokens has <signal> more than once"),
+        ([*FUYU, "--lora_alpha", "nan"], r"--lora_alpha is nan; expected a positive number"),
     ],
 )
 def test_added_tokens_that_do_not_fit(options, message, llm, ecg_byte, tmp_path):
@@ -699,6 +700,61 @@ def test_added_tokens_that_do_not_fit(options, message, llm, ecg_byte, tmp_path)
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "elm.pt", llm_weights(llm, rows=rows), "--llm", llm, *options)
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_some_of_the_added_tokens_are_not_guessed(llm, tmp_path):
+    rows = AutoConfig.from_pretrained(llm).vocab_size
+    with pytest.raises(ValueError, match=rf"has {rows + 1} rows.*<think> </think> <signal> needs {rows + 3}"):
+        run(tmp_path / "elm.pt", fuyu(llm), "--llm", llm, *FUYU, "--added_tokens", "<think>", "</think>", "<signal>")
+
+
+def test_a_token_that_the_language_model_has(llm, tmp_path):
+    with pytest.raises(ValueError, match=r"--added_tokens <\|eot_id\|>: --llm .* has it already"):
+        run(tmp_path / "elm.pt", fuyu(llm), "--llm", llm, *FUYU, "--added_tokens", "<|eot_id|>", "<signal>")
+
+
+def test_tokenizer_that_keeps_within_leads(llm, tmp_path):
+    """It has tokens that name leads, which the reference's checkpoints have not."""
+    ECGByteTokenizer(["nn"], across_leads=False).save_pretrained(tmp_path / "ecg_byte")
+    options = [
+        "--llm",
+        llm,
+        "--elm",
+        "ecg_byte",
+        "--ecg_tokenizer",
+        tmp_path / "ecg_byte",
+        "--added_tokens",
+        "signal_*",
+    ]
+    with pytest.raises(ValueError, match="keeps within leads"):
+        run(tmp_path / "elm.pt", llm_weights(llm), *options)
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        (
+            "resnet.conv1.weight",
+            lambda t: torch.tensor(1.0),
+            r"stem\.conv\.weight of the merl weights is \[\]; expected 3",
+        ),
+        ("resnet.conv1.weight", lambda t: t[:0], r"is \[0, 12, 7\]; expected 3 dimensions, none of them empty"),
+        ("resnet.bn1.weight", lambda t: t * torch.nan, r"stem\.norm\.weight has NaN or infinite values"),
+        ("resnet.bn1.weight", lambda t: t.to(torch.int8), r"stem\.norm\.weight is of torch\.int8 .*expected floats"),
+    ],
+)
+def test_weights_that_are_none(key, change, message, tmp_path):
+    weights = basic_merl()
+    weights[key] = change(weights[key])
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "merl.pt", weights, "--encoder", "merl", "--segment_len", 500)
+
+
+def test_blocks_that_are_missing(tmp_path):
+    weights = basic_merl()
+    weights["resnet.layer1.3000.conv1.weight"] = torch.ones(8, 8, 3)
+    with pytest.raises(ValueError, match=r"has the index 3000, and there are .* others are missing"):
+        run(tmp_path / "merl.pt", weights, "--encoder", "merl", "--segment_len", 500)
 
 
 @pytest.mark.parametrize("model_type", ["clip_vision_model", "siglip2_vision_model", "vit"])

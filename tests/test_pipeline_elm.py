@@ -75,6 +75,7 @@ def test_as_generate_says(pipe):
         ({"ecg": ECG}, "got a dict of ecg; expected"),
         ({"question": "a", "picture": 1}, "got picture beside a question"),
         ({"ecg": ECG, "question": "Rhythm?"}, "sampling"),
+        ({"ecg": [], "question": "Rhythm?"}, 'an empty list of ECGs; leave "ecg" out'),
     ],
 )
 def test_bad_inputs(question, message, pipe):

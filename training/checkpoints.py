@@ -98,6 +98,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             )
         if tensor.layout != torch.strided or tensor.is_quantized:
             raise ValueError(f"{path}: {name} is sparse or quantized; expected plain weights.")
+        if tensor.is_floating_point() and tensor.element_size() < 2:
+            raise ValueError(f"{path}: {name} is of {tensor.dtype}; expected float16, bfloat16, float32 or float64.")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ValueError(f"{path}: {name} claims more values than the file holds.")
         key = plain_key(name)
@@ -159,7 +161,7 @@ def merge_lora(state_dict: dict[str, Tensor], alpha: float, use_rslora: bool = F
         update = b.float() @ a.float() if a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] else a.new_empty(0)
         if "lora_embedding_A" in halves["A"]:
             update = update.T
-        if update.shape != weight.shape:
+        if update.shape != weight.shape or not a.numel():
             raise ValueError(
                 f"{halves['A']} {list(a.shape)} and {halves['B']} {list(b.shape)} do not fit {name} {list(weight.shape)}."
             )

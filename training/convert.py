@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from huggingface_hub import ModelCard
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from trl import ModelConfig
@@ -110,7 +110,12 @@ RULES: dict[str, list[Rule]] = {
 
 def _count(keys: Collection[str], pattern: str) -> int:
     """How many indices the first group of `pattern` runs through."""
-    return 1 + max((int(match[1]) for key in keys if (match := re.match(pattern, key))), default=-1)
+    count = 1 + max((int(match[1]) for key in keys if (match := re.match(pattern, key))), default=-1)
+    if count > len(keys):
+        raise ValueError(
+            f"An entry has the index {count - 1}, and there are {len(keys)} entries in all: others are missing."
+        )
+    return count
 
 
 def _expected_keys(kind: str, keys: Collection[str]) -> set[str]:
@@ -450,6 +455,8 @@ class ConvertArguments(ELMArguments):
                 f"rows, as --added_tokens, with {ECG_TOKENS} for those of the tokenizer: --added_tokens '{ECG_TOKENS}' "
                 f"'{ELMProcessor.ecg_token}' if these came first."
             )
+        if not 0 < self.lora_alpha < float("inf"):
+            raise ValueError(f"--lora_alpha is {self.lora_alpha}; expected a positive number.")
         if ECG_TOKENS in self.added_tokens and not symbolic:
             raise ValueError(f"--added_tokens {ECG_TOKENS} is of symbolic ELMs; say --elm ecg_byte, or leave it out.")
         repeated = {token for token in self.added_tokens if self.added_tokens.count(token) > 1}
@@ -471,7 +478,14 @@ def encoder_fields(args: ConvertArguments, tensors: dict[str, Tensor]) -> dict[s
     Raises:
         ValueError: the leads or samples of the options are not those of the weights.
     """
-    kind, shape = args.encoder, {name: tensor.shape for name, tensor in tensors.items()}
+    kind, shape = str(args.encoder), {name: tensor.shape for name, tensor in tensors.items()}
+    with torch.device("meta"):
+        usual = ENCODER_MODELS[kind](ENCODER_CONFIGS[kind]()).state_dict()
+    for name in shape.keys() & usual.keys():
+        if len(shape[name]) != usual[name].ndim or 0 in shape[name]:
+            raise ValueError(
+                f"{name} of the {kind} weights is {list(shape[name])}; expected {usual[name].ndim} dimensions, none of them empty."
+            )
     assert args.lead_names is not None  # set with the arguments
     num_leads, num_samples = len(args.lead_names), args.num_samples
     told: dict[str, Any]
@@ -528,11 +542,24 @@ def _check_missing(conversion: Conversion, what: str) -> None:
         raise ValueError(f"The checkpoint has no entry for {_some(conversion.missing)}, which {what} needs.{left_over}")
 
 
-def _check_shapes(tensors: dict[str, Tensor], model: nn.Module, hint: str) -> None:
+def _check_tensors(tensors: dict[str, Tensor], model: nn.Module, hint: str) -> None:
+    """
+    Raises:
+        ValueError: one has another shape than in the model, no floats where it has them, or values that are none.
+    """
     for name, expected in model.state_dict().items():
-        if name in tensors and tensors[name].shape != expected.shape:
+        if name not in tensors:
+            continue
+        tensor = tensors[name]
+        if tensor.shape != expected.shape:
             raise ValueError(
-                f"{name} is {list(tensors[name].shape)} in the checkpoint and {list(expected.shape)} in the model; check {hint}."
+                f"{name} is {list(tensor.shape)} in the checkpoint and {list(expected.shape)} in the model; check {hint}."
+            )
+        if expected.is_floating_point() and not tensor.is_floating_point():
+            raise ValueError(f"{name} is of {tensor.dtype} in the checkpoint; expected floats, not quantized weights.")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(
+                f"{name} has NaN or infinite values in the checkpoint: its training diverged, or it is damaged."
             )
 
 
@@ -570,7 +597,7 @@ def convert_encoder(
     config = ENCODER_CONFIGS[args.encoder](**encoder_fields(args, conversion.tensors))
     with torch.device("meta"):
         model = ENCODER_MODELS[args.encoder](config)
-    _check_shapes(conversion.tensors, model, "--encoder and --encoder_config")
+    _check_tensors(conversion.tensors, model, "--encoder and --encoder_config")
     dtype = _dtype(args, conversion.tensors)
     weights = {
         name: tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
@@ -656,7 +683,7 @@ def _fit_vocabulary(
     """Gives embeddings and head of the checkpoint the rows of ours; rows that it has not stay as they are in the base model.
 
     Raises:
-        ValueError: it has more rows than there are tokens, none for some of a symbolic ELM, or a head of its own where ours is tied.
+        ValueError: its rows are not those of the tokens, or it has a head of its own where ours is tied.
     """
     embeddings = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
     name, head = f"{embeddings}.weight", "lm_head.weight"
@@ -681,8 +708,8 @@ def _fit_vocabulary(
         if theirs.shape[1:] != ours.shape[1:]:
             continue  # an error of its own, with all shapes
         expected = first_added + len(ids)
-        if (rows < expected and symbolic) or (rows > expected and rows != len(ours)):
-            # as many as ours are spare ones of the language model
+        # fewer than the language model's own are of a smaller vocabulary, as many as ours are spare ones
+        if (rows < expected and (rows > first_added or symbolic)) or (rows > expected and rows != len(ours)):
             raise ValueError(
                 f"{key} has {rows} rows in the checkpoint, and --llm {args.llm} with {' '.join(args.added_tokens)} needs "
                 f"{expected}; check --llm{' and --ecg_tokenizer' if symbolic else ''}, or name all tokens that the run added, in "
@@ -748,8 +775,18 @@ def convert_elm(
         args.assumed.append(f"{args.num_samples} samples a lead; --segment_len says another number")
     processor = build_processor(args)
     others = [token for token in args.added_tokens if token != ECG_TOKENS]
+    known = AutoTokenizer.from_pretrained(resolve_llm(args.llm)).get_vocab()
+    if not_added := [token for token in others if token in known]:
+        raise ValueError(
+            f"--added_tokens {' '.join(not_added)}: --llm {args.llm} has it already, so that the run added no row for it; leave it out."
+        )
     processor.tokenizer.add_tokens(others, special_tokens=True)
     if processor.ecg_tokenizer is not None:
+        if not processor.ecg_tokenizer.across_leads:
+            raise ValueError(
+                f"--ecg_tokenizer {args.ecg_tokenizer} keeps within leads, and those of the reference run on from one lead into the "
+                "next; give the one that the run had."
+            )
         count = FIRST_MERGE_ID + len(processor.ecg_tokenizer.merges)
         args.assumed.append(
             f"rows of the added tokens in the order {' '.join(args.added_tokens)}, {ECG_TOKENS} being signal_0 to signal_{count - 1}; a "
@@ -770,7 +807,7 @@ def convert_elm(
     conversion.add(part, LLM_PREFIX, "")
     seen = conversion.used.keys() | conversion.ignored.keys() | set(conversion.left_over)
     conversion.left_over += [key for key in tensors if key not in seen]
-    _check_shapes(conversion.tensors, model, "--llm, --elm, --encoder, --segment_len and --num_encoder_tokens")
+    _check_tensors(conversion.tensors, model, "--llm, --elm, --encoder, --segment_len and --num_encoder_tokens")
     model.load_state_dict(conversion.tensors, strict=False)  # what is missing was checked
     return model, processor, conversion
 
