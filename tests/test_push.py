@@ -391,12 +391,14 @@ def test_a_repository_of_something_else(model, folders, hub, tmp_path):
 def test_base_of_an_adapter(folders, hub, tmp_path, monkeypatch):
     """The base beside it goes before what its configuration names; a name that is nowhere is an error."""
     adapter = shutil.copytree(folders / "adapter", tmp_path / "adapter")
+    (adapter / "base_model" / "README.md").write_text("---\ntags: [elm]\n---\n# Base\n\nOf its own card.\n")
     config = json.loads((adapter / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = "runs/my_elm"  # of another working directory
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     push(adapter, "adapter", "--base_repo_id", "user/my-base")
     pushed = json.loads(hub.files("user/adapter")["adapter_config.json"])
     assert pushed["base_model_name_or_path"] == "user/my-base"
+    assert "Of its own card." in hub.files("user/my-base")["README.md"].decode()
     assert "base_model: user/my-base" in hub.files("user/adapter")["README.md"].decode()
     shutil.rmtree(adapter / "base_model")
     for name in ("runs/my_elm", None):

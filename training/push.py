@@ -358,14 +358,13 @@ def with_base(
         base = args.base_repo_id or f"{args.repo_id}-base"
         base_files = gather(local, "model")
         check_folder(local, base_files)
-        processor = ELMProcessor.from_pretrained(local)
-        base_card = folder_card(local, "model", ELMConfig.from_pretrained(local), base.split("/")[-1], processor)
+        base_card = read_card(local, "model", base.split("/")[-1])
         names = ["license", "license_name", "license_link"]
         names += ["base_model"] if isinstance(metadata.get("base_model"), str) and on_hub(metadata.base_model) else []
         for name in names:
             setattr(base_card.data, name, metadata.get(name))
         ours = repos.enter_context(repo_for(api, base, private=args.private))
-        config["revision"] = commit(api, base, base_files, base_card, "model", {"takes_ecgs": processor.takes_ecgs})
+        config["revision"] = commit(api, base, base_files, base_card, "model", about(local, "model", base_files))
         ours.add(config["revision"])
     elif not (on_hub(base) and api.repo_exists(base)):
         raise ValueError(
