@@ -336,7 +336,7 @@ def test_what_others_have_written_stays(model, hub, monkeypatch, capsys):
         with pytest.raises(ConnectionError):
             push(model, "new")
     assert hub.files("user/new") == {"theirs.txt": b"x"}
-    assert "user/new stays: somebody else has written to it meanwhile." in capsys.readouterr().out
+    assert "user/new stays as it is: somebody else has written to it meanwhile." in capsys.readouterr().out
     push(model, "new")
     others = {"examples/train.py": b"1", "onnx/model.safetensors": b"2", "handler.py": b"3", "report.html": b"ours"}
     hub.commit("models/user/new", "main", hub.files("user/new") | others)
@@ -413,19 +413,40 @@ def test_base_of_an_adapter(folders, hub, tmp_path, monkeypatch):
     assert "jane" not in hub.files("user/other")["README.md"].decode()
 
 
-def test_tag_that_fails(model, hub, monkeypatch):
-    """Of a repository that was there: the commit stays, and pushing again sets the tag."""
+def test_what_was_written_is_taken_back(model, folders, hub, monkeypatch, capsys):
+    """Where the tag fails after the commit, and the base of an adapter where the adapter fails; both were there before."""
     push(model, "model")
+    before = dict(hub.files("user/model"))
     (model / "generation_config.json").write_text("{}")
+    (model / "NOTICE").write_text("new")
     with monkeypatch.context() as patch:
-        patch.setattr(HfApi, "create_tag", lambda *args, **kwargs: (_ for _ in ()).throw(ConnectionError("lost")))
-        with pytest.raises(
-            ValueError, match=r"was written, but the tag elm-\w+, which its card names, was not \(lost\)"
-        ):
+        patch.setattr(HfApi, "create_tag", lambda *args, **kwargs: (_ for _ in ()).throw(NETWORK_ERRORS[0]("lost")))
+        with pytest.raises(ValueError, match=r"The Hub cannot be reached \(lost\)"):
             push(model, "model")
+    assert hub.files("user/model") == before
+    assert "user/model is as it was before." in capsys.readouterr().out
     push(model, "model")
     tag = hub.files("user/model")["README.md"].decode().split('"user/model", "')[1].split('"')[0]
     assert hub.files("user/model", tag)["generation_config.json"] == b"{}"
+
+    push(folders / "llava", "adapter-base")
+    before = dict(hub.files("user/adapter-base"))
+    weights = load_file(folders / "adapter" / "base_model" / "model.safetensors")
+    base = shutil.copytree(folders / "adapter", model.parent / "adapter") / "base_model" / "model.safetensors"
+    save_file({name: values + 1 for name, values in weights.items()}, base, {"format": "pt"})
+    real = HfApi.create_commit
+
+    def fail_at_the_adapter(api, repo_id, *args, **kwargs):
+        if repo_id == "user/adapter":
+            assert hub.files("user/adapter-base") != before
+            raise NETWORK_ERRORS[0]("lost")
+        return real(api, repo_id, *args, **kwargs)
+
+    monkeypatch.setattr(HfApi, "create_commit", fail_at_the_adapter)
+    with pytest.raises(ValueError, match="cannot be reached"):
+        push(model.parent / "adapter", "adapter")
+    assert hub.files("user/adapter-base") == before
+    assert "models/user/adapter" not in hub.repos
 
 
 def test_pull_request_of_nothing_new(model, hub, capsys):
@@ -476,9 +497,7 @@ def test_what_cannot_be_removed_again_is_said(model, hub, monkeypatch, capsys):
     monkeypatch.setattr(HfApi, "delete_repo", lambda *args, **kwargs: (_ for _ in ()).throw(NETWORK_ERRORS[0]("lost")))
     with pytest.raises(ValueError, match="The Hub refused"):
         push(model, "model")
-    assert (
-        "user/model was made for this and could not be removed again: delete it on the Hub." in capsys.readouterr().out
-    )
+    assert "user/model could not be put back as it was: look at it on the Hub." in capsys.readouterr().out
 
 
 def test_killed_while_it_uploads(model, hub):

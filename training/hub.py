@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationCopy, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 # of the HTTP library that huggingface_hub has, whose lost connections are no OSError
@@ -22,7 +22,8 @@ def repo_for(
 ) -> Iterator[set[str]]:
     """A repository, and of it the branch `revision`, for the commits within.
 
-    What of them is new goes again if these fail, unless somebody else has written to it meanwhile.
+    If these fail it is as it was: what of it is new goes again, and our commits are taken back by another, unless somebody else has
+    written to it meanwhile.
 
     Yields:
         The hashes of our own commits; add those that are made.
@@ -40,27 +41,44 @@ def repo_for(
     if new_repo:
         # None: as the owner's settings say
         api.create_repo(**where, private=private or None, **options)
+    before: Any = None
     ours: set[str] = set()
     try:
         if revision is not None and (new_repo or new_branch):
             api.create_branch(**where, branch=revision, exist_ok=new_repo)  # a new repository has its main
-        if new_repo or new_branch:
-            ours.add(str(api.repo_info(**where, revision=revision).sha))
+        before = api.repo_info(**where, revision=revision)
         yield ours
     except BaseException:  # of the user's Ctrl-C too
-        if new_repo or new_branch:
-            what = repo_id if new_repo else f"the branch {revision} of {repo_id}"
-            try:
-                written = api.repo_info(**where, revision=revision).sha not in ours if ours else False
-                if written:
-                    print(f"{what} stays: somebody else has written to it meanwhile.", flush=True)
-                elif new_repo:
-                    api.delete_repo(**where, missing_ok=True)
-                else:
-                    api.delete_branch(**where, branch=str(revision))
-            except NETWORK_ERRORS:
-                print(f"{what} was made for this and could not be removed again: delete it on the Hub.", flush=True)
+        what = repo_id if new_repo or revision is None else f"the branch {revision} of {repo_id}"
+        try:
+            head = before and api.repo_info(**where, revision=revision)
+            if head and head.sha != before.sha and head.sha not in ours:
+                print(f"{what} stays as it is: somebody else has written to it meanwhile.", flush=True)
+            elif new_repo:
+                api.delete_repo(**where, missing_ok=True)
+            elif new_branch:
+                api.delete_branch(**where, branch=str(revision))
+            elif head and head.sha != before.sha:
+                _take_back(api, where, revision, before, head)
+                print(f"{what} is as it was before.", flush=True)
+        except NETWORK_ERRORS:
+            print(f"{what} could not be put back as it was: look at it on the Hub.", flush=True)
         raise
+
+
+def _take_back(api: HfApi, where: dict[str, Any], revision: str | None, before: Any, head: Any) -> None:
+    """A commit that makes the files those of `before`."""
+    old, new = ({sibling.rfilename for sibling in info.siblings or []} for info in (before, head))
+    api.create_commit(
+        **where,
+        operations=[
+            *(CommitOperationCopy(name, name, src_revision=before.sha) for name in sorted(old)),
+            *(CommitOperationDelete(name) for name in sorted(new - old)),
+        ],
+        commit_message="Take back a push that failed",
+        revision=revision,
+        parent_commit=head.sha,
+    )
 
 
 def refusal(error: Exception, repo_id: str, revision: str | None) -> str:

@@ -270,6 +270,7 @@ def commit(
     card: RepoCard,
     kind: str,
     about: Mapping[str, Any],
+    ours: set[str],
     revision: str | None = None,
     pr: bool = False,
 ) -> str:
@@ -279,6 +280,7 @@ def commit(
 
     Args:
         about: what `use_of` has to know.
+        ours: gets the commit's hash, see `repo_for`.
 
     Raises:
         ValueError: the repository holds something else.
@@ -303,10 +305,10 @@ def commit(
         text = replace_section(text, "How to cite", citation(repo_id.split("/")[-1], kind, url))
     everything = {**files, CARD: text.encode()}
     if kind == "dataset":
-        ours = [name for name in old if re.fullmatch(DATASET_FILES, name)]
+        pushed = {name for name in old if re.fullmatch(DATASET_FILES, name)}
     else:
-        ours = [name for name in old if "/" not in name and (matches(name, FILES) or name in MODULES)]
-    stale = sorted(set(ours) - set(everything))
+        pushed = {name for name in old if "/" not in name and (matches(name, FILES) or name in MODULES)}
+    stale = sorted(pushed - everything.keys())
     made = api.create_commit(
         repo_id,
         [
@@ -319,6 +321,7 @@ def commit(
         create_pr=pr,
         parent_commit=None if pr else before.sha,
     )
+    ours.add(made.oid)
     if stale:
         print(f"Removed, as it is no longer in the folder: {', '.join(stale)}")
     if made.oid == before.sha:
@@ -328,12 +331,7 @@ def commit(
     else:
         print(f"{len(everything)} files in {url}")
     if not pr:
-        try:
-            api.create_tag(repo_id, tag=tag, repo_type=repo_type, revision=made.oid, exist_ok=True)
-        except NETWORK_ERRORS as error:
-            raise ValueError(
-                f"{url} was written, but the tag {tag}, which its card names, was not ({error}): push again."
-            ) from error
+        api.create_tag(repo_id, tag=tag, repo_type=repo_type, revision=made.oid, exist_ok=True)
     return made.oid
 
 
@@ -364,8 +362,7 @@ def with_base(
         for name in names:
             setattr(base_card.data, name, metadata.get(name))
         ours = repos.enter_context(repo_for(api, base, private=args.private))
-        config["revision"] = commit(api, base, base_files, base_card, "model", about(local, "model", base_files))
-        ours.add(config["revision"])
+        config["revision"] = commit(api, base, base_files, base_card, "model", about(local, "model", base_files), ours)
     elif not (on_hub(base) and api.repo_exists(base)):
         raise ValueError(
             f"The adapter's base model {base or 'is not named and'} is neither a folder nor on the Hub; put it in {folder}/base_model."
@@ -459,8 +456,7 @@ def push(args: argparse.Namespace) -> None:
             ours = repos.enter_context(repo_for(api, args.repo_id, repo_type, args.revision, args.private))
         if kind == "adapter":
             with_base(args.run, files, card, args, api, repos)
-        pushed = commit(api, args.repo_id, files, card, kind, facts, args.revision, args.pr)
-        ours.add(pushed)
+        pushed = commit(api, args.repo_id, files, card, kind, facts, ours, args.revision, args.pr)
     print(f"It is loaded, pinned to this commit, with\n\n{use_of(kind, args.repo_id, pushed, **facts)}", flush=True)
     if args.space:
         try:
