@@ -12,12 +12,7 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-try:
-    from .ecg_utils import STANDARD_LEADS, ECGRecord, canonical_lead_names
-except ImportError:
-    if __package__:  # loaded from a Hub repo: a real error
-        raise
-    from ecg_utils import STANDARD_LEADS, ECGRecord, canonical_lead_names
+from .ecg_utils import STANDARD_LEADS, ECGRecord, canonical_lead_names
 
 # columns of each layout; the leads fill one column after the other
 LAYOUTS = {"12x1": 1, "6x2": 2, "3x4": 4}

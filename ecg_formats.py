@@ -23,14 +23,8 @@ from typing import Any
 
 import numpy as np
 
-try:
-    from .ecg_formats_binary import read_ishne, read_scp
-    from .ecg_formats_xml import read_xml
-except ImportError:
-    if __package__:  # loaded from a Hub repo: a real error
-        raise
-    from ecg_formats_binary import read_ishne, read_scp
-    from ecg_formats_xml import read_xml
+from .ecg_formats_binary import read_ishne, read_scp
+from .ecg_formats_xml import read_xml
 
 MAX_FILE_BYTES = 512 * 2**20
 # what a compressed file may unpack to: twelve leads of three hours at 500 Hz

@@ -13,12 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-try:
-    from .ecg_formats import read_file
-except ImportError:
-    if __package__:  # loaded from a Hub repo: a real error
-        raise
-    from ecg_formats import read_file
+from .ecg_formats import read_file
 
 logger = logging.getLogger(__name__)
 

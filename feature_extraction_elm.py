@@ -8,32 +8,17 @@ import numpy as np
 from transformers import BatchFeature, FeatureExtractionMixin
 from transformers.utils import TensorType
 
-try:
-    from .ecg_utils import (
-        STANDARD_LEADS,
-        ECGRecord,
-        as_record,
-        canonical_lead_names,
-        check_filter,
-        check_sampling_rate,
-        filter_ecg,
-        resample,
-        select_leads,
-    )
-except ImportError:
-    if __package__:  # loaded from a Hub repo: a real error
-        raise
-    from ecg_utils import (
-        STANDARD_LEADS,
-        ECGRecord,
-        as_record,
-        canonical_lead_names,
-        check_filter,
-        check_sampling_rate,
-        filter_ecg,
-        resample,
-        select_leads,
-    )
+from .ecg_utils import (
+    STANDARD_LEADS,
+    ECGRecord,
+    as_record,
+    canonical_lead_names,
+    check_filter,
+    check_sampling_rate,
+    filter_ecg,
+    resample,
+    select_leads,
+)
 
 NORMALIZATIONS = ("none", "zscore", "minmax")
 TRUNCATIONS = (False, "start", "center", "end")

@@ -12,14 +12,8 @@ from transformers.models.auto.image_processing_auto import get_image_processor_c
 from transformers.models.siglip2.image_processing_pil_siglip2 import get_image_size_for_max_num_patches
 from transformers.utils import TensorType
 
-try:
-    from .ecg_drawing import ECGPaper, draw_ecg, page_height, page_width
-    from .ecg_utils import ECGRecord
-except ImportError:
-    if __package__:  # loaded from a Hub repo: a real error
-        raise
-    from ecg_drawing import ECGPaper, draw_ecg, page_height, page_width
-    from ecg_utils import ECGRecord
+from .ecg_drawing import ECGPaper, draw_ecg, page_height, page_width
+from .ecg_utils import ECGRecord
 
 IMAGE_REPRESENTATIONS = ("stacked_signal", "rgb")
 

@@ -16,28 +16,15 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-try:
-    from .configuration_elm import (
-        ECGEncoderConfig,
-        ECGTransformerConfig,
-        MaskedAutoencoderConfig,
-        MERLConfig,
-        MLAEConfig,
-        MTAEConfig,
-        STMEMConfig,
-    )
-except ImportError:
-    if __package__:  # loaded from a Hub repo: a real error
-        raise
-    from configuration_elm import (
-        ECGEncoderConfig,
-        ECGTransformerConfig,
-        MaskedAutoencoderConfig,
-        MERLConfig,
-        MLAEConfig,
-        MTAEConfig,
-        STMEMConfig,
-    )
+from .configuration_elm import (
+    ECGEncoderConfig,
+    ECGTransformerConfig,
+    MaskedAutoencoderConfig,
+    MERLConfig,
+    MLAEConfig,
+    MTAEConfig,
+    STMEMConfig,
+)
 
 
 class ECGEncoder(PreTrainedModel):

@@ -12,30 +12,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple, torch_compilable_check
 
-try:
-    from .configuration_elm import IMAGE_REPRESENTATIONS, ELMConfig
-    from .modeling_ecg_encoders import ENCODER_MODELS, without_missing_leads
-    from .modeling_vision_encoders import (
-        blank_images,
-        encode_images,
-        load_vision_model,
-        vision_model_class,
-        vision_output_size,
-    )
-    from .pipeline_elm import ECGQuestionAnsweringPipeline
-except ImportError:
-    if __package__:  # loaded from a Hub repo: a real error
-        raise
-    from configuration_elm import IMAGE_REPRESENTATIONS, ELMConfig
-    from modeling_ecg_encoders import ENCODER_MODELS, without_missing_leads
-    from modeling_vision_encoders import (
-        blank_images,
-        encode_images,
-        load_vision_model,
-        vision_model_class,
-        vision_output_size,
-    )
-    from pipeline_elm import ECGQuestionAnsweringPipeline
+from .configuration_elm import IMAGE_REPRESENTATIONS, ELMConfig
+from .modeling_ecg_encoders import ENCODER_MODELS, without_missing_leads
+from .modeling_vision_encoders import (
+    blank_images,
+    encode_images,
+    load_vision_model,
+    vision_model_class,
+    vision_output_size,
+)
+from .pipeline_elm import ECGQuestionAnsweringPipeline
 
 
 def encoder_output_size(config: ELMConfig) -> int:

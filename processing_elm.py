@@ -12,19 +12,10 @@ from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import logging
 
-try:
-    from .ecg_utils import STANDARD_LEADS, ECGRecord, as_record, resample, select_leads
-    from .feature_extraction_elm import ECGFeatureExtractor, as_batch
-    from .image_processing_elm import IMAGE_REPRESENTATIONS, ECGImageProcessor
-    from .tokenization_ecg_byte import ECGByteTokenizer
-except ImportError:
-    if __package__:  # loaded from a Hub repo: a real error
-        raise
-    from ecg_utils import STANDARD_LEADS, ECGRecord, as_record, resample, select_leads
-    from feature_extraction_elm import ECGFeatureExtractor, as_batch
-    from image_processing_elm import IMAGE_REPRESENTATIONS, ECGImageProcessor
-    from tokenization_ecg_byte import ECGByteTokenizer
-
+from .ecg_utils import STANDARD_LEADS, ECGRecord, as_record, resample, select_leads
+from .feature_extraction_elm import ECGFeatureExtractor, as_batch
+from .image_processing_elm import IMAGE_REPRESENTATIONS, ECGImageProcessor
+from .tokenization_ecg_byte import ECGByteTokenizer
 
 logger = logging.get_logger(__name__)
 

@@ -14,12 +14,12 @@ import torch
 # this folder has a benchmark named as the package `ecg_byte`: the package is to be found first
 sys.path.append(sys.path.pop(0))
 
-from modeling_elm import ELMForConditionalGeneration
-from processing_elm import ELMProcessor
-from training import sft
-from training.build import build_model, build_processor
-from training.quickstart import CONFIG, save_small_llm
-from training.synthetic import make_record
+from elm_ecg.modeling_elm import ELMForConditionalGeneration
+from elm_ecg.processing_elm import ELMProcessor
+from elm_ecg.training import sft
+from elm_ecg.training.build import build_model, build_processor
+from elm_ecg.training.data.synthetic import make_record
+from elm_ecg.training.quickstart import CONFIG, save_small_llm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -26,10 +26,10 @@ from datasets import Dataset, disable_progress_bars
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from training.arguments import DataArguments
-from training.collator import ELMCollator
-from training.data import load_data, load_stream
-from training.synthetic import make_record
+from elm_ecg.training.arguments import DataArguments
+from elm_ecg.training.collator import ELMCollator
+from elm_ecg.training.data.loading import load_data, load_stream
+from elm_ecg.training.data.synthetic import make_record
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # workers are forked
 BATCH_SIZE = 32

@@ -17,9 +17,9 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
-import ecg_drawing
-from ecg_drawing import LAYOUTS, ECGPaper, Strip, draw_ecg, page_width, strips
-from ecg_utils import ECGRecord, as_record
+from elm_ecg import ecg_drawing
+from elm_ecg.ecg_drawing import LAYOUTS, ECGPaper, Strip, draw_ecg, page_width, strips
+from elm_ecg.ecg_utils import ECGRecord, as_record
 
 SIZES = (224, 512, 1600)
 DPI = 100

@@ -25,8 +25,15 @@ from tokenizers import Tokenizer, models, trainers
 # this folder has a benchmark named as the package `ecg_byte`: the package is to be found first
 sys.path.append(sys.path.pop(0))
 
-from ecg_utils import resample
-from tokenization_ecg_byte import ALPHABET, FIRST_MERGE_ID, ECGByteTokenizer, PythonTokenizer, _quantize, ecg_byte
+from elm_ecg.ecg_utils import resample
+from elm_ecg.tokenization_ecg_byte import (
+    ALPHABET,
+    FIRST_MERGE_ID,
+    ECGByteTokenizer,
+    PythonTokenizer,
+    _quantize,
+    ecg_byte,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 PTBXL = ROOT.parent / "shared" / "data" / "ptbxl"
@@ -42,7 +49,7 @@ HUGGING_FACE_RECORDS = 200
 TRAIN = """
 import json, sys, time
 import numpy as np
-from tokenization_ecg_byte import ECGByteTokenizer
+from elm_ecg.tokenization_ecg_byte import ECGByteTokenizer
 records = np.load(sys.argv[1])
 start = time.perf_counter()
 tokenizer = ECGByteTokenizer.train(records, int(sys.argv[2]), show_progress=False)

@@ -19,8 +19,8 @@ from pathlib import Path
 # this folder has a benchmark named as the package `ecg_byte`: the package is to be found first
 sys.path.append(sys.path.pop(0))
 
-from training.data import load_splits
-from training.quickstart import save_small_llm
+from elm_ecg.training.data.loading import load_splits
+from elm_ecg.training.quickstart import save_small_llm
 
 
 def save_llm(folder: Path, seed: int) -> None:

@@ -15,8 +15,8 @@ from functools import partial
 from common import DEVICE, add_arguments, build, interleaved, make_rows
 from datasets import Dataset
 
-from training.answers import Answerer
-from training.questions import list_questions
+from elm_ecg.training.evaluation.answers import Answerer
+from elm_ecg.training.evaluation.questions import list_questions
 
 
 def main() -> None:

@@ -19,10 +19,10 @@ from common import interleaved, make_rows
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from training import sft
-from training.build import build_processor
-from training.collator import ELMCollator
-from training.quickstart import save_small_llm
+from elm_ecg.training import sft
+from elm_ecg.training.build import build_processor
+from elm_ecg.training.collator import ELMCollator
+from elm_ecg.training.quickstart import save_small_llm
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # workers are forked
 BACKBONES = {

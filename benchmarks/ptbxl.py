@@ -43,9 +43,9 @@ from tqdm import tqdm
 # this folder has a benchmark named as the package `ecg_byte`: the package is to be found first
 sys.path.append(sys.path.pop(0))
 
-from ecg_utils import STANDARD_LEADS
-from feature_extraction_elm import NORMALIZATIONS, ECGFeatureExtractor
-from training.quickstart import save_small_llm
+from elm_ecg.ecg_utils import STANDARD_LEADS
+from elm_ecg.feature_extraction_elm import NORMALIZATIONS, ECGFeatureExtractor
+from elm_ecg.training.quickstart import save_small_llm
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "ptbxl"
 # superclass of the SCP statements -> what is asked

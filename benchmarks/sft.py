@@ -14,7 +14,7 @@ import torch
 from common import DEVICE, add_arguments, build, interleaved, make_rows
 from torch.nn.functional import pad
 
-from training.collator import ELMCollator
+from elm_ecg.training.collator import ELMCollator
 
 
 def main() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training import sft
-from training.collator import ELMCollator
+from elm_ecg.training import sft
+from elm_ecg.training.collator import ELMCollator
 
 
 def run(notes: Path, argv: list[str]) -> list[list[str]]:

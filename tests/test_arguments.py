@@ -3,9 +3,17 @@ from pathlib import Path
 import pytest
 from trl import ModelConfig, SFTConfig
 
-from training.arguments import ALIASES, ELMS, VISION_BACKBONES, DataArguments, ELMArguments, ELMParser, new_elm_options
-from training.evaluation import parse as parse_evaluation
-from training.sft import parse
+from elm_ecg.training.arguments import (
+    ALIASES,
+    ELMS,
+    VISION_BACKBONES,
+    DataArguments,
+    ELMArguments,
+    ELMParser,
+    new_elm_options,
+)
+from elm_ecg.training.evaluation.evaluate import parse as parse_evaluation
+from elm_ecg.training.sft import parse
 
 BASE = ["--data", "some/data", "--output_dir", "out", "--use_cpu"]
 
@@ -309,13 +317,13 @@ def test_data_is_required(capsys):
 
 
 def test_wandb_absent(monkeypatch):
-    monkeypatch.setattr("training.sft.find_spec", lambda name: None)
+    monkeypatch.setattr("elm_ecg.training.sft.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="the package wandb is not installed"):
         parse([*BASE, "--wandb"])
 
 
 def test_wandb_present(monkeypatch):
-    monkeypatch.setattr("training.sft.find_spec", lambda name: object())
+    monkeypatch.setattr("elm_ecg.training.sft.find_spec", lambda name: object())
     assert parse([*BASE, "--wandb"])[1].report_to == ["wandb"]
     assert parse([*BASE, "--wandb", "--report_to", "none"])[1].report_to == ["wandb"]
 

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import FAMILIES, TINY_ENCODERS, TINY_VISION, save_tiny_llm, tiny_ecg_byte, tiny_tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,13 +18,13 @@ from transformers import (
 )
 from trl import ModelConfig
 
-from configuration_elm import ENCODER_CONFIGS
-from ecg_drawing import ECGPaper, draw_ecg
-from ecg_utils import as_record
-from modeling_ecg_encoders import ENCODER_MODELS
-from modeling_elm import ELMForConditionalGeneration
-from training.arguments import ELMArguments
-from training.build import (
+from elm_ecg.configuration_elm import ENCODER_CONFIGS
+from elm_ecg.ecg_drawing import ECGPaper, draw_ecg
+from elm_ecg.ecg_utils import as_record
+from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
+from elm_ecg.modeling_elm import ELMForConditionalGeneration
+from elm_ecg.training.arguments import ELMArguments
+from elm_ecg.training.build import (
     LLMS,
     build_model,
     build_processor,
@@ -35,7 +34,8 @@ from training.build import (
     lora_config,
     resolve_llm,
 )
-from training.synthetic import make_record
+from elm_ecg.training.data.synthetic import make_record
+from helpers import FAMILIES, TINY_ENCODERS, TINY_VISION, save_tiny_llm, tiny_ecg_byte, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

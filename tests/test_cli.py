@@ -2,9 +2,9 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT
 
-from training import cli
+from elm_ecg.training import cli
+from helpers import ROOT
 
 
 @pytest.mark.parametrize("argv", [["-h"], ["--help"]])
@@ -53,7 +53,7 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
     def broken(argv):
         raise AttributeError("a bug")
 
-    monkeypatch.setattr("training.sft.main", broken)
+    monkeypatch.setattr("elm_ecg.training.sft.main", broken)
     with pytest.raises(AttributeError, match="a bug"):
         cli.main(["sft"])
 
@@ -62,7 +62,7 @@ def test_ctrl_c(monkeypatch, capsys):
     def wait(argv):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("training.sft.main", wait)
+    monkeypatch.setattr("elm_ecg.training.sft.main", wait)
     assert cli.main(["sft"]) == 130
     assert capsys.readouterr().err == "\nelm sft: interrupted\n"
 
@@ -70,7 +70,7 @@ def test_ctrl_c(monkeypatch, capsys):
 @pytest.mark.parametrize("argv", [["evaluate", "some/model", "--data", "a", "b"], ["evaluate", "--split", "x"]])
 def test_first_argument_of_evaluate_is_the_model(argv, monkeypatch):
     seen = []
-    monkeypatch.setattr("training.evaluation.main", seen.append)
+    monkeypatch.setattr("elm_ecg.training.evaluation.evaluate.main", seen.append)
     assert cli.main(argv) == 0
     assert seen == [["--model_name_or_path", *argv[1:]] if argv[1] == "some/model" else argv[1:]]
 
@@ -83,7 +83,7 @@ def test_help_of_a_command(capsys):
 
 def test_exit_status_of_the_process():
     process = subprocess.run(
-        [sys.executable, "-m", "training.cli", "fly"], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "elm_ecg.training.cli", "fly"], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert process.returncode == 2
     assert "Traceback" not in process.stderr

@@ -4,12 +4,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import FAMILIES, tiny_image_processor_elm, tiny_processor, tiny_symbolic_processor
 from PIL import Image
 
-from ecg_utils import STANDARD_LEADS
-from training.collator import ELMCollator, augmented_ecg, augmented_rgb
-from training.synthetic import make_record
+from elm_ecg.ecg_utils import STANDARD_LEADS
+from elm_ecg.training.collator import ELMCollator, augmented_ecg, augmented_rgb
+from elm_ecg.training.data.synthetic import make_record
+from helpers import FAMILIES, tiny_image_processor_elm, tiny_processor, tiny_symbolic_processor
 
 
 def row(*turns: str, ecg: bool = True) -> dict[str, Any]:

@@ -6,10 +6,10 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.utils import DistributedType
-from helpers import ROOT
 
-from training import sft
-from training.build import LLMS
+from elm_ecg.training import sft
+from elm_ecg.training.build import LLMS
+from helpers import ROOT
 
 RECIPES = sorted((ROOT / "training" / "configs").glob("*.yaml"))
 ACCELERATE_CONFIGS = {

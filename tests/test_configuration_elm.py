@@ -1,6 +1,18 @@
 import json
 
 import pytest
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CLIPConfig, CLIPVisionConfig, Siglip2Config, ViTMAEConfig
+
+from elm_ecg.configuration_elm import (
+    ENCODER_CONFIGS,
+    IMAGE_REPRESENTATIONS,
+    ELMConfig,
+    MERLConfig,
+    MLAEConfig,
+    MTAEConfig,
+    STMEMConfig,
+)
 from helpers import (
     TINY_ENCODERS,
     TINY_VISION,
@@ -9,18 +21,6 @@ from helpers import (
     tiny_image_elm_config,
     tiny_llm_config,
     tiny_vision_config,
-)
-from huggingface_hub.errors import StrictDataclassError
-from transformers import CLIPConfig, CLIPVisionConfig, Siglip2Config, ViTMAEConfig
-
-from configuration_elm import (
-    ENCODER_CONFIGS,
-    IMAGE_REPRESENTATIONS,
-    ELMConfig,
-    MERLConfig,
-    MLAEConfig,
-    MTAEConfig,
-    STMEMConfig,
 )
 
 INVALID = (ValueError, StrictDataclassError)  # of the strict dataclass, where a field or a combination is wrong

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
-import ecg_drawing
-from ecg_drawing import LAYOUTS, ECGPaper, Strip, draw_ecg, ecg_svg, page_height, page_width, strips
-from ecg_utils import REFERENCE_LEADS, STANDARD_LEADS, ECGRecord, as_record, select_leads
+from elm_ecg import ecg_drawing
+from elm_ecg.ecg_drawing import LAYOUTS, ECGPaper, Strip, draw_ecg, ecg_svg, page_height, page_width, strips
+from elm_ecg.ecg_utils import REFERENCE_LEADS, STANDARD_LEADS, ECGRecord, as_record, select_leads
 
 WHITE = {"background_color": "#ffffff", "major_color": "#ffffff", "minor_color": "#ffffff"}
 
@@ -420,8 +420,8 @@ class TestSameInputSamePixels:
 import hashlib, sys
 sys.modules["matplotlib"] = sys.modules["scipy"] = None
 import numpy as np
-from ecg_drawing import ECGPaper, draw_ecg, ecg_svg
-from ecg_utils import as_record
+from elm_ecg.ecg_drawing import ECGPaper, draw_ecg, ecg_svg
+from elm_ecg.ecg_utils import as_record
 record = as_record(np.random.default_rng(0).normal(scale=0.2, size=(12, 1000)), 100)
 for layout in ("12x1", "3x4"):
     paper = ECGPaper(layout)

@@ -19,9 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom.dataset import Dataset, FileMetaDataset
 
-import ecg_formats
-from ecg_formats import read_file
-from ecg_utils import REFERENCE_LEADS, read_ecg
+from elm_ecg import ecg_formats
+from elm_ecg.ecg_formats import read_file
+from elm_ecg.ecg_utils import REFERENCE_LEADS, read_ecg
 
 LEADS = ["I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6"]
 COUNTS = np.random.default_rng(0).integers(-900, 900, (12, 100)).astype(np.int16)

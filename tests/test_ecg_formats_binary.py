@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ecg_formats_binary import SCP_LEADS, read_ishne, read_scp
-from ecg_formats_xml import read_xml
-from ecg_utils import STANDARD_LEADS, canonical_lead_names
+from elm_ecg.ecg_formats_binary import SCP_LEADS, read_ishne, read_scp
+from elm_ecg.ecg_formats_xml import read_xml
+from elm_ecg.ecg_utils import STANDARD_LEADS, canonical_lead_names
 
 # number of code structures, then prefix bits, bits, mode, value and code of each: 0 -> "0", 16 bits after "10", and a
 # switch to the other table by "11"; in the second one 0 -> "1", a switch back by "01", 16 bits after "00"

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sierraecg.xli import xli_decode
 
-from ecg_formats_xml import MAX_DEPTH, MAX_NODES, read_xml
-from ecg_utils import STANDARD_LEADS, canonical_lead_names
+from elm_ecg.ecg_formats_xml import MAX_DEPTH, MAX_NODES, read_xml
+from elm_ecg.ecg_utils import STANDARD_LEADS, canonical_lead_names
 
 AECG_LEADS = ["I", "II", "V1", "V2", "V3", "V4", "V5", "V6", "III", "aVR", "aVL", "aVF"]
 FILES = [

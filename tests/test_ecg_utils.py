@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.signal import butter, filtfilt, iirnotch, resample_poly, sosfiltfilt
 
-from ecg_utils import (
+from elm_ecg.ecg_utils import (
     MAX_GAP_SECONDS,
     MAX_LIMB_LEAD_ERROR,
     REFERENCE_LEADS,

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import run_isolated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from ecg_utils import REFERENCE_LEADS, STANDARD_LEADS, as_record, filter_ecg, resample
-from feature_extraction_elm import ECGFeatureExtractor
+from elm_ecg.ecg_utils import REFERENCE_LEADS, STANDARD_LEADS, as_record, filter_ecg, resample
+from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
+from helpers import run_isolated
 
 
 @pytest.fixture(scope="module")

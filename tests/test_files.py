@@ -1,6 +1,6 @@
 import pytest
 
-from training.files import atomic_path, write_text
+from elm_ecg.training.files import atomic_path, write_text
 
 
 def test_write_text(tmp_path):

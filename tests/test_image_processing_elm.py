@@ -2,16 +2,16 @@ import json
 
 import numpy as np
 import pytest
-from helpers import TINY_VISION, tiny_image_processor, tiny_vision_config
 from transformers import CLIPImageProcessor, Siglip2ImageProcessor, ViTImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip2.image_processing_pil_siglip2 import get_image_size_for_max_num_patches
 
-from ecg_drawing import LAYOUTS, ECGPaper, draw_ecg, page_height, page_width
-from ecg_utils import STANDARD_LEADS, ECGRecord, as_record
-from image_processing_elm import ECGImageProcessor
-from modeling_vision_encoders import image_size
-from training.synthetic import make_record
+from elm_ecg.ecg_drawing import LAYOUTS, ECGPaper, draw_ecg, page_height, page_width
+from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord, as_record
+from elm_ecg.image_processing_elm import ECGImageProcessor
+from elm_ecg.modeling_vision_encoders import image_size
+from elm_ecg.training.data.synthetic import make_record
+from helpers import TINY_VISION, tiny_image_processor, tiny_vision_config
 
 CLIP = {"image_processor_type": "CLIPImageProcessor"}
 SIGLIP2 = {"image_processor_type": "Siglip2ImageProcessor"}

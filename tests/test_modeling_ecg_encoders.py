@@ -3,16 +3,16 @@ import json
 
 import pytest
 import torch
-from helpers import golden_state_dict, run_isolated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from configuration_elm import ENCODER_CONFIGS, MERLConfig, MLAEConfig, MTAEConfig, STMEMConfig
-from modeling_ecg_encoders import ENCODER_MODELS, MERLModel, MLAEModel, MTAEModel, STMEMModel
-from training.convert import convert_state_dict
+from elm_ecg.configuration_elm import ENCODER_CONFIGS, MERLConfig, MLAEConfig, MTAEConfig, STMEMConfig
+from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS, MERLModel, MLAEModel, MTAEModel, STMEMModel
+from elm_ecg.training.sharing.convert import convert_state_dict
+from helpers import golden_state_dict, run_isolated
 
 ENCODERS = ["merl", "mlae", "mtae", "st_mem"]
 TRANSFORMERS = ["mlae", "mtae", "st_mem"]

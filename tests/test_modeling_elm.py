@@ -6,18 +6,6 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    TINY_ENCODERS,
-    TINY_VISION,
-    golden_state_dict,
-    run_isolated,
-    save_tiny_llm,
-    tiny_elm_config,
-    tiny_image_elm_config,
-    tiny_image_processor,
-    tiny_image_processor_elm,
-    tiny_processor,
-)
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -32,11 +20,23 @@ from transformers import (
     PhiConfig,
 )
 
-from configuration_elm import ENCODER_CONFIGS, IMAGE_REPRESENTATIONS
-from ecg_utils import STANDARD_LEADS, ECGRecord
-from modeling_ecg_encoders import ENCODER_MODELS
-from modeling_elm import CONNECTOR_MODULES, ECG_INPUTS, ELMForConditionalGeneration
-from training.convert import convert_state_dict
+from elm_ecg.configuration_elm import ENCODER_CONFIGS, IMAGE_REPRESENTATIONS
+from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord
+from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
+from elm_ecg.modeling_elm import CONNECTOR_MODULES, ECG_INPUTS, ELMForConditionalGeneration
+from elm_ecg.training.sharing.convert import convert_state_dict
+from helpers import (
+    TINY_ENCODERS,
+    TINY_VISION,
+    golden_state_dict,
+    run_isolated,
+    save_tiny_llm,
+    tiny_elm_config,
+    tiny_image_elm_config,
+    tiny_image_processor,
+    tiny_image_processor_elm,
+    tiny_processor,
+)
 
 FAMILIES = ["llama3", "qwen2_5", "gemma2"]
 FUYU = ["flat", "patch", "conv"]

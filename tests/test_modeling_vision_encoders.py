@@ -1,6 +1,5 @@
 import pytest
 import torch
-from helpers import TINY_VISION, save_tiny_llm, tiny_image_elm_config, tiny_vision_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -24,9 +23,9 @@ from transformers import (
     logging,
 )
 
-from configuration_elm import ELMConfig
-from modeling_elm import ELMForConditionalGeneration, pool_tokens
-from modeling_vision_encoders import (
+from elm_ecg.configuration_elm import ELMConfig
+from elm_ecg.modeling_elm import ELMForConditionalGeneration, pool_tokens
+from elm_ecg.modeling_vision_encoders import (
     blank_images,
     encode_images,
     load_vision_model,
@@ -34,6 +33,7 @@ from modeling_vision_encoders import (
     vision_model_class,
     vision_output_size,
 )
+from helpers import TINY_VISION, save_tiny_llm, tiny_image_elm_config, tiny_vision_config
 
 # tokens before the patches: class, distillation and register tokens
 EXTRA_TOKENS = {

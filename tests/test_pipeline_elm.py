@@ -3,11 +3,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_elm_config, tiny_processor
 from transformers import pipeline
 
-from modeling_elm import ELMForConditionalGeneration
-from pipeline_elm import as_chat
+from elm_ecg.modeling_elm import ELMForConditionalGeneration
+from elm_ecg.pipeline_elm import as_chat
+from helpers import tiny_elm_config, tiny_processor
 
 ECG = np.random.default_rng(0).normal(0, 0.1, (12, 500)).astype(np.float32)
 QUESTION = {"ecg": ECG, "sampling_rate": 250, "question": "Rhythm?"}

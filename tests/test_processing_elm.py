@@ -3,6 +3,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from elm_ecg.ecg_drawing import ECGPaper, draw_ecg
+from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord, as_record, resample
+from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
+from elm_ecg.processing_elm import DISPENSABLE_LEADS, ELMProcessor
+from elm_ecg.training.data.synthetic import make_record
 from helpers import (
     run_isolated,
     tiny_ecg_byte,
@@ -12,14 +20,6 @@ from helpers import (
     tiny_symbolic_processor,
     tiny_tokenizer,
 )
-from PIL import Image
-from safetensors.torch import load_file
-
-from ecg_drawing import ECGPaper, draw_ecg
-from ecg_utils import STANDARD_LEADS, ECGRecord, as_record, resample
-from feature_extraction_elm import ECGFeatureExtractor
-from processing_elm import DISPENSABLE_LEADS, ELMProcessor
-from training.synthetic import make_record
 
 NUM_ECG_TOKENS = 4
 

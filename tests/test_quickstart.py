@@ -9,11 +9,11 @@ from datasets import load_from_disk
 from PIL import Image, ImageChops
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ecg_drawing import ECGPaper, draw_ecg
-from ecg_utils import as_record
-from training import quickstart
-from training.build import load_elm
-from training.report import examples
+from elm_ecg.ecg_drawing import ECGPaper, draw_ecg
+from elm_ecg.ecg_utils import as_record
+from elm_ecg.training import quickstart
+from elm_ecg.training.build import load_elm
+from elm_ecg.training.evaluation.report import examples
 
 
 @pytest.fixture(scope="module")

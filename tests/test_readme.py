@@ -10,14 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 from accelerate.commands.launch import launch_command_parser
-from helpers import ROOT, run_isolated, save_tiny_llm
 from torch.distributed.run import get_args_parser
 from trl import SFTConfig
 
-from training import chat, cli, compare, convert, data_tool, demo, evaluation, plot, push, quickstart, sft, tokenizer
-from training.arguments import ALIASES, ELMS, VISION_BACKBONES, DataArguments
-from training.build import LLMS
-from training.data import load_data
+from elm_ecg.training import cli, quickstart, sft, tokenizer
+from elm_ecg.training.apps import chat, demo, plot
+from elm_ecg.training.arguments import ALIASES, ELMS, VISION_BACKBONES, DataArguments
+from elm_ecg.training.build import LLMS
+from elm_ecg.training.data import commands as data_tool
+from elm_ecg.training.data.loading import load_data
+from elm_ecg.training.evaluation import compare
+from elm_ecg.training.evaluation import evaluate as evaluation
+from elm_ecg.training.sharing import convert, push
+from helpers import ROOT, run_isolated, save_tiny_llm
 
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = README + (ROOT / "CONTRIBUTING.md").read_text()
@@ -101,7 +106,7 @@ def test_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_quickstart_is_installed() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert scripts["elm"] == "training.cli:main"
+    assert scripts["elm"] == "elm_ecg.training.cli:main"
 
 
 def test_file_tree() -> None:

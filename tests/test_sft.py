@@ -11,6 +11,13 @@ import pytest
 import streamed_run
 import torch
 from datasets import load_from_disk
+from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from elm_ecg.modeling_elm import ELMForConditionalGeneration
+from elm_ecg.training import sft
+from elm_ecg.training.build import build_model, load_elm
 from helpers import (
     ROOT,
     TINY_VISION,
@@ -22,13 +29,6 @@ from helpers import (
     tiny_ecg_byte,
     tiny_sft,
 )
-from peft import AutoPeftModelForCausalLM, PeftModel
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
-
-from modeling_elm import ELMForConditionalGeneration
-from training import sft
-from training.build import build_model, load_elm
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,9 @@ import json
 
 import numpy as np
 import pytest
-from helpers import FAMILIES, ROOT, tiny_processor
 from jinja2.exceptions import TemplateError
+
+from helpers import FAMILIES, ROOT, tiny_processor
 
 ECG = {"type": "ecg", "ecg": np.zeros((12, 500), dtype=np.float32), "sampling_rate": 250}
 # the name of each template in the golden file

@@ -16,12 +16,19 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from loopback_hub import LoopbackHub, run_on_hub
 from tokenizers import Tokenizer, models, trainers
 from torch.utils.data import DataLoader
 
-import tokenization_ecg_byte
-from tokenization_ecg_byte import ALPHABET, FILE_NAME, ECGByteTokenizer, PythonTokenizer, _quantize, train_in_python
+from elm_ecg import tokenization_ecg_byte
+from elm_ecg.tokenization_ecg_byte import (
+    ALPHABET,
+    FILE_NAME,
+    ECGByteTokenizer,
+    PythonTokenizer,
+    _quantize,
+    train_in_python,
+)
+from loopback_hub import LoopbackHub, run_on_hub
 
 RANGE = (0.0, 26.0)  # of `ecg_of`: symbol i is the millivolts from i to i + 1
 MERGES = ["aa", "ab", "aaab", "zz", "mmmmmmmmmmmmmmmmmmmm", "mmm", "za"]
@@ -594,7 +601,7 @@ import pickle, sys
 if sys.argv[1] == "python":
     sys.modules["ecg_byte"] = None  # as if not installed
 import numpy as np
-from tokenization_ecg_byte import ECGByteTokenizer
+from elm_ecg.tokenization_ecg_byte import ECGByteTokenizer
 tokenizer = ECGByteTokenizer.from_pretrained(".")
 with open("pickled", "rb") as file:
     pickled = pickle.load(file)
@@ -787,7 +794,7 @@ class TestWorkers:
 
 def test_hub(tmp_path):
     code = """
-from tokenization_ecg_byte import ECGByteTokenizer
+from elm_ecg.tokenization_ecg_byte import ECGByteTokenizer
 tokenizer = ECGByteTokenizer(["aa", "ab"], (-5, 5), sampling_rate=250)
 tokenizer.push_to_hub("first")
 tokenizer.save_pretrained("folder", push_to_hub=True, repo_id="group/second", revision="v1", commit_message="Second")

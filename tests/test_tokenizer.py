@@ -8,11 +8,11 @@ from datasets import Dataset, DatasetDict
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from ecg_utils import STANDARD_LEADS, ECGRecord
-from feature_extraction_elm import ECGFeatureExtractor
-from tokenization_ecg_byte import ECGByteTokenizer
-from training import cli
-from training.tokenizer import _runs, main, measure, read_records
+from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord
+from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
+from elm_ecg.tokenization_ecg_byte import ECGByteTokenizer
+from elm_ecg.training import cli
+from elm_ecg.training.tokenizer import _runs, main, measure, read_records
 
 LEADS = ["I", "II"]
 
@@ -214,7 +214,7 @@ def test_data_without_the_column(tmp_path, capsys):
 
 def test_output_folder_is_a_file(data, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("mine")
-    monkeypatch.setattr("training.tokenizer.load_ecgs", None)  # found out before the data are read
+    monkeypatch.setattr("elm_ecg.training.tokenizer.load_ecgs", None)  # found out before the data are read
     assert cli.main(["tokenizer", "train", "--data", data, "--output_dir", str(tmp_path / "file")]) == 1
     assert "file" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
@@ -256,7 +256,7 @@ def test_ctrl_c_leaves_nothing_half_written(place, again, data, tmp_path, capsys
     def press(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"training.tokenizer.{place}", press)
+    monkeypatch.setattr(f"elm_ecg.training.tokenizer.{place}", press)
     argv = ["--data", data, "--output_dir", str(tmp_path), "--lead_names", *LEADS, "--num_merges", "5"]
     assert cli.main(["tokenizer", "train", *argv]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "elm tokenizer: interrupted"
@@ -341,7 +341,7 @@ def test_inspect_a_record_beside_data(trained, data, tmp_path, capsys):
 
 def test_unknown_rate_leaves_records_at_their_own(tmp_path, capsys, monkeypatch):
     drawn = []
-    monkeypatch.setattr("training.tokenizer.plot_tokens", lambda *args: drawn.append(args))
+    monkeypatch.setattr("elm_ecg.training.tokenizer.plot_tokens", lambda *args: drawn.append(args))
     ECGByteTokenizer(["aa"]).save_pretrained(tmp_path)
     np.savez(tmp_path / "ecg.npz", array=walk(9), sampling_rate=500, lead_names=LEADS, unit="uV")
     main(["inspect", str(tmp_path), "--ecg", str(tmp_path / "ecg.npz")])

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from trl import TrlParser
 
-from configuration_elm import IMAGE_REPRESENTATIONS
-from training.conversation import read_system_prompt
+from elm_ecg.configuration_elm import IMAGE_REPRESENTATIONS
+from elm_ecg.training.apps.conversation import read_system_prompt
 
 # what users of the reference type -> the option it stands for
 ALIASES = {

@@ -25,15 +25,16 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig
 
-from configuration_elm import ENCODER_CONFIGS, IMAGE_REPRESENTATIONS, ELMConfig
-from ecg_drawing import ECGPaper
-from feature_extraction_elm import ECGFeatureExtractor
-from image_processing_elm import ECGImageProcessor
-from modeling_elm import ELMForConditionalGeneration
-from modeling_vision_encoders import image_size, vision_config
-from processing_elm import ELMProcessor
-from tokenization_ecg_byte import ECGByteTokenizer
-from training.arguments import VISION_BACKBONES, ELMArguments
+from elm_ecg.configuration_elm import ENCODER_CONFIGS, IMAGE_REPRESENTATIONS, ELMConfig
+from elm_ecg.ecg_drawing import ECGPaper
+from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
+from elm_ecg.image_processing_elm import ECGImageProcessor
+from elm_ecg.modeling_elm import ELMForConditionalGeneration
+from elm_ecg.modeling_vision_encoders import image_size, vision_config
+from elm_ecg.processing_elm import ELMProcessor
+from elm_ecg.tokenization_ecg_byte import ECGByteTokenizer
+from elm_ecg.training.arguments import VISION_BACKBONES, ELMArguments
+from elm_ecg.training.files import resource
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ LLMS = {
 }
 # values of a stacked record that are black and white, by its normalization: millivolts, deviations, or its own range
 VALUE_RANGES = {"none": (-2.0, 2.0), "zscore": (-4.0, 4.0), "minmax": (0.0, 1.0)}
-DEFAULT_ECG_TOKENIZER = Path(__file__).parent / "tokenizers" / "ptbxl_250hz"
+DEFAULT_ECG_TOKENIZER = resource("training/tokenizers/ptbxl_250hz")
 # a token that only tokenizers of that family have -> its chat template
 TEMPLATES = {
     "<|start_header_id|>": "llama3",
@@ -82,7 +83,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """The chat template of the tokenizer's family, with markers round what is learnt."""
     vocabulary = tokenizer.get_vocab()
     name = next((name for token, name in TEMPLATES.items() if token in vocabulary), "default")
-    return (Path(__file__).parent / "templates" / f"{name}.jinja").read_text()
+    return resource(f"training/templates/{name}.jinja").read_text()
 
 
 def encoder_config(args: ELMArguments, num_leads: int) -> PreTrainedConfig:

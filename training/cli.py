@@ -8,28 +8,37 @@ from huggingface_hub.errors import StrictDataclassError
 # verb -> module whose main(argv) does it, what it does
 COMMANDS = {
     "quickstart": (
-        "training.quickstart",
+        "elm_ecg.training.quickstart",
         "simulate ECGs, fine-tune a small ELM on them, evaluate it; minutes, offline",
     ),
-    "sft": ("training.sft", "fine-tune an ELM; every option of TRL's SFTConfig, and --config FILE.yaml"),
-    "evaluate": ("training.evaluation", "score an ELM with the ECG and without it: elm evaluate MODEL --data DATA"),
+    "sft": ("elm_ecg.training.sft", "fine-tune an ELM; every option of TRL's SFTConfig, and --config FILE.yaml"),
+    "evaluate": (
+        "elm_ecg.training.evaluation.evaluate",
+        "score an ELM with the ECG and without it: elm evaluate MODEL --data DATA",
+    ),
     "compare": (
-        "training.compare",
+        "elm_ecg.training.evaluation.compare",
         "tell several models apart by their answers to the same questions: elm compare A.json B.json [...]",
     ),
-    "chat": ("training.chat", "ask an ELM about ECGs in the terminal: elm chat MODEL"),
-    "demo": ("training.demo", "ask an ELM about ECGs on a page in the browser: elm demo MODEL"),
+    "chat": ("elm_ecg.training.apps.chat", "ask an ELM about ECGs in the terminal: elm chat MODEL"),
+    "demo": ("elm_ecg.training.apps.demo", "ask an ELM about ECGs on a page in the browser: elm demo MODEL"),
     "push": (
-        "training.push",
+        "elm_ecg.training.sharing.push",
         "share a model, adapter, encoder, tokenizer or dataset on the Hub: elm push FOLDER --repo_id OWNER/NAME",
     ),
     "convert": (
-        "training.convert",
+        "elm_ecg.training.sharing.convert",
         "a checkpoint of ELM-Research/ELM as a folder that from_pretrained loads: elm convert FILE.pt",
     ),
-    "data": ("training.data_tool", "build, check or push a dataset of ECGs; list the reference's: elm data COMMAND"),
-    "tokenizer": ("training.tokenizer", "train, inspect or import an ECG-Byte tokenizer, which writes ECGs as tokens"),
-    "plot": ("training.plot", "draw ECG files on ECG paper, as PNG or SVG: elm plot RECORD [RECORD ...]"),
+    "data": (
+        "elm_ecg.training.data.commands",
+        "build, check or push a dataset of ECGs; list the reference's: elm data COMMAND",
+    ),
+    "tokenizer": (
+        "elm_ecg.training.tokenizer",
+        "train, inspect or import an ECG-Byte tokenizer, which writes ECGs as tokens",
+    ),
+    "plot": ("elm_ecg.training.apps.plot", "draw ECG files on ECG paper, as PNG or SVG: elm plot RECORD [RECORD ...]"),
 }
 
 

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from ecg_utils import ECGRecord, as_record
-from processing_elm import ELMProcessor
-from training.data import ecgs_of, to_chat
+from elm_ecg.ecg_utils import ECGRecord, as_record
+from elm_ecg.processing_elm import ELMProcessor
+from elm_ecg.training.data.loading import ecgs_of, to_chat
 
 # options of the collator that change ECGs in training alone, and what they are outside of it
 NO_AUGMENTATION: dict[str, Any] = {

@@ -5,7 +5,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
+
+
+def resource(name: str) -> Path:
+    """A file or folder that comes with the package: `model_cards/model.md`, `training/configs`."""
+    return Path(str(files("elm_ecg") / name))
 
 
 @contextmanager

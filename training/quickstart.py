@@ -11,12 +11,14 @@ from datasets import DatasetDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from training import evaluation, sft
-from training.plots import training_plot
-from training.report import write_report
-from training.synthetic import make_dataset
+from elm_ecg.training import sft
+from elm_ecg.training.data.synthetic import make_dataset
+from elm_ecg.training.evaluation import evaluate
+from elm_ecg.training.evaluation.report import write_report
+from elm_ecg.training.figures import training_plot
+from elm_ecg.training.files import resource
 
-CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
+CONFIG = resource("training/configs/quickstart.yaml")
 
 
 def save_small_llm(folder: Path, chats: Iterable[list[dict[str, str]]], seed: int) -> None:
@@ -87,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
 
     print("[3/4] Evaluating it with the ECG and without", flush=True)
     model = str(folder / "model")
-    results = evaluation.main(["--model_name_or_path", model, *common, "--max_new_tokens", "16", "--batch_size", "96"])
+    results = evaluate.main(["--model_name_or_path", model, *common, "--max_new_tokens", "16", "--batch_size", "96"])
 
     print("[4/4] Writing the report", flush=True)
     history = json.loads((folder / "model" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]

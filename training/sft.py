@@ -12,13 +12,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
-from modeling_elm import ELMForConditionalGeneration
-from processing_elm import ELMProcessor
-from training.arguments import ELMArguments, ELMParser, new_elm_options
-from training.build import build_model, build_processor, freeze, load_elm, lora_config
-from training.cards import write_model_card
-from training.collator import ELMCollator
-from training.data import load_data, load_stream
+from elm_ecg.modeling_elm import ELMForConditionalGeneration
+from elm_ecg.processing_elm import ELMProcessor
+from elm_ecg.training.arguments import ELMArguments, ELMParser, new_elm_options
+from elm_ecg.training.build import build_model, build_processor, freeze, load_elm, lora_config
+from elm_ecg.training.collator import ELMCollator
+from elm_ecg.training.data.loading import load_data, load_stream
+from elm_ecg.training.sharing.cards import write_model_card
 
 logger = logging.getLogger(__name__)
 

@@ -14,14 +14,22 @@ from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
 from tqdm import tqdm
 
-from ecg_utils import STANDARD_LEADS, ECGRecord, as_record, canonical_lead_names, read_ecg, resample, select_leads
-from tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer, ecg_byte
-from training.arguments import DataArguments
-from training.cards import TEMPLATES, citation, environment, on_hub, shown
-from training.convert import read_ecg_byte_pickle
-from training.data import ecgs_of, load_ecgs
-from training.files import atomic_path
-from training.plots import plot_tokens
+from elm_ecg.ecg_utils import (
+    STANDARD_LEADS,
+    ECGRecord,
+    as_record,
+    canonical_lead_names,
+    read_ecg,
+    resample,
+    select_leads,
+)
+from elm_ecg.tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer, ecg_byte
+from elm_ecg.training.arguments import DataArguments
+from elm_ecg.training.data.loading import ecgs_of, load_ecgs
+from elm_ecg.training.figures import plot_tokens
+from elm_ecg.training.files import atomic_path
+from elm_ecg.training.sharing.cards import TEMPLATES, citation, environment, on_hub, shown
+from elm_ecg.training.sharing.convert import read_ecg_byte_pickle
 
 try:
     import resource

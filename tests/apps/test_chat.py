@@ -1,0 +1,356 @@
+import io
+import json
+import os
+import stat
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import load_dataset
+from PIL import Image
+
+from elm_ecg.ecg_utils import STANDARD_LEADS, read_ecg
+from elm_ecg.modeling_elm import ELMForConditionalGeneration
+from elm_ecg.training.apps import chat as chat_module
+from elm_ecg.training.apps.chat import Chat, history_path, main, run
+from elm_ecg.training.apps.conversation import PromptCache, read_for_model, stream_answer, user_turn
+from elm_ecg.training.data.loading import to_chat
+from helpers import (
+    save_record,
+    tiny_elm,
+    tiny_elm_config,
+    tiny_image_elm_config,
+    tiny_image_processor_elm,
+    tiny_llm_config,
+    tiny_processor,
+    tiny_symbolic_processor,
+)
+
+
+@pytest.fixture(scope="module")
+def model(processor) -> ELMForConditionalGeneration:
+    return tiny_elm(processor)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("records")
+    return [save_record(folder / f"rec{seed}.npz", seed=seed) for seed in range(2)]
+
+
+@pytest.fixture
+def chat(model, processor, tmp_path, monkeypatch) -> Chat:
+    monkeypatch.chdir(tmp_path)
+    return Chat(model, processor, "tiny", max_new_tokens=4)
+
+
+def type_lines(monkeypatch, *lines: str | BaseException) -> None:
+    """What the user types; an exception is a key such as Ctrl-C."""
+    left = iter(lines)
+
+    def read(prompt: str = "") -> str:
+        line = next(left, EOFError())
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+
+
+def test_what_was_read_is_said(processor, tmp_path):
+    path = save_record(tmp_path / "long.npz", 5.0, [lead for lead in STANDARD_LEADS if lead not in ("III", "aVF")])
+    shown = read_for_model(processor, path, start=1.5)
+    assert shown.facts.startswith(
+        "leads I, II, aVR, aVL, V1, V2, V3, V4, V5, V6, 500 Hz, 5 s; III, aVF derived from I and II"
+    )
+    assert "the model sees 1.5 to 3.5 s" in shown.facts
+    assert np.array_equal(shown.record.array, read_ecg(path).array[:, 750:1750])
+    assert "the model sees 0 to 2 s" in read_for_model(processor, path).facts
+    assert "shorter than the 2 s that the model takes" in read_for_model(processor, path, start=4).facts
+    # what reading warns of is said too
+    assert "III, aVR, aVL or aVF is" in shown.facts
+
+
+def test_part_that_is_kept_is_that_of_the_model(tmp_path):
+    path = save_record(tmp_path / "long.npz", 5.0)
+    for truncation, said in (("center", "1.5 to 3.5 s"), ("end", "3 to 5 s")):
+        shown = read_for_model(tiny_processor(truncation=truncation), path)
+        assert said in shown.facts
+        kept = tiny_processor(truncation=truncation).feature_extractor(shown.record)["ecg_values"]
+        assert np.allclose(
+            kept, tiny_processor(truncation=truncation).feature_extractor(str(path))["ecg_values"], atol=0.05
+        )
+
+
+def test_missing_leads(processor, tmp_path):
+    path = save_record(tmp_path / "few.npz", leads=["I", "II", "V2"])
+    with pytest.raises(ValueError, match=r"few\.npz: The ECG has no lead V1, V3, V4, V5, V6"):
+        read_for_model(processor, path)
+    shown = read_for_model(tiny_processor(missing_leads="zeros"), path)
+    assert "III, aVR, aVL, aVF derived from I and II; V1, V3, V4, V5, V6 missing" in shown.facts
+
+
+def test_ecg_for_a_text_only_model(records):
+    with pytest.raises(ValueError, match="text-only"):
+        read_for_model(tiny_processor(num_ecg_tokens=0), records[0])
+
+
+def test_start_outside_the_record(processor, records):
+    with pytest.raises(ValueError, match=r"rec0\.npz: it lasts 2 s.*cannot start at 2 s"):
+        read_for_model(processor, records[0], start=2)
+
+
+@pytest.mark.parametrize("sliding_window", [None, 32])
+def test_cache_gives_the_same_answers(sliding_window, processor, records, monkeypatch):
+    """An ECG in the first and one in the third turn; a sliding window may forget what would be cut back."""
+    if sliding_window is None:
+        model = tiny_elm(processor)
+    else:
+        processor = tiny_processor("gemma2")
+        model = tiny_elm(processor, llm=tiny_llm_config("gemma2"))
+    read: list[int] = []
+    forward = model.model.forward
+    monkeypatch.setattr(
+        model.model,
+        "forward",
+        lambda *args, **kwargs: read.append(kwargs["input_ids"].shape[1]) or forward(*args, **kwargs),
+    )
+    ecgs = [read_for_model(processor, path) for path in records]
+    cache, turns = PromptCache(), []
+    for number, (question, new) in enumerate((("What?", ecgs[:1]), ("Why?", []), ("And this?", ecgs[1:]), ("So?", []))):
+        turns.append(user_turn(question, new))
+        plain = "".join(stream_answer(model, processor, turns, max_new_tokens=6))
+        whole = max(read)
+        read.clear()
+        assert "".join(stream_answer(model, processor, turns, max_new_tokens=6, cache=cache)) == plain
+        if number and sliding_window is None:
+            assert read[0] < 0.7 * whole  # the rest was known
+        read.clear()
+        turns.append({"role": "assistant", "content": [{"type": "text", "text": plain.strip()}]})
+
+
+def test_closing_an_answer_stops_the_model(model, processor, monkeypatch):
+    made = []
+    forward = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda *args, **kwargs: made.append(1) or forward(*args, **kwargs))
+    torch.manual_seed(0)
+    answer = stream_answer(model, processor, [user_turn("What?", [])], max_new_tokens=900, temperature=9.0)
+    next(answer)  # as soon as there is a space
+    answer.close()
+    assert len(made) < 900
+
+
+def test_errors_of_the_thread_reach_the_reader(model, processor, monkeypatch):
+    def generate(**kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model, "generate", generate)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(stream_answer(model, processor, [user_turn("What?", [])]))
+
+
+def test_full_context(model, processor):
+    with pytest.raises(ValueError, match=r"has 1\d\d\d tokens and the model reads 1024"):
+        list(stream_answer(model, processor, [user_turn("x" * 1100, [])]))
+    assert "".join(stream_answer(model, processor, [user_turn("x" * 900, [])], max_new_tokens=900))
+
+
+def test_temperature_draws(model, processor):
+    turn = [user_turn("What?", [])]
+    torch.manual_seed(1)
+    drawn = {"".join(stream_answer(model, processor, turn, max_new_tokens=8, temperature=5.0)) for _ in range(3)}
+    assert len(drawn) > 1
+    greedy = {"".join(stream_answer(model, processor, turn, max_new_tokens=8)) for _ in range(2)}
+    assert len(greedy) == 1
+
+
+def test_conversation(chat, records, monkeypatch, capsys):
+    type_lines(monkeypatch, f"/ecg {records[0]}", "What is it?", "", "Why?", "/ecg", "/quit", "not read")
+    run(chat)
+    out, err = capsys.readouterr()
+    assert not err
+    assert out.count("rec0.npz: all 12 leads, 500 Hz, 2 s") == 2
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
+    kinds = [[part["type"] for part in message["content"]] for message in chat.messages]
+    assert kinds == [["ecg", "text"], ["text"], ["text"], ["text"]]
+    assert chat.messages[1]["content"][0]["text"].translate(chat_module.CONTROL_CHARACTERS) in out
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("/what", "There is no command /what"),
+        ("/ecg none.npz", "none.npz"),
+        ("/ecg bad.xml", "bad.xml"),
+        ("/ecg --start soon", "argument --start: invalid float value: 'soon'"),
+        ("/ecg --speed 1", "unrecognized arguments: --speed"),
+        ('/ecg "', "No closing quotation"),
+        ("/plot", "no ECG to draw"),
+        ("/save", "takes one FILE.json, and 0 names"),
+        ("/save chat.txt", "chat.txt is no .json file"),
+        ("/save chat.json", "Nothing was asked yet"),
+        ("/save none/chat.json", "there is no folder none"),
+        ("/clear all", "takes nothing behind it"),
+        ("What is <signal>?", "1 <signal> placeholders"),
+    ],
+)
+def test_an_error_is_a_line(chat, line, said, monkeypatch, capsys):
+    Path("bad.xml").write_text("<a/>")
+    type_lines(monkeypatch, line, "What is it?")
+    run(chat)
+    error = capsys.readouterr().err
+    assert error.startswith("Error: ")
+    assert said in error
+    assert "Traceback" not in error
+    assert len(chat.messages) == 2  # the chat went on
+
+
+def test_several_ecgs_are_read_all_or_none(chat, records):
+    with pytest.raises(OSError, match="none"):
+        chat.command(f"/ecg {records[0]} none.npz")
+    assert not chat.ecgs
+    chat.command(f"/ecg {records[0]} {records[1]}")
+    list(chat.ask("Are they the same?"))
+    assert [part["type"] for part in chat.messages[0]["content"]] == ["ecg", "ecg", "text"]
+
+
+def test_ctrl_c_stops_the_answer_alone(chat, monkeypatch, capsys):
+    def stream(*args, **kwargs):
+        yield "It is "
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chat_module, "stream_answer", stream)
+        type_lines(patch, KeyboardInterrupt(), "What is it?")
+        run(chat)
+    out = capsys.readouterr().out
+    assert "Ctrl-D or /quit ends the chat." in out
+    assert out.endswith("It is \n(stopped)\n")
+    assert chat.messages[1]["content"][0]["text"] == "It is"
+
+
+def test_answers_do_not_steer_the_terminal(chat, monkeypatch, capsys):
+    monkeypatch.setattr(
+        chat_module, "stream_answer", lambda *args, **kwargs: (piece for piece in ["\x1b[2Jyes\n", "or no"])
+    )
+    type_lines(monkeypatch, "What is it?")
+    run(chat)
+    assert capsys.readouterr().out == "\ufffd[2Jyes\nor no\n"
+
+
+def test_clear(chat, records):
+    chat.system_prompt = "Be brief."
+    chat.clear()
+    chat.command(f"/ecg {records[0]}")
+    list(chat.ask("What?"))
+    chat.command("/clear")
+    assert [message["role"] for message in chat.messages] == ["system"]
+    assert not chat.ecgs
+    list(chat.ask("What?"))
+    assert [part["type"] for part in chat.messages[1]["content"]] == ["text"]
+
+
+def test_saved_chat_is_a_row(chat, records, capsys):
+    chat.command(f"/ecg {records[0]}")
+    list(chat.ask("What?"))
+    chat.command(f"/ecg {records[1]}")
+    list(chat.ask("And this?"))
+    chat.command("/save chat.json")
+    assert str(Path("chat.json").resolve()) in capsys.readouterr().out
+    row = json.loads(Path("chat.json").read_text())
+    assert row["model"] == "tiny"
+    assert np.array_equal(np.float32(row["ecg"][1]["array"]), read_ecg(records[1]).array)
+    for loaded in (row, load_dataset("json", data_files="chat.json", split="train", cache_dir="cache")[0]):
+        again = to_chat(loaded)
+        assert [[part["type"] for part in message["content"]] for message in again] == [["ecg", "text"], ["text"]] * 2
+        inputs = [
+            chat.processor.apply_chat_template(c, tokenize=True, return_dict=True) for c in (again, chat.messages)
+        ]
+        assert inputs[0]["input_ids"] == inputs[1]["input_ids"]
+        assert np.allclose(inputs[0]["ecg_values"], inputs[1]["ecg_values"], atol=1e-6)
+
+
+def test_plot(chat, records, capsys):
+    chat.command(f"/ecg {records[0]}")
+    chat.command("/plot")
+    with Image.open("rec0.png") as picture:
+        assert picture.format == "PNG"
+    chat.command(f"/ecg {records[1]}")
+    chat.command("/plot both.svg")
+    assert {path.name for path in Path().glob("*.svg")} == {"both-1.svg", "both-2.svg"}
+    assert capsys.readouterr().out.count("Picture of") == 3
+
+
+def test_history_is_private(monkeypatch, tmp_path):
+    pytest.importorskip("readline")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    before = os.umask(0o022)
+    with chat_module._history():
+        chat_module.readline.add_history("What is it?")
+    os.umask(before)
+    path = history_path()
+    assert path == tmp_path / "state" / "elm" / "chat_history"
+    assert "What is it?" in path.read_text()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+def test_script_on_standard_input(model, processor, records, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "tiny"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    prompt = tmp_path / "system.txt"
+    prompt.write_text("Be brief.\n")
+    monkeypatch.chdir(tmp_path)
+    script = f"/ecg {records[0]}\nWhat is it?\n/save chat.json\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(script))
+    main([str(folder), "--max_new_tokens", "3", "--system_prompt", str(prompt)])
+    out = capsys.readouterr().out
+    assert "It reads ECGs of 12 leads and 2 s." in out
+    assert "not a medical device" in out
+    row = json.loads(Path("chat.json").read_text())
+    assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
+    assert row["messages"][0]["content"][0]["text"] == "Be brief."
+
+
+def test_folder_without_a_model(tmp_path):
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        main([str(tmp_path)])
+
+
+@pytest.mark.parametrize("representation", ["symbolic", "rgb"])
+def test_other_representations(representation, records, tmp_path, monkeypatch, capsys):
+    """Two questions about one ECG, as tokens in the text and as a drawing; the answers are those without a kept prefix."""
+    monkeypatch.chdir(tmp_path)
+    if representation == "rgb":
+        processor = tiny_image_processor_elm("vit")
+        config = tiny_image_elm_config("vit", llm=tiny_llm_config(vocab_size=len(processor.tokenizer)))
+        config.ecg_token_id = processor.ecg_token_id
+    else:
+        processor = tiny_symbolic_processor()
+        llm = tiny_llm_config(vocab_size=len(processor.tokenizer), max_position_embeddings=8192)
+        config = tiny_elm_config(None, llm=llm, representation="symbolic")
+    torch.manual_seed(0)
+    chat = Chat(ELMForConditionalGeneration(config).eval(), processor, "tiny", max_new_tokens=6)
+    type_lines(monkeypatch, f"/ecg {records[0]}", "Why?", "And now?", "/save chat.json", "/quit")
+    run(chat)
+    printed = capsys.readouterr().out
+    assert "all 12 leads, 500 Hz, 2 s" in printed
+    (row,) = load_dataset("json", data_files=str(tmp_path / "chat.json"), cache_dir=str(tmp_path / "cache"))["train"]
+    turns = to_chat(row)
+    for place in (1, 3):
+        inputs = processor.apply_chat_template(
+            turns[:place], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        output = chat.model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        text = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+        assert turns[place]["content"][0]["text"].strip() == text.strip()

@@ -1,0 +1,127 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import load_dataset
+
+from elm_ecg.training import cli
+from elm_ecg.training.data.commands import main
+from elm_ecg.training.data.reference import DATASETS
+from helpers import environment_of
+from loopback_hub import LoopbackHub, run_on_hub
+
+ROWS = [
+    {"record": "a", "question": "Is it?", "answer": "yes", "split": "train"},
+    {"record": "b", "question": "Is it?", "answer": "no", "split": "test"},
+]
+
+PUSH = """
+from elm_ecg.training.data.commands import main
+
+for _ in range(2):
+    main(["push", {data!r}, "--repo_id", "user/ecgs"])
+main(["push", {data!r}, "--repo_id", "user/ecgs", "--revision", "first"])
+"""
+LOAD = """
+import importlib.util, json
+from datasets import load_dataset
+
+assert not any(map(importlib.util.find_spec, ("training", "ecg_utils", "torch")))
+loaded = load_dataset("user/ecgs", revision="first")
+print(json.dumps({split: list(rows) for split, rows in loaded.items()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A dataset of two rows in `data`, the same without licence in `unlicensed`."""
+    folder = tmp_path_factory.mktemp("push")
+    (folder / "records").mkdir()
+    for seed, name in enumerate("ab"):
+        array = np.random.default_rng(seed).normal(0, 0.1, (12, 200))
+        np.savez(folder / "records" / f"{name}.npz", ecg=array, sampling_rate=100)
+    (folder / "questions.json").write_text(json.dumps(ROWS))
+    arguments = ["build", str(folder / "records"), "--questions", str(folder / "questions.json"), "--output_dir"]
+    main([*arguments, str(folder / "data"), "--license", "cc0-1.0"])
+    main([*arguments, str(folder / "unlicensed")])
+    return folder
+
+
+def test_list(capsys):
+    assert cli.main(["data", "list"]) == 0
+    output = capsys.readouterr().out
+    assert all(f"{key} " in output and text in output for key, text in DATASETS.items())
+
+
+def test_push_and_load(folder, tmp_path):
+    """What is pushed is loaded by its id, where there is nothing but `datasets`; what did not change makes no commit."""
+    with LoopbackHub() as hub:
+        said = run_on_hub(PUSH.format(data=str(folder / "data")), hub, tmp_path)
+        rows = run_on_hub(LOAD, hub, tmp_path, environment_of(["datasets"], tmp_path / "stranger"))
+        pushed = hub.files("user/ecgs", repo_type="dataset")
+        commits = {name for name in hub.repos["datasets/user/ecgs"] if len(name) == 40}
+    assert said.count(f"3 files in {hub.url}/datasets/user/ecgs\n") == 1
+    assert said.count(f"{hub.url}/datasets/user/ecgs holds all of it already; nothing was sent.") == 2
+    card = pushed.pop("README.md").decode()
+    assert card in hub.cards  # the Hub has validated it
+    (tag,) = (name for name in hub.repos["datasets/user/ecgs"] if name.startswith("elm-"))
+    assert f'load_dataset("user/ecgs", revision="{tag}", split="train")' in card
+    assert f"howpublished = {{{hub.url}/datasets/user/ecgs}}" in card
+    assert pushed == {f"data/{file.name}": file.read_bytes() for file in (folder / "data" / "data").glob("*.parquet")}
+    assert len(commits) == 2  # the empty one of a new repository, and one
+    local = load_dataset(str(folder / "data"), cache_dir=str(tmp_path))
+    assert json.loads(rows) == {split: list(part) for split, part in local.items()}
+
+
+def without_card(data: Path) -> None:
+    (data / "README.md").unlink()
+
+
+def with_another_file(data: Path) -> None:
+    (data / "patients.csv").write_text("name")
+
+
+def with_a_deep_file(data: Path) -> None:
+    (data / "data" / "old").mkdir()
+    (data / "data" / "old" / "train.parquet").write_bytes(b"")
+
+
+def with_unknown_licence(data: Path) -> None:
+    card = data / "README.md"
+    card.write_text(card.read_text().replace("license: cc0-1.0", "license: unknown"))
+
+
+def without_data(data: Path) -> None:
+    shutil.rmtree(data / "data")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_card, "has no card"),
+        (with_another_file, r"holds patients\.csv; only README\.md and data/\*\.parquet are pushed"),
+        (with_a_deep_file, r"holds data/old/train\.parquet; only"),
+        (with_unknown_licence, "names no licence"),
+        (without_data, "holds no dataset"),
+    ],
+)
+def test_refuses(change, message, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "any")
+    data = shutil.copytree(folder / "data", tmp_path / "data")
+    change(data)
+    with pytest.raises(ValueError, match=message):
+        main(["push", str(data), "--repo_id", "user/ecgs"])
+
+
+def test_refuses_without_login(folder, monkeypatch, capsys):
+    monkeypatch.setattr("elm_ecg.training.sharing.push.get_token", lambda: None)
+    assert cli.main(["data", "push", str(folder / "data"), "--repo_id", "user/ecgs"]) == 1
+    assert "elm data: Nobody is logged in to the Hub" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [[], ["build", "x"], ["build", "x", "--output_dir", "y", "--num_proc", "0"]])
+def test_usage(argv):
+    with pytest.raises(SystemExit, match="2"):
+        main(argv)

@@ -1,0 +1,327 @@
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from elm_ecg.ecg_utils import as_record
+from elm_ecg.training.data.sources import (
+    find_records,
+    identifier,
+    read_metadata,
+    read_questions,
+    read_table,
+    superclass_questions,
+)
+
+ROW = {"record": "a", "question": "Is it?", "answer": "yes"}
+
+
+def write(path: Path, *rows: dict[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        path.write_text(json.dumps(rows))
+    return path
+
+
+def touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+    return folder
+
+
+class TestRecords:
+    def test_names_in_a_folder(self, tmp_path):
+        folder = touch(
+            tmp_path, "00017.edf", "2024/b.hea", "2024/b.dat", "2024/b.xyz", "c.xml", "c.csv", ".hidden/d.edf"
+        )
+        records = find_records(folder)
+        assert sorted(records.locations) == ["00017", "2024/b", "c.csv", "c.xml"]
+        assert records.locations["2024/b"] == folder / "2024" / "b.hea"
+        for name in ("00017", "17", "00017.edf", "./00017"):
+            assert records.find(name) == "00017"
+        for name in ("b", "b.hea", "2024/b", "2024/b.hea"):
+            assert records.find(name) == "2024/b"
+        assert records.find("c.xml") == "c.xml"
+        assert records.find("d") is None
+
+    def test_a_name_of_several(self, tmp_path):
+        records = find_records(touch(tmp_path, "one/a.edf", "two/a.edf", "c.xml", "c.csv"))
+        assert records.find("one/a") == "one/a"
+        with pytest.raises(ValueError, match="'a' is the name of 2 records: one/a, two/a"):
+            records.find("a")
+        with pytest.raises(ValueError, match=r"'c' is the name of 2 records: c\.csv, c\.xml"):
+            records.find("c")
+
+    def test_names_with_the_folder_in_front(self, tmp_path, monkeypatch):
+        touch(tmp_path, "ecgs/records/2024/b.edf", "elsewhere/2024/b.edf")
+        monkeypatch.chdir(tmp_path)
+        records = find_records(Path("ecgs/records"))
+        for front in ("records", "ecgs/records", tmp_path / "ecgs" / "records"):
+            assert records.find(f"{front}/2024/b.edf") == records.find(f"{front}/2024/b") == "2024/b"
+        assert records.find(str(tmp_path / "elsewhere" / "2024" / "b.edf")) is None
+
+    def test_archive_with_ids(self, tmp_path):
+        ecg = np.arange(2 * 12 * 5, dtype=np.int16).reshape(2, 12, 5)
+        np.savez(tmp_path / "all.npz", ecg_id=np.array([7, 9]), ecg=ecg, sampling_rate=100, unit="uV")
+        records = find_records(tmp_path / "all.npz")
+        assert list(records.locations) == ["7", "9"]
+        record = as_record(records.locations["9"])
+        assert record.sampling_rate == 100
+        assert np.allclose(1000 * record.array, ecg[1])
+
+    def test_archive_of_one_array_each(self, tmp_path):
+        arrays = {"a": np.ones((12, 5), np.int16), "b": np.ones((12, 7), np.int16)}
+        np.savez(tmp_path / "all.npz", **arrays)
+        locations = find_records(tmp_path / "all.npz").locations
+        assert {name: ecg["array"].shape for name, ecg in locations.items()} == {"a": (12, 5), "b": (12, 7)}
+
+    def test_a_single_file(self, tmp_path):
+        np.savez(tmp_path / "one.npz", ecg=np.ones((12, 5)))
+        assert find_records(tmp_path / "one.npz").locations == {"one": tmp_path / "one.npz"}
+        touch(tmp_path, "two.edf")
+        assert find_records(tmp_path / "two.edf").locations == {"two": tmp_path / "two.edf"}
+
+    @pytest.mark.parametrize(
+        ("arrays", "message"),
+        [
+            ({"ecg": np.ones((2, 12, 5))}, r"ecg \[2, 12, 5\]; expected ecg \[records, leads, samples\]"),
+            ({"ecg": np.ones((2, 12, 5)), "id": np.array([3, 3])}, "2 records, but 1 different ids"),
+            ({"ecg": np.ones((2, 12, 5)), "id": np.array([{}, {}])}, "pickled objects"),
+        ],
+    )
+    def test_archive_at_fault(self, arrays, message, tmp_path):
+        np.savez(tmp_path / "all.npz", **arrays)
+        with pytest.raises(ValueError, match=message):
+            find_records(tmp_path / "all.npz")
+
+    def test_nothing_there(self, tmp_path):
+        with pytest.raises(ValueError, match="No records at"):
+            find_records(tmp_path / "nowhere")
+        with pytest.raises(ValueError, match="holds no files"):
+            find_records(tmp_path)
+
+    def test_ptbxl(self, shared):
+        folder = shared / "data" / "ptbxl" / "wfdb_examples"
+        assert find_records(folder).locations["17"] == folder / "records500/00000/00017_hr.hea"
+        assert find_records(folder, 100).locations["17"] == folder / "records100/00000/00017_lr.hea"
+
+
+def test_identifier():
+    assert [identifier(name) for name in (17, 17.0, "17.0", " 17 ", "017", "a.0", "1.00")] == [
+        *("17", "17", "17", "17"),
+        *("017", "a.0", "1.00"),
+    ]
+
+
+class TestTable:
+    def test_numbers_of_csv(self, tmp_path):
+        (tmp_path / "t.csv").write_text(
+            '\ufeffrecord,age,sex,code,answer,note\n001,56.5,1,007,1,"two\nlines"\n\n002,,0,12,2,\n', encoding="utf-8"
+        )
+        assert read_table(tmp_path / "t.csv") == [
+            {"record": "001", "age": 56.5, "sex": 1, "code": "007", "answer": "1", "note": "two\nlines"},
+            {"record": "002", "age": None, "sex": 0, "code": "12", "answer": "2", "note": None},
+        ]
+
+    def test_known_columns_in_capitals(self, tmp_path):
+        table = write(tmp_path / "t.csv", {"Record": "001", "Question ": "Is it?", "AGE": 5, "Site": "x"})
+        assert read_table(table) == [{"record": "001", "question": "Is it?", "age": 5, "Site": "x"}]
+
+    def test_json(self, tmp_path):
+        rows = [{"a": 1, "b": "line\u2028end"}, {"a": None, "b": "x"}]
+        (tmp_path / "t.jsonl").write_text(
+            "\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8"
+        )
+        assert read_table(tmp_path / "t.jsonl") == read_table(write(tmp_path / "t.json", *rows)) == rows
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("t.csv", b"a,b\n1,2\n3\n", "row 2 has 1 cells, the header 2"),
+            ("t.csv", b'a,b\n1,"2\n', "unexpected end of data"),
+            ("t.csv", b"a,b\n", "has no rows"),
+            ("t.csv", b"", "it is empty"),
+            ("t.csv", b"a,b,a,b\n1,2,3,4\n", "its header says 'a', 'b' more than once"),
+            ("t.csv", b"a;b\n1;2\n", "separated by semicolons, and commas are expected"),
+            ("t.csv", b'"a"\t"b"\n"1"\t"2"\n', "separated by tabs, and commas are expected"),
+            ("t.csv", b"Record,record\na,b\n", "its header says 'record' more than once"),
+            ("t.csv", b"\xff\xfe\x00", "Cannot read"),
+            ("t.json", b"[1, 2]", "others than objects"),
+            ("t.jsonl", b'{"a": 1}\n{"a"\n', "Cannot read"),
+        ],
+    )
+    def test_at_fault(self, name, content, message, tmp_path):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            read_table(tmp_path / name)
+
+    def test_missing_column(self, tmp_path):
+        with pytest.raises(ValueError, match="has no column c; it has a, b"):
+            read_table(write(tmp_path / "t.csv", {"a": 1, "b": 2}), ["a", "c"])
+
+
+class TestQuestions:
+    def read(self, tmp_path: Path, *rows: dict[str, Any], name: str = "questions.jsonl", **options: Any) -> list:
+        return list(read_questions(write(tmp_path / name, *rows), **options))
+
+    def test_question_and_answer(self, tmp_path):
+        row = {"ecg_id": 17, "question": " Is it? ", "answer": 3, "patient_id": 5.0, "split": "Valid", "grade": 2}
+        (question,) = self.read(tmp_path, row)
+        assert question.records == ("17",)
+        assert question.patients == ("5",)
+        assert question.split == "validation"
+        assert question.messages == [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "3"}]
+        assert question.columns == {"grade": 2}
+
+    def test_several_records_in_csv(self, tmp_path):
+        row = {"record": "[46, 81]", "question": "Is it?", "answer": "no", "patient_id": '["a", "b"]'}
+        (question,) = self.read(tmp_path, row, name="questions.csv")
+        assert question.records == ("46", "81")
+        assert question.patients == ("a", "b")
+
+    def test_one_patient_of_several_records(self, tmp_path):
+        (question,) = self.read(tmp_path, {**ROW, "record": ["a", "b"], "patient_id": "p"})
+        assert question.patients == ("p", "p")
+
+    def test_chats(self, tmp_path):
+        turns = [
+            {"role": "system", "content": "Be brief."},
+            *({"role": r, "content": r} for r in ("user", "assistant")),
+        ]
+        said = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A normal image."}]
+        one, two = self.read(tmp_path, {"record": "a", "messages": turns}, {"record": "a", "conversation": said})
+        assert one.messages == turns
+        assert [turn["content"] for turn in two.messages] == ["What?", "A normal signal."]
+
+    def test_split_by_name(self, tmp_path):
+        write(tmp_path / "qa" / "train" / "0.json", ROW)
+        write(tmp_path / "qa" / "valid" / "0.json", ROW, {**ROW, "split": "test"})
+        write(tmp_path / "qa" / "other" / "test.csv", ROW)
+        assert sorted(str(question.split) for question in read_questions(tmp_path / "qa")) == [
+            *("test", "test"),
+            *("train", "validation"),
+        ]
+
+    def test_where_the_questions_lie_is_no_split(self, tmp_path):
+        file = write(tmp_path / "test" / "questions.csv", ROW)
+        assert [question.split for path in (file, file.parent) for question in read_questions(path)] == [None, None]
+
+    def test_answers_that_are_lists(self, tmp_path):
+        row = {**ROW, "answer": ["qt interval", "p duration"]}
+        (as_is,), (as_sorted,) = self.read(tmp_path, row), self.read(tmp_path, row, sort_answers=True)
+        assert as_is.messages[1]["content"] == "qt interval; p duration"
+        assert as_sorted.messages[1]["content"] == "p duration; qt interval"
+
+    @pytest.mark.parametrize(
+        ("row", "message"),
+        [
+            ({"question": "Is it?", "answer": "yes"}, "expected its record in one of record, record_id"),
+            ({**ROW, "question": " "}, "What the user says is ' '"),
+            ({**ROW, "answer": []}, "What the assistant says is ''"),
+            ({**ROW, "answer": True}, "What the assistant says is True"),
+            ({"record": "a", "question": "Is it?"}, "What the assistant says is None"),
+            ({"record": "a", "messages": [{"role": "user", "content": "Is it?"}]}, "lack a question or an answer"),
+            ({"record": "a", "messages": [{"role": "gpt", "content": "x"}]}, "is no turn"),
+            ({"record": "a", "conversation": [{"from": "doctor", "value": "x"}]}, "is no chat"),
+            ({**ROW, "split": "holdout"}, "Its split is 'holdout'; expected train, validation, test"),
+            ({**ROW, "record": ["a", "b", "c"], "patient_id": ["p", "q"]}, "2 patients and 3 records"),
+        ],
+    )
+    def test_at_fault(self, row, message, tmp_path):
+        with pytest.raises(ValueError, match=f"questions.jsonl, row 2: .*{message}"):
+            self.read(tmp_path, ROW, row)
+
+    def test_nothing_there(self, tmp_path):
+        with pytest.raises(ValueError, match="No questions at"):
+            list(read_questions(tmp_path))
+
+    def test_ecg_qa(self, shared):
+        questions = list(read_questions(shared / "data" / "ecg_qa" / "ecgqa_ptbxl_matched.jsonl"))
+        assert len(questions) == 5766
+        compared = questions[0]
+        assert compared.records == ("46", "81")
+        assert compared.split == "test"
+        assert compared.columns["question_type"] == "comparison_irrelevant-query"
+        assert compared.columns["template_id"] == 69
+
+    def test_pulse(self, shared):
+        questions = list(read_questions(shared / "data" / "ecgbench_pulse" / "ptb_test_report_500.jsonl"))
+        assert len(questions) == 500
+        assert questions[0].messages[1]["content"] == "Sinus rhythm, normal axis, normal ECG."
+
+
+class TestSuperclasses:
+    def test_ptbxl(self, shared):
+        folder = shared / "data" / "ptbxl" / "wfdb_examples"
+        questions, without = superclass_questions(folder)
+        with (shared / "data" / "ptbxl" / "records.csv").open(newline="") as file:
+            known = {row["ecg_id"]: set(row["superclass"].split()) for row in csv.DictReader(file)}
+        said = {
+            record: {
+                q.columns["question_type"]
+                for q in questions
+                if q.records == (record,) and q.messages[1]["content"] == "yes"
+            }
+            for record in {question.records[0] for question in questions}
+        }
+        assert said == {record: known[record] for record in said}
+        assert len(said) + without == 22
+        assert len(questions) == 5 * len(said)
+
+    def tables(self, folder: Path, codes: str) -> Path:
+        write(
+            folder / "scp_statements.csv",
+            {"": "IMI", "diagnostic": 1.0, "diagnostic_class": "MI"},
+            {"": "SR", "diagnostic": "", "diagnostic_class": ""},
+        )
+        write(folder / "ptbxl_database.csv", {"ecg_id": 1, "scp_codes": codes})
+        return folder
+
+    def test_likelihood_0_counts_as_unknown(self, tmp_path):
+        questions, without = superclass_questions(self.tables(tmp_path, "{'IMI': 0.0, 'SR': 0.0}"))
+        answers = {question.columns["question_type"]: question.messages[1]["content"] for question in questions}
+        assert answers == {"NORM": "no", "MI": "yes", "STTC": "no", "CD": "no", "HYP": "no"}
+        assert without == 0
+
+    def test_no_superclass(self, tmp_path):
+        assert superclass_questions(self.tables(tmp_path, "{'SR': 100.0}")) == ([], 1)
+
+    @pytest.mark.parametrize("codes", ["__import__('os').getcwd()", "[1]", "{'IMI'"])
+    def test_codes_are_not_executed(self, codes, tmp_path):
+        with pytest.raises(ValueError, match=r"scp_codes of ecg_id 1 are .*; expected a dict"):
+            superclass_questions(self.tables(tmp_path, codes))
+
+
+class TestMetadata:
+    def test_columns(self, tmp_path):
+        records = find_records(touch(tmp_path / "records", "00001.edf", "2.edf"))
+        rows = [{"ecg_id": i, "age": 50 + i, "site": "x", "strat_fold": i} for i in (1, 2, 3)]
+        table = write(tmp_path / "t.csv", *rows)
+        assert read_metadata(table, records, ["site"]) == {
+            "00001": {"strat_fold": 1, "age": 51, "site": "x"},
+            "2": {"strat_fold": 2, "age": 52, "site": "x"},
+        }
+
+    @pytest.mark.parametrize(
+        ("rows", "message"),
+        [
+            ([{"name": "a"}], "expected one of record, record_id"),
+            ([{"record": "a", "age": 1}], "has no column site"),
+            ([{"record": "a", "site": 1}, {"record": "a.edf", "site": 2}], "of the record a; expected one row"),
+        ],
+    )
+    def test_at_fault(self, rows, message, tmp_path):
+        records = find_records(touch(tmp_path / "records", "a.edf"))
+        with pytest.raises(ValueError, match=message):
+            read_metadata(write(tmp_path / "t.csv", *rows), records, ["site"])

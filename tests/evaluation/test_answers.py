@@ -1,0 +1,316 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from elm_ecg.modeling_elm import ELMForConditionalGeneration
+from elm_ecg.training.arguments import DataArguments
+from elm_ecg.training.data.loading import load_data, to_chat
+from elm_ecg.training.evaluation.answers import CONDITIONS, RANDOM_CONDITIONS, Answerer, Progress
+from elm_ecg.training.evaluation.questions import list_questions, other_patients, rows_to_swap
+from helpers import (
+    TINY_VISION,
+    save_tiny_data,
+    tiny_ecg_byte,
+    tiny_elm_config,
+    tiny_image_elm_config,
+    tiny_image_processor_elm,
+    tiny_llm_config,
+    tiny_processor,
+    tiny_symbolic_processor,
+)
+
+TEN_TOKENS = {"max_new_tokens": 10}
+
+
+def tiny_elm(family: str = "default", ecg_part: str | None = "merl", **changes: Any) -> Any:
+    """A random ELM whose answers depend on the ECG, and its processor."""
+    processor = tiny_processor(family, num_ecg_tokens=4 if ecg_part else 0, sampling_rate=100)
+    torch.manual_seed(0)
+    eos = processor.tokenizer.eos_token_id
+    llm = tiny_llm_config(family, len(processor.tokenizer), initializer_range=0.3, eos_token_id=eos)
+    if ecg_part is not None:
+        changes["ecg_token_id"] = processor.ecg_token_id
+    model = ELMForConditionalGeneration(tiny_elm_config(ecg_part, llm=llm, **changes)).eval()
+    if model.model.connector is not None:
+        with torch.no_grad():
+            for parameter in model.model.connector.parameters():
+                parameter.normal_(std=0.5)
+    return model, processor
+
+
+def part(text: str | None) -> dict[str, Any]:
+    return {"type": "ecg", "text": None} if text is None else {"type": "text", "text": text}
+
+
+def mixed_rows(num_rows: int, max_ecgs: int = 2, seed: int = 0) -> Dataset:
+    """Conversations of one to four questions of many lengths, with no ECG, one or two in any of the turns."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for index in range(num_rows):
+        ecgs, messages = [], []
+        for _ in range(rng.integers(1, 5)):
+            number = int(rng.integers(0, max_ecgs + 1))
+            ecgs += [
+                {"array": rng.normal(size=(12, 200)).tolist(), "sampling_rate": 100, "unit": "mV"}
+                for _ in range(number)
+            ]
+            words = "".join(rng.choice(list("abc dé?"), size=rng.integers(1, 20)))
+            messages.append({"role": "user", "content": [*[part(None)] * number, part(words)]})
+            messages.append({"role": "assistant", "content": [part(str(rng.choice(["yes", "no", "maybe so"])))]})
+        rows.append({"messages": messages, "ecg": ecgs, "patient_id": str(index)})
+    return Dataset.from_list(rows).with_format("numpy", columns=["ecg"], output_all_columns=True)
+
+
+@pytest.fixture(scope="module")
+def elm():
+    return tiny_elm()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Dataset:
+    folder = save_tiny_data(tmp_path_factory.mktemp("data") / "data", train=1, test=7)
+    loaded = load_data(DataArguments(data=[str(folder)]), "test")
+    assert loaded is not None
+    return loaded
+
+
+def ask(elm: Any, data: Dataset, condition: str = "ecg", **options: Any) -> list[Any]:
+    model, processor = elm
+    if condition == "swapped":
+        options = {"others": rows_to_swap(data, 0)} | options
+    options = {"generation": TEN_TOKENS} | options
+    answers, reason = Answerer(model, processor, data, list_questions(data), **options).ask(condition)
+    assert reason is None
+    return answers
+
+
+def test_200_mixed_samples_in_batches_of_32_and_one_by_one(elm):
+    """In float32, greedy: the same answers, whether what turns have in common is read once or for each of them."""
+    rows = mixed_rows(80)
+    alone = ask(elm, rows, batch_size=1, reuse_prefix=False)
+    assert len(alone) >= 200
+    assert len(set(alone)) > 50
+    assert ask(elm, rows, batch_size=32) == alone
+    assert ask(elm, rows, batch_size=32, reuse_prefix=False) == alone
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen2_5", "gemma2"])
+def test_the_prefix_is_reused_with_every_template(family, monkeypatch):
+    elm = tiny_elm(family)
+    if family == "gemma2":
+        elm[0].config.text_config.sliding_window = 4096  # else its chats do not fit the half of it
+        for layer in elm[0].model.language_model.layers:
+            layer.self_attn.sliding_window = None
+    rows = mixed_rows(8, seed=1)
+    alone = ask(elm, rows, batch_size=1, reuse_prefix=False)
+    reads: list[int] = []
+    prefill = Answerer._prefill
+    monkeypatch.setattr(Answerer, "_prefill", lambda *args, **kwargs: reads.append(1) or prefill(*args, **kwargs))
+    assert ask(elm, rows, batch_size=8) == alone
+    assert reads
+
+
+def test_a_sliding_window_is_not_stretched_by_padding(monkeypatch):
+    """Padding between turns would take places in it, so nothing is reused."""
+    elm = tiny_elm("gemma2")
+    monkeypatch.setattr(Answerer, "_prefill", lambda *args, **kwargs: pytest.fail("a prefix was reused"))
+    ask(elm, mixed_rows(4), batch_size=4)
+
+
+def test_a_template_that_rewrites_what_was_said(elm, monkeypatch):
+    """Where a turn is written otherwise when another follows, every prompt is read by itself."""
+    _, processor = elm
+    template = processor.chat_template.replace(
+        "{%- for message in messages -%}", "{{- messages | length -}}{%- for message in messages -%}", 1
+    )
+    monkeypatch.setattr(processor, "chat_template", template)
+    rows = mixed_rows(6)
+    assert ask(elm, rows, batch_size=6) == ask(elm, rows, batch_size=1, reuse_prefix=False)
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_a_batch_answers_as_one_by_one(elm, data, condition):
+    together = ask(elm, data, condition, batch_size=7, system_prompt="Be brief.")
+    assert together == ask(elm, data, condition, batch_size=1, system_prompt="Be brief.", reuse_prefix=False)
+
+
+def test_conditions_differ_and_the_random_ones_by_their_seed(elm, data):
+    answers = {condition: ask(elm, data, condition) for condition in CONDITIONS}
+    assert len({tuple(texts) for texts in answers.values()}) == len(CONDITIONS)
+    for condition, texts in answers.items():
+        again = ask(
+            elm, data, condition, seed=1, **({"others": rows_to_swap(data, 1)} if condition == "swapped" else {})
+        )
+        assert (again != texts) == (condition in RANDOM_CONDITIONS)
+
+
+def test_swapped_is_the_other_patients_ecg(elm, data):
+    others = other_patients([(patient,) for patient in data["patient_id"]], 0)
+    plain = data.with_format(None)
+    swapped = Dataset.from_list(
+        [{**row, "ecg": plain[int(other)]["ecg"]} for row, other in zip(plain, others, strict=True)]
+    ).with_format("numpy", columns=["ecg"], output_all_columns=True)
+    assert ask(elm, swapped) == ask(elm, data, "swapped")
+
+
+def test_likelihoods_are_those_of_the_whole_text(elm):
+    """Against one forward pass over each prompt with each candidate behind it."""
+    model, processor = elm
+    rows = mixed_rows(6)
+    questions = list_questions(rows)
+    names = ["yes", "no", "maybe so"]
+    candidates = [names[: 2 + index % 2] for index in range(len(questions))]
+    found = {
+        size: ask(elm, rows, batch_size=size, candidates=candidates, reuse_prefix=reuse)
+        for size, reuse in ((1, False), (6, True), (4, False))
+    }
+    for index, question in enumerate(questions):
+        for place, name in enumerate(candidates[index]):
+            chat = to_chat(rows[question.row])[: question.turn]
+            chat.append({"role": "assistant", "content": [{"type": "text", "text": name}]})
+            batch = processor.apply_chat_template(
+                [chat],
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                return_tensors=None,
+                processor_kwargs={"padding": True},
+            )
+            batch.convert_to_tensors("pt")
+            # of the last turn: a token a byte, the space before them and the end behind
+            said = batch.pop("assistant_masks")[0].nonzero()[-len(name) - 2 :, 0]
+            with torch.inference_mode():
+                logs = model(**batch).logits[0, :-1].log_softmax(-1)
+            expected = logs[said - 1].gather(1, batch["input_ids"][0, said, None]).sum()
+            for answers in found.values():
+                assert answers[index][place] == pytest.approx(float(expected), abs=2e-3)
+    assert all(len(row) == len(names) for row, names in zip(found[6], candidates, strict=True))
+
+
+def test_batches_do_not_tell_the_right_answer(elm, data):
+    """They are made by length, but not that of the answer which is asked for: rounding differs by batch."""
+
+    def batches(answers: list[str]) -> list[list[int]]:
+        rows = data.with_format(None)
+        chats = [[{"role": "user", "content": "Fast?"}, {"role": "assistant", "content": a}] for a in answers]
+        asked = Dataset.from_list([{**row, "messages": chat} for row, chat in zip(rows, chats, strict=True)])
+        return Answerer(*elm, asked, list_questions(asked))._conversations
+
+    assert batches(["yes", "no", "maybe so", "no", "no", "yes", "no"]) == batches(["no"] * 7)
+
+
+def test_sampled_answers_do_not_depend_on_what_came_before(elm, data, tmp_path):
+    options = {"generation": {**TEN_TOKENS, "do_sample": True, "temperature": 2.0}, "batch_size": 2}
+    answers = ask(elm, data, **options)
+    torch.manual_seed(5)
+    assert ask(elm, data, **options) == answers
+    assert ask(elm, data, seed=1, **options) != answers
+    questions = list_questions(data)
+    progress = Progress(tmp_path, "key")
+    whole = Answerer(*elm, data, questions, **options)
+    first = [index for row in whole._conversations[:2] for index in row]
+    progress.begin({("ecg", 0): [answers[index] for index in first]})
+    assert Answerer(*elm, data, questions, **options).ask("ecg", "ecg", progress)[0] == answers
+
+
+def test_beams(elm):
+    rows = mixed_rows(5)
+    options = {"generation": {**TEN_TOKENS, "num_beams": 3}}
+    assert ask(elm, rows, batch_size=5, **options) == ask(elm, rows, batch_size=1, **options)
+    assert ask(elm, rows, batch_size=5, **options) != ask(elm, rows)
+
+
+def test_compiled_answers_are_the_same(elm, data):
+    rows, options = data.select([0]), {"generation": {"max_new_tokens": 3}}
+    answers = ask(elm, rows, **options)
+    model, processor = tiny_elm()
+    model.compile(dynamic=True, backend="eager")
+    assert ask((model, processor), rows, **options) == answers
+
+
+def test_a_text_only_model_is_shown_no_ecg(data):
+    elm = tiny_elm(ecg_part=None)
+    answers = {condition: ask(elm, data, condition) for condition in CONDITIONS}
+    assert len({tuple(texts) for texts in answers.values()}) == 1
+
+
+def test_symbolic_ecgs(data):
+    """Their zeros are a text too; noise cannot be compressed, and where it does not fit the context the reason is told."""
+    processor = tiny_symbolic_processor("default", tiny_ecg_byte(across_leads=False), {"lead_names": ["I", "V1"]})
+    torch.manual_seed(0)
+    size = len(processor.tokenizer)
+    llm = tiny_llm_config("default", size, max_position_embeddings=4096, initializer_range=0.3, eos_token_id=1)
+    config = tiny_elm_config(None, llm=llm, representation="symbolic", num_leads=2)
+    elm = (ELMForConditionalGeneration(config).eval(), processor)
+    answers = {condition: ask(elm, data, condition) for condition in CONDITIONS}
+    assert len({tuple(texts) for texts in answers.values()}) == len(CONDITIONS)
+    assert answers["ecg"] == ask(elm, data, batch_size=1, reuse_prefix=False)
+
+    def longest(condition: str) -> int:
+        answerer = Answerer(*elm, data, list_questions(data))
+        rows = answerer._read(answerer._conversations, condition)
+        return max(len(prompt.input_ids) for row in rows for prompt in row.prompts)
+
+    assert longest("noise") > longest("ecg")
+    processor.max_length = longest("ecg") + 1
+    found, reason = Answerer(*elm, data, list_questions(data), generation=TEN_TOKENS).ask("noise")
+    assert found == []
+    assert reason is not None
+    assert "Nothing is cut in silence" in reason
+
+
+def test_drawn_ecgs(data, monkeypatch):
+    processor = tiny_image_processor_elm("vit", lead_names=["I", "II", "V1"])
+    torch.manual_seed(0)
+    config = tiny_image_elm_config(
+        "vit", llm=tiny_llm_config("llama3", len(processor.tokenizer), initializer_range=0.3)
+    )
+    config.ecg_token_id = processor.ecg_token_id
+    elm = (ELMForConditionalGeneration(config).eval(), processor)
+    assert TINY_VISION
+    shown: list[torch.Tensor | None] = []
+    prefill = Answerer._prefill
+
+    def watch(*args, **kwargs):
+        if args[3] is None:  # the first turn
+            shown.append(args[4].get("pixel_values"))
+        return prefill(*args, **kwargs)
+
+    monkeypatch.setattr(Answerer, "_prefill", watch)
+    answers = {condition: ask(elm, data, condition) for condition in ("ecg", "zeroed", "swapped", "left_out")}
+    ecg, zeroed, swapped, left_out = shown  # all rows are a batch
+    assert left_out is None
+    assert ecg is not None
+    assert zeroed is not None
+    assert swapped is not None
+    assert torch.equal(ecg.unique(dim=0), swapped.unique(dim=0))
+    assert len(ecg.unique(dim=0)) == len(data)
+    assert all(not torch.equal(own, other) for own, other in zip(ecg, swapped, strict=True))
+    assert len(zeroed.unique(dim=0)) == 1
+    assert answers["ecg"] == ask(elm, data, batch_size=1, reuse_prefix=False)
+
+
+def test_a_model_without_a_chat_template(elm, data, monkeypatch):
+    model, processor = elm
+    monkeypatch.setattr(processor, "chat_template", None)
+    with pytest.raises(ValueError, match="has no chat template"):
+        Answerer(model, processor, data, list_questions(data))
+
+
+def test_progress(tmp_path: Path):
+    progress = Progress(tmp_path, "key")
+    progress.begin({})
+    progress.add("ecg", 0, ["a", "b\n\u2028c"])
+    progress.add("noise 1", 3, [[-1.5, -2.0]])
+    with progress.path.open("a") as file:
+        file.write('["ecg", 1, ["cut')
+    assert progress.read() == {("ecg", 0): ["a", "b\n\u2028c"], ("noise 1", 3): [[-1.5, -2.0]]}
+    assert Progress(tmp_path, "another key").read() == {}
+    progress.begin(progress.read())
+    assert progress.path.read_text().endswith("]\n")
+    progress.remove()
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,315 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import numpy as np
+import pytest
+from datasets import Dataset, DatasetDict
+from scipy.stats import t as student_t
+
+from elm_ecg.training import sft
+from elm_ecg.training.data.loading import load_data
+from elm_ecg.training.evaluation import compare
+from elm_ecg.training.evaluation import evaluate as evaluation
+from elm_ecg.training.evaluation.answers import CONDITIONS, Answerer
+from elm_ecg.training.evaluation.evaluate import EvaluationArguments, over_runs
+from elm_ecg.training.evaluation.questions import list_questions
+from elm_ecg.training.evaluation.scores import METRICS
+from helpers import ROOT, free_port, save_tiny_data, save_tiny_llm, tiny_sft
+
+SETTINGS = ["--max_new_tokens", "6", "--batch_size", "2", "--num_resamples", "50"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return save_tiny_data(tmp_path_factory.mktemp("data") / "data", train=8, test=7)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, data) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    llm = save_tiny_llm(folder / "llm", "default")
+    sft.main(tiny_sft(llm, data, folder / "elm", "--max_steps", "8", "--update", "encoder", "connector", "llm"))
+    return folder / "elm"
+
+
+def argv_of(model: Path, data: Path, folder: Path, *options: str) -> list[str]:
+    return ["--model_name_or_path", str(model), "--data", str(data), "--output_dir", str(folder), *options]
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory, model, data) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("evaluated") / "results"
+    return folder, evaluation.main(argv_of(model, data, folder, *SETTINGS))
+
+
+def predictions_in(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().split("\n")[:-1]]
+
+
+def test_files(evaluated, data, model):
+    folder, results = evaluated
+    names = {"evaluation_results.json", "predictions.jsonl", "report.html"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert json.loads((folder / "evaluation_results.json").read_text()) == results
+    questions = list_questions(load_data(EvaluationArguments(data=[str(data)]), "test"))
+    assert results["num_questions"] == len(questions)
+    assert results["num_patients"] == 7
+    assert results["data"]["names"] == [data.name]
+    assert results["data"]["split"] == "test"
+    assert results["model_revision"].startswith("sha256:")
+    assert {"torch", "transformers"} <= set(results["packages"])
+    assert str(data.parent) not in json.dumps(results)
+    assert set(results["conditions"]) == {*CONDITIONS, "most_frequent"}
+    assert set(results["ecg_minus"]) == {*CONDITIONS, "most_frequent"} - {"ecg"}
+    predictions = predictions_in(folder)
+    assert [(row["row"], row["turn"]) for row in predictions] == [(q.row, q.turn) for q in questions]
+    right = [row["ecg"] == row["answer"] for row in predictions]
+    assert np.mean(right) == results["conditions"]["ecg"]["metrics"]["exact_match"]["value"]
+    for condition, row in results["conditions"].items():
+        found = evaluate.load(str(METRICS / "token_f1")).compute(
+            predictions=[line[condition] for line in predictions], references=[line["answer"] for line in predictions]
+        )
+        assert row["metrics"]["token_f1"]["value"] == pytest.approx(found["token_f1"])
+
+
+def test_every_number_of_the_report_is_in_the_results(evaluated):
+    folder, results = evaluated
+    page = (folder / "report.html").read_text()
+    cells = re.findall(r"<td class=(?:number|score)>(.*?)</td>", page)
+
+    def values(node: Any) -> list[float]:
+        if isinstance(node, dict):
+            return [value for child in node.values() for value in values(child)]
+        if isinstance(node, list):
+            return [value for child in node for value in values(child)]
+        return [float(node)] if isinstance(node, int | float) else []
+
+    known = {f"{100 * value:.1f}" for value in values(results)} | {f"{value:.4f}" for value in values(results)}
+    shown = [number for cell in cells for number in re.findall(r"-?\d+\.\d+", cell)]
+    assert len(shown) > 50
+    assert set(shown) <= known
+    score = results["conditions"]["swapped"]["metrics"]["token_f1"]
+    low, high = score["interval_95"]
+    assert f"{100 * score['value']:.1f} [{100 * low:.1f}, {100 * high:.1f}]" in cells
+
+
+def test_an_interrupted_evaluation_goes_on(evaluated, model, data, tmp_path, monkeypatch):
+    """What was answered is not asked again, a line that was cut is, and the results are the same."""
+    folder, results = evaluated
+    argv = argv_of(model, data, tmp_path, *SETTINGS)
+    batches: list[str] = []
+    answer = Answerer._answer
+
+    def some(self: Answerer, conversations: Any, condition: str, batch: int) -> list[Any]:
+        if len(batches) == 8:
+            raise KeyboardInterrupt
+        batches.append(condition)
+        return answer(self, conversations, condition, batch)
+
+    monkeypatch.setattr(Answerer, "_answer", some)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.main(argv)
+    (partial,) = tmp_path.iterdir()
+    lines = partial.read_text().splitlines(keepends=True)
+    partial.write_text("".join(lines[:-1]) + lines[-1][:20])
+    asked = len(batches) - 1
+    batches.clear()
+    monkeypatch.setattr(Answerer, "_answer", lambda self, *args: batches.append(args[1]) or answer(self, *args))
+    assert evaluation.main(argv) == results
+    assert len(batches) == len(CONDITIONS) * 4 - asked  # seven rows, two at once
+    assert not partial.exists()
+    assert (tmp_path / "predictions.jsonl").read_text() == (folder / "predictions.jsonl").read_text()
+
+
+def test_answers_of_other_settings_are_not_taken(evaluated, model, data, tmp_path):
+    (tmp_path / "predictions.partial.0.jsonl").write_text('another\n["ecg", 0, ["no", "no", "no"]]\n')
+    assert evaluation.main(argv_of(model, data, tmp_path, *SETTINGS)) == evaluated[1]
+
+
+def test_two_processes_that_were_killed_give_what_one_gives(evaluated, model, data, tmp_path):
+    folder, results = evaluated
+    argv = argv_of(model, data, tmp_path, *SETTINGS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    command = [*torchrun, "-m", "elm_ecg.training.evaluation.evaluate", *argv]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    while sum(path.read_text().count("\n") for path in tmp_path.glob("predictions.partial.*")) < 5:
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+    assert json.loads((tmp_path / "evaluation_results.json").read_text()) == results
+    assert (tmp_path / "predictions.jsonl").read_text() == (folder / "predictions.jsonl").read_text()
+
+
+def test_results_go_to_the_model_by_default(model, data):
+    options = ["--data", str(data), "--data_subset", "0.5", "--max_new_tokens", "2", "--num_resamples", "10"]
+    results = evaluation.main(["--model_name_or_path", str(model), *options, "--conditions", "left_out"])
+    assert results["num_patients"] == 4
+    assert set(results["conditions"]) == {"ecg", "left_out", "most_frequent"}
+    assert (model / "evaluation_results.json").is_file()
+    assert "Not evaluated yet" not in (model / "README.md").read_text()
+
+
+def test_nothing_to_swap(model, data, tmp_path, caplog):
+    """All else is scored where there is one patient alone; a type of question for the row counts for each answer."""
+    row = load_data(EvaluationArguments(data=[str(data)]), "test").with_format(None)[0]
+    DatasetDict(test=Dataset.from_list([{**row, "question_type": ["rhythm"]}])).save_to_disk(tmp_path / "data")
+    options = ["--max_new_tokens", "2", "--num_resamples", "10"]
+    results = evaluation.main(argv_of(model, tmp_path / "data", tmp_path, *options))
+    assert set(results["conditions"]) == set(CONDITIONS) - {"swapped"}
+    assert set(results["questions_by_type"]) == {"rhythm"}
+    assert "All 1 rows have an ECG of the patients" in results["not_scored"]["swapped"]
+    assert "another patient's: not scored. All 1 rows have an ECG of the patients" in caplog.text
+    assert "nothing can be said of what the ECG adds" in results["verdict"]
+
+
+def test_likelihood(model, data, tmp_path):
+    """Every answer is one of those of its type; the AUROC is that of their likelihoods."""
+    rows = load_data(EvaluationArguments(data=[str(data)]), "test").with_format(None)
+    chats = [
+        [{"role": "user", "content": "Fast?"}, {"role": "assistant", "content": a}] for a in ("yes", "no", "yes", "no")
+    ]
+    asked = [{**row, "messages": chat, "question_type": "rate"} for row, chat in zip(rows, chats, strict=False)]
+    DatasetDict(test=Dataset.from_list(asked)).save_to_disk(tmp_path / "data")
+    options = ["--score", "likelihood", "--num_resamples", "10"]
+    results = evaluation.main(argv_of(model, tmp_path / "data", tmp_path, *options))
+    predictions = predictions_in(tmp_path)
+    for row in predictions:
+        assert row["candidates"] == ["no", "yes"]
+        for condition, logs in row["log_likelihoods"].items():
+            assert row[condition] == row["candidates"][int(np.argmax(logs))]
+    odds = [row["log_likelihoods"]["ecg"][1] - row["log_likelihoods"]["ecg"][0] for row in predictions]
+    wins = [odds[i] > odds[j] for i in (0, 2) for j in (1, 3)]
+    assert results["conditions"]["ecg"]["metrics"]["auroc"]["value"] == np.mean(wins)
+    assert "AUROC" in (tmp_path / "report.html").read_text()
+    DatasetDict(test=Dataset.from_list(asked[:1])).save_to_disk(tmp_path / "one")
+    with pytest.raises(ValueError, match="have 1 different answers"):
+        evaluation.main(argv_of(model, tmp_path / "one", tmp_path, *options))
+
+
+def test_folds_and_seeds(model, data, tmp_path, caplog, capsys):
+    """Without sampling a further seed asks of noise and swapped ECGs alone."""
+    rows = load_data(EvaluationArguments(data=[str(data)]), "test").with_format(None)
+    halves = {f"fold{fold}_test": rows.select(range(start, start + 3)) for fold, start in ((1, 0), (2, 3))}
+    DatasetDict(halves).save_to_disk(tmp_path / "data")
+    asked: list[str] = []
+    ask = Answerer.ask
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Answerer, "_answer", _watched(Answerer._answer, asked))
+        summary = evaluation.main(
+            argv_of(model, tmp_path / "data", tmp_path / "out", *SETTINGS, "--fold", "1", "2", "--seed", "0", "5")
+        )
+    assert Answerer.ask is ask
+    per_fold = 2 * (3 + 2 * 2)  # two batches; three conditions once, two for each seed
+    assert len(asked) == 2 * per_fold
+    assert "the others are asked once, for seed 0, seed 5" in caplog.text
+    assert json.loads((tmp_path / "out" / "evaluation_summary.json").read_text()) == summary
+    assert [(run["fold"], run["seed"]) for run in summary["runs"]] == [(1, 0), (1, 5), (2, 0), (2, 5)]
+    results = {
+        (fold, seed): json.loads(
+            (tmp_path / "out" / f"fold{fold}" / f"seed{seed}" / "evaluation_results.json").read_text()
+        )
+        for fold in (1, 2)
+        for seed in (0, 5)
+    }
+    values = {
+        key: {name: row["metrics"]["token_f1"]["value"] for name, row in run["conditions"].items()}
+        for key, run in results.items()
+    }
+    assert values[1, 0]["zeroed"] == values[1, 5]["zeroed"]
+    for condition, runs in (("ecg", [(1, 0), (2, 0)]), ("noise", list(results))):
+        found = summary["conditions"][condition]["token_f1"]
+        scores = [values[run][condition] for run in runs]
+        assert found["num_runs"] == len(runs)
+        assert found["mean"] == pytest.approx(np.mean(scores))
+        half = student_t.ppf(0.975, len(runs) - 1) * np.std(scores, ddof=1) / len(runs) ** 0.5
+        assert found["interval_95"] == pytest.approx([np.mean(scores) - half, np.mean(scores) + half])
+    assert "exact match" in capsys.readouterr().out
+    assert not list(tmp_path.rglob("predictions.partial.*"))
+
+
+def _watched(answer: Any, asked: list[str]) -> Any:
+    def watch(self: Answerer, conversations: Any, condition: str, batch: int) -> list[Any]:
+        asked.append(condition)
+        return answer(self, conversations, condition, batch)
+
+    return watch
+
+
+def test_over_one_run_nothing_spreads():
+    run = {"data": {"fold": None}, "settings": {"seed": 0}, "model_revision": "r"}
+    run["conditions"] = {"ecg": {"metrics": {"exact_match": {"value": 0.5}, "auroc": {"value": None}}}}
+    assert over_runs([run], [0], False)["conditions"] == {
+        "ecg": {"exact_match": {"mean": 0.5, "std": None, "interval_95": None, "num_runs": 1}}
+    }
+
+
+def test_compare(evaluated, model, data, tmp_path, capsys):
+    """The results are what `elm compare` reads."""
+    folder, _ = evaluated
+    evaluation.main(
+        argv_of(model, data, tmp_path, "--max_new_tokens", "2", "--num_resamples", "10", "--conditions", "ecg")
+    )
+    compare.main([str(folder / "evaluation_results.json"), str(tmp_path / "evaluation_results.json")])
+    assert "| exact_match |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--split", "validation"], "has no split 'validation'"),
+        (["--perturb", "noise"], "leave --perturb out"),
+        (["--batch_size", "0"], "--batch_size is 0; it must be at least 1"),
+        (["--num_resamples", "-1"], "--num_resamples is -1"),
+        (["--data_subset", "2"], "--data_subset is 2.0"),
+        (["--metrics", "bert_score"], "name it with --bert_score_model"),
+        (["--seed", "1", "1"], "--seed 1 1 names one twice"),
+        (["--candidates", "yes", "no"], "add that, or leave them out"),
+        (["--generation_kwargs", "{'"], "--generation_kwargs is not JSON"),
+        (
+            ["--generation_kwargs", '{"beams": 2, "num_return_sequences": 2}'],
+            "has beams, num_return_sequences; expected",
+        ),
+        (["--score", "likelihood", "--generation_kwargs", '{"num_beams": 2}'], "generates nothing"),
+    ],
+)
+def test_bad_input(model, data, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluation.main(["--model_name_or_path", str(model), "--data", str(data), *options])
+
+
+def test_unknown_metric(model, data, capsys):
+    with pytest.raises(SystemExit):
+        evaluation.parse(argv_of(model, data, data, "--metrics", "accuracy"))
+    assert "invalid choice: 'accuracy'" in capsys.readouterr().err
+
+
+def test_an_empty_split(model, data, tmp_path):
+    rows = load_data(EvaluationArguments(data=[str(data)]), "test").with_format(None)
+    DatasetDict(test=rows.select([])).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="holds an empty split"):
+        evaluation.main(argv_of(model, tmp_path / "saved", tmp_path))
+    (tmp_path / "parquet").mkdir()
+    rows.select([]).to_parquet(tmp_path / "parquet" / "test.parquet")
+    with pytest.raises(ValueError, match="corresponds to no data"):
+        evaluation.main(argv_of(model, tmp_path / "parquet", tmp_path))
+    asked = Dataset.from_list([{**rows[0], "messages": rows[0]["messages"][:1]}])
+    DatasetDict(test=asked).save_to_disk(tmp_path / "asked")
+    with pytest.raises(ValueError, match="has 1 rows and no assistant turn to score"):
+        evaluation.main(argv_of(model, tmp_path / "asked", tmp_path))
+
+
+def test_bad_model(data, tmp_path):
+    with pytest.raises(ValueError, match=r"has no config\.json and no adapter_config\.json"):
+        evaluation.main(["--model_name_or_path", str(tmp_path), "--data", str(data)])
+    with pytest.raises(ValueError, match="Which model"):
+        evaluation.main(["--data", str(data)])

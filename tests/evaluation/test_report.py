@@ -1,0 +1,107 @@
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from elm_ecg.training.evaluation.questions import Question
+from elm_ecg.training.evaluation.report import NUM_EXAMPLES, examples, write_report, wrong_answers
+from elm_ecg.training.evaluation.scores import Scorer, in_words, load_metrics
+
+
+def prediction(row: int, kind: str, answer: str, given: str) -> dict:
+    return {"row": row, "question_type": kind, "answer": answer, "ecg": given, "question": "?", "record_id": f"r{row}"}
+
+
+def test_wrong_answers():
+    rows = [prediction(i, "rate", "80", "60") for i in range(3)] + [prediction(3, "axis", "left", "")]
+    rows += [prediction(4, "axis", "left", "left")]
+    assert wrong_answers(rows) == [("rate", "80", "60", 3), ("axis", "left", "", 1)]
+
+
+def test_examples_are_of_all_types_right_and_wrong():
+    rows = [
+        prediction(i % 30, kind, "a", "a" if i % 3 else "b") for i, kind in enumerate(["rate"] * 60 + ["axis"] * 30)
+    ]
+    chosen = examples(rows)
+    assert len(chosen) == NUM_EXAMPLES
+    assert {(row["question_type"], row["ecg"] == row["answer"]) for row in chosen} == {
+        (kind, right) for kind in ("rate", "axis") for right in (True, False)
+    }
+    assert len({row["row"] for row in chosen}) == NUM_EXAMPLES
+    assert examples(rows[:3]) == examples(rows[:3], 5)
+    assert len(examples(rows[:3])) == 3
+
+
+class Page(HTMLParser):
+    """Tags that are open, and the text of the page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture
+def page(tmp_path) -> str:
+    ecg = {
+        "array": np.zeros((12, 500), dtype=np.int16).tolist(),
+        "sampling_rate": 100,
+        "lead_names": ["I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6"],
+        "unit": "uV",
+    }
+    asked = [("<script>alert(1)</script>", "yes"), ("Fast?", "no"), ("Fast?", "yes"), ("Fast?", "no")]
+    data = Dataset.from_list([{"ecg": [ecg, {**ecg, "sampling_rate": 0}]}] * len(asked))
+    questions = [Question(i, 1, words, answer, "rate & rhythm", f"p{i}") for i, (words, answer) in enumerate(asked)]
+    answers = {"ecg": ["yes", "</td><b>", "no", "no"], "zeroed": ["no"] * 4, "most_frequent": ["yes"] * 4}
+    results = {
+        "schema_version": 3,
+        "model": "m",
+        "model_revision": "sha256:0",
+        "data": {"names": ["d"], "split": "test", "fold": None, "fingerprint": "f"},
+        "settings": {"score": "generation", "dtype": "float32", "seed": 0, "num_resamples": 50},
+        "packages": {"torch": "2"},
+        **Scorer(questions, load_metrics(["exact_match", "closed_set"]), 50, 0).summarise(answers),
+        "not_scored": {"swapped": "nobody else"},
+    }
+    results["verdict"] = in_words(results)
+    predictions = [
+        prediction(q.row, q.question_type, q.answer, answers["ecg"][i])
+        | {"question": q.question, "zeroed": answers["zeroed"][i], "most_frequent": answers["most_frequent"][i]}
+        for i, q in enumerate(questions)
+    ]
+    write_report(tmp_path / "report.html", results, predictions, data)
+    return (tmp_path / "report.html").read_text()
+
+
+def test_report_is_one_file_of_escaped_text(page):
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert "&lt;/td&gt;&lt;b&gt;" in page
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert {source.split(",")[0] for source in sources} == {"data:image/png;base64", "data:image/svg+xml;base64"}
+    assert len(sources) == 3 + 4  # scores, differences, confusion; the ECG of each example
+    assert page.count("cannot be drawn") == 4
+    parser = Page()
+    parser.feed(page)
+    assert parser.open == []
+    text = "".join(parser.text)
+    for words in (
+        "not a medical device",
+        "nobody else",
+        "rate & rhythm",
+        "commonest answer",
+        "Most frequent wrong answers",
+    ):
+        assert words in text

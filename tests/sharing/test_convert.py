@@ -1,0 +1,910 @@
+import collections
+import io
+import itertools
+import json
+import os
+import pickle
+import re
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPConfig,
+    CLIPModel,
+    Siglip2Config,
+    Siglip2Model,
+    ViTForMaskedImageModeling,
+)
+
+from elm_ecg.configuration_elm import ENCODER_CONFIGS
+from elm_ecg.ecg_utils import REFERENCE_LEADS, STANDARD_LEADS
+from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
+from elm_ecg.tokenization_ecg_byte import ECGByteTokenizer
+from elm_ecg.training.build import load_elm
+from elm_ecg.training.sharing.convert import MAX_PICKLE_BYTES, convert_state_dict, main, read_ecg_byte_pickle
+from helpers import golden_state_dict, run_isolated, save_tiny_llm, tiny_image_processor, tiny_vision_config
+from loopback_hub import card_errors
+
+ENCODERS = ["merl", "mlae", "mtae", "st_mem"]
+CONNECTOR_KEYS = {
+    "linear": {"projection"},
+    "mlp": {"linear_1", "linear_2"},
+    "flat": {"projection"},
+    "patch": {"projection"},
+    "conv": {"conv1", "conv2", "projection"},
+}
+# entries of the reference that serve its pretraining only, or stand there twice
+IGNORED = {
+    "merl": set(),
+    "st_mem": set(),
+    "mtae": {"mask_embedding", "decoder_norm", "decoder_head", "encoder.to_patch_embedding"},
+}
+IGNORED["mlae"] = IGNORED["mtae"]
+
+
+@pytest.fixture(scope="module")
+def shapes(shared):
+    """Reference key -> shape of each encoder and connector."""
+    folder = shared / "golden"
+    files = ("encoder_state_dicts.json", "connector_state_dicts.json")
+    return {kind: keys for name in files for kind, keys in json.loads((folder / name).read_text()).items()}
+
+
+def small(shapes):
+    """One number an entry, as keys are all that matters; each has a value of its own."""
+    return {key: torch.tensor(float(index)) for index, key in enumerate(shapes)}
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_encoder_keys_are_those_of_the_model_and_every_entry_is_used(kind, shapes):
+    reference = small(shapes[kind])
+    converted = convert_state_dict(kind, reference)
+    with torch.device("meta"):
+        model = ENCODER_MODELS[kind](ENCODER_CONFIGS[kind]())
+    assert converted.keys() == model.state_dict().keys()
+    used = torch.cat([tensor.flatten() for tensor in converted.values()]).long().tolist()
+    assert len(used) == len(set(used))
+    unused = {key for index, key in enumerate(reference) if index not in set(used)}
+    assert all(key.startswith(tuple(IGNORED[kind])) for key in unused)
+    assert {prefix for prefix in IGNORED[kind] if any(key.startswith(prefix) for key in unused)} == IGNORED[kind]
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_encoder_loads_strictly(kind, shapes):
+    with torch.device("meta"):
+        model = ENCODER_MODELS[kind](ENCODER_CONFIGS[kind]())
+    reference = {key: torch.empty(shape, device="meta") for key, shape in shapes[kind].items()}
+    model.load_state_dict(convert_state_dict(kind, reference), strict=True, assign=True)
+
+
+def test_leads_are_stacked_in_numeric_order(shapes):
+    reference = small(shapes["st_mem"])
+    stacked = convert_state_dict("st_mem", dict(reversed(reference.items())))["embeddings.lead_embeddings"]
+    assert stacked.tolist() == [reference[f"encoder.lead_embeddings.{lead}"].item() for lead in range(12)]
+
+
+@pytest.mark.parametrize(("kind", "modules"), CONNECTOR_KEYS.items())
+def test_connector_keys(kind, modules, shapes):
+    reference = golden_state_dict(shapes[kind])
+    converted = convert_state_dict(kind, reference)
+    assert converted.keys() == {f"{module}.{tensor}" for module in modules for tensor in ("weight", "bias")}
+    if kind == "mlp":
+        assert converted["linear_2.weight"] is reference["projection.2.weight"]
+    elif kind == "conv":
+        assert converted["projection.weight"] is reference["fc.weight"]
+        assert converted["conv2.bias"] is reference["conv2.bias"]
+    else:
+        assert converted["projection.bias"] is reference["projection.bias"]
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("kind", ["merl", "mtae", "conv"])
+def test_prefixes_of_ddp_and_compile(kind, prefix, shapes):
+    reference = small(shapes[kind])
+    wrapped = {prefix + key: tensor for key, tensor in reference.items()}
+    assert convert_state_dict(kind, wrapped) == convert_state_dict(kind, reference)
+
+
+def test_prefix_inside_a_key(shapes):
+    reference = small(shapes["mtae"])
+    compiled = {key.replace("encoder.", "encoder._orig_mod."): tensor for key, tensor in reference.items()}
+    assert compiled.keys() != reference.keys()
+    assert convert_state_dict("mtae", compiled) == convert_state_dict("mtae", reference)
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra"),
+    [
+        ("merl", ["proj_t.0.weight", "lm_model.encoder.layer.0.output.dense.weight", "logit_scale"]),
+        (
+            "st_mem",
+            ["mask_embedding", "decoder_pos_embed", "to_decoder_embedding.weight", "decoder_blocks.0.ff.norm.bias"],
+        ),
+    ],
+)
+def test_extra_entries_of_the_pretraining_are_ignored(kind, extra, shapes):
+    reference = small(shapes[kind])
+    with_extra = reference | {key: torch.tensor(-1.0) for key in extra}
+    converted, expected = convert_state_dict(kind, with_extra), convert_state_dict(kind, reference)
+    assert {key: tensor.tolist() for key, tensor in converted.items()} == {k: t.tolist() for k, t in expected.items()}
+
+
+@pytest.mark.parametrize("depths", [(2, 2, 2, 2), (3, 4, 6, 3)])
+def test_resnet_of_basic_blocks(depths):
+    """ResNet-18 and ResNet-34: two convolutions a block, and no shortcut convolution in the first stage."""
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    keys = ["resnet.conv1.weight", *(f"resnet.bn1.{name}" for name in norm)]
+    for stage, depth in enumerate(depths, start=1):
+        for block in range(depth):
+            for conv in (1, 2):
+                keys.append(f"resnet.layer{stage}.{block}.conv{conv}.weight")
+                keys.extend(f"resnet.layer{stage}.{block}.bn{conv}.{name}" for name in norm)
+        if stage > 1:
+            keys.append(f"resnet.layer{stage}.0.shortcut.0.weight")
+            keys.extend(f"resnet.layer{stage}.0.shortcut.1.{name}" for name in norm)
+    with torch.device("meta"):
+        model = ENCODER_MODELS["merl"](ENCODER_CONFIGS["merl"](block="basic", depths=depths))
+    assert convert_state_dict("merl", small(keys)).keys() == model.state_dict().keys()
+
+
+def test_unknown_kind():
+    with pytest.raises(ValueError, match="Unknown kind 'vit'; expected one of merl, mlae, mtae, st_mem, linear"):
+        convert_state_dict("vit", {})
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [
+        ("merl", "resnet.fc.weight"),
+        ("merl", "resnet.layer1.0.conv4.weight"),
+        ("mtae", "head.weight"),
+        ("mlae", "encoder.lead_embeddings.0"),
+        ("st_mem", "encoder.cls_embedding"),
+        ("st_mem", "encoder.block0.attn.norm.scale"),
+        ("linear", "fc.weight"),
+        ("linear", "projection.scale"),
+        ("conv", "conv3.weight"),
+    ],
+)
+def test_unknown_key(kind, key, shapes):
+    with pytest.raises(ValueError, match=rf"(Unknown key '{key}'|no such tensors in kind '{kind}')"):
+        convert_state_dict(kind, small(shapes[kind]) | {key: torch.tensor(0.0)})
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "ours"),
+    [
+        ("merl", "resnet.layer3.7.bn2.running_var", "stages.2.7.convs.1.norm.running_var"),
+        ("merl", "resnet.layer2.0.shortcut.0.weight", "stages.1.0.shortcut.conv.weight"),
+        ("mlae", "encoder.cls_embedding", "embeddings.cls_token"),
+        ("mtae", "decoder_blocks.1.ff.fn.net.3.bias", "decoder_layers.1.mlp.fc2.bias"),
+        ("mtae", "to_patch_embedding.2.weight", "embeddings.patch_embedding.projection.weight"),
+        ("st_mem", "encoder.block4.attn.fn.to_qkv.bias", "layers.4.attention.qkv_proj.bias"),
+        ("st_mem", "encoder.lead_embeddings.3", "embeddings.lead_embeddings"),
+        ("mlp", "projection.2.bias", "linear_2.bias"),
+        ("flat", "projection.weight", "projection.weight"),
+    ],
+)
+def test_missing_key(kind, key, ours, shapes):
+    reference = small(shapes[kind])
+    del reference[key]
+    with pytest.raises(ValueError, match=f"has no entry for {ours}"):
+        convert_state_dict(kind, reference)
+
+
+def test_state_dict_of_another_kind(shapes):
+    with pytest.raises(ValueError, match="missing"):
+        convert_state_dict("merl", small(shapes["st_mem"]))
+    with pytest.raises(ValueError, match="check the kind"):
+        convert_state_dict("st_mem", small(shapes["merl"]))
+
+
+@pytest.mark.parametrize("kind", [*ENCODERS, *CONNECTOR_KEYS])
+def test_empty_state_dict(kind):
+    with pytest.raises(ValueError, match="has no entry for"):
+        convert_state_dict(kind, {})
+
+
+def test_two_entries_for_one_tensor():
+    entry = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"Two entries for 'projection\.weight'"):
+        convert_state_dict("linear", {"projection.weight": entry, "module.projection.weight": entry})
+
+
+BYTES = {byte: chr(byte) if byte < 128 else f"<{byte}>" for byte in range(256)}
+VOCAB = BYTES | {256: "aa", 257: "aab", 258: "zz"}
+MERGES = [([97, 97], 256), ([97, 97, 98], 257), ([122, 122], 258)]
+
+
+def read(folder: Path, content: bytes):
+    (folder / "tokenizer.pkl").write_bytes(content)
+    return read_ecg_byte_pickle(folder / "tokenizer.pkl")
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_tokenizer_of_every_binary_protocol(protocol, tmp_path):
+    tokenizer = read(tmp_path, pickle.dumps((VOCAB, MERGES), protocol))
+    assert tokenizer.merges == ["aa", "aab", "zz"]
+    assert (tokenizer.millivolt_range, tokenizer.across_leads, tokenizer.sampling_rate) == (None, True, None)
+
+
+def test_tokenizer_of_many_merges(tmp_path):
+    # more items than the pickler writes at once, and ids of more than two bytes
+    strings = ["".join(letters) for letters in itertools.product("abcdefghijklmnopq", repeat=4)]
+    vocab = BYTES | dict(enumerate(strings, 256))
+    merges = [(list(map(ord, string)), token_id) for token_id, string in enumerate(strings, 256)]
+    assert merges[-1][1] > 65535
+    assert read(tmp_path, pickle.dumps((vocab, merges))).merges == strings
+
+
+def test_tokenizer_of_one_merge(tmp_path):
+    # one item has an opcode of its own in a list, and in a dict
+    merges = [([97, 98], 256)]
+    assert read(tmp_path, pickle.dumps((BYTES | {256: "ab"}, merges))).merges == ["ab"]
+    content = pickle.dumps(BYTES, 3)[:-1] + b"M\x00\x01X\x02\x00\x00\x00abs" + pickle.dumps(merges, 3)[2:-1] + b"\x86."
+    assert pickle.loads(content) == (BYTES | {256: "ab"}, merges)
+    assert read(tmp_path, content).merges == ["ab"]
+
+
+class Evil:
+    """Its pickle makes the file `owned` in the working directory."""
+
+    def __reduce__(self):
+        return os.system, ("touch owned",)
+
+
+def evil_pickles() -> dict[str, bytes]:
+    """Each is executed by `pickle.loads`, or crashes it."""
+    memo_bomb = (
+        b"\x80\x04" + b"K\x01\x85\x94" + b"".join(b"h" + bytes([n, ord("h"), n]) + b"\x86\x94" for n in range(200))
+    )
+    return {
+        "reduce": pickle.dumps((VOCAB, [Evil()])),
+        "reduce_protocol_0": pickle.dumps((VOCAB, [Evil()]), 0),
+        "reduce_protocol_2": pickle.dumps((VOCAB, [Evil()]), 2),
+        "as_a_key": pickle.dumps({Evil(): 1}),
+        "after_the_tokenizer": pickle.dumps((VOCAB, MERGES))[:-1] + pickle.dumps(Evil())[2:],
+        "global": b"cos\nsystem\n(S'touch owned'\ntR.",
+        "stack_global": b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x0btouch owned\x85R.",
+        "inst": b"(S'touch owned'\nios\nsystem\n.",
+        "obj": b"(cos\nsystem\nS'touch owned'\no.",
+        "newobj": b"\x80\x02cos\nsystem\n(U\x0btouch ownedt\x81.",
+        "newobj_ex": b"\x80\x04cos\nsystem\n\x8c\x0btouch owned\x85}\x92.",
+        "build": b"\x80\x02cos\nsystem\n}b.",
+        "ext1": b"\x80\x02\x82\x01.",
+        "ext2": b"\x80\x02\x83\x01\x00.",
+        "ext4": b"\x80\x02\x84\x01\x00\x00\x00.",
+        "persid": b"Pid\n.",
+        "binpersid": b"\x80\x02U\x02idQ.",
+        "harmless_class": pickle.dumps(collections.OrderedDict(a=1)),
+        "memo": pickle.dumps([[VOCAB] * 2]),
+        "memo_bomb_as_a_key": memo_bomb + b"}h\x63K\x01s.",
+        "dup": b"\x80\x02]2\x86.",
+        "set": pickle.dumps({1, 2}),
+        "bytes": pickle.dumps(b"bytes"),
+        "float": pickle.dumps(1.5),
+        "none": pickle.dumps(None),
+        "long": pickle.dumps(2**80),
+        "protocol_0": pickle.dumps((VOCAB, MERGES), 0),
+    }
+
+
+@pytest.mark.parametrize("name", evil_pickles())
+def test_what_could_run_code_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"it holds \w+ at byte \d+; expected dicts, lists, pairs, whole numbers and strings"
+    ):
+        read(tmp_path, evil_pickles()[name])
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.pkl"]
+
+
+@pytest.mark.parametrize("name", ["reduce", "global", "stack_global", "inst", "obj"])
+def test_those_pickles_are_evil(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pickle.loads(evil_pickles()[name])
+    assert (tmp_path / "owned").exists()
+
+
+def test_deep_pairs_do_not_crash(tmp_path):
+    # as a key they would be hashed, which exhausts the stack of the process
+    deep = b"K\x01" + b"K\x01\x86" * 200_000
+    with pytest.raises(ValueError, match="keys are no whole numbers"):
+        read(tmp_path, b"\x80\x04}" + deep + b"K\x01s.")
+    with pytest.raises(ValueError, match="expected a pair of a dict and a list"):
+        read(tmp_path, b"\x80\x04" + deep + b".")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "pickle exhausted before seeing STOP"),
+        (b"no pickle", "opcode b'n' unknown"),
+        (b"\x80\x04.", "its opcodes do not fit together"),
+        (b"\x80\x04a.", "its opcodes do not fit together"),
+        (b"\x80\x04u.", "its opcodes do not fit together"),
+        (b"\x80\x04}s.", "its opcodes do not fit together"),
+        (b"\x80\x04\x86.", "its opcodes do not fit together"),
+        (b"\x80\x04]K\x01K\x01s.", "sets items of what is no dict"),
+        (b"\x80\x04}(K\x01u.", "sets items of what is no dict, or whose keys"),
+        (b"\x80\x04}(]K\x01u.", "keys are no whole numbers"),
+        (b"\x80\x04}K\x01a.", "appends to what is no list"),
+        (b"\x80\x04X" + struct.pack("<I", 2**32 - 1) + b"aa", "4294967295"),
+    ],
+)
+def test_damaged_pickles(content, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as error:
+        read(tmp_path, content)
+    assert "tokenizer.pkl is no ECG-Byte tokenizer of the reference: " in str(error.value)
+
+
+def test_truncated_anywhere(tmp_path):
+    content = pickle.dumps((VOCAB, MERGES))
+    for length in range(0, len(content), 37):
+        with pytest.raises(ValueError, match="is no ECG-Byte tokenizer of the reference"):
+            read(tmp_path, content[:length])
+
+
+def test_huge_file(tmp_path):
+    with (tmp_path / "huge.pkl").open("wb") as file:
+        file.truncate(100 * MAX_PICKLE_BYTES)
+    with pytest.raises(ValueError, match="it is larger than 16 MiB"):
+        read_ecg_byte_pickle(tmp_path / "huge.pkl")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([VOCAB, MERGES], "expected a pair of a dict and a list"),
+        ((MERGES, VOCAB), "expected a pair of a dict and a list"),
+        (VOCAB, "expected a pair of a dict and a list"),
+        ((VOCAB, ["aa"]), "merge 0 is no pair of a list of bytes and an id"),
+        ((VOCAB, [("aa", 256)]), "merge 0 is no pair of a list of bytes and an id"),
+        ((VOCAB, [([97, "a"], 256)]), "merge 0 is no pair of a list of bytes and an id"),
+        ((VOCAB, [([97, 97], "256")]), "merge 0 does not have the id 256"),
+        ((VOCAB, MERGES[::-1]), "merge 0 does not have the id 256"),
+        ((VOCAB, [([97, 353], 256)]), "merge 0 holds what is no byte"),
+        ((VOCAB, [([97, -1], 256)]), "merge 0 holds what is no byte"),
+        ((VOCAB | {257: "aac"}, MERGES), "merge 1 is 'aab', but vocab has another string as id 257"),
+        ((VOCAB | {257: [VOCAB]}, MERGES), "merge 1 is 'aab', but vocab has another string as id 257"),
+        ((VOCAB, MERGES[:2]), "vocab has 259 entries; expected 256 bytes and 2 merges"),
+        ((VOCAB | {-1: "aa"}, MERGES), "vocab has 260 entries; expected 256 bytes and 3 merges"),
+        (({97: "a"}, MERGES), r"vocab has no single byte '\\x00' as id 0"),
+        ((VOCAB | {97: "b"}, MERGES), "vocab has no single byte 'a' as id 97"),
+        ((BYTES | {256: "AB"}, [([65, 66], 256)]), r"merge 0 \('AB'\) holds 'A'; symbols are a to z"),
+        ((BYTES | {256: "a"}, [([97], 256)]), r"merge 0 \('a'\) has 1 symbol; expected at least 2"),
+        ((BYTES | {256: "aa", 257: "aa"}, [([97, 97], 256), ([97, 97], 257)]), r"merge 1 \('aa'\) is also merge 0"),
+    ],
+)
+def test_what_is_no_tokenizer(content, message, tmp_path):
+    with io.BytesIO() as file:
+        pickler = pickle.Pickler(file)
+        pickler.fast = True  # strings that stand twice here are written out twice
+        pickler.dump(content)
+        with pytest.raises(ValueError, match=message):
+            read(tmp_path, file.getvalue())
+
+
+# elm convert
+
+
+def run(checkpoint: Path, content, *options) -> dict:
+    """The report of `elm convert` on a checkpoint of this content."""
+    torch.save(content, checkpoint)
+    output_dir = checkpoint.parent / "out"
+    main([str(checkpoint), "--output_dir", str(output_dir), *map(str, options)])
+    return json.loads((output_dir / "conversion.json").read_text())
+
+
+def checkpoint_of(weights, prefix=""):
+    """As a run of the reference writes it."""
+    return {
+        "model_state_dict": {prefix + key: tensor for key, tensor in weights.items()},
+        "optimizer_state_dict": {"state": {}, "param_groups": [{"lr": 1e-4}]},
+        "epoch": 1,
+        "step": 2,
+    }
+
+
+def shrunk(shapes):
+    """Shapes of the same encoder with one block of width 64 (its decoder's too), as numbers of the formula."""
+    sizes = {768: 64, 2304: 192, 3072: 256, 256: 64, 1024: 256}
+    patches = {"to_patch_embedding.1", "to_patch_embedding.2"}
+    small = {}
+    for key, shape in shapes.items():
+        if re.search(r"(block|blocks\.)[1-9]", key):
+            continue
+        last = shape[-1:] if any(f"{name}." in key for name in patches) and shape[-1:] != [768] else []
+        small[key] = [sizes.get(size, size) for size in shape[: len(shape) - len(last)]] + last
+        if "to_qkv" in key:
+            small[key][0] = 192
+    return golden_state_dict(small)
+
+
+def basic_merl():
+    """A small ResNet of basic blocks in the reference's layout."""
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    shapes = {"resnet.conv1.weight": [8, 12, 7]}
+    shapes |= {f"resnet.bn1.{name}": [] if "tracked" in name else [8] for name in norm}
+    for conv in (1, 2):
+        shapes[f"resnet.layer1.0.conv{conv}.weight"] = [8, 8, 3]
+        shapes |= {f"resnet.layer1.0.bn{conv}.{name}": [] if "tracked" in name else [8] for name in norm}
+    return golden_state_dict(shapes)
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    return save_tiny_llm(tmp_path_factory.mktemp("llm"), hidden_size=64)
+
+
+def llm_weights(folder, prefix="llm.llm.", rows=None):
+    """New weights of the language model under the reference's names, with a row for `<signal>` or with `rows`."""
+    torch.manual_seed(7)
+    config = AutoConfig.from_pretrained(folder)
+    config.vocab_size = config.vocab_size + 1 if rows is None else rows
+    weights = AutoModelForCausalLM.from_config(config).state_dict()
+    return {prefix + key: tensor.clone() for key, tensor in weights.items()}
+
+
+def test_full_size_encoder_gives_the_golden_tokens(shapes, shared, tmp_path, capsys):
+    content = checkpoint_of(golden_state_dict(shapes["merl"]) | {"proj_t.weight": torch.ones(2)}, "module._orig_mod.")
+    report = run(tmp_path / "merl.pt", content, "--encoder", "merl")
+    assert (report["left_over"], report["missing"]) == ([], [])
+    assert report["not_weights"] == ["optimizer_state_dict", "epoch", "step"]
+    assert report["ignored"] == {"module._orig_mod.proj_t.weight": "of the pretraining, or there twice"}
+    assert report["used"]["module._orig_mod.resnet.conv1.weight"] == "stem.conv.weight"
+    assert "624 used, 1 not needed, 0 missing" in capsys.readouterr().out
+    golden = load_file(shared / "golden/encoders.safetensors")
+    model = ENCODER_MODELS["merl"].from_pretrained(tmp_path / "out").eval()
+    assert (model.config.block, list(model.config.depths)) == ("bottleneck", [3, 4, 23, 3])
+    with torch.no_grad():
+        tokens = model(golden["input"]).last_hidden_state.transpose(1, 2)
+    pooled, expected = torch.nn.functional.adaptive_avg_pool1d(tokens, 5).transpose(1, 2), golden["merl.tokens5"]
+    assert (pooled - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["mlae", "mtae", "st_mem"])
+def test_other_full_size_encoders_give_the_golden_tokens(kind, shapes, shared, tmp_path):
+    report = run(tmp_path / "encoder.pt", checkpoint_of(golden_state_dict(shapes[kind])), "--encoder", kind)
+    assert (report["left_over"], report["missing"]) == ([], [])
+    golden = load_file(shared / "golden/encoders.safetensors")
+    model = ENCODER_MODELS[kind].from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        tokens = model(golden["input"]).last_hidden_state.transpose(1, 2)
+    pooled, expected = torch.nn.functional.adaptive_avg_pool1d(tokens, 5).transpose(1, 2), golden[f"{kind}.tokens5"]
+    assert (pooled - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["mlae", "mtae", "st_mem"])
+def test_sizes_of_an_encoder_are_told_by_its_weights(kind, shapes, tmp_path):
+    weights = shrunk(shapes[kind])
+    run(tmp_path / "encoder.pt", checkpoint_of(weights), "--encoder", kind)
+    model = ENCODER_MODELS[kind].from_pretrained(tmp_path / "out")
+    config = model.config
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.mlp_ratio) == (64, 1, 1, 4)
+    assert (config.num_leads, config.num_samples, config.patch_size) == (12, 2500, 1 if kind == "mlae" else 100)
+    assert model.dtype == torch.float32
+    for name, tensor in convert_state_dict(kind, weights).items():
+        assert torch.equal(model.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("kind", CONNECTOR_KEYS)
+def test_whole_elms_give_the_golden_features(kind, shapes, shared, llm, tmp_path):
+    golden = load_file(shared / "golden/encoders.safetensors")
+    llava = kind in ("linear", "mlp")
+    weights = llm_weights(llm)
+    elm = {"linear": "llava", "mlp": "mlp_llava", "flat": "base_elf", "patch": "fuyu", "conv": "conv_elf"}[kind]
+    options = ["--llm", llm, "--elm", elm]
+    if llava:  # one block of full width
+        encoder = {key: shape for key, shape in shapes["st_mem"].items() if not re.search(r"block[1-9s]", key)}
+        weights |= {f"encoder.{key}": tensor for key, tensor in golden_state_dict(encoder).items()}
+        options += ["--encoder", "st_mem", "--num_encoder_tokens", 5]
+    elif kind == "conv":
+        options += ["--num_encoder_tokens", 50]
+    connector = golden_state_dict(shapes[kind])
+    weights |= {f"{'projection' if llava else 'project_layer'}.{key}": tensor for key, tensor in connector.items()}
+    content = checkpoint_of(weights | {"loss_scale": torch.ones(1)}, "module.")
+    report = run(tmp_path / "elm.pt", content, *options)
+    assert (report["left_over"], report["missing"]) == (["module.loss_scale"], [])
+    assert len(report["used"]) + len(report["ignored"]) + 1 == len(content["model_state_dict"])
+    model, processor = load_elm(str(tmp_path / "out"))
+    tokens = golden["st_mem.tokens5"]
+    with torch.no_grad():
+        features = model.model.connector(tokens) if llava else model.get_ecg_features(golden["input"])
+    expected = load_file(shared / "golden/connectors.safetensors")[kind].reshape(features.shape)
+    assert (features - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert torch.equal(model.lm_head.weight, weights["llm.llm.lm_head.weight"])
+    extractor = processor.feature_extractor
+    assert (extractor.normalization, tuple(extractor.lead_names)) == ("minmax", REFERENCE_LEADS)
+    assert processor.num_ecg_tokens == (5 if llava else 1 if kind == "flat" else 50)
+
+
+def fuyu(llm, **changes):
+    """A whole ELM of 12 x 500 samples in 5 patches."""
+    connector = {"projection.weight": [64, 1200], "projection.bias": [64]}
+    return llm_weights(llm, **changes) | {
+        f"project_layer.{key}": tensor for key, tensor in golden_state_dict(connector).items()
+    }
+
+
+FUYU = ["--elm", "patch_elf", "--segment_len", 500]
+
+
+def test_both_kinds_load_in_a_fresh_process(llm, tmp_path):
+    (tmp_path / "encoder").mkdir()
+    run(tmp_path / "encoder/merl.pt", checkpoint_of(basic_merl()), "--encoder", "merl", "--segment_len", 500)
+    weights = llm_weights(llm) | {f"encoder.{key}": tensor for key, tensor in basic_merl().items()}
+    connector = {"weight": [64, 8], "bias": [64]}
+    weights |= {f"projection.projection.{key}": tensor for key, tensor in golden_state_dict(connector).items()}
+    options = ["--llm", llm, "--elm", "llava", "--encoder", "merl", "--segment_len", 500, "--num_encoder_tokens", 3]
+    run(tmp_path / "elm.pt", weights, *options, "--lead_names", *STANDARD_LEADS, "--dtype", "bfloat16")
+    code = """
+import numpy as np, torch
+from transformers import AutoFeatureExtractor, AutoModel, AutoModelForCausalLM, AutoProcessor
+encoder = AutoModel.from_pretrained("encoder/out", trust_remote_code=True).eval()
+extractor = AutoFeatureExtractor.from_pretrained("encoder/out", trust_remote_code=True)
+print(extractor.normalization, extractor.num_samples, *extractor.lead_names[3:5])
+print(encoder(torch.ones(1, 12, 500)).last_hidden_state.double().sum().item())
+model = AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("out", trust_remote_code=True)
+ecg = {"array": np.random.default_rng(0).normal(size=(12, 500)), "sampling_rate": 250}
+chat = [{"role": "user", "content": [{"type": "ecg", "ecg": ecg}, {"type": "text", "text": "Rhythm?"}]}]
+inputs = processor.apply_chat_template(
+    chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+print(model.dtype, (inputs["input_ids"] == model.config.ecg_token_id).sum().item(), processor.feature_extractor.lead_names[3])
+print(inputs["ecg_values"].min().item(), round(inputs["ecg_values"].max().item(), 3))
+answer = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+print(answer.shape[1] > inputs["input_ids"].shape[1])
+"""
+    for folder, words in (("encoder/out", "`merl.pt`, a checkpoint"), ("out", "\n- 500 samples a lead")):
+        card = ModelCard.load(tmp_path / folder / "README.md")
+        assert card_errors(str(card)) == []
+        assert words in card.text
+        assert str(tmp_path) not in card.text
+    extractor, encoded, *elm = run_isolated(code, tmp_path).splitlines()
+    assert extractor == "minmax 500 aVL aVR"
+    assert elm == ["torch.bfloat16 3 aVR", "0.0 1.0", "True"]
+    model = ENCODER_MODELS["merl"](ENCODER_CONFIGS["merl"](block="basic", depths=[1], widths=[8])).eval()
+    model.load_state_dict(convert_state_dict("merl", basic_merl()))
+    expected = model(torch.ones(1, 12, 500)).last_hidden_state.double().sum().item()
+    assert float(encoded) == pytest.approx(expected, rel=1e-5)
+
+
+def test_lora_checkpoints_give_what_peft_gave(llm, tmp_path):
+    """Of DDP and compile, with PEFT's names."""
+    base = AutoModelForCausalLM.from_pretrained(llm)
+    base.resize_token_embeddings(base.config.vocab_size + 1)
+    torch.manual_seed(1)
+    adapted = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj", "down_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    weights = {f"llm._orig_mod.llm.{key}": tensor.clone() for key, tensor in adapted.state_dict().items()}
+    weights |= {key: tensor for key, tensor in fuyu(llm).items() if key.startswith("project_layer.")}
+    report = run(tmp_path / "elm.pt", checkpoint_of(weights, "module."), "--llm", llm, *FUYU)
+    assert (report["left_over"], report["missing"]) == ([], [])
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    ours = "model.language_model.layers.0.self_attn.q_proj.weight"
+    assert report["used"][f"module.llm._orig_mod.llm.{layer}.base_layer.weight"] == ours
+    assert report["used"][f"module.llm._orig_mod.llm.{layer}.lora_A.default.weight"] == f"{ours} (merged)"
+    assert any("LoRA of rank 16 has alpha 32" in line for line in report["assumed"])
+    model, processor = load_elm(str(tmp_path / "out"))
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, adapted(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
+        with adapted.disable_adapter():
+            assert (model(input_ids=ids).logits - adapted(input_ids=ids).logits).abs().max() > 0.1
+    assert processor.num_ecg_tokens == 5
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_smaller_vocabulary_keeps_its_rows(tied, llm, tmp_path):
+    if tied:
+        llm = save_tiny_llm(tmp_path / "llm", "qwen2_5", hidden_size=64)
+    rows = AutoConfig.from_pretrained(llm).vocab_size - 2
+    weights = fuyu(llm, rows=rows)
+    report = run(tmp_path / "elm.pt", weights, "--llm", llm, *FUYU)
+    assert any(f"has {rows} rows; the other 3 of {rows + 3}" in line for line in report["assumed"])
+    model, _ = load_elm(str(tmp_path / "out"))
+    embeddings = model.get_input_embeddings().weight
+    assert embeddings.shape[0] == rows + 3
+    assert torch.equal(embeddings[:rows], weights["llm.llm.model.embed_tokens.weight"])
+    assert torch.equal(model.lm_head.weight[:rows], weights["llm.llm.lm_head.weight"])
+    base = AutoModelForCausalLM.from_pretrained(llm).get_input_embeddings().weight
+    assert torch.equal(embeddings[rows : rows + 2], base[rows:])
+
+
+def test_added_tokens_are_found_by_name(llm, tmp_path):
+    rows = AutoConfig.from_pretrained(llm).vocab_size
+    weights = fuyu(llm, rows=rows + 3)
+    with pytest.raises(ValueError, match=rf"has {rows + 3} rows.*<signal> needs {rows + 1}.*--added_tokens"):
+        run(tmp_path / "elm.pt", weights, "--llm", llm, *FUYU)
+    run(tmp_path / "elm.pt", weights, "--llm", llm, *FUYU, "--added_tokens", "<think>", "</think>", "<signal>")
+    model, processor = load_elm(str(tmp_path / "out"))
+    theirs = weights["llm.llm.model.embed_tokens.weight"]
+    for place, token in enumerate(["<think>", "</think>", "<signal>"]):
+        row = model.get_input_embeddings().weight[processor.tokenizer.convert_tokens_to_ids(token)]
+        assert torch.equal(row, theirs[rows + place])
+
+
+@pytest.fixture(scope="module")
+def ecg_byte(tmp_path_factory):
+    """A tokenizer of three merges."""
+    folder = tmp_path_factory.mktemp("ecg_byte")
+    ECGByteTokenizer(["nn", "nnn", "ab"]).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("order", [["signal_*", "<signal>"], ["<signal>", "<think>", "signal_*"]])
+@pytest.mark.parametrize("tied", [False, True])
+def test_symbolic_elms(tied, order, llm, ecg_byte, tmp_path):
+    """Each token of an ECG gets the row that it had, in the order that the user says: the next token is the reference's."""
+    if tied:
+        llm = save_tiny_llm(tmp_path / "llm", "qwen2_5", hidden_size=64)
+    first = AutoConfig.from_pretrained(llm).vocab_size
+    names = [name for token in order for name in ([f"signal_{k}" for k in range(259)] if "*" in token else [token])]
+    weights = llm_weights(llm, rows=first + len(names))
+    options = ["--llm", llm, "--elm", "ecg_byte", "--ecg_tokenizer", ecg_byte, "--segment_len", 50]
+    report = run(tmp_path / "elm.pt", checkpoint_of(weights), *options, "--added_tokens", *order)
+    assert (report["left_over"], report["missing"]) == ([], [])
+    assert any(f"in the order {' '.join(order)}, signal_* being signal_0 to signal_258" in e for e in report["assumed"])
+    model, processor = load_elm(str(tmp_path / "out"))
+    ecg = {"array": np.linspace(-1, 1, 600).reshape(12, 50), "sampling_rate": 250, "lead_names": REFERENCE_LEADS}
+    chat = [{"role": "user", "content": [{"type": "ecg", "ecg": ecg}, {"type": "text", "text": "Rhythm?"}]}]
+    ids = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")["input_ids"]
+    tokens = processor.tokenizer.convert_ids_to_tokens(ids[0])
+    assert {"signal_256", "signal_257", "signal_122"} <= set(tokens)  # nn, nnn, z
+    # the same text with the reference's ids
+    theirs = [first + names.index(token) if token in names else id for token, id in zip(tokens, ids[0], strict=True)]
+    config = AutoConfig.from_pretrained(llm)
+    config.vocab_size = first + len(names)
+    reference = AutoModelForCausalLM.from_config(config).eval()
+    reference.load_state_dict({key.removeprefix("llm.llm."): tensor for key, tensor in weights.items()})
+    with torch.no_grad():
+        expected = reference(input_ids=torch.tensor([theirs])).logits
+        found = model.eval()(input_ids=ids).logits
+    torch.testing.assert_close(found[..., :first], expected[..., :first], rtol=1e-5, atol=1e-5)
+    for token in ("signal_97", "signal_258", "<signal>"):
+        ours = found[..., processor.tokenizer.convert_tokens_to_ids(token)]
+        torch.testing.assert_close(ours, expected[..., first + names.index(token)], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--elm", "ecg_byte"], r"does not say which of its rows is which token.*--ecg_tokenizer.*--added_tokens"),
+        (["--elm", "ecg_byte", "--ecg_tokenizer"], r"does not say which of its rows"),
+        (["--elm", "ecg_byte", "--added_tokens", "signal_*"], r"does not say which of its rows"),
+        (
+            ["--elm", "ecg_byte", "--added_tokens", "signal_*", "--ecg_tokenizer"],
+            r"needs 519; check --llm and --ecg_tokenizer",
+        ),
+        ([*FUYU, "--added_tokens", "signal_*"], r"signal_\* is of symbolic ELMs"),
+        ([*FUYU, "--added_tokens", "<signal>", "<signal>"], r"--added_tokens has <signal> more than once"),
+        ([*FUYU, "--lora_alpha", "nan"], r"--lora_alpha is nan; expected a positive number"),
+    ],
+)
+def test_added_tokens_that_do_not_fit(options, message, llm, ecg_byte, tmp_path):
+    rows = AutoConfig.from_pretrained(llm).vocab_size + 200
+    options = [*options, ecg_byte] if options[-1] == "--ecg_tokenizer" else options
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "elm.pt", llm_weights(llm, rows=rows), "--llm", llm, *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_some_of_the_added_tokens_are_not_guessed(llm, tmp_path):
+    rows = AutoConfig.from_pretrained(llm).vocab_size
+    with pytest.raises(ValueError, match=rf"has {rows + 1} rows.*<think> </think> <signal> needs {rows + 3}"):
+        run(tmp_path / "elm.pt", fuyu(llm), "--llm", llm, *FUYU, "--added_tokens", "<think>", "</think>", "<signal>")
+
+
+def test_a_token_that_the_language_model_has(llm, tmp_path):
+    with pytest.raises(ValueError, match=r"--added_tokens <\|eot_id\|>: --llm .* has it already"):
+        run(tmp_path / "elm.pt", fuyu(llm), "--llm", llm, *FUYU, "--added_tokens", "<|eot_id|>", "<signal>")
+
+
+def test_tokenizer_that_keeps_within_leads(llm, tmp_path):
+    """It has tokens that name leads, which the reference's checkpoints have not."""
+    ECGByteTokenizer(["nn"], across_leads=False).save_pretrained(tmp_path / "ecg_byte")
+    options = [
+        "--llm",
+        llm,
+        "--elm",
+        "ecg_byte",
+        "--ecg_tokenizer",
+        tmp_path / "ecg_byte",
+        "--added_tokens",
+        "signal_*",
+    ]
+    with pytest.raises(ValueError, match="keeps within leads"):
+        run(tmp_path / "elm.pt", llm_weights(llm), *options)
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        (
+            "resnet.conv1.weight",
+            lambda t: torch.tensor(1.0),
+            r"stem\.conv\.weight of the merl weights is \[\]; expected 3",
+        ),
+        ("resnet.conv1.weight", lambda t: t[:0], r"is \[0, 12, 7\]; expected 3 dimensions, none of them empty"),
+        ("resnet.bn1.weight", lambda t: t * torch.nan, r"stem\.norm\.weight has NaN or infinite values"),
+        ("resnet.bn1.weight", lambda t: t.to(torch.int8), r"stem\.norm\.weight is of torch\.int8 .*expected floats"),
+    ],
+)
+def test_weights_that_are_none(key, change, message, tmp_path):
+    weights = basic_merl()
+    weights[key] = change(weights[key])
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "merl.pt", weights, "--encoder", "merl", "--segment_len", 500)
+
+
+def test_blocks_that_are_missing(tmp_path):
+    weights = basic_merl()
+    weights["resnet.layer1.3000.conv1.weight"] = torch.ones(8, 8, 3)
+    with pytest.raises(ValueError, match=r"has the index 3000, and there are .* others are missing"):
+        run(tmp_path / "merl.pt", weights, "--encoder", "merl", "--segment_len", 500)
+
+
+@pytest.mark.parametrize("model_type", ["clip_vision_model", "siglip2_vision_model", "vit"])
+def test_vision_backbones(model_type, llm, tmp_path):
+    """Weights under the names that transformers had when the reference was trained."""
+    torch.manual_seed(3)
+    folder = tmp_path / "backbone"
+    if model_type == "vit":
+        config = tiny_vision_config("vit", encoder_stride=32)
+        model = ViTForMaskedImageModeling(config)
+    else:
+        text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+        vision = tiny_vision_config(model_type).to_dict()
+        if model_type == "clip_vision_model":
+            model = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=24))
+        else:
+            model = Siglip2Model(Siglip2Config(vision_config=vision, text_config=text))
+    model.save_pretrained(folder)
+    tiny_image_processor(model_type).image_processor.save_pretrained(folder)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path / "trained")  # transformers writes them under the older names
+    trained = load_file(tmp_path / "trained/model.safetensors")
+    older = {
+        "clip_vision_model": "vision_model.encoder.layers.0.self_attn.q_proj.weight",
+        "siglip2_vision_model": "vision_model.head.attention.in_proj_weight",
+        "vit": "vit.encoder.layer.0.attention.attention.query.weight",
+    }
+    assert older[model_type] in trained
+    width = 24 if model_type == "clip_vision_model" else 32
+    weights = llm_weights(llm) | {f"encoder.vision_encoder.{key}": tensor for key, tensor in trained.items()}
+    weights |= {"projection.projection.weight": torch.ones(64, width), "projection.projection.bias": torch.ones(64)}
+    options = ["--llm", llm, "--elm", "llava", "--encoder_name_or_path", folder, "--data_representation", "rgb"]
+    report = run(tmp_path / "elm.pt", weights, *options)
+    assert report["left_over"] == []
+    left_out = "of the masked pretraining" if model_type == "vit" else "of the text tower"
+    assert set(report["ignored"].values()) == {left_out}
+    missing = [f"model.encoder.pooler.dense.{name}" for name in ("bias", "weight")]
+    assert report["missing"] == (missing if model_type == "vit" else [])
+    elm, processor = load_elm(str(tmp_path / "out"))
+    tower = elm.model.encoder.state_dict()
+    source = {"vit": getattr(model, "vit", None), "siglip2_vision_model": getattr(model, "vision_model", None)}
+    source = (source.get(model_type) or model).state_dict()
+    assert all(torch.equal(tensor, source[name]) for name, tensor in tower.items() if not name.startswith("pooler."))
+    if model_type == "siglip2_vision_model":
+        record = {"array": np.random.default_rng(0).normal(size=(12, 2500)), "sampling_rate": 250}
+        inputs = processor(text="<signal>", ecgs=[record], return_tensors="pt")
+        pixels = {name: inputs[name] for name in ("pixel_values", "pixel_attention_mask", "spatial_shapes")}
+        with torch.no_grad():
+            expected = model.get_image_features(**pixels).pooler_output
+            found = elm.get_ecg_features(**pixels)
+        connector = elm.model.connector
+        torch.testing.assert_close(found.reshape(1, -1), connector(expected).reshape(1, -1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], r"--encoder is None; expected one of merl, mlae"),
+        (["--encoder", "vit"], r"--encoder is vit; expected one of merl, mlae"),
+        (["--encoder", "st_mem"], r"no entry for embeddings\.lead_embeddings, .* which a st_mem encoder needs"),
+        (["--encoder", "merl", "--llm", "nowhere"], "holds no language model.*leave --llm out"),
+        (["--encoder", "merl", "--lead_names", "I", "II"], "are of 12 leads, and --lead_names are 2"),
+        (["--encoder", "merl", "--representation", "rgb"], "holds no language model.*leave --representation rgb out"),
+    ],
+)
+def test_options_that_do_not_fit_an_encoder(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "merl.pt", checkpoint_of(basic_merl()), *options)
+    assert [path.name for path in tmp_path.iterdir()] == ["merl.pt"]
+
+
+def test_segment_of_another_length(shapes, tmp_path):
+    for kind, message in (
+        ("st_mem", "of 2500 samples, and --segment_len is 1250"),
+        ("mtae", "25 patches of 1200 values"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path / "e.pt", shrunk(shapes[kind]), "--encoder", kind, "--segment_len", 1250)
+
+
+@pytest.mark.parametrize(
+    ("drop", "options", "message"),
+    [
+        (None, [], r"holds a language model.*--llm"),
+        ("project_layer.projection.bias", ["--llm"], r"no entry for projection\.bias, which the patch connector"),
+        ("llm.llm.lm_head.weight", ["--llm"], r"no entry for lm_head\.weight, which --llm"),
+        ("llm.llm.model.norm.weight", ["--llm"], r"no entry for model\.language_model\.norm\.weight"),
+        (None, ["--llm", "--num_encoder_tokens", 4], "makes 5 tokens of 12 leads x 500 samples"),
+        (None, ["--llm", "--segment_len", 550], r"makes 5\.5 tokens of 12 leads x 550 samples"),
+        (None, ["--llm", "--elm", "llava", "--encoder_name_or_path", "here"], "leave --encoder_name_or_path out"),
+        (None, ["--llm", "--elm", "llava"], "--encoder is missing"),
+        (None, ["--llm", "--elm", "llava", "--encoder", "merl"], r"no entry for stages|no entry for stem"),
+        (None, ["--llm", "--elm", "conv_elf"], r"no entry for conv1\.bias"),
+    ],
+)
+def test_what_is_missing_is_an_error_and_nothing_is_written(drop, options, message, llm, tmp_path):
+    weights = fuyu(llm)
+    if drop is not None:
+        del weights[drop]
+    options = [part for option in options for part in ((option, llm) if option == "--llm" else (option,))]
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "elm.pt", checkpoint_of(weights), *FUYU, *options)
+    assert [path.name for path in tmp_path.iterdir()] == ["elm.pt"]
+
+
+def test_a_language_model_of_another_size(llm, tmp_path):
+    other = save_tiny_llm(tmp_path / "other", hidden_size=32)
+    with pytest.raises(ValueError, match=r"is \[64.*\] in the checkpoint and \[32.*\] in the model; check --llm"):
+        run(tmp_path / "elm.pt", fuyu(llm), "--llm", other, *FUYU)
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_dir(tmp_path):
+    with pytest.raises(ValueError, match="--output_dir is missing"):
+        main([str(tmp_path / "merl.pt"), "--encoder", "merl"])
+    (tmp_path / "out").mkdir()
+    report = run(tmp_path / "merl.pt", basic_merl(), "--encoder", "merl")  # an empty folder is taken
+    assert report["not_weights"] == []
+    before = (tmp_path / "out/model.safetensors").stat()
+    with pytest.raises(ValueError, match="is not empty; name a new folder"):
+        run(tmp_path / "merl.pt", basic_merl(), "--encoder", "merl")
+    assert (tmp_path / "out/model.safetensors").stat() == before
+
+
+def test_a_hostile_checkpoint_executes_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"hostile\.pt is refused.*Nothing of it was executed"):
+        run(tmp_path / "hostile.pt", {"model_state_dict": basic_merl(), "epoch": Evil()}, "--encoder", "merl")
+    assert [path.name for path in tmp_path.iterdir()] == ["hostile.pt"]
+
+
+def test_the_widest_dtype_unless_another_is_said(llm, tmp_path):
+    weights = {key: tensor.bfloat16() if key.startswith("llm.") else tensor for key, tensor in fuyu(llm).items()}
+    report = run(tmp_path / "elm.pt", weights, "--llm", llm, *FUYU)
+    assert any("all weights become torch.float32" in line for line in report["assumed"])
+    saved = load_file(tmp_path / "out/model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert torch.equal(saved["model.connector.projection.weight"], weights["project_layer.projection.weight"])
+    shutil.rmtree(tmp_path / "out")
+    run(tmp_path / "elm.pt", weights, "--llm", llm, *FUYU, "--dtype", "bfloat16")
+    saved = load_file(tmp_path / "out/model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+
+
+def test_a_failure_while_saving_leaves_nothing(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError("no space left on the disk")
+
+    monkeypatch.setattr("elm_ecg.training.sharing.convert.write_text", full)
+    with pytest.raises(OSError, match="no space left"):
+        run(tmp_path / "merl.pt", basic_merl(), "--encoder", "merl")
+    assert [path.name for path in tmp_path.iterdir()] == ["merl.pt"]

@@ -1,0 +1,289 @@
+"""`elm chat`: ask an ELM about ECGs in the terminal."""
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import sys
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, set_seed
+
+from elm_ecg.ecg_drawing import ECGPaper
+from elm_ecg.training.apps.conversation import (
+    DISCLAIMER,
+    PromptCache,
+    ShownECG,
+    add_arguments,
+    read_for_model,
+    read_system_prompt,
+    stream_answer,
+    user_turn,
+)
+from elm_ecg.training.apps.plot import save_picture
+from elm_ecg.training.files import write_text
+
+try:
+    import readline
+except ImportError:  # not on Windows
+    readline = None  # type: ignore[assignment]
+
+HISTORY_LENGTH = 1000
+# what a model writes shall not steer the terminal
+CONTROL_CHARACTERS = dict.fromkeys({*range(32), *range(127, 160)} - {9, 10}, "\N{REPLACEMENT CHARACTER}")
+HELP = """\
+/ecg FILE [FILE ...]  ECGs that the next question is about; without FILE, those of the chat
+    [--start SECOND]  where the part that the model sees begins, of a longer record
+    [--sampling_rate HZ] [--unit UNIT] [--lead_names LEAD ...]  where the file does not say
+/plot [FILE.png]      draw the ECGs of the chat, as PNG or SVG
+/save FILE.json       write the chat as a row of a dataset
+/clear                begin a new chat
+/help                 this list
+/quit                 or Ctrl-D; Ctrl-C stops an answer
+Anything else is a question."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Tells of an error instead of ending the chat."""
+
+    def error(self, message: str) -> Any:
+        raise ValueError(f"{self.prog}: {message}. /help lists the commands.")
+
+
+def _ecg_parser() -> CommandParser:
+    parser = CommandParser(prog="/ecg", add_help=False, allow_abbrev=False)
+    parser.add_argument("files", type=Path, nargs="*", metavar="FILE")
+    parser.add_argument("--start", type=float)
+    parser.add_argument("--sampling_rate", type=float)
+    parser.add_argument("--unit")
+    parser.add_argument("--lead_names", nargs="+")
+    return parser
+
+
+class Chat:
+    """A conversation with a loaded ELM, and its commands.
+
+    Args:
+        name: of the model, for people.
+        generation: `max_new_tokens` and `temperature` of `stream_answer`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        name: str,
+        system_prompt: str | None = None,
+        **generation: Any,
+    ) -> None:
+        self.model, self.processor, self.name = model, processor, name
+        self.system_prompt, self.generation = system_prompt, generation
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets the questions, the answers and the ECGs."""
+        self.messages: list[dict[str, Any]] = []
+        if self.system_prompt is not None:
+            self.messages.append({"role": "system", "content": [{"type": "text", "text": self.system_prompt}]})
+        self.ecgs: list[ShownECG] = []
+        self.num_asked = 0  # of the ECGs that stand in the messages
+        self.cache = PromptCache()
+
+    def ask(self, question: str) -> Generator[str, None, None]:
+        """The answer, piece by piece. It is remembered as far as it came; without one, the question is not."""
+        turn = user_turn(question, self.ecgs[self.num_asked :])
+        answer = ""
+        with contextlib.closing(
+            stream_answer(self.model, self.processor, [*self.messages, turn], cache=self.cache, **self.generation)
+        ) as pieces:
+            try:
+                for piece in pieces:
+                    answer += piece
+                    yield piece
+            finally:
+                if answer:
+                    reply = {"role": "assistant", "content": [{"type": "text", "text": answer.strip()}]}
+                    self.messages += [turn, reply]
+                    self.num_asked = len(self.ecgs)
+
+    def row(self) -> dict[str, Any]:
+        """The chat as a row of a dataset, with its ECGs as the model saw them."""
+        ecgs = [
+            {
+                # the shortest numbers that are these float32
+                "array": ecg.record.array.astype(np.float32).astype(str).astype(np.float64).tolist(),
+                "sampling_rate": ecg.record.sampling_rate,
+                "lead_names": list(ecg.record.lead_names),
+                "unit": "mV",
+            }
+            for ecg in self.ecgs[: self.num_asked]
+        ]
+        messages = []
+        for message in self.messages:
+            parts = [{"type": "ecg"} if part["type"] == "ecg" else part for part in message["content"]]
+            messages.append({"role": message["role"], "content": parts})
+        return {"ecg": ecgs, "messages": messages, "model": self.name}
+
+    def command(self, line: str) -> bool:
+        """Runs a line that begins with a slash, and prints what came of it. Returns whether the chat goes on.
+
+        Raises:
+            ValueError, OSError, ImportError: the command is unknown or cannot be done.
+        """
+        verb, *arguments = shlex.split(line)
+        if verb == "/ecg":
+            self._ecg(arguments)
+        elif verb == "/plot":
+            self._plot(_one(verb, arguments, "FILE.png") if arguments else None)
+        elif verb == "/save":
+            self._save(_one(verb, arguments, "FILE.json"))
+        elif verb in ("/clear", "/help", "/quit"):
+            if arguments:
+                raise ValueError(f"{verb} takes nothing behind it, but {' '.join(arguments)!r} stands there.")
+            if verb == "/clear":
+                self.clear()
+                print("A new chat, without ECG.")
+            elif verb == "/help":
+                print(HELP)
+            return verb != "/quit"
+        else:
+            raise ValueError(f"There is no command {verb}. /help lists the commands.")
+        return True
+
+    def _ecg(self, arguments: list[str]) -> None:
+        args = _ecg_parser().parse_args(arguments)
+        described = {name: getattr(args, name) for name in ("sampling_rate", "unit", "lead_names")}
+        # all or none
+        ecgs = [read_for_model(self.processor, path.expanduser(), args.start, **described) for path in args.files]
+        self.ecgs += ecgs
+        for ecg in ecgs or self.ecgs:
+            print(f"{ecg.name}: {ecg.facts}")
+        if not self.ecgs:
+            print("The chat has no ECG. /ecg FILE reads one.")
+
+    def _plot(self, path: Path | None) -> None:
+        if not self.ecgs:
+            raise ValueError("The chat has no ECG to draw. /ecg FILE reads one.")
+        if path is not None and path.suffix.lower() not in (".png", ".svg"):
+            raise ValueError(f"/plot: {path} is no .png or .svg file.")
+        paper = ECGPaper()
+        for index, ecg in enumerate(self.ecgs):
+            output = path or Path(f"{Path(ecg.name).stem}.png")
+            if len(self.ecgs) > 1:
+                output = output.with_stem(f"{output.stem}-{index + 1}")
+            caption = f"{ecg.name}, {paper.speed:g} mm/s, {paper.gain:g} mm/mV, {ecg.record.sampling_rate:g} Hz"
+            save_picture(output, ecg.record, paper, caption)
+            print(f"Picture of {ecg.name} in {output.resolve()}")
+
+    def _save(self, path: Path) -> None:
+        if path.suffix.lower() not in (".json", ".jsonl"):
+            raise ValueError(f"/save: {path} is no .json file.")
+        if all(message["role"] == "system" for message in self.messages):
+            raise ValueError("Nothing was asked yet, so there is no chat to save.")
+        write_text(path, json.dumps(self.row(), ensure_ascii=False) + "\n")
+        print(f"Chat in {path.resolve()}")
+
+
+def _one(verb: str, arguments: list[str], expected: str) -> Path:
+    if len(arguments) != 1:
+        raise ValueError(f"{verb} takes one {expected}, and {len(arguments)} names stand there.")
+    path = Path(arguments[0]).expanduser()
+    if not path.parent.is_dir():
+        raise ValueError(f"{verb}: there is no folder {path.parent}.")
+    return path
+
+
+def history_path() -> Path:
+    """Where the lines that were typed are kept, for this user alone."""
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "elm" / "chat_history"
+
+
+@contextlib.contextmanager
+def _history() -> Iterator[None]:
+    """Lines of earlier chats at the arrow keys, and file names at the tab key."""
+    if readline is None or not sys.stdin.isatty():
+        yield
+        return
+    readline.parse_and_bind("tab: complete")
+    readline.set_completer_delims(" ")  # else a file name ends at its slashes
+    path = history_path()
+    with contextlib.suppress(OSError):
+        readline.read_history_file(path)
+    try:
+        yield
+    finally:
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+            path.chmod(0o600)
+            readline.set_history_length(HISTORY_LENGTH)
+            readline.write_history_file(path)
+            path.chmod(0o600)
+        except OSError as error:
+            print(f"The lines that you typed are not kept: {error}", file=sys.stderr)
+
+
+def run(chat: Chat) -> None:
+    """Reads lines until /quit or their end."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = input(prompt).strip()
+        except EOFError:
+            if prompt:
+                print()
+            return
+        except KeyboardInterrupt:
+            print("\nCtrl-D or /quit ends the chat.")
+            continue
+        try:
+            if line.startswith("/"):
+                if not chat.command(line):
+                    return
+            elif line:
+                with contextlib.closing(chat.ask(line)) as answer:
+                    answered = False
+                    for piece in answer:
+                        print(piece.translate(CONTROL_CHARACTERS), end="", flush=True)
+                        answered = True
+                    print("" if answered else "(no answer)")
+        except KeyboardInterrupt:
+            print("\n(stopped)")
+        except Exception as error:  # whatever it is, the chat goes on
+            print(f"Error: {error}", file=sys.stderr, flush=True)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="elm chat", usage="elm chat MODEL [options]", description=f"{__doc__} {DISCLAIMER}"
+    )
+    add_arguments(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    system_prompt = read_system_prompt(args.system_prompt)
+    from elm_ecg.training.build import load_elm  # late: --help need not wait for it
+
+    set_seed(args.seed)
+    model, processor = load_elm(args.model, args.revision, dtype=args.dtype)
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]  # a wrapped method
+    extractor = processor.feature_extractor
+    seconds, leads = extractor.num_samples / extractor.sampling_rate, len(extractor.lead_names)
+    reads = f"It reads ECGs of {leads} leads and {seconds:g} s." if processor.takes_ecgs else "It reads no ECG."
+    print(f"{args.model}: {reads} /help lists the commands.\n{DISCLAIMER}\n", flush=True)
+    name = Path(args.model).name if Path(args.model).exists() else args.model
+    chat = Chat(model, processor, name, system_prompt, max_new_tokens=args.max_new_tokens, temperature=args.temperature)
+    with _history():
+        run(chat)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""`elm plot`: ECG files drawn on ECG paper, as PNG or SVG."""
+
+import argparse
+import math
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+from elm_ecg.ecg_drawing import LAYOUTS, ECGPaper, draw_ecg, ecg_svg, page_height, page_width
+from elm_ecg.ecg_utils import ECGRecord, read_ecg, select_leads
+from elm_ecg.training.files import atomic_path, write_text
+
+DEFAULT_WIDTH = 1600  # pixels
+# more is too thin to read in one picture
+MAX_SECONDS = 20.0
+DEFAULT_SECONDS = 10.0
+
+
+def save_picture(
+    path: Path,
+    record: ECGRecord,
+    paper: ECGPaper,
+    caption: str,
+    width: int = DEFAULT_WIDTH,
+    height: int | None = None,
+) -> None:
+    """Draws a record into a .svg, else into a PNG, which has the resolution that prints it in millimetres of paper.
+
+    Args:
+        width, height: of the PNG in pixels. None: the height of the page's own proportions.
+
+    Raises:
+        ValueError: as `draw_ecg`.
+    """
+    if path.suffix.lower() == ".svg":
+        write_text(path, ecg_svg(record, paper, caption))
+        return
+    scale = width / page_width(paper, record.array.shape[1] / record.sampling_rate)
+    if height is None:
+        height = max(1, round(scale * page_height(paper, record.lead_names)))
+    picture = draw_ecg(record, height, width, paper, caption)
+    with atomic_path(path) as temporary:
+        picture.save(temporary, "PNG", dpi=(25.4 * scale, 25.4 * scale))
+
+
+def time_span(record: ECGRecord, start: float, seconds: float | None) -> slice:
+    """The samples from `start` on, in seconds; as far as there are any.
+
+    Args:
+        seconds: None for all that follow, or for `DEFAULT_SECONDS` where these are more than `MAX_SECONDS`.
+
+    Raises:
+        ValueError: no sample lies there.
+    """
+    rate, num_samples = record.sampling_rate, record.array.shape[1]
+    duration = num_samples / rate
+    if not 0 <= start < duration:
+        raise ValueError(f"--start is {start:g}; the record lasts {duration:g} s, and the drawing begins within it.")
+    if seconds is None:
+        seconds = math.inf if duration - start <= MAX_SECONDS else DEFAULT_SECONDS
+    if not seconds * rate >= 1:
+        raise ValueError(f"--seconds is {seconds:g}; expected at least one sample, which takes {1 / rate:g} s.")
+    first = min(round(start * rate), num_samples - 1)
+    return slice(first, min(num_samples, first + round(min(seconds * rate, num_samples))))
+
+
+def plot(path: Path, output: Path, args: argparse.Namespace, paper: ECGPaper) -> None:
+    record = read_ecg(path, args.sampling_rate, args.lead_names, args.unit)
+    if output.resolve() == path.resolve():
+        raise ValueError(f"{output} is the record {path} itself; name another file with --output.")
+    try:
+        span = time_span(record, args.start, args.seconds)
+        shown = replace(record, array=record.array[:, span])
+        if args.leads is not None:
+            shown = select_leads(shown, args.leads)
+        rate, duration = record.sampling_rate, record.array.shape[1] / record.sampling_rate
+        facts = [args.title or path.stem, f"{paper.speed:g} mm/s", f"{paper.gain:g} mm/mV", f"{rate:g} Hz"]
+        said = f"Picture of {path.name} in {output.resolve()}"
+        if shown.array.shape[1] < record.array.shape[1]:
+            part = f"{span.start / rate:g} to {span.stop / rate:g} s of {duration:g} s"
+            facts.append(part)
+            said += f": {part} (--start and --seconds choose others)"
+        save_picture(output, shown, paper, ", ".join(facts), args.width or DEFAULT_WIDTH, args.height)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    print(said, flush=True)
+
+
+def pixels(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="elm plot",
+        usage="elm plot RECORD [RECORD ...] [options]",
+        description=__doc__,
+    )
+    parser.add_argument(
+        "records", type=Path, nargs="+", metavar="RECORD", help="files of any format that read_ecg reads"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="picture, .png or .svg, of a single record; default: NAME.png in the working directory, one for each record",
+    )
+    parser.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        default=ECGPaper.layout,
+        help="rows x columns of twelve leads; columns show successive parts of the time; default: %(default)s",
+    )
+    parser.add_argument(
+        "--rhythm_leads",
+        nargs="*",
+        metavar="LEAD",
+        help="leads drawn below over the whole time; no name for none; default: II in 3x4",
+    )
+    parser.add_argument("--leads", nargs="+", metavar="LEAD", help="leads that are drawn; default: those of the record")
+    parser.add_argument("--start", type=float, default=0.0, metavar="SECONDS", help="default: %(default)g")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help=f"from --start on; default: all, or the first {DEFAULT_SECONDS:g} of more than {MAX_SECONDS:g}",
+    )
+    parser.add_argument("--speed", type=float, default=ECGPaper.speed, help="mm/s; default: %(default)g")
+    parser.add_argument("--gain", type=float, default=ECGPaper.gain, help="mm/mV; default: %(default)g")
+    parser.add_argument(
+        "--line_width",
+        type=float,
+        default=ECGPaper.line_width,
+        metavar="MM",
+        help="of the trace, at least a pixel; default: %(default)g",
+    )
+    parser.add_argument("--title", help="in the caption, in place of the record's name")
+    parser.add_argument("--width", type=pixels, metavar="PIXELS", help=f"of a PNG; default: {DEFAULT_WIDTH}")
+    parser.add_argument(
+        "--height", type=pixels, metavar="PIXELS", help="of a PNG; default: of the page's own proportions"
+    )
+    parser.add_argument("--sampling_rate", type=float, metavar="HZ", help="where the file does not say")
+    parser.add_argument("--unit", help="where the file does not say: mV, uV or V")
+    parser.add_argument("--lead_names", nargs="+", metavar="LEAD", help="of the rows, where the file does not say")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    paper = ECGPaper(args.layout, args.rhythm_leads, args.speed, args.gain, args.line_width)
+    outputs = [Path(f"{path.stem}.png") for path in args.records]
+    if args.output is not None:
+        if len(args.records) > 1:
+            raise ValueError(
+                f"--output is one file, and there are {len(args.records)} records; leave it out, so that each has its "
+                "own, or draw them one by one."
+            )
+        if args.output.suffix.lower() not in (".png", ".svg"):
+            raise ValueError(f"--output is {args.output}; expected a file that ends with .png or .svg.")
+        if args.output.suffix.lower() == ".svg" and (args.width or args.height):
+            raise ValueError(
+                "--width and --height are of a PNG; an SVG is in millimetres and is scaled where it is shown."
+            )
+        if not args.output.parent.is_dir():
+            raise ValueError(f"--output is {args.output}; there is no folder {args.output.parent}.")
+        outputs = [args.output]
+    twice = [str(output) for output, count in Counter(outputs).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"Several records would be drawn into {', '.join(twice)}; draw them one by one, with --output."
+        )
+    for path, output in zip(args.records, outputs, strict=True):
+        plot(path, output, args, paper)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,319 @@
+"""What a dataset holds, and what is wrong with it: `elm data check`."""
+
+import argparse
+import hashlib
+import json
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from elm_ecg.ecg_utils import MAX_LIMB_LEAD_ERROR, as_record, lead_quality, limb_lead_error
+from elm_ecg.training.arguments import DataArguments
+from elm_ecg.training.data.loading import ecgs_of, load_split, load_splits, to_chat
+from elm_ecg.training.data.reference import LITERALS
+from elm_ecg.training.files import write_text
+
+# finding -> what was found; one of these fails the check
+ERRORS = {
+    "shared_patients": "patients in several splits",
+    "shared_records": "records in several splits",
+    "shared_signals": "signals in several splits, equal in every sample",
+    "missing_files": "files of ECGs that are not there",
+    "unreadable_ecgs": "ECGs that cannot be read",
+    "no_answer": "chats without an answer",
+    "empty_answers": "chats with an empty answer",
+    "unusable_chats": "chats that are malformed, without a question, or with another number of places than ECGs",
+}
+WARNINGS = {
+    "unknown_patients": "rows without a patient: splits may share some unseen",
+    "without_ecg": "rows without an ECG",
+    "empty_questions": "chats with an empty question",
+    "repeated_questions": "rows with a question that was asked about the same ECGs before",
+    "contradictory_answers": "of these, rows with another answer",
+    "copied_signals": "records that equal another one in every sample",
+    "flagged_leads": "ECGs with flat, saturated or noisy leads",
+    "limb_leads": f"ECGs whose limb leads are more than {MAX_LIMB_LEAD_ERROR:g} mV off what I and II give",
+}
+MAX_EXAMPLES = 5
+SAMPLED_ROWS = 100  # of each split, whose files are read without --read_files
+# of an answer: by which answers are told apart, and which are printed
+KEPT_CHARACTERS, SHOWN_CHARACTERS = 200, 60
+
+
+@dataclass
+class Finding:
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, example: str) -> None:
+        self.count += 1
+        if len(self.examples) < MAX_EXAMPLES:
+            self.examples.append(example)
+
+
+@dataclass
+class SplitReport:
+    """What a split holds.
+
+    Args:
+        rates, leads, seconds: sampling rate, leads and length -> how many of the rows' ECGs, as far as they are read.
+        answers: type of question -> answer -> how many.
+        flags: lead and what is wrong with it -> how many different ECGs.
+    """
+
+    rows: int = 0
+    records: int = 0
+    patients: int = 0
+    rates: Counter[str] = field(default_factory=Counter)
+    leads: Counter[str] = field(default_factory=Counter)
+    seconds: Counter[float] = field(default_factory=Counter)
+    answers: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    flags: Counter[str] = field(default_factory=Counter)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; of answers and lengths a summary."""
+        lengths = sorted(self.seconds.elements())
+        return {
+            "rows": self.rows,
+            "records": self.records,
+            "patients": self.patients,
+            "rates": dict(self.rates.most_common()),
+            "leads": dict(self.leads.most_common()),
+            "seconds": {"shortest": lengths[0], "median": lengths[len(lengths) // 2], "longest": lengths[-1]}
+            if lengths
+            else {},
+            "answers": {
+                kind: {
+                    "answers": counts.total(),
+                    "different": len(counts),
+                    "shares": {answer: round(count / counts.total(), 4) for answer, count in counts.most_common(5)},
+                }
+                for kind, counts in sorted(self.answers.items())
+            },
+            "flags": dict(self.flags.most_common()),
+        }
+
+
+class Checker:
+    """Looks at one row after the other. Of signals and questions it keeps digests, so that a large dataset fits in memory."""
+
+    def __init__(self) -> None:
+        self.findings: dict[str, Finding] = defaultdict(Finding)
+        self.splits: dict[str, SplitReport] = defaultdict(SplitReport)
+        # patients, records, signals -> each -> the splits that it is in
+        self.places: dict[str, dict[Any, set[str]]] = {"patients": {}, "records": {}, "signals": {}}
+        self.names: dict[bytes, str] = {}  # signal -> the first record that has it
+        self.copies: set[str] = set()
+        self.files: dict[str, bytes | None] = {}  # file -> its signal; None where there is none
+        self.facts: dict[bytes, tuple[str, str, float]] = {}  # signal -> rate, leads and seconds
+        self.answers: dict[bytes, bytes] = {}  # ECGs and question -> answer
+
+    def add(self, row: dict[str, Any], split: str, index: int, read_files: bool = True) -> None:
+        """Looks at a row.
+
+        Args:
+            index: of the row in its split.
+            read_files: if its ECGs are files, read them rather than look only whether they are there.
+        """
+        where = f"{split} {index}"
+        report = self.splits[split]
+        report.rows += 1
+        patients = _listed(row.get("patient_id"))
+        for patient in patients:
+            report.patients += self._place("patients", patient, split)
+        if not patients:
+            self.findings["unknown_patients"].add(where)
+        ecgs = ecgs_of(row)
+        if not ecgs:
+            self.findings["without_ecg"].add(where)
+        if isinstance(row.get("ecg"), str) and row["ecg"] in LITERALS:
+            ecgs = []  # made for the row: no record
+        records = _listed(row.get("record_id")) or [ecg for ecg in ecgs if isinstance(ecg, str)]
+        for record in records if ecgs else ():
+            report.records += self._place("records", record, split)
+        names = records if len(records) == len(ecgs) else [""] * len(ecgs)
+        keys = []
+        for ecg, name in zip(ecgs, names, strict=True):
+            if isinstance(ecg, str):
+                signal = self._file(ecg, name, split, where, read_files)
+            else:
+                signal = self._ecg(ecg, name, split, where)
+            if signal is not None:
+                rate, leads, seconds = self.facts[signal]
+                report.rates[rate] += 1
+                report.leads[leads] += 1
+                report.seconds[seconds] += 1
+            keys.append(signal or str(ecg).encode())  # a file that is not read is known by its path
+        self._chat(row, b" ".join(keys), report, where)
+
+    def _place(self, kind: str, name: Any, split: str) -> bool:
+        """Whether it is the first of that name in the split."""
+        splits = self.places[kind].setdefault(name, set())
+        first = split not in splits
+        splits.add(split)
+        return first
+
+    def _file(self, path: str, name: str, split: str, where: str, read: bool) -> bytes | None:
+        if path not in self.files:
+            if not Path(path).is_file():
+                self.findings["missing_files"].add(f"{where}: {path}")
+                self.files[path] = None
+            elif read:
+                self.files[path] = self._ecg(path, name, split, where)
+        signal = self.files.get(path)
+        if signal in self.places["signals"]:
+            self._place("signals", signal, split)
+        return signal
+
+    def _ecg(self, ecg: Any, name: str, split: str, where: str) -> bytes | None:
+        """The digest of its signal; None where it cannot be read."""
+        try:
+            record = as_record(ecg)
+        except (ValueError, OSError) as error:
+            self.findings["unreadable_ecgs"].add(f"{where}: {error}")
+            return None
+        rate, leads = f"{record.sampling_rate:g} Hz", f"{len(record.lead_names)}: {' '.join(record.lead_names)}"
+        # to a microvolt, as some hold floats and others integers
+        microvolts = np.rint(1000 * record.array).astype(np.int32)
+        signal = _digest(f"{rate} {leads} ".encode() + microvolts.tobytes())
+        if signal not in self.facts:
+            self.facts[signal] = rate, leads, record.array.shape[1] / record.sampling_rate
+            flags = lead_quality(record)
+            for lead, found in flags.items():
+                self.splits[split].flags.update(f"{lead} {flag}" for flag in found)
+            if flags:
+                self.findings["flagged_leads"].add(f"{where}: {', '.join(flags)}")
+            if (off := limb_lead_error(record)) > MAX_LIMB_LEAD_ERROR:
+                self.findings["limb_leads"].add(f"{where}: {off:.2g} mV")
+        if np.ptp(microvolts):  # ECGs without any signal are all alike
+            self._place("signals", signal, split)
+            first = self.names.setdefault(signal, name)
+            if name != first and name not in self.copies:
+                self.copies.add(name)
+                self.findings["copied_signals"].add(f"{first} and {name}")
+        return signal
+
+    def _chat(self, row: dict[str, Any], ecgs: bytes, report: SplitReport, where: str) -> None:
+        try:
+            to_chat(row)
+        except ValueError as error:
+            self.findings["unusable_chats"].add(f"{where}: {error}")
+            return
+        said: dict[str, list[str]] = {"system": [], "user": [], "assistant": []}
+        for turn in row["messages"]:
+            said[turn["role"]].append(_text(turn["content"]))
+        answers = said["assistant"]
+        if not answers:
+            self.findings["no_answer"].add(where)
+            return
+        if not all(answers):
+            self.findings["empty_answers"].add(where)
+        if not all(said["user"]):
+            self.findings["empty_questions"].add(where)
+        kinds = _listed(row.get("question_type")) or ["all"]
+        for number, answer in enumerate(answers):
+            kind = kinds[number] if len(kinds) == len(answers) else kinds[0]
+            report.answers[str(kind)][_shortened(answer, KEPT_CHARACTERS)] += 1
+        question = _digest(ecgs + json.dumps(said["user"]).encode())
+        answered = _digest(json.dumps(answers).encode())
+        if ecgs and question in self.answers:
+            self.findings["repeated_questions"].add(where)
+            if self.answers[question] != answered:
+                self.findings["contradictory_answers"].add(where)
+        self.answers.setdefault(question, answered)
+
+    def finish(self) -> None:
+        """Finds what is in several splits, once all rows were seen."""
+        for kind, places in self.places.items():
+            for name, splits in places.items():
+                if len(splits) > 1:
+                    shown = (self.names[name] or "without record_id") if kind == "signals" else name
+                    self.findings[f"shared_{kind}"].add(f"{shown} ({', '.join(sorted(splits))})")
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _listed(value: Any) -> list[Any]:
+    """What is there of a value or list of values."""
+    values = value if isinstance(value, list | tuple | np.ndarray) else [value]
+    return [value for value in values if value is not None]
+
+
+def _text(content: Any) -> str:
+    parts = content if isinstance(content, list) else [{"text": content}]
+    return " ".join(part.get("text") or "" for part in parts).strip()
+
+
+def _shortened(text: str, length: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
+def check(args: argparse.Namespace) -> None:
+    """Reads every row of a dataset, and says what it holds and what is wrong with it.
+
+    Raises:
+        ValueError: it has one of `ERRORS`, or cannot be loaded.
+    """
+    options = DataArguments(data=[args.data], fold=args.fold, ecg_root=args.ecg_root)
+    keys = [str(key) for key in load_splits(args.data)]
+    # of other folds than that of --fold nothing is read
+    there = [
+        re.sub(r"^fold\d+_", "", key)
+        for key in keys
+        if args.fold is None or re.match(rf"fold{args.fold}_|(?!fold\d)", key)
+    ]
+    splits = args.splits or there
+    missing = [split for split in splits if split not in there]
+    if missing:
+        raise ValueError(f"{args.data} has no split {', '.join(missing)}; it has {', '.join(keys)}.")
+    checker = Checker()
+    for split in splits:
+        data = load_split(args.data, split, options, "messages")
+        if "ecg" in data.column_names:
+            data = data.with_format("numpy", columns=["ecg"], output_all_columns=True)
+        step = 1 if args.read_files else max(1, len(data) // SAMPLED_ROWS)
+        for index, row in enumerate(tqdm(data, desc=split, unit="row")):
+            checker.add(row, split, index, read_files=index % step == 0)
+    checker.finish()
+    for split, report in checker.splits.items():
+        print_report(split, report.as_dict())
+    found = {kind: checker.findings[kind] for kind in (*WARNINGS, *ERRORS) if kind in checker.findings}
+    for kind, finding in found.items():
+        print(f"{'error' if kind in ERRORS else 'warning'}: {(WARNINGS | ERRORS)[kind]} ({finding.count:,})")
+        for example in finding.examples:
+            print(f"    {example}")
+    if args.output is not None:
+        content = {
+            "data": args.data,
+            "errors": {kind: vars(finding) for kind, finding in found.items() if kind in ERRORS},
+            "warnings": {kind: vars(finding) for kind, finding in found.items() if kind in WARNINGS},
+            "splits": {split: report.as_dict() for split, report in checker.splits.items()},
+        }
+        write_text(args.output, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    errors = [f"{ERRORS[kind]} ({finding.count:,})" for kind, finding in found.items() if kind in ERRORS]
+    if errors:
+        raise ValueError(f"{args.data} has errors: {'; '.join(errors)}.")
+    print(f"{args.data}: no errors, {len(found)} kinds of warnings.", flush=True)
+
+
+def print_report(split: str, report: dict[str, Any]) -> None:
+    print(f"{split}: {report['rows']:,} rows, {report['records']:,} records, {report['patients']:,} patients")
+    for name, count in [*report["rates"].items(), *report["leads"].items()]:
+        print(f"    {count:>9,} ECGs of {name}")
+    if report["seconds"]:
+        print("    shortest {shortest:g} s, median {median:g} s, longest {longest:g} s".format(**report["seconds"]))
+    for kind, answers in report["answers"].items():
+        shares = ", ".join(
+            f"{_shortened(answer, SHOWN_CHARACTERS)!r} {share:.1%}" for answer, share in answers["shares"].items()
+        )
+        print(f"    {answers['answers']:>9,} answers of {kind}, {answers['different']:,} different: {shares}")
+    if report["flags"]:
+        print(f"    leads: {', '.join(f'{flag} {count}' for flag, count in list(report['flags'].items())[:8])}")

@@ -1,0 +1,449 @@
+"""What an ELM answers to the questions of a split, with the ECG as it is and with what an evaluation puts in its place.
+
+A row is a conversation: each of its questions is asked after the gold answers to those before it. What several questions of
+a conversation begin with is read once, and its keys and values are kept for the next turn.
+"""
+
+import copy
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import DynamicCache
+
+from elm_ecg.ecg_utils import as_record
+from elm_ecg.modeling_elm import ECG_INPUTS, ELMForConditionalGeneration
+from elm_ecg.processing_elm import ELMProcessor
+from elm_ecg.training.collator import perturbed
+from elm_ecg.training.data.loading import ecgs_of, to_chat
+from elm_ecg.training.evaluation.questions import Question
+from elm_ecg.training.files import write_text
+
+# what becomes of the ECG of each question
+CONDITIONS = {
+    "ecg": "as recorded",
+    "zeroed": "every sample zero",
+    "noise": "Gaussian noise of 1 mV",
+    "swapped": "another patient's",
+    "left_out": "question alone",
+}
+RANDOM_CONDITIONS = ("noise", "swapped")  # drawn by the seed
+PARTIAL = "predictions.partial"  # what is answered so far, a file for each process
+
+
+class Progress:
+    """The answers so far in files of `folder`, from which an interrupted evaluation goes on.
+
+    Args:
+        key: of all that the answers depend on beside their place; files of another one are replaced.
+        process: each of several processes writes its own file, and reads all.
+    """
+
+    def __init__(self, folder: Path, key: str, process: int = 0) -> None:
+        self.folder, self.key = folder, key
+        self.path = folder / f"{PARTIAL}.{process}.jsonl"
+
+    def read(self) -> dict[tuple[str, int], list[Any]]:
+        """Name of the questions and batch -> its answers. A line that was being written when the process ended is left out."""
+        done = {}
+        for path in sorted(self.folder.glob(f"{PARTIAL}.*.jsonl")):
+            head, *lines = path.read_text(encoding="utf-8").split("\n")
+            if head != self.key:
+                continue
+            for line in lines[:-1]:  # what follows the last line end is nothing, or cut
+                name, batch, answers = json.loads(line)
+                done[name, batch] = answers
+        return done
+
+    def begin(self, done: dict[tuple[str, int], list[Any]]) -> None:
+        """A file that holds `done`, whole lines all."""
+        write_text(self.path, "".join([f"{self.key}\n", *(self._line(*place, done[place]) for place in done)]))
+
+    def add(self, name: str, batch: int, answers: list[Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(self._line(name, batch, answers))
+
+    def remove(self) -> None:
+        for path in self.folder.glob(f"{PARTIAL}.*.jsonl"):
+            path.unlink()
+
+    @staticmethod
+    def _line(name: str, batch: int, answers: list[Any]) -> str:
+        return json.dumps([name, batch, answers]) + "\n"
+
+
+@dataclass
+class Prompt:
+    """What the model reads before one answer: tokens, the first `num_ecgs` of the conversation's ECGs among them."""
+
+    input_ids: list[int]
+    num_ecgs: int
+
+
+@dataclass
+class Conversation:
+    """The prompts of one row in the order of its turns, and the tensors of its ECGs.
+
+    Args:
+        nested: each prompt begins with all of the one before it.
+        candidates: for each prompt the tokens of each candidate answer, if likelihoods are asked for.
+    """
+
+    prompts: list[Prompt]
+    ecgs: dict[str, torch.Tensor]
+    nested: bool = True
+    candidates: list[list[list[int]]] | None = None
+
+
+@dataclass
+class Answerer:
+    """Asks an ELM questions about the rows of `data`.
+
+    Args:
+        candidates: [questions] answers whose likelihood is asked for, in place of what the model writes.
+        batch_size: conversations at once.
+        generation: options of `generate`; greedy where they say nothing else.
+        seed: of noise, of swapped ECGs, and of sampled answers. Batches are seeded one by one: their answers do not depend on
+            which process gives them, or on what was answered before.
+        reuse_prefix: keep the keys and values of a conversation for its next turn.
+    """
+
+    model: ELMForConditionalGeneration
+    processor: ELMProcessor
+    data: Dataset
+    questions: list[Question]
+    candidates: list[list[str]] | None = None
+    batch_size: int = 32
+    generation: dict[str, Any] | None = None
+    system_prompt: str | None = None
+    seed: int = 0
+    others: np.ndarray | None = None
+    reuse_prefix: bool = True
+
+    def __post_init__(self) -> None:
+        if self.processor.chat_template is None:
+            raise ValueError(
+                "The model has no chat template, so nobody knows how it is asked; save its processor with one (`elm sft` does), or "
+                "put a chat_template.jinja into its folder."
+            )
+        # some language models ask for a penalty or for sampling, which is not greedy
+        self._options = {
+            "do_sample": False,
+            "repetition_penalty": 1.0,
+            "pad_token_id": self.processor.tokenizer.pad_token_id,
+            **(self.generation or {}),
+        }
+        self._suffixes: dict[str, list[int]] = {}
+        rows: dict[int, list[int]] = {}
+        for index, question in enumerate(self.questions):
+            rows.setdefault(question.row, []).append(index)
+        # conversations of as many turns and about one length share a batch, so little of it is padding
+        order = sorted(rows, key=lambda row: (-len(rows[row]), self._length(rows[row]), row))
+        self._conversations = [rows[row] for row in order]
+
+    def _length(self, indices: list[int]) -> int:
+        """Of what is read, which the last answer is not: the batch of a row must not tell it, as rounding differs by batch."""
+        read = sum(len(self.questions[i].question) for i in indices)
+        return read + sum(len(self.questions[i].answer) for i in indices[:-1])
+
+    def ask(self, condition: str, name: str = "", progress: Progress | None = None) -> tuple[list[Any], str | None]:
+        """The answer to every question under one of `CONDITIONS`; of several processes each gives its share of them.
+
+        The batches are the same whatever the number of processes, and where an interrupted evaluation goes on: so are the answers.
+
+        Args:
+            name: of the answers in `progress`.
+
+        Returns:
+            Texts, or where there are candidates the log-likelihood of each; and why there are none, where noise does not fit the
+            context of the model.
+        """
+        batches = [
+            self._conversations[start : start + self.batch_size]
+            for start in range(0, len(self._conversations), self.batch_size)
+        ]
+        state = PartialState()
+        read = {} if progress is None else progress.read()
+        done = {batch: answers for (of, batch), answers in read.items() if of == name}
+        state.wait_for_everyone()  # nobody adds to a file that another one reads
+        mine = [batch for batch in range(len(batches)) if batch not in done][state.process_index :: state.num_processes]
+        found: dict[int, list[Any]] = {}
+        failure = None
+        bar = tqdm(
+            total=len(self.questions),
+            desc=f"ECG {CONDITIONS[condition]}",
+            unit="answer",
+            disable=not state.is_main_process,
+        )
+        bar.update(sum(map(len, done.values())))
+        with bar:
+            for batch in mine:
+                try:
+                    found[batch] = self._answer(batches[batch], condition, batch)
+                except ValueError as error:
+                    if condition != "noise":
+                        raise
+                    failure = str(error)  # noise cannot be compressed: as text it may be too long
+                    break
+                if progress is not None:
+                    progress.add(name, batch, found[batch])
+                bar.update(len(found[batch]) * state.num_processes)
+        failures = []
+        for part, reason in gather_object([(found, failure)]):
+            done |= part
+            failures += [reason] * (reason is not None)
+        if failures:
+            return [], failures[0]
+        answers: list[Any] = [None] * len(self.questions)
+        for batch, conversations in enumerate(batches):
+            indices = [index for conversation in conversations for index in conversation]
+            for index, answer in zip(indices, done[batch], strict=True):
+                answers[index] = answer
+        return answers, None
+
+    def _answer(self, conversations: list[list[int]], condition: str, batch: int) -> list[Any]:
+        """The answers to the questions of some rows, row by row."""
+        torch.manual_seed(zlib.crc32(f"{self.seed} {condition} {batch}".encode()))  # for sampling
+        read = self._read(conversations, condition)
+        one_by_one = self.candidates is None and self._options.get("num_beams", 1) > 1  # beams reorder the cache
+        reuse = self.reuse_prefix and not one_by_one and all(row.nested for row in read)
+        window = getattr(self.model.config.text_config, "sliding_window", None)
+        if reuse and window is not None:
+            # padding between turns would push what is said out of the window
+            reuse = max(len(row.prompts[-1].input_ids) for row in read) <= window // 2
+        with torch.inference_mode():
+            if reuse:
+                return self._of_conversations(read)
+            turns = [
+                Conversation([prompt], row.ecgs, candidates=None if row.candidates is None else [row.candidates[turn]])
+                for row in read
+                for turn, prompt in enumerate(row.prompts)
+            ]
+            answers = []
+            for start in range(0, len(turns), self.batch_size):
+                answers += self._of_conversations(turns[start : start + self.batch_size])
+            return answers
+
+    def _row(self, row: int, condition: str) -> dict[str, Any]:
+        shown = self.data[row]
+        if condition == "swapped" and self.others is not None and self.others[row] != row:
+            shown = {**shown, "ecg": self.data[int(self.others[row])]["ecg"]}
+        if condition in ("zeroed", "noise") and self.processor.takes_ecgs:
+            records = [as_record(ecg) for ecg in ecgs_of(shown)]
+            kind = "zeros" if condition == "zeroed" else "noise"
+            rng = np.random.default_rng([self.seed, row])
+            shown = {
+                **shown,
+                "ecg": [replace(record, array=perturbed(record.array, kind, rng)) for record in records],
+            }
+        return shown
+
+    def _read(self, conversations: list[list[int]], condition: str) -> list[Conversation]:
+        """The rows as the model reads them: each is processed once, up to its last question."""
+        with_ecg = condition != "left_out" and self.processor.takes_ecgs
+        chats, turns = [], []
+        for indices in conversations:
+            row = self._row(self.questions[indices[0]].row, condition)
+            chat = to_chat(row, self.system_prompt, with_ecg)
+            offset = len(chat) - len(row["messages"])  # a system prompt may come first
+            turns.append([self.questions[i].turn + offset for i in indices])
+            chats.append(chat[: turns[-1][-1]])
+        texts = [
+            self.processor.apply_chat_template(
+                [chat[:turn] for turn in asked], add_generation_prompt=True, tokenize=False
+            )
+            for chat, asked in zip(chats, turns, strict=True)
+        ]
+        columns = self._process(chats)
+        places = np.cumsum([0, *(_num_ecgs(chat) for chat in chats)])
+        read = []
+        for place, (chat, asked, prompts) in enumerate(zip(chats, turns, texts, strict=True)):
+            own = slice(places[place], places[place + 1])
+            ecgs = {name: columns[name][own] for name in ECG_INPUTS if name in columns and own.stop > own.start}
+            input_ids, offsets = columns["input_ids"][place], columns["offset_mapping"][place]
+            ends = [_tokens_of(prompt, prompts[-1], offsets) for prompt in prompts]
+            nested = all(end is not None for end in ends)
+            if nested:
+                found = [Prompt(input_ids[:end], _num_ecgs(chat[:turn])) for turn, end in zip(asked, ends, strict=True)]
+            else:  # this tokenizer, or template, writes a turn otherwise when another follows
+                alone = self._process([chat[:turn] for turn in asked])["input_ids"]
+                found = [Prompt(ids, _num_ecgs(chat[:turn])) for turn, ids in zip(asked, alone, strict=True)]
+            read.append(Conversation(found, ecgs, nested))
+            if self.candidates is not None:
+                read[-1].candidates = [
+                    [self._suffix(text, chat[:turn], prompt) for text in self.candidates[index]]
+                    for index, turn, prompt in zip(conversations[place], asked, prompts, strict=True)
+                ]
+        return read
+
+    def _process(self, chats: list[list[dict[str, Any]]]) -> Any:
+        columns: Any = self.processor.apply_chat_template(
+            chats,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors=None,
+            processor_kwargs={"padding": False, "return_offsets_mapping": True},
+        )
+        for name in ECG_INPUTS:
+            if name in columns:
+                columns[name] = torch.as_tensor(np.asarray(columns[name]))
+        return columns
+
+    def _suffix(self, answer: str, chat: list[dict[str, Any]], prompt: str) -> list[int]:
+        """The tokens that the template writes for an answer, its end of turn included."""
+        if answer not in self._suffixes:
+            said = [*chat, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+            text: Any = self.processor.apply_chat_template(said, tokenize=False)
+            if not text.startswith(prompt):
+                raise ValueError(
+                    "The chat template does not write an answer behind its generation prompt, so its likelihood cannot be told; "
+                    "use --score generation."
+                )
+            rest = text[len(prompt) :].rstrip("\n")
+            self._suffixes[answer] = self.processor.tokenizer(rest, add_special_tokens=False)["input_ids"]
+        return self._suffixes[answer]
+
+    def _of_conversations(self, rows: list[Conversation]) -> list[Any]:
+        """The answers of conversations, turn by turn for all of them at once; in the order of the rows and their turns."""
+        places = sorted(range(len(rows)), key=lambda place: -len(rows[place].prompts))
+        answers: list[list[Any]] = [[] for _ in rows]
+        device, pad = self.model.device, self.processor.tokenizer.pad_token_id
+        input_ids = torch.empty((len(rows), 0), dtype=torch.long, device=device)
+        mask = torch.empty_like(input_ids)
+        cache: DynamicCache | None = None
+        num_turns = len(rows[places[0]].prompts)
+        for turn in range(num_turns):
+            active = [place for place in places if len(rows[place].prompts) > turn]  # the first of the tensors' rows
+            if cache is not None and len(active) < len(input_ids):
+                cache.batch_select_indices(torch.arange(len(active), device=device))
+            input_ids, mask = input_ids[: len(active)], mask[: len(active)]
+            new_ids, ecgs = [], []
+            for place in active:
+                prompt, row = rows[place].prompts[turn], rows[place]
+                before = row.prompts[turn - 1] if turn else Prompt([], 0)
+                new_ids.append(prompt.input_ids[len(before.input_ids) :])
+                ecgs.append({name: values[before.num_ecgs : prompt.num_ecgs] for name, values in row.ecgs.items()})
+            width = max(map(len, new_ids))
+            padded = [[pad] * (width - len(ids)) + ids for ids in new_ids]
+            real = [[0] * (width - len(ids)) + [1] * len(ids) for ids in new_ids]
+            input_ids = torch.cat([input_ids, torch.tensor(padded, device=device)], dim=1)
+            mask = torch.cat([mask, torch.tensor(real, device=device)], dim=1)
+            ecg_inputs = {
+                name: torch.cat([own[name] for own in ecgs if name in own]).to(device)
+                for name in ECG_INPUTS
+                if any(name in own and len(own[name]) for own in ecgs)
+            }
+            last = turn == num_turns - 1
+            if self.candidates is not None:
+                logits, cache = self._prefill(input_ids, mask, cache, ecg_inputs, until=input_ids.shape[1])
+                options = [(rows[place].candidates or [])[turn] for place in active]
+                found: Sequence[Any] = self._likelihoods(logits, mask, cache, options)
+            elif last and cache is None:
+                found = self._generate(input_ids, mask, None, ecg_inputs)
+            else:
+                _, cache = self._prefill(input_ids, mask, cache, ecg_inputs, until=input_ids.shape[1] - 1)
+                found = self._generate(input_ids, mask, cache if last else copy.deepcopy(cache), {})
+            for place, answer in zip(active, found, strict=True):
+                answers[place].append(answer)
+        return [answer for row in answers for answer in row]
+
+    def _prefill(
+        self,
+        input_ids: torch.Tensor,
+        mask: torch.Tensor,
+        cache: DynamicCache | None,
+        ecg_inputs: dict[str, torch.Tensor],
+        until: int,
+    ) -> tuple[torch.Tensor, DynamicCache]:
+        """Reads the tokens that the cache does not hold yet, up to `until`; the logits after the last of them."""
+        if cache is None:
+            cache = DynamicCache(config=self.model.config.get_text_config())
+        start = cache.get_seq_length()
+        output = self.model(
+            input_ids=input_ids[:, start:until],
+            attention_mask=mask[:, :until],
+            position_ids=_positions(mask)[:, start:until],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **ecg_inputs,
+        )
+        return output.logits[:, -1], output.past_key_values
+
+    def _generate(
+        self,
+        input_ids: torch.Tensor,
+        mask: torch.Tensor,
+        cache: DynamicCache | None,
+        ecg_inputs: dict[str, torch.Tensor],
+    ) -> list[str]:
+        given: dict[str, Any] = {**ecg_inputs, **self._options}
+        if cache is not None:
+            given["past_key_values"] = cache
+        output: Any = self.model.generate(  # type: ignore[misc]  # wants attributes that no model declares
+            input_ids=input_ids, attention_mask=mask, **given
+        )
+        new_tokens = output[:, input_ids.shape[1] :]
+        return [text.strip() for text in self.processor.batch_decode(new_tokens, skip_special_tokens=True)]
+
+    def _likelihoods(
+        self, logits: torch.Tensor, mask: torch.Tensor, cache: DynamicCache, options: list[list[list[int]]]
+    ) -> list[list[float]]:
+        """The log-likelihood of each candidate of each row, summed over its tokens."""
+        scores = [[0.0] * len(candidates) for candidates in options]
+        first = logits.float().log_softmax(-1)
+        for place in range(max(map(len, options))):
+            rows = [row for row, candidates in enumerate(options) if len(candidates) > place]
+            tokens = [options[row][place] for row in rows]
+            width = max(map(len, tokens))
+            ids = torch.tensor([row + [0] * (width - len(row)) for row in tokens], device=mask.device)
+            real = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in tokens], device=mask.device)
+            where = torch.tensor(rows, device=mask.device)
+            total = first[where].gather(1, ids[:, :1])
+            if width > 1:
+                read = copy.deepcopy(cache)
+                if len(rows) < len(options):
+                    read.batch_select_indices(where)
+                whole = torch.cat([mask[where], real[:, :-1]], dim=1)
+                output = self.model(
+                    input_ids=ids[:, :-1],
+                    attention_mask=whole,
+                    position_ids=_positions(whole)[:, mask.shape[1] :],
+                    past_key_values=read,
+                    use_cache=True,
+                )
+                rest = output.logits.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+                total = torch.cat([total, rest * real[:, 1:]], dim=1)
+            for row, value in zip(rows, total.double().sum(1).tolist(), strict=True):
+                scores[row][place] = value
+        return scores
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    """Positions of the tokens [batch, tokens] that are not padding."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def _num_ecgs(chat: list[dict[str, Any]]) -> int:
+    return sum(part["type"] == "ecg" for message in chat for part in message["content"])
+
+
+def _tokens_of(prompt: str, text: str, offsets: list[tuple[int, int]]) -> int | None:
+    """How many of the tokens of a text are those of a prompt that it begins with; None if it does not, or a token stands across
+    its end."""
+    if not text.startswith(prompt):
+        return None
+    ends = [end for _, end in offsets]
+    number = int(np.searchsorted(np.maximum.accumulate(ends), len(prompt), side="right"))
+    aligned = ends[number - 1] == len(prompt) and (number == len(offsets) or offsets[number][0] >= len(prompt))
+    return number if aligned else None

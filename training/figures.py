@@ -1,0 +1,184 @@
+"""Plots for people who would rather look than read."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from elm_ecg.training.files import atomic_path
+
+# Okabe and Ito 2008: told apart by colour-blind readers too
+COLOURS = {
+    "ecg": "#0072B2",
+    "zeroed": "#E69F00",
+    "noise": "#56B4E9",
+    "swapped": "#D55E00",
+    "left_out": "#999999",
+    "most_frequent": "#555555",
+}
+LABELS = {
+    "ecg": "with its ECG",
+    "zeroed": "ECG zeroed",
+    "noise": "noise for an ECG",
+    "swapped": "another patient's ECG",
+    "left_out": "ECG left out",
+    "most_frequent": "commonest answer",
+}
+TOKEN_SHADES = ("#cfe3f2", "#f4e6c8")
+
+
+def _save(figure: Any, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def _svg(figure: Any) -> bytes:
+    """A figure as SVG, the same bytes each time."""
+    content = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "elm"}):
+        figure.savefig(content, format="svg", bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+    return content.getvalue()
+
+
+def _bars(row: dict[str, Any], key: str = "value") -> tuple[float, list[list[float]]]:
+    """A score and what its interval reaches below and above it, in percent."""
+    if row.get(key) is None:
+        return float("nan"), [[0.0], [0.0]]
+    value = 100 * row[key]
+    low, high = (value, value) if row["interval_95"] is None else (100 * end for end in row["interval_95"])
+    return value, [[max(0.0, value - low)], [max(0.0, high - value)]]
+
+
+def scores_plot(results: dict[str, Any], metric: str) -> bytes:
+    """SVG of a metric under each condition with its interval, over all questions and by their type: a row for each type."""
+    kinds = [("all", results["num_questions"]), *results["questions_by_type"].items()]
+    conditions = {name: row for name, row in results["conditions"].items() if metric in row["metrics"]}
+    figure, axes = plt.subplots(figsize=(8, 1 + (0.2 * len(conditions) + 0.25) * len(kinds)))
+    step = 0.8 / len(conditions)
+    for index, (name, row) in enumerate(conditions.items()):
+        for place, (kind, _) in enumerate(kinds):
+            scores = row["metrics"] if place == 0 else row["by_question_type"].get(kind, {})
+            value, reach = _bars(scores.get(metric, {}))
+            y = place + step * (index - (len(conditions) - 1) / 2)
+            label = LABELS[name] if place == 0 else None
+            axes.barh(y, value, step, color=COLOURS[name], label=label)
+            axes.errorbar(value, y, xerr=reach, color="black", capsize=1.5, linewidth=0.8)
+    labels = [f"{kind.replace('_', ' ')} ({number})" for kind, number in kinds]
+    axes.set_yticks(range(len(kinds)), labels)
+    axes.set_ylim(len(kinds) - 0.5, -0.5)
+    axes.set_xlim(0, 105)
+    axes.set_xlabel(f"{'AUROC' if metric == 'auroc' else metric.replace('_', ' ')}, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(ncols=3, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return _svg(figure)
+
+
+def differences_plot(results: dict[str, Any], metric: str) -> bytes:
+    """SVG of what each condition loses against the ECG, with its interval."""
+    lost = {name: row[metric] for name, row in results["ecg_minus"].items() if metric in row}
+    figure, axes = plt.subplots(figsize=(8, 1 + 0.4 * max(1, len(lost))))
+    for place, (name, row) in enumerate(lost.items()):
+        value, reach = _bars(row, "difference")
+        axes.errorbar(value, place, xerr=reach, fmt="o", color=COLOURS[name], capsize=3)
+    axes.axvline(0, color="#777777", linewidth=0.8)
+    axes.set_yticks(range(len(lost)), [f"over: {LABELS[name]}" for name in lost])
+    axes.set_ylim(len(lost) - 0.5, -0.5)
+    axes.set_xlabel("points gained with its ECG")
+    axes.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)
+
+
+def confusion_plot(closed: dict[str, Any]) -> bytes:
+    """SVG of a confusion matrix with its counts, rows shaded by their share."""
+    labels, counts = closed["labels"], np.array(closed["confusion_matrix"])
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    rows, columns = counts.shape
+    figure, axes = plt.subplots(figsize=(1.5 + 0.7 * columns, 1.2 + 0.45 * rows))
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for row, column in np.ndindex(rows, columns):
+        shade = "white" if shares[row, column] > 0.6 else "black"
+        axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=shade)
+    axes.set_xticks(range(columns), [*labels, "other"], rotation=35, ha="right")
+    axes.set_yticks(range(rows), labels)
+    axes.set_xlabel("answer given")
+    axes.set_ylabel("right answer")
+    return _svg(figure)
+
+
+def training_plot(history: list[dict[str, float]]) -> bytes:
+    """SVG of the training loss, and the validation loss where there is one, from the trainer's `log_history`."""
+    figure, axes = plt.subplots(figsize=(6, 3.2))
+    for key, label in (("loss", "training"), ("eval_loss", "validation")):
+        points = [(row["step"], row[key]) for row in history if key in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label)
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("loss per answer token")
+    axes.set_yscale("log")
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.lines:
+        axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def plot_tokens(
+    array: np.ndarray,
+    decoded: np.ndarray,
+    offsets: np.ndarray,
+    sampling_rate: float,
+    lead_names: Sequence[str],
+    path: Path,
+    title: str = "",
+) -> None:
+    """A record and its ECG-Byte tokens: one row for each lead, all at one scale; the tokens as alternating shades behind
+    the signal, and over it the step curve that they decode to.
+
+    Args:
+        array, decoded: [leads, samples] in millivolts.
+        offsets: int [tokens, 3], as `ECGByteTokenizer.offsets` gives them.
+    """
+    num_leads, num_samples = array.shape
+    seconds = num_samples / sampling_rate
+    starts = offsets[:, 0] * num_samples + offsets[:, 1]
+    # pieces of tokens: one that runs on into the next lead is drawn in both
+    edges = np.union1d(starts, num_samples * np.arange(num_leads + 1))
+    shades = (np.searchsorted(starts, edges, side="right") - 1) % 2
+    lows, highs = np.minimum(array, decoded).min(axis=1), np.maximum(array, decoded).max(axis=1)
+    heights = 1.1 * np.maximum(highs - lows, max(1e-3, 0.15 * (highs - lows).max()))  # a flat lead is seen too
+    centers = heights / 2 - np.cumsum(heights + 0.1 * heights.mean())
+
+    size = (np.clip(2 * seconds, 9, 60), 0.9 * num_leads + 1.2)
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    # a sample stands in the middle of its interval, so that the borders of tokens lie between samples
+    times = (np.arange(num_samples) + 0.5) / sampling_rate
+    for lead, (center, height) in enumerate(zip(centers, heights, strict=True)):
+        inside = edges // num_samples == lead
+        begins, widths = edges[inside] % num_samples, np.diff(edges)[inside[:-1]]
+        for shade, colour in enumerate(TOKEN_SHADES):
+            spans = np.stack([begins, widths], axis=1)[shades[inside] == shade] / sampling_rate
+            row = (center - height / 2, height)
+            axes.broken_barh(spans, row, facecolor=colour, edgecolor="#8a8a8a", linewidth=0.25)
+        baseline = center - (lows[lead] + highs[lead]) / 2
+        axes.plot(times, array[lead] + baseline, color="black", linewidth=0.7)
+        axes.step(times, decoded[lead] + baseline, where="mid", color="#D55E00", linewidth=0.8)
+    bottom, bar = centers[-1] - heights[-1] / 2, 10.0 ** np.floor(np.log10(heights.max()))
+    axes.plot([1.008 * seconds] * 2, [bottom, bottom + bar], color="black", linewidth=2, clip_on=False)
+    axes.text(1.012 * seconds, bottom + bar / 2, f"{bar:g} mV", va="center")
+    axes.set_xlim(0, seconds)
+    axes.set_ylim(bottom, centers[0] + heights[0] / 2)
+    axes.set_yticks(centers, lead_names)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("seconds")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_title(title, loc="left", fontsize=10)
+    labels = ["signal", "decoded", "token", "next token"]
+    figure.legend([*axes.lines[:2], *axes.collections[:2]], labels, ncols=4, frameon=False, loc="outside lower right")
+    _save(figure, path)

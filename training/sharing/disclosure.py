@@ -1,0 +1,246 @@
+"""What is not shared with a model or dataset: pickles, recordings, names, dates, local paths and tokens."""
+
+import html
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from safetensors import SafetensorError, safe_open
+
+from elm_ecg.ecg_formats import format_of
+from elm_ecg.training.sharing.cards import CARD, on_hub
+
+# what a run leaves in its folder and nobody needs: states of training, logs, and answers, which quote the data
+NOT_SHARED = ["training_args.bin", "trainer_state.json", "*_results.json", "predictions*.jsonl", "report.html", "*.log"]
+NOT_SHARED += ["emissions.csv", "events.out.tfevents.*"]
+FOLDERS_NOT_SHARED = ["checkpoint-*", "runs", "logs", "wandb", "base_model", "__pycache__", ".*"]
+PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
+TABLES = {".csv", ".tsv", ".parquet", ".arrow", ".jsonl", ".xlsx", ".hea", ".dat"}
+PAGES = re.compile(rb"\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)?<(?:!doctype (?:html|svg)|html|svg)\b", re.I | re.S)
+DATASET_FILES = r"README\.md|data/[^/]+\.parquet"
+
+# keys of JSON and columns that stand for somebody; datasets have pseudonyms in the first two
+PSEUDONYMS = {"patient_id", "record_id"}
+PERSONAL = {"patient_name", "birth_date", "date_of_birth", "birthdate", "dob", "mrn", "recorded_at"} | PSEUDONYMS
+_LETTER, _CAPITAL = r"[^\W\d_]", r"[^\W\d_a-z]"
+_NOBODY = (
+    r"(?!(?:is |was |are |were )?(?:removed|unknown|none|redacted|withheld|hidden|anonym|de-?identif|not |n/a|x{2,}))"
+)
+NAMES = re.compile(
+    # DICOM's and HL7's NAME^NAME
+    rf"\b{_LETTER}{{2,}}\^{_LETTER}{{2,}}"
+    # fields of a form
+    r"|\b(?i:(?:patient|first|last|family|given|sur)(?:'s)?[ _-]?name|patientenname|vorname|nachname)\b[\"']?\s*(?:[:=]|\bis\b)\s*[\"']?"
+    rf"(?i:{_NOBODY}){_LETTER}[^\n<\"']{{0,40}}"
+    rf"|\b[Pp]atient(?:in)?\s*:\s*(?:[Mm]r|[Mm]rs|[Mm]s)?\.?\s*{_CAPITAL}{_LETTER}+,? {_CAPITAL}{_LETTER}+"
+    r"|\b(?i:(?:date of birth|birth ?date|dob|geburtsdatum|mrn|medical record (?:number|no))\b|geb\.)[\"']?\W{0,3}\w{0,4}\d[^\n<\"']{0,40}"
+)
+_DAY, _MONTH, _YEAR = r"(?:0?[1-9]|[12]\d|3[01])", r"(?:0?[1-9]|1[0-2])", r"(?:19|20)\d\d"
+_NAMES_OF_MONTHS = (
+    "jan(?:uar)?y? feb(?:ruar)?y? mar(?:ch)? märz apr(?:il)? may mai june? juni? july? juli aug(?:ust)? sept?(?:ember)? o[ck]t(?:ober)? "
+    "nov(?:ember)? de[cz](?:ember)?"
+)
+_NAMED = f"(?i:{'|'.join(_NAMES_OF_MONTHS.split())})"
+_WRITTEN = rf"(?=[A-Z]){_NAMED}"  # may is a verb too
+DATES = re.compile(
+    rf"(?<![\d.]){_YEAR}([-/._]){_MONTH}\1{_DAY}(?!\d)"
+    rf"|(?<![\d.]){_DAY}([-/.]){_DAY}\2{_YEAR}(?!\.?\d)"
+    r"|(?<![\d/]){day}/{day}/\d\d(?![\d/])".replace("{day}", _DAY)
+    + rf"|(?<![\w.]){_YEAR}(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])(?:(?=T\d)|(?!\w|\.\d))"
+    rf"|(?<!\d){_DAY}([-/.]){_NAMED}\3{_YEAR}(?!\d)"
+    rf"|(?<!\d){_DAY}(?:st|nd|rd|th|\.)?(?: of)? {_WRITTEN}\.?,? {_YEAR}(?!\d)"
+    rf"|\b{_WRITTEN}\.? (?:{_DAY}(?:st|nd|rd|th)?,? )?{_YEAR}(?!\d)"
+)
+LOCAL_PATH = re.compile(r"(?<![\w./])(?:/home|/Users|/root)/[^\s'\"`)<>]+|\b[A-Za-z]:\\Users\\[^\s'\"`)<>]+")
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: the file does not hold a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; expected a JSON object.")
+    return content
+
+
+def check_folder(folder: Path, shared: Collection[str]) -> list[str]:
+    """The files of a run that are left out.
+
+    Args:
+        shared: the names of those that are not, which are checked by what they are.
+
+    Raises:
+        ValueError: there are weights in pickles, or recordings and tables that may be of patients.
+    """
+    left_out = []
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        name = "/".join(parts)
+        if not path.is_file() or name in shared or any(matches(part, FOLDERS_NOT_SHARED) for part in parts[:-1]):
+            continue
+        left_out.append(name)
+        if matches(path.name, NOT_SHARED):
+            continue
+        if path.suffix in PICKLES:
+            raise ValueError(
+                f"{path} is a pickle, which may run anything where it is read; save weights as safetensors, with save_pretrained, "
+                "and move it away."
+            )
+        with path.open("rb") as file:
+            content = file.read(4096)
+        found = format_of(content)
+        if PAGES.match(content) or (found == "CSV" and path.suffix not in TABLES):
+            found = None  # a page or picture, or any text with commas
+        if path.suffix in TABLES or found:
+            raise ValueError(
+                f"{path} looks like data of patients ({found or 'a table or recording'}); nothing was shared. Move it out of the "
+                "folder."
+            )
+    return left_out
+
+
+def check_weights(folder: Path, names: Collection[str]) -> None:
+    """
+    Args:
+        names: the files of weights that are there.
+
+    Raises:
+        ValueError: there are none, one is no file of safetensors, or lacks others of its index.
+    """
+    if not names:
+        raise ValueError(f"{folder} has no weights in safetensors; save them with save_pretrained.")
+    for name in names:
+        try:
+            with safe_open(folder / name, framework="np") as file:
+                file.keys()
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{folder / name} is no file of safetensors, or damaged ({error}); save it again, with save_pretrained."
+            ) from error
+    for index in folder.glob("*.safetensors.index.json"):
+        absent = sorted(set(read_json(index).get("weight_map", {}).values()) - set(names))
+        if absent:
+            raise ValueError(f"{folder} lacks {', '.join(absent)}, which {index.name} names; save the model again.")
+
+
+def _parts(value: Any) -> Iterator[tuple[str | None, Any]]:
+    """All keys and plain values of JSON."""
+    for key, part in value.items() if isinstance(value, dict) else ((None, part) for part in value):
+        if isinstance(part, dict | list):
+            yield key, None
+            yield from _parts(part)
+        else:
+            yield key, part
+
+
+def check_results(path: Path) -> list[str]:
+    """Names of data and model, which are those of the one who shares.
+
+    Raises:
+        ValueError: results of an evaluation have a key or a text that stands for somebody.
+    """
+    results = read_json(path)
+    parts = list(_parts(results))
+    found = sorted(PERSONAL & {str(key).lower() for key, _ in parts})
+    if found:
+        raise ValueError(f"{path} holds {', '.join(found)}, which may name patients; take it out before sharing.")
+    data = results.get("data")
+    names = data.get("names", []) if isinstance(data, dict) else []
+    known = [str(name) for name in [*names, results.get("model", "")] if name]
+    own = [*(results.get("packages") or {}).values(), results.get("model_revision")]
+    check_text(path, "\n".join(text for _, text in parts if isinstance(text, str) and text not in own), known)
+    return known
+
+
+def check_page(path: Path, page: str, known: Iterable[str]) -> None:
+    """As `check_text`, of what a reader of the HTML sees."""
+    check_text(path, html.unescape(re.sub(r"(?s)<(style|script)\b.*?</\1>|<[^>]*>", " ", page)), known)
+
+
+def check_text(path: Path, text: str, known: Iterable[str] | None = None) -> None:
+    """
+    Args:
+        known: given where the text quotes records, whose dates are theirs: what in it is not of records.
+
+    Raises:
+        ValueError: the text names somebody, a date of a record, a folder of this machine or a token of the Hub.
+    """
+    for name in sorted(known or (), key=len, reverse=True):
+        text = text.replace(name, " ")
+    if found := TOKEN.search(text):
+        raise ValueError(
+            f"{path} has a token of the Hub, {found[0][:6]}...: take it out, and revoke it in your settings."
+        )
+    if found := LOCAL_PATH.search(text):
+        raise ValueError(f"{path} has {found[0]!r}, a folder of this machine: nothing was shared. Take it out.")
+    found = NAMES.search(text) or (None if known is None else DATES.search(text))
+    if found:
+        raise ValueError(
+            f"{path} has {found[0]!r}, which may be of a patient: nothing was shared. Take it out, of the data first if it stands in "
+            "questions or answers."
+        )
+
+
+def check_dataset(folder: Path) -> None:
+    """
+    Raises:
+        ValueError: there is anything in the folder of a dataset but the dataset and its card, or its columns or texts name somebody or
+            folders of this machine.
+    """
+    files = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = [path for path in files if not any(part.startswith(".") for part in path.parts)]
+    others = [path.as_posix() for path in files if not re.fullmatch(DATASET_FILES, path.as_posix())]
+    if others:
+        raise ValueError(
+            f"{folder} holds {', '.join(others[:5])}{'...' if len(others) > 5 else ''}; only {CARD} and data/*.parquet are pushed. "
+            "Move the others away, or nobody knows what is shared."
+        )
+    for path in (folder / path for path in files if path.suffix == ".parquet"):
+        try:
+            table = pq.ParquetFile(path)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path} is no parquet file, or damaged: {error}") from error
+        leaves = [table.schema.column(index) for index in range(len(table.schema))]
+        names = {part.lower() for leaf in leaves for part in leaf.path.split(".")}
+        if found := sorted((PERSONAL - PSEUDONYMS) & names):
+            raise ValueError(f"{path} has the column {', '.join(found)}, which may name patients; build it without.")
+        texts = [leaf.path for leaf in leaves if str(leaf.logical_type) == "String"]
+        for batch in table.iter_batches(columns=texts) if texts else ():
+            check_text(path, "\n".join(text for _, text in _parts(batch.to_pylist()) if isinstance(text, str)))
+
+
+def without_local_paths(path: Path) -> bytes | Path:
+    """A configuration without the folders that its parts were once loaded from, which tell of the one who trained it.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
+
+    def is_local(key: str, value: Any) -> bool:
+        if not isinstance(value, str) or not value:
+            return False
+        named = key in ("_name_or_path", "name_or_path") and not on_hub(value)
+        return named or LOCAL_PATH.match(value) is not None or (value.count("/") > 1 and Path(value).is_absolute())
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(part) for key, part in value.items() if not is_local(key, part)}
+        return [clean(part) for part in value] if isinstance(value, list) else value
+
+    config = read_json(path)
+    cleaned = clean(config)
+    return path if cleaned == config else (json.dumps(cleaned, indent=2, sort_keys=True) + "\n").encode()

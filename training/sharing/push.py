@@ -1,0 +1,512 @@
+"""`elm push`: shares a model, adapter, encoder, tokenizer or dataset on the Hub, in one commit."""
+
+import argparse
+import hashlib
+import io
+import json
+import re
+import tempfile
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    DatasetCard,
+    HfApi,
+    ModelCard,
+    RepoCard,
+    get_token,
+)
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
+
+from elm_ecg.configuration_elm import ENCODER_CONFIGS, ELMConfig
+from elm_ecg.ecg_utils import STANDARD_LEADS
+from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
+from elm_ecg.processing_elm import ELMProcessor
+from elm_ecg.tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer
+from elm_ecg.training.data.synthetic import Findings, simulate_ecg
+from elm_ecg.training.files import resource
+from elm_ecg.training.sharing.cards import (
+    CARD,
+    CITATION,
+    PREPROCESSOR,
+    SAMPLE,
+    citation,
+    folder_card,
+    on_hub,
+    replace_section,
+    use_of,
+)
+from elm_ecg.training.sharing.disclosure import (
+    DATASET_FILES,
+    PICKLES,
+    check_dataset,
+    check_folder,
+    check_page,
+    check_results,
+    check_text,
+    check_weights,
+    matches,
+    read_json,
+    without_local_paths,
+)
+from elm_ecg.training.sharing.hub import NETWORK_ERRORS, refusal, repo_for
+
+RESULTS = "evaluation_results.json"
+MODULES = {path.name for path in resource("").glob("*.py")}  # that travel with models
+# what a repo is made of beside its code, its card and the sample
+FILES = ["config.json", "generation_config.json", "adapter_config.json", "processor_config.json", "chat_template.jinja"]
+FILES += ["model*.safetensors", "model*.safetensors.index.json", "adapter_model.safetensors", PREPROCESSOR, FILE_NAME]
+FILES += ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"]
+FILES += ["merges.txt", "tokenizer.model", "evaluation_results.json", "report.html"]
+LICENCES = ["LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "NOTICE.md"]
+EXAMPLES = "<h2>Examples</h2>"
+
+
+def kind_of(folder: Path) -> str:
+    """`model`, `adapter`, `encoder`, `tokenizer` or `dataset`.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder} is no folder; expected that of a saved model, adapter, encoder, tokenizer or dataset."
+        )
+    if (folder / "adapter_config.json").is_file():
+        return "adapter"
+    if (folder / "config.json").is_file():
+        model_type = read_json(folder / "config.json").get("model_type")
+        if model_type == ELMConfig.model_type:
+            return "model"
+        if model_type in ENCODER_CONFIGS:
+            return "encoder"
+        raise ValueError(
+            f"{folder / 'config.json'} is of a {model_type!r} model; expected {ELMConfig.model_type} or one of "
+            f"{', '.join(ENCODER_CONFIGS)}. Share others with `hf upload`."
+        )
+    if (folder / FILE_NAME).is_file():
+        return "tokenizer"
+    if list((folder / "data").glob("*.parquet")):
+        return "dataset"
+    raise ValueError(
+        f"{folder} has no config.json, adapter_config.json, {FILE_NAME} or data/*.parquet; expected the folder of a saved model, "
+        "adapter, encoder, tokenizer or dataset."
+    )
+
+
+def code_of(folder: Path, kind: str) -> dict[str, bytes]:
+    """The modules that the folder's configurations name, and those that these import.
+
+    Raises:
+        ValueError: one is not there, or the model's configuration names none.
+    """
+    modules = set()
+    for name in ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            continue
+        config = read_json(folder / name)
+        if name == "config.json" and kind in ("model", "encoder") and not config.get("auto_map"):
+            raise ValueError(
+                f"{folder / name} names no code (auto_map), so that nobody could load it; save the model again with save_pretrained."
+            )
+        parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+        for part in parts:
+            entries = [*(part.get("auto_map") or {}).values()]
+            entries += [pipeline["impl"] for pipeline in (part.get("custom_pipelines") or {}).values()]
+            flat = [one for entry in entries for one in (entry if isinstance(entry, list) else [entry])]
+            modules |= {one.split("--")[-1].split(".")[0] for one in flat if one}
+    code = {}
+    for module in sorted(modules):
+        path = folder / f"{module}.py"
+        try:
+            for file in [path, *map(Path, get_relative_import_files(path))]:
+                code[file.name] = file.read_bytes()
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{folder} lacks {Path(error.filename).name}, which its configuration needs; save it again with save_pretrained."
+            ) from error
+    return code
+
+
+def sample_ecg(sampling_rate: float, num_samples: int, num_leads: int = 12) -> bytes:
+    """A simulated normal record as an .npz file, the same each time; of 100 Hz at least, which lasts as long."""
+    rate = max(100, round(sampling_rate))
+    num_samples = round(num_samples * rate / sampling_rate)
+    findings, rng = Findings(noise=0.002, wander=0.02), np.random.default_rng(0)
+    ecg = simulate_ecg(findings, rng, sampling_rate=rate, seconds=max(5.0, num_samples / rate))
+    stream = io.BytesIO()
+    array, lead_names = np.rint(1000 * ecg[:num_leads, :num_samples]).astype(np.int16), STANDARD_LEADS[:num_leads]
+    np.savez_compressed(stream, array=array, sampling_rate=rate, lead_names=np.array(lead_names), unit="uV")
+    return stream.getvalue()
+
+
+def gather(folder: Path, kind: str) -> dict[str, bytes | Path]:
+    """Path in the repo -> content, without the card.
+
+    Raises:
+        ValueError: weights are not safetensors, code is missing, or results may name patients.
+    """
+    if kind == "dataset":
+        check_dataset(folder)
+        return {path.relative_to(folder).as_posix(): path for path in sorted((folder / "data").glob("*.parquet"))}
+    if kind == "tokenizer":
+        with tempfile.TemporaryDirectory() as code:
+            custom_object_save(ECGByteTokenizer, code)
+            modules = {path.name: path.read_bytes() for path in Path(code).glob("*.py")}
+        rate = round(ECGByteTokenizer.from_pretrained(folder).sampling_rate or 250)
+        return {FILE_NAME: folder / FILE_NAME, SAMPLE: sample_ecg(rate, 10 * rate), **modules}
+    files: dict[str, bytes | Path] = {
+        path.name: path for path in sorted(folder.iterdir()) if path.is_file() and matches(path.name, FILES + LICENCES)
+    }
+    weights = "adapter_model.safetensors" if kind == "adapter" else "model*.safetensors"
+    check_weights(folder, [name for name in files if matches(name, [weights])])
+    files |= code_of(folder, kind)
+    known = check_results(folder / RESULTS) if RESULTS in files else []
+    for name in set(files) & {"report.html", *LICENCES}:
+        text = (folder / name).read_text(encoding="utf-8")
+        if name != "report.html":
+            check_text(folder / name, text)
+        else:  # its examples are recordings
+            page, found, _ = text.partition(EXAMPLES)
+            check_page(folder / name, page, known)
+            files[name] = (page + ("</html>\n" if found else "")).encode()
+    for name in list(files):
+        if name.endswith("_config.json") or name == "config.json":
+            files[name] = without_local_paths(folder / name)
+    if kind == "encoder" and PREPROCESSOR not in files:
+        config = _encoder_config(folder)
+        files[SAMPLE] = sample_ecg(max(100, config.num_samples / 10), config.num_samples, config.num_leads)
+        return files
+    if kind == "encoder":
+        extractor = ECGFeatureExtractor.from_pretrained(folder)
+    elif "processor_config.json" in files:
+        extractor = ELMProcessor.from_pretrained(folder).feature_extractor
+    else:
+        raise ValueError(f"{folder} has no processor; save it beside the model, processor.save_pretrained.")
+    files[SAMPLE] = sample_ecg(extractor.sampling_rate, extractor.num_samples)
+    return files
+
+
+def _encoder_config(folder: Path) -> Any:
+    model_type = read_json(folder / "config.json")["model_type"]
+    return ENCODER_CONFIGS[model_type].from_pretrained(folder)
+
+
+def read_card(folder: Path, kind: str, name: str) -> RepoCard:
+    """The card of the folder, or of what is known of it.
+
+    Raises:
+        ValueError: it is damaged, says what is not to be shared, or is not there, and cannot be written.
+    """
+    path = folder / CARD
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+        check_text(path, text)
+        try:
+            card: RepoCard = (DatasetCard if kind == "dataset" else ModelCard)(text)
+        except (yaml.YAMLError, ValueError, TypeError) as error:
+            raise ValueError(f"The metadata of {path} are damaged: {error}") from error
+        if kind != "adapter" or card.data.get("library_name") is not None:
+            return card
+    if kind == "encoder":
+        return folder_card(folder, kind, _encoder_config(folder), name)
+    if kind == "model":
+        processor = ELMProcessor.from_pretrained(folder)
+        return folder_card(folder, kind, ELMConfig.from_pretrained(folder), name, processor)
+    raise ValueError(f"{folder} has no card; write its {CARD}, as `elm sft`, `elm tokenizer` and `elm data build` do.")
+
+
+def set_licence(card: RepoCard, kind: str, args: argparse.Namespace, api: HfApi) -> None:
+    """Writes the licence into the card: that of the command line, the card's own, or that of the base model on the Hub.
+
+    Raises:
+        ValueError: none of these says one.
+    """
+    metadata: Any = card.data
+    if args.license is not None:
+        metadata.license = args.license
+        metadata.license_name = metadata.license_link = None
+    if args.license_link is not None:
+        metadata.license_link = args.license_link
+    base = metadata.get("base_model")
+    nor = ""
+    if metadata.license in (None, "unknown") and isinstance(base, str) and on_hub(base):
+        nor = f", and nor does {base} on the Hub"
+        try:
+            theirs = api.model_info(base).card_data
+        except RepositoryNotFoundError:
+            theirs = None
+        except NETWORK_ERRORS as error:
+            theirs, nor = None, f", and {base} cannot be asked ({type(error).__name__})"
+        for name in ("license", "license_name", "license_link"):
+            if theirs is not None and theirs.get(name):
+                setattr(metadata, name, theirs.get(name))
+    if metadata.license in (None, "unknown"):
+        whose = "the language model within" if kind in ("model", "adapter") else "what it was made of"
+        raise ValueError(
+            f"The card names no licence{nor}. A {kind} is shared under that of {whose}: find it out, and say it with --license, such "
+            "as apache-2.0, llama3.2 or cc-by-4.0 (and --license_link)."
+        )
+    if metadata.license == "other" and not (metadata.get("license_name") or metadata.get("license_link")):
+        raise ValueError("--license other needs --license_link, where its text is.")
+
+
+def kind_of_repo(api: HfApi, repo_id: str, revision: str, files: Collection[str]) -> str | None:
+    """What a repository of models holds: as `kind_of`, or in words what else; None if nothing yet."""
+    if "adapter_config.json" in files:
+        return "adapter"
+    if "config.json" in files:
+        path = api.hf_hub_download(repo_id, "config.json", revision=revision)
+        model_type = read_json(Path(path)).get("model_type")
+        if model_type == ELMConfig.model_type:
+            return "model"
+        return "encoder" if model_type in ENCODER_CONFIGS else f"{model_type} model"
+    if FILE_NAME in files:
+        return "tokenizer"
+    weights = [name for name in files if name.endswith((".safetensors", ".gguf", ".onnx", *PICKLES))]
+    return f"file {weights[0]}" if weights else None
+
+
+def commit(
+    api: HfApi,
+    repo_id: str,
+    files: dict[str, bytes | Path],
+    card: RepoCard,
+    kind: str,
+    about: Mapping[str, Any],
+    ours: set[str],
+    revision: str | None = None,
+    pr: bool = False,
+) -> str:
+    """Makes one commit of the files and the card, if anything is new; returns its hash.
+
+    What an earlier push left and this one has not goes; what others put there stays.
+
+    Args:
+        about: what `use_of` has to know.
+        ours: gets the commit's hash, see `repo_for`.
+
+    Raises:
+        ValueError: the repository holds something else.
+    """
+    repo_type = "dataset" if kind == "dataset" else "model"
+    url = f"{api.endpoint}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
+    before: Any = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
+    old = [sibling.rfilename for sibling in before.siblings or []]
+    holds = kind if kind == "dataset" else kind_of_repo(api, repo_id, before.sha, old)
+    if holds not in (kind, None):
+        raise ValueError(f"{url} holds the {holds} of another push; name another repository for this {kind}.")
+    # a tag of the content pins what the card tells to load; it is known before the commit is
+    digest = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        data = content if isinstance(content, bytes) else content.read_bytes()
+        digest.update(f"{name} {hashlib.sha256(data).hexdigest()}\n".encode())
+    tag = f"elm-{digest.hexdigest()[:12]}"
+    if pr and not api.revision_exists(repo_id, tag, repo_type=repo_type):
+        tag = "main"  # whoever takes the pull request does not tag it
+    text = replace_section(str(card), "Use", use_of(kind, repo_id, tag, **about))
+    if CITATION in text:
+        text = replace_section(text, "How to cite", citation(repo_id.split("/")[-1], kind, url))
+    everything = {**files, CARD: text.encode()}
+    if kind == "dataset":
+        pushed = {name for name in old if re.fullmatch(DATASET_FILES, name)}
+    else:
+        pushed = {name for name in old if "/" not in name and (matches(name, FILES) or name in MODULES)}
+    stale = sorted(pushed - everything.keys())
+    made = api.create_commit(
+        repo_id,
+        [
+            *(CommitOperationAdd(name, content) for name, content in sorted(everything.items())),
+            *(CommitOperationDelete(name) for name in stale),
+        ],
+        commit_message=f"Upload {kind}",
+        repo_type=repo_type,
+        revision=revision,
+        create_pr=pr,
+        parent_commit=None if pr else before.sha,
+    )
+    ours.add(made.oid)
+    if stale:
+        print(f"Removed, as it is no longer in the folder: {', '.join(stale)}")
+    if made.oid == before.sha:
+        print(f"{url} holds all of it already; nothing was sent.")
+    elif pr:
+        print(f"Pull request {made.pr_url}")
+    else:
+        print(f"{len(everything)} files in {url}")
+    if not pr:
+        api.create_tag(repo_id, tag=tag, repo_type=repo_type, revision=made.oid, exist_ok=True)
+    return made.oid
+
+
+def with_base(
+    folder: Path,
+    files: dict[str, bytes | Path],
+    card: RepoCard,
+    args: argparse.Namespace,
+    api: HfApi,
+    repos: ExitStack,
+) -> None:
+    """Makes the adapter name a base model of the Hub, and pushes the local one there first, into a repository of `repos`."""
+    config = read_json(folder / "adapter_config.json")
+    base = str(config.get("base_model_name_or_path") or "")
+    local = next((path for path in (folder / "base_model", Path(base)) if base and path.is_dir()), None)
+    metadata: Any = card.data
+    if local is not None:
+        if args.pr and args.base_repo_id is None:
+            raise ValueError(
+                f"The adapter's base model {local} is pushed, not proposed: name a repository of yours for it as --base_repo_id."
+            )
+        base = args.base_repo_id or f"{args.repo_id}-base"
+        base_files = gather(local, "model")
+        check_folder(local, base_files)
+        base_card = read_card(local, "model", base.split("/")[-1])
+        names = ["license", "license_name", "license_link"]
+        names += ["base_model"] if isinstance(metadata.get("base_model"), str) and on_hub(metadata.base_model) else []
+        for name in names:
+            setattr(base_card.data, name, metadata.get(name))
+        ours = repos.enter_context(repo_for(api, base, private=args.private))
+        config["revision"] = commit(api, base, base_files, base_card, "model", about(local, "model", base_files), ours)
+    elif not (on_hub(base) and api.repo_exists(base)):
+        raise ValueError(
+            f"The adapter's base model {base or 'is not named and'} is neither a folder nor on the Hub; put it in {folder}/base_model."
+        )
+    config["base_model_name_or_path"] = base
+    metadata.base_model = base
+    metadata.tags = [
+        tag for tag in metadata.get("tags") or [] if not tag.startswith("base_model:")
+    ]  # PEFT's, of a folder
+    files["adapter_config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+
+
+def check_space(api: HfApi, repo_id: str) -> None:
+    """ValueError if there is a Space of this name that is none of ours."""
+    if api.repo_exists(repo_id, repo_type="space") and not api.file_exists(repo_id, "space.json", repo_type="space"):
+        raise ValueError(
+            f"{api.endpoint}/spaces/{repo_id} is another Space, which --space would overwrite; rename it, or leave --space out."
+        )
+
+
+def push_space(api: HfApi, repo_id: str, revision: str, adapter: bool, private: bool) -> str:
+    """A page on which the model is asked; returns its address."""
+    from elm_ecg.training.apps.demo import write_space
+
+    with tempfile.TemporaryDirectory() as folder, repo_for(api, repo_id, "space", None, private, space_sdk="gradio"):
+        write_space(Path(folder), repo_id, revision, adapter)
+        api.upload_folder(repo_id=repo_id, repo_type="space", folder_path=folder, commit_message="Upload demo")
+    return f"{api.endpoint}/spaces/{repo_id}"
+
+
+def about(folder: Path, kind: str, files: Mapping[str, Any]) -> dict[str, Any]:
+    """What `use_of` has to know of the folder."""
+    if kind in ("model", "adapter"):
+        return {"takes_ecgs": ELMProcessor.from_pretrained(folder).takes_ecgs}
+    if kind == "encoder":
+        return {"prepares": PREPROCESSOR in files}
+    if kind == "dataset":
+        splits = [re.split("[-.]", Path(name).name)[0] for name in files]
+        return {"split": "train" if "train" in splits else splits[0]}
+    return {}
+
+
+def check_arguments(args: argparse.Namespace, kind: str) -> None:
+    """ValueError if the options do not go with each other, or with what is pushed."""
+    for name in ("repo_id", "base_repo_id"):
+        repo_id = getattr(args, name)
+        if repo_id is not None and repo_id.count("/") != 1:
+            raise ValueError(f"--{name} is {repo_id!r}; expected OWNER/NAME.")
+    a = "an" if kind[0] in "ae" else "a"
+    if args.space and kind not in ("model", "adapter"):
+        raise ValueError(f"--space is a page that asks a model; {args.run} holds {a} {kind}.")
+    if args.base_repo_id and kind != "adapter":
+        raise ValueError(
+            f"--base_repo_id is of the base model of an adapter; {args.run} holds {a} {kind}. Leave it out."
+        )
+    if args.base_repo_id == args.repo_id:
+        raise ValueError(
+            f"--base_repo_id and --repo_id are both {args.repo_id}; a base model has a repository of its own."
+        )
+    if args.space and args.pr:
+        raise ValueError("--space shows what is in the repo, and a pull request is not yet; leave one of them out.")
+
+
+def push(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        ValueError: the folder is none that can be shared, or nobody is logged in.
+        HfHubHTTPError, OSError: the Hub refuses, or cannot be reached.
+    """
+    kind = kind_of(args.run)
+    check_arguments(args, kind)
+    files = gather(args.run, kind)
+    left_out = (
+        []
+        if kind == "dataset"
+        else check_folder(args.run, {*files, CARD, *(path.name for path in args.run.glob("*.py"))})
+    )
+    api = HfApi()
+    card = read_card(args.run, kind, args.repo_id.split("/")[-1])
+    if get_token() is None:
+        raise ValueError("Nobody is logged in to the Hub: run `hf auth login`, or set HF_TOKEN.")
+    set_licence(card, kind, args, api)
+    if args.space:
+        check_space(api, args.repo_id)
+    if left_out:
+        print(f"Left out: {', '.join(left_out[:8])}{' ...' if len(left_out) > 8 else ''}. Predictions quote the data.")
+    facts, repo_type = about(args.run, kind, files), "dataset" if kind == "dataset" else "model"
+    with ExitStack() as repos:
+        ours: set[str] = set()
+        if not args.pr:  # else of somebody else's
+            ours = repos.enter_context(repo_for(api, args.repo_id, repo_type, args.revision, args.private))
+        if kind == "adapter":
+            with_base(args.run, files, card, args, api, repos)
+        pushed = commit(api, args.repo_id, files, card, kind, facts, ours, args.revision, args.pr)
+    print(f"It is loaded, pinned to this commit, with\n\n{use_of(kind, args.repo_id, pushed, **facts)}", flush=True)
+    if args.space:
+        try:
+            print(f"Demo: {push_space(api, args.repo_id, pushed, kind == 'adapter', args.private)}", flush=True)
+        except NETWORK_ERRORS as error:
+            raise ValueError(f"The {kind} is shared, its Space is not: {error}") from error
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="elm push", description=__doc__)
+    parser.add_argument(
+        "run", type=Path, metavar="RUN", help="folder of a model, LoRA adapter, encoder, ECG-Byte tokenizer or dataset"
+    )
+    parser.add_argument("--repo_id", required=True, metavar="OWNER/NAME")
+    parser.add_argument("--private", action="store_true", help="a repository that others do not see, if it is new")
+    parser.add_argument("--revision", metavar="BRANCH", help="made if it is new; default: main")
+    parser.add_argument("--pr", action="store_true", help="propose it as a pull request")
+    parser.add_argument("--space", action="store_true", help="also a Space on which the model is asked")
+    parser.add_argument(
+        "--license",
+        metavar="ID",
+        help="as the Hub spells it; default: the card's, or that of the base model on the Hub",
+    )
+    parser.add_argument("--license_link", metavar="URL", help="where the licence stands")
+    parser.add_argument(
+        "--base_repo_id", metavar="OWNER/NAME", help="where an adapter's local base model goes; default: REPO_ID-base"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    try:
+        push(args)
+    except NETWORK_ERRORS as error:
+        if isinstance(error, OSError) and not isinstance(error, HfHubHTTPError):
+            raise  # of a file
+        raise ValueError(refusal(error, args.repo_id, args.revision)) from error
+
+
+if __name__ == "__main__":
+    main()
