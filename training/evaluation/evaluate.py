@@ -355,7 +355,7 @@ def parse(argv: list[str] | None = None) -> EvaluationArguments:
     if not args.model_name_or_path:
         raise ValueError("Which model? Give its folder or Hub id as --model_name_or_path.")
     if args.perturb is not None:
-        raise ValueError("Evaluation perturbs the ECG itself, in every way, next to the score; leave --perturb out.")
+        raise ValueError("Evaluation changes the ECGs itself, as --conditions says; leave --perturb out.")
     return args
 
 
@@ -462,7 +462,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     folders = {fold: folder / f"fold{fold}" if len(folds) > 1 else folder for fold in folds}
     if len(args.seed) > 1 and not args.samples:
         logger.warning(
-            "Nothing but noise and swapped ECGs depends on the seed, as answers are not sampled: the others are asked once, for %s.",
+            "Answers are not sampled, so that only %s depend on the seed: the others are asked once, for %s.",
+            " and ".join(name for name in args.conditions if CONDITIONS[name].random) or "no conditions",
             ", ".join(f"seed {seed}" for seed in args.seed),
         )
     runs: list[Results] = []
@@ -477,9 +478,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         runs += _evaluate_fold(args, fold, model, processor, name, folders[fold])
     if not state.is_main_process:
         return {}
-    for (
-        fold_folder
-    ) in folders.values():  # only now: an evaluation that is interrupted in a later fold keeps the earlier ones
+    # only now: an evaluation that is interrupted in a later fold keeps the answers of the earlier ones
+    for fold_folder in folders.values():
         Progress(fold_folder, None).remove()
     if len(runs) == 1:
         return runs[0]
