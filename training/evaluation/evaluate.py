@@ -96,11 +96,9 @@ def evaluate(
         score: `generation`, what the model writes; `likelihood`, which of the candidate answers it finds likeliest.
         candidates: answers for `likelihood`. None: those that a type of question has here and in `training_dataset`.
         training_dataset: rows whose most frequent answers are scored too, as what can be known without any model.
-        batch_size: conversations answered at once.
-        max_new_tokens: length of an answer at most.
+        batch_size, max_new_tokens: conversations answered at once, and the longest answer.
         generation: other options of `generate`; greedy decoding where they say nothing else.
-        seed: of random conditions, sampled answers and the bootstrap.
-        num_resamples: bootstrap resamples of patients.
+        seed, num_resamples: of random conditions, sampled answers and the bootstrap; and its resamples of patients.
         progress: keeps the answers in files, with which an interrupted evaluation goes on.
 
     Returns:
@@ -110,7 +108,7 @@ def evaluate(
         ValueError: an argument is not as expected; the dataset has no assistant turn, or an ECG that cannot be read.
         ImportError: a metric needs a library that is not installed.
     """
-    settings = {
+    settings: dict[str, Any] = {
         "score": score,
         "generation": {"do_sample": False, "max_new_tokens": max_new_tokens, **(generation or {})},
         "candidates": candidates,
@@ -120,21 +118,21 @@ def evaluate(
         "seed": seed,
         "num_resamples": num_resamples,
     }
-    arguments = {"conditions": conditions, "metrics": metrics, "bert_score_model": bert_score_model}
-    _check({**settings, **arguments, "max_new_tokens": max_new_tokens, "generation": generation or {}})
+    others = {"conditions": conditions, "metrics": metrics, "bert_score_model": bert_score_model}
+    _check({**settings, **others, "max_new_tokens": max_new_tokens, "generation": generation or {}})
     # first, as what they lack should be known before the answers are made
-    modules = load_metrics(list(dict.fromkeys(["exact_match", *metrics])))
+    modules = load_metrics(["exact_match", *metrics])
     data = _as_dataset(dataset)
     questions = list_questions(data)
     if not questions:
         raise ValueError(f"The dataset has {len(data)} rows and no assistant turn to score.")
     training = [] if training_dataset is None else list_questions(_as_dataset(training_dataset))
     choices = candidate_answers(questions, training, candidates) if score == "likelihood" else None
-    options: Any = settings["generation"]
     if progress is not None:
-        progress.begin([fingerprint_of(questions), choices, batch_size, options, system_prompt])
-    model.eval()
-    answerer = Answerer(model, processor, data, questions, choices, batch_size, options, system_prompt, seed)
+        progress.begin([fingerprint_of(questions), choices, batch_size, settings["generation"], system_prompt])
+    answerer = Answerer(
+        model.eval(), processor, data, questions, choices, batch_size, settings["generation"], system_prompt, seed
+    )
     answers, not_scored = _ask(answerer, [name for name in ASKED if name == ECG or name in conditions], progress)
     if not PartialState().is_main_process:
         return Results()
@@ -143,7 +141,8 @@ def evaluate(
 
 
 def _check(settings: Mapping[str, Any], prefix: str = "") -> None:
-    """
+    """Refuses settings before anything is asked.
+
     Args:
         settings: arguments of `evaluate`, or options of the command, whose names have the `prefix`.
 
