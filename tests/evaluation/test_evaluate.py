@@ -20,10 +20,12 @@ from elm_ecg.training.data.loading import load_data
 from elm_ecg.training.evaluation import compare
 from elm_ecg.training.evaluation import evaluate as evaluation
 from elm_ecg.training.evaluation.answers import Answerer
-from elm_ecg.training.evaluation.conditions import ASKED, CONDITIONS
+from elm_ecg.training.evaluation.conditions import ASKED, CONDITIONS, Condition
 from elm_ecg.training.evaluation.evaluate import EvaluationArguments, over_runs
 from elm_ecg.training.evaluation.questions import list_questions
+from elm_ecg.training.evaluation.report import write_report
 from elm_ecg.training.evaluation.scores import METRICS
+from elm_ecg.training.figures import scores_plot
 from helpers import ROOT, free_port, save_tiny_data, save_tiny_llm, tiny_sft
 
 SETTINGS = ["--max_new_tokens", "6", "--batch_size", "2", "--num_resamples", "50"]
@@ -138,6 +140,29 @@ def test_bad_arguments_in_memory(elm, options, message):
     rows = [{"messages": [{"role": "user", "content": "Fast?"}]}]
     with pytest.raises(ValueError, match=message):
         evaluation.evaluate(*elm, rows, **options)
+
+
+def test_no_dataset_in_memory(elm, data):
+    with pytest.raises(ValueError, match="The dataset is a DatasetDict; expected"):
+        evaluation.evaluate(*elm, load_from_disk(data))
+    with pytest.raises(ValueError, match=r"The dataset has the columns \['text'\]; expected messages and ecg"):
+        evaluation.evaluate(*elm, [{"text": "Fast? yes"}])
+
+
+def test_a_further_condition_is_one_entry(elm, data, tmp_path, monkeypatch):
+    """Asked, scored, in the verdict, in the report and its plots."""
+    entry = Condition(
+        "reversed", "ECG backwards", "#CC79A7", "the ECG backwards", "in reversed time", lambda a, rng: a[:, ::-1]
+    )
+    monkeypatch.setitem(CONDITIONS, "reversed", entry)
+    monkeypatch.setattr(evaluation, "ASKED", (*ASKED, "reversed"))
+    rows = load_from_disk(data)["test"].select(range(3))
+    results = evaluation.evaluate(*elm, rows, conditions=["reversed"], max_new_tokens=2, num_resamples=50)
+    assert list(results["conditions"]) == ["ecg", "reversed"]
+    assert "over the ECG backwards" in results["verdict"]
+    write_report(tmp_path / "report.html", results, results.predictions, rows)
+    assert "<td>ECG backwards</td>" in (tmp_path / "report.html").read_text()
+    assert b"<!-- ECG backwards -->" in scores_plot(results, "exact_match")
 
 
 def test_every_number_of_the_report_is_in_the_results(evaluated):

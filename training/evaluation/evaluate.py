@@ -179,7 +179,13 @@ def _check(settings: Mapping[str, Any], prefix: str = "") -> None:
 
 def _as_dataset(rows: Dataset | list[dict[str, Any]]) -> Dataset:
     """The rows with their ECGs as NumPy arrays: lists of Python numbers would take longer to make than the ECG to process."""
+    if not isinstance(rows, Dataset | list):
+        raise ValueError(
+            f"The dataset is a {type(rows).__name__}; expected a `datasets.Dataset`, one split, or a list of rows."
+        )
     data = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
+    if "messages" not in data.column_names:
+        raise ValueError(f"The dataset has the columns {data.column_names}; expected messages and ecg.")
     return data.with_format("numpy", columns=["ecg"], output_all_columns=True) if "ecg" in data.column_names else data
 
 
