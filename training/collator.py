@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 from elm_ecg.ecg_utils import ECGRecord, as_record
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.data.loading import ecgs_of, to_chat
+from elm_ecg.training.evaluation.conditions import noise, zeros
 
 # options of the collator that change ECGs in training alone, and what they are outside of it
 NO_AUGMENTATION: dict[str, Any] = {
@@ -127,9 +128,8 @@ class ELMCollator:
 
 def perturbed(array: np.ndarray, perturb: str | None, rng: np.random.Generator) -> np.ndarray:
     """Gaussian `noise` of 1 mV or `zeros` in place of an ECG [leads, samples]; None keeps it."""
-    if perturb == "noise":
-        return rng.standard_normal(array.shape, dtype=np.float32)
-    return np.zeros_like(array) if perturb == "zeros" else array
+    change = {"noise": noise, "zeros": zeros}.get(perturb or "")
+    return array if change is None else change(array, rng)
 
 
 def augmented_ecg(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
