@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom.dataset import Dataset, FileMetaDataset
 
-from elm_ecg import ecg_formats
+from elm_ecg import ecg_formats, ecg_formats_arrays
 from elm_ecg.ecg_formats import read_file
 from elm_ecg.ecg_utils import REFERENCE_LEADS, read_ecg
 
@@ -792,7 +792,7 @@ class TestHostileFiles:
 
     @pytest.mark.parametrize("name", ["shape", "overflow", "npz", "mat", "struct", "dicom", "edf", "pickle"])
     def test_claims_are_checked_before_memory_is_taken(self, name, tmp_path, monkeypatch):
-        monkeypatch.setattr(ecg_formats, "MAX_SAMPLES", 2**17)  # a MiB of doubles
+        monkeypatch.setattr(ecg_formats_arrays, "MAX_SAMPLES", 2**17)  # a MiB of doubles
 
         def npy(shape: str) -> bytes:
             text = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(118)

@@ -29,7 +29,7 @@ from elm_ecg.training.data.loading import ecgs_of, load_ecgs
 from elm_ecg.training.figures import plot_tokens
 from elm_ecg.training.files import atomic_path
 from elm_ecg.training.sharing.cards import TEMPLATES, citation, environment, on_hub, shown
-from elm_ecg.training.sharing.convert import read_ecg_byte_pickle
+from elm_ecg.training.sharing.ecg_byte_import import read_ecg_byte_pickle
 
 try:
     import resource
