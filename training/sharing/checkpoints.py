@@ -63,10 +63,10 @@ def _load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         # torch's text goes on to say how to load it all the same, which would run the file's code
-        found = re.search(r"GLOBAL [\w.]+|Unsupported (?:operand|class) \S+", str(error))
+        refused = re.search(r"GLOBAL [\w.]+|Unsupported (?:operand|class) \S+", str(error))
         raise ValueError(
             f"{path} is refused: expected tensors, numbers, strings, dicts and lists alone, anything else could run code"
-            f"{f' ({found[0]})' if found else ''}. Nothing of it was executed."
+            f"{f' ({refused[0]})' if refused else ''}. Nothing of it was executed."
         ) from error
     except OSError:
         raise

@@ -6,12 +6,13 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from elm_ecg.configuration_elm import ELMConfig
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import ELMParser
 from elm_ecg.training.build import resolve_llm
 from elm_ecg.training.files import new_folder, write_text
-from elm_ecg.training.sharing.cards import CARD, folder_card
+from elm_ecg.training.sharing.cards import CARD, elm_card, encoder_card
 from elm_ecg.training.sharing.checkpoint_keys import convert_state_dict as convert_state_dict
 from elm_ecg.training.sharing.checkpoints import read_checkpoint
 from elm_ecg.training.sharing.convert_arguments import ConvertArguments
@@ -29,10 +30,11 @@ def card_of(
     name = Path(args.output_dir).absolute().name
     source = f"Converted by `elm convert` from `{checkpoint}`, a checkpoint of ELM-Research/ELM, which does not say how it was trained."
     if not isinstance(preparation, ELMProcessor):
-        return folder_card(folder, "encoder", config, name, source=source)
+        return encoder_card(folder, config, name, source)
     assumed = "".join(f"\n- {line}" for line in args.assumed)
     source += f" Assumed were:\n{assumed}" if assumed else ""
-    return folder_card(folder, "model", config, name, preparation, resolve_llm(args.llm), source)
+    assert isinstance(config, ELMConfig)
+    return elm_card(folder, config, name, preparation, resolve_llm(args.llm), source)
 
 
 def parse(argv: list[str] | None = None) -> tuple[Path, ConvertArguments]:

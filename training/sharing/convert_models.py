@@ -18,7 +18,7 @@ from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.tokenization_ecg_byte import FIRST_MERGE_ID, ECGByteTokenizer
 from elm_ecg.training.build import build_model, build_processor, resolve_llm
-from elm_ecg.training.sharing.cards import shown
+from elm_ecg.training.sharing.cards import public_name
 from elm_ecg.training.sharing.checkpoint_keys import Conversion, convert_part, count_indices, some_of
 from elm_ecg.training.sharing.checkpoints import Checkpoint, merge_lora
 from elm_ecg.training.sharing.convert_arguments import ECG_TOKENS, ConvertArguments
@@ -107,7 +107,9 @@ def encoder_fields(args: ConvertArguments, tensors: dict[str, Tensor]) -> dict[s
 def _check_missing(conversion: Conversion, what: str) -> None:
     if conversion.missing:
         left_over = f" Left over: {some_of(conversion.left_over)}." if conversion.left_over else ""
-        raise ValueError(f"The checkpoint has no entry for {some_of(conversion.missing)}, which {what} needs.{left_over}")
+        raise ValueError(
+            f"The checkpoint has no entry for {some_of(conversion.missing)}, which {what} needs.{left_over}"
+        )
 
 
 def _check_tensors(tensors: dict[str, Tensor], model: nn.Module, hint: str) -> None:
@@ -292,7 +294,7 @@ def _fit_vocabulary(
         part.tensors[key] = fitted
         if rows < len(ours) and key == name:
             args.assumed.append(
-                f"the vocabulary of the checkpoint has {rows} rows; the other {len(ours) - rows} of {len(ours)} are those of {shown(args.llm)}"
+                f"the vocabulary of the checkpoint has {rows} rows; the other {len(ours) - rows} of {len(ours)} are those of {public_name(args.llm)}"
             )
 
 
