@@ -25,11 +25,11 @@ from elm_ecg.training.apps.conversation import (
     ShownECG,
     add_arguments,
     read_for_model,
-    read_system_prompt,
     stream_answer,
     user_turn,
     zeroed,
 )
+from elm_ecg.training.command_line import read_system_prompt
 
 TITLE = "Ask an ECG-language model"
 GRADIO_VERSION = "6.31.0"  # of Spaces
@@ -54,7 +54,8 @@ NO_ECG = '<div class="none">The ECG is drawn here.</div>'
 SPACE_MODULES = (
     "__init__.py",
     *("ecg_drawing.py", "ecg_formats.py", "ecg_formats_binary.py", "ecg_formats_xml.py", "ecg_utils.py"),
-    *(f"training/{name}" for name in ("__init__.py", "apps/__init__.py", "apps/conversation.py", "apps/demo.py")),
+    *(f"training/{name}" for name in ("__init__.py", "command_line.py")),
+    *(f"training/apps/{name}" for name in ("__init__.py", "conversation.py", "demo.py")),
 )
 SPACE_FOLDER = Path(__file__).parent / "space"
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
-from trl import ModelConfig
 
 from elm_ecg.configuration_elm import ENCODER_CONFIGS, IMAGE_REPRESENTATIONS
 from elm_ecg.ecg_utils import REFERENCE_LEADS
@@ -793,7 +792,7 @@ def convert_elm(
             "wrong order is not noticed, so compare an answer with the reference's"
         )
     dtype = str(_dtype(args, tensors)).removeprefix("torch.")
-    model = build_model(args, ModelConfig(dtype=dtype), processor).eval()
+    model = build_model(args, processor, dtype=dtype).eval()
     if llava and not of_ecg:
         tower = model.model.encoder
         part = _convert_vision(tower, encoder)
