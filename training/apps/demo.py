@@ -26,11 +26,11 @@ from elm_ecg.training.apps.conversation import (
     ShownECG,
     add_arguments,
     read_for_model,
-    read_system_prompt,
     stream_answer,
     user_turn,
     zeroed,
 )
+from elm_ecg.training.command_line import read_system_prompt
 
 TITLE = "Ask an ECG-language model"
 GRADIO_VERSION = "6.31.0"  # of Spaces
@@ -52,7 +52,7 @@ CSS = """
 """
 NO_ECG = '<div class="none">The ECG is drawn here.</div>'
 # beside app.py and the card, what a Space is made of: the page, and what draws and reads ECGs with all that it imports
-SPACE_MODULES = ("__init__.py", "ecg_drawing.py", "training/__init__.py")
+SPACE_MODULES = ("__init__.py", "ecg_drawing.py", "training/__init__.py", "training/command_line.py")
 SPACE_MODULES += ("training/apps/__init__.py", "training/apps/conversation.py", "training/apps/demo.py")
 SPACE_FOLDER = Path(__file__).parent / "space"
 

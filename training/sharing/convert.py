@@ -45,7 +45,7 @@ def parse(argv: list[str] | None = None) -> tuple[Path, ConvertArguments]:
         description="A checkpoint of ELM-Research/ELM as a folder that from_pretrained loads.",
     )
     parser.add_argument("checkpoint", type=Path, help=".pt or .safetensors of a whole ELM, or of an ECG encoder alone")
-    args, checkpoint_args = parser.parse_args_into_dataclasses(argv)
+    args, checkpoint_args = parser.parse_args_and_config(argv)
     return checkpoint_args.checkpoint, args
 
 

@@ -6,13 +6,13 @@ from typing import Literal
 from elm_ecg.configuration_elm import IMAGE_REPRESENTATIONS
 from elm_ecg.ecg_utils import REFERENCE_LEADS
 from elm_ecg.processing_elm import ELMProcessor
-from elm_ecg.training.arguments import ELMArguments
+from elm_ecg.training.arguments import ModelArguments
 
 ECG_TOKENS = "signal_*"  # among --added_tokens: signal_<id> of all ids of the ECG-Byte tokenizer
 
 
 @dataclass
-class ConvertArguments(ELMArguments):
+class ConvertArguments(ModelArguments):
     """What the checkpoint does not say of the ELM or encoder that it holds. Defaults are the reference's."""
 
     output_dir: str = field(default="", metadata={"help": "New or empty folder that the converted model is saved in."})
@@ -48,25 +48,6 @@ class ConvertArguments(ELMArguments):
     dtype: Literal["float32", "bfloat16", "float16"] | None = field(
         default=None, metadata={"help": "Of the saved weights. Default: the widest that the checkpoint has."}
     )
-    # of datasets and training
-    data: list[str] = field(init=False, default_factory=list)
-    data_weights: list[float] | None = field(init=False, default=None)
-    fold: int | None = field(init=False, default=None)
-    ecg_root: str | None = field(init=False, default=None)
-    data_subset: float | None = field(init=False, default=None)
-    perturb: Literal["noise", "zeros", "only_text"] | None = field(init=False, default=None)
-    system_prompt: str | None = field(init=False, default=None)
-    ecg_overflow: Literal["error", "downsample", "drop_leads"] = field(init=False, default="error")
-    update: list[str] = field(init=False, default_factory=list)
-    streaming: bool = field(init=False, default=False)
-    shuffle_buffer: int = field(init=False, default=1000)
-    augment_ecg: bool = field(init=False, default=False)
-    augment_rgb: bool = field(init=False, default=False)
-    time_shift: float = field(init=False, default=0.0)
-    gain_jitter: float = field(init=False, default=0.0)
-    lead_dropout: float = field(init=False, default=0.0)
-    wandb: bool = field(init=False, default=False)
-    distributed: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         if not self.output_dir:

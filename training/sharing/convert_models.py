@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
-from trl import ModelConfig
 
 from elm_ecg.configuration_elm import ENCODER_CONFIGS, IMAGE_REPRESENTATIONS
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
@@ -382,7 +381,7 @@ def convert_elm(
 
     processor = _processor_of(args)
     dtype = str(_dtype(args, tensors)).removeprefix("torch.")
-    model = build_model(args, ModelConfig(dtype=dtype), processor).eval()
+    model = build_model(args, processor, dtype=dtype).eval()
     if llava and not reads_signals:
         tower = model.model.encoder
         part = _convert_vision(tower, encoder)
