@@ -42,7 +42,9 @@ def processor(family):
 
 
 def test_every_template_has_a_family():
-    assert {path.stem for path in (ROOT / "training" / "templates").glob("*.jinja")} == set(FAMILIES)
+    assert {path.stem for path in (ROOT / "training" / "templates").glob("*.jinja") if "." not in path.stem} == set(
+        FAMILIES
+    )
 
 
 @pytest.mark.parametrize("family", GOLDEN)

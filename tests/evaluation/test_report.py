@@ -7,7 +7,8 @@ from datasets import Dataset
 
 from elm_ecg.training.evaluation.questions import Question
 from elm_ecg.training.evaluation.report import NUM_EXAMPLES, examples, write_report, wrong_answers
-from elm_ecg.training.evaluation.scores import Scorer, in_words, load_metrics
+from elm_ecg.training.evaluation.results import verdict
+from elm_ecg.training.evaluation.scores import Scorer, load_metrics
 
 
 def prediction(row: int, kind: str, answer: str, given: str) -> dict:
@@ -75,7 +76,7 @@ def page(tmp_path) -> str:
         **Scorer(questions, load_metrics(["exact_match", "closed_set"]), 50, 0).summarise(answers),
         "not_scored": {"swapped": "nobody else"},
     }
-    results["verdict"] = in_words(results)
+    results["verdict"] = verdict(results)
     predictions = [
         prediction(q.row, q.question_type, q.answer, answers["ecg"][i])
         | {"question": q.question, "zeroed": answers["zeroed"][i], "most_frequent": answers["most_frequent"][i]}
@@ -101,7 +102,7 @@ def test_report_is_one_file_of_escaped_text(page):
         "not a medical device",
         "nobody else",
         "rate & rhythm",
-        "commonest answer",
+        "most frequent answer",
         "Most frequent wrong answers",
     ):
         assert words in text

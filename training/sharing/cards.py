@@ -20,7 +20,7 @@ from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import ELMArguments
 from elm_ecg.training.build import resolve_llm
-from elm_ecg.training.evaluation.scores import with_interval
+from elm_ecg.training.evaluation.results import with_interval
 from elm_ecg.training.files import resource, write_text
 
 CARD = "README.md"
