@@ -142,11 +142,11 @@ def test_add_evaluation(tmp_path):
         RESULTS["conditions"]["ecg"]["metrics"]["exact_match"]["value"] = score
         add_evaluation(tmp_path, RESULTS)
     card = ModelCard.load(tmp_path / "README.md")
-    assert "| ECG | exact match | auroc |" in card.text
+    assert "| ECG | exact match | AUROC |" in card.text
     assert "| ecg | 87.5 [80.0, 95.0] | undefined |\n| left_out | 25.0 |  |" in card.text
     assert RESULTS["verdict"] in card.text
     assert "`ecgs`, split `test` of fold 2: 40 questions, 20 patients" in card.text
-    assert "commonest answer" in card.text
+    assert "most frequent answer to each question in training, without any model." in card.text
     assert "50.0 [" not in card.text
     assert "Not evaluated yet" not in card.text
     assert card.text.split("## Limits")[1].strip() == before.split("## Limits")[1].strip()

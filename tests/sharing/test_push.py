@@ -478,7 +478,7 @@ def test_damaged_folders(model, folders, hub, tmp_path):
         ("README.md", "---\nlicense: [\n---\n# x\n", r"The metadata of .*README\.md are damaged"),
         ("config.json", "[]", r"config\.json holds a list; expected a JSON object"),
         ("evaluation_results.json", "{", r"evaluation_results\.json is not JSON"),
-        ("evaluation_results.json", "{}", r"evaluation_results\.json has no scores"),
+        ("evaluation_results.json", "{}", r"evaluation_results\.json has schema_version None; expected 3"),
     ):
         folder = shutil.copytree(model, tmp_path / message.replace("/", "")[:40])
         (folder / name).write_text(content)

@@ -1,6 +1,5 @@
 """Cards of ELMs, adapters and ECG encoders, from what their runs and folders know; their texts are in `model_cards/`."""
 
-import json
 import re
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -20,13 +19,13 @@ from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import ELMArguments
 from elm_ecg.training.build import resolve_llm
-from elm_ecg.training.evaluation.results import with_interval
+from elm_ecg.training.evaluation.conditions import BASELINE, CONDITIONS, ECG
+from elm_ecg.training.evaluation.results import RESULTS_FILE, read_results, title_of, with_interval
 from elm_ecg.training.files import resource, write_text
 
 CARD = "README.md"
 SAMPLE = "sample_ecg.npz"
 PREPROCESSOR = "preprocessor_config.json"
-RESULTS_FILE, REPORT_FILE = "evaluation_results.json", "report.html"
 CITATION = "@misc{elm,"
 TAGS = ["ecg", "electrocardiogram"]
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "elm-ecg")
@@ -52,7 +51,7 @@ def table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
 TEMPLATES = Environment(  # noqa: S701 - Markdown, in which nothing is to be escaped
     loader=FileSystemLoader(resource("model_cards")), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
-TEMPLATES.globals |= {"table": table, "with_interval": with_interval, "sample": SAMPLE}
+TEMPLATES.globals |= {"table": table, "with_interval": with_interval, "title_of": title_of, "sample": SAMPLE}
 
 
 def make_card(template: str, metadata: ModelCardData, **facts: Any) -> ModelCard:
@@ -139,7 +138,7 @@ def add_evaluation(folder: Path, results: Mapping[str, Any]) -> None:
     """Writes the scores with and without the ECG into the card of `folder`, if it has one with a place for them.
 
     Args:
-        results: what `evaluation_results.json` holds.
+        results: as `read_results` gives them.
     """
     path = folder / CARD
     if path.is_file():
@@ -150,11 +149,11 @@ def with_evaluation(text: str, results: Mapping[str, Any], model_name: str) -> s
     """A card with the scores, in its text and its metadata; as it was if it has no place for them."""
     if f"## {EVALUATION}\n" not in text:
         return text
-    if not {"conditions", "data", "verdict"} <= results.keys():
-        raise ValueError("evaluation_results.json has no scores of `elm evaluate`; write it anew.")
     conditions, data = results["conditions"], results["data"]
     metrics = list(dict.fromkeys(name for row in conditions.values() for name in row["metrics"]))
-    section = TEMPLATES.get_template("evaluation.md").render(results=results, metrics=metrics)
+    section = TEMPLATES.get_template("evaluation.md").render(
+        results=results, metrics=metrics, baseline=CONDITIONS[BASELINE]
+    )
     card = ModelCard(replace_section(text, EVALUATION, section.strip()))
     name = " + ".join(data["names"])
     metadata: Any = card.data
@@ -169,10 +168,10 @@ def with_evaluation(text: str, results: Mapping[str, Any], model_name: str) -> s
             dataset_split=data["split"],
             dataset_args=None if data.get("fold") is None else {"fold": data["fold"]},
             metric_type=metric,
-            metric_name=metric.replace("_", " "),
+            metric_name=title_of(metric),
             metric_value=row["value"],
         )
-        for metric, row in conditions["ecg"]["metrics"].items()
+        for metric, row in conditions[ECG]["metrics"].items()
         if row["value"] is not None
     ]
     return str(card)
@@ -276,7 +275,7 @@ def elm_card(
     card = _elm_card("model", name, config, processor, llm, source=source)
     results = folder / RESULTS_FILE
     if results.is_file():
-        return ModelCard(with_evaluation(str(card), json.loads(results.read_text(encoding="utf-8")), name))
+        return ModelCard(with_evaluation(str(card), read_results(results), name))
     return card
 
 

@@ -31,13 +31,12 @@ from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer
 from elm_ecg.training.data.synthetic import Findings, simulate_ecg
+from elm_ecg.training.evaluation.results import REPORT_FILE, RESULTS_FILE
 from elm_ecg.training.files import resource
 from elm_ecg.training.sharing.cards import (
     CARD,
     CITATION,
     PREPROCESSOR,
-    REPORT_FILE,
-    RESULTS_FILE,
     SAMPLE,
     citation,
     elm_card,
