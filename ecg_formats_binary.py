@@ -50,13 +50,8 @@ def read_scp(content: bytes) -> dict[str, Any]:
     compression are undone. Samples between QRS complexes that bimodal compression replaced by means of (mostly) four
     are interpolated between these.
 
-    Args:
-        content: the bytes of the file.
-
     Returns:
-        A dict of `array` (float32 [leads, samples] in microvolts), `sampling_rate` in hertz, `lead_names`, `unit`
-        ("uV") and `metadata` (plain JSON values: `format`, and of `patient_id`, `age`, `sex`, `date`, `device`,
-        `filters`, `statements` what the file says).
+        As `ecg_formats.read_file`; the array is float32 [leads, samples] in microvolts.
 
     Raises:
         ValueError: the content is no such record, is damaged (checksums, lengths, codes), or has leads that were not
@@ -398,7 +393,7 @@ def _scp_statements(sections: dict[int, bytes]) -> dict[str, Any]:
         _, length = _unpack("<BH", section, offset, "Section 8")
         statements.append(_string(section[offset + 3 : offset + 3 + length]))
         offset += 3 + length
-    return stated(statements=[statement for statement in statements if statement])
+    return stated(statements=statements)
 
 
 def read_ishne(content: bytes) -> dict[str, Any]:
@@ -407,13 +402,8 @@ def read_ishne(content: bytes) -> dict[str, Any]:
     Leads that the header marks as not available are left out; those without a name are called "unknown 1" and so on, by
     their place.
 
-    Args:
-        content: the bytes of the file.
-
     Returns:
-        A dict of `array` (float32 [leads, samples] in microvolts), `sampling_rate` in hertz, `lead_names`, `unit`
-        ("uV") and `metadata` (plain JSON values: `format`, and of `patient_id`, `sex`, `date`, `device` what
-        the file says).
+        As `ecg_formats.read_file`; the array is float32 [leads, samples] in microvolts.
 
     Raises:
         ValueError: the content is no such file, is damaged (checksum, length), or its header holds impossible values.

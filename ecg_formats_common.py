@@ -27,8 +27,18 @@ def library(name: str) -> Any:
 
 
 def stated(**facts: Any) -> dict[str, Any]:
-    """Only the facts that a file states: what is missing or empty is left out."""
-    return {name: fact for name, fact in facts.items() if fact not in (None, "", [], {})}
+    """What a file states: values that are missing or empty are left out, in lists and dicts within too."""
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, dict):
+            value = {
+                name: part for name, part in ((name, kept(part)) for name, part in value.items()) if part is not None
+            }
+        elif isinstance(value, list):
+            value = [part for part in map(kept, value) if part is not None]
+        return None if value in ("", [], {}) else value
+
+    return kept(facts) or {}
 
 
 def to_number(value: str | float) -> float | None:

@@ -99,7 +99,7 @@ def read_csv(content: bytes) -> dict[str, Any]:
     }
     rates = [facts[name] for name in ("sampling_rate", "sample_rate", "sampling_frequency", "fs") if name in facts]
     record: dict[str, Any] = {"sampling_rate": to_number(rates[0].lower().removesuffix("hz")) if rates else None}
-    metadata = {"format": "CSV", **stated(comments=[comment for comment in comments if comment])}
+    metadata = {"format": "CSV", **stated(comments=comments)}
     stated_unit = facts.get("unit") or facts.get("units") or ""
     if not has_header:
         return {**record, "array": _counts_as_integers(table.T), "unit": stated_unit or None, "metadata": metadata}

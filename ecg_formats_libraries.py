@@ -126,7 +126,7 @@ def read_wfdb(header: Path) -> dict[str, Any]:
         sex=to_sex(facts.get("sex", "")),
         dx=facts.get("dx"),
         date=record.base_date and record.base_date.isoformat(),
-        comments=[comment for comment in comments if comment],
+        comments=comments,
         left_out=left_out,
     )
     return {
@@ -277,7 +277,7 @@ def read_dicom(content: bytes) -> dict[str, Any]:
                 sex=to_sex(text("PatientSex")),
                 date=re.sub(r"(?<=-\d\d)(\d\d)(\d\d)(\d\d)", r"T\1:\2:\3", date),
                 device=" ".join(filter(None, (text("Manufacturer"), text("ManufacturerModelName")))),
-                statements=[statement for statement in statements if statement],
+                statements=statements,
                 filters={name: f"{hertz:g} Hz" for name, hertz in filters.items() if hertz},
                 left_out=left_out,
             ),

@@ -33,9 +33,7 @@ def read_xml(content: bytes) -> dict[str, Any]:
         content: the bytes of the file, in UTF-8, UTF-16 or the encoding that it declares.
 
     Returns:
-        A dict of `array` (float32 [leads, samples] in microvolts), `sampling_rate` in hertz, `lead_names`, `unit`
-        ("uV") and `metadata` (plain JSON values: `format`, and of `patient_id`, `age`, `sex`, `date`, `device`,
-        `statements`, `filters` what the file says).
+        As `ecg_formats.read_file`; the array is float32 [leads, samples] in microvolts.
 
     Raises:
         ValueError: the content is no such file or is damaged. Entities are refused, no DTD is fetched, and depth and number
@@ -247,7 +245,7 @@ def _read_hl7(root: Element) -> tuple[np.ndarray, float, list[str], dict[str, An
             "date": _iso_date(date),
             "device": " ".join(filter(None, names)),
             "filters": filters,
-            "statements": list(dict.fromkeys(filter(None, statements))),
+            "statements": list(dict.fromkeys(statements)),
         },
     )
 
@@ -312,8 +310,8 @@ def _read_muse(root: Element) -> tuple[np.ndarray, float, list[str], dict[str, A
             "sex": _sex(_text(root, f"{patient}/Gender")),
             "date": f"{date}T{time}" if date and time else date,
             "device": _text(root, f"{test}/AcquisitionDevice"),
-            "filters": {name: _text(rhythm, tag) for name, tag in filters.items() if _text(rhythm, tag)},
-            "statements": [statement for statement in statements if statement],
+            "filters": {name: _text(rhythm, tag) for name, tag in filters.items()},
+            "statements": statements,
         },
     )
 
@@ -392,7 +390,6 @@ def _read_philips(root: Element) -> tuple[np.ndarray, float, list[str], dict[str
     acquisition = _find(root, "dataacquisition")
     bandwidth = "reportinfo/reportbandwidth"
     filters = {"high_pass": "highpass", "low_pass": "lowpass", "notch": "notch"}
-    settings = {name: _text(root, f"{bandwidth}/{tag}filtersetting") for name, tag in filters.items()}
     statements = []
     for interpretation in root.iterfind("interpretations/interpretation"):
         for statement in interpretation.iterfind("statement"):
@@ -409,8 +406,8 @@ def _read_philips(root: Element) -> tuple[np.ndarray, float, list[str], dict[str
             "sex": _sex(_text(root, f"{patient}/sex")),
             "date": "T".join(filter(None, (acquisition.get("date"), acquisition.get("time")))),
             "device": _text(acquisition, "machine"),
-            "filters": {name: setting for name, setting in settings.items() if setting},
-            "statements": [statement for statement in statements if statement],
+            "filters": {name: _text(root, f"{bandwidth}/{tag}filtersetting") for name, tag in filters.items()},
+            "statements": statements,
             "calibration_start": mark / rate or None,
         },
     )

@@ -44,7 +44,7 @@ class _Machine:
         stack = self.stack
         match opcode:
             case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
-                stack.append(argument)
+                stack.append(argument)  # genops has decoded it
             case "SHORT_BINUNICODE" | "BINUNICODE" | "BINUNICODE8" | "SHORT_BINBYTES" | "BINBYTES" | "BINBYTES8":
                 stack.append(argument)
             case "MEMOIZE" | "BINPUT" | "LONG_BINPUT":
@@ -52,16 +52,10 @@ class _Machine:
                     self.memo[len(self.memo) if argument is None else argument] = stack[-1]
             case "BINGET" | "LONG_BINGET":
                 stack.append((self.memo or {})[argument])
-            case "NONE":
-                stack.append(None)
-            case "NEWTRUE" | "NEWFALSE":
-                stack.append(opcode == "NEWTRUE")
-            case "EMPTY_DICT":
-                stack.append({})
-            case "EMPTY_LIST":
-                stack.append([])
-            case "EMPTY_TUPLE":
-                stack.append(())
+            case "NONE" | "NEWTRUE" | "NEWFALSE" | "EMPTY_TUPLE":
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}[opcode])
+            case "EMPTY_DICT" | "EMPTY_LIST":
+                stack.append({} if opcode == "EMPTY_DICT" else [])
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 stack.append(tuple(self.pop(int(opcode[-1]))))
             case "TUPLE":

@@ -337,7 +337,9 @@ def _runs(symbols: str, at_most: int = 12) -> str:
     return f"{text} ..." if len(lengths) > at_most else text
 
 
-def _add_data_options(command: argparse.ArgumentParser) -> None:
+def _add_data_options(command: argparse.ArgumentParser, required: bool) -> None:
+    data_help = "datasets as of `elm sft`; only their column `ecg` is read, and each distinct record once"
+    command.add_argument("--data", nargs="+", required=required, help=data_help)
     command.add_argument("--fold", type=int, help="of datasets that have splits such as fold1_train")
     command.add_argument("--ecg_root", metavar="FOLDER", help="of the ECG files that a dataset names by relative paths")
 
@@ -349,9 +351,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("train", help="learn a tokenizer from the ECGs of datasets")
     command.set_defaults(work=train)
-    data_help = "datasets as of `elm sft`; only their column `ecg` is read, and each distinct record once"
-    command.add_argument("--data", nargs="+", required=True, help=data_help)
-    _add_data_options(command)
+    _add_data_options(command, required=True)
     command.add_argument("--output_dir", type=Path, required=True, help=f"where {FILE_NAME} and its card go")
     command.add_argument(
         "--num_merges", type=whole_number, default=10_000, help="tokens beside the 26 amplitudes; default: %(default)s"
@@ -387,8 +387,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--sampling_rate", type=float, metavar="HZ", help="of --ecg, where the file does not say it")
     command.add_argument("--unit", help="of --ecg, where the file does not say it: mV, uV or V")
     command.add_argument("--lead_names", nargs="+", help="of the rows of --ecg, where the file does not say them")
-    command.add_argument("--data", nargs="+", help=data_help)
-    _add_data_options(command)
+    _add_data_options(command, required=False)
     command.add_argument("--split", default="test", help="of the data; default: %(default)s")
     command.add_argument("--max_records", type=whole_number, default=200, help="of the data; default: %(default)s")
     command.add_argument(

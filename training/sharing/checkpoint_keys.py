@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,21 +9,23 @@ from torch import Tensor
 
 from elm_ecg.configuration_elm import ENCODER_CONFIGS
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
-from elm_ecg.training.sharing.checkpoints import plain_key
+from elm_ecg.training.sharing.checkpoints import Conversion, plain_key
 
 # pattern at the start of the reference's key, and what takes its place; None drops the entry
 Rule = tuple[str, str | Callable[[re.Match[str]], str] | None]
 
 
 def _layers(reference: str, ours: str) -> list[Rule]:
-    return [
-        (rf"{reference}(\d+)\.attn\.norm\.", rf"{ours}.\1.norm1."),
-        (rf"{reference}(\d+)\.attn\.fn\.to_qkv\.", rf"{ours}.\1.attention.qkv_proj."),
-        (rf"{reference}(\d+)\.attn\.fn\.to_out\.0\.", rf"{ours}.\1.attention.out_proj."),
-        (rf"{reference}(\d+)\.ff\.norm\.", rf"{ours}.\1.norm2."),
-        (rf"{reference}(\d+)\.ff\.fn\.net\.0\.", rf"{ours}.\1.mlp.fc1."),
-        (rf"{reference}(\d+)\.ff\.fn\.net\.3\.", rf"{ours}.\1.mlp.fc2."),
-    ]
+    """Of transformer blocks."""
+    parts = {
+        r"attn\.norm": "norm1",
+        r"attn\.fn\.to_qkv": "attention.qkv_proj",
+        r"attn\.fn\.to_out\.0": "attention.out_proj",
+        r"ff\.norm": "norm2",
+        r"ff\.fn\.net\.0": "mlp.fc1",
+        r"ff\.fn\.net\.3": "mlp.fc2",
+    }
+    return [(rf"{reference}(\d+)\.{part}\.", rf"{ours}.\1.{name}.") for part, name in parts.items()]
 
 
 def _patch_embedding(reference: str) -> list[Rule]:
@@ -133,33 +134,6 @@ def _convert_key(kind: str, key: str) -> str | None:
             start = match.expand(target) if isinstance(target, str) else target(match)
             return start + key[match.end() :]
     raise KeyError(key)
-
-
-@dataclass
-class Conversion:
-    """What became of the entries of a state dict.
-
-    Args:
-        tensors: our name -> weight.
-        used: entry -> our name.
-        ignored: entry -> why it is not needed.
-        left_over: entries that are not known.
-        missing: our names that no entry gives.
-    """
-
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    used: dict[str, str] = field(default_factory=dict)
-    ignored: dict[str, str] = field(default_factory=dict)
-    left_over: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-
-    def add(self, part: "Conversion", reference: str, ours: str) -> None:
-        """Takes in a part of the model, which stands under these prefixes."""
-        self.tensors |= {ours + name: tensor for name, tensor in part.tensors.items()}
-        self.used |= {reference + entry: ours + name for entry, name in part.used.items()}
-        self.ignored |= {reference + entry: why for entry, why in part.ignored.items()}
-        self.left_over += [reference + entry for entry in part.left_over]
-        self.missing += [ours + name for name in part.missing]
 
 
 def convert_part(kind: str, state_dict: dict[str, Tensor]) -> Conversion:

@@ -18,8 +18,8 @@ from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.tokenization_ecg_byte import FIRST_MERGE_ID, ECGByteTokenizer
 from elm_ecg.training.build import build_model, build_processor, resolve_llm
 from elm_ecg.training.sharing.cards import public_name
-from elm_ecg.training.sharing.checkpoint_keys import Conversion, convert_part, count_indices, some_of
-from elm_ecg.training.sharing.checkpoints import Checkpoint, merge_lora
+from elm_ecg.training.sharing.checkpoint_keys import convert_part, count_indices, some_of
+from elm_ecg.training.sharing.checkpoints import Checkpoint, Conversion, merge_lora
 from elm_ecg.training.sharing.convert_arguments import ECG_TOKENS, ConvertArguments
 
 LLM_PREFIX, PEFT_PREFIX, ENCODER_PREFIX = "llm.llm.", "base_model.model.", "encoder."
@@ -206,10 +206,11 @@ def _convert_vision(tower: PreTrainedModel, state_dict: dict[str, Tensor]) -> Co
 def _convert_llm(
     args: ConvertArguments, model: ELMForConditionalGeneration, state_dict: dict[str, Tensor]
 ) -> Conversion:
-    lora = merge_lora(_state_dict_of(PEFT_PREFIX, state_dict) or state_dict, args.lora_alpha, args.use_rslora)
-    if lora.ranks:
-        ranks = ", ".join(map(str, sorted(lora.ranks)))
-        args.assumed.append(f"LoRA of rank {ranks} has alpha {args.lora_alpha:g}; --lora_alpha says another")
+    lora, ranks = merge_lora(_state_dict_of(PEFT_PREFIX, state_dict) or state_dict, args.lora_alpha, args.use_rslora)
+    if ranks:
+        args.assumed.append(
+            f"LoRA of rank {', '.join(map(str, sorted(ranks)))} has alpha {args.lora_alpha:g}; --lora_alpha says another"
+        )
     part = Conversion()
     expected = model.state_dict().keys()
     body = f"{model.model.language_model.base_model_prefix}."
@@ -238,13 +239,9 @@ def _convert_llm(
 
 def _names_of_rows(added_tokens: list[str], ecg_byte: ECGByteTokenizer | None) -> list[str]:
     """The tokens that a run added, one a row. The reference's have a row for each of the 256 bytes, of which ECGs take 26."""
-    rows: list[str] = []
-    for token in added_tokens:
-        if token == ECG_TOKENS and ecg_byte is not None:
-            rows += [f"signal_{token_id}" for token_id in range(FIRST_MERGE_ID + len(ecg_byte.merges))]
-        else:
-            rows.append(token)
-    return rows
+    num_signals = 0 if ecg_byte is None else FIRST_MERGE_ID + len(ecg_byte.merges)
+    signals = [f"signal_{token_id}" for token_id in range(num_signals)]
+    return [name for token in added_tokens for name in (signals if token == ECG_TOKENS else [token])]
 
 
 def _fit_vocabulary(
