@@ -255,15 +255,9 @@ def read_dicom(content: bytes) -> dict[str, Any]:
 
     age = re.fullmatch(r"(\d{3})Y", text("PatientAge"))
     date = re.sub(r"^(\d{4})(\d\d)(\d\d)", r"\1-\2-\3", text("AcquisitionDateTime") or text("StudyDate"))
-    frequencies = {
-        "high_pass": "FilterLowFrequency",
-        "low_pass": "FilterHighFrequency",
-        "notch": "NotchFilterFrequency",
-    }
-    filters = {name: float(channels[rows[0]].get(keyword) or 0) for name, keyword in frequencies.items()}
-    statements = [
-        str(note.get("UnformattedTextValue") or "") for note in dataset.get("WaveformAnnotationSequence") or []
-    ]
+    keywords = {"high_pass": "FilterLowFrequency", "low_pass": "FilterHighFrequency", "notch": "NotchFilterFrequency"}
+    filters = {name: float(channels[rows[0]].get(keyword) or 0) for name, keyword in keywords.items()}
+    notes = dataset.get("WaveformAnnotationSequence") or []
     return {
         "array": np.stack(leads),
         "sampling_rate": rate,
@@ -277,7 +271,7 @@ def read_dicom(content: bytes) -> dict[str, Any]:
                 sex=to_sex(text("PatientSex")),
                 date=re.sub(r"(?<=-\d\d)(\d\d)(\d\d)(\d\d)", r"T\1:\2:\3", date),
                 device=" ".join(filter(None, (text("Manufacturer"), text("ManufacturerModelName")))),
-                statements=statements,
+                statements=[str(note.get("UnformattedTextValue") or "") for note in notes],
                 filters={name: f"{hertz:g} Hz" for name, hertz in filters.items() if hertz},
                 left_out=left_out,
             ),

@@ -145,7 +145,7 @@ def import_pickle(args: argparse.Namespace) -> None:
     merges = read_ecg_byte_pickle(args.file).merges
     tokenizer = ECGByteTokenizer(merges, sampling_rate=args.sampling_rate)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    rate = "a rate that its file does not say" if args.sampling_rate is None else f"{args.sampling_rate:g} Hz"
+    rate = "a rate that its file does not state" if args.sampling_rate is None else f"{args.sampling_rate:g} Hz"
     _save(
         args.output_dir,
         tokenizer,
@@ -180,7 +180,7 @@ def _save(folder: Path, tokenizer: ECGByteTokenizer, datasets: list[str], **part
 
 
 def _rights(parts: list[Dataset]) -> str:
-    """What the datasets say of their licence and citation, each once."""
+    """Licences and citations of the datasets, each once."""
     licences = dict.fromkeys(part.info.license.strip() for part in parts if part.info.license)
     citations = dict.fromkeys(part.info.citation.strip() for part in parts if part.info.citation)
     texts = [*licences, *(f"```\n{citation}\n```" for citation in citations)]
@@ -384,9 +384,9 @@ def make_parser() -> argparse.ArgumentParser:
     command.set_defaults(work=inspect)
     command.add_argument("tokenizer", help=f"folder or Hub id that holds {FILE_NAME}, or such a file")
     command.add_argument("--ecg", type=Path, metavar="FILE", help="a record, of any format that read_ecg reads")
-    command.add_argument("--sampling_rate", type=float, metavar="HZ", help="of --ecg, where the file does not say it")
-    command.add_argument("--unit", help="of --ecg, where the file does not say it: mV, uV or V")
-    command.add_argument("--lead_names", nargs="+", help="of the rows of --ecg, where the file does not say them")
+    command.add_argument("--sampling_rate", type=float, metavar="HZ", help="of --ecg, where the file does not state it")
+    command.add_argument("--unit", help="of --ecg, where the file does not state it: mV, uV or V")
+    command.add_argument("--lead_names", nargs="+", help="of the rows of --ecg, where the file does not state them")
     _add_data_options(command, required=False)
     command.add_argument("--split", default="test", help="of the data; default: %(default)s")
     command.add_argument("--max_records", type=whole_number, default=200, help="of the data; default: %(default)s")
@@ -403,7 +403,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("file", type=Path, metavar="FILE.pkl", help="it is read without being executed")
     command.add_argument("--output_dir", type=Path, required=True, help=f"where {FILE_NAME} and its card go")
     command.add_argument(
-        "--sampling_rate", type=float, help="Hz of the records that it was trained on, which the file does not say"
+        "--sampling_rate", type=float, help="Hz of the records that it was trained on, which the file does not state"
     )
     return parser
 

@@ -2,11 +2,12 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import UndefinedError
 from trl import ModelConfig, SFTConfig
 
 from elm_ecg.training.arguments import ELMArguments
-from elm_ecg.training.sharing.cards import add_evaluation, elm_card, write_model_card
+from elm_ecg.training.sharing.cards import add_evaluation, elm_card, make_card, write_model_card
 from helpers import (
     RESULTS,
     ROOT,
@@ -109,6 +110,11 @@ def test_other_representations(tmp_path):
     assert "| representation | `symbolic` |" in symbolic
     assert "| ECG path | ECG-Byte tokens in the text, 86 of them in the vocabulary |" in symbolic
     assert "| tokens for each ECG | as many as its signal needs |" in symbolic
+
+
+def test_a_template_gets_all_its_facts():
+    with pytest.raises(UndefinedError, match="'num_tokens' is undefined"):
+        make_card("encoder.md", ModelCardData(), model_name="x")
 
 
 def test_adapter(tmp_path):

@@ -324,7 +324,7 @@ def test_symbolic_elms(tied, order, llm, ecg_byte, tmp_path):
             ["--elm", "ecg_byte", "--added_tokens", "signal_*", "--ecg_tokenizer"],
             r"needs 519; check --llm and --ecg_tokenizer",
         ),
-        ([*FUYU, "--added_tokens", "signal_*"], r"signal_\* is of symbolic ELMs"),
+        ([*FUYU, "--added_tokens", "signal_*"], r"signal_\* is for symbolic ELMs"),
         ([*FUYU, "--added_tokens", "<signal>", "<signal>"], r"--added_tokens has <signal> more than once"),
         ([*FUYU, "--lora_alpha", "nan"], r"--lora_alpha is nan; expected a positive number"),
     ],
@@ -464,7 +464,7 @@ def test_options_that_do_not_fit_an_encoder(options, message, tmp_path):
 
 def test_segment_of_another_length(shapes, tmp_path):
     for kind, message in (
-        ("st_mem", "of 2500 samples, and --segment_len is 1250"),
+        ("st_mem", "of 2500 samples, and --num_samples is 1250"),
         ("mtae", "25 patches of 1200 values"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -501,6 +501,14 @@ def test_a_language_model_of_another_size(llm, tmp_path):
     with pytest.raises(ValueError, match=r"is \[64.*\] in the checkpoint and \[32.*\] in the model; check --llm"):
         run(tmp_path / "elm.pt", fuyu(llm), "--llm", other, *FUYU)
     assert not (tmp_path / "out").exists()
+
+
+def test_options_are_those_of_a_model_alone(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert {"--llm", "--connector", "--lora_alpha"} <= set(re.findall(r"--\w+", text))
+    assert not {"--data", "--update", "--augment_ecg", "--time_shift", "--wandb"} & set(re.findall(r"--\w+", text))
 
 
 def test_output_dir(tmp_path):

@@ -36,7 +36,7 @@ PAPERS = {
     "mtae": "[MaeFE, masked time autoencoder](https://doi.org/10.1109/TIM.2022.3228267)",
     "st_mem": "[ST-MEM](https://arxiv.org/abs/2402.09450)",
 }
-# of TRL's and PEFT's arguments those that say most of a run
+# the arguments of TRL and PEFT that matter most to a run
 TRAINING = ["num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio"]
 TRAINING += ["weight_decay", "max_grad_norm", "optim", "bf16", "fp16", "seed"]
 LORA = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
@@ -55,7 +55,7 @@ TEMPLATES.globals |= {"table": table, "with_interval": with_interval, "title_of"
 
 
 def make_card(template: str, metadata: ModelCardData, **facts: Any) -> ModelCard:
-    """A card of a template of `model_cards/`, which says what facts it needs."""
+    """A card of a template of `model_cards/`; a fact that the template needs and does not get is an error."""
     return ModelCard(TEMPLATES.get_template(template).render(card_data=metadata.to_yaml(), **facts))
 
 
@@ -65,7 +65,7 @@ def on_hub(name: str) -> bool:
 
 
 def public_name(name: str) -> str:
-    """A local path says nothing to a reader, and may say too much: its last part stands for it."""
+    """A Hub id as it is; only the last part of a local path, which may hold the name of a user."""
     return name if on_hub(name) else Path(name).name
 
 
@@ -114,7 +114,7 @@ def replace_section(text: str, heading: str, body: str) -> str:
 
 
 def licence_of(folder: str) -> str | None:
-    """What the card of a local model says of its licence."""
+    """The licence that the card of a local model names."""
     card = Path(folder) / CARD
     licence = ModelCard.load(card).data.license if card.is_file() else None
     return licence if isinstance(licence, str) else None

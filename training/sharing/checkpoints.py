@@ -15,19 +15,8 @@ from torch import Tensor
 
 STATE_DICT = "model_state_dict"
 # what torch and safetensors raise on damaged files
-DAMAGE: tuple[type[Exception], ...] = (
-    SafetensorError,
-    struct.error,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+DAMAGE: tuple[type[Exception], ...] = (SafetensorError, struct.error, ArithmeticError, AssertionError, AttributeError)
+DAMAGE += (EOFError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass

@@ -38,7 +38,7 @@ def card_of(
 
 
 def parse(argv: list[str] | None = None) -> tuple[Path, ConvertArguments]:
-    """The checkpoint, and what the command line says of it."""
+    """The path of the checkpoint, and the options."""
     parser = ELMParser(
         ConvertArguments,
         prog="elm convert",

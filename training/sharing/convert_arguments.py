@@ -13,7 +13,7 @@ ECG_TOKENS = "signal_*"  # among --added_tokens: signal_<id> of all ids of the E
 
 @dataclass
 class ConvertArguments(ModelArguments):
-    """What the checkpoint does not say of the ELM or encoder that it holds. Defaults are the reference's."""
+    """What a checkpoint does not state about the ELM or encoder that it holds. Defaults are the reference's."""
 
     output_dir: str = field(default="", metadata={"help": "New or empty folder that the converted model is saved in."})
     llm: str = field(
@@ -43,28 +43,28 @@ class ConvertArguments(ModelArguments):
             "of a symbolic ELM, by id."
         },
     )
-    lora_alpha: float = field(default=32.0, metadata={"help": "Of LoRA, which the checkpoint does not say."})
+    lora_alpha: float = field(default=32.0, metadata={"help": "Alpha of LoRA in that run."})
     use_rslora: bool = field(default=False, metadata={"help": "LoRA was scaled by the square root of its rank."})
     dtype: Literal["float32", "bfloat16", "float16"] | None = field(
-        default=None, metadata={"help": "Of the saved weights. Default: the widest that the checkpoint has."}
+        default=None, metadata={"help": "Type of the saved weights. Default: the widest that the checkpoint has."}
     )
 
     def __post_init__(self) -> None:
         if not self.output_dir:
-            raise ValueError("--output_dir is missing; say the folder that the converted model is saved in.")
-        self.assumed: list[str] = []  # what the reader of the report should know
+            raise ValueError("--output_dir is missing; name a new folder for the converted model.")
+        self.assumed: list[str] = []  # for the report: what neither checkpoint nor options state
         if self.lead_names is None:
             self.lead_names = list(REFERENCE_LEADS)
             self.assumed.append(
-                "leads in the reference's order, I II III aVL aVR aVF V1 ... V6; of a model trained on its PTB-XL, say "
+                "leads in the reference's order, I II III aVL aVR aVF V1 ... V6; of a model trained on its PTB-XL, give "
                 "--lead_names I II III aVR aVL aVF V1 V2 V3 V4 V5 V6"
             )
         if self.normalization is None and self.representation == "signal" and self.elm != "ecg_byte":
             self.normalization = "minmax"
         if self.representation not in IMAGE_REPRESENTATIONS:
             self.image_features = "patches"
-        self.says_encoder = self.encoder is not None or self.encoder_name_or_path is not None
-        self.says_num_ecg_tokens = self.num_ecg_tokens is not None
+        self.names_encoder = self.encoder is not None or self.encoder_name_or_path is not None
+        self.gives_num_ecg_tokens = self.num_ecg_tokens is not None
         super().__post_init__()
         symbolic = self.representation == "symbolic"
         if symbolic and (self.ecg_tokenizer is None or ECG_TOKENS not in self.added_tokens):
@@ -77,7 +77,7 @@ class ConvertArguments(ModelArguments):
         if not 0 < self.lora_alpha < float("inf"):
             raise ValueError(f"--lora_alpha is {self.lora_alpha}; expected a positive number.")
         if ECG_TOKENS in self.added_tokens and not symbolic:
-            raise ValueError(f"--added_tokens {ECG_TOKENS} is of symbolic ELMs; say --elm ecg_byte, or leave it out.")
+            raise ValueError(f"--added_tokens {ECG_TOKENS} is for symbolic ELMs; add --elm ecg_byte, or leave it out.")
         repeated = {token for token in self.added_tokens if self.added_tokens.count(token) > 1}
         if repeated:
             raise ValueError(

@@ -22,9 +22,10 @@ from elm_ecg.training.sharing.checkpoint_keys import convert_part, count_indices
 from elm_ecg.training.sharing.checkpoints import Checkpoint, Conversion, merge_lora
 from elm_ecg.training.sharing.convert_arguments import ECG_TOKENS, ConvertArguments
 
+# of the names of weights in a whole ELM of the reference
 LLM_PREFIX, PEFT_PREFIX, ENCODER_PREFIX = "llm.llm.", "base_model.model.", "encoder."
 CONNECTOR_PREFIXES = {"llava": "projection.", "fuyu": "project_layer."}
-# of a vision model, what its tower does without
+# weights of vision models that their towers do not have, and why
 NOT_OF_THE_TOWER = {
     r"text_model\.|text_projection\.|logit_scale$|logit_bias$": "of the text tower",
     r"visual_projection\.": "of the embedding, and this ELM reads patches",
@@ -40,7 +41,7 @@ def _state_dict_of(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]
 def encoder_fields(args: ConvertArguments, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """The fields of the encoder's configuration that the shapes of its converted weights tell.
 
-    `--encoder_config` says the others, such as `head_dim`, which is 64 in the reference.
+    `--encoder_config` gives the others, such as `head_dim`, which is 64 in the reference.
 
     Raises:
         ValueError: the leads or samples of the options are not those of the weights.
@@ -75,6 +76,7 @@ def encoder_fields(args: ConvertArguments, tensors: dict[str, Tensor]) -> dict[s
             "mlp_ratio": shape["layers.0.mlp.fc1.weight"][0] // width,
         }
         if kind == "st_mem":
+            # there is a separator at both ends of the patches of each lead
             num_leads, num_samples = shape["embeddings.lead_embeddings"][0], (positions - 2) * patch_values
             sizes["patch_size"] = patch_values
         else:
@@ -90,7 +92,7 @@ def encoder_fields(args: ConvertArguments, tensors: dict[str, Tensor]) -> dict[s
             ):
                 raise ValueError(
                     f"The {kind} weights have {positions - 1} patches of {patch_values} values, {patch_values * (positions - 1)} in "
-                    f"all, which is not {num_leads} leads x {num_samples} samples; say --segment_len and --lead_names of the run."
+                    f"all, which is not {num_leads} leads x {num_samples} samples; give --num_samples and --lead_names of the run."
                 )
     if num_leads != len(args.lead_names):
         raise ValueError(
@@ -98,7 +100,7 @@ def encoder_fields(args: ConvertArguments, tensors: dict[str, Tensor]) -> dict[s
         )
     if num_samples != args.num_samples:
         raise ValueError(
-            f"The {kind} weights are of {num_samples} samples, and --segment_len is {args.num_samples}; say {num_samples}."
+            f"The {kind} weights are of {num_samples} samples, and --num_samples is {args.num_samples}; give {num_samples}."
         )
     return {"num_leads": num_leads, "num_samples": num_samples, **sizes, **args.encoder_fields}
 
@@ -139,7 +141,7 @@ def _dtype(args: ConvertArguments, tensors: dict[str, Tensor]) -> torch.dtype:
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     widest = reduce(torch.promote_types, dtypes or {torch.float32})
     if len(dtypes) > 1:
-        args.assumed.append(f"all weights become {widest}, the widest of the checkpoint; --dtype says another")
+        args.assumed.append(f"all weights become {widest}, the widest of the checkpoint; choose another with --dtype")
     return widest
 
 
@@ -151,8 +153,8 @@ def convert_encoder(
     Raises:
         ValueError: the options do not fit the checkpoint, or something is missing.
     """
-    if not args.says_encoder or args.encoder not in ENCODER_MODELS:
-        encoder = args.encoder if args.says_encoder else None
+    if not args.names_encoder or args.encoder not in ENCODER_MODELS:
+        encoder = args.encoder if args.names_encoder else None
         raise ValueError(
             f"The checkpoint holds no language model ({LLM_PREFIX}...), so an encoder alone, and --encoder is {encoder}; expected "
             f"one of {', '.join(ENCODER_MODELS)}."
@@ -209,7 +211,7 @@ def _convert_llm(
     lora, ranks = merge_lora(_state_dict_of(PEFT_PREFIX, state_dict) or state_dict, args.lora_alpha, args.use_rslora)
     if ranks:
         args.assumed.append(
-            f"LoRA of rank {', '.join(map(str, sorted(ranks)))} has alpha {args.lora_alpha:g}; --lora_alpha says another"
+            f"LoRA of rank {', '.join(map(str, sorted(ranks)))} has alpha {args.lora_alpha:g}; give another with --lora_alpha"
         )
     part = Conversion()
     expected = model.state_dict().keys()
@@ -298,7 +300,7 @@ def _convert_signal_encoder(args: ConvertArguments, state_dict: dict[str, Tensor
     """The encoder of an ELM that reads signals; the arguments get the sizes that its weights tell."""
     if args.encoder_name_or_path is not None:
         raise ValueError(
-            "The checkpoint holds the encoder's weights; leave --encoder_name_or_path out and say its kind as --encoder."
+            "The checkpoint holds the encoder's weights; leave --encoder_name_or_path out and name its kind as --encoder."
         )
     if args.encoder not in ENCODER_MODELS:
         raise ValueError(f"--encoder is {args.encoder} for signal ECGs; expected one of {', '.join(ENCODER_MODELS)}.")
@@ -315,14 +317,14 @@ def _convert_connector(args: ConvertArguments, kind: str, state_dict: dict[str, 
     if kind == "patch":
         assert args.lead_names is not None
         patches = len(args.lead_names) * args.num_samples / part.tensors["projection.weight"].shape[1]
-        if (args.says_num_ecg_tokens and patches != args.num_ecg_tokens) or patches != int(patches):
+        if (args.gives_num_ecg_tokens and patches != args.num_ecg_tokens) or patches != int(patches):
             raise ValueError(
                 f"The patch connector makes {patches:g} tokens of {len(args.lead_names)} leads x {args.num_samples} samples, and "
-                f"--num_encoder_tokens is {args.num_ecg_tokens}; check it and --segment_len."
+                f"--num_ecg_tokens is {args.num_ecg_tokens}; check it and --num_samples."
             )
         args.num_ecg_tokens = int(patches)
-    elif kind != "flat" and args.image_features != "embedding" and not args.says_num_ecg_tokens:
-        args.assumed.append(f"{args.num_ecg_tokens} tokens an ECG; --num_encoder_tokens says another number")
+    elif kind != "flat" and args.image_features != "embedding" and not args.gives_num_ecg_tokens:
+        args.assumed.append(f"{args.num_ecg_tokens} tokens for each ECG; give another number with --num_ecg_tokens")
     return part
 
 
@@ -360,10 +362,10 @@ def convert_elm(
     """
     tensors, conversion = checkpoint.tensors, Conversion()
     if not args.llm:
-        raise ValueError(f"The checkpoint holds a language model ({LLM_PREFIX}...); say which as --llm.")
+        raise ValueError(f"The checkpoint holds a language model ({LLM_PREFIX}...); name the one of the run as --llm.")
     llava = args.architecture == "llava"
-    if llava and not args.says_encoder:
-        raise ValueError("--encoder is missing; say which the ELM was trained with.")
+    if llava and not args.names_encoder:
+        raise ValueError("--encoder is missing; name the one that the ELM was trained with.")
     encoder = _state_dict_of(ENCODER_PREFIX, tensors)
     reads_signals = llava and args.representation not in IMAGE_REPRESENTATIONS
     if reads_signals:
@@ -374,7 +376,7 @@ def convert_elm(
         conversion.add(part, prefix, "model.connector.")
     of_any_length = args.connector in ("patch", "conv") or (args.encoder == "merl" and reads_signals)
     if of_any_length or args.representation == "symbolic":  # else the weights tell the number of samples
-        args.assumed.append(f"{args.num_samples} samples a lead; --segment_len says another number")
+        args.assumed.append(f"{args.num_samples} samples for each lead; give another number with --num_samples")
 
     processor = _processor_of(args)
     dtype = str(_dtype(args, tensors)).removeprefix("torch.")
@@ -392,6 +394,6 @@ def convert_elm(
     conversion.add(part, LLM_PREFIX, "")
     seen = conversion.used.keys() | conversion.ignored.keys() | set(conversion.left_over)
     conversion.left_over += [key for key in tensors if key not in seen]
-    _check_tensors(conversion.tensors, model, "--llm, --elm, --encoder, --segment_len and --num_encoder_tokens")
+    _check_tensors(conversion.tensors, model, "--llm, --elm, --encoder, --num_samples and --num_ecg_tokens")
     model.load_state_dict(conversion.tensors, strict=False)  # what is missing was checked
     return model, processor, conversion

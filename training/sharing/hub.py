@@ -1,4 +1,4 @@
-"""What commands share that write to the Hub: repositories that a failure takes back, and what the Hub says in words."""
+"""Writing to the Hub: repositories that are put back as they were after a failure, and its errors in words."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -6,7 +6,7 @@ import io
 import json
 import re
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ from elm_ecg.training.sharing.disclosure import (
 )
 from elm_ecg.training.sharing.hub import NETWORK_ERRORS, refusal, repo_for
 
-MODULES = {path.name for path in resource("").glob("*.py")}  # that travel with models
+MODULES = {path.name for path in resource("").glob("[!_]*.py")}  # that travel with models
 # what a repo is made of beside its code, its card and the sample
 FILES = ["config.json", "generation_config.json", "adapter_config.json", "processor_config.json", "chat_template.jinja"]
 FILES += ["model*.safetensors", "model*.safetensors.index.json", "adapter_model.safetensors", PREPROCESSOR, FILE_NAME]
@@ -71,36 +71,50 @@ EXAMPLES = "<h2>Examples</h2>"  # the heading of the part of a report that shows
 LICENCE_FIELDS = ("license", "license_name", "license_link")  # of a card's metadata
 
 
+def _kind_of_files(files: Collection[str], config: Callable[[], Path | str]) -> str | None:
+    """As `kind_of`, or "MODEL_TYPE model" of another library; None for anything else.
+
+    Args:
+        files: names of files.
+        config: gives the path of config.json, where it is among them.
+    """
+    if "adapter_config.json" in files:
+        return "adapter"
+    if "config.json" in files:
+        model_type = read_json(Path(config())).get("model_type")
+        return (
+            "model"
+            if model_type == ELMConfig.model_type
+            else "encoder"
+            if model_type in ENCODER_CONFIGS
+            else f"{model_type} model"
+        )
+    return "tokenizer" if FILE_NAME in files else None
+
+
 def kind_of(folder: Path) -> str:
     """`model`, `adapter`, `encoder`, `tokenizer` or `dataset`.
 
     Raises:
         ValueError: it is none of these.
     """
+    kinds = "model, adapter, encoder, tokenizer or dataset"
     if not folder.is_dir():
-        raise ValueError(
-            f"{folder} is no folder; expected that of a saved model, adapter, encoder, tokenizer or dataset."
-        )
-    if (folder / "adapter_config.json").is_file():
-        return "adapter"
-    if (folder / "config.json").is_file():
-        model_type = read_json(folder / "config.json").get("model_type")
-        if model_type == ELMConfig.model_type:
-            return "model"
-        if model_type in ENCODER_CONFIGS:
-            return "encoder"
-        raise ValueError(
-            f"{folder / 'config.json'} is of a {model_type!r} model; expected {ELMConfig.model_type} or one of "
-            f"{', '.join(ENCODER_CONFIGS)}. Share others with `hf upload`."
-        )
-    if (folder / FILE_NAME).is_file():
-        return "tokenizer"
-    if list((folder / "data").glob("*.parquet")):
+        raise ValueError(f"{folder} is no folder; expected that of a saved {kinds}.")
+    config = folder / "config.json"
+    kind = _kind_of_files([path.name for path in folder.iterdir() if path.is_file()], lambda: config)
+    if kind is None and list((folder / "data").glob("*.parquet")):
         return "dataset"
-    raise ValueError(
-        f"{folder} has no config.json, adapter_config.json, {FILE_NAME} or data/*.parquet; expected the folder of a saved model, "
-        "adapter, encoder, tokenizer or dataset."
-    )
+    if kind is None:
+        raise ValueError(
+            f"{folder} has no config.json, adapter_config.json, {FILE_NAME} or data/*.parquet; expected the folder of a saved {kinds}."
+        )
+    if kind.endswith(" model"):
+        raise ValueError(
+            f"{config} is of a {kind}; expected {ELMConfig.model_type} or one of {', '.join(ENCODER_CONFIGS)}. Share others with "
+            "`hf upload`."
+        )
+    return kind
 
 
 def code_of(folder: Path, kind: str) -> dict[str, bytes]:
@@ -205,7 +219,7 @@ def read_card(folder: Path, kind: str, name: str) -> RepoCard:
     """The card of the folder, or of what is known of it.
 
     Raises:
-        ValueError: it is damaged, says what is not to be shared, or is not there, and cannot be written.
+        ValueError: it is damaged, holds what must not be shared, or is missing and cannot be written.
     """
     path = folder / CARD
     if path.is_file():
@@ -229,7 +243,7 @@ def set_licence(card: RepoCard, kind: str, args: argparse.Namespace, api: HfApi)
     """Writes the licence into the card: that of the command line, the card's own, or that of the base model on the Hub.
 
     Raises:
-        ValueError: none of these says one.
+        ValueError: none of these names one.
     """
     metadata: Any = card.data
     if args.license is not None:
@@ -254,7 +268,7 @@ def set_licence(card: RepoCard, kind: str, args: argparse.Namespace, api: HfApi)
     if metadata.license in (None, "unknown"):
         whose = "the language model within" if kind in ("model", "adapter") else "what it was made of"
         raise ValueError(
-            f"The card names no licence{why_not_of_base}. A {kind} is shared under that of {whose}: find it out, and say it with --license, such "
+            f"The card names no licence{why_not_of_base}. A {kind} is shared under that of {whose}: find it out, and give it as --license, such "
             "as apache-2.0, llama3.2 or cc-by-4.0 (and --license_link)."
         )
     if metadata.license == "other" and not (metadata.get("license_name") or metadata.get("license_link")):
@@ -263,18 +277,9 @@ def set_licence(card: RepoCard, kind: str, args: argparse.Namespace, api: HfApi)
 
 def kind_of_repo(api: HfApi, repo_id: str, revision: str, files: Collection[str]) -> str | None:
     """What a repository of models holds: as `kind_of`, or in words what else; None if nothing yet."""
-    if "adapter_config.json" in files:
-        return "adapter"
-    if "config.json" in files:
-        path = api.hf_hub_download(repo_id, "config.json", revision=revision)
-        model_type = read_json(Path(path)).get("model_type")
-        if model_type == ELMConfig.model_type:
-            return "model"
-        return "encoder" if model_type in ENCODER_CONFIGS else f"{model_type} model"
-    if FILE_NAME in files:
-        return "tokenizer"
+    kind = _kind_of_files(files, lambda: api.hf_hub_download(repo_id, "config.json", revision=revision))
     weights = [name for name in files if name.endswith((".safetensors", ".gguf", ".onnx", *PICKLES))]
-    return f"file {weights[0]}" if weights else None
+    return kind or (f"file {weights[0]}" if weights else None)
 
 
 def commit(
