@@ -14,9 +14,11 @@ from huggingface_hub import DatasetCard
 from elm_ecg.ecg_utils import STANDARD_LEADS
 from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.data import build as data_build
+from elm_ecg.training.data import write as data_write
 from elm_ecg.training.data.commands import main
 from elm_ecg.training.data.loading import to_chat
-from elm_ecg.training.data.sources import Question, Records
+from elm_ecg.training.data.sources import QuestionRow, Records
+from elm_ecg.training.data.splits import FOLDS
 from helpers import tiny_processor
 
 ASKED = {"question": "Is it?", "answer": "yes"}
@@ -79,7 +81,7 @@ class TestRealData:
             entries = [entry for entry in map(json.loads, file) if len(entry["ecg_id"]) == 2]
         entries = [entry for split in ("train", "valid", "test") for entry in entries if entry["split"] == split][::50]
         ptbxl = shared / "data" / "ptbxl"
-        options = ["--metadata", ptbxl / "records.csv", "--metadata_columns", "device", "--sampling_rate_of_files", 100]
+        options = ["--metadata", ptbxl / "records.csv", "--metadata_columns", "device", "--sampling_rate", 100]
         data = build(
             ptbxl / "raw100.npz",
             folder / "compared",
@@ -157,12 +159,12 @@ class TestRealData:
     def test_ptbxl_folder(self, shared, tmp_path):
         """Its own superclasses, folds and files."""
         folder = shared / "data" / "ptbxl" / "wfdb_examples"
-        data = build(folder, tmp_path / "out", "--sampling_rate", 100, "--num_proc", 2)
+        data = build(folder, tmp_path / "out", "--resample", 100, "--num_proc", 2)
         assert {split: set(rows["strat_fold"]) for split, rows in data.items()} == {
             split: {
                 int(row["strat_fold"])
                 for row in csv.DictReader((folder / "ptbxl_database.csv").open(newline=""))
-                if data_build.FOLDS[int(row["strat_fold"])] == split
+                if FOLDS[int(row["strat_fold"])] == split
             }
             for split in data
         }
@@ -184,7 +186,7 @@ class TestRealData:
             (tmp_path / "records" / file.name).write_bytes(file.read_bytes())
         names = ("ptbxl_00017", "fda_subject1_0", "braveheart_example1", "s0010_re")
         questions = save_rows(tmp_path / "q.jsonl", *({**ASKED, "record": name, "split": "train"} for name in names))
-        options = ["--window", 5, "--stride", 4, "--sampling_rate", 250]
+        options = ["--window", 5, "--stride", 4, "--resample", 250]
         data = build(tmp_path / "records", tmp_path / "out", "--questions", questions, *options)["train"]
         starts = {name: [] for name in data["record_id"]}
         for row in data:
@@ -204,82 +206,6 @@ class TestRealData:
         assert len(batch["ecg_values"]) == 4
 
 
-class TestSplits:
-    def question(self, record: str, patient: str | None = None, split: str | None = None) -> Question:
-        return Question((record,), [], split, (patient,))
-
-    def split(
-        self, *questions: Question, by: str = "patient", metadata: Any = None, shares: Any = (0.8, 0.1, 0.1)
-    ) -> Any:
-        return data_build.split_questions(list(questions), by, metadata or {}, shares, 0)
-
-    def test_by_patient(self):
-        questions = [self.question(f"{patient}-{number}", str(patient)) for patient in range(50) for number in range(3)]
-        parts, left_out = self.split(*questions)
-        patients = {split: {question.patients for question in part} for split, part in parts.items()}
-        assert {split: len(found) for split, found in patients.items()} == {"train": 40, "validation": 5, "test": 5}
-        assert len(set.union(*patients.values())) == 50
-        assert sum(map(len, parts.values())) == 150
-        assert left_out == 0
-        again, _ = data_build.split_questions(questions, "patient", {}, (0.8, 0.1, 0.1), 1)
-        assert again != parts
-
-    def test_too_few_patients(self, small, tmp_path, capsys):
-        said = "No patients for validation, test: 4 patients are too few for --shares 0.9 0.05 0.05."
-        options = ["--questions", small[1], "--shares"]
-        assert set(build(small[0], tmp_path / "few", *options, 0.9, 0.05, 0.05)) == {"train"}
-        assert said in capsys.readouterr().out
-        assert said in (tmp_path / "few" / "README.md").read_text()
-        build(small[0], tmp_path / "all", *options, 0.5, 0.5, 0)  # none are wanted for the test
-        assert "too few" not in capsys.readouterr().out
-
-    def test_by_fold(self):
-        metadata = {str(fold): {"strat_fold": fold} for fold in range(1, 11)}
-        parts, _ = self.split(*(self.question(str(fold)) for fold in range(1, 11)), by="fold", metadata=metadata)
-        assert [[q.records[0] for q in part] for part in parts.values()] == [list("12345678"), ["9"], ["10"]]
-
-    def test_records_of_different_splits(self):
-        metadata = {"a": {"strat_fold": 1}, "b": {"strat_fold": 2.0}, "c": {"strat_fold": 10}}
-        pairs = [Question(pair, [], patients=(None, None)) for pair in (("a", "b"), ("a", "c"), ("c", "b"))]
-        parts, left_out = self.split(*pairs, by="fold", metadata=metadata)
-        assert parts == {"train": pairs[:1]}
-        assert left_out == 2
-
-    def test_default(self):
-        fold, given = {"a": {"strat_fold": 1}}, self.question("a", split="test")
-        assert data_build.default_split([given], fold) == "given"
-        assert data_build.default_split([given, self.question("a")], fold) == "fold"
-        assert data_build.default_split([given, self.question("b")], fold) == "patient"
-
-    @pytest.mark.parametrize(
-        ("questions", "options", "message"),
-        [
-            (
-                [("a", "p", "train"), ("b", "p", "test"), ("c", "q", "test")],
-                {"by": "given"},
-                r"1 of 2 .* patient p \(test, train\)",
-            ),
-            (
-                [("a", None, "train"), ("a", None, "test")],
-                {"by": "given"},
-                r"record a \(test, train\).*choose --split_by",
-            ),
-            ([("a", "p", None)], {"by": "given"}, "about the record a has no split"),
-            ([("a", "p", None)], {"by": "fold"}, "record a has strat_fold None"),
-            ([("a", "p", None)], {"by": "fold", "metadata": {"a": {"strat_fold": 11}}}, "record a has strat_fold 11"),
-            ([("a", None, None), ("b", "p", None)], {}, "patient of 1 of 2 records is unknown, such as a"),
-            ([("a", "p", None)], {"shares": (0.8, 0.1, 0.2)}, "--shares is 0.8 0.1 0.2"),
-        ],
-    )
-    def test_at_fault(self, questions, options, message):
-        with pytest.raises(ValueError, match=message):
-            self.split(*(self.question(*question) for question in questions), **options)
-
-    def test_two_patients_of_a_record(self):
-        with pytest.raises(ValueError, match="record a is of the patients 1 and 2"):
-            data_build.with_patients([self.question("a", "2")], {"a": {"patient_id": "1.0"}})
-
-
 def test_twice_the_same(small, tmp_path):
     records, questions = small
     options = ["--questions", questions, "--shares", 0.5, 0.25, 0.25]
@@ -291,7 +217,7 @@ def test_twice_the_same(small, tmp_path):
 
 
 def test_ctrl_c_is_left_to_the_main_process():
-    questions = [Question((name,), []) for name in "ab"]
+    questions = [QuestionRow((name,), []) for name in "ab"]
     read = data_build.read_records(questions, Records({"a": 1, "b": 2}), ignores_interrupts, num_proc=2)
     assert [answers for _, answers in read] == [[[True]], [[True]]]
 
@@ -328,9 +254,19 @@ def test_one_and_two_ecgs(small, tmp_path):
     assert "| train | 2 | 2 | unknown |" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_too_few_patients(small, tmp_path, capsys):
+    said = "No patients for validation, test: 4 patients are too few for --shares 0.9 0.05 0.05."
+    options = ["--questions", small[1], "--shares"]
+    assert set(build(small[0], tmp_path / "few", *options, 0.9, 0.05, 0.05)) == {"train"}
+    assert said in capsys.readouterr().out
+    assert said in (tmp_path / "few" / "README.md").read_text()
+    build(small[0], tmp_path / "all", *options, 0.5, 0.5, 0)  # none are wanted for the test
+    assert "too few" not in capsys.readouterr().out
+
+
 def test_shards_and_row_groups(small, tmp_path, monkeypatch):
     monkeypatch.setattr(data_build, "ROW_GROUP_ROWS", 2)
-    monkeypatch.setattr(data_build, "SHARD_BYTES", 12_000)
+    monkeypatch.setattr(data_write, "SHARD_BYTES", 12_000)
     records, questions = small
     data = build(records, tmp_path / "out", "--questions", questions, "--shares", 1, 0, 0)
     files = sorted((tmp_path / "out" / "data").iterdir())
@@ -357,7 +293,7 @@ def test_repetitions_take_hardly_any_space(tmp_path):
     for number in (1, 10):
         rows = [{**ASKED, "record": name, "n": n} for name in "abc" for n in range(number)]
         questions = save_rows(tmp_path / "train.jsonl", *rows)
-        options = ["--questions", questions, "--sampling_rate_of_files", 500, "--unit", "uV"]
+        options = ["--questions", questions, "--sampling_rate", 500, "--unit", "uV"]
         build(tmp_path / "all.npz", tmp_path / f"out{number}", *options)
         sizes.append(sum(file.stat().st_size for file in (tmp_path / f"out{number}").rglob("*.parquet")))
     assert sizes[0] < walks.nbytes
@@ -447,7 +383,7 @@ class TestInputAtFault:
             ([{**ASKED, "record": "a"}], ["--metadata_columns", "site"], "name it with --metadata"),
             ([{**ASKED, "record": "a", "question_type": "x"}], ["--question_types", "y*"], r"y\* fits none of x"),
             ([{**ASKED, "record": "a", "n": 1}, {**ASKED, "record": "a", "n": "b"}], [], "column 'n' holds int, str"),
-            ([{**ASKED, "record": "a"}], ["--sampling_rate_of_files", 500], "give it once"),
+            ([{**ASKED, "record": "a"}], ["--sampling_rate", 500], "give it once"),
         ],
     )
     def test_says_what(self, rows, options, message, small, tmp_path):
@@ -477,7 +413,7 @@ class TestInputAtFault:
         with pytest.raises(ValueError, match=r"--output_dir .*/file/out cannot be written"):
             build(small[0], tmp_path / "file" / "out", "--questions", small[1])
 
-    @pytest.mark.parametrize("option", ["sampling_rate", "sampling_rate_of_files", "window", "stride"])
+    @pytest.mark.parametrize("option", ["sampling_rate", "resample", "window", "stride"])
     @pytest.mark.parametrize("value", ["0", "-1", "nan"])
     def test_not_above_0(self, option, value, small, tmp_path):
         with pytest.raises(ValueError, match=f"--{option} is {value}; expected a number above 0"):
