@@ -12,7 +12,8 @@ SPLIT_RULES = ("given", "fold", "patient")
 
 
 def _option(default: Any, text: str, **parsing: Any) -> Any:
-    """A field with its help, and what `argparse` has to know of it."""
+    """A field with its help, and what else `argparse` has to know of it."""
+    parsing |= {"action": "store_true"} if default is False else {}
     return field(default=default, metadata={"help": text, **parsing})
 
 
@@ -27,10 +28,8 @@ class BuildArguments:
     question_types: Sequence[str] | None = _option(
         None, "keep the questions of these types; * stands for anything: comparison*", nargs="+", metavar="TYPE"
     )
-    join_questions: bool = _option(False, "ask all questions about a record in one chat", action="store_true")
-    sort_answers: bool = _option(
-        False, "sort the items of answers that are lists, which ECG-QA has in any order", action="store_true"
-    )
+    join_questions: bool = _option(False, "ask all questions about a record in one chat")
+    sort_answers: bool = _option(False, "sort the items of answers that are lists, which ECG-QA has in any order")
     metadata: str | Path | Iterable[Mapping[str, Any]] | None = field(
         default=None,
         metadata={"help": "table about the records: patient_id, strat_fold, age, sex", "type": Path, "metavar": "FILE"},
@@ -44,10 +43,10 @@ class BuildArguments:
     )
     shares: Sequence[float] = _option(
         (0.8, 0.1, 0.1),
-        "of the patients; default: 0.8 0.1 0.1",
+        "of the patients in training, validation and test; default: 0.8 0.1 0.1",
         type=float,
         nargs=3,
-        metavar=("TRAIN", "VALIDATION", "TEST"),
+        metavar="SHARE",
     )
     seed: int = _option(0, "of the order of records and of the patients' splits; default: %(default)s", type=int)
     sampling_rate: float | None = _option(
@@ -64,7 +63,7 @@ class BuildArguments:
     stride: float | None = _option(
         None, "from the start of a window to that of the next; default: --window", type=float, metavar="SECONDS"
     )
-    skip_unreadable: bool = _option(False, "leave out records that cannot be read, and list them", action="store_true")
+    skip_unreadable: bool = _option(False, "leave out records that cannot be read, and list them")
     num_proc: int = _option(1, "processes that read; default: %(default)s", type=whole_number)
 
     def __post_init__(self) -> None:

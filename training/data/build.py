@@ -7,7 +7,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -70,7 +70,7 @@ def build_dataset(
     splits = {
         split: Dataset(pa.concat_tables(tables), split=NamedSplit(split)) for split, tables in groups.items() if tables
     }
-    plan.check_rows(any(splits.values()))
+    plan.check_rows(bool(splits))
     for remark in plan.remarks():
         logger.warning("%s", remark)
     # arrays as NumPy: as lists of numbers they would take longer to read than to process
@@ -79,29 +79,18 @@ def build_dataset(
 
 @dataclass
 class Plan:
-    """What a dataset will hold. The records are read when its rows are asked for, a few at a time.
-
-    Args:
-        questions: of each split, about `records`.
-        metadata: of the records.
-        schema: columns of the rows.
-        split_by: the rule by which they were divided.
-        left_out: what was left out -> how many.
-        absent: names of records that questions are about, and that are not there.
-        too_few: a sentence about splits that get no patients.
-        unreadable: record -> why it cannot be read; filled by `rows`.
-        notices: what reading the records had to say -> the records; filled by `rows`.
-    """
+    """What a dataset will hold. The records are read when its rows are asked for, a few at a time."""
 
     options: BuildArguments
     records: Records
-    questions: dict[str, list[QuestionRow]]
+    questions: dict[str, list[QuestionRow]]  # of each split
     metadata: Metadata
     schema: pa.Schema
-    split_by: str
-    left_out: dict[str, int]
-    absent: list[str]
-    too_few: str | None
+    split_by: str  # the rule by which the questions were divided
+    left_out: dict[str, int]  # what was left out -> how many
+    absent: list[str]  # names of records that questions are about, and that are not there
+    too_few: str | None  # a sentence about splits that get no patients
+    # filled as rows are read: record -> why it cannot be read; notice -> the records that it is about
     unreadable: dict[str, str] = field(default_factory=dict)
     notices: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
 
@@ -167,14 +156,15 @@ def make_plan(
         ValueError: records, questions or tables are at fault, or no question is left.
     """
     table = None if isinstance(source, Mapping) else Path(source) / PTBXL_TABLE
-    tables = [path for path in (table if table and table.is_file() else None, options.metadata) if path is not None]
+    is_ptbxl = table is not None and table.is_file()
+    tables = [path for path in (table if is_ptbxl else None, options.metadata) if path is not None]
     if options.metadata_columns and not tables:
         raise ValueError("--metadata_columns are those of a table about the records; name it with --metadata.")
     records = find_records(source, options.resample)
     left_out: dict[str, int] = {}
     if questions is not None:
         rows: Iterable[QuestionRow] = read_questions(questions, options.sort_answers)
-    elif table and table.is_file():
+    elif table is not None and is_ptbxl:
         rows, left_out["records of no diagnostic superclass"] = superclass_questions(table.parent)
     else:
         raise ValueError(
@@ -281,10 +271,10 @@ def make_schema(
     Raises:
         ValueError: a column has values of different types.
     """
-    names = {name: None for question in questions for name in question.columns}
+    names = dict.fromkeys(name for question in questions for name in question.columns)
     of_questions = {name: [question.columns.get(name) for question in questions] for name in names}
     rows = {record: metadata.get(record, {}) for question in questions for record in question.records}
-    names = {name: None for row in rows.values() for name in row if name not in of_questions}
+    names = dict.fromkeys(name for row in rows.values() for name in row if name not in of_questions)
     of_records: dict[str, list[Any]] = {
         "record_id": list(rows),
         **({"start_second": [0.0]} if windows else {}),
@@ -351,10 +341,9 @@ def read_records(
     """
     held: dict[str, Any] = {}  # of the records of the present chunk
     chunk = 8 * num_proc if num_proc > 1 else 1
-    with ExitStack() as stack:
-        read: Any = map
-        if num_proc > 1:
-            read = stack.enter_context(ProcessPoolExecutor(num_proc, initializer=_start_process)).map
+    pool = ProcessPoolExecutor(num_proc, initializer=_start_process) if num_proc > 1 else None
+    with pool or nullcontext():
+        read: Any = pool.map if pool else map
         for start in range(0, len(questions), chunk):
             part = questions[start : start + chunk]
             needed = dict.fromkeys(record for question in part for record in question.records)

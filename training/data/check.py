@@ -62,22 +62,17 @@ class Finding:
 
 @dataclass
 class SplitReport:
-    """What a split holds.
-
-    Args:
-        rates, leads, seconds: sampling rate, leads and length -> how many of the rows' ECGs; of files those that are read.
-        answers: type of question -> answer -> how many.
-        flags: lead and what is wrong with it -> how many different ECGs.
-    """
+    """What a split holds."""
 
     rows: int = 0
     records: int = 0
     patients: int = 0
+    # sampling rate, leads and length -> how many of the rows' ECGs; of files those that are read
     rates: Counter[str] = field(default_factory=Counter)
     leads: Counter[str] = field(default_factory=Counter)
     seconds: Counter[float] = field(default_factory=Counter)
-    answers: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    flags: Counter[str] = field(default_factory=Counter)
+    answers: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # by type of question
+    flags: Counter[str] = field(default_factory=Counter)  # lead and what is wrong with it -> how many different ECGs
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; answers and lengths as a summary."""
@@ -104,15 +99,12 @@ class SplitReport:
 
 
 class Checker:
-    """Looks at one row after the other. Of signals and questions it keeps digests, so that a large dataset fits in memory.
-
-    `notices` counts what reading had to say, for each different ECG.
-    """
+    """Looks at one row after the other. Of signals and questions it keeps digests, so that a large dataset fits in memory."""
 
     def __init__(self) -> None:
         self.findings: dict[str, Finding] = defaultdict(Finding)
         self.splits: dict[str, SplitReport] = defaultdict(SplitReport)
-        self.notices: Counter[str] = Counter()
+        self.notices: Counter[str] = Counter()  # of the records' metadata -> how many different ECGs
         # kind -> patient, record or signal -> the splits that it is in
         self.places: dict[str, dict[Any, set[str]]] = {"patients": {}, "records": {}, "signals": {}}
         self.names: dict[bytes, str] = {}  # signal -> the first record that has it
@@ -140,7 +132,7 @@ class Checker:
         if not ecgs:
             self.findings["without_ecg"].add(where)
         if isinstance(row.get("ecg"), str) and row["ecg"] in LITERALS:
-            ecgs = []  # made for the row, so that rows share it
+            ecgs = []  # it is made for the row, and equal in others
         records = _present(row.get("record_id")) or [ecg for ecg in ecgs if isinstance(ecg, str)]
         for record in records if ecgs else ():
             report.records += self._place("records", record, split)
@@ -209,13 +201,13 @@ class Checker:
 
     def _chat(self, row: dict[str, Any], ecgs: bytes, report: SplitReport, where: str) -> None:
         try:
-            to_chat(row)
+            chat = to_chat(row)
         except ValueError as error:
             self.findings["unusable_chats"].add(f"{where}: {error}")
             return
         texts: dict[str, list[str]] = {role: [] for role in ROLES}
-        for turn in row["messages"]:
-            texts[turn["role"]].append(_text(turn["content"]))
+        for turn in chat:
+            texts[turn["role"]].append(" ".join(part.get("text") or "" for part in turn["content"]).strip())
         answers = texts["assistant"]
         if not answers:
             self.findings["no_answer"].add(where)
@@ -254,11 +246,6 @@ def _digest(content: bytes) -> bytes:
 def _present(value: Any) -> list[Any]:
     """A value or list of values without those that are None."""
     return [item for item in as_list(value) if item is not None]
-
-
-def _text(content: Any) -> str:
-    parts = content if isinstance(content, list) else [{"text": content}]
-    return " ".join(part.get("text") or "" for part in parts).strip()
 
 
 def check(args: argparse.Namespace) -> None:

@@ -97,7 +97,3 @@ def main(argv: list[str] | None = None) -> None:
     """Runs one of the commands; ValueError if its input is at fault."""
     args = make_parser().parse_args(argv)
     args.work(args)
-
-
-if __name__ == "__main__":
-    main()

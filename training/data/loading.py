@@ -19,7 +19,7 @@ from datasets.formatting import NumpyFormatter, _register_formatter
 
 from elm_ecg.ecg_utils import STANDARD_LEADS
 from elm_ecg.training.data.reference import LITERALS, OWNER, SAMPLING_RATE, from_reference, is_key, is_reference
-from elm_ecg.training.data.schema import ECG, MESSAGES, ROLES
+from elm_ecg.training.data.schema import ECG, MESSAGES, ROLES, as_list
 
 if TYPE_CHECKING:
     from elm_ecg.training.arguments import DataArguments  # imports TRL, which takes seconds
@@ -94,7 +94,9 @@ def _mix(loaded: list[Dataset | None], args: "DataArguments", seed: int, weighte
     parts = [part for part in loaded if part is not None]
     if not parts:
         return None
-    if _differ(parts):
+    types: dict[str, Any] = {}
+    # whether a column that several of them have is of another type in one
+    if any(types.setdefault(name, kind) != kind for part in parts for name, kind in part.features.items()):
         parts = [_any_form(part) for part in parts]
     if args.data_weights is None or not weighted:
         data = datasets.concatenate_datasets(parts)
@@ -149,9 +151,8 @@ def _cache_of(path: Path) -> str:
     rows of another folder of that name, or of one that has changed."""
     files = sorted(file for file in path.rglob("*") if file.is_file())
     stats = [(str(file.resolve()), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
-    return str(
-        Path(datasets.config.HF_DATASETS_CACHE) / "local" / hashlib.sha256(repr(stats).encode()).hexdigest()[:32]
-    )
+    digest = hashlib.sha256(repr(stats).encode()).hexdigest()[:32]
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "local" / digest)
 
 
 def load_split(
@@ -186,7 +187,7 @@ def load_split(
         raise ValueError(f"{name} ({key}) has the columns {data.column_names}; expected {column!r}, {COLUMNS[column]}.")
     if column == "messages" and not isinstance(data.features["messages"], List):
         raise ValueError(f"The messages of {name} ({key}) are {data.features['messages']}; expected {COLUMNS[column]}.")
-    if ecg_root is not None and _is_path(data.features.get("ecg")):
+    if ecg_root is not None and data.features.get("ecg") in (Value("string"), List(Value("string"))):
         data = data.map(_under_root, fn_kwargs={"root": ecg_root}, features=data.features)
     return data
 
@@ -207,24 +208,10 @@ def _plain_types(data: Any) -> Any:
     return data if features == data.features else data.cast(features)
 
 
-def _is_path(ecg: Any) -> bool:
-    return (ecg.feature if isinstance(ecg, List) else ecg) == Value("string")
-
-
 def _under_root(row: dict[str, Any], root: str) -> dict[str, Any]:
     """Paths of a row under `root`; absolute ones stay."""
-
-    def placed(path: str | None) -> str | None:
-        return path if path is None or path in LITERALS else str(Path(root) / path)
-
-    ecg = row["ecg"]
-    return {"ecg": [placed(path) for path in ecg] if isinstance(ecg, list) else placed(ecg)}
-
-
-def _differ(parts: list[Dataset]) -> bool:
-    """Whether a column that several of them have is of another type in one."""
-    types: dict[str, Any] = {}
-    return any(types.setdefault(name, kind) != kind for part in parts for name, kind in part.features.items())
+    paths = [path if path in (None, *LITERALS) else str(Path(root) / path) for path in as_list(row["ecg"])]
+    return {"ecg": paths if isinstance(row["ecg"], list) else paths[0]}
 
 
 def _any_form(part: Dataset) -> Dataset:
@@ -237,10 +224,10 @@ def _any_form(part: Dataset) -> Dataset:
             "make them lists of 'role' and 'content', both strings."
         )
     features = Features({name: forms[name] for name in part.column_names})
-    return part.with_format("arrow").map(_to_any_form, batched=True, features=features).with_format(None)
+    return part.with_format("arrow").map(_in_forms, batched=True, features=features).with_format(None)
 
 
-def _to_any_form(table: pa.Table) -> pa.Table:
+def _in_forms(table: pa.Table) -> pa.Table:
     return pa.table({name: _in_form(table[name], name) for name in table.column_names})
 
 
@@ -374,16 +361,18 @@ def _blocks(source: IterableDataset) -> Iterator[Dataset]:
 def ecgs_of(row: dict[str, Any]) -> list[Any]:
     """The ECGs of a row: none, one or several, each a dict or the path of a file."""
     ecg = row.get("ecg")
-    # several ECGs come out of `datasets` as an array of objects
-    ecgs = list(ecg) if isinstance(ecg, list | tuple | np.ndarray) else [] if ecg is None else [ecg]
+    ecgs = [] if ecg is None else as_list(ecg)  # several come out of `datasets` as an array of objects
     if any(one is None for one in ecgs):
-        raise ValueError(
-            f"The row {row.get('record_id', '')} lists {len(ecgs)} ECGs, one of which is null; leave it out."
-        )
-    return [_plain(ecg, row) for ecg in ecgs]
+        raise ValueError(f"{_name(row)} lists {len(ecgs)} ECGs, one of which is null; leave it out.")
+    return [_resolved(one, row) for one in ecgs]
 
 
-def _plain(ecg: Any, row: dict[str, Any]) -> Any:
+def _name(row: dict[str, Any]) -> str:
+    return f"The row {row.get('record_id', '')}"
+
+
+def _resolved(ecg: Any, row: dict[str, Any]) -> Any:
+    """The ECG of a mixed dataset as a path or a dict; `noise` and `flatline` as signals."""
     if isinstance(ecg, dict) and "path" in ecg:  # of `_ECG`
         ecg = ecg["path"] if ecg["path"] is not None else {key: value for key, value in ecg.items() if key != "path"}
     if not (isinstance(ecg, str) and ecg in LITERALS):
@@ -409,13 +398,13 @@ def to_chat(row: dict[str, Any], system_prompt: str | None = None, with_ecg: boo
     ecgs = ecgs_of(row)
     messages = row["messages"]
     if messages is None or isinstance(messages, str) or not len(messages):
-        raise ValueError(f"The row {row.get('record_id', '')} has no messages, but {messages!r}.")
+        raise ValueError(f"{_name(row)} has no messages, but {messages!r}.")
     for message in messages:
         turn = message if isinstance(message, dict) else {}
         if turn.get("role") not in ROLES or not isinstance(turn.get("content"), str | list | tuple | np.ndarray):
             raise ValueError(
-                f"The row {row.get('record_id', '')} has the message {message}; expected a role of {', '.join(ROLES)} and a "
-                "content that is text or a list of parts."
+                f"{_name(row)} has the message {message}; expected a role of {', '.join(ROLES)} and a content that is text or a "
+                "list of parts."
             )
     chat = [{"role": message["role"], "content": _parts(message["content"])} for message in messages]
     if system_prompt is not None and chat[0]["role"] != "system":
@@ -425,7 +414,7 @@ def to_chat(row: dict[str, Any], system_prompt: str | None = None, with_ecg: boo
     if not places:
         first_user = next((message for message in chat if message["role"] == "user"), None)
         if ecgs and first_user is None:
-            raise ValueError(f"The row {row.get('record_id', '')} has no user message to put its ECG in.")
+            raise ValueError(f"{_name(row)} has no user message to put its ECG in.")
         places = [{"type": "ecg"} for _ in ecgs]
         if first_user is not None:
             first_user["content"][:0] = places

@@ -44,20 +44,13 @@ SUPERCLASSES = {
 
 @dataclass(frozen=True)
 class QuestionRow:
-    """A chat about one record or several, from which the rows of a dataset are built.
+    """A chat about one record or several, from which the rows of a dataset are built."""
 
-    Args:
-        records: their names in the questions' file, later their ids.
-        split: None where the file names none.
-        patients: of the records; None where unknown.
-        columns: further columns of the file.
-    """
-
-    records: tuple[str, ...]
+    records: tuple[str, ...]  # their names in the questions' file; after `choose_questions` their ids
     messages: list[dict[str, str]]
     split: str | None = None
-    patients: tuple[str | None, ...] = (None,)
-    columns: Mapping[str, Any] = field(default_factory=dict)
+    patients: tuple[str | None, ...] = (None,)  # of each record, None where unknown
+    columns: Mapping[str, Any] = field(default_factory=dict)  # further ones of the file
 
 
 class Records:
@@ -209,12 +202,10 @@ def read_table(path: Path, columns: Iterable[str] = ()) -> list[dict[str, Any]]:
             rows = json.loads(text)
         else:
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        if not rows or not all(isinstance(row, dict) for row in rows):
+            raise ValueError("it has no rows, or rows other than objects")
     except (ValueError, csv.Error) as error:
         raise ValueError(f"Cannot read {path}: {error}. Expected .csv with a header, or JSON or JSON Lines.") from error
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(
-            f"{path} has no rows, or rows other than objects; expected .csv with a header, or JSON or JSON Lines."
-        )
     _demand(columns, rows[0], str(path))
     return rows
 
@@ -229,7 +220,7 @@ def _read_csv(text: str) -> list[dict[str, Any]]:
     first = text.lstrip("\r\n").partition("\n")[0]
     if not first.strip():
         raise ValueError("it is empty")
-    for separator, name in ((";", "semicolons"), ("\t", "tabs")):
+    for separator, name in {";": "semicolons", "\t": "tabs"}.items():
         if separator in first and "," not in first:
             raise ValueError(f"its cells are separated by {name}, and commas are expected")
     header, *lines = [cells for cells in csv.reader(StringIO(text, newline=""), strict=True) if cells]

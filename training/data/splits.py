@@ -56,22 +56,18 @@ def split_questions(
     """
     if split_by not in SPLIT_RULES:
         raise ValueError(f"--split_by is {split_by!r}; expected one of {', '.join(SPLIT_RULES)}.")
-    parts: dict[str, list[QuestionRow]] = {split: [] for split in SPLITS}
     if split_by == "given":
         check_given(questions)
-        for question in questions:
-            parts[str(question.split)].append(question)
+        splits: list[set[str | None]] = [{question.split} for question in questions]
     else:
-        patients = {
-            record: patient
-            for question in questions
-            for record, patient in zip(question.records, question.patients, strict=True)
-        }
+        patients = dict(pair for q in questions for pair in zip(q.records, q.patients, strict=True))
         split_of = by_fold(patients, metadata) if split_by == "fold" else by_patient(patients, shares, seed)
-        for question in questions:
-            splits = {split_of[record] for record in question.records}
-            if len(splits) == 1:
-                parts[splits.pop()].append(question)
+        splits = [{split_of[record] for record in question.records} for question in questions]
+    # a question whose records are in different splits is in none
+    parts = {
+        split: [question for question, among in zip(questions, splits, strict=True) if among == {split}]
+        for split in SPLITS
+    }
     return {split: part for split, part in parts.items() if part}, len(questions) - sum(map(len, parts.values()))
 
 

@@ -148,9 +148,8 @@ def build(args: argparse.Namespace) -> None:
     for remark in plan.remarks():
         print(remark)
     for split, summary in summaries.items():
-        print(
-            f"{split:<11}{summary.rows:>10,} rows {len(summary.records):>9,} records {summary.num_patients:>9} patients"
-        )
+        num_records, num_patients = f"{len(summary.records):,}", summary.num_patients
+        print(f"{split:<11}{summary.rows:>10,} rows {num_records:>9} records {num_patients:>9} patients")
     print(
         f"Split by {plan.split_by}, {size / 1e6:,.1f} MB: dataset and card in {args.output_dir.resolve()}", flush=True
     )
