@@ -162,8 +162,8 @@ def test_what_is_left_out_is_logged(tmp_path, monkeypatch, caplog):
             {},
             "Question 2: What the assistant",
         ),
-        ({"a": 1}, [], {}, "No record that the 0 questions name is there"),
-        ({"a": 1}, None, {}, "What is asked about the records"),
+        ({"a": 1}, [], {}, "None of the 0 questions is about one of the 1 records"),
+        ({"a": 1}, None, {}, "There are no questions about the records"),
         ({"a": 1}, [{**ASKED, "record": "a", "split": "test"}], {}, "Cannot read the record a: "),
         (
             {"a": 1},

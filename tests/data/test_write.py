@@ -365,7 +365,7 @@ class TestInputAtFault:
             (
                 [{**ASKED, "record": "z"}],
                 [],
-                r"No record that the 1 questions name is there, such as z; .* a, b, c\.\.\.",
+                r"None of the 1 questions is about one of the 5 records: the questions name z, and .* a, b, c\.\.\.",
             ),
             ([{**ASKED, "record": ["a", "b"]}], ["--window", 1], "--window cuts single records"),
             ([{**ASKED, "record": "a"}], ["--split_by", "patient"], "patient of 1 of 1 records is unknown"),
@@ -383,7 +383,7 @@ class TestInputAtFault:
         assert [path.name for path in tmp_path.iterdir()] == ["train.jsonl"]
 
     def test_no_questions(self, small, tmp_path):
-        with pytest.raises(ValueError, match="What is asked about the records"):
+        with pytest.raises(ValueError, match="There are no questions about the records: name a file with --questions"):
             build(small[0], tmp_path / "out")
 
     def test_all_fall_between_the_splits(self, small, tmp_path):

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# what a reader of a stream holds at once
+# limits of a row group, which is what a reader of a stream holds in memory at once
 ROW_GROUP_ROWS = 100
 ROW_GROUP_BYTES = 32 * 2**20
 
@@ -63,7 +63,7 @@ def build_dataset(
     Raises:
         ValueError: records or questions are at fault, or nothing is left of them.
     """
-    from datasets import Dataset, DatasetDict, NamedSplit  # takes seconds, and `elm data build` does without
+    from datasets import Dataset, DatasetDict, NamedSplit  # seconds to import, which `elm data build` does not need
 
     plan = make_plan(records, questions, BuildArguments(**options))
     groups = {split: list(row_groups(plan.rows(split), plan.schema)) for split in plan.questions}
@@ -88,7 +88,7 @@ class Plan:
     schema: pa.Schema
     split_by: str  # the rule by which the questions were divided
     left_out: dict[str, int]  # what was left out -> how many
-    absent: list[str]  # names of records that questions are about, and that are not there
+    absent: list[str]  # missing records, as the questions name them
     too_few: str | None  # a sentence about splits that get no patients
     # filled as rows are read: record -> why it cannot be read; notice -> the records that it is about
     unreadable: dict[str, str] = field(default_factory=dict)
@@ -168,7 +168,7 @@ def make_plan(
         rows, left_out["records of no diagnostic superclass"] = superclass_questions(table.parent)
     else:
         raise ValueError(
-            "What is asked about the records? Name a file with --questions; PTB-XL's own folder alone needs none."
+            "There are no questions about the records: name a file with --questions. Only PTB-XL's own folder needs none."
         )
     chosen, absent = choose_questions(rows, records, options.question_types)
     left_out["questions whose records are not there"] = len(absent)
@@ -177,7 +177,7 @@ def make_plan(
         raise ValueError("--window cuts single records, and there are questions that compare several; leave it out.")
     metadata: dict[str, dict[str, Any]] = defaultdict(dict)
     for path in tables:
-        # the last table is the user's own, or PTB-XL's where there is no other
+        # --metadata_columns are of the last table: the user's own, or PTB-XL's where there is no other
         for record, row in read_metadata(path, records, options.metadata_columns if path is tables[-1] else ()).items():
             metadata[record] |= row
     chosen = with_patients(chosen, metadata)
@@ -189,9 +189,9 @@ def make_plan(
     too_few = without_patients(chosen, options.shares) if split_by == "patient" else None
     if options.join_questions:
         parts = {split: join_questions(part) for split, part in parts.items()}
-    kept = [question for part in parts.values() for question in part]
-    several = any(len(question.records) > 1 for question in kept)
-    schema = make_schema(kept, metadata, several, options.window is not None)
+    remaining = [question for part in parts.values() for question in part]
+    several = any(len(question.records) > 1 for question in remaining)
+    schema = make_schema(remaining, metadata, several, options.window is not None)
     left_out = {name: number for name, number in left_out.items() if number}
     return Plan(options, records, parts, metadata, schema, split_by, left_out, absent, too_few)
 
@@ -199,7 +199,7 @@ def make_plan(
 def choose_questions(
     questions: Iterable[QuestionRow], records: Records, question_types: Sequence[str] | None = None
 ) -> tuple[list[QuestionRow], list[str]]:
-    """The questions whose records are there, by the ids of these; and for each other one the name of a record that is not.
+    """The questions whose records exist, with the ids of these; and for each other question the name of a missing record.
 
     Args:
         question_types: patterns of the `question_type` that are kept; None for all.
@@ -224,9 +224,9 @@ def choose_questions(
             chosen.append(replace(question, records=tuple(map(str, ids))))
     if not chosen:
         raise ValueError(
-            f"No record that the {len(absent)} questions name is there, such as {', '.join(absent[:3])}; the {len(records.locations)} "
-            f"records are {', '.join(list(records.locations)[:3])}... Records are named by their path in the folder, with or "
-            "without suffix, or by their id in the archive."
+            f"None of the {len(absent)} questions is about one of the {len(records.locations)} records: the questions name "
+            f"{', '.join(absent[:3])}, and the records are {', '.join(list(records.locations)[:3])}... Records are named by their "
+            "path in the folder, with or without suffix, or by their id in the archive."
         )
     return chosen, absent
 
@@ -339,8 +339,8 @@ def read_records(
         reader: a function of one of `records.locations`.
         num_proc: processes that read.
     """
-    held: dict[str, Any] = {}  # of the records of the present chunk
-    chunk = 8 * num_proc if num_proc > 1 else 1
+    held: dict[str, Any] = {}  # the records of the present chunk, so that memory does not grow with the dataset
+    chunk = 8 * num_proc if num_proc > 1 else 1  # questions: enough that no process waits for another
     pool = ProcessPoolExecutor(num_proc, initializer=_start_process) if num_proc > 1 else None
     with pool or nullcontext():
         read: Any = pool.map if pool else map

@@ -106,10 +106,10 @@ class Checker:
         self.splits: dict[str, SplitReport] = defaultdict(SplitReport)
         self.notices: Counter[str] = Counter()  # of the records' metadata -> how many different ECGs
         # kind -> patient, record or signal -> the splits that it is in
-        self.places: dict[str, dict[Any, set[str]]] = {"patients": {}, "records": {}, "signals": {}}
+        self.splits_of: dict[str, dict[Any, set[str]]] = {"patients": {}, "records": {}, "signals": {}}
         self.names: dict[bytes, str] = {}  # signal -> the first record that has it
         self.copies: set[str] = set()
-        self.files: dict[str, bytes | None] = {}  # file -> its signal; None where there is none
+        self.files: dict[str, bytes | None] = {}  # file -> its signal; None where the file is missing or damaged
         self.facts: dict[bytes, tuple[str, str, float]] = {}  # signal -> rate, leads and seconds
         self.answers: dict[bytes, bytes] = {}  # ECGs and question -> the first answer to it
 
@@ -125,7 +125,7 @@ class Checker:
         report.rows += 1
         patients = _present(row.get("patient_id"))
         for patient in patients:
-            report.patients += self._place("patients", patient, split)
+            report.patients += self._is_new("patients", patient, split)
         if not patients:
             self.findings["unknown_patients"].add(where)
         ecgs = ecgs_of(row)
@@ -135,7 +135,7 @@ class Checker:
             ecgs = []  # it is made for the row, and equal in others
         records = _present(row.get("record_id")) or [ecg for ecg in ecgs if isinstance(ecg, str)]
         for record in records if ecgs else ():
-            report.records += self._place("records", record, split)
+            report.records += self._is_new("records", record, split)
         names = records if len(records) == len(ecgs) else [""] * len(ecgs)
         keys = []
         for ecg, name in zip(ecgs, names, strict=True):
@@ -151,9 +151,9 @@ class Checker:
             keys.append(signal or str(ecg).encode())  # a file that is not read is known by its path
         self._chat(row, b" ".join(keys), report, where)
 
-    def _place(self, kind: str, name: Any, split: str) -> bool:
-        """Whether it is the first of that name in the split."""
-        splits = self.places[kind].setdefault(name, set())
+    def _is_new(self, kind: str, name: Any, split: str) -> bool:
+        """Notes that a patient, record or signal is in a split; whether it was not there before."""
+        splits = self.splits_of[kind].setdefault(name, set())
         first = split not in splits
         splits.add(split)
         return first
@@ -166,8 +166,8 @@ class Checker:
             elif read:
                 self.files[path] = self._ecg(path, name, split, where)
         signal = self.files.get(path)
-        if signal in self.places["signals"]:
-            self._place("signals", signal, split)
+        if signal in self.splits_of["signals"]:
+            self._is_new("signals", signal, split)
         return signal
 
     def _ecg(self, ecg: Any, name: str, split: str, where: str) -> bytes | None:
@@ -192,7 +192,7 @@ class Checker:
             if (off := limb_lead_error(record)) > MAX_LIMB_LEAD_ERROR:
                 self.findings["limb_leads"].add(f"{where}: {off:.2g} mV")
         if np.ptp(microvolts):  # all flat ECGs are equal, and no copies of each other
-            self._place("signals", signal, split)
+            self._is_new("signals", signal, split)
             first = self.names.setdefault(signal, name)
             if name != first and name not in self.copies:
                 self.copies.add(name)
@@ -232,8 +232,8 @@ class Checker:
 
     def finish(self) -> None:
         """Finds what is in several splits, once all rows were seen."""
-        for kind, places in self.places.items():
-            for name, splits in places.items():
+        for kind, splits_of in self.splits_of.items():
+            for name, splits in splits_of.items():
                 if len(splits) > 1:
                     label = (self.names[name] or "without record_id") if kind == "signals" else name
                     self.findings[f"shared_{kind}"].add(f"{label} ({', '.join(sorted(splits))})")

@@ -1,4 +1,4 @@
-"""Datasets of chats about ECGs: on the Hub, in local folders, or streamed."""
+"""Datasets of chats about ECGs, from the Hub or local folders, whole or streamed."""
 
 import hashlib
 import logging
@@ -30,7 +30,8 @@ COLUMNS = {
     "messages": "a list of turns with 'role' and 'content', beside 'ecg'",
     "ecg": "a dict with 'array', 'sampling_rate', 'lead_names' and 'unit', the path of a file, or a list of these",
 }
-# datasets that are mixed and differ get one form: ECGs that hold arrays of any type and paths, and these columns alone
+# datasets whose columns differ in type get these columns and types before they are mixed; ECGs are lists of `_ECG`, which
+# holds either the path of a file or an array, whose values float32 takes exactly
 _ECG = pa.struct(
     {**{member.name: member.type for member in ECG}, "array": pa.list_(pa.list_(pa.float32())), "path": pa.string()}
 )
@@ -42,7 +43,7 @@ _FORMS = pa.schema(
         "num_samples": pa.int32(),  # of the reference's ECGs that are no files
     }
 )
-STREAMED_ROWS = 100  # read at once
+STREAMED_ROWS = 100  # that are read at once; as many as `elm data build` writes into a row group
 
 
 class ArrayFormatter(NumpyFormatter):
@@ -90,12 +91,11 @@ def load_ecgs(args: "DataArguments", split: str, seed: int = 0) -> Dataset | Non
 
 
 def _mix(loaded: list[Dataset | None], args: "DataArguments", seed: int, weighted: bool) -> Dataset | None:
-    """The datasets as one; those that differ in the form of what a row holds, in one form and without other columns."""
+    """The datasets as one. Where a column has another type in one of them, all get the columns and types of `_FORMS`."""
     parts = [part for part in loaded if part is not None]
     if not parts:
         return None
     types: dict[str, Any] = {}
-    # whether a column that several of them have is of another type in one
     if any(types.setdefault(name, kind) != kind for part in parts for name, kind in part.features.items()):
         parts = [_any_form(part) for part in parts]
     if args.data_weights is None or not weighted:
@@ -215,7 +215,7 @@ def _under_root(row: dict[str, Any], root: str) -> dict[str, Any]:
 
 
 def _any_form(part: Dataset) -> Dataset:
-    """The columns of `_FORMS` with the types there: to concatenate, datasets need one form."""
+    """A dataset with the columns of `_FORMS` that it has, in the types there."""
     part = part.select_columns([name for name in _FORMS.names if name in part.column_names])
     forms = Features.from_arrow_schema(_FORMS)
     if part.features.get("messages", forms["messages"]) != forms["messages"]:
@@ -232,13 +232,14 @@ def _in_forms(table: pa.Table) -> pa.Table:
 
 
 def _in_form(column: pa.ChunkedArray, name: str) -> pa.Array:
+    """A column as lists of one type: of a value, or list of values, or null, in each row."""
     values = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
     if name in ("messages", "num_samples"):
         return values.cast(_FORMS.field(name).type)
     if pa.types.is_list(values.type):
         counts, values = values.value_lengths().fill_null(0).to_numpy(), values.flatten()
     else:
-        counts, values = values.is_valid().to_numpy(zero_copy_only=False), values.drop_null()
+        counts, values = values.is_valid().to_numpy(zero_copy_only=False), values.drop_null()  # null: an empty list
     if name == "ecg":
         is_path = pa.types.is_string(values.type)
         members = {"path": values} if is_path else dict(zip(values.type.names, values.flatten(), strict=True))
@@ -263,7 +264,7 @@ def load_stream(
     """
     if args.data_subset is not None:
         raise ValueError(
-            "--data_subset with --streaming, which does not know how many rows there are; say --max_steps alone."
+            "--data_subset with --streaming, which does not know the number of rows; set --max_steps instead."
         )
     parts = [load_split(name, split, "messages", args.fold, args.ecg_root, streaming=True) for name in args.data]
     have_split = [part is not None for part in parts]
@@ -275,11 +276,11 @@ def load_stream(
 
 
 class RowStream(torch.utils.data.IterableDataset):
-    """Rows of streamed datasets, in an order that depends on `seed` and the number of data loader workers alone.
+    """Rows of streamed datasets. Their order depends only on `seed` and the number of data loader workers.
 
-    Shuffled it is endless, and the order another in each pass: pieces of the files (row groups of parquet) come in random order,
-    and rows are shuffled within a buffer. `datasets` can shuffle too, but copies each row in doing so, 20 times slower, and
-    leaves workers idle where there are fewer files.
+    A shuffled stream is endless, and each pass has another order: pieces of the files (row groups of parquet) come in random
+    order, and rows are shuffled within a buffer. The shuffling of `datasets` copies each row, which is 20 times slower, and
+    leaves workers idle where there are fewer files than workers.
 
     Args:
         sources: one or several.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 OWNER = "willxxy"
-# name of a family of which there is one for each length of its ECGs, in samples at 250 Hz -> what it is
+# family of datasets, with one dataset for each length of the ECGs (in samples at 250 Hz) -> its description
 _BY_LENGTH = {
     "ecg-qa-ptbxl": "ECG-QA questions about PTB-XL",
     "ecg-qa-mimic-iv-ecg": "ECG-QA questions about MIMIC-IV-ECG",
@@ -23,9 +23,9 @@ _BY_LENGTH = {
     "ecg-instruct-pulse": "instructions of PULSE, ECGInstruct",
     "ecg-bench-pulse": "benchmark of PULSE, ECGBench",
 }
-# keys, of which * stands for any suffix -> what they are
+# key, in which * stands for any suffix -> its description
 DATASETS = {
-    **{f"{name}-250-{length}": what for name, what in _BY_LENGTH.items() for length in (500, 1250, 2500)},
+    **{f"{name}-250-{length}": text for name, text in _BY_LENGTH.items() for length in (500, 1250, 2500)},
     "ecg-grounding-250-2500": "findings with their evidence, ECG-Grounding",
     "ecg-comp-*": "closed questions, scored by class",
     "ecg-comprehension-*": "comprehension of ECGs",
@@ -105,7 +105,7 @@ def from_reference(
         ValueError: there are paths, but no `ecg_root`; a text is no chat.
         FileNotFoundError: the first file is not under `ecg_root`.
     """
-    from datasets import Dataset, Features  # takes seconds, and the rest of this module does without
+    from datasets import Dataset, Features  # seconds to import, which `to_messages` does not need
 
     path = next((row["ecg_path"] for row in data.select_columns("ecg_path") if row["ecg_path"] not in LITERALS), None)
     if path is not None and ecg_root is None:

@@ -296,7 +296,7 @@ ASKED = {
 def _ask(rng: np.random.Generator, position: int) -> list[tuple[str, str, str, Territory]]:
     """The questions to one record of a cycle, in random order: type, wording, answer and territory of each."""
     questions = []
-    order_of_st = rng.permutation(CYCLE)  # what is asked of the ST segments has nothing to do with the rest
+    order_of_st = rng.permutation(CYCLE)  # the question about the ST segments is independent of the others
     for question_type, asked in ASKED.items():
         answers, wordings = ANSWERS[question_type], WORDINGS[question_type]
         territories = TERRITORIES if question_type == "st_elevation" else TERRITORIES[:1]
