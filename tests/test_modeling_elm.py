@@ -219,7 +219,7 @@ def test_golden_parity_of_connectors(kind, shared):
     shapes = json.loads((golden / "connector_state_dicts.json").read_text())[kind]
     encoders = load_file(golden / "encoders.safetensors")
     changes = {"connector": kind} if kind in ("linear", "mlp") else {"num_samples": 2500}
-    changes |= {"num_ecg_tokens": 50} if kind in ("patch", "conv") else {}
+    changes |= {"num_ecg_tokens": {"flat": 1, "patch": 50, "conv": 50}.get(kind, 5)}
     config = tiny_elm_config("st_mem" if kind in ("linear", "mlp") else kind, **changes)
     config.text_config.hidden_size = 64
     if config.encoder_config is not None:
@@ -285,7 +285,7 @@ class TestPlacement:
             tiny_elm(None)(input_ids=torch.tensor([[1, PLACEHOLDER]]), ecg_values=records(1))
 
     def test_more_tokens_than_the_encoder_makes(self):
-        with pytest.raises(ValueError, match="num_ecg_tokens=14, but the mlae encoder makes 13 tokens"):
+        with pytest.raises(ValueError, match="num_ecg_tokens=14, but the encoder makes 13 tokens"):
             tiny_elm("mlae", num_ecg_tokens=14).get_ecg_features(records(1))
 
     def test_encoder_of_another_kind(self):
