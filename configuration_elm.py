@@ -142,7 +142,7 @@ class MaskedAutoencoderConfig(ECGTransformerConfig):
         for name in ("hidden_size", "decoder_hidden_size"):
             if getattr(self, name) % 2:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)}; half of it are sines and half cosines: choose an even one."
+                    f"{name} is {getattr(self, name)}; half of it are sines, half cosines: choose an even one."
                 )
 
 

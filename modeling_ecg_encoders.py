@@ -72,11 +72,7 @@ class ECGEncoder(PreTrainedModel):
             )
 
     def encode(self, ecg_values: torch.Tensor, lead_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
-        """Tokens [batch, tokens, output_size], not pooled, of records as `prepare_ecg_values` gives them.
-
-        Args:
-            kwargs: those of the attention.
-        """
+        """Tokens [batch, tokens, output_size] of records as `prepare_ecg_values` gives them; `kwargs` are of the attention."""
         raise NotImplementedError
 
     @capture_outputs(tie_last_hidden_states=False)
@@ -328,13 +324,6 @@ class ECGTransformer(ECGEncoder):
                 init.trunc_normal_(parameter, std=std)
 
 
-def attention_mask_of(
-    config: ECGTransformerConfig, hidden_states: torch.Tensor, token_mask: torch.Tensor | None
-) -> Any:
-    """For attention to the tokens of which `token_mask` [batch, tokens] is True, as the attention implementation takes it."""
-    return None if token_mask is None else create_bidirectional_mask(config, hidden_states, token_mask)
-
-
 def zero_missing(hidden_states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
     """Zeros for the tokens of which `token_mask` [batch, tokens] is False."""
     return hidden_states if token_mask is None else hidden_states.masked_fill(~token_mask[..., None], 0)
@@ -417,7 +406,7 @@ class MaskedAutoencoderModel(ECGTransformer):
         """The decoder's states, CLS first. Missing leads are zeros in time patches; MLAE gives zeros for a patch of none."""
         hidden_states = self.embeddings(self.make_patches(ecg_values))
         token_mask = None if lead_mask is None else self.make_token_mask(lead_mask)
-        attention_mask = attention_mask_of(self.config, hidden_states, token_mask)
+        attention_mask = create_bidirectional_mask(self.config, hidden_states, token_mask)
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask=attention_mask, **kwargs)
         hidden_states = self.decoder_embeddings(self.norm(hidden_states))
@@ -512,7 +501,8 @@ class STMEMModel(ECGTransformer):
         hidden_states = self.embeddings(ecg_values)
         tokens_of_lead = hidden_states.shape[2]
         hidden_states = hidden_states.flatten(1, 2)
-        attention_mask = attention_mask_of(self.config, hidden_states, tokens_of_leads(lead_mask, tokens_of_lead))
+        token_mask = tokens_of_leads(lead_mask, tokens_of_lead)
+        attention_mask = create_bidirectional_mask(self.config, hidden_states, token_mask)
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask=attention_mask, **kwargs)
         without_sep = hidden_states.unflatten(1, (self.config.num_leads, -1))[:, :, 1:-1].flatten(1, 2)

@@ -212,9 +212,7 @@ class ELMModel(ELMPreTrainedModel):
 
         Args:
             ecg_values: [number of ECGs, leads, samples], as the feature extractor gives them.
-            pixel_values, pixel_attention_mask, spatial_shapes: in place of them for a vision backbone, as the image processor
-                gives them: [number of ECGs, channels, height, width], or of SigLIP2 [number of ECGs, patches, values of a
-                patch], [number of ECGs, patches] and [number of ECGs, 2].
+            pixel_values, pixel_attention_mask, spatial_shapes: in place of them for a vision backbone, see `encode_images`.
             ecg_lead_mask: [number of ECGs, leads], False for leads that an ECG has not, whose `ecg_values` are not read. Encoders
                 say what they do about them; fuyu connectors read zeros.
 

@@ -456,9 +456,9 @@ class ECGByteTokenizer(PushToHubMixin):
         """
         path = Path(pretrained_model_name_or_path)
         if not path.is_file():
-            file = cached_file(pretrained_model_name_or_path, FILE_NAME, **kwargs)
-            assert file is not None  # cached_file raises
-            path = Path(file)
+            path = Path(
+                str(cached_file(pretrained_model_name_or_path, FILE_NAME, **kwargs))
+            )  # it raises, and gives no None
         backend = PythonTokenizer if ecg_byte is None else ecg_byte.Tokenizer
         tokenizer = cls.__new__(cls)
         try:

@@ -28,7 +28,7 @@ from helpers import (
 )
 
 INVALID = (ValueError, StrictDataclassError)  # of the strict dataclass, where a field or a combination is wrong
-ECG_PARTS = [*TINY_ENCODERS, "flat", "patch", "conv", None]
+ECG_PARTS = [*TINY_ENCODERS, *connectors_of("fuyu"), None]
 VIT = tiny_vision_config("vit")
 
 
@@ -167,8 +167,8 @@ class TestEncoderConfigs:
     def test_defaults_are_those_of_the_reference(self):
         for config in ENCODER_CONFIGS.values():
             assert (config().num_leads, config().num_samples) == (12, 2500)
-        widths = {name: config().output_size for name, config in ENCODER_CONFIGS.items()}
-        assert widths == {"merl": 2048, "mlae": 256, "mtae": 256, "st_mem": 768}
+        for name, width in {"merl": 2048, "mlae": 256, "mtae": 256, "st_mem": 768}.items():
+            assert ENCODER_CONFIGS[name]().output_size == width
 
     @pytest.mark.parametrize("config_class", [MTAEConfig, STMEMConfig])
     @pytest.mark.parametrize(("num_samples", "patch_size"), [(500, 20), (1250, 50), (2500, 100), (5000, 200)])

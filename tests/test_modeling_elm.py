@@ -20,7 +20,7 @@ from transformers import (
     PhiConfig,
 )
 
-from elm_ecg.configuration_elm import ENCODER_CONFIGS, IMAGE_REPRESENTATIONS
+from elm_ecg.configuration_elm import ENCODER_CONFIGS, IMAGE_REPRESENTATIONS, connectors_of
 from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.modeling_elm import CONNECTOR_MODULES, ECG_INPUTS, ELMForConditionalGeneration
@@ -39,10 +39,10 @@ from helpers import (
 )
 
 FAMILIES = ["llama3", "qwen2_5", "gemma2"]
-FUYU = ["flat", "patch", "conv"]
+FUYU = connectors_of("fuyu")
 ECG_PARTS = [*TINY_ENCODERS, *FUYU]
 # every encoder with every connector of llava, the connectors of fuyu, and text only
-PAIRINGS = [(encoder, {"connector": name}) for encoder in TINY_ENCODERS for name in ("linear", "mlp")]
+PAIRINGS = [(encoder, {"connector": name}) for encoder in TINY_ENCODERS for name in connectors_of("llava")]
 PAIRINGS += [(ecg_part, {}) for ecg_part in [*FUYU, None]]
 # the vision backbones with every kind of picture, and two others of which anyone will do
 IMAGE_PAIRINGS = [
@@ -94,7 +94,7 @@ def tiny_elm(ecg_part="merl", family="llama3", **changes):
                 parameter.mul_(8)
         if ecg_part is not None:
             connector = model.model.connector
-            last = connector.linear_2 if hasattr(connector, "linear_2") else connector.projection
+            *_, last = (module for module in connector.modules() if isinstance(module, nn.Linear))
             features = model.get_ecg_features(**ecg_inputs(model))
             last.bias.sub_(features.mean((0, 1))).div_(features.std((0, 1)))
             last.weight.div_(features.std((0, 1))[:, None])
@@ -213,7 +213,7 @@ class TestPairings:
         torch.testing.assert_close(model.get_ecg_features(records(2)), model.model.connector(expected))
 
 
-@pytest.mark.parametrize("kind", CONNECTOR_MODULES)
+@pytest.mark.parametrize("kind", ["linear", "mlp", "flat", "patch", "conv"])
 def test_golden_parity_of_connectors(kind, shared):
     golden = shared / "golden"
     shapes = json.loads((golden / "connector_state_dicts.json").read_text())[kind]
