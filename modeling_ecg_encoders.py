@@ -119,7 +119,19 @@ class ResNetConv(nn.Module):
         return self.norm(self.conv(hidden_states))
 
 
-class ResNetBlock(GradientCheckpointingLayer):
+class BatchNormBlock(GradientCheckpointingLayer):
+    """A block with batch norm, whose running statistics are the same with gradient checkpointing as without."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # a checkpointed block runs twice: two steps of the smaller momentum move the statistics like one of 0.1
+        momentum = 1 - math.sqrt(0.9) if self.gradient_checkpointing else 0.1
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm1d):
+                module.momentum = momentum
+        return super().__call__(*args, **kwargs)
+
+
+class ResNetBlock(BatchNormBlock):
     """`bottleneck` (1x1, k3, 1x1) or `basic` (k3, k3) block; the stride is on the first k3 convolution."""
 
     def __init__(self, config: MERLConfig, in_channels: int, width: int, stride: int) -> None:
@@ -140,11 +152,6 @@ class ResNetBlock(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """As of `ResNetConv`."""
-        # a checkpointed block runs twice: two steps of the smaller momentum move the running statistics like one of 0.1
-        momentum = 1 - math.sqrt(0.9) if self.gradient_checkpointing else 0.1
-        for module in (*self.convs, self.shortcut):
-            if isinstance(module, ResNetConv):
-                module.norm.momentum = momentum
         residual = self.shortcut(hidden_states)
         for conv in self.convs[:-1]:
             hidden_states = conv(hidden_states).relu()
