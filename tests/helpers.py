@@ -340,6 +340,18 @@ def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in history if "loss" in row]
 
 
+def fork_project(code: str, *arguments: str, **environment: str) -> Fork:
+    """`code` in a fresh process in the repository's folder, which does not reach the Hub."""
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    return Fork(code, *arguments, cwd=ROOT, environment=os.environ | environment, project=True)
+
+
+def fork_two(code: str, *arguments: str) -> list[Fork]:
+    """`code` in two processes at once, which know of each other as those of `torchrun --nproc_per_node 2` do."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    return [fork_project(code, *arguments, **shared, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+
+
 def free_port() -> str:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
