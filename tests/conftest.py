@@ -2,9 +2,16 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # two processes run tests at a time: more threads would only wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# the same command gives the same result; HYPOTHESIS_EXAMPLES=1000 looks further
+settings.register_profile(
+    "suite", max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "25")), derandomize=True, deadline=None
+)
+settings.load_profile("suite")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 # they take minutes: a process that began one of them last would run on alone

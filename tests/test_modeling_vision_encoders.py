@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -184,7 +184,6 @@ class TestPaddingOfSiglip2:
         assert not torch.allclose(elm.get_ecg_features(**inputs | {"pixel_values": other}), features, atol=1e-3)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=4), st.integers(1, 9))
 def test_pooling_is_that_of_torch_over_the_tokens_of_each_row(lengths, num_tokens):
     tokens = randn(len(lengths), max(lengths), 3)
