@@ -362,10 +362,10 @@ _ROUTES = [
 ]
 
 
-def run_on_hub(code: str, hub: LoopbackHub, cwd: str | Path, python: Path | None = None) -> str:
+def run_on_hub(code: str, hub: LoopbackHub, cwd: str | Path, python: Path | None = None, project: bool = True) -> str:
     """Runs `code` in a fresh process whose Hub is `hub`, and returns what it prints.
 
-    The process is of another `python` where one is given, and then cannot import the project.
+    The process is of another `python` where one is given; then, and without `project`, it cannot import the project.
 
     `cwd` holds the process' Hugging Face caches too; a process that fails raises with its stderr.
     """
@@ -381,7 +381,7 @@ def run_on_hub(code: str, hub: LoopbackHub, cwd: str | Path, python: Path | None
         "OMP_NUM_THREADS": "1",
     }
     if python is None:
-        process = Fork(code, cwd=cwd, environment=environment, project=True).finish()
+        process = Fork(code, cwd=cwd, environment=environment, project=project).finish()
     else:
         environment.pop("PYTHONPATH", None)
         process = subprocess.run([python, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
