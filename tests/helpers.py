@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import zlib
+from collections.abc import Sequence
 from importlib.metadata import distribution
 from pathlib import Path
 from venv import EnvBuilder
@@ -350,6 +351,11 @@ def fork_two(code: str, *arguments: str) -> list[Fork]:
     """`code` in two processes at once, which know of each other as those of `torchrun --nproc_per_node 2` do."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     return [fork_project(code, *arguments, **shared, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+
+
+def every_pair(first: Sequence, second: Sequence, third: Sequence) -> list[tuple]:
+    """Triples in which each value meets each one of the other two lists, of which none is shorter than the third."""
+    return [(a, b, third[(i + j) % len(third)]) for i, a in enumerate(first) for j, b in enumerate(second)]
 
 
 def free_port() -> str:

@@ -33,7 +33,7 @@ from elm_ecg.modeling_vision_encoders import (
     vision_model_class,
     vision_output_size,
 )
-from helpers import TINY_VISION, save_tiny_llm, tiny_image_elm_config, tiny_vision_config
+from helpers import TINY_VISION, every_pair, save_tiny_llm, tiny_image_elm_config, tiny_vision_config
 
 # tokens before the patches: class, distillation and register tokens
 EXTRA_TOKENS = {
@@ -368,9 +368,7 @@ class TestRealSizes:
             return {"pixel_values": inputs["pixel_values"], "spatial_shapes": torch.tensor([[16, 16]])}
         return inputs
 
-    @pytest.mark.parametrize("connector", ["linear", "mlp"])
-    @pytest.mark.parametrize("llm", LLMS)
-    @pytest.mark.parametrize("tower", TOWERS)
+    @pytest.mark.parametrize(("llm", "tower", "connector"), every_pair(list(LLMS), list(TOWERS), ["linear", "mlp"]))
     def test_connector(self, tower, llm, connector):
         config, num_patches, width, _, _ = self.TOWERS[tower]
         model = self.elm(config, llm, connector=connector, num_ecg_tokens=num_patches)
