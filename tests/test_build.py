@@ -35,7 +35,7 @@ from elm_ecg.training.build import (
     resolve_llm,
 )
 from elm_ecg.training.data.synthetic import make_record
-from helpers import FAMILIES, TINY_ENCODERS, TINY_VISION, save_tiny_llm, tiny_ecg_byte, tiny_tokenizer
+from helpers import FAMILIES, TINY_ENCODERS, TINY_VISION, every_pair, save_tiny_llm, tiny_ecg_byte, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -324,9 +324,10 @@ def image_arguments(llm, **changes) -> ELMArguments:
 RECORD = make_record(0, 1, sampling_rate=100, seconds=5.0)["ecg"]
 
 
-@pytest.mark.parametrize("option", ["encoder", "encoder_name_or_path"])
-@pytest.mark.parametrize("representation", ["rgb", "stacked_signal"])
-@pytest.mark.parametrize("name", PREPROCESSORS)
+@pytest.mark.parametrize(
+    ("name", "representation", "option"),
+    every_pair(list(PREPROCESSORS), ["rgb", "stacked_signal"], ["encoder", "encoder_name_or_path"]),
+)
 def test_pretrained_backbone(llm, backbones, name, representation, option):
     folder, tower = backbones[name]
     args = image_arguments(llm, representation=representation, **{option: str(folder)})

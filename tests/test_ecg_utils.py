@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.signal import butter, filtfilt, iirnotch, resample_poly, sosfiltfilt
@@ -442,12 +442,10 @@ class TestResample:
             assert np.abs(result[inner]).max() < 5e-3
 
     @given(st.sampled_from(RATES), st.floats(-300, 300, width=32), st.integers(1, 200))
-    @settings(deadline=None, max_examples=30)
     def test_constant_stays_constant(self, rates, value, length):
         assert (resample(np.full((1, length), value, np.float32), *rates) == np.float32(value)).all()
 
     @given(st.sampled_from(RATES), st.floats(-3, 3), st.integers(0, 100))
-    @settings(deadline=None, max_examples=30)
     def test_linear(self, rates, factor, seed):
         a, b = noise(2, 3, 150, seed=seed)
         combined = resample(a + np.float32(factor) * b, *rates)
@@ -516,7 +514,6 @@ class TestFilter:
         np.testing.assert_allclose(filter_ecg(lead, 100, (0.5, 40), 25), backward, atol=1e-5)
 
     @given(st.floats(-90, 90, width=32), st.integers(1, 50))
-    @settings(deadline=None, max_examples=20)
     def test_constant(self, value, length):
         constant = np.full((2, length), value, np.float32)
         assert (filter_ecg(constant, 500, notch=50) == np.float32(value)).all()

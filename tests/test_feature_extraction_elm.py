@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -95,7 +95,6 @@ class TestOutput:
             np.testing.assert_array_equal(array, noise(12, 50))
 
     @given(ECGS, st.permutations(STANDARD_LEADS), NORMALIZATIONS)
-    @settings(deadline=None)
     def test_lead_order_of_the_input_does_not_matter(self, array, order, normalization):
         extractor = small(num_samples=60, normalization=normalization)
         shuffled = array[[STANDARD_LEADS.index(name) for name in order]]
@@ -112,7 +111,6 @@ class TestOutput:
         np.testing.assert_allclose(derived, array[1] - array[0], atol=1e-6)
 
     @given(ECGS, NORMALIZATIONS)
-    @settings(deadline=None)
     def test_unit_does_not_matter(self, array, normalization):
         extractor = small(num_samples=60, sampling_rate=125, normalization=normalization)
         microvolts = np.rint(array * 1000).astype(np.int32)
@@ -137,7 +135,6 @@ class TestNormalization:
         assert [zlib.crc32(symbol.tobytes()) for symbol in symbols] == expected
 
     @given(ECGS)
-    @settings(deadline=None)
     def test_minmax_range(self, array):
         values = small(sampling_rate=250, num_samples=150, normalization="minmax")(array, 100).ecg_values
         assert values.min() == 0
@@ -149,7 +146,6 @@ class TestNormalization:
         np.testing.assert_allclose(values.std(axis=(1, 2)), 1, atol=1e-4)
 
     @given(st.floats(-90, 90, width=32), st.sampled_from([100, 250, 360, 500]), NORMALIZATIONS)
-    @settings(deadline=None)
     def test_constant_records(self, value, rate, normalization):
         """A flat line stays flat at every rate; nothing is blown up by the division by its range."""
         values = small(normalization=normalization)(np.full((12, rate // 2), value), rate).ecg_values

@@ -385,6 +385,7 @@ for name in {list(of_pictures)}:
     assert image_processor.to_dict() == processor.image_processor.to_dict()
 """,
         tmp_path,
+        anew=True,
     )
     for name, picture_processor in of_pictures.items():
         inputs = picture_processor(text="<signal>", ecgs=ecg(), sampling_rate=250, return_tensors="pt")

@@ -197,6 +197,7 @@ def test_space(adapter, page, folder, tmp_path):
     page.processor.save_pretrained(model)
     (space / "space.json").write_text(json.dumps({"model": str(model), "revision": "main", "adapter": adapter}))
     code = """
+import sys
 from unittest.mock import MagicMock
 sys.modules["gradio"] = MagicMock()  # which takes seconds to import; test_served_page has it
 sys.path.insert(0, ".")
