@@ -3,7 +3,7 @@
 import itertools
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -204,7 +204,7 @@ class ELMProcessor(ProcessorMixin):
                 values = self._drawable(ecgs, **described)
                 data.update(self.image_processor(values, self._seconds, self.feature_extractor.lead_names))
             elif self.ecg_tokenizer is not None:
-                values = self._records(self._as_batch(ecgs), padding=False, **described)
+                values = self._records(self._as_batch(ecgs), **described)
             else:
                 data.update(self.feature_extractor(self._as_batch(ecgs), **described))
                 values = data["ecg_values"]
@@ -243,26 +243,18 @@ class ELMProcessor(ProcessorMixin):
         return batch
 
     def _drawable(self, ecgs: Any, **described: Any) -> list[ECGRecord | Image.Image]:
-        """Records as the feature extractor prepares them, not padded where they are drawn; pictures stay what they are."""
+        """The records, prepared; pictures stay what they are."""
         batch = self._as_batch(ecgs)
-        given = [ecg for ecg in batch if not isinstance(ecg, Image.Image)]
-        records: Iterator[ECGRecord] = iter(())
-        if given or not batch:
-            records = iter(self._records(given, padding=self.representation != "rgb", **described))
+        records = iter(self._records([ecg for ecg in batch if not isinstance(ecg, Image.Image)], **described))
         return [ecg if isinstance(ecg, Image.Image) else next(records) for ecg in batch]
 
     def _records(self, ecgs: list, **described: Any) -> list[ECGRecord]:
-        """The ECGs as the feature extractor prepares them; without their missing leads, but where leads are the rows of a picture."""
-        features = self.feature_extractor(ecgs, **described)
+        """The ECGs as the feature extractor prepares them. In a stacked picture all are equally long and have a row for each lead."""
+        if self.representation != "stacked_signal" or not ecgs:
+            return self.feature_extractor.prepare_batch(ecgs, **described)
         rate, leads = self.feature_extractor.sampling_rate, tuple(self.feature_extractor.lead_names)
-        records = [ECGRecord(array, rate, leads) for array in features["ecg_values"]]
-        if self.representation == "stacked_signal" or "ecg_lead_mask" not in features:
-            return records
-        masks = features["ecg_lead_mask"]
-        return [
-            select_leads(record, list(itertools.compress(leads, mask)))
-            for record, mask in zip(records, masks, strict=True)
-        ]
+        values = self.feature_extractor(ecgs, **described)["ecg_values"]
+        return [ECGRecord(array, rate, leads) for array in values]
 
     def _tokenize(self, texts: list[str], values: Any, text_kwargs: dict[str, Any]) -> dict[str, list]:
         """The tokens of the texts, with those of the ECGs in place of the placeholders, padded."""

@@ -158,7 +158,7 @@ class TestChat:
 
     def test_a_contradiction(self, processor):
         part = {"type": "ecg", "ecg": {"array": ecg(), "sampling_rate": 500}, "sampling_rate": 250}
-        with pytest.raises(ValueError, match="sampling_rate=500, the call says sampling_rate=250"):
+        with pytest.raises(ValueError, match="states its sampling_rate, 500, and 250 is given too"):
             inputs_of(processor, chat([part]))
 
     def test_ecgs_beside_the_chat(self, processor):

@@ -1,10 +1,11 @@
 """Rows of chats with ECGs to a batch that the ELM trains on."""
 
 import json
+import logging
 import math
 import zlib
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import compress
 from typing import Any
 
@@ -16,6 +17,8 @@ from torchvision.transforms import v2
 from elm_ecg.ecg_utils import ECGRecord, as_record
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.data.loading import ecgs_of, to_chat
+
+logger = logging.getLogger(__name__)
 
 # options of the collator that change ECGs in training alone, and what they are outside of it
 NO_AUGMENTATION: dict[str, Any] = {
@@ -32,7 +35,7 @@ class ELMCollator:
     """Pads to the longest chat of the batch; labels are the assistant's turns, their end-of-turn included.
 
     What is random about an ECG depends on `seed`, `epoch` and the row alone, not on what else was drawn before: a run that
-    is resumed, or that has other workers, sees the same.
+    is resumed, or that has other workers, sees the same. Each distinct notice about a record is logged once in each process.
 
     Args:
         system_prompt: system message of the chats that have none.
@@ -44,6 +47,7 @@ class ELMCollator:
         lead_dropout: probability of each lead to be lost, as `with_lost_leads` says.
         max_length: tokens that a chat may have at most, if the processor says no less.
         epoch: the trainer counts it up.
+        told: the notices that were logged.
     """
 
     processor: ELMProcessor
@@ -57,6 +61,7 @@ class ELMCollator:
     max_length: int | None = None
     seed: int = 0
     epoch: int = 0
+    told: set[str] = field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:
         if self.augment_rgb and self.processor.representation != "rgb":
@@ -82,8 +87,8 @@ class ELMCollator:
 
     def _batch(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         with_ecg = self.perturb != "only_text" and self.processor.takes_ecgs
-        if with_ecg and (self.perturb or any(getattr(self, name) for name in NO_AUGMENTATION)):
-            rows = [{**row, "ecg": self._changed(row)} for row in rows]
+        if with_ecg:
+            rows = [{**row, "ecg": self._ecgs(row)} for row in rows]
         chats = [to_chat(row, self.system_prompt, with_ecg) for row in rows]
         batch: Any = self.processor.apply_chat_template(
             chats,
@@ -104,11 +109,18 @@ class ELMCollator:
         batch["labels"] = batch["input_ids"].masked_fill(~answers, -100)
         return dict(batch)
 
-    def _changed(self, row: dict[str, Any]) -> list[Any]:
+    def _ecgs(self, row: dict[str, Any]) -> list[Any]:
+        """The ECGs of a row as records, or as drawings where these are changed; changed as the options say."""
+        records = [ecg if isinstance(ecg, Image.Image) else as_record(ecg) for ecg in ecgs_of(row)]
+        for notice in (notice for record in records for notice in getattr(record, "metadata", {}).get("notices", ())):
+            if notice not in self.told:
+                self.told.add(notice)
+                logger.warning("%s (record %s; not told again)", notice, row.get("record_id") or "without id")
+        if not (self.perturb or any(getattr(self, name) for name in NO_AUGMENTATION)):
+            return records
         words = zlib.crc32(json.dumps(row["messages"], default=str).encode())
         ecgs: list[Any] = []
-        for ecg in ecgs_of(row):
-            record = as_record(ecg)
+        for record in records:
             rng = np.random.default_rng(
                 [self.seed, row.get("epoch", self.epoch), words, zlib.crc32(record.array.tobytes())]
             )

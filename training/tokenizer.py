@@ -4,7 +4,7 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,8 @@ from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
 from tqdm import tqdm
 
-from elm_ecg.ecg_utils import (
-    STANDARD_LEADS,
-    ECGRecord,
-    as_record,
-    canonical_lead_names,
-    read_ecg,
-    resample,
-    select_leads,
-)
+from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord, as_record, canonical_lead_names, read_ecg
+from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer, ecg_byte
 from elm_ecg.training.arguments import DataArguments
 from elm_ecg.training.data.loading import ecgs_of, load_ecgs
@@ -91,9 +84,8 @@ def prepare(record: ECGRecord, lead_names: Sequence[str] | None, sampling_rate: 
         lead_names: None for those that the record has, in standard order.
         sampling_rate: None for the record's own.
     """
-    record = select_leads(record, lead_names or [name for name in STANDARD_LEADS if name in record.lead_names])
-    rate = sampling_rate or record.sampling_rate
-    return replace(record, array=resample(record.array, record.sampling_rate, rate), sampling_rate=rate)
+    lead_names = lead_names or [name for name in STANDARD_LEADS if name in record.lead_names]
+    return ECGFeatureExtractor(sampling_rate or record.sampling_rate, sys.maxsize, lead_names).prepare(record)
 
 
 def train(args: argparse.Namespace) -> None:

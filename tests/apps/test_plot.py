@@ -160,7 +160,7 @@ def test_what_the_file_does_not_say():
         (["rec.npz", "raw.npy", "-o", "a.png"], "--output is one file, and there are 2 records"),
         (["rec.npz", "more/rec.npz"], "Several records would be drawn into rec.png; draw them one by one"),
         (["raw.npy"], "raw.npy: The ECG has no sampling rate"),
-        (["rec.npz", "--sampling_rate", "500"], "the call says sampling_rate=500.0"),
+        (["rec.npz", "--sampling_rate", "500"], "leave sampling_rate out (for a file: --sampling_rate)"),
         (["rec.npz", "--start", "4"], "rec.npz: --start is 4; the record lasts 4 s, and the drawing begins within it."),
         (["rec.npz", "--start", "-1"], "--start is -1; the record lasts 4 s"),
         (["rec.npz", "--start", "nan"], "--start is nan; the record lasts 4 s"),

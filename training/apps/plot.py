@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -65,43 +66,58 @@ def time_span(record: ECGRecord, start: float, seconds: float | None) -> slice:
 
 
 def plot(path: Path, output: Path, args: argparse.Namespace, paper: ECGPaper) -> None:
+    """Draws the record of a file, and prints what was done and what is to be known about the record.
+
+    Raises:
+        ValueError: the file is no ECG, or the options do not suit it.
+    """
     record = read_ecg(path, args.sampling_rate, args.lead_names, args.unit)
     if output.resolve() == path.resolve():
         raise ValueError(f"{output} is the record {path} itself; name another file with --output.")
     try:
         span = time_span(record, args.start, args.seconds)
-        shown = replace(record, array=record.array[:, span])
+        part = replace(record, array=record.array[:, span])
         if args.leads is not None:
-            shown = select_leads(shown, args.leads)
+            part = select_leads(part, args.leads)
         rate, duration = record.sampling_rate, record.array.shape[1] / record.sampling_rate
         facts = [args.title or path.stem, f"{paper.speed:g} mm/s", f"{paper.gain:g} mm/mV", f"{rate:g} Hz"]
-        said = f"Picture of {path.name} in {output.resolve()}"
-        if shown.array.shape[1] < record.array.shape[1]:
-            part = f"{span.start / rate:g} to {span.stop / rate:g} s of {duration:g} s"
-            facts.append(part)
-            said += f": {part} (--start and --seconds choose others)"
-        save_picture(output, shown, paper, ", ".join(facts), args.width or DEFAULT_WIDTH, args.height)
+        done = f"Picture of {path.name} in {output.resolve()}"
+        if part.array.shape[1] < record.array.shape[1]:
+            seconds = f"{span.start / rate:g} to {span.stop / rate:g} s of {duration:g} s"
+            facts.append(seconds)
+            done += f": {seconds} (--start and --seconds choose others)"
+        save_picture(output, part, paper, ", ".join(facts), args.width or DEFAULT_WIDTH, args.height)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    print(said, flush=True)
+    print(done, flush=True)
+    for notice in part.metadata["notices"]:
+        print(f"{path.name}: {notice}", file=sys.stderr, flush=True)
 
 
 def pixels(text: str) -> int:
+    """A whole number of at least 1, of an option."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is less than 1")
     return value
 
 
+def add_file_options(parser: argparse.ArgumentParser) -> None:
+    """What `read_ecg` has to be told of a file that does not say it."""
+    parser.add_argument("--sampling_rate", type=float, metavar="HZ", help="where the file does not say")
+    parser.add_argument("--unit", help="where the file does not say: mV, uV or V")
+    parser.add_argument("--lead_names", nargs="+", metavar="LEAD", help="of the rows, where the file does not say")
+
+
 def make_parser() -> argparse.ArgumentParser:
+    """The options of `elm plot`."""
     parser = argparse.ArgumentParser(
         prog="elm plot",
         usage="elm plot RECORD [RECORD ...] [options]",
         description=__doc__,
     )
-    parser.add_argument(
-        "records", type=Path, nargs="+", metavar="RECORD", help="files of any format that read_ecg reads"
-    )
+    formats_help = "files of any format that the README lists"
+    parser.add_argument("records", type=Path, nargs="+", metavar="RECORD", help=formats_help)
     parser.add_argument(
         "-o",
         "--output",
@@ -142,13 +158,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--height", type=pixels, metavar="PIXELS", help="of a PNG; default: of the page's own proportions"
     )
-    parser.add_argument("--sampling_rate", type=float, metavar="HZ", help="where the file does not say")
-    parser.add_argument("--unit", help="where the file does not say: mV, uV or V")
-    parser.add_argument("--lead_names", nargs="+", metavar="LEAD", help="of the rows, where the file does not say")
+    add_file_options(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Draws each record into its own file."""
     args = make_parser().parse_args(argv)
     paper = ECGPaper(args.layout, args.rhythm_leads, args.speed, args.gain, args.line_width)
     outputs = [Path(f"{path.stem}.png") for path in args.records]
