@@ -114,7 +114,9 @@ class TestAsRecord:
     def test_real_counts_are_exact_millivolts(self, ptbxl):
         counts = ptbxl[500][0]
         np.testing.assert_array_equal(as_record(counts, 500, unit="uV").array, (counts / 1000).astype(np.float32))
-        with pytest.raises(ValueError, match=r'holds integers \(int16\) without a unit.*give unit="uV" \(for a file: --unit uV\)'):
+        with pytest.raises(
+            ValueError, match=r'holds integers \(int16\) without a unit.*give unit="uV" \(for a file: --unit uV\)'
+        ):
             as_record(counts, 500)
 
     @pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, "500", True, [500], 1 + 1j])
@@ -123,7 +125,9 @@ class TestAsRecord:
             as_record(noise(12, 5), value)
 
     def test_missing_sampling_rate(self):
-        with pytest.raises(ValueError, match=r"has no sampling rate: give sampling_rate in hertz \(for a file: --sampling_rate\)"):
+        with pytest.raises(
+            ValueError, match=r"has no sampling rate: give sampling_rate in hertz \(for a file: --sampling_rate\)"
+        ):
             as_record(noise(12, 5))
 
     @pytest.mark.parametrize(
@@ -135,7 +139,10 @@ class TestAsRecord:
             (noise(500, 12), r"shape \[500, 12\], which looks like \[samples, leads\]; transpose"),
             (noise(12, 0), r"is empty: its shape is \[12, 0\]"),
             (noise(0, 12), r"is empty"),
-            (noise(3, 50), r"3 leads without names, and only 12 have a standard order: give lead_names \(for a file: --lead_names\)"),
+            (
+                noise(3, 50),
+                r"3 leads without names, and only 12 have a standard order: give lead_names \(for a file: --lead_names\)",
+            ),
             (noise(12, 5) + 1j, "dtype complex64; expected real numbers"),
             (np.full((12, 5), "x"), "dtype <U1; expected real numbers"),
             (np.ones((12, 5), bool), "dtype bool; expected real numbers"),
@@ -179,7 +186,9 @@ class TestAsRecord:
     )
     def test_contradiction(self, name, own, argument):
         ecg = {"array": noise(12, 5), "sampling_rate": 500, name: own}
-        with pytest.raises(ValueError, match=rf"states its {name}, .*, and .* is given too: leave {name} out \(for a file: --{name}\)"):
+        with pytest.raises(
+            ValueError, match=rf"states its {name}, .*, and .* is given too: leave {name} out \(for a file: --{name}\)"
+        ):
             as_record(ecg, **{name: argument})
 
     def test_record_is_in_millivolts(self):

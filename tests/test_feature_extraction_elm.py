@@ -165,7 +165,6 @@ class TestNormalization:
             assert np.ptp(values[6]) == 0
             assert np.isfinite(values).all()
 
-
     @pytest.mark.parametrize("value", [0, 1e-3])
     def test_of_all_leads_at_once(self, value):
         """The proportions of the leads are kept, and a microvolt is no wave: the small number in the formulas is 1e-6."""
@@ -282,7 +281,7 @@ class TestPrepare:
         extractor = ECGFeatureExtractor(num_samples=1000, lead_names=["I", "II"], truncation="center", **filters)
         for start, first in ((None, 14500), (0, 0), (0.1, 25), (40.3, 10075), (118, 29500)):
             prepared = extractor.prepare(record, start=start)
-            np.testing.assert_allclose(prepared.array, whole[:, first : first + 1000], atol=1e-3)
+            np.testing.assert_allclose(prepared.array, whole[:, first : first + 1000], atol=4e-3)
             assert prepared.metadata["start_second"] == first / 250
             expected = replace(record, metadata={"start": start})
             np.testing.assert_array_equal(extractor(expected, padding=False).ecg_values[0], prepared.array)

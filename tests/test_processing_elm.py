@@ -795,7 +795,9 @@ class TestOverflow:
         ]
 
     def test_downsample_stops_at_30_hz(self, symbolic):
-        symbolic.max_length, symbolic.overflow = 20, "downsample"
+        """There would be room at 25 Hz, but a QRS complex would be two samples or three."""
+        size = len(symbolic_ids(symbolic, resample(simulated()["array"], 100, 25)))
+        symbolic.max_length, symbolic.overflow = size, "downsample"
         with pytest.raises(ValueError, match="it is 'downsample'"):
             self.sizes(symbolic)
 
@@ -815,6 +817,16 @@ class TestOverflow:
         assert message.endswith(f"their leads {', '.join(left_out)} are left out.")
         array = symbolic.decode_ecg(ids, 0, 1)[0]["array"]
         assert [name for name, lead in zip(STANDARD_LEADS, array, strict=True) if not np.isnan(lead).any()] == kept
+
+    @pytest.mark.parametrize("number", [7, 8, 9, 10, 11])
+    def test_order_in_which_leads_are_dropped(self, number, symbolic):
+        """Lead II stays longest, the rhythm strip, then V1, whose P wave is best to see, V5 and I."""
+        ecg = simulated()
+        dropped = ["aVR", "aVL", "aVF", "III", "V4", "V6", "V2", "V3", "I", "V5", "V1"][:number]
+        kept = [lead for lead in STANDARD_LEADS if lead not in dropped]
+        expected = symbolic_ids(symbolic, ecg["array"][[STANDARD_LEADS.index(lead) for lead in kept]], kept)
+        symbolic.max_length, symbolic.overflow = len(expected), "drop_leads"
+        assert symbolic(text="<signal>", ecgs=ecg)["input_ids"] == [expected]
 
     def test_one_lead_too_many(self, symbolic):
         symbolic.max_length, symbolic.overflow = 5, "drop_leads"
