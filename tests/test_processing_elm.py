@@ -819,8 +819,10 @@ class TestOverflow:
         assert [name for name, lead in zip(STANDARD_LEADS, array, strict=True) if not np.isnan(lead).any()] == kept
 
     @pytest.mark.parametrize("number", [7, 8, 9, 10, 11])
-    def test_order_in_which_leads_are_dropped(self, number, symbolic):
+    def test_order_in_which_leads_are_dropped(self, number):
         """Lead II stays longest, the rhythm strip, then V1, whose P wave is best to see, V5 and I."""
+        # in a fixed range, so that the tokens of a lead do not depend on the other leads
+        symbolic = tiny_symbolic_processor(ecg_byte=tiny_ecg_byte(across_leads=False, millivolt_range=(-2, 2)))
         ecg = simulated()
         dropped = ["aVR", "aVL", "aVF", "III", "V4", "V6", "V2", "V3", "I", "V5", "V1"][:number]
         kept = [lead for lead in STANDARD_LEADS if lead not in dropped]
