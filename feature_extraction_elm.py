@@ -172,23 +172,22 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
         record = select_leads(recorded, self.lead_names, allow_missing=self.missing_leads == "zeros")
         start = record.metadata.get("start") if start is None else start
         first = self._first_sample(record, start, truncation)
-        signal = self._part(record, first)
-        array = self._normalize(signal) if normalize else signal
+        array = self._part(record, first)
+        array = self._normalize(array) if normalize else array
 
         rate, num_samples = self.sampling_rate, array.shape[1]
-        duration, seconds = record.array.shape[1] / record.sampling_rate, self.num_samples / rate
-        notices = []
-        if unread := [name for name in recorded.lead_names if name not in self.lead_names]:
-            notices.append(f"Not read by the model: {', '.join(unread)}.")
-        if first or (duration - seconds) * rate >= 1:
-            notices.append(
-                f"The model reads {first / rate:.4g} to {(first + num_samples) / rate:.4g} s of {duration:.4g} s."
-            )
-        if num_samples < self.num_samples - 1:
-            notices.append(f"Shorter than the {seconds:g} s that the model reads.")
+        seconds, duration = self.num_samples / rate, record.array.shape[1] / record.sampling_rate
+        unread = [name for name in recorded.lead_names if name not in self.lead_names]
+        span = f"{first / rate:.4g} to {(first + num_samples) / rate:.4g} s of {duration:.4g} s"
+        sentences = {
+            f"Not read by the model: {', '.join(unread)}.": unread,
+            f"The model reads {span}.": first or (duration - seconds) * rate >= 1,
+            f"Shorter than the {seconds:g} s that the model reads.": num_samples < self.num_samples - 1,
+        }
         metadata = {name: value for name, value in record.metadata.items() if name != "start"}
         metadata["start_second"] = first / rate
-        return with_notices(replace(record, array=array, sampling_rate=rate, metadata=metadata), *notices)
+        prepared = replace(record, array=array, sampling_rate=rate, metadata=metadata)
+        return with_notices(prepared, *(sentence for sentence, applies in sentences.items() if applies))
 
     def prepare_batch(self, ecgs: Sequence[Any], **options: Any) -> list[ECGRecord]:
         """`prepare` of each of several ECGs; of more than one, an error tells which it is about.
@@ -209,14 +208,14 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
     def _first_sample(self, record: ECGRecord, start: float | None, truncation: bool | str | None) -> int:
         """Where the part that is kept begins, in samples of the output."""
         truncation = self.truncation if truncation is None else _check_truncation(truncation)
-        rate = self.sampling_rate
+        rate, length = self.sampling_rate, record.array.shape[1] * self.sampling_rate / record.sampling_rate
         num_samples = math.ceil(record.array.shape[1] * resampling_ratio(record.sampling_rate, rate))
         if start is not None:
-            duration = record.array.shape[1] / record.sampling_rate
-            if not 0 <= start < duration:
-                raise ValueError(f"start is {start:g} s; expected a second within the ECG, which lasts {duration:g} s.")
+            if not 0 <= start < length / rate:
+                raise ValueError(
+                    f"start is {start:g} s; expected a second within the ECG, which lasts {length / rate:g} s."
+                )
             return min(round(start * rate), num_samples - 1)
-        length = record.array.shape[1] * rate / record.sampling_rate
         if truncation is False and length >= self.num_samples + 1:
             raise ValueError(
                 f"The ECG is {length / rate:.4g} s long ({length:.6g} samples at {rate:g} Hz), the model takes "
@@ -228,16 +227,15 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
 
     def _part(self, record: ECGRecord, first: int) -> np.ndarray:
         """At most `num_samples` of the resampled and filtered record from the sample `first` of the output on."""
-        ratio = resampling_ratio(record.sampling_rate, self.sampling_rate)
-        # beyond this margin nothing changes what is kept: a long record takes no more time and memory than its part
-        margin = settling_seconds(self.bandpass, self.notch) + ZERO_CROSSINGS / min(
-            record.sampling_rate, self.sampling_rate
-        )
-        margin_samples = math.ceil(margin * self.sampling_rate)
-        # `numerator` samples of the output stand where `denominator` ones of the record do
-        blocks = max(0, first - margin_samples) // ratio.numerator
-        stop = math.ceil((first + self.num_samples + margin_samples) / ratio)
-        signal = resample(record.array[:, blocks * ratio.denominator : stop], record.sampling_rate, self.sampling_rate)
+        rates = record.sampling_rate, self.sampling_rate
+        ratio = resampling_ratio(*rates)
+        # what lies beyond this margin does not change the part: a long record takes no more time and memory than its part
+        seconds = settling_seconds(self.bandpass, self.notch) + ZERO_CROSSINGS / min(rates)
+        margin = math.ceil(seconds * self.sampling_rate)
+        # cut between blocks: where one of `denominator` samples of the record begins, one of `numerator` of the output does
+        blocks = max(0, first - margin) // ratio.numerator
+        stop = math.ceil((first + self.num_samples + margin) / ratio)
+        signal = resample(record.array[:, blocks * ratio.denominator : stop], *rates)
         signal = filter_ecg(signal, self.sampling_rate, self.bandpass, self.notch)
         first -= blocks * ratio.numerator
         return signal[:, first : first + self.num_samples]

@@ -78,6 +78,7 @@ class ECGQuestionAnsweringPipeline(Pipeline):
         return [answers[start : start + each] for start in range(0, len(answers), each)]
 
     def run_single(self, inputs: Any, *params: dict[str, Any]) -> list[dict[str, str]]:
+        """The answers to one input."""
         return next(self.get_iterator([inputs], 0, 1, *params))
 
     def get_iterator(

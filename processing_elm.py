@@ -3,7 +3,7 @@
 import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -134,6 +134,7 @@ class ELMProcessor(ProcessorMixin):
 
     @property
     def ecg_token_id(self) -> int:
+        """Id of the placeholder `<signal>`."""
         return self.tokenizer.convert_tokens_to_ids(self.ecg_token)
 
     @property
@@ -145,6 +146,7 @@ class ELMProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
+        """Names of what `__call__` returns: first those of the ECGs, then those of the texts."""
         if self.ecg_tokenizer is not None or not self.takes_ecgs:
             return self.tokenizer.model_input_names
         of_ecgs = self.image_processor or self.feature_extractor
@@ -152,6 +154,7 @@ class ELMProcessor(ProcessorMixin):
 
     @property
     def takes_ecgs(self) -> bool:
+        """Whether the model reads ECGs; a text-only one does not."""
         return self.ecg_tokenizer is not None or self.num_ecg_tokens > 0
 
     def __call__(
@@ -200,14 +203,13 @@ class ELMProcessor(ProcessorMixin):
             if not self.takes_ecgs:
                 raise ValueError("This processor belongs to a text-only model (num_ecg_tokens=0), which takes no ECG.")
             described = {"sampling_rate": sampling_rate, "lead_names": lead_names, "unit": unit}
-            if self.image_processor is not None:
-                values = self._drawable(ecgs, **described)
-                data.update(self.image_processor(values, self._seconds, self.feature_extractor.lead_names))
-            elif self.ecg_tokenizer is not None:
-                values = self._records(self._as_batch(ecgs), **described)
+            if self.image_processor is not None or self.ecg_tokenizer is not None:
+                values = self._records(ecgs, **described)
             else:
                 data.update(self.feature_extractor(self._as_batch(ecgs), **described))
                 values = data["ecg_values"]
+            if self.image_processor is not None:
+                data.update(self.image_processor(values, self._seconds, self.feature_extractor.lead_names))
         if text is not None:
             data.update(self._tokenize([text] if isinstance(text, str) else list(text), values, text_kwargs))
         return BatchFeature(data, tensor_type=return_tensors)
@@ -225,7 +227,7 @@ class ELMProcessor(ProcessorMixin):
             raise ValueError(
                 f"representation is {self.representation!r}; only {' and '.join(IMAGE_REPRESENTATIONS)} show ECGs as pictures."
             )
-        (record,) = self._drawable([ecg], **described)
+        (record,) = self._records([ecg], **described)
         if isinstance(record, Image.Image):
             return record
         return self.image_processor.draw(record, self._seconds, self.feature_extractor.lead_names)
@@ -242,19 +244,15 @@ class ELMProcessor(ProcessorMixin):
             )
         return batch
 
-    def _drawable(self, ecgs: Any, **described: Any) -> list[ECGRecord | Image.Image]:
-        """The records, prepared; pictures stay what they are."""
+    def _records(self, ecgs: Any, **described: Any) -> list[ECGRecord | Image.Image]:
+        """The ECGs as the feature extractor prepares them; pictures stay what they are."""
         batch = self._as_batch(ecgs)
-        records = iter(self._records([ecg for ecg in batch if not isinstance(ecg, Image.Image)], **described))
+        if self.representation == "stacked_signal":  # all are equally long, and have a row for each lead
+            rate, leads = self.feature_extractor.sampling_rate, tuple(self.feature_extractor.lead_names)
+            return [ECGRecord(array, rate, leads) for array in self.feature_extractor(batch, **described)["ecg_values"]]
+        unprepared = [ecg for ecg in batch if not isinstance(ecg, Image.Image)]
+        records = iter(self.feature_extractor.prepare_batch(unprepared, **described))
         return [ecg if isinstance(ecg, Image.Image) else next(records) for ecg in batch]
-
-    def _records(self, ecgs: list, **described: Any) -> list[ECGRecord]:
-        """The ECGs as the feature extractor prepares them. In a stacked picture all are equally long and have a row for each lead."""
-        if self.representation != "stacked_signal" or not ecgs:
-            return self.feature_extractor.prepare_batch(ecgs, **described)
-        rate, leads = self.feature_extractor.sampling_rate, tuple(self.feature_extractor.lead_names)
-        values = self.feature_extractor(ecgs, **described)["ecg_values"]
-        return [ECGRecord(array, rate, leads) for array in values]
 
     def _tokenize(self, texts: list[str], values: Any, text_kwargs: dict[str, Any]) -> dict[str, list]:
         """The tokens of the texts, with those of the ECGs in place of the placeholders, padded."""
@@ -305,34 +303,39 @@ class ELMProcessor(ProcessorMixin):
 
     def _fit(self, records: list[ECGRecord], tokens: list[list[int]], room: int, name: str) -> list[list[int]]:
         """Fewer tokens for the ECGs of a text, by the rule `overflow`: at most `room` together."""
-        size = sum(map(len, tokens))
-        rate = self.feature_extractor.sampling_rate
         too_long = (
-            f"{name} has {size} tokens of {len(tokens)} ECGs and room for {max(room, 0)} beside its words "
+            f"{name} has {sum(map(len, tokens))} tokens of {len(tokens)} ECGs and room for {max(room, 0)} beside its words "
             f"(max_length={self.max_length})"
         )
-        if self.ecg_tokenizer is not None and tokens:
-            if self.overflow == "downsample":
-                for factor in (2**power for power in range(1, int(math.log2(rate / MIN_SAMPLING_RATE)) + 1)):
-                    tokens = self._symbolic(
-                        [replace(record, array=resample(record.array, rate, rate / factor)) for record in records]
-                    )
-                    if sum(map(len, tokens)) <= room:
-                        logger.warning("%s: they are resampled from %g to %g Hz.", too_long, rate, rate / factor)
-                        return tokens
-            elif self.overflow == "drop_leads":
-                leads = {lead for record in records for lead in record.lead_names}
-                order = [lead for lead in DISPENSABLE_LEADS if lead in leads]
-                for number in range(1, len(order)):
-                    tokens = self._symbolic([_without_leads(record, order[:number]) for record in records])
-                    if sum(map(len, tokens)) <= room:
-                        logger.warning("%s: their leads %s are left out.", too_long, ", ".join(order[:number]))
-                        return tokens
+        for smaller, change in self._smaller(records if self.ecg_tokenizer is not None else []):
+            tokens = self._symbolic(smaller)
+            if sum(map(len, tokens)) <= room:
+                logger.warning("%s: %s.", too_long, change)
+                return tokens
         raise ValueError(
             f"{too_long}. Nothing is cut in silence: shorten the text or the records, take a lower sampling rate or fewer "
             f"leads in the feature extractor, or let the processor do so with overflow='downsample' or 'drop_leads' (it is "
-            f"{self.overflow!r})."
+            f"{self.overflow!r}; in training: --ecg_overflow)."
         )
+
+    def _smaller(self, records: list[ECGRecord]) -> Iterator[tuple[list[ECGRecord], str]]:
+        """The records with less and less in them, by the rule `overflow`, and in words what became of them."""
+        rate = self.feature_extractor.sampling_rate
+        leads = {lead for record in records for lead in record.lead_names}
+        if self.overflow == "downsample" and records:
+            for power in range(1, int(math.log2(rate / MIN_SAMPLING_RATE)) + 1):
+                lower = rate / 2**power
+                slower = [replace(record, array=resample(record.array, rate, lower)) for record in records]
+                yield slower, f"they are resampled from {rate:g} to {lower:g} Hz"
+        elif self.overflow == "drop_leads":
+            order = [lead for lead in DISPENSABLE_LEADS if lead in leads]
+            for number in range(1, len(order)):
+                kept = [[lead for lead in record.lead_names if lead not in order[:number]] for record in records]
+                # a record that has no other leads keeps them
+                fewer = [
+                    select_leads(record, own or record.lead_names) for record, own in zip(records, kept, strict=True)
+                ]
+                yield fewer, f"their leads {', '.join(order[:number])} are left out"
 
     def _pad(self, encoded: list[dict[str, list]], **padding: Any) -> dict[str, list]:
         """The columns of the batch, padded as the tokenizer pads; `offset_mapping` too, which it leaves out."""
@@ -422,6 +425,7 @@ class ELMProcessor(ProcessorMixin):
     def get_processor_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As of transformers, which does not know how the image processor and the ECG-Byte tokenizer are saved."""
         processor_dict, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if isinstance(processor_dict.get("image_processor"), dict):
             processor_dict["image_processor"] = ECGImageProcessor.from_dict(processor_dict["image_processor"])
@@ -462,12 +466,6 @@ class ELMProcessor(ProcessorMixin):
         if isinstance(ecg, (str, os.PathLike, Mapping)):  # may say some of it too
             return as_record(ecg, **described)
         return {"array": ecg, **described}
-
-
-def _without_leads(record: ECGRecord, leads: Sequence[str]) -> ECGRecord:
-    """The record without these leads, or as it is if it has no others."""
-    kept = [lead for lead in record.lead_names if lead not in leads]
-    return select_leads(record, kept or record.lead_names)
 
 
 ELMProcessor.register_for_auto_class()

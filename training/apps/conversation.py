@@ -219,33 +219,6 @@ class _Stop:
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model and how it answers."""
-    parser.add_argument("model", metavar="MODEL", help="saved ELM or LoRA adapter: local folder or Hub id")
-    parser.add_argument("--revision", default="main", help="of a Hub id; default: %(default)s")
-    parser.add_argument(
-        "--max_new_tokens",
-        type=_positive,
-        default=DEFAULT_MAX_NEW_TOKENS,
-        metavar="TOKENS",
-        help="longest answer; default: %(default)s",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=_temperature,
-        default=0.0,
-        help="draw the words at this temperature; default: 0, the likeliest words",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of drawn words; default: %(default)s")
-    parser.add_argument("--system_prompt", metavar="TEXT", help="system message, or a file that holds it")
-    parser.add_argument(
-        "--dtype",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        default="auto",
-        help="of the model; default: %(default)s, as it was saved",
-    )
-
-
 def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, Any, str]:
     """The model of `add_arguments` on the GPU, if there is one, its processor, and its name for people."""
     from elm_ecg.training.build import load_elm  # late: --help need not wait for it, and a Space has no such module
@@ -254,6 +227,20 @@ def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, Any, str]:
     model, processor = load_elm(args.model, args.revision, dtype=args.dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]  # a wrapped method
     return model, processor, Path(args.model).name if Path(args.model).exists() else args.model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model and how it answers."""
+    parser.add_argument("model", metavar="MODEL", help="saved ELM or LoRA adapter: local folder or Hub id")
+    parser.add_argument("--revision", default="main", help="of a Hub id; default: %(default)s")
+    tokens = {"type": _positive, "default": DEFAULT_MAX_NEW_TOKENS, "metavar": "TOKENS"}
+    parser.add_argument("--max_new_tokens", **tokens, help="longest answer; default: %(default)s")
+    temperature_help = "draw the words at this temperature; default: 0, the likeliest words"
+    parser.add_argument("--temperature", type=_temperature, default=0.0, help=temperature_help)
+    parser.add_argument("--seed", type=int, default=0, help="of drawn words; default: %(default)s")
+    parser.add_argument("--system_prompt", metavar="TEXT", help="system message, or a file that holds it")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, default="auto", help="of the model; default: as it was saved")
 
 
 def read_system_prompt(text: str | None) -> str | None:

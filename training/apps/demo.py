@@ -7,13 +7,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from huggingface_hub import SpaceCard, SpaceCardData
+from jinja2 import Template
 from packaging.requirements import Requirement
 from transformers import PreTrainedModel
 
@@ -209,6 +209,15 @@ def build_demo(page: Page, name: str, questions: Sequence[str] = QUESTIONS) -> A
         questions: examples of what to ask.
     """
     gr = import_gradio()
+
+    def ask(question: str, ecgs: list[ChatECG], turns: Turns, compare: bool, compared: Turns) -> Iterator[Any]:
+        try:
+            for turns_now, compared_now in page.ask(question, ecgs, turns, compare, compared):
+                yield "", turns_now, turns_now, compared_now, compared_now
+        except Exception as error:  # whatever it is, the visitor sees it and the page goes on
+            gr.Warning(html.escape(str(error)))
+            yield question, turns, turns, compared, compared
+
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as demo:
         # of each visitor alone
         ecgs, turns, compared = (gr.State([], time_to_live=KEPT_SECONDS) for _ in range(3))
@@ -216,7 +225,7 @@ def build_demo(page: Page, name: str, questions: Sequence[str] = QUESTIONS) -> A
         gr.Markdown(f"**{DISCLAIMER}** Upload no record that could tell who the patient is.", elem_id="disclaimer")
         with gr.Row():
             with gr.Column(scale=2, min_width=320, visible=page.processor.takes_ecgs):
-                reading = _record_boxes(gr, page)
+                files, picked, again, *described = _record_boxes(gr, page)
             with gr.Column(scale=5, min_width=320, visible=page.processor.takes_ecgs):
                 pictures = gr.HTML(NO_ECG, elem_id="ecgs", padding=False)
         with gr.Row():
@@ -241,11 +250,17 @@ def build_demo(page: Page, name: str, questions: Sequence[str] = QUESTIONS) -> A
         )
         gr.Examples([[text] for text in questions], question, label="Questions")
 
-        chats = [turns, chatbot, compared, chatbot_zeroed]
-        _connect_reading(gr, page, reading, [ecgs, pictures], chats)
+        chats, private = [turns, chatbot, compared, chatbot_zeroed], {"api_visibility": "private"}
+        upload = {"fn": page.upload, "inputs": [files, *described], "outputs": [ecgs, pictures]}
+        for event, other in (
+            (gr.on([files.upload, files.delete, files.clear], **upload, api_name="upload"), picked),
+            (again.click(**upload, **private), picked),
+            (picked.input(page.pick, picked, [ecgs, pictures], api_name="pick"), files),
+        ):  # another ECG empties the other choice of a record, and the chats
+            event.then(lambda: [None, [], [], [], []], None, [other, *chats], **private)
         answering = gr.on(
             [send.click, question.submit],
-            _asking(gr, page),
+            ask,
             [question, ecgs, turns, compare, compared],
             [question, *chats],
             api_name="ask",
@@ -253,17 +268,15 @@ def build_demo(page: Page, name: str, questions: Sequence[str] = QUESTIONS) -> A
             trigger_mode="once",
             show_progress="minimal",
         )
-        private = {"api_visibility": "private"}
         stop.click(None, None, None, cancels=[answering], **private)
-        gr.on(
-            [clear.click, chatbot.clear, chatbot_zeroed.clear], _no_turns, None, chats, cancels=[answering], **private
-        )
+        cleared = [clear.click, chatbot.clear, chatbot_zeroed.clear]
+        gr.on(cleared, lambda: [[], [], [], []], None, chats, cancels=[answering], **private)
         compare.change(lambda on: gr.update(visible=on), compare, chatbot_zeroed, show_progress="hidden", **private)
     return demo
 
 
 def _record_boxes(gr: Any, page: Page) -> tuple[Any, ...]:
-    """The files, the records to pick, the four boxes of `Page.upload`, and the button that reads the files again."""
+    """The files, the records to pick, the button that reads the files again, and the other inputs of `Page.upload`."""
     extractor = page.processor.feature_extractor
     takes = f"{len(extractor.lead_names)} leads, {extractor.num_samples / extractor.sampling_rate:g} s"
     files = gr.File(label=f"ECG files ({takes})", file_count="multiple", height=140)
@@ -274,38 +287,7 @@ def _record_boxes(gr: Any, page: Page) -> tuple[Any, ...]:
         lead_names = gr.Textbox(label="Leads, in order", placeholder="I II III aVR aVL aVF V1 ...")
         start = gr.Number(label="Second at which a longer record begins", value=None, minimum=0)
         again = gr.Button("Read again", size="sm")
-    return files, picked, sampling_rate, unit, lead_names, start, again
-
-
-def _connect_reading(gr: Any, page: Page, boxes: tuple[Any, ...], outputs: list[Any], chats: list[Any]) -> None:
-    """Another ECG empties the other choice of a record, and the chats."""
-    files, picked, *described, again = boxes
-    upload = {"fn": page.upload, "inputs": [files, *described], "outputs": outputs}
-    for event, other in (
-        (gr.on([files.upload, files.delete, files.clear], **upload, api_name="upload"), picked),
-        (again.click(**upload, api_visibility="private"), picked),
-        (picked.input(page.pick, picked, outputs, api_name="pick"), files),
-    ):
-        event.then(lambda: [None, *_no_turns()], None, [other, *chats], api_visibility="private")
-
-
-def _no_turns() -> list[Turns]:
-    """What the states and chatbots of both chats begin with."""
-    return [[], [], [], []]
-
-
-def _asking(gr: Any, page: Page) -> Callable[..., Iterator[Any]]:
-    """`Page.ask` with what each box of the page shows."""
-
-    def ask(question: str, ecgs: list[ChatECG], turns: Turns, compare: bool, compared: Turns) -> Iterator[Any]:
-        try:
-            for turns_now, compared_now in page.ask(question, ecgs, turns, compare, compared):
-                yield "", turns_now, turns_now, compared_now, compared_now
-        except Exception as error:  # whatever it is, the visitor sees it and the page goes on
-            gr.Warning(html.escape(str(error)))
-            yield question, turns, turns, compared, compared
-
-    return ask
+    return files, picked, again, sampling_rate, unit, lead_names, start
 
 
 def serve(demo: Any, host: str | None = None, port: int | None = None) -> str:
@@ -375,21 +357,9 @@ def write_space(folder: Path, repo_id: str, revision: str = "main", adapter: boo
     space = {"model": repo_id, "revision": revision, "adapter": adapter}
     (folder / "space.json").write_text(json.dumps(space, indent=2) + "\n", encoding="utf-8")
     (folder / "requirements.txt").write_text("".join(f"{line}\n" for line in _requirements(adapter)), encoding="utf-8")
-    card_data = SpaceCardData(
-        title=f"{TITLE}: {repo_id.split('/')[-1]}",
-        sdk="gradio",
-        sdk_version=GRADIO_VERSION,
-        python_version="3.11",
-        app_file="app.py",
-        license="mit",
-        models=[repo_id],
-        tags=["ecg", "electrocardiogram", "elm"],
-        emoji="\N{ELECTRIC LIGHT BULB}",
-    )
-    card = SpaceCard.from_template(
-        card_data, template_path=str(SPACE_FOLDER / "README.md"), model=repo_id, disclaimer=f"> **{DISCLAIMER}**"
-    )
-    card.save(folder / "README.md")
+    template = Template((SPACE_FOLDER / "README.md").read_text(encoding="utf-8"), keep_trailing_newline=True)
+    card = template.render(title=TITLE, model=repo_id, gradio_version=GRADIO_VERSION, disclaimer=DISCLAIMER)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _requirements(adapter: bool) -> list[str]:
@@ -410,15 +380,11 @@ def make_parser() -> argparse.ArgumentParser:
         prog="elm demo", usage="elm demo MODEL [options]", description=f"{__doc__} {DISCLAIMER}"
     )
     add_arguments(parser)
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="address that is listened on; default: %(default)s, this machine alone. 0.0.0.0 is everybody in the network",
-    )
+    host_help = "address to listen on; default: %(default)s, this machine alone. 0.0.0.0 is everybody in the network"
+    parser.add_argument("--host", default="127.0.0.1", help=host_help)
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
-    parser.add_argument(
-        "--records", type=Path, nargs="+", default=[], metavar="FILE", help="ECG files to pick; default: simulated ones"
-    )
+    records_help = "ECG files to pick; default: simulated ones"
+    parser.add_argument("--records", type=Path, nargs="+", default=[], metavar="FILE", help=records_help)
     parser.add_argument("--questions", nargs="+", default=QUESTIONS, metavar="TEXT", help="examples of what to ask")
     return parser
 

@@ -111,53 +111,28 @@ def add_file_options(parser: argparse.ArgumentParser) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """The options of `elm plot`."""
-    parser = argparse.ArgumentParser(
-        prog="elm plot",
-        usage="elm plot RECORD [RECORD ...] [options]",
-        description=__doc__,
-    )
+    usage = "elm plot RECORD [RECORD ...] [options]"
+    parser = argparse.ArgumentParser(prog="elm plot", usage=usage, description=__doc__)
     formats_help = "files of any format that the README lists"
     parser.add_argument("records", type=Path, nargs="+", metavar="RECORD", help=formats_help)
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="picture, .png or .svg, of a single record; default: NAME.png in the working directory, one for each record",
-    )
-    parser.add_argument(
-        "--layout",
-        choices=LAYOUTS,
-        default=ECGPaper.layout,
-        help="rows x columns of twelve leads; columns show successive parts of the time; default: %(default)s",
-    )
-    parser.add_argument(
-        "--rhythm_leads",
-        nargs="*",
-        metavar="LEAD",
-        help="leads drawn below over the whole time; no name for none; default: II in 3x4",
-    )
+    output_help = "picture, .png or .svg, of one record; default: NAME.png in the working directory, for each record"
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help=output_help)
+    layout_help = "rows x columns of twelve leads; columns show successive parts of the time; default: %(default)s"
+    parser.add_argument("--layout", choices=LAYOUTS, default=ECGPaper.layout, help=layout_help)
+    rhythm_help = "leads drawn below over the whole time; no name for none; default: II in 3x4"
+    parser.add_argument("--rhythm_leads", nargs="*", metavar="LEAD", help=rhythm_help)
     parser.add_argument("--leads", nargs="+", metavar="LEAD", help="leads that are drawn; default: those of the record")
     parser.add_argument("--start", type=float, default=0.0, metavar="SECONDS", help="default: %(default)g")
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        help=f"from --start on; default: all, or the first {DEFAULT_SECONDS:g} of more than {MAX_SECONDS:g}",
-    )
+    seconds_help = f"from --start on; default: all, or the first {DEFAULT_SECONDS:g} of more than {MAX_SECONDS:g}"
+    parser.add_argument("--seconds", type=float, help=seconds_help)
     parser.add_argument("--speed", type=float, default=ECGPaper.speed, help="mm/s; default: %(default)g")
     parser.add_argument("--gain", type=float, default=ECGPaper.gain, help="mm/mV; default: %(default)g")
-    parser.add_argument(
-        "--line_width",
-        type=float,
-        default=ECGPaper.line_width,
-        metavar="MM",
-        help="of the trace, at least a pixel; default: %(default)g",
-    )
+    line_help = "of the trace, at least a pixel; default: %(default)g"
+    parser.add_argument("--line_width", type=float, default=ECGPaper.line_width, metavar="MM", help=line_help)
     parser.add_argument("--title", help="in the caption, in place of the record's name")
     parser.add_argument("--width", type=pixels, metavar="PIXELS", help=f"of a PNG; default: {DEFAULT_WIDTH}")
-    parser.add_argument(
-        "--height", type=pixels, metavar="PIXELS", help="of a PNG; default: of the page's own proportions"
-    )
+    height_help = "of a PNG; default: by the page's own proportions"
+    parser.add_argument("--height", type=pixels, metavar="PIXELS", help=height_help)
     add_file_options(parser)
     return parser
 
@@ -177,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--output is {args.output}; expected a file that ends with .png or .svg.")
         if args.output.suffix.lower() == ".svg" and (args.width or args.height):
             raise ValueError(
-                "--width and --height are of a PNG; an SVG is in millimetres and is scaled where it is shown."
+                "--width and --height are of a PNG; an SVG is in millimetres and scaled where it is shown."
             )
         if not args.output.parent.is_dir():
             raise ValueError(f"--output is {args.output}; there is no folder {args.output.parent}.")
