@@ -111,7 +111,7 @@ class ELMCollator:
 
     def _ecgs(self, row: dict[str, Any]) -> list[Any]:
         """The ECGs of a row as records, or as drawings where these are changed; changed as the options say."""
-        records = [ecg if isinstance(ecg, Image.Image) else as_record(ecg) for ecg in ecgs_of(row)]
+        records: list[Any] = [ecg if isinstance(ecg, Image.Image) else as_record(ecg) for ecg in ecgs_of(row)]
         for notice in (notice for record in records for notice in getattr(record, "metadata", {}).get("notices", ())):
             if notice not in self.told:
                 self.told.add(notice)

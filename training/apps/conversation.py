@@ -1,6 +1,6 @@
 """Reading ECGs for a loaded ELM, and its streamed answers: what `elm chat` and `elm demo` share.
 
-It travels into Spaces too, so it imports no training library.
+It travels into Spaces too, so it imports no training library, and of this package only what travels with it.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, StoppingCriteriaList, TextIteratorStreamer, set_seed
 
 from elm_ecg.ecg_utils import ECGRecord, lead_quality, read_ecg
+from elm_ecg.training.options import whole_number
 
 DISCLAIMER = (
     "Research software, not a medical device. Nothing that the model says may be used for the care of a patient."
@@ -233,7 +234,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model and how it answers."""
     parser.add_argument("model", metavar="MODEL", help="saved ELM or LoRA adapter: local folder or Hub id")
     parser.add_argument("--revision", default="main", help="of a Hub id; default: %(default)s")
-    tokens = {"type": _positive, "default": DEFAULT_MAX_NEW_TOKENS, "metavar": "TOKENS"}
+    tokens: dict[str, Any] = {"type": whole_number, "default": DEFAULT_MAX_NEW_TOKENS, "metavar": "TOKENS"}
     parser.add_argument("--max_new_tokens", **tokens, help="longest answer; default: %(default)s")
     temperature_help = "draw the words at this temperature; default: 0, the likeliest words"
     parser.add_argument("--temperature", type=_temperature, default=0.0, help=temperature_help)
@@ -252,13 +253,6 @@ def read_system_prompt(text: str | None) -> str | None:
     if text is None or not Path(text).is_file():
         return text
     return Path(text).read_text(encoding="utf-8").strip()
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
 
 
 def _temperature(text: str) -> float:

@@ -55,7 +55,8 @@ NO_ECG = '<div class="none">The ECG is drawn here.</div>'
 SPACE_MODULES = (
     "__init__.py",
     *("ecg_drawing.py", "ecg_formats.py", "ecg_formats_binary.py", "ecg_formats_xml.py", "ecg_utils.py"),
-    *(f"training/{name}" for name in ("__init__.py", "apps/__init__.py", "apps/conversation.py", "apps/demo.py")),
+    *(f"training/{name}" for name in ("__init__.py", "options.py")),
+    *(f"training/apps/{name}" for name in ("__init__.py", "conversation.py", "demo.py")),
 )
 SPACE_FOLDER = Path(__file__).parent / "space"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from elm_ecg.ecg_drawing import LAYOUTS, ECGPaper, draw_ecg, ecg_svg, page_height, page_width
 from elm_ecg.ecg_utils import ECGRecord, read_ecg, select_leads
 from elm_ecg.training.files import atomic_path, write_text
+from elm_ecg.training.options import whole_number
 
 DEFAULT_WIDTH = 1600  # pixels
 # more is too thin to read in one picture
@@ -94,14 +95,6 @@ def plot(path: Path, output: Path, args: argparse.Namespace, paper: ECGPaper) ->
         print(f"{path.name}: {notice}", file=sys.stderr, flush=True)
 
 
-def pixels(text: str) -> int:
-    """A whole number of at least 1, of an option."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
-
-
 def add_file_options(parser: argparse.ArgumentParser) -> None:
     """What `read_ecg` has to be told of a file that does not say it."""
     parser.add_argument("--sampling_rate", type=float, metavar="HZ", help="where the file does not say")
@@ -130,9 +123,9 @@ def make_parser() -> argparse.ArgumentParser:
     line_help = "of the trace, at least a pixel; default: %(default)g"
     parser.add_argument("--line_width", type=float, default=ECGPaper.line_width, metavar="MM", help=line_help)
     parser.add_argument("--title", help="in the caption, in place of the record's name")
-    parser.add_argument("--width", type=pixels, metavar="PIXELS", help=f"of a PNG; default: {DEFAULT_WIDTH}")
+    parser.add_argument("--width", type=whole_number, metavar="PIXELS", help=f"of a PNG; default: {DEFAULT_WIDTH}")
     height_help = "of a PNG; default: by the page's own proportions"
-    parser.add_argument("--height", type=pixels, metavar="PIXELS", help=height_help)
+    parser.add_argument("--height", type=whole_number, metavar="PIXELS", help=height_help)
     add_file_options(parser)
     return parser
 
