@@ -100,9 +100,7 @@ def canonical_lead_names(names: Iterable[str], others: bool = False) -> tuple[st
             empty.
     """
     if isinstance(names, str):
-        raise ValueError(
-            f"lead_names is the string {names!r}; give a list of names, such as {list(STANDARD_LEADS[:3])}."
-        )
+        raise ValueError(f"lead_names is the string {names!r}; give a list of names, such as ['I', 'II', 'V1'].")
     leads = tuple(
         str(name) if others and _lead_key(name) not in _CANONICAL_LEADS else canonical_lead_name(name) for name in names
     )
@@ -222,12 +220,10 @@ def _numeric_array(ecg: Any) -> np.ndarray:
     except ValueError as error:
         raise ValueError("The ECG's leads are not of one length; give a rectangular [leads, samples] array.") from error
     if array.dtype.kind not in "fiu":
-        raise ValueError(
-            f"The ECG ({type(ecg).__name__}) has dtype {array.dtype}; expected real numbers [leads, samples]."
-        )
+        raise ValueError(f"The ECG ({type(ecg).__name__}) is of {array.dtype}; expected real numbers [leads, samples].")
     if array.ndim != 2:
         raise ValueError(
-            f"The ECG has shape {list(array.shape)}; expected [leads, samples] (one lead alone is [1, samples])."
+            f"The ECG has shape {list(array.shape)}; expected [leads, samples] (of one lead: [1, samples])."
         )
     if array.size == 0:
         raise ValueError(f"The ECG is empty: its shape is {list(array.shape)}, expected [leads, samples].")

@@ -212,9 +212,7 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
         num_samples = math.ceil(record.array.shape[1] * resampling_ratio(record.sampling_rate, rate))
         if start is not None:
             if not 0 <= start < length / rate:
-                raise ValueError(
-                    f"start is {start:g} s; expected a second within the ECG, which lasts {length / rate:g} s."
-                )
+                raise ValueError(f"start is {start:g} s; expected a second of the ECG, which has {length / rate:g} s.")
             return min(round(start * rate), num_samples - 1)
         if truncation is False and length >= self.num_samples + 1:
             raise ValueError(

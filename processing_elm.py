@@ -37,17 +37,16 @@ class ELMProcessor(ProcessorMixin):
             `symbolic` the tokens `signal_tokens(ecg_byte)`.
         chat_template: Jinja template that writes one `<signal>` where each ECG stands.
         num_ecg_tokens: placeholders that each ECG takes, as in the model's config; 0 for a text-only model.
-        representation: `signal`: each ECG becomes `ecg_values` and placeholders; `rgb` and `stacked_signal`: it becomes a
-            picture, `pixel_values`, and placeholders; `symbolic`: it becomes tokens in the text. Leads that an ECG has not, where
-            the feature extractor admits that: of `signal`, `ecg_lead_mask` tells them; in `symbolic` text they are left out; on the
-            paper of `rgb` they have their place and name, and no line; of `stacked_signal` their row is 0, as padding is (0 mV,
-            after zscore the mean, after minmax black).
+        representation: what an ECG becomes. `signal`: `ecg_values` and placeholders; `rgb`, `stacked_signal`: a picture, as
+            `pixel_values`, and placeholders; `symbolic`: tokens in the text. Where the feature extractor allows missing leads, they
+            are False in `ecg_lead_mask` (`signal`), not in the text (`symbolic`), on the paper with their place and name but no line
+            (`rgb`), or a row of zeros like padding (`stacked_signal`: 0 mV, after zscore the mean, after minmax black).
         image_processor: makes and prepares the pictures of `rgb` and `stacked_signal`, for the model's vision backbone.
         ecg_byte: the ECG-Byte tokenizer of the `symbolic` representation.
         max_length: tokens that a text may have with its symbolic ECGs, such as the context of the language model.
         overflow: what to do with a text that has more. `error`; `downsample`: halve the sampling rate of its ECGs, again
             and again, not below 30 Hz; `drop_leads`: leave out leads of its ECGs, in the order of `DISPENSABLE_LEADS`. Text is
-            never cut, and what became of the ECGs is logged as a warning.
+            never cut, and a warning is logged of what became of the ECGs.
     """
 
     ecg_token = "<signal>"
@@ -239,9 +238,7 @@ class ELMProcessor(ProcessorMixin):
     def _as_batch(self, ecgs: Any) -> list:
         batch = [ecgs] if isinstance(ecgs, Image.Image) else as_batch(ecgs)
         if self.representation != "rgb" and any(isinstance(ecg, Image.Image) for ecg in batch):
-            raise ValueError(
-                f"A picture in place of an ECG, but representation is {self.representation!r}: give its samples."
-            )
+            raise ValueError(f"A picture in place of an ECG, but representation {self.representation!r} takes samples.")
         return batch
 
     def _records(self, ecgs: Any, **described: Any) -> list[ECGRecord | Image.Image]:
@@ -290,9 +287,8 @@ class ELMProcessor(ProcessorMixin):
         """Ids of the language model for each ECG."""
         assert self.ecg_tokenizer is not None
         batch = []
-        for record, ids in zip(
-            records, self.ecg_tokenizer.encode_batch([record.array for record in records]), strict=True
-        ):
+        encoded = self.ecg_tokenizer.encode_batch([record.array for record in records])
+        for record, ids in zip(records, encoded, strict=True):
             tokens = self._signal_ids[ids]
             if self._lead_ids:
                 leads = self.ecg_tokenizer.offsets(ids, record.array.shape[1])[:, 0]
@@ -332,9 +328,7 @@ class ELMProcessor(ProcessorMixin):
             for number in range(1, len(order)):
                 kept = [[lead for lead in record.lead_names if lead not in order[:number]] for record in records]
                 # a record that has no other leads keeps them
-                fewer = [
-                    select_leads(record, own or record.lead_names) for record, own in zip(records, kept, strict=True)
-                ]
+                fewer = [select_leads(one, own or one.lead_names) for one, own in zip(records, kept, strict=True)]
                 yield fewer, f"their leads {', '.join(order[:number])} are left out"
 
     def _pad(self, encoded: list[dict[str, list]], **padding: Any) -> dict[str, list]:

@@ -147,7 +147,7 @@ class TestAsRecord:
             (np.full((12, 5), "x"), "dtype <U1; expected real numbers"),
             (np.ones((12, 5), bool), "dtype bool; expected real numbers"),
             (np.full((12, 5), None), "dtype object; expected real numbers"),
-            (None, r"\(NoneType\) has dtype object; expected real numbers"),
+            (None, r"\(NoneType\) is of object; expected real numbers"),
             ([[1.0, 2.0], [1.0]], "not of one length"),
             ({"sampling_rate": 500}, r"is a dict of \['sampling_rate'\]; expected 'array'"),
             ({"array": noise(12, 5), "leads": ["I"]}, r"dict of \['array', 'leads'\]; expected"),

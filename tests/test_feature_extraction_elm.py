@@ -310,7 +310,7 @@ class TestPrepare:
         np.testing.assert_array_equal(again.array, array[:, 20:70])  # what was begun once begins there
         assert again.metadata["age"] == 60
         for start in (-0.1, 0.8, math.nan):
-            with pytest.raises(ValueError, match=rf"start is {start:g} s; .* within the ECG, which lasts 0\.8 s"):
+            with pytest.raises(ValueError, match=rf"start is {start:g} s; .* of the ECG, which has 0\.8 s"):
                 small().prepare(record, start=start)
 
     def test_notices(self):

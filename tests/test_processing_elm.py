@@ -531,11 +531,13 @@ class TestPictures:
         stacked = tiny_image_processor_elm("vit", "stacked_signal")
         for call in (lambda: stacked(ecgs=[simulated(), scan]), lambda: stacked.draw(scan)):
             with pytest.raises(
-                ValueError, match="A picture in place of an ECG, but representation is 'stacked_signal'"
+                ValueError, match="A picture in place of an ECG, but representation 'stacked_signal' takes samples"
             ):
                 call()
         for ecgs in (scan, [scan]):
-            with pytest.raises(ValueError, match="A picture in place of an ECG, but representation is 'signal'"):
+            with pytest.raises(
+                ValueError, match="A picture in place of an ECG, but representation 'signal' takes samples"
+            ):
                 processor(ecgs=ecgs, sampling_rate=250)
 
     def test_no_ecg(self, drawing):

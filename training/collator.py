@@ -118,12 +118,10 @@ class ELMCollator:
                 logger.warning("%s (record %s; not told again)", notice, row.get("record_id") or "without id")
         if not (self.perturb or any(getattr(self, name) for name in NO_AUGMENTATION)):
             return records
-        words = zlib.crc32(json.dumps(row["messages"], default=str).encode())
+        epoch, words = row.get("epoch", self.epoch), zlib.crc32(json.dumps(row["messages"], default=str).encode())
         ecgs: list[Any] = []
         for record in records:
-            rng = np.random.default_rng(
-                [self.seed, row.get("epoch", self.epoch), words, zlib.crc32(record.array.tobytes())]
-            )
+            rng = np.random.default_rng([self.seed, epoch, words, zlib.crc32(record.array.tobytes())])
             array = perturbed(record.array, self.perturb, rng)
             array = augmented_ecg(array, rng) if self.augment_ecg else array
             array = time_shifted(array, record.sampling_rate, self.time_shift, rng) if self.time_shift else array

@@ -115,7 +115,7 @@ def test_model_reads_the_filtered_record_from_any_second(tmp_path):
 
 def test_model_with_code_before_this_program(processor, records, monkeypatch):
     monkeypatch.delattr(type(processor.feature_extractor), "prepare")
-    with pytest.raises(ValueError, match="load the model with the present elm-ecg, and save it again"):
+    with pytest.raises(ValueError, match="save it again with the present elm-ecg"):
         read_for_model(processor, records[0])
 
 
@@ -133,7 +133,7 @@ def test_ecg_for_a_text_only_model(records):
 
 
 def test_start_outside_the_record(processor, records):
-    with pytest.raises(ValueError, match=r"rec0\.npz: start is 2 s; expected a second within the ECG, which lasts 2 s"):
+    with pytest.raises(ValueError, match=r"rec0\.npz: start is 2 s; expected a second of the ECG, which has 2 s"):
         read_for_model(processor, records[0], start=2)
 
 

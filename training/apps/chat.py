@@ -18,9 +18,9 @@ from elm_ecg.training.apps.conversation import (
     DISCLAIMER,
     ChatECG,
     PromptCache,
-    add_arguments,
     as_message,
     load_model,
+    model_parser,
     read_for_model,
     read_system_prompt,
     stream_answer,
@@ -261,11 +261,7 @@ def run(chat: Chat) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """The options of `elm chat`."""
-    parser = argparse.ArgumentParser(
-        prog="elm chat", usage="elm chat MODEL [options]", description=f"{__doc__} {DISCLAIMER}"
-    )
-    add_arguments(parser)
-    return parser
+    return model_parser("chat", __doc__)
 
 
 def main(argv: list[str] | None = None) -> None:

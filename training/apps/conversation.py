@@ -57,9 +57,7 @@ def read_for_model(processor: Any, path: Path, start: float | None = None, **des
         raise ValueError("This model is text-only: it takes no ECG.")
     extractor = processor.feature_extractor
     if not hasattr(extractor, "prepare"):
-        raise ValueError(
-            "The model's code is older than this program: load the model with the present elm-ecg, and save it again."
-        )
+        raise ValueError("The model's code is older than this program: save it again with the present elm-ecg.")
     record = read_ecg(path, **described)
     if start is None and not extractor.truncation:
         start = 0.0
@@ -221,7 +219,7 @@ class _Stop:
 
 
 def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, Any, str]:
-    """The model of `add_arguments` on the GPU, if there is one, its processor, and its name for people."""
+    """The model of `model_parser` on the GPU, if there is one, its processor, and its name for people."""
     from elm_ecg.training.build import load_elm  # late: --help need not wait for it, and a Space has no such module
 
     set_seed(args.seed)
@@ -230,8 +228,10 @@ def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, Any, str]:
     return model, processor, Path(args.model).name if Path(args.model).exists() else args.model
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model and how it answers."""
+def model_parser(verb: str, purpose: str | None) -> argparse.ArgumentParser:
+    """The options of a command that asks a model: which one, and how it answers."""
+    usage, description = f"elm {verb} MODEL [options]", f"{purpose} {DISCLAIMER}"
+    parser = argparse.ArgumentParser(prog=f"elm {verb}", usage=usage, description=description)
     parser.add_argument("model", metavar="MODEL", help="saved ELM or LoRA adapter: local folder or Hub id")
     parser.add_argument("--revision", default="main", help="of a Hub id; default: %(default)s")
     tokens: dict[str, Any] = {"type": whole_number, "default": DEFAULT_MAX_NEW_TOKENS, "metavar": "TOKENS"}
@@ -242,6 +242,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system_prompt", metavar="TEXT", help="system message, or a file that holds it")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=dtypes, default="auto", help="of the model; default: as it was saved")
+    return parser
 
 
 def read_system_prompt(text: str | None) -> str | None:

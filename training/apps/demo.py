@@ -22,9 +22,9 @@ from elm_ecg.ecg_drawing import ECGPaper, ecg_svg, page_width
 from elm_ecg.training.apps.conversation import (
     DISCLAIMER,
     ChatECG,
-    add_arguments,
     as_message,
     load_model,
+    model_parser,
     read_for_model,
     read_system_prompt,
     stream_answer,
@@ -328,14 +328,10 @@ def write_examples(folder: Path) -> list[Path]:
     for seed, rhythm in enumerate(RHYTHMS):
         findings = Findings(rhythm=rhythm, wide_qrs=rhythm == "sinus rhythm")
         array = simulate_ecg(findings, np.random.default_rng(seed), sampling_rate=500)
+        microvolts = np.rint(1000 * array).astype(np.int16)
+        described = {"sampling_rate": 500, "lead_names": ecg_utils.STANDARD_LEADS, "unit": "uV"}
         paths.append(folder / f"Simulated_{rhythm.replace(' ', '_')}.npz")
-        np.savez_compressed(
-            paths[-1],
-            array=np.rint(1000 * array).astype(np.int16),
-            sampling_rate=500,
-            lead_names=ecg_utils.STANDARD_LEADS,
-            unit="uV",
-        )
+        np.savez_compressed(paths[-1], array=microvolts, **described)
     return paths
 
 
@@ -377,10 +373,7 @@ def _requirements(adapter: bool) -> list[str]:
 
 def make_parser() -> argparse.ArgumentParser:
     """The options of `elm demo`."""
-    parser = argparse.ArgumentParser(
-        prog="elm demo", usage="elm demo MODEL [options]", description=f"{__doc__} {DISCLAIMER}"
-    )
-    add_arguments(parser)
+    parser = model_parser("demo", __doc__)
     host_help = "address to listen on; default: %(default)s, this machine alone. 0.0.0.0 is everybody in the network"
     parser.add_argument("--host", default="127.0.0.1", help=host_help)
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")

@@ -144,9 +144,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.output.suffix.lower() not in (".png", ".svg"):
             raise ValueError(f"--output is {args.output}; expected a file that ends with .png or .svg.")
         if args.output.suffix.lower() == ".svg" and (args.width or args.height):
-            raise ValueError(
-                "--width and --height are of a PNG; an SVG is in millimetres and scaled where it is shown."
-            )
+            raise ValueError("--width and --height are of a PNG; an SVG is in millimetres, scaled where it is shown.")
         if not args.output.parent.is_dir():
             raise ValueError(f"--output is {args.output}; there is no folder {args.output.parent}.")
         outputs = [args.output]
