@@ -180,7 +180,7 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
         unread = [name for name in recorded.lead_names if name not in self.lead_names]
         span = f"{first / rate:.4g} to {(first + num_samples) / rate:.4g} s of {duration:.4g} s"
         sentences = {
-            f"Not read by the model: {', '.join(unread)}.": unread,
+            f"Not read: {', '.join(unread)}.": unread,
             f"The model reads {span}.": first or (duration - seconds) * rate >= 1,
             f"Shorter than the {seconds:g} s that the model reads.": num_samples < self.num_samples - 1,
         }

@@ -321,7 +321,7 @@ class TestPrepare:
                 "Left out, as no standard lead has that name: vx.",
                 "Derived from I and II: aVF.",
                 "Missing: V1.",
-                "Not read by the model: II, V5.",
+                "Not read: II, V5.",
                 "The model reads 0.5 to 0.8 s of 0.8 s.",
                 "Shorter than the 0.5 s that the model reads.",
             )

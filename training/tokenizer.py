@@ -2,7 +2,9 @@
 
 import argparse
 import hashlib
+import math
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
@@ -14,7 +16,7 @@ from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
 from tqdm import tqdm
 
-from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord, as_record, canonical_lead_names, read_ecg
+from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord, as_record, canonical_lead_names, read_ecg, resampling_ratio
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer, ecg_byte
 from elm_ecg.training.arguments import DataArguments
@@ -85,7 +87,9 @@ def prepare(record: ECGRecord, lead_names: Sequence[str] | None, sampling_rate: 
         sampling_rate: None for the record's own.
     """
     lead_names = lead_names or [name for name in STANDARD_LEADS if name in record.lead_names]
-    return ECGFeatureExtractor(sampling_rate or record.sampling_rate, sys.maxsize, lead_names).prepare(record)
+    rate = sampling_rate or record.sampling_rate
+    whole = math.ceil(record.array.shape[1] * resampling_ratio(record.sampling_rate, rate))
+    return ECGFeatureExtractor(rate, whole, lead_names).prepare(record)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -102,7 +106,10 @@ def train(args: argparse.Namespace) -> None:
 
     splits = load_splits(args, args.split, args.data_subset)
     rows = tqdm(chain.from_iterable(splits), total=sum(map(len, splits)), desc="Reading", unit="row")
-    records = [record.array for record in read_records(rows, lead_names, args.sampling_rate)]
+    prepared = list(read_records(rows, lead_names, args.sampling_rate))
+    records = [record.array for record in prepared]
+    for notice, number in Counter(notice for record in prepared for notice in record.metadata["notices"]).items():
+        print(f"{notice} ({number:,} of {len(records):,} records)")
     num_samples = sum(record.size for record in records)
     read = f"{len(records):,} records of {len(lead_names)} leads at {args.sampling_rate:g} Hz, {num_samples:,} samples in all"
     print(f"{read}; they and their merging take about {_size(BYTES_PER_SAMPLE * num_samples)} of memory.", flush=True)
@@ -254,6 +261,8 @@ def inspect(args: argparse.Namespace) -> None:
     if args.ecg is not None:
         record = read_ecg(args.ecg, args.sampling_rate_of_file, args.lead_names, args.unit)
         records.append(prepare(record, None, rate))
+        for notice in records[0].metadata["notices"]:
+            print(f"  {notice}")
     if args.data is not None:
         rows = chain.from_iterable(load_splits(args, [args.split]))
         some = islice(read_records(rows, None, rate), args.max_records)

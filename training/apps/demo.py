@@ -329,7 +329,7 @@ def write_examples(folder: Path) -> list[Path]:
         findings = Findings(rhythm=rhythm, wide_qrs=rhythm == "sinus rhythm")
         array = simulate_ecg(findings, np.random.default_rng(seed), sampling_rate=500)
         microvolts = np.rint(1000 * array).astype(np.int16)
-        described = {"sampling_rate": 500, "lead_names": ecg_utils.STANDARD_LEADS, "unit": "uV"}
+        described: dict[str, Any] = {"sampling_rate": 500, "lead_names": ecg_utils.STANDARD_LEADS, "unit": "uV"}
         paths.append(folder / f"Simulated_{rhythm.replace(' ', '_')}.npz")
         np.savez_compressed(paths[-1], array=microvolts, **described)
     return paths
