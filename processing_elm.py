@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 
 REPRESENTATIONS = ("signal", "symbolic", *IMAGE_REPRESENTATIONS)
 OVERFLOWS = ("error", "downsample", "drop_leads")
-# leads that go first when room is short: sums of I and II, then the chest leads beside which another tells much the same
+# in the order in which they are left out: sums of I and II, then chest leads that resemble a neighbour, the rhythm strip last
 DISPENSABLE_LEADS = ("aVR", "aVL", "aVF", "III", "V4", "V6", "V2", "V3", "I", "V5", "V1", "II")
 MIN_SAMPLING_RATE = 30  # hertz; below it a QRS complex is a sample or two
 PADDING_KWARGS = ("padding", "max_length", "pad_to_multiple_of", "padding_side", "return_attention_mask")
@@ -180,8 +180,8 @@ class ELMProcessor(ProcessorMixin):
             what the image processor makes of pictures (`pixel_values`, ...).
 
         Raises:
-            ValueError: if the placeholders and the ECGs differ in number, a text is too long for its symbolic ECGs, or as
-                the feature extractor says.
+            ValueError: the placeholders and the ECGs differ in number, a text is too long for its symbolic ECGs, or as
+                `ECGFeatureExtractor.prepare`.
         """
         if text is None and (ecgs is None or self.ecg_tokenizer is not None):
             raise ValueError(
@@ -220,7 +220,7 @@ class ELMProcessor(ProcessorMixin):
             ecg, described: one ECG and its `sampling_rate`, `lead_names` and `unit`, as `__call__` takes them.
 
         Raises:
-            ValueError: the representation has no pictures, or as the feature extractor says.
+            ValueError: the representation has no pictures, or as `ECGFeatureExtractor.prepare`.
         """
         if self.image_processor is None:
             raise ValueError(
@@ -335,11 +335,11 @@ class ELMProcessor(ProcessorMixin):
         """The columns of the batch, padded as the tokenizer pads; `offset_mapping` too, which it leaves out."""
         columns: dict[str, list] = {name: [row[name] for row in encoded] for name in encoded[0]}
         offsets = columns.pop("offset_mapping", None)
-        # the tokenizer would say that its own padding is faster, but the ECGs come after it
+        # the tokenizer would warn that its own padding is faster, but the ECGs come after it
         warnings, key = self.tokenizer.deprecation_warnings, "Asking-to-pad-a-fast-tokenizer"
-        said, warnings[key] = warnings.get(key, False), True
+        warned, warnings[key] = warnings.get(key, False), True
         padded = dict(self.tokenizer.pad(columns, **padding))
-        warnings[key] = said
+        warnings[key] = warned
         if offsets is not None:
             side = padding.get("padding_side") or self.tokenizer.padding_side
             fills = [[(0, 0)] * (len(ids) - len(row)) for ids, row in zip(padded["input_ids"], offsets, strict=True)]
@@ -358,7 +358,7 @@ class ELMProcessor(ProcessorMixin):
             num_samples: per lead; default: that of the feature extractor.
 
         Returns:
-            For each ECG a dict of `array` (float32 [leads, num_samples] in millivolts, NaN where no token says what is there),
+            For each ECG a dict of `array` (float32 [leads, num_samples] in millivolts, NaN where tokens are missing),
             `sampling_rate`, `lead_names` and `unit`, as the processor takes it.
 
         Raises:
@@ -433,23 +433,23 @@ class ELMProcessor(ProcessorMixin):
     ) -> tuple[list, list, list, dict[str, Any]]:
         """The ECGs that stand in the chats, as the keyword `ecgs` of `__call__`.
 
-        A part `{"type": "ecg"}` holds `ecg` (array, dict or record) or `path`, and what that does not say of its
-        `sampling_rate`, `lead_names` and `unit`. Parts without data stand for the ECGs of
+        A part `{"type": "ecg"}` holds `ecg` (array, dict or record) or `path`, and where these lack them `sampling_rate`,
+        `lead_names` and `unit`. Parts without data stand for the ECGs of
         `processor_kwargs={"ecgs": ...}`.
         """
         contents = [message["content"] for chat in conversations for message in chat if message.get("content")]
         parts = [part for content in contents if not isinstance(content, str) for part in content]
         ecg_parts = [part for part in parts if part["type"] == "ecg"]
         ecgs = [self._ecg_of(part) for part in ecg_parts]
-        given = [ecg for ecg in ecgs if ecg is not None]
-        if not given:
+        with_data = [ecg for ecg in ecgs if ecg is not None]
+        if not with_data:
             return [], [], [], {}
-        if len(given) < len(ecgs):
+        if len(with_data) < len(ecgs):
             raise ValueError(
-                f"{len(ecgs) - len(given)} of {len(ecgs)} ECGs of the chat have no data; give each its 'ecg' or 'path', "
+                f"{len(ecgs) - len(with_data)} of {len(ecgs)} ECGs of the chat have no data; give each its 'ecg' or 'path', "
                 'or none and all of them as processor_kwargs={"ecgs": [...]}.'
             )
-        return [], [], [], {"ecgs": given}
+        return [], [], [], {"ecgs": with_data}
 
     @staticmethod
     def _ecg_of(part: dict[str, Any]) -> Any:
@@ -457,7 +457,7 @@ class ELMProcessor(ProcessorMixin):
         described = {key: part[key] for key in ("sampling_rate", "lead_names", "unit") if part.get(key) is not None}
         if ecg is None or not described:
             return ecg
-        if isinstance(ecg, (str, os.PathLike, Mapping)):  # may say some of it too
+        if isinstance(ecg, (str, os.PathLike, Mapping)):  # may hold some of it too
             return as_record(ecg, **described)
         return {"array": ecg, **described}
 

@@ -42,10 +42,10 @@ class ELMCollator:
         perturb: what becomes of every ECG: `noise`, `zeros`, or `only_text` to leave it out.
         augment_ecg: change some of the ECGs, as `augmented_ecg` does.
         augment_rgb: change some of the drawings, as `augmented_rgb` does; for the representation `rgb`.
-        time_shift: seconds by which a recording begins later at most, as `time_shifted` says.
+        time_shift: seconds by which a recording begins later at most, see `time_shifted`.
         gain_jitter: share by which the amplitude of a recording is larger or smaller at most.
-        lead_dropout: probability of each lead to be lost, as `with_lost_leads` says.
-        max_length: tokens that a chat may have at most, if the processor says no less.
+        lead_dropout: probability of each lead to be lost, see `with_lost_leads`.
+        max_length: tokens that a chat may have at most; the processor may allow fewer.
         epoch: the trainer counts it up.
         told: the notices that were logged.
     """
@@ -73,7 +73,7 @@ class ELMCollator:
             self.processor.max_length = min(self.max_length, self.processor.max_length or self.max_length)
 
     def without_augmentation(self) -> "ELMCollator":
-        """For evaluation; what `perturb` says stands."""
+        """The collator for evaluation: nothing is augmented, and `perturb` stays."""
         return replace(self, **NO_AUGMENTATION)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -110,7 +110,7 @@ class ELMCollator:
         return dict(batch)
 
     def _ecgs(self, row: dict[str, Any]) -> list[Any]:
-        """The ECGs of a row as records, or as drawings where these are changed; changed as the options say."""
+        """The ECGs of a row as records, changed by the options; as drawings where `augment_rgb` changes these."""
         records: list[Any] = [ecg if isinstance(ecg, Image.Image) else as_record(ecg) for ecg in ecgs_of(row)]
         for notice in (notice for record in records for notice in getattr(record, "metadata", {}).get("notices", ())):
             if notice not in self.told:
@@ -121,6 +121,7 @@ class ELMCollator:
         epoch, words = row.get("epoch", self.epoch), zlib.crc32(json.dumps(row["messages"], default=str).encode())
         ecgs: list[Any] = []
         for record in records:
+            # by content: neither the order of the rows nor that of the options changes what is drawn
             rng = np.random.default_rng([self.seed, epoch, words, zlib.crc32(record.array.tobytes())])
             array = perturbed(record.array, self.perturb, rng)
             array = augmented_ecg(array, rng) if self.augment_ecg else array

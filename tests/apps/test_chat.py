@@ -223,11 +223,11 @@ def test_conversation(chat, records, monkeypatch, capsys):
         ("/ecg --speed 1", "unrecognized arguments: --speed"),
         ('/ecg "', "No closing quotation"),
         ("/plot", "no ECG to draw"),
-        ("/save", "takes one FILE.json, and 0 names"),
+        ("/save", "takes one FILE.json, but got 0 names"),
         ("/save chat.txt", "chat.txt is no .json file"),
         ("/save chat.json", "Nothing was asked yet"),
         ("/save none/chat.json", "there is no folder none"),
-        ("/clear all", "takes nothing behind it"),
+        ("/clear all", "takes no argument, but got 'all'"),
         ("What is <signal>?", "1 <signal> placeholders"),
     ],
 )

@@ -39,7 +39,7 @@ HISTORY_LENGTH = 1000
 CONTROL_CHARACTERS = dict.fromkeys({*range(32), *range(127, 160)} - {9, 10}, "\N{REPLACEMENT CHARACTER}")
 HELP = """\
 /ecg FILE [FILE ...]  ECGs that the next question is about; without FILE, those of the chat
-    [--start SECOND]  where the part that the model sees begins, of a longer record
+    [--start SECOND]  where the part that the model reads begins, of a longer record
     [--sampling_rate HZ] [--unit UNIT] [--lead_names LEAD ...]  where the file does not say
 /plot [FILE.png]      draw the ECGs of the chat as the model reads them, as PNG or SVG
 /save FILE.json       write the chat as a row of a dataset
@@ -50,14 +50,10 @@ Anything else is a question."""
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Tells of an error instead of ending the chat."""
+    """A parser whose errors do not end the chat."""
 
     def error(self, message: str) -> Any:
-        """Instead of printing the message and ending the process.
-
-        Raises:
-            ValueError: always.
-        """
+        """Raises the message as a ValueError, where argparse would end the process."""
         raise ValueError(f"{self.prog}: {message}. /help lists the commands.")
 
 
@@ -144,7 +140,7 @@ class Chat:
             self._save(_one(verb, arguments, "FILE.json"))
         elif verb in ("/clear", "/help", "/quit"):
             if arguments:
-                raise ValueError(f"{verb} takes nothing behind it, but {' '.join(arguments)!r} stands there.")
+                raise ValueError(f"{verb} takes no argument, but got {' '.join(arguments)!r}.")
             if verb == "/clear":
                 self.clear()
                 print("A new chat, without ECG.")
@@ -191,7 +187,7 @@ class Chat:
 
 def _one(verb: str, arguments: list[str], expected: str) -> Path:
     if len(arguments) != 1:
-        raise ValueError(f"{verb} takes one {expected}, and {len(arguments)} names stand there.")
+        raise ValueError(f"{verb} takes one {expected}, but got {len(arguments)} names.")
     path = Path(arguments[0]).expanduser()
     if not path.parent.is_dir():
         raise ValueError(f"{verb}: there is no folder {path.parent}.")

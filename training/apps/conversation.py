@@ -107,6 +107,7 @@ class PromptCache:
     def begin(self, model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs of `generate` that go on from what is cached: ECGs that it holds are left out."""
         ids = inputs["input_ids"][0].tolist()
+        # without the last token: the model has to read one to go on
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.ids, ids[:-1], strict=False)))
         held, self.ids = self._cut(same, ids[:same].count(model.config.ecg_token_id), model), []
         if self.values is None:
@@ -127,7 +128,7 @@ class PromptCache:
                 self.values.crop(same - self.values.get_seq_length())
             except RuntimeError:  # a sliding window has forgotten what would come back
                 self.values = None
-        if partial or not same:
+        if partial or not same:  # an ECG is in the cache as a whole or not at all
             self.values = None
         return held
 

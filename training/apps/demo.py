@@ -117,7 +117,7 @@ def _error(error: Exception) -> str:
 
 
 class Page:
-    """What the page does; `build_demo` says how it looks.
+    """What the page does; `build_demo` makes what it looks like.
 
     Args:
         examples: names and files of records to pick.
@@ -143,7 +143,7 @@ class Page:
         lead_names: str | None = None,
         start: float | None = None,
     ) -> tuple[list[ChatECG], str]:
-        """ECGs and their pictures, or none and what is wrong, as HTML; boxes that are empty say nothing."""
+        """ECGs and their pictures, or none and what is wrong, as HTML; empty boxes count as None."""
         if not files:
             return [], NO_ECG
         described = {

@@ -52,7 +52,7 @@ def time_span(record: ECGRecord, start: float, seconds: float | None) -> slice:
         seconds: None for all that follow, or for `DEFAULT_SECONDS` where these are more than `MAX_SECONDS`.
 
     Raises:
-        ValueError: no sample lies there.
+        ValueError: the record has no sample between them.
     """
     rate, num_samples = record.sampling_rate, record.array.shape[1]
     duration = num_samples / rate
@@ -96,7 +96,7 @@ def plot(path: Path, output: Path, args: argparse.Namespace, paper: ECGPaper) ->
 
 
 def add_file_options(parser: argparse.ArgumentParser) -> None:
-    """What `read_ecg` has to be told of a file that does not say it."""
+    """Options for what a file may lack and `read_ecg` needs."""
     parser.add_argument("--sampling_rate", type=float, metavar="HZ", help="where the file does not say")
     parser.add_argument("--unit", help="where the file does not say: mV, uV or V")
     parser.add_argument("--lead_names", nargs="+", metavar="LEAD", help="of the rows, where the file does not say")
