@@ -1,5 +1,6 @@
 """What the command lines of all verbs share; the standard library alone, as it travels into Spaces."""
 
+import argparse
 from pathlib import Path
 
 
@@ -12,3 +13,18 @@ def read_system_prompt(text: str | None) -> str | None:
     if text is None or not Path(text).is_file():
         return text
     return Path(text).read_text(encoding="utf-8").strip()
+
+
+def whole_number(text: str) -> int:
+    """A whole number of at least 1.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is none.
+    """
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return value
