@@ -4,9 +4,8 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
+from elm_ecg.training.evaluation.conditions import CONDITIONS
 from elm_ecg.training.figures import (
-    COLOURS,
-    LABELS,
     TOKEN_SHADES,
     confusion_plot,
     differences_plot,
@@ -35,7 +34,7 @@ def results_of(**changes) -> dict:
         "metrics": {"exact_match": score},
         "by_question_type": {kind: {"exact_match": score} for kind in ("rate", "axis")},
     }
-    conditions = dict.fromkeys(COLOURS, row)
+    conditions = dict.fromkeys(CONDITIONS, row)
     conditions["swapped"] = row | {"by_question_type": {"rate": {"exact_match": unknown}}}
     lost = {"difference": 0.25, "interval_95": [-0.1, 0.5], "p_value": 0.1}
     return {
@@ -51,16 +50,17 @@ def test_scores():
     picture = scores_plot(results_of(), "exact_match")
     assert picture == scores_plot(results_of(), "exact_match")
     text = picture.decode()
-    for colour in COLOURS.values():
-        assert colour.lower() in text
-    for label in ("rate (4)", "axis (4)", "all (8)", *LABELS.values()):
+    for condition in CONDITIONS.values():
+        assert condition.colour.lower() in text
+        assert f"<!-- {condition.label} -->" in text
+    for label in ("rate (4)", "axis (4)", "all (8)"):
         assert f"<!-- {label} -->" in text
 
 
 def test_differences():
     text = differences_plot(results_of(), "exact_match").decode()
-    for name in set(COLOURS) - {"ecg"}:
-        assert f"<!-- over: {LABELS[name]} -->" in text
+    for name in set(CONDITIONS) - {"ecg"}:
+        assert f"<!-- over: {CONDITIONS[name].label} -->" in text
     results = results_of(ecg_minus={"zeroed": {"exact_match": {"difference": None, "interval_95": None}}})
     assert b"<svg" in differences_plot(results, "exact_match")
 

@@ -104,6 +104,26 @@ def test_what_training_says(data, tmp_path, capsys):
     assert "Merging" in captured.err
 
 
+def test_notices_are_told_with_the_number_of_their_records(tmp_path, capsys):
+    ecgs = [as_ecg(walk(seed)) for seed in range(3)]
+    for ecg in ecgs[:2]:
+        ecg.update(array=[*ecg["array"], ecg["array"][0]], lead_names=[*LEADS, "resp"])
+    train(save(tmp_path / "data", ecgs), tmp_path / "tokenizer")
+    assert "Left out, as no standard lead has that name: resp. (2 of 3 records)\n" in capsys.readouterr().out
+    np.savez(tmp_path / "one.npz", **ecgs[0])
+    main(
+        [
+            "inspect",
+            str(tmp_path / "tokenizer"),
+            "--ecg",
+            str(tmp_path / "one.npz"),
+            "--output",
+            str(tmp_path / "a.png"),
+        ]
+    )
+    assert "  Left out, as no standard lead has that name: resp.\n" in capsys.readouterr().out
+
+
 def test_card(trained):
     card = ModelCard.load(trained / "README.md")
     assert "ecg-byte" in card.data.tags
@@ -246,7 +266,7 @@ def test_help(command, capsys):
     assert f"usage: elm tokenizer {command}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("place", ["resample", "ECGByteTokenizer.train", "ModelCard.save"])  # reading, merging, writing
+@pytest.mark.parametrize("place", ["prepare", "ECGByteTokenizer.train", "make_card"])  # reading, merging, writing
 @pytest.mark.parametrize("again", [False, True])
 def test_ctrl_c_leaves_nothing_half_written(place, again, data, tmp_path, capsys, monkeypatch):
     old = {"ecg_byte.json": "old", "README.md": "old"} if again else {}
@@ -302,7 +322,7 @@ def test_inspect_a_record(letters, tmp_path, capsys):
     letters.save_pretrained(tmp_path / "letters")
     ecg = np.array([[0, 0, 0, 0], [1, 1, 0, 0.5]], dtype=np.float32)  # aaaa zza n
     np.save(tmp_path / "ecg.npy", ecg)
-    options = ["--sampling_rate_of_file", "100", "--unit", "mV", "--lead_names", "V1", "V2"]
+    options = ["--sampling_rate", "100", "--unit", "mV", "--lead_names", "V1", "V2"]
     output = tmp_path / "tokens.png"
     main(["inspect", str(tmp_path / "letters"), "--ecg", str(tmp_path / "ecg.npy"), *options, "--output", str(output)])
     said = capsys.readouterr().out
@@ -369,7 +389,7 @@ def test_forms_of_a_tokenizer(trained, tmp_path, capsys):
     ("options", "message"),
     [
         (["--output", "tokens.txt"], "expected a file that ends with .png or .svg"),
-        (["--unit", "mV"], "--unit and --lead_names say what --ecg FILE does not; name a file"),
+        (["--unit", "mV"], "--unit and --lead_names describe the file of --ecg; name one"),
         (["--ecg", "nowhere.npy"], "nowhere.npy"),
         (["--ecg", "ecg.npy"], "The ECG has no sampling rate"),
         (["--data", "nowhere"], "No dataset 'nowhere'"),

@@ -1,7 +1,7 @@
-"""Plots for people who would rather look than read."""
+"""The plots of evaluation and training reports, as SVG, and of a record with its ECG-Byte tokens."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +11,10 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from elm_ecg.training.evaluation.conditions import CONDITIONS
+from elm_ecg.training.evaluation.results import title_of
 from elm_ecg.training.files import atomic_path
 
-# Okabe and Ito 2008: told apart by colour-blind readers too
-COLOURS = {
-    "ecg": "#0072B2",
-    "zeroed": "#E69F00",
-    "noise": "#56B4E9",
-    "swapped": "#D55E00",
-    "left_out": "#999999",
-    "most_frequent": "#555555",
-}
-LABELS = {
-    "ecg": "with its ECG",
-    "zeroed": "ECG zeroed",
-    "noise": "noise for an ECG",
-    "swapped": "another patient's ECG",
-    "left_out": "ECG left out",
-    "most_frequent": "commonest answer",
-}
 TOKEN_SHADES = ("#cfe3f2", "#f4e6c8")
 
 
@@ -48,8 +33,8 @@ def _svg(figure: Any) -> bytes:
     return content.getvalue()
 
 
-def _bars(row: dict[str, Any], key: str = "value") -> tuple[float, list[list[float]]]:
-    """A score and what its interval reaches below and above it, in percent."""
+def _bars(row: Mapping[str, Any], key: str = "value") -> tuple[float, list[list[float]]]:
+    """A score, and how far its interval reaches below and above it, in percent."""
     if row.get(key) is None:
         return float("nan"), [[0.0], [0.0]]
     value = 100 * row[key]
@@ -57,7 +42,7 @@ def _bars(row: dict[str, Any], key: str = "value") -> tuple[float, list[list[flo
     return value, [[max(0.0, value - low)], [max(0.0, high - value)]]
 
 
-def scores_plot(results: dict[str, Any], metric: str) -> bytes:
+def scores_plot(results: Mapping[str, Any], metric: str) -> bytes:
     """SVG of a metric under each condition with its interval, over all questions and by their type: a row for each type."""
     kinds = [("all", results["num_questions"]), *results["questions_by_type"].items()]
     conditions = {name: row for name, row in results["conditions"].items() if metric in row["metrics"]}
@@ -68,29 +53,29 @@ def scores_plot(results: dict[str, Any], metric: str) -> bytes:
             scores = row["metrics"] if place == 0 else row["by_question_type"].get(kind, {})
             value, reach = _bars(scores.get(metric, {}))
             y = place + step * (index - (len(conditions) - 1) / 2)
-            label = LABELS[name] if place == 0 else None
-            axes.barh(y, value, step, color=COLOURS[name], label=label)
+            label = CONDITIONS[name].label if place == 0 else None
+            axes.barh(y, value, step, color=CONDITIONS[name].colour, label=label)
             axes.errorbar(value, y, xerr=reach, color="black", capsize=1.5, linewidth=0.8)
-    labels = [f"{kind.replace('_', ' ')} ({number})" for kind, number in kinds]
+    labels = [f"{title_of(kind)} ({number})" for kind, number in kinds]
     axes.set_yticks(range(len(kinds)), labels)
     axes.set_ylim(len(kinds) - 0.5, -0.5)
     axes.set_xlim(0, 105)
-    axes.set_xlabel(f"{'AUROC' if metric == 'auroc' else metric.replace('_', ' ')}, %")
+    axes.set_xlabel(f"{title_of(metric)}, %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(ncols=3, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return _svg(figure)
 
 
-def differences_plot(results: dict[str, Any], metric: str) -> bytes:
-    """SVG of what each condition loses against the ECG, with its interval."""
-    lost = {name: row[metric] for name, row in results["ecg_minus"].items() if metric in row}
-    figure, axes = plt.subplots(figsize=(8, 1 + 0.4 * max(1, len(lost))))
-    for place, (name, row) in enumerate(lost.items()):
+def differences_plot(results: Mapping[str, Any], metric: str) -> bytes:
+    """SVG of how much better the answers with the ECG are than those of each other condition, with its interval."""
+    gains = {name: row[metric] for name, row in results["ecg_minus"].items() if metric in row}
+    figure, axes = plt.subplots(figsize=(8, 1 + 0.4 * max(1, len(gains))))
+    for place, (name, row) in enumerate(gains.items()):
         value, reach = _bars(row, "difference")
-        axes.errorbar(value, place, xerr=reach, fmt="o", color=COLOURS[name], capsize=3)
+        axes.errorbar(value, place, xerr=reach, fmt="o", color=CONDITIONS[name].colour, capsize=3)
     axes.axvline(0, color="#777777", linewidth=0.8)
-    axes.set_yticks(range(len(lost)), [f"over: {LABELS[name]}" for name in lost])
-    axes.set_ylim(len(lost) - 0.5, -0.5)
+    axes.set_yticks(range(len(gains)), [f"over: {CONDITIONS[name].label}" for name in gains])
+    axes.set_ylim(len(gains) - 0.5, -0.5)
     axes.set_xlabel("points gained with its ECG")
     axes.spines[["top", "right"]].set_visible(False)
     return _svg(figure)

@@ -9,8 +9,9 @@ from datasets import Dataset
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.training.arguments import DataArguments
 from elm_ecg.training.data.loading import load_data, to_chat
-from elm_ecg.training.evaluation.answers import CONDITIONS, RANDOM_CONDITIONS, Answerer, Progress
-from elm_ecg.training.evaluation.questions import list_questions, other_patients, rows_to_swap
+from elm_ecg.training.evaluation.answers import Answerer, Progress
+from elm_ecg.training.evaluation.conditions import ASKED, CONDITIONS
+from elm_ecg.training.evaluation.questions import list_questions, other_patients
 from helpers import (
     TINY_VISION,
     save_tiny_data,
@@ -80,8 +81,6 @@ def data(tmp_path_factory) -> Dataset:
 
 def ask(elm: Any, data: Dataset, condition: str = "ecg", **options: Any) -> list[Any]:
     model, processor = elm
-    if condition == "swapped":
-        options = {"others": rows_to_swap(data, 0)} | options
     options = {"generation": TEN_TOKENS} | options
     answers, reason = Answerer(model, processor, data, list_questions(data), **options).ask(condition)
     assert reason is None
@@ -132,20 +131,17 @@ def test_a_template_that_rewrites_what_was_said(elm, monkeypatch):
     assert ask(elm, rows, batch_size=6) == ask(elm, rows, batch_size=1, reuse_prefix=False)
 
 
-@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("condition", ASKED)
 def test_a_batch_answers_as_one_by_one(elm, data, condition):
     together = ask(elm, data, condition, batch_size=7, system_prompt="Be brief.")
     assert together == ask(elm, data, condition, batch_size=1, system_prompt="Be brief.", reuse_prefix=False)
 
 
 def test_conditions_differ_and_the_random_ones_by_their_seed(elm, data):
-    answers = {condition: ask(elm, data, condition) for condition in CONDITIONS}
-    assert len({tuple(texts) for texts in answers.values()}) == len(CONDITIONS)
+    answers = {condition: ask(elm, data, condition) for condition in ASKED}
+    assert len({tuple(texts) for texts in answers.values()}) == len(ASKED)
     for condition, texts in answers.items():
-        again = ask(
-            elm, data, condition, seed=1, **({"others": rows_to_swap(data, 1)} if condition == "swapped" else {})
-        )
-        assert (again != texts) == (condition in RANDOM_CONDITIONS)
+        assert (ask(elm, data, condition, seed=1) != texts) == CONDITIONS[condition].random
 
 
 def test_swapped_is_the_other_patients_ecg(elm, data):
@@ -203,7 +199,7 @@ def test_batches_do_not_tell_the_right_answer(elm, data):
     assert batches(["yes", "no", "maybe so", "no", "no", "yes", "no"]) == batches(["no"] * 7)
 
 
-def test_sampled_answers_do_not_depend_on_what_came_before(elm, data, tmp_path):
+def test_sampled_answers_do_not_depend_on_what_came_before(elm, data, tmp_path, monkeypatch):
     options = {"generation": {**TEN_TOKENS, "do_sample": True, "temperature": 2.0}, "batch_size": 2}
     answers = ask(elm, data, **options)
     torch.manual_seed(5)
@@ -213,8 +209,13 @@ def test_sampled_answers_do_not_depend_on_what_came_before(elm, data, tmp_path):
     progress = Progress(tmp_path, "key")
     whole = Answerer(*elm, data, questions, **options)
     first = [index for row in whole._conversations[:2] for index in row]
-    progress.begin({("ecg", 0): [answers[index] for index in first]})
-    assert Answerer(*elm, data, questions, **options).ask("ecg", "ecg", progress)[0] == answers
+    progress.begin([])
+    progress.add("ecg 0", 0, [answers[index] for index in first])
+    asked: list[int] = []
+    answer = Answerer._answer
+    monkeypatch.setattr(Answerer, "_answer", lambda self, *args: asked.append(args[2]) or answer(self, *args))
+    assert Answerer(*elm, data, questions, **options).ask("ecg", progress)[0] == answers
+    assert 0 not in asked
 
 
 def test_beams(elm):
@@ -234,7 +235,7 @@ def test_compiled_answers_are_the_same(elm, data):
 
 def test_a_text_only_model_is_shown_no_ecg(data):
     elm = tiny_elm(ecg_part=None)
-    answers = {condition: ask(elm, data, condition) for condition in CONDITIONS}
+    answers = {condition: ask(elm, data, condition) for condition in ASKED}
     assert len({tuple(texts) for texts in answers.values()}) == 1
 
 
@@ -246,13 +247,13 @@ def test_symbolic_ecgs(data):
     llm = tiny_llm_config("default", size, max_position_embeddings=4096, initializer_range=0.3, eos_token_id=1)
     config = tiny_elm_config(None, llm=llm, representation="symbolic", num_leads=2)
     elm = (ELMForConditionalGeneration(config).eval(), processor)
-    answers = {condition: ask(elm, data, condition) for condition in CONDITIONS}
-    assert len({tuple(texts) for texts in answers.values()}) == len(CONDITIONS)
+    answers = {condition: ask(elm, data, condition) for condition in ASKED}
+    assert len({tuple(texts) for texts in answers.values()}) == len(ASKED)
     assert answers["ecg"] == ask(elm, data, batch_size=1, reuse_prefix=False)
 
     def longest(condition: str) -> int:
         answerer = Answerer(*elm, data, list_questions(data))
-        rows = answerer._read(answerer._conversations, condition)
+        rows = answerer._read(answerer._conversations, CONDITIONS[condition])
         return max(len(prompt.input_ids) for row in rows for prompt in row.prompts)
 
     assert longest("noise") > longest("ecg")
@@ -302,15 +303,20 @@ def test_a_model_without_a_chat_template(elm, data, monkeypatch):
 
 
 def test_progress(tmp_path: Path):
-    progress = Progress(tmp_path, "key")
-    progress.begin({})
+    progress = Progress(tmp_path, ["model", "data"])
+    progress.begin({"batch_size": 2})
     progress.add("ecg", 0, ["a", "b\n\u2028c"])
     progress.add("noise 1", 3, [[-1.5, -2.0]])
     with progress.path.open("a") as file:
         file.write('["ecg", 1, ["cut')
     assert progress.read() == {("ecg", 0): ["a", "b\n\u2028c"], ("noise 1", 3): [[-1.5, -2.0]]}
-    assert Progress(tmp_path, "another key").read() == {}
-    progress.begin(progress.read())
-    assert progress.path.read_text().endswith("]\n")
+    other = Progress(tmp_path, ["model", "data"], process=1)
+    other.begin({"batch_size": 2})
+    assert other.read() == progress.read()
+    assert other.path.read_text() + '["ecg", 1, ["cut' == progress.path.read_text()  # whole lines alone
+    for facts, settings in ((["other model", "data"], {"batch_size": 2}), (["model", "data"], {"batch_size": 3})):
+        other = Progress(tmp_path, facts, process=1)
+        other.begin(settings)
+        assert other.read() == {}
     progress.remove()
     assert not list(tmp_path.iterdir())

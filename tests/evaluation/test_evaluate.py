@@ -2,8 +2,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,18 +9,22 @@ from typing import Any
 import evaluate
 import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_from_disk
 from scipy.stats import t as student_t
 
 from elm_ecg.training import sft
+from elm_ecg.training.build import load_elm
 from elm_ecg.training.data.loading import load_data
 from elm_ecg.training.evaluation import compare
 from elm_ecg.training.evaluation import evaluate as evaluation
-from elm_ecg.training.evaluation.answers import CONDITIONS, Answerer
+from elm_ecg.training.evaluation.answers import Answerer
+from elm_ecg.training.evaluation.conditions import ASKED, CONDITIONS, Condition
 from elm_ecg.training.evaluation.evaluate import EvaluationArguments, over_runs
 from elm_ecg.training.evaluation.questions import list_questions
+from elm_ecg.training.evaluation.report import write_report
 from elm_ecg.training.evaluation.scores import METRICS
-from helpers import ROOT, free_port, save_tiny_data, save_tiny_llm, tiny_sft
+from elm_ecg.training.figures import scores_plot
+from helpers import fork_two, save_tiny_data, save_tiny_llm, tiny_sft
 
 SETTINGS = ["--max_new_tokens", "6", "--batch_size", "2", "--num_resamples", "50"]
 
@@ -38,6 +40,11 @@ def model(tmp_path_factory, data) -> Path:
     llm = save_tiny_llm(folder / "llm", "default")
     sft.main(tiny_sft(llm, data, folder / "elm", "--max_steps", "8", "--update", "encoder", "connector", "llm"))
     return folder / "elm"
+
+
+@pytest.fixture(scope="module")
+def elm(model) -> tuple[Any, Any]:
+    return load_elm(str(model))
 
 
 def argv_of(model: Path, data: Path, folder: Path, *options: str) -> list[str]:
@@ -67,8 +74,8 @@ def test_files(evaluated, data, model):
     assert results["model_revision"].startswith("sha256:")
     assert {"torch", "transformers"} <= set(results["packages"])
     assert str(data.parent) not in json.dumps(results)
-    assert set(results["conditions"]) == {*CONDITIONS, "most_frequent"}
-    assert set(results["ecg_minus"]) == {*CONDITIONS, "most_frequent"} - {"ecg"}
+    assert set(results["conditions"]) == set(CONDITIONS)
+    assert set(results["ecg_minus"]) == set(CONDITIONS) - {"ecg"}
     predictions = predictions_in(folder)
     assert [(row["row"], row["turn"]) for row in predictions] == [(q.row, q.turn) for q in questions]
     right = [row["ecg"] == row["answer"] for row in predictions]
@@ -78,6 +85,82 @@ def test_files(evaluated, data, model):
             predictions=[line[condition] for line in predictions], references=[line["answer"] for line in predictions]
         )
         assert row["metrics"]["token_f1"]["value"] == pytest.approx(found["token_f1"])
+
+
+def test_in_memory_as_the_command(evaluated, elm, data):
+    folder, results = evaluated
+    splits = load_from_disk(data)
+    options = {"max_new_tokens": 6, "batch_size": 2, "num_resamples": 50}
+    in_memory = evaluation.evaluate(*elm, splits["test"], training_dataset=splits["train"], **options)
+    for name in ("schema_version", "conditions", "ecg_minus", "verdict", "num_questions", "num_patients", "not_scored"):
+        assert in_memory[name] == results[name]
+    assert in_memory["settings"].items() <= results["settings"].items()
+    assert in_memory["data"]["fingerprint"] == results["data"]["fingerprint"]
+    assert in_memory.predictions == results.predictions == predictions_in(folder)
+    assert json.loads(json.dumps(in_memory)) == in_memory
+
+
+def test_in_memory_of_a_list_without_training_data(evaluated, elm, data, tmp_path, monkeypatch):
+    """Nothing is written; without training data nothing is known of the most frequent answers."""
+    monkeypatch.chdir(tmp_path)
+    rows = list(load_from_disk(data)["test"])[:3]
+    elm[0].train()
+    options = {"conditions": ["swapped"], "metrics": [], "max_new_tokens": 6, "batch_size": 2, "num_resamples": 50}
+    results = evaluation.evaluate(*elm, rows, **options)
+    assert list(results["conditions"]) == ["ecg", "swapped"]
+    assert list(results["conditions"]["ecg"]["metrics"]) == ["exact_match"]
+    predictions = [row for row in evaluated[1].predictions if row["row"] < 3]
+    assert [row["ecg"] for row in results.predictions] == [row["ecg"] for row in predictions]
+    assert not list(tmp_path.iterdir())
+    chats = [
+        [{"role": "user", "content": "Fast?"}, {"role": "assistant", "content": answer}] for answer in ("yes", "no")
+    ]
+    asked = [{**row, "messages": chat, "question_type": "rate"} for row, chat in zip(rows, chats, strict=False)]
+    results = evaluation.evaluate(*elm, asked, score="likelihood", **options)
+    assert [row["candidates"] for row in results.predictions] == [["no", "yes"]] * 2
+    assert {"exact_match", "auroc"} <= set(results["conditions"]["swapped"]["metrics"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"conditions": ["louder"]}, "^conditions has louder; expected some of ecg, zeroed"),
+        ({"metrics": ["accuracy"]}, "^metrics has accuracy; expected some of bert_score"),
+        ({"score": "guess"}, "^score has guess; expected some of generation, likelihood"),
+        ({"num_resamples": 0}, "^num_resamples is 0; it must be at least 1"),
+        ({"metrics": ["bert_score"]}, "^metrics bert_score .* name it with bert_score_model"),
+        ({"generation": {"beams": 2}}, "^generation has beams; expected options of `generate`"),
+        ({"candidates": ["yes", "no"]}, "^candidates are what score likelihood decides among"),
+        ({}, "The dataset has 1 rows and no assistant turn to score"),
+    ],
+)
+def test_bad_arguments_in_memory(elm, options, message):
+    rows = [{"messages": [{"role": "user", "content": "Fast?"}]}]
+    with pytest.raises(ValueError, match=message):
+        evaluation.evaluate(*elm, rows, **options)
+
+
+def test_no_dataset_in_memory(elm, data):
+    with pytest.raises(ValueError, match="The dataset is a DatasetDict; expected"):
+        evaluation.evaluate(*elm, load_from_disk(data))
+    with pytest.raises(ValueError, match=r"The dataset has the columns \['text'\]; expected messages and ecg"):
+        evaluation.evaluate(*elm, [{"text": "Fast? yes"}])
+
+
+def test_a_further_condition_is_one_entry(elm, data, tmp_path, monkeypatch):
+    """Asked, scored, in the verdict, in the report and its plots."""
+    entry = Condition(
+        "reversed", "ECG backwards", "#CC79A7", "the ECG backwards", "in reversed time", lambda a, rng: a[:, ::-1]
+    )
+    monkeypatch.setitem(CONDITIONS, "reversed", entry)
+    monkeypatch.setattr(evaluation, "ASKED", (*ASKED, "reversed"))
+    rows = load_from_disk(data)["test"].select(range(3))
+    results = evaluation.evaluate(*elm, rows, conditions=["reversed"], max_new_tokens=2, num_resamples=50)
+    assert list(results["conditions"]) == ["ecg", "reversed"]
+    assert "over the ECG backwards" in results["verdict"]
+    write_report(tmp_path / "report.html", results, results.predictions, rows)
+    assert "<td>ECG backwards</td>" in (tmp_path / "report.html").read_text()
+    assert b"<!-- ECG backwards -->" in scores_plot(results, "exact_match")
 
 
 def test_every_number_of_the_report_is_in_the_results(evaluated):
@@ -108,10 +191,10 @@ def test_an_interrupted_evaluation_goes_on(evaluated, model, data, tmp_path, mon
     batches: list[str] = []
     answer = Answerer._answer
 
-    def some(self: Answerer, conversations: Any, condition: str, batch: int) -> list[Any]:
+    def some(self: Answerer, conversations: Any, condition: Any, batch: int) -> list[Any]:
         if len(batches) == 8:
             raise KeyboardInterrupt
-        batches.append(condition)
+        batches.append(condition.name)
         return answer(self, conversations, condition, batch)
 
     monkeypatch.setattr(Answerer, "_answer", some)
@@ -122,9 +205,9 @@ def test_an_interrupted_evaluation_goes_on(evaluated, model, data, tmp_path, mon
     partial.write_text("".join(lines[:-1]) + lines[-1][:20])
     asked = len(batches) - 1
     batches.clear()
-    monkeypatch.setattr(Answerer, "_answer", lambda self, *args: batches.append(args[1]) or answer(self, *args))
+    monkeypatch.setattr(Answerer, "_answer", lambda self, *args: batches.append(args[1].name) or answer(self, *args))
     assert evaluation.main(argv) == results
-    assert len(batches) == len(CONDITIONS) * 4 - asked  # seven rows, two at once
+    assert len(batches) == len(ASKED) * 4 - asked  # seven rows, two at once
     assert not partial.exists()
     assert (tmp_path / "predictions.jsonl").read_text() == (folder / "predictions.jsonl").read_text()
 
@@ -137,15 +220,16 @@ def test_answers_of_other_settings_are_not_taken(evaluated, model, data, tmp_pat
 def test_two_processes_that_were_killed_give_what_one_gives(evaluated, model, data, tmp_path):
     folder, results = evaluated
     argv = argv_of(model, data, tmp_path, *SETTINGS)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    command = [*torchrun, "-m", "elm_ecg.training.evaluation.evaluate", *argv]
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    code = "from elm_ecg.training.evaluation.evaluate import main\nmain()"
+    processes = fork_two(code, *argv)
+    deadline = time.monotonic() + 300
     while sum(path.read_text().count("\n") for path in tmp_path.glob("predictions.partial.*")) < 5:
-        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline, "neither began to write"
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+    for process in processes:
+        os.kill(process.pid, signal.SIGKILL)
+    assert [process.finish().returncode for process in processes] == [-signal.SIGKILL] * 2
+    assert [process.finish().returncode for process in fork_two(code, *argv)] == [0, 0]
     assert json.loads((tmp_path / "evaluation_results.json").read_text()) == results
     assert (tmp_path / "predictions.jsonl").read_text() == (folder / "predictions.jsonl").read_text()
 
@@ -165,10 +249,10 @@ def test_nothing_to_swap(model, data, tmp_path, caplog):
     DatasetDict(test=Dataset.from_list([{**row, "question_type": ["rhythm"]}])).save_to_disk(tmp_path / "data")
     options = ["--max_new_tokens", "2", "--num_resamples", "10"]
     results = evaluation.main(argv_of(model, tmp_path / "data", tmp_path, *options))
-    assert set(results["conditions"]) == set(CONDITIONS) - {"swapped"}
+    assert set(results["conditions"]) == set(ASKED) - {"swapped"}
     assert set(results["questions_by_type"]) == {"rhythm"}
     assert "All 1 rows have an ECG of the patients" in results["not_scored"]["swapped"]
-    assert "another patient's: not scored. All 1 rows have an ECG of the patients" in caplog.text
+    assert "another patient's ECG: not scored. All 1 rows have an ECG of the patients" in caplog.text
     assert "nothing can be said of what the ECG adds" in results["verdict"]
 
 
@@ -238,8 +322,8 @@ def test_folds_and_seeds(model, data, tmp_path, caplog, capsys):
 
 
 def _watched(answer: Any, asked: list[str]) -> Any:
-    def watch(self: Answerer, conversations: Any, condition: str, batch: int) -> list[Any]:
-        asked.append(condition)
+    def watch(self: Answerer, conversations: Any, condition: Any, batch: int) -> list[Any]:
+        asked.append(condition.name)
         return answer(self, conversations, condition, batch)
 
     return watch

@@ -4,17 +4,16 @@ import numpy as np
 import pytest
 from scipy.stats import rankdata
 
-from elm_ecg.training.evaluation.bootstrap import bootstrap, paired_difference
 from elm_ecg.training.evaluation.questions import Question
+from elm_ecg.training.evaluation.results import main_metric
 from elm_ecg.training.evaluation.scores import (
     METRIC_NAMES,
     Scorer,
     closed_types,
-    in_words,
     load_metrics,
-    main_metric,
     part_of,
 )
+from intervals import bootstrap, paired_difference
 
 
 def question(answer: str, kind: str = "rate", patient: str = "p") -> Question:
@@ -190,20 +189,6 @@ def test_parts_are_scored_apart(modules):
     assert row["parts"]["answer"]["exact_match"]["value"] == 1
     assert row["parts"]["think"]["exact_match"]["value"] == 0
     assert row["parts"]["think"]["token_f1"]["value"] == pytest.approx(2 / 3)
-
-
-def test_in_words():
-    def words(intervals: dict) -> str:
-        lost = {name: {"exact_match": {"difference": 0.2, "interval_95": row}} for name, row in intervals.items()}
-        metrics = {"exact_match": {"value": 0.75, "interval_95": [0.7, 0.8]}}
-        return in_words({"conditions": {"ecg": {"metrics": metrics}}, "ecg_minus": lost})
-
-    assert "Exact match 75.0 [70.0, 80.0]%" in words({"zeroed": [0.1, 0.3]})
-    assert "the model looks at the ECG" in words({"zeroed": [0.1, 0.3], "swapped": [0.1, 0.3]})
-    line = words({"zeroed": [0.1, 0.3], "swapped": [0.0, 0.3]})
-    assert "not shown to be better than with another patient's: the model may not look" in line
-    assert "nothing can be said" in words({"zeroed": None})
-    assert "nothing can be said of whether it looks" in words({"most_frequent": [0.1, 0.3]})
 
 
 def test_unknown_metric():

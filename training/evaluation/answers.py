@@ -1,6 +1,6 @@
-"""What an ELM answers to the questions of a split, with the ECG as it is and with what an evaluation puts in its place.
+"""What an ELM answers to the questions of a split, under each condition of an evaluation.
 
-A row is a conversation: each of its questions is asked after the gold answers to those before it. What several questions of
+A row is a conversation: each of its questions is asked after the right answers to those before it. What several questions of
 a conversation begin with is read once, and its keys and values are kept for the next turn.
 """
 
@@ -23,34 +23,35 @@ from transformers import DynamicCache
 from elm_ecg.ecg_utils import as_record
 from elm_ecg.modeling_elm import ECG_INPUTS, ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
-from elm_ecg.training.collator import perturbed
 from elm_ecg.training.data.loading import ecgs_of, to_chat
-from elm_ecg.training.evaluation.questions import Question
+from elm_ecg.training.evaluation.conditions import CONDITIONS, Condition
+from elm_ecg.training.evaluation.questions import Question, digest, rows_to_swap
 from elm_ecg.training.files import write_text
 
-# what becomes of the ECG of each question
-CONDITIONS = {
-    "ecg": "as recorded",
-    "zeroed": "every sample zero",
-    "noise": "Gaussian noise of 1 mV",
-    "swapped": "another patient's",
-    "left_out": "question alone",
-}
-RANDOM_CONDITIONS = ("noise", "swapped")  # drawn by the seed
-PARTIAL = "predictions.partial"  # what is answered so far, a file for each process
+PARTIAL = "predictions.partial"  # the answers so far, a file for each process
 
 
 class Progress:
     """The answers so far in files of `folder`, from which an interrupted evaluation goes on.
 
     Args:
-        key: of all that the answers depend on beside their place; files of another one are replaced.
+        facts: about the model and the data, on which the answers depend; what JSON can hold.
         process: each of several processes writes its own file, and reads all.
     """
 
-    def __init__(self, folder: Path, key: str, process: int = 0) -> None:
-        self.folder, self.key = folder, key
+    def __init__(self, folder: Path, facts: Any, process: int = 0) -> None:
+        self.folder, self.facts, self.key = folder, facts, ""
         self.path = folder / f"{PARTIAL}.{process}.jsonl"
+
+    def begin(self, settings: Any) -> None:
+        """Takes over what an interrupted evaluation with the same facts and settings left; other files are replaced."""
+        self.key = digest([self.facts, settings])
+        state = PartialState()
+        with state.main_process_first():  # it takes over all files before the other processes replace theirs
+            answers = self.read() if state.is_main_process else {}
+            write_text(
+                self.path, "".join([f"{self.key}\n", *(self._line(*place, answers[place]) for place in answers)])
+            )
 
     def read(self) -> dict[tuple[str, int], list[Any]]:
         """Name of the questions and batch -> its answers. A line that was being written when the process ended is left out."""
@@ -64,15 +65,13 @@ class Progress:
                 done[name, batch] = answers
         return done
 
-    def begin(self, done: dict[tuple[str, int], list[Any]]) -> None:
-        """A file that holds `done`, whole lines all."""
-        write_text(self.path, "".join([f"{self.key}\n", *(self._line(*place, done[place]) for place in done)]))
-
     def add(self, name: str, batch: int, answers: list[Any]) -> None:
+        """Keeps the answers of a batch."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(self._line(name, batch, answers))
 
     def remove(self) -> None:
+        """Removes the files of all processes, as everything is answered."""
         for path in self.folder.glob(f"{PARTIAL}.*.jsonl"):
             path.unlink()
 
@@ -83,7 +82,7 @@ class Progress:
 
 @dataclass
 class Prompt:
-    """What the model reads before one answer: tokens, the first `num_ecgs` of the conversation's ECGs among them."""
+    """The tokens that the model reads before one answer; the first `num_ecgs` ECGs of the conversation are among them."""
 
     input_ids: list[int]
     num_ecgs: int
@@ -112,7 +111,7 @@ class Answerer:
         candidates: [questions] answers whose likelihood is asked for, in place of what the model writes.
         batch_size: conversations at once.
         generation: options of `generate`; greedy where they say nothing else.
-        seed: of noise, of swapped ECGs, and of sampled answers. Batches are seeded one by one: their answers do not depend on
+        seed: of random conditions and of sampled answers. Batches are seeded one by one: their answers do not depend on
             which process gives them, or on what was answered before.
         reuse_prefix: keep the keys and values of a conversation for its next turn.
     """
@@ -126,7 +125,6 @@ class Answerer:
     generation: dict[str, Any] | None = None
     system_prompt: str | None = None
     seed: int = 0
-    others: np.ndarray | None = None
     reuse_prefix: bool = True
 
     def __post_init__(self) -> None:
@@ -143,6 +141,7 @@ class Answerer:
             **(self.generation or {}),
         }
         self._suffixes: dict[str, list[int]] = {}
+        self._others: np.ndarray | None = None  # for each row the one whose ECGs are swapped in
         rows: dict[int, list[int]] = {}
         for index, question in enumerate(self.questions):
             rows.setdefault(question.row, []).append(index)
@@ -151,54 +150,55 @@ class Answerer:
         self._conversations = [rows[row] for row in order]
 
     def _length(self, indices: list[int]) -> int:
-        """Of what is read, which the last answer is not: the batch of a row must not tell it, as rounding differs by batch."""
-        read = sum(len(self.questions[i].question) for i in indices)
-        return read + sum(len(self.questions[i].answer) for i in indices[:-1])
+        """The characters of the prompts of a row. The last answer is not among them: the batch of a row must not depend on the
+        right answer, as rounding differs by batch."""
+        questions = sum(len(self.questions[i].question) for i in indices)
+        return questions + sum(len(self.questions[i].answer) for i in indices[:-1])
 
-    def ask(self, condition: str, name: str = "", progress: Progress | None = None) -> tuple[list[Any], str | None]:
-        """The answer to every question under one of `CONDITIONS`; of several processes each gives its share of them.
+    def ask(self, name: str, progress: Progress | None = None) -> tuple[list[Any], str | None]:
+        """The answer to every question under the condition `name`; of several processes each gives its share of them.
 
         The batches are the same whatever the number of processes, and where an interrupted evaluation goes on: so are the answers.
 
-        Args:
-            name: of the answers in `progress`.
-
         Returns:
-            Texts, or where there are candidates the log-likelihood of each; and why there are none, where noise does not fit the
-            context of the model.
+            Texts, or where there are candidates the log-likelihood of each; and why there are none, where a row has no other
+            patient's ECG to swap in, or noise does not fit the context of the model.
         """
+        condition = CONDITIONS[name]
+        if condition.swapped and self._others is None:
+            try:
+                self._others = rows_to_swap(self.data, self.seed)
+            except ValueError as error:
+                return [], str(error)
+        if condition.random or self._options["do_sample"]:
+            name = f"{name} {self.seed}"  # in `progress`: what no seed changes is asked once for all of them
         batches = [
             self._conversations[start : start + self.batch_size]
             for start in range(0, len(self._conversations), self.batch_size)
         ]
         state = PartialState()
-        read = {} if progress is None else progress.read()
-        done = {batch: answers for (of, batch), answers in read.items() if of == name}
+        kept = {} if progress is None else progress.read()
+        done = {batch: answers for (of, batch), answers in kept.items() if of == name}
         state.wait_for_everyone()  # nobody adds to a file that another one reads
         mine = [batch for batch in range(len(batches)) if batch not in done][state.process_index :: state.num_processes]
-        found: dict[int, list[Any]] = {}
+        answered: dict[int, list[Any]] = {}
         failure = None
-        bar = tqdm(
-            total=len(self.questions),
-            desc=f"ECG {CONDITIONS[condition]}",
-            unit="answer",
-            disable=not state.is_main_process,
-        )
+        bar = tqdm(total=len(self.questions), desc=condition.label, unit="answer", disable=not state.is_main_process)
         bar.update(sum(map(len, done.values())))
         with bar:
             for batch in mine:
                 try:
-                    found[batch] = self._answer(batches[batch], condition, batch)
+                    answered[batch] = self._answer(batches[batch], condition, batch)
                 except ValueError as error:
-                    if condition != "noise":
+                    if condition.change is None:
                         raise
-                    failure = str(error)  # noise cannot be compressed: as text it may be too long
+                    failure = str(error)  # noise cannot be compressed: as ECG-Byte tokens it may be too long
                     break
                 if progress is not None:
-                    progress.add(name, batch, found[batch])
-                bar.update(len(found[batch]) * state.num_processes)
+                    progress.add(name, batch, answered[batch])
+                bar.update(len(answered[batch]) * state.num_processes)
         failures = []
-        for part, reason in gather_object([(found, failure)]):
+        for part, reason in gather_object([(answered, failure)]):
             done |= part
             failures += [reason] * (reason is not None)
         if failures:
@@ -210,15 +210,15 @@ class Answerer:
                 answers[index] = answer
         return answers, None
 
-    def _answer(self, conversations: list[list[int]], condition: str, batch: int) -> list[Any]:
+    def _answer(self, conversations: list[list[int]], condition: Condition, batch: int) -> list[Any]:
         """The answers to the questions of some rows, row by row."""
-        torch.manual_seed(zlib.crc32(f"{self.seed} {condition} {batch}".encode()))  # for sampling
+        torch.manual_seed(zlib.crc32(f"{self.seed} {condition.name} {batch}".encode()))  # for sampling
         read = self._read(conversations, condition)
         one_by_one = self.candidates is None and self._options.get("num_beams", 1) > 1  # beams reorder the cache
         reuse = self.reuse_prefix and not one_by_one and all(row.nested for row in read)
         window = getattr(self.model.config.text_config, "sliding_window", None)
         if reuse and window is not None:
-            # padding between turns would push what is said out of the window
+            # padding between turns would push earlier turns out of the window
             reuse = max(len(row.prompts[-1].input_ids) for row in read) <= window // 2
         with torch.inference_mode():
             if reuse:
@@ -233,23 +233,20 @@ class Answerer:
                 answers += self._of_conversations(turns[start : start + self.batch_size])
             return answers
 
-    def _row(self, row: int, condition: str) -> dict[str, Any]:
-        shown = self.data[row]
-        if condition == "swapped" and self.others is not None and self.others[row] != row:
-            shown = {**shown, "ecg": self.data[int(self.others[row])]["ecg"]}
-        if condition in ("zeroed", "noise") and self.processor.takes_ecgs:
-            records = [as_record(ecg) for ecg in ecgs_of(shown)]
-            kind = "zeros" if condition == "zeroed" else "noise"
-            rng = np.random.default_rng([self.seed, row])
-            shown = {
-                **shown,
-                "ecg": [replace(record, array=perturbed(record.array, kind, rng)) for record in records],
-            }
-        return shown
+    def _row(self, place: int, condition: Condition) -> dict[str, Any]:
+        """A row of the data with the ECGs that are shown in place of its own."""
+        row = self.data[place]
+        if condition.swapped and self._others is not None and self._others[place] != place:
+            row = {**row, "ecg": self.data[int(self._others[place])]["ecg"]}
+        if condition.change is not None and self.processor.takes_ecgs:
+            rng = np.random.default_rng([self.seed, place])
+            records = [as_record(ecg) for ecg in ecgs_of(row)]
+            row = {**row, "ecg": [replace(record, array=condition.change(record.array, rng)) for record in records]}
+        return row
 
-    def _read(self, conversations: list[list[int]], condition: str) -> list[Conversation]:
+    def _read(self, conversations: list[list[int]], condition: Condition) -> list[Conversation]:
         """The rows as the model reads them: each is processed once, up to its last question."""
-        with_ecg = condition != "left_out" and self.processor.takes_ecgs
+        with_ecg = condition.shows_ecg and self.processor.takes_ecgs
         chats, turns = [], []
         for indices in conversations:
             row = self._row(self.questions[indices[0]].row, condition)
@@ -273,11 +270,11 @@ class Answerer:
             ends = [_tokens_of(prompt, prompts[-1], offsets) for prompt in prompts]
             nested = all(end is not None for end in ends)
             if nested:
-                found = [Prompt(input_ids[:end], _num_ecgs(chat[:turn])) for turn, end in zip(asked, ends, strict=True)]
+                tokens = [input_ids[:end] for end in ends]
             else:  # this tokenizer, or template, writes a turn otherwise when another follows
-                alone = self._process([chat[:turn] for turn in asked])["input_ids"]
-                found = [Prompt(ids, _num_ecgs(chat[:turn])) for turn, ids in zip(asked, alone, strict=True)]
-            read.append(Conversation(found, ecgs, nested))
+                tokens = self._process([chat[:turn] for turn in asked])["input_ids"]
+            of_turns = [Prompt(ids, _num_ecgs(chat[:turn])) for turn, ids in zip(asked, tokens, strict=True)]
+            read.append(Conversation(of_turns, ecgs, nested))
             if self.candidates is not None:
                 read[-1].candidates = [
                     [self._suffix(text, chat[:turn], prompt) for text in self.candidates[index]]
@@ -302,19 +299,20 @@ class Answerer:
     def _suffix(self, answer: str, chat: list[dict[str, Any]], prompt: str) -> list[int]:
         """The tokens that the template writes for an answer, its end of turn included."""
         if answer not in self._suffixes:
-            said = [*chat, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-            text: Any = self.processor.apply_chat_template(said, tokenize=False)
+            turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+            text: Any = self.processor.apply_chat_template([*chat, turn], tokenize=False)
             if not text.startswith(prompt):
                 raise ValueError(
                     "The chat template does not write an answer behind its generation prompt, so its likelihood cannot be told; "
                     "use --score generation."
                 )
-            rest = text[len(prompt) :].rstrip("\n")
-            self._suffixes[answer] = self.processor.tokenizer(rest, add_special_tokens=False)["input_ids"]
+            suffix = text[len(prompt) :].rstrip("\n")
+            self._suffixes[answer] = self.processor.tokenizer(suffix, add_special_tokens=False)["input_ids"]
         return self._suffixes[answer]
 
     def _of_conversations(self, rows: list[Conversation]) -> list[Any]:
         """The answers of conversations, turn by turn for all of them at once; in the order of the rows and their turns."""
+        # those of most turns first: the rows that are still asked are then always the first of the tensors
         places = sorted(range(len(rows)), key=lambda place: -len(rows[place].prompts))
         answers: list[list[Any]] = [[] for _ in rows]
         device, pad = self.model.device, self.processor.tokenizer.pad_token_id
@@ -323,7 +321,7 @@ class Answerer:
         cache: DynamicCache | None = None
         num_turns = len(rows[places[0]].prompts)
         for turn in range(num_turns):
-            active = [place for place in places if len(rows[place].prompts) > turn]  # the first of the tensors' rows
+            active = [place for place in places if len(rows[place].prompts) > turn]
             if cache is not None and len(active) < len(input_ids):
                 cache.batch_select_indices(torch.arange(len(active), device=device))
             input_ids, mask = input_ids[: len(active)], mask[: len(active)]
@@ -334,6 +332,7 @@ class Answerer:
                 new_ids.append(prompt.input_ids[len(before.input_ids) :])
                 ecgs.append({name: values[before.num_ecgs : prompt.num_ecgs] for name, values in row.ecgs.items()})
             width = max(map(len, new_ids))
+            # padding stands between the turns, where the mask hides it
             padded = [[pad] * (width - len(ids)) + ids for ids in new_ids]
             real = [[0] * (width - len(ids)) + [1] * len(ids) for ids in new_ids]
             input_ids = torch.cat([input_ids, torch.tensor(padded, device=device)], dim=1)
@@ -347,13 +346,13 @@ class Answerer:
             if self.candidates is not None:
                 logits, cache = self._prefill(input_ids, mask, cache, ecg_inputs, until=input_ids.shape[1])
                 options = [(rows[place].candidates or [])[turn] for place in active]
-                found: Sequence[Any] = self._likelihoods(logits, mask, cache, options)
+                of_turn: Sequence[Any] = self._likelihoods(logits, mask, cache, options)
             elif last and cache is None:
-                found = self._generate(input_ids, mask, None, ecg_inputs)
-            else:
+                of_turn = self._generate(input_ids, mask, None, ecg_inputs)
+            else:  # `generate` has to be left one token to read; it writes into the cache, which the next turn needs as it is
                 _, cache = self._prefill(input_ids, mask, cache, ecg_inputs, until=input_ids.shape[1] - 1)
-                found = self._generate(input_ids, mask, cache if last else copy.deepcopy(cache), {})
-            for place, answer in zip(active, found, strict=True):
+                of_turn = self._generate(input_ids, mask, cache if last else copy.deepcopy(cache), {})
+            for place, answer in zip(active, of_turn, strict=True):
                 answers[place].append(answer)
         return [answer for row in answers for answer in row]
 
@@ -387,11 +386,11 @@ class Answerer:
         cache: DynamicCache | None,
         ecg_inputs: dict[str, torch.Tensor],
     ) -> list[str]:
-        given: dict[str, Any] = {**ecg_inputs, **self._options}
+        options: dict[str, Any] = {**ecg_inputs, **self._options}
         if cache is not None:
-            given["past_key_values"] = cache
+            options["past_key_values"] = cache
         output: Any = self.model.generate(  # type: ignore[misc]  # wants attributes that no model declares
-            input_ids=input_ids, attention_mask=mask, **given
+            input_ids=input_ids, attention_mask=mask, **options
         )
         new_tokens = output[:, input_ids.shape[1] :]
         return [text.strip() for text in self.processor.batch_decode(new_tokens, skip_special_tokens=True)]
@@ -409,22 +408,22 @@ class Answerer:
             ids = torch.tensor([row + [0] * (width - len(row)) for row in tokens], device=mask.device)
             real = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in tokens], device=mask.device)
             where = torch.tensor(rows, device=mask.device)
-            total = first[where].gather(1, ids[:, :1])
+            scores_of_tokens = first[where].gather(1, ids[:, :1])
             if width > 1:
-                read = copy.deepcopy(cache)
+                prefix = copy.deepcopy(cache)  # the model writes the candidate into it
                 if len(rows) < len(options):
-                    read.batch_select_indices(where)
+                    prefix.batch_select_indices(where)
                 whole = torch.cat([mask[where], real[:, :-1]], dim=1)
                 output = self.model(
                     input_ids=ids[:, :-1],
                     attention_mask=whole,
                     position_ids=_positions(whole)[:, mask.shape[1] :],
-                    past_key_values=read,
+                    past_key_values=prefix,
                     use_cache=True,
                 )
-                rest = output.logits.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-                total = torch.cat([total, rest * real[:, 1:]], dim=1)
-            for row, value in zip(rows, total.double().sum(1).tolist(), strict=True):
+                following = output.logits.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+                scores_of_tokens = torch.cat([scores_of_tokens, following * real[:, 1:]], dim=1)
+            for row, value in zip(rows, scores_of_tokens.double().sum(1).tolist(), strict=True):
                 scores[row][place] = value
         return scores
 

@@ -35,6 +35,7 @@ class Estimate(NamedTuple):
     high: float | None
 
     def to_dict(self) -> dict[str, Any]:
+        """As the results have it."""
         return {"value": self.value, "interval_95": _interval(self.low, self.high)}
 
 
@@ -47,6 +48,7 @@ class Difference(NamedTuple):
     p_value: float | None
 
     def to_dict(self) -> dict[str, Any]:
+        """As the results have it."""
         return {"difference": self.value, "interval_95": _interval(self.low, self.high), "p_value": self.p_value}
 
 
@@ -158,72 +160,6 @@ def _defined(replicates: np.ndarray) -> np.ndarray | None:
     return finite if enough else None
 
 
-def bootstrap(
-    samples: Any,
-    patients: Sequence[Any],
-    statistic: Statistic | None = None,
-    num_resamples: int = NUM_RESAMPLES,
-    seed: int = 0,
-) -> Estimate:
-    """A score with its 95% interval by patient.
-
-    Args:
-        samples: [n, k], or [n] for one column.
-        patients: [n], as `clusters` takes them.
-        statistic: the score as a function of column sums, [..., k] -> [...]; NaN where it is undefined. None: the mean of
-            the one column.
-
-    Raises:
-        ValueError: the samples have several columns, and there is no statistic; as `resampled_sums`.
-    """
-    columns, statistic = _with_statistic(samples, patients, statistic)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        value = statistic(columns.sum(axis=0))
-        replicates = statistic(resampled_sums(columns, patients, num_resamples, seed))
-    return estimate(float(value), replicates)
-
-
-def paired_difference(
-    a: Any,
-    b: Any,
-    patients: Sequence[Any],
-    statistic: Statistic | None = None,
-    num_resamples: int = NUM_RESAMPLES,
-    seed: int = 0,
-) -> Difference:
-    """The score of `a` minus that of `b` on the same questions, two models or conditions, with its 95% interval by patient
-    and its p-value, as `difference` defines it.
-
-    Args:
-        a, b: [n, k] or [n], as the samples of `bootstrap`.
-
-    Raises:
-        ValueError: the shapes differ; as `bootstrap`.
-    """
-    if np.shape(a) != np.shape(b):
-        raise ValueError(f"The samples are {np.shape(a)} and {np.shape(b)}; expected those of the same questions.")
-    given = statistic
-    a, statistic = _with_statistic(a, patients, given)
-    b, _ = _with_statistic(b, patients, given)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        value = statistic(a.sum(axis=0)) - statistic(b.sum(axis=0))
-        of_a, of_b = np.split(resampled_sums(np.hstack([a, b]), patients, num_resamples, seed), 2, axis=1)
-        replicates = statistic(of_a) - statistic(of_b)
-    return difference(float(value), replicates)
-
-
-def _with_statistic(samples: Any, patients: Sequence[Any], statistic: Statistic | None) -> tuple[np.ndarray, Statistic]:
-    """The columns, and the statistic of their sums; for a mean the second column counts the questions."""
-    columns = _as_columns(samples, patients)
-    if statistic is not None:
-        return columns, statistic
-    if columns.shape[1] != 1:
-        raise ValueError(
-            f"The samples have {columns.shape[1]} columns; a mean is of one: give the statistic of their sums."
-        )
-    return np.hstack([columns, np.ones_like(columns)]), lambda sums: sums[..., 0] / sums[..., 1]
-
-
 def _as_columns(samples: Any, patients: Sequence[Any]) -> np.ndarray:
     columns = np.asarray(samples, dtype=float)
     if columns.ndim == 1:
@@ -274,32 +210,6 @@ def _mean_where(occurs: np.ndarray, numerator: np.ndarray, denominator: np.ndarr
     return (numerator / np.where(occurs, denominator, 1)).sum(axis=-1) / occurs.sum(axis=-1)
 
 
-def bootstrap_auroc(
-    scores: Any, labels: Any, patients: Sequence[Any], num_resamples: int = NUM_RESAMPLES, seed: int = 0
-) -> Estimate:
-    """AUROC, in which ties count half, with its 95% interval by patient; the mean over several classes.
-
-    Args:
-        scores: [n] or [n, classes]; higher speaks for the class.
-        labels: of the same shape; 1 where the class is there, else 0.
-        patients: [n], as `clusters` takes them.
-
-    Raises:
-        ValueError: the shapes differ, a score is NaN, a label is neither 0 nor 1, `num_resamples` is less than 1; as `clusters`.
-    """
-    value, replicates = resampled_auroc(scores, labels, patients, num_resamples, seed)
-    return estimate(value.mean(), replicates.mean(axis=1))
-
-
-def paired_auroc_difference(
-    a: Any, b: Any, labels: Any, patients: Sequence[Any], num_resamples: int = NUM_RESAMPLES, seed: int = 0
-) -> Difference:
-    """The AUROC of scores `a` minus that of `b` on the same questions, as `bootstrap_auroc` and `paired_difference`."""
-    of_a, replicates_a = resampled_auroc(a, labels, patients, num_resamples, seed)
-    of_b, replicates_b = resampled_auroc(b, labels, patients, num_resamples, seed)
-    return difference((of_a - of_b).mean(), (replicates_a - replicates_b).mean(axis=1))
-
-
 def resampled_auroc(
     scores: Any,
     labels: Any,
@@ -308,10 +218,17 @@ def resampled_auroc(
     seed: int = 0,
     asked: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """AUROC of each class, [classes], and in each resample, [num_resamples, classes]; NaN where one side is missing.
+    """AUROC of each class, in which ties count half: [classes], and in each resample of `resampled_sums`, [num_resamples, classes];
+    NaN where one side is missing.
 
-    Args, errors: as `bootstrap_auroc`. Resamples are those of `resampled_sums`.
-        asked: of the shape of the scores, False where a question is not about the class. None: all are about all.
+    Args:
+        scores: [n] or [n, classes]; higher speaks for the class.
+        labels: of the same shape; 1 where the class is there, else 0.
+        patients: [n], as `clusters` takes them.
+        asked: of the same shape; False where a question is not about the class. None: all are about all.
+
+    Raises:
+        ValueError: the shapes differ, a score is NaN, a label is neither 0 nor 1, `num_resamples` is less than 1; as `clusters`.
     """
     scores, labels = np.asarray(scores, dtype=float), np.asarray(labels)
     if scores.shape != labels.shape or scores.ndim not in (1, 2) or len(scores) != len(patients):
@@ -321,9 +238,9 @@ def resampled_auroc(
         )
     if np.isnan(scores).any():
         raise ValueError(f"The scores of {int(np.isnan(scores).sum())} of {scores.size} are NaN; expected numbers.")
-    strange = labels[(labels != 0) & (labels != 1)]
-    if len(strange):
-        raise ValueError(f"A label is {strange[0]}; expected 1 where the class is there, else 0.")
+    others = labels[(labels != 0) & (labels != 1)]
+    if len(others):
+        raise ValueError(f"A label is {others[0]}; expected 1 where the class is there, else 0.")
     scores, labels = scores.reshape(len(scores), -1), labels.reshape(len(labels), -1).astype(bool)
     asked = np.ones_like(labels) if asked is None else asked.reshape(labels.shape)
 
@@ -384,13 +301,13 @@ def auroc_of_candidates(
     kinds = np.array([kind for kind, *_ in columns])
     scores, truth, asked = (np.stack(part, axis=1) for part in list(zip(*columns, strict=True))[1:])
     values, replicates = resampled_auroc(scores, truth, patients, num_resamples, seed, asked=asked.astype(bool))
-    found: dict[str | None, tuple[float, np.ndarray]] = {
+    aurocs: dict[str | None, tuple[float, np.ndarray]] = {
         kind: (float(values[kinds == kind].mean()), replicates[:, kinds == kind].mean(axis=1))
         for kind in dict.fromkeys(kinds.tolist())
     }
-    all_values, all_replicates = zip(*found.values(), strict=True)
-    found[None] = (float(np.mean(all_values)), np.mean(all_replicates, axis=0))
-    return found
+    all_values, all_replicates = zip(*aurocs.values(), strict=True)
+    aurocs[None] = (float(np.mean(all_values)), np.mean(all_replicates, axis=0))
+    return aurocs
 
 
 def _auroc_by_weight(scores: np.ndarray, labels: np.ndarray, numbers: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:

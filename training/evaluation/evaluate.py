@@ -1,15 +1,14 @@
-"""Scores an ELM on the answers of a test split, with the ECG and without it: `elm evaluate MODEL --data ...`."""
+"""Scores an ELM on the answers of a dataset, with the ECG and without it: `elm evaluate MODEL --data ...`, or `evaluate`."""
 
 import hashlib
-import json
 import logging
 import statistics
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import evaluate
 import numpy as np
 import torch
 from accelerate import PartialState
@@ -19,25 +18,35 @@ from transformers import GenerationConfig
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
-from elm_ecg.training.arguments import DataArguments, ELMParser, json_fields
+from elm_ecg.training.arguments import DataArguments, ELMParser, argument, json_fields
 from elm_ecg.training.build import load_elm
 from elm_ecg.training.data.loading import load_data
-from elm_ecg.training.evaluation.answers import CONDITIONS, RANDOM_CONDITIONS, Answerer, Progress
+from elm_ecg.training.evaluation.answers import Answerer, Progress
+from elm_ecg.training.evaluation.conditions import ASKED, BASELINE, CONDITIONS, ECG
 from elm_ecg.training.evaluation.questions import (
     Question,
     candidate_answers,
+    fingerprint_of,
     list_questions,
     most_frequent_answers,
-    rows_to_swap,
 )
 from elm_ecg.training.evaluation.report import write_report
-from elm_ecg.training.evaluation.scores import BASELINE, METRIC_NAMES, Scorer, in_words, load_metrics
-from elm_ecg.training.files import write_text
+from elm_ecg.training.evaluation.results import (
+    QUESTION_FIELDS,
+    REPORT_FILE,
+    SCHEMA_VERSION,
+    SUMMARY_FILE,
+    Results,
+    as_percent,
+    verdict,
+    write_json,
+)
+from elm_ecg.training.evaluation.scores import METRIC_NAMES, Scorer, load_metrics
 from elm_ecg.training.sharing.cards import add_evaluation
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 3
+METRICS = ("normalized_match", "token_f1", "closed_set")  # by default, beside exact_match
 PACKAGES = ("elm-ecg", "torch", "transformers", "accelerate", "datasets", "evaluate", "peft")
 # fields of a generation config that would give other than one text to a prompt, or have an option of their own
 NOT_GENERATION = (
@@ -49,109 +58,266 @@ NOT_GENERATION = (
 )
 
 
+def evaluate(
+    model: ELMForConditionalGeneration,
+    processor: ELMProcessor,
+    dataset: Dataset | list[dict[str, Any]],
+    *,
+    conditions: Sequence[str] = ASKED,
+    metrics: Sequence[str] = METRICS,
+    bert_score_model: str | None = None,
+    score: Literal["generation", "likelihood"] = "generation",
+    candidates: Sequence[str] | None = None,
+    training_dataset: Dataset | list[dict[str, Any]] | None = None,
+    batch_size: int = 32,
+    max_new_tokens: int = 128,
+    generation: Mapping[str, Any] | None = None,
+    system_prompt: str | None = None,
+    seed: int = 0,
+    num_resamples: int = 2000,
+    progress: Progress | None = None,
+) -> Results:
+    """Asks an ELM the questions of a dataset with the ECG and without it, and scores its answers. Writes no files.
+
+        results = evaluate(model, processor, dataset, training_dataset=training_dataset)
+        results["verdict"]  # "Exact match 87.0 [83.1, 90.9]% (...), better than ...: the model looks at the ECG."
+        results["conditions"]["ecg"]["metrics"]["exact_match"]  # {"value": 0.87, "interval_95": [0.831, 0.909]}
+        results["ecg_minus"]["swapped"]["exact_match"]  # {"difference": ..., "interval_95": ..., "p_value": ...}
+        results.predictions[0]["ecg"]  # what it answered to the first question, with its ECG
+
+    Args:
+        model: on the device that it runs on; it is put into evaluation mode.
+        dataset: rows with `messages` (a chat whose assistant turns are the right answers) and `ecg` (a dict with `array` [leads,
+            samples], `sampling_rate`, `lead_names` and `unit`, the path of a file, or a list of these). Intervals are by
+            `patient_id` where there is one, scores by `question_type`.
+        conditions: some of `conditions.ASKED`; `ecg` is always among them.
+        metrics: some of training/evaluation/metrics, beside exact match.
+        bert_score_model: encoder of the metric bert_score.
+        score: `generation`, what the model writes; `likelihood`, which of the candidate answers it finds likeliest.
+        candidates: answers for `likelihood`. None: those that a type of question has here and in `training_dataset`.
+        training_dataset: rows whose most frequent answers are scored too, as what can be known without any model.
+        batch_size, max_new_tokens: conversations answered at once, and the longest answer.
+        generation: other options of `generate`; greedy decoding where they say nothing else.
+        seed, num_resamples: of random conditions, sampled answers and the bootstrap; and its resamples of patients.
+        progress: keeps the answers in files, with which an interrupted evaluation goes on.
+
+    Returns:
+        What the module `results` describes; on processes other than the first nothing.
+
+    Raises:
+        ValueError: an argument is not as expected; the dataset has no assistant turn, or an ECG that cannot be read.
+        ImportError: a metric needs a library that is not installed.
+    """
+    settings: dict[str, Any] = {
+        "score": score,
+        "generation": {"do_sample": False, "max_new_tokens": max_new_tokens, **(generation or {})},
+        "candidates": candidates,
+        "batch_size": batch_size,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "system_prompt": system_prompt,
+        "seed": seed,
+        "num_resamples": num_resamples,
+    }
+    others = {"conditions": conditions, "metrics": metrics, "bert_score_model": bert_score_model}
+    _check({**settings, **others, "max_new_tokens": max_new_tokens, "generation": generation or {}})
+    # first, as what they lack should be known before the answers are made
+    modules = load_metrics(["exact_match", *metrics])
+    data = _as_dataset(dataset)
+    questions = list_questions(data)
+    if not questions:
+        raise ValueError(f"The dataset has {len(data)} rows and no assistant turn to score.")
+    training = [] if training_dataset is None else list_questions(_as_dataset(training_dataset))
+    choices = candidate_answers(questions, training, candidates) if score == "likelihood" else None
+    if progress is not None:
+        progress.begin([fingerprint_of(questions), choices, batch_size, settings["generation"], system_prompt])
+    answerer = Answerer(
+        model.eval(), processor, data, questions, choices, batch_size, settings["generation"], system_prompt, seed
+    )
+    answers, not_scored = _ask(answerer, [name for name in ASKED if name == ECG or name in conditions], progress)
+    if not PartialState().is_main_process:
+        return Results()
+    scorer = Scorer(questions, modules, num_resamples, seed, {"bert_score": {"model": bert_score_model}}, choices)
+    return _summarise(answerer, scorer, answers, not_scored, training, settings)
+
+
+def _check(settings: Mapping[str, Any], prefix: str = "") -> None:
+    """Refuses settings before anything is asked.
+
+    Args:
+        settings: arguments of `evaluate`, or options of the command, whose names have the `prefix`.
+
+    Raises:
+        ValueError: one is not as expected, or does not go with another.
+    """
+    for name in ("batch_size", "max_new_tokens", "num_resamples"):
+        if settings[name] < 1:
+            raise ValueError(f"{prefix}{name} is {settings[name]}; it must be at least 1.")
+    known = {"conditions": ASKED, "metrics": METRIC_NAMES, "score": ("generation", "likelihood")}
+    for name, expected in known.items():
+        values = [settings[name]] if name == "score" else settings[name]
+        unknown = [value for value in values if value not in expected]
+        if unknown:
+            raise ValueError(f"{prefix}{name} has {', '.join(unknown)}; expected some of {', '.join(expected)}.")
+    if "bert_score" in settings["metrics"] and settings["bert_score_model"] is None:
+        raise ValueError(
+            f"{prefix}metrics bert_score compares what an encoder makes of the answers; name it with {prefix}bert_score_model."
+        )
+    if settings["candidates"] and settings["score"] != "likelihood":
+        raise ValueError(
+            f"{prefix}candidates are what {prefix}score likelihood decides among; add that, or leave them out."
+        )
+    generation, name = settings["generation"], "--generation_kwargs" if prefix else "generation"
+    unknown = [key for key in generation if key in NOT_GENERATION or not hasattr(GenerationConfig(), key)]
+    if unknown:
+        raise ValueError(
+            f"{name} has {', '.join(unknown)}; expected options of `generate` that leave one text to a question, and "
+            f"{prefix}max_new_tokens apart."
+        )
+    if generation and settings["score"] == "likelihood":
+        raise ValueError(f"{name} with {prefix}score likelihood, which generates nothing; leave them out.")
+
+
+def _as_dataset(rows: Dataset | list[dict[str, Any]]) -> Dataset:
+    """The rows with their ECGs as NumPy arrays: lists of Python numbers would take longer to make than the ECG to process."""
+    if not isinstance(rows, Dataset | list):
+        raise ValueError(
+            f"The dataset is a {type(rows).__name__}; expected a `datasets.Dataset`, one split, or a list of rows."
+        )
+    data = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
+    if "messages" not in data.column_names:
+        raise ValueError(f"The dataset has the columns {data.column_names}; expected messages and ecg.")
+    return data.with_format("numpy", columns=["ecg"], output_all_columns=True) if "ecg" in data.column_names else data
+
+
+def _ask(
+    answerer: Answerer, conditions: Sequence[str], progress: Progress | None
+) -> tuple[dict[str, list[Any]], dict[str, str]]:
+    """Condition -> its answers, and condition -> why it has none."""
+    asked, not_scored = {}, {}
+    for name in conditions:
+        answers, reason = answerer.ask(name, progress)
+        if reason is None:
+            asked[name] = answers
+        else:
+            not_scored[name] = reason
+            if PartialState().is_main_process:
+                logger.warning("%s: not scored. %s", CONDITIONS[name].label, reason)
+    return asked, not_scored
+
+
+def _summarise(
+    answerer: Answerer,
+    scorer: Scorer,
+    asked: dict[str, list[Any]],
+    not_scored: dict[str, str],
+    training: list[Question],
+    settings: dict[str, Any],
+) -> Results:
+    """The results of the answers, or where there are candidates of their log-likelihoods."""
+    answers, likelihoods, candidates, questions = asked, {}, scorer.candidates, scorer.questions
+    if candidates is not None:
+        likelihoods = asked
+        answers = {
+            condition: [names[int(np.argmax(row))] for names, row in zip(candidates, rows, strict=True)]
+            for condition, rows in asked.items()
+        }
+    if training:
+        answers = {**answers, BASELINE: most_frequent_answers(questions, training)}
+    if "closed_set" in scorer.modules and not scorer.closed:
+        not_scored["closed_set"] = "No type of question has a few different answers."
+    model, data = answerer.model, answerer.data
+    results: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "model": Path(model.name_or_path or "").name,
+        "model_revision": getattr(model.config, "_commit_hash", None),
+        "data": {"names": [], "split": str(data.split), "fold": None, "fingerprint": fingerprint_of(questions)},
+        "settings": settings,
+        "packages": {name: version(name) for name in PACKAGES},
+        **scorer.summarise(answers, likelihoods),
+        "not_scored": not_scored,
+    }
+    results["verdict"] = verdict(results)
+    records = data["record_id"][:] if "record_id" in data.column_names else [None] * len(data)
+    predictions: list[dict[str, Any]] = []
+    for index, question in enumerate(questions):
+        fields_of_row = {**vars(question), "record_id": records[question.row]}
+        prediction = {name: fields_of_row[name] for name in QUESTION_FIELDS}
+        prediction |= {condition: texts[index] for condition, texts in answers.items()}
+        if candidates is not None:
+            prediction["candidates"] = candidates[index]
+            prediction["log_likelihoods"] = {name: rows[index] for name, rows in likelihoods.items()}
+        predictions.append(prediction)
+    return Results(results, predictions)
+
+
 @dataclass
 class EvaluationArguments(DataArguments):
     """What is scored, and how."""
 
-    model_name_or_path: str = field(
-        default="",
-        metadata={
-            "help": "Saved ELM or LoRA adapter: local folder or Hub id; also the first argument. {fold} in it stands for the fold."
-        },
+    model_name_or_path: str = argument(
+        "",
+        "Saved ELM or LoRA adapter: local folder or Hub id; also the first argument. {fold} in it stands for the fold.",
     )
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
-    split: str = field(default="test", metadata={"help": "Split of the data that is scored."})
-    fold: list[int] | None = field(  # type: ignore[assignment]  # one of them, or several
-        default=None,
-        metadata={"help": "Folds of datasets that have splits such as fold1_train and fold1_test; each is a run."},
+    model_revision: str = argument("main", "Branch, tag or commit of a model on the Hub.")
+    split: str = argument("test", "Split of the data that is scored.")
+    fold: list[int] | None = argument(  # type: ignore[assignment]  # one of them, or several
+        None, "Folds of datasets that have splits such as fold1_train and fold1_test; each is a run."
     )
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Where the results go. Default: the model's folder, or ./evaluation."}
+    output_dir: str | None = argument(None, "Where the results go. Default: the model's folder, or ./evaluation.")
+    score: Literal["generation", "likelihood"] = argument(
+        "generation",
+        "generation: what the model writes. likelihood: which of the candidate answers it finds likeliest, with the "
+        "AUROC of their shares.",
     )
-    score: Literal["generation", "likelihood"] = field(
-        default="generation",
-        metadata={
-            "help": "generation: what the model writes. likelihood: which of the candidate answers it finds likeliest, with the "
-            "AUROC of their shares."
-        },
+    candidates: list[str] | None = argument(
+        None,
+        "Answers that --score likelihood decides among. Default: those that a type of question has in the training "
+        "and in the scored split.",
     )
-    candidates: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Answers that --score likelihood decides among. Default: those that a type of question has in the training "
-            "and in the scored split."
-        },
+    conditions: list[str] = argument(
+        list(ASKED),
+        f"What is shown of the ECG ({'; '.join(f'{name}, {CONDITIONS[name].description}' for name in ASKED)}). "
+        "ecg is always among them.",
+        choices=list(ASKED),
     )
-    conditions: list[str] = field(
-        default_factory=lambda: list(CONDITIONS),
-        metadata={
-            "choices": list(CONDITIONS),
-            "help": "What is shown of the ECG; ecg, as recorded, is always among them.",
-        },
+    batch_size: int = argument(32, "Conversations answered at once.")
+    max_new_tokens: int = argument(128, "Longest answer, in tokens.")
+    generation_kwargs: str | None = argument(
+        None, 'JSON with other options of `generate`, such as {"num_beams": 4}. Default: greedy decoding.'
     )
-    batch_size: int = field(default=32, metadata={"help": "Conversations answered at once."})
-    max_new_tokens: int = field(default=128, metadata={"help": "Longest answer, in tokens."})
-    generation_kwargs: str | None = field(
-        default=None,
-        metadata={"help": 'JSON with other options of `generate`, such as {"num_beams": 4}. Default: greedy decoding.'},
+    dtype: str = argument("auto", "Of the model: auto, float32, bfloat16 or float16.")
+    torch_compile: bool = argument(False, "Compile the model with torch.compile.")
+    dataset_num_proc: int | None = argument(None, "Processes that prepare datasets of the reference.")
+    seed: list[int] = argument(
+        [0], "Of noise, swapped ECGs, sampled answers and the bootstrap; of several, each is a run."
     )
-    dtype: str = field(default="auto", metadata={"help": "Of the model: auto, float32, bfloat16 or float16."})
-    torch_compile: bool = field(default=False, metadata={"help": "Compile the model with torch.compile."})
-    dataset_num_proc: int | None = field(
-        default=None, metadata={"help": "Processes that prepare datasets of the reference."}
+    num_resamples: int = argument(2000, "Bootstrap resamples of patients.")
+    metrics: list[str] = argument(
+        list(METRICS),
+        'Scores beside exact match; bleu4, rouge_l, meteor and bert_score need `pip install "elm-ecg[metrics]"`.',
+        choices=METRIC_NAMES,
     )
-    seed: list[int] = field(
-        default_factory=lambda: [0],
-        metadata={"help": "Of noise, swapped ECGs, sampled answers and the bootstrap; of several, each is a run."},
-    )
-    num_resamples: int = field(default=2000, metadata={"help": "Bootstrap resamples of patients."})
-    metrics: list[str] = field(
-        default_factory=lambda: ["normalized_match", "token_f1", "closed_set"],
-        metadata={
-            "choices": METRIC_NAMES,
-            "help": 'Scores beside exact match; bleu4, rouge_l, meteor and bert_score need `pip install "elm-ecg[metrics]"`.',
-        },
-    )
-    bert_score_model: str | None = field(
-        default=None, metadata={"help": "Encoder of bert_score that it knows, such as roberta-large."}
-    )
+    bert_score_model: str | None = argument(None, "Encoder of bert_score that it knows, such as roberta-large.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("batch_size", "max_new_tokens", "num_resamples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
-        if "bert_score" in self.metrics and self.bert_score_model is None:
-            raise ValueError(
-                "--metrics bert_score compares what an encoder makes of the answers; name it with --bert_score_model."
-            )
+        self.generation = json_fields("generation_kwargs", self.generation_kwargs)
+        _check(vars(self), "--")
         for name in ("seed", "fold"):
             values = getattr(self, name) or []
             if len(set(values)) < len(values):
                 raise ValueError(f"--{name} {' '.join(map(str, values))} names one twice.")
-        if self.candidates and self.score != "likelihood":
-            raise ValueError("--candidates are what --score likelihood decides among; add that, or leave them out.")
-        self.generation = json_fields("generation_kwargs", self.generation_kwargs)
-        unknown = [name for name in self.generation if name in NOT_GENERATION or not hasattr(GenerationConfig(), name)]
-        if unknown:
-            raise ValueError(
-                f"--generation_kwargs has {', '.join(unknown)}; expected options of `generate` that leave one text to a question, "
-                "and --max_new_tokens as an option of its own."
-            )
-        if self.generation and self.score == "likelihood":
-            raise ValueError("--generation_kwargs with --score likelihood, which generates nothing; leave them out.")
-        self.metrics = list(dict.fromkeys(["exact_match", *self.metrics]))
-        self.conditions = [name for name in CONDITIONS if name == "ecg" or name in self.conditions]
 
     @property
     def samples(self) -> bool:
         """Whether answers are drawn at random."""
         return bool(self.generation.get("do_sample", False))
 
-    def data_of(self, fold: int | None, **changes: Any) -> DataArguments:
-        return DataArguments(
-            **{f.name: getattr(self, f.name) for f in fields(DataArguments)} | {"fold": fold} | changes
-        )
+    def load(self, fold: int | None, split: str, **changes: Any) -> Dataset | None:
+        """A split of the data, of one fold where there are some; None where they do not have it."""
+        values = {option.name: getattr(self, option.name) for option in fields(DataArguments)}
+        arguments = DataArguments(**values | {"fold": fold} | changes)
+        return load_data(arguments, split, self.seed[0], self.dataset_num_proc)
 
 
 def revision_of(model: ELMForConditionalGeneration, name_or_path: str) -> str:
@@ -165,192 +331,38 @@ def revision_of(model: ELMForConditionalGeneration, name_or_path: str) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _digest(facts: Any) -> str:
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def fingerprint_of(questions: list[Question]) -> str:
-    return _digest([list(vars(question).values()) for question in questions])
-
-
 def parse(argv: list[str] | None = None) -> EvaluationArguments:
+    """The arguments of `elm evaluate`.
+
+    Raises:
+        ValueError: no model is named, or an option is not as expected.
+    """
     (args,) = ELMParser(EvaluationArguments, prog="elm evaluate").parse_args_and_config(argv)
     if not args.model_name_or_path:
         raise ValueError("Which model? Give its folder or Hub id as --model_name_or_path.")
     if args.perturb is not None:
-        raise ValueError("Evaluation perturbs the ECG itself, in every way, next to the score; leave --perturb out.")
+        raise ValueError("Evaluation changes the ECGs itself, as --conditions says; leave --perturb out.")
     return args
 
 
 def output_folder(args: EvaluationArguments) -> Path:
+    """The folder of the results: that of --output_dir, of a local model, or ./evaluation."""
     own = Path(args.model_name_or_path)
     return Path(args.output_dir) if args.output_dir else own if own.is_dir() else Path("evaluation")
 
 
-@dataclass
-class Fold:
-    """All that is asked about one fold, or about data without folds."""
-
-    args: EvaluationArguments
-    number: int | None
-    name_or_path: str
-    model: ELMForConditionalGeneration
-    processor: ELMProcessor
-    folder: Path
-
-    def __post_init__(self) -> None:
-        args, state = self.args, PartialState()
-        with state.main_process_first():
-            data = load_data(args.data_of(self.number), args.split, args.seed[0], args.dataset_num_proc)
-            train_data = load_data(
-                args.data_of(self.number, data_subset=None), "train", args.seed[0], args.dataset_num_proc
-            )
-        if data is None:
-            raise ValueError(f"--data {' '.join(args.data)} has no split {args.split!r}.")
-        self.data: Dataset = data
-        self.questions = list_questions(data)
-        if not self.questions:
-            raise ValueError(
-                f"The split {args.split!r} of --data {' '.join(args.data)} has {len(data)} rows and no assistant turn to score."
-            )
-        self.training = [] if train_data is None or args.split == "train" else list_questions(train_data)
-        self.candidates = None
-        if args.score == "likelihood":
-            self.candidates = candidate_answers(self.questions, self.training, args.candidates)
-        self.revision = revision_of(self.model, self.name_or_path)
-        facts = [
-            SCHEMA_VERSION,
-            self.revision,
-            [args.dtype, args.torch_compile, args.system_prompt, args.batch_size],
-            [args.max_new_tokens, args.generation, self.candidates],
-            [args.data, args.ecg_root, fingerprint_of(self.questions)],
-        ]
-        self.progress = Progress(self.folder, _digest(facts), state.process_index)
-
-    def run(self, seed: int, folder: Path, modules: dict[str, evaluate.Metric]) -> dict[str, Any]:
-        """Asks everything with one seed, and on the main process scores the answers and writes the results to `folder`."""
-        args = self.args
-        not_scored: dict[str, str] = {}
-        others = None
-        if "swapped" in args.conditions:
-            try:
-                others = rows_to_swap(self.data, seed)
-            except ValueError as error:
-                not_scored["swapped"] = str(error)
-        answerer = Answerer(
-            self.model,
-            self.processor,
-            self.data,
-            self.questions,
-            candidates=self.candidates,
-            batch_size=args.batch_size,
-            generation={"max_new_tokens": args.max_new_tokens, **args.generation},
-            system_prompt=args.system_prompt,
-            seed=seed,
-            others=others,
-        )
-        asked: dict[str, list[Any]] = {}
-        for condition in args.conditions:
-            if condition in not_scored:
-                continue
-            # what no seed changes is asked once for all of them
-            name = f"{condition} {seed}" if args.samples or condition in RANDOM_CONDITIONS else condition
-            found, reason = answerer.ask(condition, name, self.progress)
-            if reason is None:
-                asked[condition] = found
-            else:
-                not_scored[condition] = reason
-        if not PartialState().is_main_process:
-            return {}
-        for condition, reason in not_scored.items():
-            logger.warning("ECG %s: not scored. %s", CONDITIONS[condition], reason)
-        likelihoods, answers = None, asked
-        if self.candidates is not None:
-            likelihoods = asked
-            answers = {
-                condition: [names[int(np.argmax(row))] for names, row in zip(self.candidates, rows, strict=True)]
-                for condition, rows in asked.items()
-            }
-        if self.training:
-            answers = {**answers, BASELINE: most_frequent_answers(self.questions, self.training)}
-        options = {"bert_score": {"model": args.bert_score_model}}
-        scorer = Scorer(self.questions, modules, args.num_resamples, seed, options, self.candidates)
-        if "closed_set" in modules and not scorer.closed:
-            not_scored["closed_set"] = "No type of question has a few different answers."
-        results: dict[str, Any] = {
-            "schema_version": SCHEMA_VERSION,
-            "model": Path(self.name_or_path).name,
-            "model_revision": self.revision,
-            "data": {
-                "names": [Path(name).name for name in args.data],
-                "split": args.split,
-                "fold": self.number,
-                "fingerprint": fingerprint_of(self.questions),
-            },
-            "settings": {
-                "score": args.score,
-                "generation": {"do_sample": False, "max_new_tokens": args.max_new_tokens, **args.generation},
-                "candidates": args.candidates,
-                "batch_size": args.batch_size,
-                "dtype": str(self.model.dtype).removeprefix("torch."),
-                "torch_compile": args.torch_compile,
-                "system_prompt": args.system_prompt,
-                "data_subset": args.data_subset,
-                "seed": seed,
-                "num_resamples": args.num_resamples,
-            },
-            "packages": {name: version(name) for name in PACKAGES},
-            **scorer.summarise(answers, likelihoods),
-            "not_scored": not_scored,
-        }
-        results["verdict"] = in_words(results)
-        predictions = self._predictions(answers, likelihoods)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "evaluation_results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
-        write_text(folder / "predictions.jsonl", lines)
-        write_report(folder / "report.html", results, predictions, self.data)
-        add_evaluation(folder, results)
-        print(results["verdict"])
-        print(f"Results, predictions and report in {folder.resolve()}", flush=True)
-        return results
-
-    def _predictions(
-        self, answers: dict[str, list[str]], likelihoods: dict[str, list[list[float]]] | None
-    ) -> list[dict[str, Any]]:
-        """A line for each question."""
-        records = self.data["record_id"][:] if "record_id" in self.data.column_names else [None] * len(self.data)
-        predictions = []
-        for index, question in enumerate(self.questions):
-            line = {
-                "row": question.row,
-                "turn": question.turn,
-                "record_id": records[question.row],
-                "patient_id": question.patient_id,
-                "question_type": question.question_type,
-                "question": question.question,
-                "answer": question.answer,
-                **{condition: texts[index] for condition, texts in answers.items()},
-            }
-            if likelihoods is not None and self.candidates is not None:
-                line["candidates"] = self.candidates[index]
-                line["log_likelihoods"] = {condition: rows[index] for condition, rows in likelihoods.items()}
-            predictions.append(line)
-        return predictions
-
-
-def over_runs(runs: list[dict[str, Any]], seeds: list[int], samples: bool) -> dict[str, Any]:
+def over_runs(runs: Sequence[dict[str, Any]], seeds: list[int], samples: bool) -> dict[str, Any]:
     """Mean, standard deviation and 95% t-interval of each score over the runs, folds times seeds.
 
     Where no seed changes the answers of a condition, its runs of one fold are the same one, and count once.
     """
     scores: dict[str, dict[str, Any]] = {}
     for condition in runs[0]["conditions"]:
-        random = samples or condition in RANDOM_CONDITIONS
+        random = samples or CONDITIONS[condition].random
         counted = [run for run in runs if random or run["settings"]["seed"] == seeds[0]]
         for metric in runs[0]["conditions"][condition]["metrics"]:
-            found = [run["conditions"].get(condition, {}).get("metrics", {}).get(metric, {}) for run in counted]
-            values = [row["value"] for row in found if row.get("value") is not None]
+            of_runs = [run["conditions"].get(condition, {}).get("metrics", {}).get(metric, {}) for run in counted]
+            values = [row["value"] for row in of_runs if row.get("value") is not None]
             if not values:
                 continue
             mean, row = statistics.fmean(values), scores.setdefault(condition, {})
@@ -369,49 +381,101 @@ def over_runs(runs: list[dict[str, Any]], seeds: list[int], samples: bool) -> di
     }
 
 
+def _evaluate_fold(
+    args: EvaluationArguments,
+    fold: int | None,
+    model: ELMForConditionalGeneration,
+    processor: ELMProcessor,
+    name: str,
+    folder: Path,
+) -> list[Results]:
+    """The results of each seed, written into `folder`."""
+    state = PartialState()
+    with state.main_process_first():
+        data = args.load(fold, args.split)
+        training_data = None if args.split == "train" else args.load(fold, "train", data_subset=None)
+    if data is None:
+        raise ValueError(f"--data {' '.join(args.data)} has no split {args.split!r}.")
+    revision = revision_of(model, name)
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = [SCHEMA_VERSION, revision, args.dtype, args.torch_compile, args.data, args.ecg_root]
+    progress = Progress(folder, facts, state.process_index)
+    runs = []
+    for seed in args.seed:
+        results = evaluate(
+            model,
+            processor,
+            data,
+            conditions=args.conditions,
+            metrics=args.metrics,
+            bert_score_model=args.bert_score_model,
+            score=args.score,
+            candidates=args.candidates,
+            training_dataset=training_data,
+            batch_size=args.batch_size,
+            max_new_tokens=args.max_new_tokens,
+            generation=args.generation,
+            system_prompt=args.system_prompt,
+            seed=seed,
+            num_resamples=args.num_resamples,
+            progress=progress,
+        )
+        runs.append(results)
+        if state.is_main_process:
+            results |= {"model": Path(name).name, "model_revision": revision}
+            results["data"] |= {"names": [Path(name).name for name in args.data], "split": args.split, "fold": fold}
+            results["settings"] |= {"torch_compile": args.torch_compile, "data_subset": args.data_subset}
+            _write(folder / f"seed{seed}" if len(args.seed) > 1 else folder, results, data)
+    return runs
+
+
+def _write(folder: Path, results: Results, data: Dataset) -> None:
+    folder.mkdir(exist_ok=True)
+    results.save(folder)
+    write_report(folder / REPORT_FILE, results, results.predictions, data)
+    add_evaluation(folder, results)
+    print(results["verdict"])
+    print(f"Results, predictions and report in {folder.resolve()}", flush=True)
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Returns the results of a single run, of several the figures over them; on processes other than the first nothing."""
     args = parse(argv)
-    modules = load_metrics(args.metrics)  # first, as what it lacks should be told before the answers are made
+    load_metrics(args.metrics)  # what they lack should be known before the model is loaded
     state = PartialState(cpu=not torch.cuda.is_available())
     folder = output_folder(args)
     folds: list[int | None] = [None] if args.fold is None else [*args.fold]
+    folders = {fold: folder / f"fold{fold}" if len(folds) > 1 else folder for fold in folds}
     if len(args.seed) > 1 and not args.samples:
         logger.warning(
-            "Nothing but noise and swapped ECGs depends on the seed, as answers are not sampled: the others are asked once, for %s.",
+            "Answers are not sampled, so that only %s depend on the seed: the others are asked once, for %s.",
+            " and ".join(name for name in args.conditions if CONDITIONS[name].random) or "no conditions",
             ", ".join(f"seed {seed}" for seed in args.seed),
         )
-    runs, progresses = [], []
+    runs: list[Results] = []
     model = processor = None
-    for number in folds:
-        name = args.model_name_or_path.replace("{fold}", str(number))
+    for fold in folds:
+        name = args.model_name_or_path.replace("{fold}", str(fold))
         if model is None or processor is None or name != args.model_name_or_path:
             model, processor = load_elm(name, revision=args.model_revision, dtype=args.dtype)
             model.to(state.device)  # type: ignore[arg-type]  # a wrapped method
-            model.eval()
             if args.torch_compile:
                 model.compile(dynamic=True)
-        of_fold = folder / f"fold{number}" if len(folds) > 1 else folder
-        of_fold.mkdir(parents=True, exist_ok=True)
-        fold = Fold(args, number, name, model, processor, of_fold)
-        progresses.append(fold.progress)
-        with state.main_process_first():  # it takes over what an interrupted evaluation left
-            fold.progress.begin(fold.progress.read() if state.is_main_process else {})
-        for seed in args.seed:
-            runs.append(fold.run(seed, of_fold / f"seed{seed}" if len(args.seed) > 1 else of_fold, modules))
+        runs += _evaluate_fold(args, fold, model, processor, name, folders[fold])
     if not state.is_main_process:
         return {}
-    for progress in progresses:
-        progress.remove()
+    # only now: an evaluation that is interrupted in a later fold keeps the answers of the earlier ones
+    for fold_folder in folders.values():
+        Progress(fold_folder, None).remove()
     if len(runs) == 1:
         return runs[0]
     summary = over_runs(runs, args.seed, args.samples)
-    write_text(folder / "evaluation_summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    write_json(folder / SUMMARY_FILE, summary)
     for condition, metrics in summary["conditions"].items():
         row = metrics["exact_match"]
-        spread = "" if row["std"] is None else f", standard deviation {100 * row['std']:.1f}"
-        print(f"{condition}: exact match {100 * row['mean']:.1f}% over {row['num_runs']} runs{spread}")
-    print(f"Figures over the runs in {(folder / 'evaluation_summary.json').resolve()}", flush=True)
+        spread = "" if row["std"] is None else f", standard deviation {as_percent(row['std'])}"
+        print(f"{condition}: exact match {as_percent(row['mean'])}% over {row['num_runs']} runs{spread}")
+    print(f"Figures over the runs in {(folder / SUMMARY_FILE).resolve()}", flush=True)
     return summary
 
 

@@ -1,5 +1,7 @@
 """What an evaluation asks of a split: each assistant turn, its patient, its candidate answers, whose ECG is swapped in."""
 
+import hashlib
+import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +16,12 @@ MAX_CANDIDATES = 50
 
 @dataclass
 class Question:
-    """One assistant turn of a row: what was said before it and what it says.
+    """One assistant turn of a row.
 
     Args:
         turn: its place among the messages of the row.
+        question: the message before it.
+        answer: the right one, which is what the assistant says.
         template: what the question is an instance of: the `template_id` of the row, else its words.
     """
 
@@ -39,6 +43,7 @@ def list_questions(data: Dataset) -> list[Question]:
     Raises:
         ValueError: a row has no messages, or an answer is empty.
     """
+    # without the ECGs, which take longest to read
     columns = [name for name in ("messages", "question_type", "template_id") if name in data.column_names]
     patients = patients_of(data)
     questions = []
@@ -64,6 +69,16 @@ def list_questions(data: Dataset) -> list[Question]:
     return questions
 
 
+def digest(facts: Any) -> str:
+    """SHA-256 of what can be written as JSON."""
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def fingerprint_of(questions: list[Question]) -> str:
+    """A digest by which the same questions, with the same right answers, are known again."""
+    return digest([list(vars(question).values()) for question in questions])
+
+
 def _text(content: str | list[dict[str, Any]]) -> str:
     if isinstance(content, str):
         return content
@@ -77,22 +92,27 @@ def most_frequent_answers(questions: list[Question], training: list[Question]) -
     for question in training:
         for key in ((question.question_type, question.template), question.question_type, None):
             counts[key][question.answer] += 1
-    best = {key: min(found, key=lambda answer: (-found[answer], answer)) for key, found in counts.items()}
+    best = {key: min(answers, key=lambda answer: (-answers[answer], answer)) for key, answers in counts.items()}
     keys = [((q.question_type, q.template), q.question_type, None) for q in questions]
-    return [next(best[key] for key in places if key in best) for places in keys]
+    return [next(best[key] for key in from_narrow_to_wide if key in best) for from_narrow_to_wide in keys]
 
 
-def candidate_answers(questions: list[Question], known: list[Question], given: Sequence[str] | None) -> list[list[str]]:
-    """The answers among which each question is to be decided, sorted: `given` ones for all, or those that `known` questions
-    of its type have, and its own.
+def candidate_answers(
+    questions: list[Question], training: list[Question], for_all: Sequence[str] | None
+) -> list[list[str]]:
+    """The answers among which each question is to be decided, sorted.
+
+    Args:
+        training: questions whose answers are candidates for the questions of their type, beside the right ones.
+        for_all: candidates for every question instead.
 
     Raises:
-        ValueError: there is one candidate alone, more than `MAX_CANDIDATES`, or `given` ones lack a right answer.
+        ValueError: there is one candidate alone, more than `MAX_CANDIDATES`, or `for_all` lacks a right answer.
     """
-    if given:
-        candidates = sorted(set(given))
+    if for_all:
+        candidates = sorted(set(for_all))
         if len(candidates) < 2:
-            raise ValueError(f"--candidates {' '.join(given)}: expected at least two different answers.")
+            raise ValueError(f"--candidates {' '.join(for_all)}: expected at least two different answers.")
         for question in questions:
             if question.answer not in candidates:
                 raise ValueError(
@@ -100,7 +120,7 @@ def candidate_answers(questions: list[Question], known: list[Question], given: S
                 )
         return [candidates] * len(questions)
     by_type: dict[str, set[str]] = defaultdict(set)
-    for question in [*known, *questions]:
+    for question in [*training, *questions]:
         by_type[question.question_type].add(question.answer)
     asked = {question.question_type for question in questions}
     for kind in sorted(asked):
@@ -109,16 +129,16 @@ def candidate_answers(questions: list[Question], known: list[Question], given: S
                 f"Questions of the type {kind!r} have {len(by_type[kind])} different answers; --score likelihood decides among 2 "
                 f"to {MAX_CANDIDATES}. Give them as --candidates, or use --score generation."
             )
-    found = {kind: sorted(by_type[kind]) for kind in asked}
-    return [found[question.question_type] for question in questions]
+    of_type = {kind: sorted(by_type[kind]) for kind in asked}
+    return [of_type[question.question_type] for question in questions]
 
 
 def patients_of(data: Dataset) -> list[tuple[str, ...]]:
     """The patients of each row's ECGs."""
     patients = data["patient_id"] if "patient_id" in data.column_names else [None] * len(data)
-    several = [patient if isinstance(patient, list) else [patient] for patient in patients]
-    named = [tuple(str(patient) for patient in group if patient not in (None, "")) for group in several]
-    return [names or (f"row {row}",) for row, names in enumerate(named)]
+    groups = [patient if isinstance(patient, list) else [patient] for patient in patients]
+    names = [tuple(str(patient) for patient in group if patient not in (None, "")) for group in groups]
+    return [of_row or (f"row {row}",) for row, of_row in enumerate(names)]
 
 
 def other_patients(patients: list[tuple[str, ...]], seed: int) -> np.ndarray:

@@ -11,10 +11,10 @@ from functools import lru_cache
 from typing import Any
 
 import bert_score
-import datasets
-import evaluate
 from bert_score.utils import model2layers
 from transformers import AutoConfig, AutoTokenizer
+
+from elm_ecg.training.evaluation.text import ARGUMENTS, TextMetric, require_references
 
 CITATION = """
 @inproceedings{zhang2020bertscore,
@@ -24,10 +24,7 @@ CITATION = """
   year={2020}
 }
 """
-INPUTS = """
-Args:
-    predictions: [n] answers.
-    references: [n] right answers, none of them empty.
+INPUTS = f"""{ARGUMENTS.rstrip()}
     model: folder or Hub id of an encoder and its tokenizer, as roberta-large, which the paper recommends for English.
     num_layers: the layer whose states are compared. None: the one that the paper's authors found best for a model that
         they know by its Hub id.
@@ -46,6 +43,7 @@ Raises:
 
 @lru_cache(maxsize=1)  # for the answers of one condition after the other
 def load_scorer(model: str, num_layers: int | None, device: str | None) -> bert_score.BERTScorer:
+    """The scorer of an encoder's layer; `INPUTS` has its arguments and errors."""
     try:
         config = AutoConfig.from_pretrained(model)
         tokenizer = AutoTokenizer.from_pretrained(model, add_prefix_space=True)
@@ -68,17 +66,10 @@ def load_scorer(model: str, num_layers: int | None, device: str | None) -> bert_
     return scorer
 
 
-class BERTScore(evaluate.Metric):
-    def _info(self) -> evaluate.MetricInfo:
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation=CITATION,
-            inputs_description=INPUTS,
-            features=datasets.Features({"predictions": text, "references": text}),
-        )
+class BERTScore(TextMetric):
+    """F1 of the tokens of each pair."""
 
-    def _compute(
+    def _compute(  # type: ignore[override]  # needs its model
         self,
         predictions: list[str],
         references: list[str],
@@ -87,15 +78,13 @@ class BERTScore(evaluate.Metric):
         batch_size: int = 64,
         device: str | None = None,
     ) -> dict[str, Any]:
-        for index, reference in enumerate(references):
-            if not reference.strip():
-                raise ValueError(f"The reference of pair {index}, counted from 0, is empty; leave that pair out.")
+        require_references(references)
         scorer = load_scorer(model, num_layers, device)
         samples = [0.0] * len(predictions)
-        answered = [index for index, given in enumerate(predictions) if given.strip()]
+        answered = [index for index, prediction in enumerate(predictions) if prediction.strip()]
         if answered:
-            given, right = ([texts[index] for index in answered] for texts in (predictions, references))
-            _, _, f1 = scorer.score(given, right, batch_size=batch_size)
+            pairs = ([texts[index] for index in answered] for texts in (predictions, references))
+            _, _, f1 = scorer.score(*pairs, batch_size=batch_size)
             for index, value in zip(answered, f1.tolist(), strict=True):
                 samples[index] = value
         return {"bert_score": sum(samples) / len(samples), "samples": samples}

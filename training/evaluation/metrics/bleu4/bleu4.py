@@ -9,9 +9,9 @@ even right ones, BLEU-4 says little. An empty answer matches nothing, and the an
 from collections import Counter
 from typing import Any
 
-import datasets
-import evaluate
 import numpy as np
+
+from elm_ecg.training.evaluation.text import ARGUMENTS, TextMetric, require_references
 
 CITATION = """
 @inproceedings{papineni2002bleu,
@@ -27,11 +27,7 @@ CITATION = """
   year={2014}
 }
 """
-INPUTS = """
-Args:
-    predictions: [n] answers.
-    references: [n] right answers, none of them empty.
-
+INPUTS = f"""{ARGUMENTS}
 Returns:
     bleu4: the score of the corpus, which is not the mean over the pairs: `statistic` gives it of the samples' sums.
     samples: [n, 10]: matching runs of 1, 2, 3 and 4 words, runs of the answer, and the words of the answer and of the
@@ -42,25 +38,21 @@ SMOOTHING = 0.1
 
 
 def counts(prediction: str, reference: str) -> list[float]:
-    given, right = prediction.split(), reference.split()
+    """The sample of one pair, as `INPUTS` has it."""
+    answered, right = prediction.split(), reference.split()
     matches, totals = [], []
     for order in range(1, MAX_ORDER + 1):
         # the runs of `order` words: a word, and those after it
-        runs, right_runs = (Counter(zip(*(words[i:] for i in range(order)), strict=False)) for words in (given, right))
+        runs, right_runs = (
+            Counter(zip(*(words[i:] for i in range(order)), strict=False)) for words in (answered, right)
+        )
         matches.append((runs & right_runs).total())
         totals.append(max(1, runs.total()))
-    return [float(count) for count in (*matches, *totals, len(given), len(right))]
+    return [float(count) for count in (*matches, *totals, len(answered), len(right))]
 
 
-class BLEU4(evaluate.Metric):
-    def _info(self) -> evaluate.MetricInfo:
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation=CITATION,
-            inputs_description=INPUTS,
-            features=datasets.Features({"predictions": text, "references": text}),
-        )
+class BLEU4(TextMetric):
+    """BLEU-4 of the corpus."""
 
     @staticmethod
     def statistic(sums: np.ndarray) -> np.ndarray:
@@ -72,8 +64,6 @@ class BLEU4(evaluate.Metric):
         return np.where(matches[..., 0] > 0, brevity * np.exp(np.log(precisions).mean(axis=-1)), 0.0)
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, Any]:
-        for index, reference in enumerate(references):
-            if not reference.strip():
-                raise ValueError(f"The reference of pair {index}, counted from 0, is empty; leave that pair out.")
+        require_references(references)
         samples = [counts(*pair) for pair in zip(predictions, references, strict=True)]
         return {"bleu4": float(self.statistic(np.sum(samples, axis=0))), "samples": samples}

@@ -6,12 +6,10 @@ What the answers do not say is None: the recall of a class that no reference has
 has.
 """
 
-import unicodedata
 from collections import Counter
 from typing import Any
 
-import datasets
-import evaluate
+from elm_ecg.training.evaluation.text import TextMetric, folded, trimmed
 
 INPUTS = """
 Args:
@@ -35,27 +33,23 @@ OTHER = "(other)"
 
 
 def normalize(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(" .")
+    """A label or answer as they are compared."""
+    return trimmed(folded(text))
 
 
 def ratio(part: float, whole: float) -> float | None:
+    """A share; None of nothing."""
     return part / whole if whole else None
 
 
 def mean(values: list[float | None]) -> float:
+    """Of the values that are defined."""
     defined = [value for value in values if value is not None]
     return sum(defined) / len(defined)
 
 
-class ClosedSet(evaluate.Metric):
-    def _info(self) -> evaluate.MetricInfo:
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation="",
-            inputs_description=INPUTS,
-            features=datasets.Features({"predictions": text, "references": text}),
-        )
+class ClosedSet(TextMetric):
+    """Accuracy, and the figures of each class."""
 
     def _compute(
         self, predictions: list[str], references: list[str], labels: list[str] | None = None
@@ -72,16 +66,16 @@ class ClosedSet(evaluate.Metric):
                     "Name its label too, or leave that pair out."
                 )
         samples = [
-            [label_of[normalize(right)], label_of.get(normalize(given), OTHER)]
-            for given, right in zip(predictions, references, strict=True)
+            [label_of[normalize(right)], label_of.get(normalize(answer), OTHER)]
+            for answer, right in zip(predictions, references, strict=True)
         ]
         pairs = Counter(map(tuple, samples))
-        occurs, given = Counter(right for right, _ in samples), Counter(given for _, given in samples)
+        occurs, answered = (Counter(column) for column in zip(*samples, strict=True))
         per_class = {
             label: {
-                "precision": ratio(pairs[label, label], given[label]),
+                "precision": ratio(pairs[label, label], answered[label]),
                 "recall": ratio(pairs[label, label], occurs[label]),
-                "f1": ratio(2 * pairs[label, label], given[label] + occurs[label]),
+                "f1": ratio(2 * pairs[label, label], answered[label] + occurs[label]),
                 "support": occurs[label],
             }
             for label in labels
@@ -92,6 +86,6 @@ class ClosedSet(evaluate.Metric):
             "macro_f1": mean([row["f1"] for row in per_class.values()]),
             "labels": labels,
             "per_class": per_class,
-            "confusion_matrix": [[pairs[right, given] for given in [*labels, OTHER]] for right in labels],
+            "confusion_matrix": [[pairs[right, answer] for answer in [*labels, OTHER]] for right in labels],
             "samples": samples,
         }

@@ -12,11 +12,11 @@ Synonyms are WordNet's, which nltk needs as a file: `python -m nltk.downloader w
 
 from typing import Any
 
-import datasets
-import evaluate
 import nltk.corpus
 from nltk.tokenize import wordpunct_tokenize
 from nltk.translate.meteor_score import single_meteor_score
+
+from elm_ecg.training.evaluation.text import PairMetric
 
 CITATION = """
 @inproceedings{banerjee2005meteor,
@@ -26,26 +26,10 @@ CITATION = """
   year={2005}
 }
 """
-INPUTS = """
-Args:
-    predictions: [n] answers.
-    references: [n] right answers, none of them empty.
-
-Returns:
-    meteor: the mean over the pairs.
-    samples: [n], the score of each pair.
-"""
 
 
-class Meteor(evaluate.Metric):
-    def _info(self) -> evaluate.MetricInfo:
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation=CITATION,
-            inputs_description=INPUTS,
-            features=datasets.Features({"predictions": text, "references": text}),
-        )
+class Meteor(PairMetric):
+    """METEOR of each pair."""
 
     def _download_and_prepare(self, dl_manager: Any) -> None:
         """Called by `evaluate.load`.
@@ -61,12 +45,6 @@ class Meteor(evaluate.Metric):
                 f"({', '.join(nltk.data.path)}); get it with `python -m nltk.downloader wordnet`, or leave METEOR out."
             ) from error
 
-    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, Any]:
-        for index, reference in enumerate(references):
-            if not reference.strip():
-                raise ValueError(f"The reference of pair {index}, counted from 0, is empty; leave that pair out.")
-        samples = [
-            single_meteor_score(wordpunct_tokenize(right), wordpunct_tokenize(given), wordnet=nltk.corpus.wordnet)
-            for given, right in zip(predictions, references, strict=True)
-        ]
-        return {"meteor": sum(samples) / len(samples), "samples": samples}
+    def _score(self, prediction: str, reference: str) -> float:
+        words = wordpunct_tokenize(reference), wordpunct_tokenize(prediction)
+        return single_meteor_score(*words, wordnet=nltk.corpus.wordnet)

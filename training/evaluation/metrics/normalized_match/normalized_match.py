@@ -9,12 +9,7 @@ Where an answer would lose its meaning or all of its words, the rules give way:
 An empty answer is wrong.
 """
 
-import re
-import unicodedata
-from typing import Any
-
-import datasets
-import evaluate
+from elm_ecg.training.evaluation.text import PairMetric, normalized_words
 
 CITATION = """
 @inproceedings{rajpurkar2016squad,
@@ -24,41 +19,10 @@ CITATION = """
   year={2016}
 }
 """
-INPUTS = """
-Args:
-    predictions: [n] answers.
-    references: [n] right answers, none of them empty.
-
-Returns:
-    normalized_match: the mean over the pairs.
-    samples: [n], 1 where the answer is right, else 0.
-"""
-ARTICLES = {"a", "an", "the"}
-OUTSIDE_NUMBERS = re.compile(r"(?<!\d)[.,]|[.,](?!\d)|(?<=\S)-|-(?!\d)")
 
 
-# the same as in token_f1: a module of evaluate is one file
-def normalized_words(text: str) -> list[str]:
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    bare = "".join(char for char in folded if char in ".,-" or not unicodedata.category(char).startswith("P"))
-    words = OUTSIDE_NUMBERS.sub("", bare).split()
-    return [word for word in words if word not in ARTICLES] or words or folded.split()
+class NormalizedMatch(PairMetric):
+    """1 where the normalised answer is right, else 0."""
 
-
-class NormalizedMatch(evaluate.Metric):
-    def _info(self) -> evaluate.MetricInfo:
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation=CITATION,
-            inputs_description=INPUTS,
-            features=datasets.Features({"predictions": text, "references": text}),
-        )
-
-    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, Any]:
-        for index, reference in enumerate(references):
-            if not reference.strip():
-                raise ValueError(f"The reference of pair {index}, counted from 0, is empty; leave that pair out.")
-        pairs = zip(predictions, references, strict=True)
-        samples = [float(normalized_words(given) == normalized_words(right)) for given, right in pairs]
-        return {"normalized_match": sum(samples) / len(samples), "samples": samples}
+    def _score(self, prediction: str, reference: str) -> float:
+        return normalized_words(prediction) == normalized_words(reference)

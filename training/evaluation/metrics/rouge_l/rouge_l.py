@@ -9,13 +9,12 @@ An empty answer, or one without a word, scores 0.
 
 import re
 import unicodedata
-from typing import Any
 
-import datasets
-import evaluate
 from nltk.stem import PorterStemmer
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
+
+from elm_ecg.training.evaluation.text import PairMetric
 
 CITATION = """
 @inproceedings{lin2004rouge,
@@ -25,41 +24,24 @@ CITATION = """
   year={2004}
 }
 """
-INPUTS = """
-Args:
-    predictions: [n] answers.
-    references: [n] right answers, none of them empty.
-
-Returns:
-    rouge_l: the mean over the pairs.
-    samples: [n], the F1 of each pair.
-"""
 
 
 class StemTokenizer(Tokenizer):
+    """The stems of the words of a text, in every alphabet."""
+
     def __init__(self) -> None:
         self.stemmer = PorterStemmer()
 
     def tokenize(self, text: str) -> list[str]:
+        """Words of more than three letters as their stems, as `rouge_score` has it."""
         words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).lower())
         return [self.stemmer.stem(word) if len(word) > 3 else word for word in words]
 
 
-class RougeL(evaluate.Metric):
-    def _info(self) -> evaluate.MetricInfo:
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation=CITATION,
-            inputs_description=INPUTS,
-            features=datasets.Features({"predictions": text, "references": text}),
-        )
+class RougeL(PairMetric):
+    """F1 of the longest common run of each pair."""
 
-    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, Any]:
-        for index, reference in enumerate(references):
-            if not reference.strip():
-                raise ValueError(f"The reference of pair {index}, counted from 0, is empty; leave that pair out.")
-        scorer = RougeScorer(["rougeL"], tokenizer=StemTokenizer())
-        pairs = zip(predictions, references, strict=True)
-        samples = [float(scorer.score(right, given)["rougeL"].fmeasure) for given, right in pairs]
-        return {"rouge_l": sum(samples) / len(samples), "samples": samples}
+    scorer = RougeScorer(["rougeL"], tokenizer=StemTokenizer())
+
+    def _score(self, prediction: str, reference: str) -> float:
+        return self.scorer.score(reference, prediction)["rougeL"].fmeasure

@@ -7,11 +7,9 @@ R the share of the right ones that are given; the score is the mean over the pai
 An answer without a statement scores 0.
 """
 
-import unicodedata
 from typing import Any
 
-import datasets
-import evaluate
+from elm_ecg.training.evaluation.text import TextMetric, folded, trimmed
 
 INPUTS = """
 Args:
@@ -27,31 +25,25 @@ Returns:
 
 
 def statements(text: str) -> set[str]:
-    parts = unicodedata.normalize("NFKC", text).casefold().split(";")
-    return {" ".join(part.split()).rstrip(" .") for part in parts} - {""}
+    """What stands between the semicolons of a text."""
+    return {trimmed(part) for part in folded(text).split(";")} - {""}
 
 
 def compare(prediction: str, reference: str) -> dict[str, Any]:
-    given, right = statements(prediction), statements(reference)
-    hits = len(given & right)
+    """One of the `pairs`, as `INPUTS` has it."""
+    answered, right = statements(prediction), statements(reference)
+    hits = len(answered & right)
     return {
-        "precision": hits / len(given) if given else 0.0,
+        "precision": hits / len(answered) if answered else 0.0,
         "recall": hits / len(right),
-        "f1": 2 * hits / (len(given) + len(right)),
-        "missed": sorted(right - given),
-        "extra": sorted(given - right),
+        "f1": 2 * hits / (len(answered) + len(right)),
+        "missed": sorted(right - answered),
+        "extra": sorted(answered - right),
     }
 
 
-class SetF1(evaluate.Metric):
-    def _info(self) -> evaluate.MetricInfo:
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation="",
-            inputs_description=INPUTS,
-            features=datasets.Features({"predictions": text, "references": text}),
-        )
+class SetF1(TextMetric):
+    """F1 of the statements of each pair."""
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, Any]:
         for index, reference in enumerate(references):
