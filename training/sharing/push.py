@@ -33,18 +33,8 @@ from elm_ecg.tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer
 from elm_ecg.training.data.synthetic import Findings, simulate_ecg
 from elm_ecg.training.evaluation.results import REPORT_FILE, RESULTS_FILE
 from elm_ecg.training.files import resource
-from elm_ecg.training.sharing.cards import (
-    CARD,
-    CITATION,
-    PREPROCESSOR,
-    SAMPLE,
-    citation,
-    elm_card,
-    encoder_card,
-    on_hub,
-    replace_section,
-    use_of,
-)
+from elm_ecg.training.sharing.card_templates import CARD, CITATION, SAMPLE, citation, on_hub, replace_section, use_of
+from elm_ecg.training.sharing.cards import PREPROCESSOR, elm_card, encoder_card
 from elm_ecg.training.sharing.disclosure import (
     DATASET_FILES,
     PICKLES,
