@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from .ecg_formats_common import stated
+
 SEXES = {1: "male", 2: "female"}
 
 # a record of ten seconds has 30 kB
@@ -48,13 +50,8 @@ def read_scp(content: bytes) -> dict[str, Any]:
     compression are undone. Samples between QRS complexes that bimodal compression replaced by means of (mostly) four
     are interpolated between these.
 
-    Args:
-        content: the bytes of the file.
-
     Returns:
-        A dict of `array` (float32 [leads, samples] in microvolts), `sampling_rate` in hertz, `lead_names`, `unit`
-        ("uV") and `metadata` (plain JSON values: `format`, and of `patient_id`, `age`, `sex`, `date`, `device`,
-        `filters`, `statements` what the file says).
+        As `ecg_formats.read_file`; the array is float32 [leads, samples] in microvolts.
 
     Raises:
         ValueError: the content is no such record, is damaged (checksums, lengths, codes), or has leads that were not
@@ -80,8 +77,8 @@ def read_scp(content: bytes) -> dict[str, Any]:
                 )
         beats, protected, beat_milliseconds, fiducial = _scp_beats(sections[4])
         beat_nanovolts, beat_interval, beat_difference, _, beat_encoded = _scp_signals(sections[5], 5, len(lead_names))
-        decimation, rest = divmod(interval, beat_interval)
-        if rest or not 1 <= decimation <= MAX_SCP_DECIMATION:
+        decimation, remainder = divmod(interval, beat_interval)
+        if remainder or not 1 <= decimation <= MAX_SCP_DECIMATION:
             raise ValueError(
                 f"The sample interval of the rhythm is {interval} us, that of the reference beat {beat_interval} us; "
                 f"expected 1 to {MAX_SCP_DECIMATION} times as much."
@@ -118,9 +115,9 @@ def _unpack(layout: str, data: bytes, offset: int, what: str) -> tuple:
 
 
 def _check_crc(data: bytes, crc: int, what: str) -> None:
-    found = binascii.crc_hqx(data, 0xFFFF)
-    if found != crc:
-        raise ValueError(f"{what} has the checksum {found:#06x}, and the file says {crc:#06x}; the file is damaged.")
+    actual = binascii.crc_hqx(data, 0xFFFF)
+    if actual != crc:
+        raise ValueError(f"{what} has the checksum {actual:#06x}, and the file says {crc:#06x}; the file is damaged.")
 
 
 def _date(date: Sequence[int], time: Sequence[int] | None) -> str | None:
@@ -156,10 +153,10 @@ def _scp_sections(content: bytes) -> dict[int, bytes]:
     _check_crc(content[2:size], crc, "The record")
 
     def section(start: int, number: int) -> bytes:
-        crc, found, length = _unpack("<HHI", content, start, "The record")
-        if found != number or length < 16 or start + length > size:
+        crc, actual, length = _unpack("<HHI", content, start, "The record")
+        if actual != number or length < 16 or start + length > size:
             raise ValueError(
-                f"At byte {start} stands section {found} of {length} bytes; expected section {number}, of 16 to "
+                f"At byte {start} stands section {actual} of {length} bytes; expected section {number}, of 16 to "
                 f"{size - start} bytes."
             )
         _check_crc(content[start + 2 : start + length], crc, f"Section {number}")
@@ -384,10 +381,10 @@ def _scp_header(sections: dict[int, bytes]) -> dict[str, Any]:
     (high_pass,), (low_pass,) = fields(27, "<H") or (0,), fields(28, "<H") or (0,)
     filters = {"high_pass": f"{high_pass / 100:g} Hz", "low_pass": f"{low_pass} Hz"}
     metadata["filters"] = {name: value for name, value in filters.items() if value != "0 Hz"}
-    return {name: value for name, value in metadata.items() if value not in (None, "", {})}
+    return stated(**metadata)
 
 
-def _scp_statements(sections: dict[int, bytes]) -> dict[str, list[str]]:
+def _scp_statements(sections: dict[int, bytes]) -> dict[str, Any]:
     """The interpretation as text, section 8."""
     section = sections.get(8, b"")
     statements = []
@@ -396,8 +393,7 @@ def _scp_statements(sections: dict[int, bytes]) -> dict[str, list[str]]:
         _, length = _unpack("<BH", section, offset, "Section 8")
         statements.append(_string(section[offset + 3 : offset + 3 + length]))
         offset += 3 + length
-    statements = [statement for statement in statements if statement]
-    return {"statements": statements} if statements else {}
+    return stated(statements=statements)
 
 
 def read_ishne(content: bytes) -> dict[str, Any]:
@@ -406,13 +402,8 @@ def read_ishne(content: bytes) -> dict[str, Any]:
     Leads that the header marks as not available are left out; those without a name are called "unknown 1" and so on, by
     their place.
 
-    Args:
-        content: the bytes of the file.
-
     Returns:
-        A dict of `array` (float32 [leads, samples] in microvolts), `sampling_rate` in hertz, `lead_names`, `unit`
-        ("uV") and `metadata` (plain JSON values: `format`, and of `patient_id`, `sex`, `date`, `device` what
-        the file says).
+        As `ecg_formats.read_file`; the array is float32 [leads, samples] in microvolts.
 
     Raises:
         ValueError: the content is no such file, is damaged (checksum, length), or its header holds impossible values.
@@ -433,8 +424,8 @@ def read_ishne(content: bytes) -> dict[str, Any]:
         raise ValueError(f"The header says {num_leads} leads at {rate} Hz; expected 1 to 12 leads at 1 Hz or more.")
 
     # the standard leaves open whether the size counts the samples of one or of all leads
-    num_values, rest = divmod(len(content) - start, 2)
-    if rest or size < 1 or num_values not in (size * num_leads, size) or num_values % num_leads:
+    num_values, remainder = divmod(len(content) - start, 2)
+    if remainder or size < 1 or num_values not in (size * num_leads, size) or num_values % num_leads:
         raise ValueError(
             f"The file holds {len(content) - start} bytes of samples; expected {size} samples of 2 bytes, in all or "
             f"for each of {num_leads} leads. It is damaged or cut short."
@@ -443,17 +434,17 @@ def read_ishne(content: bytes) -> dict[str, Any]:
     if not available or resolutions[available].min() < 1:
         raise ValueError(f"The leads have resolutions of {resolutions[:num_leads].tolist()} nV; expected above 0.")
     samples = np.frombuffer(content, "<i2", num_values, start).reshape(-1, num_leads).T[available]
-    metadata = {
-        "format": "ISHNE",
-        "patient_id": _string(patient_id),
-        "sex": SEXES.get(sex),
-        "date": _date((year, month, day), time),
-        "device": _string(recorder),
-    }
+    metadata = stated(
+        format="ISHNE",
+        patient_id=_string(patient_id),
+        sex=SEXES.get(sex),
+        date=_date((year, month, day), time),
+        device=_string(recorder),
+    )
     return {
         "array": samples * (resolutions[available, None] / 1000).astype(np.float32),
         "sampling_rate": float(rate),
         "lead_names": [ISHNE_LEADS.get(codes[lead], f"unknown {lead + 1}") for lead in available],
         "unit": "uV",
-        "metadata": {name: value for name, value in metadata.items() if value},
+        "metadata": metadata,
     }

@@ -10,10 +10,11 @@ from xml.etree.ElementTree import Element, ParseError, TreeBuilder
 
 import numpy as np
 
+from .ecg_formats_common import STANDARD_LEADS, stated
+
 # far beyond real files (20 levels, 4,000 elements and attributes); an element takes 30 times the memory of its text
 MAX_DEPTH = 100
 MAX_NODES = 200_000
-MAX_SAMPLING_RATE = 1_000_000
 # leads x samples that compressed waveforms may unpack to: 12 leads over 46 minutes at 500 Hz
 MAX_UNPACKED_SAMPLES = 1 << 24
 
@@ -23,7 +24,6 @@ SEXES = {"m": "male", "male": "male", "f": "female", "female": "female"}
 
 HL7_FILTERS = {"LOW_PASS": "low_pass", "HIGH_PASS": "high_pass", "NOTCH": "notch"}
 PHILIPS_VERSIONS = ("1.03", "1.04", "1.04.01", "1.04.02")
-PHILIPS_STANDARD_LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 
 
 def read_xml(content: bytes) -> dict[str, Any]:
@@ -33,9 +33,7 @@ def read_xml(content: bytes) -> dict[str, Any]:
         content: the bytes of the file, in UTF-8, UTF-16 or the encoding that it declares.
 
     Returns:
-        A dict of `array` (float32 [leads, samples] in microvolts), `sampling_rate` in hertz, `lead_names`, `unit`
-        ("uV") and `metadata` (plain JSON values: `format`, and of `patient_id`, `age`, `sex`, `date`, `device`,
-        `statements`, `filters` what the file says).
+        As `ecg_formats.read_file`; the array is float32 [leads, samples] in microvolts.
 
     Raises:
         ValueError: the content is no such file or is damaged. Entities are refused, no DTD is fetched, and depth and number
@@ -46,14 +44,12 @@ def read_xml(content: bytes) -> dict[str, Any]:
     if root.tag not in READERS:
         raise ValueError(f"The XML's root element is <{root.tag[:100]}>; expected one of {', '.join(READERS)}.")
     array, sampling_rate, lead_names, metadata = READERS[root.tag](root)
-    if not 1 <= sampling_rate <= MAX_SAMPLING_RATE:
-        raise ValueError(f"The sampling rate is {sampling_rate:g} Hz; expected 1 to {MAX_SAMPLING_RATE} Hz.")
     return {
         "array": array,
         "sampling_rate": sampling_rate,
         "lead_names": lead_names,
         "unit": "uV",
-        "metadata": {key: value for key, value in metadata.items() if value not in (None, "", [], {})},
+        "metadata": stated(**metadata),
     }
 
 
@@ -104,10 +100,10 @@ def _parse(content: bytes) -> Element:
 
 
 def _find(element: Element, path: str) -> Element:
-    found = element.find(path)
-    if found is None:
+    child = element.find(path)
+    if child is None:
         raise ValueError(f"<{element.tag}> has no <{path}>; the file is incomplete or of another version.")
-    return found
+    return child
 
 
 def _text(element: Element, path: str) -> str:
@@ -115,8 +111,8 @@ def _text(element: Element, path: str) -> str:
 
 
 def _attribute(element: Element, path: str, name: str) -> str:
-    found = element.find(path)
-    return "" if found is None else found.get(name, "").strip()
+    child = element.find(path)
+    return "" if child is None else child.get(name, "").strip()
 
 
 def _number(text: str, what: str, minimum: float = -math.inf, maximum: float = 1e10) -> float:
@@ -249,7 +245,7 @@ def _read_hl7(root: Element) -> tuple[np.ndarray, float, list[str], dict[str, An
             "date": _iso_date(date),
             "device": " ".join(filter(None, names)),
             "filters": filters,
-            "statements": list(dict.fromkeys(filter(None, statements))),
+            "statements": list(dict.fromkeys(statements)),
         },
     )
 
@@ -270,10 +266,10 @@ def _hl7_lead(name: str, sequence: Element) -> np.ndarray:
 
 def _iso_date(text: str) -> str:
     """HL7's 20021122091000.000 as 2002-11-22T09:10:00; another form as it is."""
-    found = re.match(r"(\d{4})(\d\d)(\d\d)(?:(\d\d)(\d\d)(\d\d)?)?", text)
-    if not found:
+    match = re.match(r"(\d{4})(\d\d)(\d\d)(?:(\d\d)(\d\d)(\d\d)?)?", text)
+    if not match:
         return text
-    date, time = "-".join(found.groups()[:3]), ":".join(filter(None, found.groups()[3:]))
+    date, time = "-".join(match.groups()[:3]), ":".join(filter(None, match.groups()[3:]))
     return f"{date}T{time}" if time else date
 
 
@@ -314,8 +310,8 @@ def _read_muse(root: Element) -> tuple[np.ndarray, float, list[str], dict[str, A
             "sex": _sex(_text(root, f"{patient}/Gender")),
             "date": f"{date}T{time}" if date and time else date,
             "device": _text(root, f"{test}/AcquisitionDevice"),
-            "filters": {name: _text(rhythm, tag) for name, tag in filters.items() if _text(rhythm, tag)},
-            "statements": [statement for statement in statements if statement],
+            "filters": {name: _text(rhythm, tag) for name, tag in filters.items()},
+            "statements": statements,
         },
     )
 
@@ -328,11 +324,11 @@ def _muse_lead(lead: Element, name: str) -> np.ndarray:
     scale = _positive(_text(lead, "LeadAmplitudeUnitsPerBit"), what)
     scale *= _factor(_text(lead, "LeadAmplitudeUnits"), MICROVOLTS, what)
     data = _base64(lead.findtext("WaveFormData"), f"The waveform of lead {name[:100]}")
-    for tag, found in (("LeadByteCountTotal", len(data)), ("LeadSampleCountTotal", len(data) / 2)):
-        stated = _integer(_text(lead, tag), f"{tag} of lead {name[:100]}")
-        if stated != found:
+    for tag, actual in (("LeadByteCountTotal", len(data)), ("LeadSampleCountTotal", len(data) / 2)):
+        claimed = _integer(_text(lead, tag), f"{tag} of lead {name[:100]}")
+        if claimed != actual:
             raise ValueError(
-                f"Lead {name[:100]} holds {found:g} as its {tag}, and the file says {stated}; it is damaged."
+                f"Lead {name[:100]} holds {actual:g} as its {tag}, and the file says {claimed}; it is damaged."
             )
     crc = _text(lead, "LeadDataCRC32")
     if crc and _integer(crc, f"LeadDataCRC32 of lead {name[:100]}", minimum=0) != zlib.crc32(data):
@@ -366,16 +362,7 @@ def _read_philips(root: Element) -> tuple[np.ndarray, float, list[str], dict[str
             f"Samples have {bits[:100]!r} bits and offset {offset[:100]!r}; expected signed, 16 bits, offset 0."
         )
 
-    names = waveforms.get("leadlabels", "").split(maxsplit=99)[:99]
-    if names:
-        names = names[: _integer(waveforms.get("numberofleads", str(len(names))), "numberofleads")]
-    elif _text(signal, "acquisitiontype") in ("STD-12", "10-WIRE"):
-        names = list(PHILIPS_STANDARD_LEADS)
-    else:
-        raise ValueError(
-            f"The file names no leads and its acquisition type is {_text(signal, 'acquisitiontype')[:100]!r}; expected "
-            "leadlabels, or the types STD-12 or 10-WIRE."
-        )
+    names = _philips_lead_names(signal, waveforms)
     duration = _positive(waveforms.get("durationperchannel", ""), "durationperchannel")
     samples = _integer(str(duration * rate / 1000), "durationperchannel * samplingrate / 1000")
     encoding = waveforms.get("dataencoding", "")
@@ -403,7 +390,6 @@ def _read_philips(root: Element) -> tuple[np.ndarray, float, list[str], dict[str
     acquisition = _find(root, "dataacquisition")
     bandwidth = "reportinfo/reportbandwidth"
     filters = {"high_pass": "highpass", "low_pass": "lowpass", "notch": "notch"}
-    settings = {name: _text(root, f"{bandwidth}/{tag}filtersetting") for name, tag in filters.items()}
     statements = []
     for interpretation in root.iterfind("interpretations/interpretation"):
         for statement in interpretation.iterfind("statement"):
@@ -420,11 +406,25 @@ def _read_philips(root: Element) -> tuple[np.ndarray, float, list[str], dict[str
             "sex": _sex(_text(root, f"{patient}/sex")),
             "date": "T".join(filter(None, (acquisition.get("date"), acquisition.get("time")))),
             "device": _text(acquisition, "machine"),
-            "filters": {name: setting for name, setting in settings.items() if setting},
-            "statements": [statement for statement in statements if statement],
+            "filters": {name: _text(root, f"{bandwidth}/{tag}filtersetting") for name, tag in filters.items()},
+            "statements": statements,
             "calibration_start": mark / rate or None,
         },
     )
+
+
+def _philips_lead_names(signal: Element, waveforms: Element) -> list[str]:
+    """The leads in use; files of standard acquisition types may leave their names out."""
+    names = waveforms.get("leadlabels", "").split(maxsplit=99)[:99]
+    if names:
+        return names[: _integer(waveforms.get("numberofleads", str(len(names))), "numberofleads")]
+    acquisition_type = _text(signal, "acquisitiontype")
+    if acquisition_type not in ("STD-12", "10-WIRE"):
+        raise ValueError(
+            f"The file names no leads and its acquisition type is {acquisition_type[:100]!r}; expected leadlabels, or "
+            "the types STD-12 or 10-WIRE."
+        )
+    return list(STANDARD_LEADS)
 
 
 def _calibration_start(array: np.ndarray) -> int:

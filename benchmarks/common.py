@@ -52,7 +52,7 @@ def build(args: Namespace) -> tuple[ELMForConditionalGeneration, ELMProcessor]:
             argv += ["--encoder", args.encoder, "--encoder_config", "{}"]
         elm_args, _, model_args = sft.parse(argv)
         processor = build_processor(elm_args)
-        model = build_model(elm_args, model_args, processor)
+        model = build_model(elm_args, processor, dtype=model_args.dtype)
     model.to(DEVICE)
     size = sum(parameter.numel() for parameter in model.parameters())
     where = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"

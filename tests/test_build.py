@@ -52,7 +52,7 @@ def arguments(llm, **changes) -> ELMArguments:
 
 
 def build(args: ELMArguments) -> ELMForConditionalGeneration:
-    return build_model(args, ModelConfig(), build_processor(args))
+    return build_model(args, build_processor(args))
 
 
 @pytest.mark.parametrize(("name", "hub_id"), LLMS.items())
@@ -232,7 +232,7 @@ def test_default_ecg_tokenizer(llm):
 
 def test_symbolic_model(symbolic_args, llm):
     processor = build_processor(symbolic_args)
-    model = build_model(symbolic_args, ModelConfig(), processor)
+    model = build_model(symbolic_args, processor)
     assert model.config.representation == "symbolic"
     assert model.model.connector is None
     old = AutoModelForCausalLM.from_pretrained(llm).get_input_embeddings().weight
@@ -246,7 +246,7 @@ def test_symbolic_model(symbolic_args, llm):
 
 def test_lora_of_symbolic_ecgs_trains_all_new_rows(symbolic_args):
     processor = build_processor(symbolic_args)
-    model = build_model(symbolic_args, ModelConfig(), processor)
+    model = build_model(symbolic_args, processor)
     config = lora_config(symbolic_args, ModelConfig(), model, processor)
     new = [processor.ecg_token_id, *processor.signal_token_ids]
     assert config.trainable_token_indices == {"embed_tokens": new, "lm_head": new}
@@ -331,7 +331,7 @@ def test_pretrained_backbone(llm, backbones, name, representation, option):
     folder, tower = backbones[name]
     args = image_arguments(llm, representation=representation, **{option: str(folder)})
     processor = build_processor(args)
-    model = build_model(args, ModelConfig(), processor)
+    model = build_model(args, processor)
     assert model.config.encoder_config.model_type == name
     for key, tensor in model.model.encoder.state_dict().items():
         assert torch.equal(tensor, tower.state_dict()[key.removeprefix("vision_model.")]), key
@@ -349,7 +349,7 @@ def test_backbone_with_random_weights(llm, model_type, representation):
     fields = json.dumps(TINY_VISION[model_type])
     args = image_arguments(llm, representation=representation, encoder=model_type, encoder_config=fields)
     processor = build_processor(args)
-    model = build_model(args, ModelConfig(), processor)
+    model = build_model(args, processor)
     assert model.config.encoder_config.to_dict().items() >= TINY_VISION[model_type].items()
     inputs = processor(ecgs=[RECORD, RECORD], return_tensors="pt")
     side = 224 if model_type == "resnet" else 160  # which reads any size
@@ -365,7 +365,7 @@ def test_embedding_of_a_backbone(llm, backbones):
         llm, encoder=str(backbones["clip_vision_model"][0]), image_features="embedding", num_ecg_tokens=None
     )
     processor = build_processor(args)
-    model = build_model(args, ModelConfig(), processor)
+    model = build_model(args, processor)
     assert processor.num_ecg_tokens == 1
     assert model.get_ecg_features(**processor(ecgs=RECORD, return_tensors="pt")).shape == (1, 1, 32)
 
@@ -397,7 +397,7 @@ def test_image_processor(llm, backbones, encoder, fields, shape):
     assert list(own["image_mean"]) == PREPROCESSORS[encoder]["image_mean"]
     inputs = processor(ecgs=RECORD, return_tensors="pt")
     assert inputs["pixel_values"].shape == (1, *shape)
-    assert build_model(args, ModelConfig(), processor).get_ecg_features(**inputs).shape == (1, 4, 32)
+    assert build_model(args, processor).get_ecg_features(**inputs).shape == (1, 4, 32)
 
 
 @pytest.mark.parametrize(("normalization", "expected"), [("none", [-2, 2]), ("zscore", [-4, 4]), ("minmax", [0, 1])])
@@ -437,7 +437,7 @@ def test_load_elm_from_an_empty_folder(tmp_path):
 def test_load_elm(llm, tmp_path):
     args = arguments(llm)
     processor = build_processor(args)
-    model = build_model(args, ModelConfig(), processor)
+    model = build_model(args, processor)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     loaded, loaded_processor = load_elm(str(tmp_path))

@@ -256,7 +256,6 @@ class TestHL7:
             ((b"TIME_RELATIVE", b"MDC_ECG_LEAD_X"), "has no <value/scale>"),
             ((b"</series>", b"<component><sequenceSet/></component></series>"), "has 2 sequence sets"),
             ((b'value="2" unit="ms"', b'value="2" unit="us"'), None),
-            ((b'value="2" unit="ms"', b'value="1e-9" unit="us"'), "sampling rate is 1e+15 Hz; expected 1 to 1000000"),
         ],
     )
     def test_errors(self, change: tuple[bytes, bytes], message: str | None):

@@ -246,7 +246,7 @@ def test_help(command, capsys):
     assert f"usage: elm tokenizer {command}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("place", ["resample", "ECGByteTokenizer.train", "ModelCard.save"])  # reading, merging, writing
+@pytest.mark.parametrize("place", ["prepare", "ECGByteTokenizer.train", "make_card"])  # reading, merging, writing
 @pytest.mark.parametrize("again", [False, True])
 def test_ctrl_c_leaves_nothing_half_written(place, again, data, tmp_path, capsys, monkeypatch):
     old = {"ecg_byte.json": "old", "README.md": "old"} if again else {}
@@ -302,7 +302,7 @@ def test_inspect_a_record(letters, tmp_path, capsys):
     letters.save_pretrained(tmp_path / "letters")
     ecg = np.array([[0, 0, 0, 0], [1, 1, 0, 0.5]], dtype=np.float32)  # aaaa zza n
     np.save(tmp_path / "ecg.npy", ecg)
-    options = ["--sampling_rate_of_file", "100", "--unit", "mV", "--lead_names", "V1", "V2"]
+    options = ["--sampling_rate", "100", "--unit", "mV", "--lead_names", "V1", "V2"]
     output = tmp_path / "tokens.png"
     main(["inspect", str(tmp_path / "letters"), "--ecg", str(tmp_path / "ecg.npy"), *options, "--output", str(output)])
     said = capsys.readouterr().out
@@ -369,7 +369,7 @@ def test_forms_of_a_tokenizer(trained, tmp_path, capsys):
     ("options", "message"),
     [
         (["--output", "tokens.txt"], "expected a file that ends with .png or .svg"),
-        (["--unit", "mV"], "--unit and --lead_names say what --ecg FILE does not; name a file"),
+        (["--unit", "mV"], "--unit and --lead_names describe the file of --ecg; name one"),
         (["--ecg", "nowhere.npy"], "nowhere.npy"),
         (["--ecg", "ecg.npy"], "The ECG has no sampling rate"),
         (["--data", "nowhere"], "No dataset 'nowhere'"),

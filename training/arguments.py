@@ -7,7 +7,7 @@ from typing import Any, Literal
 from trl import TrlParser
 
 from elm_ecg.configuration_elm import IMAGE_REPRESENTATIONS
-from elm_ecg.training.apps.conversation import read_system_prompt
+from elm_ecg.training.command_line import read_system_prompt
 
 # what users of the reference type -> the option it stands for
 ALIASES = {
@@ -94,8 +94,8 @@ class DataArguments:
 
 
 @dataclass
-class ELMArguments(DataArguments):
-    """What a new ELM is made of, and which of its parts are trained."""
+class ModelArguments:
+    """What a new ELM is made of."""
 
     llm: str = field(
         default="llama-3.2-1b-instruct",
@@ -220,63 +220,13 @@ class ELMArguments(DataArguments):
             "each record."
         },
     )
-    update: list[str] = field(
-        default_factory=list,
-        metadata={
-            "choices": ["encoder", "connector", "llm"],
-            "help": "Parts that are trained. Default: connector and llm, and an encoder that starts with random weights.",
-        },
-    )
-    streaming: bool = field(
-        default=False,
-        metadata={"help": "Read the rows as they are needed instead of caching them first; say --max_steps."},
-    )
-    shuffle_buffer: int = field(
-        default=1000,
-        metadata={"help": "Rows that --streaming holds in memory and shuffles, in each data loader worker."},
-    )
-    augment_ecg: bool = field(
-        default=False, metadata={"help": "In training, add noise and baseline wander to some of the ECGs."}
-    )
-    augment_rgb: bool = field(
-        default=False,
-        metadata={"help": "In training, change brightness, colour, angle and sharpness of some of the drawn ECGs."},
-    )
-    time_shift: float = field(
-        default=0.0,
-        metadata={"help": "In training, begin each recording up to so many seconds later, at most at its half."},
-    )
-    gain_jitter: float = field(
-        default=0.0,
-        metadata={"help": "In training, make each recording up to this share larger or smaller, such as 0.1."},
-    )
-    lead_dropout: float = field(
-        default=0.0,
-        metadata={
-            "help": "In training, lose each lead with this probability, but never all: it is zeros, or missing with "
-            "--missing_leads zeros."
-        },
-    )
-    wandb: bool = field(default=False, metadata={"help": "Report to Weights & Biases, as --report_to wandb does."})
-    distributed: bool = field(
-        default=False,
-        metadata={"help": "Insist on several processes: start with `accelerate launch` or `torchrun`."},
-    )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.elm is not None:
             self.architecture, connector = ELMS[self.elm]
             self.connector = self.connector or connector
             if self.elm == "ecg_byte":
                 self.representation = "symbolic"
-        if not 0 <= self.time_shift < float("inf"):
-            raise ValueError(f"--time_shift is {self.time_shift}; expected seconds, at least 0.")
-        for name in ("gain_jitter", "lead_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; expected a share in [0, 1).")
-        if self.shuffle_buffer < 1:
-            raise ValueError(f"--shuffle_buffer is {self.shuffle_buffer}; expected at least 1 row.")
         if self.architecture is None:
             self.architecture = "text" if self.representation == "symbolic" else "llava"
         if self.connector is None:
@@ -323,6 +273,73 @@ class ELMArguments(DataArguments):
             )
         self.paper_fields = json_fields("paper", self.paper)
         self.image_processor_fields = json_fields("image_processor", self.image_processor)
+
+
+@dataclass
+class AugmentationArguments:
+    """Random changes of the ECGs in training."""
+
+    augment_ecg: bool = field(
+        default=False, metadata={"help": "In training, add noise and baseline wander to some of the ECGs."}
+    )
+    augment_rgb: bool = field(
+        default=False,
+        metadata={"help": "In training, change brightness, colour, angle and sharpness of some of the drawn ECGs."},
+    )
+    time_shift: float = field(
+        default=0.0,
+        metadata={"help": "In training, begin each recording up to so many seconds later, at most at its half."},
+    )
+    gain_jitter: float = field(
+        default=0.0,
+        metadata={"help": "In training, make each recording up to this share larger or smaller, such as 0.1."},
+    )
+    lead_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "In training, lose each lead with this probability, but never all: it is zeros, or missing with "
+            "--missing_leads zeros."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.time_shift < float("inf"):
+            raise ValueError(f"--time_shift is {self.time_shift}; expected seconds, at least 0.")
+        for name in ("gain_jitter", "lead_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; expected a share in [0, 1).")
+
+
+@dataclass
+class ELMArguments(AugmentationArguments, ModelArguments, DataArguments):
+    """All of `elm sft` that TRL does not know."""
+
+    update: list[str] = field(
+        default_factory=list,
+        metadata={
+            "choices": ["encoder", "connector", "llm"],
+            "help": "Parts that are trained. Default: connector and llm, and an encoder that starts with random weights.",
+        },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read the rows as they are needed instead of caching them first; say --max_steps."},
+    )
+    shuffle_buffer: int = field(
+        default=1000,
+        metadata={"help": "Rows that --streaming holds in memory and shuffles, in each data loader worker."},
+    )
+    wandb: bool = field(default=False, metadata={"help": "Report to Weights & Biases, as --report_to wandb does."})
+    distributed: bool = field(
+        default=False,
+        metadata={"help": "Insist on several processes: start with `accelerate launch` or `torchrun`."},
+    )
+
+    def __post_init__(self) -> None:
+        for part in (DataArguments, ModelArguments, AugmentationArguments):
+            part.__post_init__(self)
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"--shuffle_buffer is {self.shuffle_buffer}; expected at least 1 row.")
         if not set(self.update) <= {"encoder", "connector", "llm"}:
             raise ValueError(f"--update is {self.update}; expected some of encoder, connector, llm.")
 
@@ -338,13 +355,10 @@ def json_fields(name: str, given: Any) -> dict[str, Any]:
     return values
 
 
-def new_elm_options(args: ELMArguments) -> list[str]:
+def new_elm_options(args: ModelArguments) -> list[str]:
     """The options that differ from their defaults and say what a new ELM is made of."""
-    of_training = {"update", "streaming", "shuffle_buffer", "wandb", "distributed"}
-    of_training |= {"augment_ecg", "augment_rgb", "time_shift", "gain_jitter", "lead_dropout"}
-    of_training |= {option.name for option in fields(DataArguments)}
-    defaults = ELMArguments(data=args.data)
-    names = [option.name for option in fields(args) if option.name not in of_training]
+    defaults = ModelArguments()
+    names = [option.name for option in fields(ModelArguments)]
     return [name for name in names if getattr(args, name) != getattr(defaults, name)]
 
 

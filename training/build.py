@@ -33,7 +33,7 @@ from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.modeling_vision_encoders import image_size, vision_config
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.tokenization_ecg_byte import ECGByteTokenizer
-from elm_ecg.training.arguments import VISION_BACKBONES, ELMArguments
+from elm_ecg.training.arguments import VISION_BACKBONES, ELMArguments, ModelArguments
 from elm_ecg.training.files import resource
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     return resource(f"training/templates/{name}.jinja").read_text()
 
 
-def encoder_config(args: ELMArguments, num_leads: int) -> PreTrainedConfig:
+def encoder_config(args: ModelArguments, num_leads: int) -> PreTrainedConfig:
     """The configuration of an encoder with random weights, or of a pretrained vision backbone."""
     assert args.encoder is not None  # set with the arguments
     if args.representation in IMAGE_REPRESENTATIONS:
@@ -114,7 +114,7 @@ def encoder_config(args: ELMArguments, num_leads: int) -> PreTrainedConfig:
     return config_class(**{**shape, **args.encoder_fields})
 
 
-def build_image_processor(args: ELMArguments, config: PreTrainedConfig) -> ECGImageProcessor:
+def build_image_processor(args: ModelArguments, config: PreTrainedConfig) -> ECGImageProcessor:
     """The image processor of the vision backbone, for pictures of the size that the backbone reads."""
     if args.encoder_name_or_path is not None:
         settings = AutoImageProcessor.from_pretrained(args.encoder_name_or_path, backend="pil").to_dict()
@@ -148,7 +148,7 @@ def build_image_processor(args: ELMArguments, config: PreTrainedConfig) -> ECGIm
     )
 
 
-def build_processor(args: ELMArguments) -> ELMProcessor:
+def build_processor(args: ModelArguments) -> ELMProcessor:
     """The language model's tokenizer with the tokens of ECGs, its chat template, a feature extractor, and where ECGs are
     pictures an image processor."""
     llm = resolve_llm(args.llm)
@@ -198,8 +198,12 @@ def build_processor(args: ELMArguments) -> ELMProcessor:
     )
 
 
-def build_model(args: ELMArguments, model_args: ModelConfig, processor: ELMProcessor) -> ELMForConditionalGeneration:
-    """An ELM around the pretrained language model, with embeddings for the tokens that the processor added."""
+def build_model(args: ModelArguments, processor: ELMProcessor, **llm_kwargs: Any) -> ELMForConditionalGeneration:
+    """An ELM around the pretrained language model, with embeddings for the tokens that the processor added.
+
+    Args:
+        llm_kwargs: for `from_pretrained` of the language model (`dtype`, `attn_implementation`, `revision`, ...).
+    """
     num_leads = len(processor.feature_extractor.lead_names)
     config: dict[str, Any] = {
         "architecture": args.architecture,
@@ -216,11 +220,7 @@ def build_model(args: ELMArguments, model_args: ModelConfig, processor: ELMProce
     model = ELMForConditionalGeneration.from_encoder_llm_pretrained(
         resolve_llm(args.llm),
         encoder=args.encoder_name_or_path if args.architecture == "llava" else None,
-        llm_kwargs={
-            "dtype": model_args.dtype,
-            "attn_implementation": model_args.attn_implementation,
-            "revision": model_args.model_revision,
-        },
+        llm_kwargs=llm_kwargs,
         **config,
     )
     if len(processor.tokenizer) > model.config.text_config.vocab_size:  # some models keep spare rows

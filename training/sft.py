@@ -99,14 +99,16 @@ def build_base(
             attn_implementation=model_args.attn_implementation,
         )
     processor = build_processor(args)
+    llm_kwargs = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+    llm_kwargs["revision"] = model_args.model_revision
     assert training_args.output_dir is not None  # TRL has a default
     base = Path(training_args.output_dir).absolute() / "base_model"
     if not model_args.use_peft:
-        return build_model(args, model_args, processor), processor
+        return build_model(args, processor, **llm_kwargs), processor
     with training_args.main_process_first(desc="building the base model"):
         resumed = training_args.resume_from_checkpoint is not None and (base / "config.json").is_file()
         if training_args.process_index == 0 and not resumed:
-            build_model(args, model_args, processor).save_pretrained(base)
+            build_model(args, processor, **llm_kwargs).save_pretrained(base)
             processor.save_pretrained(base)
             logger.info("Base model of the adapter: %s", base)
     return load_elm(str(base), dtype=model_args.dtype, attn_implementation=model_args.attn_implementation)

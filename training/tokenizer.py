@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 from tqdm import tqdm
 
 from elm_ecg.ecg_utils import (
@@ -28,15 +28,16 @@ from elm_ecg.training.arguments import DataArguments
 from elm_ecg.training.data.loading import ecgs_of, load_ecgs
 from elm_ecg.training.figures import plot_tokens
 from elm_ecg.training.files import atomic_path
-from elm_ecg.training.sharing.cards import TEMPLATES, citation, environment, on_hub, shown
-from elm_ecg.training.sharing.convert import read_ecg_byte_pickle
+from elm_ecg.training.options import whole_number
+from elm_ecg.training.sharing.cards import CARD, TAGS, citation, environment, make_card, on_hub, public_name, use_of
+from elm_ecg.training.sharing.ecg_byte_import import read_ecg_byte_pickle
 
 try:
     import resource
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-# measured: 4 of a float32, and the rest while merging
+# measured: 4 of them are the float32 sample, the others are taken while merging
 BYTES_PER_SAMPLE = 40 if ecg_byte is None else 20
 
 
@@ -97,6 +98,7 @@ def prepare(record: ECGRecord, lead_names: Sequence[str] | None, sampling_rate: 
 
 
 def train(args: argparse.Namespace) -> None:
+    """`elm tokenizer train`."""
     millivolt_range = None if args.millivolt_range is None else tuple(args.millivolt_range)
     settings = {
         "millivolt_range": millivolt_range,
@@ -114,8 +116,8 @@ def train(args: argparse.Namespace) -> None:
     num_samples = sum(record.size for record in records)
     read = f"{len(records):,} records of {len(lead_names)} leads at {args.sampling_rate:g} Hz, {num_samples:,} samples in all"
     print(f"{read}; they and their merging take about {_size(BYTES_PER_SAMPLE * num_samples)} of memory.", flush=True)
-    # scaled to its own range a flat record is nothing but the lowest symbol, which others hardly hold: it should be a few
-    # tokens too, not one for each sample
+    # scaled to its own range, a flat record is the lowest symbol throughout, which other records hardly hold: without one
+    # among the records, it would become one token for each sample
     flat = [np.zeros_like(record) for record in records[:1]] if millivolt_range is None else []
     tokenizer = ECGByteTokenizer.train(
         [*records, *flat], num_merges=args.num_merges, min_frequency=args.min_frequency, **settings
@@ -123,7 +125,7 @@ def train(args: argparse.Namespace) -> None:
     if len(tokenizer.merges) < args.num_merges:
         print(f"No pair was left that is {args.min_frequency} times there: {len(tokenizer.merges):,} merges.")
     compression = num_samples / sum(map(len, tokenizer.encode_batch(records)))
-    names = ", ".join(f"`{shown(name)}`" for name in args.data)
+    names = ", ".join(f"`{public_name(name)}`" for name in args.data)
     _save(
         args.output_dir,
         tokenizer,
@@ -139,10 +141,11 @@ def train(args: argparse.Namespace) -> None:
 
 
 def import_pickle(args: argparse.Namespace) -> None:
+    """`elm tokenizer import`."""
     merges = read_ecg_byte_pickle(args.file).merges
     tokenizer = ECGByteTokenizer(merges, sampling_rate=args.sampling_rate)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    rate = "a rate that its file does not say" if args.sampling_rate is None else f"{args.sampling_rate:g} Hz"
+    rate = "a rate that its file does not state" if args.sampling_rate is None else f"{args.sampling_rate:g} Hz"
     _save(
         args.output_dir,
         tokenizer,
@@ -157,29 +160,31 @@ def import_pickle(args: argparse.Namespace) -> None:
 
 def _save(folder: Path, tokenizer: ECGByteTokenizer, datasets: list[str], **parts: str) -> None:
     """Writes the tokenizer and its card, both or none."""
-    card = ModelCard.from_template(
-        ModelCardData(datasets=datasets or None, tags=["ecg", "electrocardiogram", "ecg-byte", "tokenizer"]),
-        template_path=str(TEMPLATES / "tokenizer.md"),
-        name=folder.resolve().name,
+    name = folder.resolve().name
+    card = make_card(
+        "tokenizer.md",
+        ModelCardData(datasets=datasets or None, tags=[*TAGS, "ecg-byte", "tokenizer"]),
+        model_name=name,
+        use=use_of("tokenizer", name),
         num_merges=f"{len(tokenizer.merges):,}",
         longest=f"{tokenizer.token_lengths.max():,}",
         normalization=_normalization(tokenizer),
         borders=_borders(tokenizer),
         environment=environment(("numpy", "datasets", "elm-ecg")),
-        citation=citation(folder.resolve().name, "tokenizer"),
+        citation=citation(name, "tokenizer"),
         **parts,
     )
-    with atomic_path(folder / FILE_NAME) as json_path, atomic_path(folder / "README.md") as card_path:
+    with atomic_path(folder / FILE_NAME) as json_path, atomic_path(folder / CARD) as card_path:
         json_path.write_text(tokenizer.to_json(), encoding="utf-8")
         card.save(card_path)
 
 
 def _rights(parts: list[Dataset]) -> str:
-    """What the datasets say of their licence and citation, each once."""
+    """Licences and citations of the datasets, each once."""
     licences = dict.fromkeys(part.info.license.strip() for part in parts if part.info.license)
     citations = dict.fromkeys(part.info.citation.strip() for part in parts if part.info.citation)
-    said = [*licences, *(f"```\n{citation}\n```" for citation in citations)]
-    return "\n\n".join(said) or "The datasets name neither."
+    texts = [*licences, *(f"```\n{citation}\n```" for citation in citations)]
+    return "\n\n".join(texts) or "The datasets name neither."
 
 
 def _normalization(tokenizer: ECGByteTokenizer) -> str:
@@ -242,10 +247,11 @@ def _there_and_back(tokenizer: ECGByteTokenizer, record: np.ndarray) -> tuple[np
 
 
 def inspect(args: argparse.Namespace) -> None:
+    """`elm tokenizer inspect`."""
     if args.output.suffix not in (".png", ".svg"):
         raise ValueError(f"--output is {args.output}; expected a file that ends with .png or .svg.")
-    if args.ecg is None and (args.sampling_rate_of_file or args.unit or args.lead_names):
-        raise ValueError("--sampling_rate_of_file, --unit and --lead_names say what --ecg FILE does not; name a file.")
+    if args.ecg is None and (args.sampling_rate or args.unit or args.lead_names):
+        raise ValueError("--sampling_rate, --unit and --lead_names describe the file of --ecg; name one.")
     tokenizer = ECGByteTokenizer.from_pretrained(args.tokenizer)
     rate = tokenizer.sampling_rate
     print(args.tokenizer)
@@ -260,7 +266,7 @@ def inspect(args: argparse.Namespace) -> None:
     )
     records = []
     if args.ecg is not None:
-        record = read_ecg(args.ecg, args.sampling_rate_of_file, args.lead_names, args.unit)
+        record = read_ecg(args.ecg, args.sampling_rate, args.lead_names, args.unit)
         records.append(prepare(record, None, rate))
     if args.data is not None:
         rows = chain.from_iterable(load_splits(args, [args.split]))
@@ -325,33 +331,27 @@ def _lengths(lengths: np.ndarray, sampling_rate: float | None) -> str:
 
 
 def _runs(symbols: str, at_most: int = 12) -> str:
-    """ "mmmmn" as "4m n"; only the first runs of a long token."""
+    """The symbols "mmmmn" as "4m n"; only the first runs of a long token."""
     lengths = [(len(list(run)), symbol) for symbol, run in groupby(symbols)]
-    shown = " ".join(f"{length if length > 1 else ''}{symbol}" for length, symbol in lengths[:at_most])
-    return f"{shown} ..." if len(lengths) > at_most else shown
+    text = " ".join(f"{length if length > 1 else ''}{symbol}" for length, symbol in lengths[:at_most])
+    return f"{text} ..." if len(lengths) > at_most else text
 
 
-def whole_number(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
-
-
-def add_data_options(command: argparse.ArgumentParser) -> None:
+def _add_data_options(command: argparse.ArgumentParser, required: bool) -> None:
+    data_help = "datasets as of `elm sft`; only their column `ecg` is read, and each distinct record once"
+    command.add_argument("--data", nargs="+", required=required, help=data_help)
     command.add_argument("--fold", type=int, help="of datasets that have splits such as fold1_train")
     command.add_argument("--ecg_root", metavar="FOLDER", help="of the ECG files that a dataset names by relative paths")
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """The options of the three commands."""
     parser = argparse.ArgumentParser(prog="elm tokenizer", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser("train", help="learn a tokenizer from the ECGs of datasets")
     command.set_defaults(work=train)
-    data_help = "datasets as of `elm sft`; only their column `ecg` is read, and each distinct record once"
-    command.add_argument("--data", nargs="+", required=True, help=data_help)
-    add_data_options(command)
+    _add_data_options(command, required=True)
     command.add_argument("--output_dir", type=Path, required=True, help=f"where {FILE_NAME} and its card go")
     command.add_argument(
         "--num_merges", type=whole_number, default=10_000, help="tokens beside the 26 amplitudes; default: %(default)s"
@@ -384,13 +384,10 @@ def make_parser() -> argparse.ArgumentParser:
     command.set_defaults(work=inspect)
     command.add_argument("tokenizer", help=f"folder or Hub id that holds {FILE_NAME}, or such a file")
     command.add_argument("--ecg", type=Path, metavar="FILE", help="a record, of any format that read_ecg reads")
-    command.add_argument(
-        "--sampling_rate_of_file", type=float, metavar="HZ", help="of --ecg, where the file does not say"
-    )
-    command.add_argument("--unit", help="of --ecg, where the file does not say: mV, uV or V")
-    command.add_argument("--lead_names", nargs="+", help="of the rows of --ecg, where the file does not say")
-    command.add_argument("--data", nargs="+", help=data_help)
-    add_data_options(command)
+    command.add_argument("--sampling_rate", type=float, metavar="HZ", help="of --ecg, where the file does not state it")
+    command.add_argument("--unit", help="of --ecg, where the file does not state it: mV, uV or V")
+    command.add_argument("--lead_names", nargs="+", help="of the rows of --ecg, where the file does not state them")
+    _add_data_options(command, required=False)
     command.add_argument("--split", default="test", help="of the data; default: %(default)s")
     command.add_argument("--max_records", type=whole_number, default=200, help="of the data; default: %(default)s")
     command.add_argument(
@@ -406,12 +403,13 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("file", type=Path, metavar="FILE.pkl", help="it is read without being executed")
     command.add_argument("--output_dir", type=Path, required=True, help=f"where {FILE_NAME} and its card go")
     command.add_argument(
-        "--sampling_rate", type=float, help="Hz of the records that it was trained on, which the file does not say"
+        "--sampling_rate", type=float, help="Hz of the records that it was trained on, which the file does not state"
     )
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Runs `elm tokenizer`."""
     args = make_parser().parse_args(argv)
     args.work(args)
 

@@ -2,11 +2,12 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import UndefinedError
 from trl import ModelConfig, SFTConfig
 
 from elm_ecg.training.arguments import ELMArguments
-from elm_ecg.training.sharing.cards import TEMPLATES, add_evaluation, representation_of, write_model_card
+from elm_ecg.training.sharing.cards import add_evaluation, elm_card, make_card, write_model_card
 from helpers import (
     RESULTS,
     ROOT,
@@ -18,7 +19,7 @@ from helpers import (
 )
 from loopback_hub import card_errors
 
-FINISHED = list(TEMPLATES.glob("*_*.md"))
+FINISHED = list((ROOT / "model_cards").glob("*_*.md"))
 TRAINING = SFTConfig(output_dir="unused", learning_rate=3e-4, per_device_train_batch_size=4, use_cpu=True, bf16=False)
 SPLITS = {
     "train": Dataset.from_dict({"patient_id": ["a", "a", "b"], "record_id": ["1", "2", "3"]}),
@@ -99,10 +100,21 @@ def test_what_a_model_of_pictures_sees(tmp_path, case):
         assert f"| ECG path | `{backbone}` encoder, `mlp` connector |" in text
 
 
-def test_other_representations():
-    assert representation_of(tiny_processor()) == "`signal`"
-    assert representation_of(tiny_symbolic_processor()) == "`symbolic`"
-    assert representation_of(tiny_processor(num_ecg_tokens=0)) == "none"
+def test_other_representations(tmp_path):
+    def text(processor) -> str:
+        return elm_card(tmp_path, tiny_elm_config(None), "name", processor).text
+
+    assert "| representation | `signal` |" in text(tiny_processor())
+    assert "| representation | none |" in text(tiny_processor(num_ecg_tokens=0))
+    symbolic = text(tiny_symbolic_processor())
+    assert "| representation | `symbolic` |" in symbolic
+    assert "| ECG path | ECG-Byte tokens in the text, 86 of them in the vocabulary |" in symbolic
+    assert "| tokens for each ECG | as many as its signal needs |" in symbolic
+
+
+def test_a_template_gets_all_its_facts():
+    with pytest.raises(UndefinedError, match="'num_tokens' is undefined"):
+        make_card("encoder.md", ModelCardData(), model_name="x")
 
 
 def test_adapter(tmp_path):
@@ -136,11 +148,11 @@ def test_add_evaluation(tmp_path):
         RESULTS["conditions"]["ecg"]["metrics"]["exact_match"]["value"] = score
         add_evaluation(tmp_path, RESULTS)
     card = ModelCard.load(tmp_path / "README.md")
-    assert "| ECG | exact match | auroc |" in card.text
+    assert "| ECG | exact match | AUROC |" in card.text
     assert "| ecg | 87.5 [80.0, 95.0] | undefined |\n| left_out | 25.0 |  |" in card.text
     assert RESULTS["verdict"] in card.text
     assert "`ecgs`, split `test` of fold 2: 40 questions, 20 patients" in card.text
-    assert "commonest answer" in card.text
+    assert "most frequent answer to each question in training, without any model." in card.text
     assert "50.0 [" not in card.text
     assert "Not evaluated yet" not in card.text
     assert card.text.split("## Limits")[1].strip() == before.split("## Limits")[1].strip()

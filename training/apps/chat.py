@@ -21,11 +21,11 @@ from elm_ecg.training.apps.conversation import (
     ShownECG,
     add_arguments,
     read_for_model,
-    read_system_prompt,
     stream_answer,
     user_turn,
 )
 from elm_ecg.training.apps.plot import save_picture
+from elm_ecg.training.command_line import read_system_prompt
 from elm_ecg.training.files import write_text
 
 try:

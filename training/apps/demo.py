@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import SpaceCard, SpaceCardData
 from packaging.requirements import Requirement
 from transformers import PreTrainedModel, set_seed
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from elm_ecg import ecg_utils
 from elm_ecg.ecg_drawing import ECGPaper, ecg_svg, page_width
@@ -25,11 +26,11 @@ from elm_ecg.training.apps.conversation import (
     ShownECG,
     add_arguments,
     read_for_model,
-    read_system_prompt,
     stream_answer,
     user_turn,
     zeroed,
 )
+from elm_ecg.training.command_line import read_system_prompt
 
 TITLE = "Ask an ECG-language model"
 GRADIO_VERSION = "6.31.0"  # of Spaces
@@ -50,12 +51,9 @@ CSS = """
 #ecgs .error {border-left: 4px solid #b91c1c; padding: 8px 12px; overflow-wrap: anywhere}
 """
 NO_ECG = '<div class="none">The ECG is drawn here.</div>'
-# beside app.py and the card, what a Space is made of: the page, and what reads and draws ECGs
-SPACE_MODULES = (
-    "__init__.py",
-    *("ecg_drawing.py", "ecg_formats.py", "ecg_formats_binary.py", "ecg_formats_xml.py", "ecg_utils.py"),
-    *(f"training/{name}" for name in ("__init__.py", "apps/__init__.py", "apps/conversation.py", "apps/demo.py")),
-)
+# beside app.py and the card, what a Space is made of: the page, and what draws and reads ECGs with all that it imports
+SPACE_MODULES = ["__init__.py", "ecg_drawing.py", "training/__init__.py", "training/command_line.py"]
+SPACE_MODULES += ["training/apps/__init__.py", "training/apps/conversation.py", "training/apps/demo.py"]
 SPACE_FOLDER = Path(__file__).parent / "space"
 
 Turns = list[dict[str, str]]  # {"role", "content"}, as Gradio shows them
@@ -365,7 +363,8 @@ def write_space(folder: Path, repo_id: str, revision: str = "main", adapter: boo
     root = Path(ecg_utils.__file__).parent
     (folder / "elm_ecg" / "training" / "apps").mkdir(parents=True)
     (folder / "examples").mkdir()
-    for name in SPACE_MODULES:
+    readers = [Path(path).name for path in get_relative_import_files(root / "ecg_drawing.py")]
+    for name in {*SPACE_MODULES, *readers}:
         shutil.copyfile(root / name, folder / "elm_ecg" / name)
     shutil.copyfile(SPACE_FOLDER / "app.py", folder / "app.py")
     write_examples(folder / "examples")

@@ -1,6 +1,5 @@
-"""Cards of ELMs, adapters and ECG encoders, from what their runs and folders know."""
+"""Cards of ELMs, adapters and ECG encoders, from what their runs and folders know; their texts are in `model_cards/`."""
 
-import json
 import re
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import PreTrainedConfig, PreTrainedModel
 from trl import ModelConfig, SFTConfig
 
@@ -19,10 +19,10 @@ from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import ELMArguments
 from elm_ecg.training.build import resolve_llm
-from elm_ecg.training.evaluation.results import with_interval
+from elm_ecg.training.evaluation.conditions import BASELINE, CONDITIONS, ECG
+from elm_ecg.training.evaluation.results import RESULTS_FILE, read_results, title_of, with_interval
 from elm_ecg.training.files import resource, write_text
 
-TEMPLATES = resource("model_cards")
 CARD = "README.md"
 SAMPLE = "sample_ecg.npz"
 PREPROCESSOR = "preprocessor_config.json"
@@ -30,35 +30,36 @@ CITATION = "@misc{elm,"
 TAGS = ["ecg", "electrocardiogram"]
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "elm-ecg")
 EVALUATION = "What it says without the ECG"
-CITED = {"model": "an ECG-language model", "adapter": "an ECG-language model", "encoder": "an ECG encoder"}
-CITED |= {"tokenizer": "an ECG-Byte tokenizer", "dataset": "questions and answers about ECGs"}
-NOT_EVALUATED = "Not evaluated yet: run `elm evaluate` on it."
-PAPERS = {
-    "merl": ("MERL, a 1-D ResNet", "https://arxiv.org/abs/2403.06659"),
-    "mlae": ("MaeFE, masked lead autoencoder", "https://doi.org/10.1109/TIM.2022.3228267"),
-    "mtae": ("MaeFE, masked time autoencoder", "https://doi.org/10.1109/TIM.2022.3228267"),
-    "st_mem": ("ST-MEM", "https://arxiv.org/abs/2402.09450"),
-}
-# of TRL's and PEFT's arguments those that say most of a run
+# the arguments of TRL and PEFT that matter most to a run
 TRAINING = ["num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio"]
 TRAINING += ["weight_decay", "max_grad_norm", "optim", "bf16", "fp16", "seed"]
 LORA = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
 
-CHAT = """\
-chat = [{{"role": "user", "content": [{ecg_part}{{"type": "text", "text": "What is the rhythm?"}}]}}]
-inputs = processor.apply_chat_template(
-    chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+
+def table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+
+
+TEMPLATES = Environment(  # noqa: S701 - Markdown, in which nothing is to be escaped
+    loader=FileSystemLoader(resource("model_cards")), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
-answer = model.generate(**inputs, max_new_tokens=64)
-print(processor.batch_decode(answer[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])"""
+TEMPLATES.globals |= {"table": table, "with_interval": with_interval, "title_of": title_of, "sample": SAMPLE}
+
+
+def make_card(template: str, metadata: ModelCardData, **facts: Any) -> ModelCard:
+    """A card of a template of `model_cards/`; a fact that the template needs and does not get is an error."""
+    return ModelCard(TEMPLATES.get_template(template).render(card_data=metadata.to_yaml(), **facts))
 
 
 def on_hub(name: str) -> bool:
+    """Whether a name is the id of a repository, not a local folder."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
 
 
-def shown(name: str) -> str:
-    """A local path says nothing to a reader, and may say too much: its last part stands for it."""
+def public_name(name: str) -> str:
+    """A Hub id as it is; only the last part of a local path, which may hold the name of a user."""
     return name if on_hub(name) else Path(name).name
 
 
@@ -76,80 +77,24 @@ def use_of(
 
     Args:
         kind: `model`, `adapter`, `encoder`, `tokenizer` or `dataset`.
-        name: of a local folder (not of a tokenizer), or with a `revision` of a repo on the Hub, which holds a simulated ECG beside.
+        name: of a local folder, or with a `revision` of a repo on the Hub, which holds a simulated ECG beside.
         takes_ecgs: of a model or adapter, whether it does.
         prepares: of an encoder, whether its feature extractor is there.
         num_leads: of an encoder.
         split: of a dataset, one that it has.
     """
-    local = revision is None
-    pin = "" if local else ", revision=revision"
-    names = f'name = "{name}"' if local else f'name, revision = "{name}", "{revision}"'
-    download = f'hf_hub_download(name, "{SAMPLE}"{pin})'
-    imports = [] if local or not takes_ecgs else ["from huggingface_hub import hf_hub_download"]
-    trust = f"name{pin}, trust_remote_code=True"
-    sample = f"ecg = {download}  # simulated sinus rhythm; yours: its file, or " if not local else "ecg = "
-    sample += '{"array": array, "sampling_rate": 500, "unit": "mV"}' + ("  # [leads, samples]" if local else "")
-    lines: list[str]
-    if kind == "dataset":
-        pin = "" if local else f', revision="{revision}"'
-        lines = ["from datasets import load_dataset", "", f'data = load_dataset("{name}"{pin}, split="{split}")']
-        lines += ['print(data[0]["messages"])', "```", "", "```bash", f"elm data check {name}"]
-        lines += [f"elm sft --data {name} --llm qwen2.5-0.5b-instruct --output_dir runs/my_elm"]
-        lines += [f"elm evaluate runs/my_elm --data {name}"]
-    elif kind == "encoder" and prepares:
-        lines = [*imports, "from transformers import AutoFeatureExtractor, AutoModel", "", names]
-        lines += [f"feature_extractor = AutoFeatureExtractor.from_pretrained({trust})"]
-        lines += [f"encoder = AutoModel.from_pretrained({trust}).eval()"]
-        lines += [sample, 'ecg_values = feature_extractor(ecg, return_tensors="pt")["ecg_values"]']
-        lines += ["print(encoder(ecg_values).last_hidden_state.shape)"]
-    elif kind == "encoder":
-        values = (
-            f"torch.zeros(1, {num_leads}, encoder.config.num_samples)"
-            if local
-            else f'torch.from_numpy(np.load({download})["array"] / 1000).float()[None]'
-        )
-        lines = [*(["import numpy as np"] if not local else []), "import torch", *imports]
-        lines += ["from transformers import AutoModel", "", names]
-        lines += [f"encoder = AutoModel.from_pretrained({trust}).eval()"]
-        lines += [f"ecg_values = {values}  # [ECGs, leads, samples]"]
-        lines += ["print(encoder(ecg_values).last_hidden_state.shape)"]
-    elif kind == "tokenizer":
-        lines = ["import numpy as np", *imports]
-        lines += ["from transformers.dynamic_module_utils import get_class_from_dynamic_module", "", names]
-        lines += [
-            f'ECGByteTokenizer = get_class_from_dynamic_module("tokenization_ecg_byte.ECGByteTokenizer", name{pin})'
-        ]
-        lines += [f"tokenizer = ECGByteTokenizer.from_pretrained(name{pin})"]
-        lines += [
-            f'ecg = np.load({download})["array"] / 1000  # simulated sinus rhythm; [leads, samples] in millivolts'
-        ]
-        lines += ["ids = tokenizer.encode(ecg)"]
-        lines += ["again = tokenizer.decode(ids, *tokenizer.value_range(ecg), num_leads=len(ecg))"]
-    else:
-        auto_class = "AutoPeftModelForCausalLM" if kind == "adapter" else "AutoModelForCausalLM"
-        of_transformers = "AutoProcessor" if kind == "adapter" else "AutoModelForCausalLM, AutoProcessor"
-        lines = [*imports, *([f"from peft import {auto_class}"] if kind == "adapter" else [])]
-        lines += [f"from transformers import {of_transformers}", "", names]
-        lines += [f"processor = AutoProcessor.from_pretrained({trust})"]
-        lines += [f"model = {auto_class}.from_pretrained({trust})"]
-        lines += [sample] if takes_ecgs else []
-        place = "ecg" if local else "path"
-        lines += CHAT.format(ecg_part=f'{{"type": "ecg", "{place}": ecg}}, ' if takes_ecgs else "").splitlines()
-    text = "```python\n" + "\n".join(lines) + "\n```"
-    if kind == "model" and takes_ecgs and not local:
-        text += "\n\nOr, of a file and a question:\n\n```python\n" + "\n".join(
-            [
-                *imports,
-                "from transformers import pipeline",
-                "",
-                names,
-                f'pipe = pipeline("ecg-question-answering", model={trust})',
-                f'print(pipe({{"ecg": {download}, "question": "What is the rhythm?"}}))',
-            ]
-        )
-        text += "\n```"
-    return text
+    facts = {"takes_ecgs": takes_ecgs, "prepares": prepares, "num_leads": num_leads, "split": split}
+    return TEMPLATES.get_template("use.md").render(kind=kind, name=name, revision=revision, **facts).strip()
+
+
+def citation(title: str, kind: str = "model", url: str | None = None) -> str:
+    """How to cite what the card is about, in BibTeX."""
+    return TEMPLATES.get_template("citation.md").render(title=title, kind=kind, url=url)
+
+
+def environment(packages: tuple[str, ...] = PACKAGES) -> str:
+    """The versions of the packages, each a row of a table."""
+    return table(("package", "version"), [(name, version(name)) for name in packages])
 
 
 def replace_section(text: str, heading: str, body: str) -> str:
@@ -162,48 +107,8 @@ def replace_section(text: str, heading: str, body: str) -> str:
     )
 
 
-def table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
-
-
-def representation_of(processor: ELMProcessor) -> str:
-    """What the model is shown of an ECG, in words."""
-    extractor, image_processor = processor.feature_extractor, processor.image_processor
-    if image_processor is None:
-        return f"`{processor.representation}`" if processor.takes_ecgs else "none"
-    if processor.representation == "stacked_signal":
-        low, high = image_processor.value_range
-        return f"`stacked_signal`: a grey picture of leads x samples, black at {low:g} and white at {high:g}"
-    paper = image_processor.paper
-    height, width = image_processor.image_size(extractor.lead_names, extractor.num_samples / extractor.sampling_rate)
-    return (
-        f"`rgb`: a drawing on ECG paper, layout {paper.layout}, {paper.speed:g} mm/s, {paper.gain:g} mm/mV, {width} x {height} "
-        "pixels"
-    )
-
-
-def environment(packages: tuple[str, ...] = PACKAGES) -> str:
-    """The versions of the packages, each a row."""
-    return table(("package", "version"), [(name, version(name)) for name in packages])
-
-
-def citation(title: str, kind: str = "model", url: str | None = None) -> str:
-    lines = [
-        CITATION,
-        f"  title = {{{title}: {CITED[kind]}}},",
-        f"  howpublished = {{{url or 'Hugging Face Hub'}}},",
-    ]
-    others = (
-        "its sources, as they ask for it above"
-        if kind == "dataset"
-        else "the papers of its parts and the sources of its data"
-    )
-    return "```bibtex\n" + "\n".join([*lines, "}"]) + f"\n```\n\nAnd {others}."
-
-
 def licence_of(folder: str) -> str | None:
-    """What the card of a local model says of its licence."""
+    """The licence that the card of a local model names."""
     card = Path(folder) / CARD
     licence = ModelCard.load(card).data.license if card.is_file() else None
     return licence if isinstance(licence, str) else None
@@ -227,7 +132,7 @@ def add_evaluation(folder: Path, results: Mapping[str, Any]) -> None:
     """Writes the scores with and without the ECG into the card of `folder`, if it has one with a place for them.
 
     Args:
-        results: what `evaluation_results.json` holds.
+        results: as `read_results` gives them.
     """
     path = folder / CARD
     if path.is_file():
@@ -238,24 +143,12 @@ def with_evaluation(text: str, results: Mapping[str, Any], model_name: str) -> s
     """A card with the scores, in its text and its metadata; as it was if it has no place for them."""
     if f"## {EVALUATION}\n" not in text:
         return text
-    if not {"conditions", "data", "verdict"} <= results.keys():
-        raise ValueError("evaluation_results.json has no scores of `elm evaluate`; write it anew.")
     conditions, data = results["conditions"], results["data"]
     metrics = list(dict.fromkeys(name for row in conditions.values() for name in row["metrics"]))
-    rows = [
-        (name, *(with_interval(row["metrics"][metric]) if metric in row["metrics"] else "" for metric in metrics))
-        for name, row in conditions.items()
-    ]
-    split = f"split `{data['split']}`" + ("" if data.get("fold") is None else f" of fold {data['fold']}")
-    sources = ", ".join(f"`{name}`" for name in data["names"])
-    number = ", ".join(
-        f"{results[key]:,} {key.removeprefix('num_')}" for key in ("num_questions", "num_patients") if key in results
+    section = TEMPLATES.get_template("evaluation.md").render(
+        results=results, metrics=metrics, baseline=CONDITIONS[BASELINE]
     )
-    lines = [f"{results['verdict']}\n", table(("ECG", *(name.replace("_", " ") for name in metrics)), rows)]
-    lines += [f"\nIn percent, with 95% intervals by patient; {sources}, {split}{': ' + number if number else ''}."]
-    if "most_frequent" in conditions:
-        lines += ["`most_frequent` is the commonest answer to each question in training, without any model."]
-    card = ModelCard(replace_section(text, EVALUATION, "\n".join(lines)))
+    card = ModelCard(replace_section(text, EVALUATION, section.strip()))
     name = " + ".join(data["names"])
     metadata: Any = card.data
     metadata.model_name = metadata.model_name or model_name
@@ -269,43 +162,17 @@ def with_evaluation(text: str, results: Mapping[str, Any], model_name: str) -> s
             dataset_split=data["split"],
             dataset_args=None if data.get("fold") is None else {"fold": data["fold"]},
             metric_type=metric,
-            metric_name=metric.replace("_", " "),
+            metric_name=title_of(metric),
             metric_value=row["value"],
         )
-        for metric, row in conditions["ecg"]["metrics"].items()
+        for metric, row in conditions[ECG]["metrics"].items()
         if row["value"] is not None
     ]
     return str(card)
 
 
-def _parts(config: ELMConfig, processor: ELMProcessor, source: str = "") -> dict[str, Any]:
-    """What model and processor say of themselves, for the templates."""
-    encoder, extractor = config.encoder_config, processor.feature_extractor
-    ecg_path = {
-        "llava": f"`{encoder.model_type}` encoder{source}, `{config.connector}` connector"
-        if isinstance(encoder, PreTrainedConfig)
-        else "",
-        "fuyu": f"`{config.connector}` connector, no encoder",
-        "text": "none: the model reads no ECG",
-    }[config.architecture]
-    num_ecg_tokens, normalization = str(processor.num_ecg_tokens), extractor.normalization
-    if processor.ecg_tokenizer is not None:
-        millivolts = processor.ecg_tokenizer.millivolt_range
-        normalization = "minmax" if millivolts is None else f"{millivolts[0]:g} to {millivolts[1]:g} mV"
-        num_ecg_tokens = "as many as its signal needs"
-        ecg_path = f"ECG-Byte tokens in the text, {processor.ecg_tokenizer.vocab_size:,} of them in the vocabulary"
-    return {
-        "representation": representation_of(processor),
-        "ecg_path": ecg_path,
-        "num_leads": len(extractor.lead_names),
-        "num_samples": extractor.num_samples,
-        "sampling_rate": f"{extractor.sampling_rate:g}",
-        "normalization": normalization,
-        "num_ecg_tokens": num_ecg_tokens,
-    }
-
-
-def _training(args: SFTConfig, model_args: ModelConfig) -> str:
+def _training_rows(args: SFTConfig, model_args: ModelConfig) -> list[tuple[str, Any]]:
+    """Names and values of the arguments that were in force and say most of a run."""
     rows: list[tuple[str, Any]] = [
         ("batch size", args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
     ]
@@ -313,9 +180,42 @@ def _training(args: SFTConfig, model_args: ModelConfig) -> str:
     if model_args.use_peft:
         rows += [(f"`{name}`", getattr(model_args, name)) for name in LORA]
     idle = "`num_train_epochs`" if args.max_steps > 0 else "`max_steps`"
-    rows = [(name, value) for name, value in rows if name != idle and value is not False]
-    return "TRL's `SFTTrainer`, on the answers alone.\n\n" + table(
-        ("argument", ""), [(name, getattr(value, "value", value)) for name, value in rows]
+    return [(name, getattr(value, "value", value)) for name, value in rows if name != idle and value is not False]
+
+
+def _elm_card(
+    kind: str,
+    name: str,
+    config: ELMConfig,
+    processor: ELMProcessor,
+    base: str | None,
+    tags: tuple[str, ...] = (),
+    datasets: list[str] | None = None,
+    **facts: Any,
+) -> ModelCard:
+    """The card of a `model` or an `adapter`; `base` is the Hub id or folder of what it is built on, where that is known."""
+    base_on_hub = base is not None and on_hub(base)
+    metadata = ModelCardData(
+        license=None if base is None or base_on_hub else licence_of(base),
+        library_name="peft" if kind == "adapter" else "transformers",
+        pipeline_tag="text-generation",
+        base_model=base if base_on_hub else None,
+        datasets=datasets,
+        tags=[*TAGS, "elm", *tags],
+    )
+    unknown = {"pretrained_encoder": None, "trained": "unknown", "data": "unknown", "splits": None, "training": None}
+    return make_card(
+        "model.md",
+        metadata,
+        kind=kind,
+        model_name=name,
+        config=config,
+        processor=processor,
+        base=None if base is None else public_name(base),
+        use=use_of(kind, name, takes_ecgs=processor.takes_ecgs),
+        environment=environment(),
+        citation=citation(name),
+        **(unknown | facts),
     )
 
 
@@ -333,109 +233,68 @@ def write_model_card(
     Args:
         splits: the data of each split, None where there was none.
     """
-    start = model_args.model_name_or_path or resolve_llm(args.llm)
-    adapter = model_args.use_peft
-    pretrained = args.encoder_name_or_path if model_args.model_name_or_path is None else None
-    name = folder.resolve().name
-    card_data = ModelCardData(
-        license=None if on_hub(start) else licence_of(start),
-        library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-generation",
-        base_model=start if on_hub(start) else None,
+    encoder = args.encoder_name_or_path if model_args.model_name_or_path is None else None
+    parts = [part for part in args.update if part != "connector" or config.connector is not None]
+    card = _elm_card(
+        "adapter" if model_args.use_peft else "model",
+        folder.resolve().name,
+        config,
+        processor,
+        model_args.model_name_or_path or resolve_llm(args.llm),
+        ("trl", "sft", "lora") if model_args.use_peft else ("trl", "sft"),
         datasets=[name for name in args.data if on_hub(name)] or None,
-        tags=[*TAGS, "elm", "trl", "sft", *(["lora"] if adapter else [])],
-    )
-    counts = [(split, *count(data)) for split, data in splits.items() if data is not None]
-    card = ModelCard.from_template(
-        card_data,
-        template_path=str(TEMPLATES / ("adapter.md" if adapter else "model.md")),
-        model_name=name,
-        start=f"`{shown(start)}`",
-        trained=", ".join(part for part in args.update if part != "connector" or config.connector is not None)
-        + (" (LoRA on the language model)" if adapter else ""),
-        data=", ".join(f"`{shown(name)}`" for name in args.data),
-        use=use_of("adapter" if adapter else "model", name, takes_ecgs=processor.takes_ecgs),
-        evaluation=NOT_EVALUATED,
-        splits=table(("split", "rows", "records", "patients"), counts),
-        training=_training(training_args, model_args),
-        environment=environment(),
-        citation=citation(name),
-        **_parts(config, processor, "" if pretrained is None else f" of `{shown(pretrained)}`"),
+        pretrained_encoder=None if encoder is None else public_name(encoder),
+        trained=", ".join(parts) + (" (LoRA on the language model)" if model_args.use_peft else ""),
+        data=", ".join(f"`{public_name(name)}`" for name in args.data),
+        splits=[(split, *count(data)) for split, data in splits.items() if data is not None],
+        training=_training_rows(training_args, model_args),
     )
     card.save(folder / CARD)
 
 
-def folder_card(
+def elm_card(
     folder: Path,
-    kind: str,
-    config: PreTrainedConfig,
+    config: ELMConfig,
     name: str,
-    processor: Any = None,
+    processor: ELMProcessor,
     llm: str | None = None,
     source: str = "Its folder does not say.",
 ) -> ModelCard:
-    """The card of a model or encoder that `elm sft` has not trained.
+    """The card of a model that `elm sft` has not trained, with the scores that are in its folder.
 
     Args:
         llm: Hub id or folder of the language model within, where it is known.
         source: where the weights are from, in whole sentences.
     """
-    shared = {"model_name": name, "environment": environment(), "citation": citation(name, kind)}
-    if kind == "encoder":
-        assert isinstance(config.num_leads, int)
-        with torch.device("meta"):
-            encoder: PreTrainedModel = ENCODER_MODELS[config.model_type](config)
-            tokens = encoder(torch.empty(1, config.num_leads, config.num_samples)).last_hidden_state
-        paper, url = PAPERS[config.model_type]
-        prepares = (folder / PREPROCESSOR).is_file()
-        ecg_input = f"{config.num_leads} leads, {config.num_samples} samples, in millivolts or as its training data were normalised"
-        if prepares:
-            extractor = ECGFeatureExtractor.from_pretrained(folder)
-            ecg_input = (
-                f"{', '.join(extractor.lead_names)}; {extractor.num_samples} samples at {extractor.sampling_rate:g} Hz, normalisation "
-                f"`{extractor.normalization}`: what its feature extractor makes of a record"
-            )
-        return ModelCard.from_template(
-            ModelCardData(
-                library_name="transformers",
-                pipeline_tag="feature-extraction",
-                tags=[*TAGS, "ecg-encoder", config.model_type],
-            ),
-            template_path=str(TEMPLATES / "encoder.md"),
-            num_tokens=tokens.shape[1],
-            width=tokens.shape[2],
-            num_leads=config.num_leads,
-            ecg_input=ecg_input,
-            model_type=config.model_type,
-            paper=f"[{paper}]({url})",
-            parameters=f"{encoder.num_parameters():,}",
-            weights=source,
-            use=use_of("encoder", name, num_leads=config.num_leads, prepares=prepares),
-            **shared,
-        )
-    assert isinstance(config, ELMConfig)
-    text_config = config.text_config
-    assert isinstance(text_config, PreTrainedConfig)
-    card = ModelCard.from_template(
-        ModelCardData(
-            license=None if llm is None or on_hub(llm) else licence_of(llm),
-            library_name="transformers",
-            pipeline_tag="text-generation",
-            base_model=llm if llm is not None and on_hub(llm) else None,
-            tags=[*TAGS, "elm"],
-        ),
-        template_path=str(TEMPLATES / "model.md"),
-        start=f"a `{text_config.model_type}` language model" if llm is None else f"`{shown(llm)}`",
-        trained="unknown",
-        data="unknown",
-        use=use_of("model", name, takes_ecgs=processor.takes_ecgs),
-        evaluation=NOT_EVALUATED,
-        splits="Unknown.",
-        training=source,
-        **shared,
-        **_parts(config, processor),
-    )
-    results = folder / "evaluation_results.json"
+    card = _elm_card("model", name, config, processor, llm, source=source)
+    results = folder / RESULTS_FILE
     if results.is_file():
-        return ModelCard(with_evaluation(str(card), json.loads(results.read_text(encoding="utf-8")), name))
+        return ModelCard(with_evaluation(str(card), read_results(results), name))
     return card
+
+
+def encoder_card(
+    folder: Path, config: PreTrainedConfig, name: str, source: str = "Its folder does not say."
+) -> ModelCard:
+    """The card of an ECG encoder, and of its feature extractor where one is in its folder."""
+    assert isinstance(config.num_leads, int)
+    with torch.device("meta"):
+        encoder: PreTrainedModel = ENCODER_MODELS[config.model_type](config)
+        tokens = encoder(torch.empty(1, config.num_leads, config.num_samples)).last_hidden_state
+    prepares = (folder / PREPROCESSOR).is_file()
+    tags = [*TAGS, "ecg-encoder", config.model_type]
+    return make_card(
+        "encoder.md",
+        ModelCardData(library_name="transformers", pipeline_tag="feature-extraction", tags=tags),
+        model_name=name,
+        config=config,
+        num_tokens=tokens.shape[1],
+        width=tokens.shape[2],
+        paper="[{}]({})".format(*config.paper),
+        parameters=encoder.num_parameters(),
+        extractor=ECGFeatureExtractor.from_pretrained(folder) if prepares else None,
+        source=source,
+        use=use_of("encoder", name, num_leads=config.num_leads, prepares=prepares),
+        environment=environment(),
+        citation=citation(name, "encoder"),
+    )

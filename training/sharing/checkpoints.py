@@ -15,19 +15,8 @@ from torch import Tensor
 
 STATE_DICT = "model_state_dict"
 # what torch and safetensors raise on damaged files
-DAMAGE: tuple[type[Exception], ...] = (
-    SafetensorError,
-    struct.error,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+DAMAGE: tuple[type[Exception], ...] = (SafetensorError, struct.error, ArithmeticError, AssertionError, AttributeError)
+DAMAGE += (EOFError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass
@@ -63,10 +52,10 @@ def _load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         # torch's text goes on to say how to load it all the same, which would run the file's code
-        found = re.search(r"GLOBAL [\w.]+|Unsupported (?:operand|class) \S+", str(error))
+        refused = re.search(r"GLOBAL [\w.]+|Unsupported (?:operand|class) \S+", str(error))
         raise ValueError(
             f"{path} is refused: expected tensors, numbers, strings, dicts and lists alone, anything else could run code"
-            f"{f' ({found[0]})' if found else ''}. Nothing of it was executed."
+            f"{f' ({refused[0]})' if refused else ''}. Nothing of it was executed."
         ) from error
     except OSError:
         raise
@@ -110,34 +99,47 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 @dataclass
-class MergedLoRA:
-    """A state dict of PEFT without its adapters.
+class Conversion:
+    """What became of the entries of a state dict.
 
     Args:
-        tensors: weights under the names of the model that was adapted.
-        used: entry of PEFT -> name in `tensors`.
-        ignored: entry of PEFT -> why.
-        ranks: of the adapters that were merged.
+        tensors: our name -> weight.
+        used: entry -> our name.
+        ignored: entry -> why it is not needed.
+        left_over: entries that are not known.
+        missing: our names that no entry gives.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     used: dict[str, str] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)
-    ranks: set[int] = field(default_factory=set)
+    left_over: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    def add(self, part: "Conversion", reference: str, ours: str) -> None:
+        """Takes in a part of the model, which stands under these prefixes."""
+        self.tensors |= {ours + name: tensor for name, tensor in part.tensors.items()}
+        self.used |= {reference + entry: ours + name for entry, name in part.used.items()}
+        self.ignored |= {reference + entry: why for entry, why in part.ignored.items()}
+        self.left_over += [reference + entry for entry in part.left_over]
+        self.missing += [ours + name for name in part.missing]
 
 
-def merge_lora(state_dict: dict[str, Tensor], alpha: float, use_rslora: bool = False) -> MergedLoRA:
+def merge_lora(state_dict: dict[str, Tensor], alpha: float, use_rslora: bool = False) -> tuple[Conversion, set[int]]:
     """W + (alpha / rank) B A for every weight W that has an adapter (LoRA, arXiv 2106.09685), computed in float32.
 
     Args:
         state_dict: of the adapted model, without PEFT's `base_model.model.`. One without adapters comes back as it is.
         use_rslora: the scale is alpha / sqrt(rank) (arXiv 2312.03732).
 
+    Returns:
+        The weights under the names of the model that was adapted, and the ranks of the adapters.
+
     Raises:
         ValueError: half of an adapter is missing or of another shape, there are several for one weight, or one of a kind that is
             not known.
     """
-    merged = MergedLoRA()
+    merged, ranks = Conversion(), set()
     adapters: dict[str, dict[str, str]] = {}  # weight -> A or B -> entry
     for key, tensor in state_dict.items():
         if match := re.fullmatch(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.(?!weight$)[^.]+)?(?:\.weight)?", key):
@@ -169,5 +171,5 @@ def merge_lora(state_dict: dict[str, Tensor], alpha: float, use_rslora: bool = F
         scale = alpha / (rank**0.5 if use_rslora else rank)
         merged.tensors[name] = (weight.float() + scale * update).to(weight.dtype)
         merged.used |= dict.fromkeys(halves.values(), f"{name} (merged)")
-        merged.ranks.add(rank)
-    return merged
+        ranks.add(rank)
+    return merged, ranks

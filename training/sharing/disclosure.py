@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
 from elm_ecg.ecg_formats import format_of
+from elm_ecg.training.evaluation.results import REPORT_FILE
 from elm_ecg.training.sharing.cards import CARD, on_hub
 
 # what a run leaves in its folder and nobody needs: states of training, logs, and answers, which quote the data
-NOT_SHARED = ["training_args.bin", "trainer_state.json", "*_results.json", "predictions*.jsonl", "report.html", "*.log"]
+NOT_SHARED = ["training_args.bin", "trainer_state.json", "*_results.json", "predictions*.jsonl", REPORT_FILE, "*.log"]
 NOT_SHARED += ["emissions.csv", "events.out.tfevents.*"]
 FOLDERS_NOT_SHARED = ["checkpoint-*", "runs", "logs", "wandb", "base_model", "__pycache__", ".*"]
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
@@ -60,13 +61,15 @@ TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a file's name is one of the patterns of a shell."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """
+    """A JSON object.
+
     Raises:
-        ValueError: the file does not hold a JSON object.
+        ValueError: the file does not hold one.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -102,21 +105,22 @@ def check_folder(folder: Path, shared: Collection[str]) -> list[str]:
             )
         with path.open("rb") as file:
             content = file.read(4096)
-        found = format_of(content)
-        if PAGES.match(content) or (found == "CSV" and path.suffix not in TABLES):
-            found = None  # a page or picture, or any text with commas
-        if path.suffix in TABLES or found:
+        ecg_format = format_of(content)
+        if PAGES.match(content) or (ecg_format == "CSV" and path.suffix not in TABLES):
+            ecg_format = None  # a page or picture, or any text with commas
+        if path.suffix in TABLES or ecg_format:
             raise ValueError(
-                f"{path} looks like data of patients ({found or 'a table or recording'}); nothing was shared. Move it out of the "
+                f"{path} looks like data of patients ({ecg_format or 'a table or recording'}); nothing was shared. Move it out of the "
                 "folder."
             )
     return left_out
 
 
 def check_weights(folder: Path, names: Collection[str]) -> None:
-    """
+    """Reads the headers of files of weights.
+
     Args:
-        names: the files of weights that are there.
+        names: of the files in the folder.
 
     Raises:
         ValueError: there are none, one is no file of safetensors, or lacks others of its index.
@@ -138,7 +142,7 @@ def check_weights(folder: Path, names: Collection[str]) -> None:
 
 
 def _parts(value: Any) -> Iterator[tuple[str | None, Any]]:
-    """All keys and plain values of JSON."""
+    """Every key and plain value of JSON, of all depths."""
     for key, part in value.items() if isinstance(value, dict) else ((None, part) for part in value):
         if isinstance(part, dict | list):
             yield key, None
@@ -148,58 +152,62 @@ def _parts(value: Any) -> Iterator[tuple[str | None, Any]]:
 
 
 def check_results(path: Path) -> list[str]:
-    """Names of data and model, which are those of the one who shares.
+    """Checks the results of an evaluation.
+
+    Returns:
+        The names of its data and model, which the user has given them: they are no texts of records.
 
     Raises:
-        ValueError: results of an evaluation have a key or a text that stands for somebody.
+        ValueError: a key or a text stands for somebody.
     """
     results = read_json(path)
     parts = list(_parts(results))
-    found = sorted(PERSONAL & {str(key).lower() for key, _ in parts})
-    if found:
-        raise ValueError(f"{path} holds {', '.join(found)}, which may name patients; take it out before sharing.")
+    personal = sorted(PERSONAL & {str(key).lower() for key, _ in parts})
+    if personal:
+        raise ValueError(f"{path} holds {', '.join(personal)}, which may name patients; take it out before sharing.")
     data = results.get("data")
     names = data.get("names", []) if isinstance(data, dict) else []
-    known = [str(name) for name in [*names, results.get("model", "")] if name]
-    own = [*(results.get("packages") or {}).values(), results.get("model_revision")]
-    check_text(path, "\n".join(text for _, text in parts if isinstance(text, str) and text not in own), known)
-    return known
+    own_names = [str(name) for name in [*names, results.get("model", "")] if name]
+    not_texts = [*(results.get("packages") or {}).values(), results.get("model_revision")]
+    check_text(path, "\n".join(text for _, text in parts if isinstance(text, str) and text not in not_texts), own_names)
+    return own_names
 
 
-def check_page(path: Path, page: str, known: Iterable[str]) -> None:
+def check_page(path: Path, page: str, own_names: Iterable[str]) -> None:
     """As `check_text`, of what a reader of the HTML sees."""
-    check_text(path, html.unescape(re.sub(r"(?s)<(style|script)\b.*?</\1>|<[^>]*>", " ", page)), known)
+    check_text(path, html.unescape(re.sub(r"(?s)<(style|script)\b.*?</\1>|<[^>]*>", " ", page)), own_names)
 
 
-def check_text(path: Path, text: str, known: Iterable[str] | None = None) -> None:
-    """
+def check_text(path: Path, text: str, own_names: Iterable[str] | None = None) -> None:
+    """Looks for what must not be shared.
+
     Args:
-        known: given where the text quotes records, whose dates are theirs: what in it is not of records.
+        path: names the text in messages.
+        own_names: of a text that quotes records, whose dates must not be shared either: what in it is not of records.
 
     Raises:
         ValueError: the text names somebody, a date of a record, a folder of this machine or a token of the Hub.
     """
-    for name in sorted(known or (), key=len, reverse=True):
+    for name in sorted(own_names or (), key=len, reverse=True):
         text = text.replace(name, " ")
-    if found := TOKEN.search(text):
+    if match := TOKEN.search(text):
         raise ValueError(
-            f"{path} has a token of the Hub, {found[0][:6]}...: take it out, and revoke it in your settings."
+            f"{path} has a token of the Hub, {match[0][:6]}...: take it out, and revoke it in your settings."
         )
-    if found := LOCAL_PATH.search(text):
-        raise ValueError(f"{path} has {found[0]!r}, a folder of this machine: nothing was shared. Take it out.")
-    found = NAMES.search(text) or (None if known is None else DATES.search(text))
-    if found:
+    if match := LOCAL_PATH.search(text):
+        raise ValueError(f"{path} has {match[0]!r}, a folder of this machine: nothing was shared. Take it out.")
+    if match := NAMES.search(text) or (None if own_names is None else DATES.search(text)):
         raise ValueError(
-            f"{path} has {found[0]!r}, which may be of a patient: nothing was shared. Take it out, of the data first if it stands in "
+            f"{path} has {match[0]!r}, which may be of a patient: nothing was shared. Take it out, of the data first if it stands in "
             "questions or answers."
         )
 
 
 def check_dataset(folder: Path) -> None:
-    """
+    """Reads the whole dataset of a folder.
+
     Raises:
-        ValueError: there is anything in the folder of a dataset but the dataset and its card, or its columns or texts name somebody or
-            folders of this machine.
+        ValueError: there is anything else but its card, or its columns or texts name somebody or folders of this machine.
     """
     files = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     files = [path for path in files if not any(part.startswith(".") for part in path.parts)]
@@ -216,8 +224,8 @@ def check_dataset(folder: Path) -> None:
             raise ValueError(f"{path} is no parquet file, or damaged: {error}") from error
         leaves = [table.schema.column(index) for index in range(len(table.schema))]
         names = {part.lower() for leaf in leaves for part in leaf.path.split(".")}
-        if found := sorted((PERSONAL - PSEUDONYMS) & names):
-            raise ValueError(f"{path} has the column {', '.join(found)}, which may name patients; build it without.")
+        if personal := sorted((PERSONAL - PSEUDONYMS) & names):
+            raise ValueError(f"{path} has the column {', '.join(personal)}, which may name patients; build it without.")
         texts = [leaf.path for leaf in leaves if str(leaf.logical_type) == "String"]
         for batch in table.iter_batches(columns=texts) if texts else ():
             check_text(path, "\n".join(text for _, text in _parts(batch.to_pylist()) if isinstance(text, str)))
@@ -233,8 +241,8 @@ def without_local_paths(path: Path) -> bytes | Path:
     def is_local(key: str, value: Any) -> bool:
         if not isinstance(value, str) or not value:
             return False
-        named = key in ("_name_or_path", "name_or_path") and not on_hub(value)
-        return named or LOCAL_PATH.match(value) is not None or (value.count("/") > 1 and Path(value).is_absolute())
+        local_name = key in ("_name_or_path", "name_or_path") and not on_hub(value)
+        return local_name or LOCAL_PATH.match(value) is not None or (value.count("/") > 1 and Path(value).is_absolute())
 
     def clean(value: Any) -> Any:
         if isinstance(value, dict):

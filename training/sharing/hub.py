@@ -1,4 +1,4 @@
-"""What commands share that write to the Hub: repositories that a failure takes back, and what the Hub says in words."""
+"""Writing to the Hub: repositories that are put back as they were after a failure, and its errors in words."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,17 +42,17 @@ def repo_for(
         # None: as the owner's settings say
         api.create_repo(**where, private=private or None, **options)
     before: Any = None
-    ours: set[str] = set()
+    own_commits: set[str] = set()
     try:
         if revision is not None and (new_repo or new_branch):
             api.create_branch(**where, branch=revision, exist_ok=new_repo)  # a new repository has its main
         before = api.repo_info(**where, revision=revision)
-        yield ours
+        yield own_commits
     except BaseException:  # of the user's Ctrl-C too
         what = repo_id if new_repo or revision is None else f"the branch {revision} of {repo_id}"
         try:
             head = before and api.repo_info(**where, revision=revision)
-            if head and head.sha != before.sha and head.sha not in ours:
+            if head and head.sha != before.sha and head.sha not in own_commits:
                 print(f"{what} stays as it is: somebody else has written to it meanwhile.", flush=True)
             elif new_repo:
                 api.delete_repo(**where, missing_ok=True)
@@ -86,9 +86,9 @@ def refusal(error: Exception, repo_id: str, revision: str | None) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, RevisionNotFoundError):
         return f"{repo_id} has no revision {revision}."
-    if status == 401 and "token" in str(error).lower() + str(getattr(error, "server_message", "")).lower():
-        return "The Hub does not know this token: run `hf auth login` again, or set HF_TOKEN."
-    if isinstance(error, RepositoryNotFoundError):
+    # of a repository that the token may not see, the Hub's 401 says that it is not there
+    names_token = "token" in str(error).lower() + str(getattr(error, "server_message", "")).lower()
+    if isinstance(error, RepositoryNotFoundError) and not (status == 401 and names_token):
         return f"There is no repository {repo_id} on the Hub, or this token may not see it."
     if status == 401:
         return "The Hub does not know this token: run `hf auth login` again, or set HF_TOKEN."
@@ -98,5 +98,5 @@ def refusal(error: Exception, repo_id: str, revision: str | None) -> str:
         return f"{repo_id} was changed meanwhile; push again."
     if not isinstance(error, HfHubHTTPError):
         return f"The Hub cannot be reached ({error}). Push again: what is there already is not sent twice."
-    said = getattr(error, "server_message", None) or str(error).splitlines()[0]
-    return f"The Hub refused ({status}): {said}. Push again: what is there already is not sent twice."
+    reason = getattr(error, "server_message", None) or str(error).splitlines()[0]
+    return f"The Hub refused ({status}): {reason}. Push again: what is there already is not sent twice."

@@ -6,7 +6,7 @@ import io
 import json
 import re
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer
 from elm_ecg.training.data.synthetic import Findings, simulate_ecg
+from elm_ecg.training.evaluation.results import REPORT_FILE, RESULTS_FILE
 from elm_ecg.training.files import resource
 from elm_ecg.training.sharing.cards import (
     CARD,
@@ -38,7 +39,8 @@ from elm_ecg.training.sharing.cards import (
     PREPROCESSOR,
     SAMPLE,
     citation,
-    folder_card,
+    elm_card,
+    encoder_card,
     on_hub,
     replace_section,
     use_of,
@@ -58,15 +60,36 @@ from elm_ecg.training.sharing.disclosure import (
 )
 from elm_ecg.training.sharing.hub import NETWORK_ERRORS, refusal, repo_for
 
-RESULTS = "evaluation_results.json"
-MODULES = {path.name for path in resource("").glob("*.py")}  # that travel with models
+MODULES = {path.name for path in resource("").glob("[!_]*.py")}  # that travel with models
 # what a repo is made of beside its code, its card and the sample
 FILES = ["config.json", "generation_config.json", "adapter_config.json", "processor_config.json", "chat_template.jinja"]
 FILES += ["model*.safetensors", "model*.safetensors.index.json", "adapter_model.safetensors", PREPROCESSOR, FILE_NAME]
 FILES += ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"]
-FILES += ["merges.txt", "tokenizer.model", "evaluation_results.json", "report.html"]
+FILES += ["merges.txt", "tokenizer.model", RESULTS_FILE, REPORT_FILE]
 LICENCES = ["LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "NOTICE.md"]
-EXAMPLES = "<h2>Examples</h2>"
+EXAMPLES = "<h2>Examples</h2>"  # the heading of the part of a report that shows recordings
+LICENCE_FIELDS = ("license", "license_name", "license_link")  # of a card's metadata
+
+
+def _kind_of_files(files: Collection[str], config: Callable[[], Path | str]) -> str | None:
+    """As `kind_of`, or "MODEL_TYPE model" of another library; None for anything else.
+
+    Args:
+        files: names of files.
+        config: gives the path of config.json, where it is among them.
+    """
+    if "adapter_config.json" in files:
+        return "adapter"
+    if "config.json" in files:
+        model_type = read_json(Path(config())).get("model_type")
+        return (
+            "model"
+            if model_type == ELMConfig.model_type
+            else "encoder"
+            if model_type in ENCODER_CONFIGS
+            else f"{model_type} model"
+        )
+    return "tokenizer" if FILE_NAME in files else None
 
 
 def kind_of(folder: Path) -> str:
@@ -75,30 +98,23 @@ def kind_of(folder: Path) -> str:
     Raises:
         ValueError: it is none of these.
     """
+    kinds = "model, adapter, encoder, tokenizer or dataset"
     if not folder.is_dir():
-        raise ValueError(
-            f"{folder} is no folder; expected that of a saved model, adapter, encoder, tokenizer or dataset."
-        )
-    if (folder / "adapter_config.json").is_file():
-        return "adapter"
-    if (folder / "config.json").is_file():
-        model_type = read_json(folder / "config.json").get("model_type")
-        if model_type == ELMConfig.model_type:
-            return "model"
-        if model_type in ENCODER_CONFIGS:
-            return "encoder"
-        raise ValueError(
-            f"{folder / 'config.json'} is of a {model_type!r} model; expected {ELMConfig.model_type} or one of "
-            f"{', '.join(ENCODER_CONFIGS)}. Share others with `hf upload`."
-        )
-    if (folder / FILE_NAME).is_file():
-        return "tokenizer"
-    if list((folder / "data").glob("*.parquet")):
+        raise ValueError(f"{folder} is no folder; expected that of a saved {kinds}.")
+    config = folder / "config.json"
+    kind = _kind_of_files([path.name for path in folder.iterdir() if path.is_file()], lambda: config)
+    if kind is None and list((folder / "data").glob("*.parquet")):
         return "dataset"
-    raise ValueError(
-        f"{folder} has no config.json, adapter_config.json, {FILE_NAME} or data/*.parquet; expected the folder of a saved model, "
-        "adapter, encoder, tokenizer or dataset."
-    )
+    if kind is None:
+        raise ValueError(
+            f"{folder} has no config.json, adapter_config.json, {FILE_NAME} or data/*.parquet; expected the folder of a saved {kinds}."
+        )
+    if kind.endswith(" model"):
+        raise ValueError(
+            f"{config} is of a {kind}; expected {ELMConfig.model_type} or one of {', '.join(ENCODER_CONFIGS)}. Share others with "
+            "`hf upload`."
+        )
+    return kind
 
 
 def code_of(folder: Path, kind: str) -> dict[str, bytes]:
@@ -120,8 +136,8 @@ def code_of(folder: Path, kind: str) -> dict[str, bytes]:
         for part in parts:
             entries = [*(part.get("auto_map") or {}).values()]
             entries += [pipeline["impl"] for pipeline in (part.get("custom_pipelines") or {}).values()]
-            flat = [one for entry in entries for one in (entry if isinstance(entry, list) else [entry])]
-            modules |= {one.split("--")[-1].split(".")[0] for one in flat if one}
+            classes = [name for entry in entries for name in (entry if isinstance(entry, list) else [entry])]
+            modules |= {name.split("--")[-1].split(".")[0] for name in classes if name}  # REPO--module.Class
     code = {}
     for module in sorted(modules):
         path = folder / f"{module}.py"
@@ -168,15 +184,15 @@ def gather(folder: Path, kind: str) -> dict[str, bytes | Path]:
     weights = "adapter_model.safetensors" if kind == "adapter" else "model*.safetensors"
     check_weights(folder, [name for name in files if matches(name, [weights])])
     files |= code_of(folder, kind)
-    known = check_results(folder / RESULTS) if RESULTS in files else []
-    for name in set(files) & {"report.html", *LICENCES}:
+    own_names = check_results(folder / RESULTS_FILE) if RESULTS_FILE in files else []
+    for name in set(files) & {REPORT_FILE, *LICENCES}:
         text = (folder / name).read_text(encoding="utf-8")
-        if name != "report.html":
+        if name != REPORT_FILE:
             check_text(folder / name, text)
-        else:  # its examples are recordings
-            page, found, _ = text.partition(EXAMPLES)
-            check_page(folder / name, page, known)
-            files[name] = (page + ("</html>\n" if found else "")).encode()
+        else:  # its examples, which stand last, are recordings
+            page, heading, _ = text.partition(EXAMPLES)
+            check_page(folder / name, page, own_names)
+            files[name] = (page + ("</html>\n" if heading else "")).encode()
     for name in list(files):
         if name.endswith("_config.json") or name == "config.json":
             files[name] = without_local_paths(folder / name)
@@ -203,7 +219,7 @@ def read_card(folder: Path, kind: str, name: str) -> RepoCard:
     """The card of the folder, or of what is known of it.
 
     Raises:
-        ValueError: it is damaged, says what is not to be shared, or is not there, and cannot be written.
+        ValueError: it is damaged, holds what must not be shared, or is missing and cannot be written.
     """
     path = folder / CARD
     if path.is_file():
@@ -216,10 +232,10 @@ def read_card(folder: Path, kind: str, name: str) -> RepoCard:
         if kind != "adapter" or card.data.get("library_name") is not None:
             return card
     if kind == "encoder":
-        return folder_card(folder, kind, _encoder_config(folder), name)
+        return encoder_card(folder, _encoder_config(folder), name)
     if kind == "model":
         processor = ELMProcessor.from_pretrained(folder)
-        return folder_card(folder, kind, ELMConfig.from_pretrained(folder), name, processor)
+        return elm_card(folder, ELMConfig.from_pretrained(folder), name, processor)
     raise ValueError(f"{folder} has no card; write its {CARD}, as `elm sft`, `elm tokenizer` and `elm data build` do.")
 
 
@@ -227,7 +243,7 @@ def set_licence(card: RepoCard, kind: str, args: argparse.Namespace, api: HfApi)
     """Writes the licence into the card: that of the command line, the card's own, or that of the base model on the Hub.
 
     Raises:
-        ValueError: none of these says one.
+        ValueError: none of these names one.
     """
     metadata: Any = card.data
     if args.license is not None:
@@ -236,22 +252,23 @@ def set_licence(card: RepoCard, kind: str, args: argparse.Namespace, api: HfApi)
     if args.license_link is not None:
         metadata.license_link = args.license_link
     base = metadata.get("base_model")
-    nor = ""
+    why_not_of_base = ""
     if metadata.license in (None, "unknown") and isinstance(base, str) and on_hub(base):
-        nor = f", and nor does {base} on the Hub"
+        why_not_of_base = f", and nor does {base} on the Hub"
+        of_base: Any = None
         try:
-            theirs = api.model_info(base).card_data
+            of_base = api.model_info(base).card_data
         except RepositoryNotFoundError:
-            theirs = None
+            pass
         except NETWORK_ERRORS as error:
-            theirs, nor = None, f", and {base} cannot be asked ({type(error).__name__})"
-        for name in ("license", "license_name", "license_link"):
-            if theirs is not None and theirs.get(name):
-                setattr(metadata, name, theirs.get(name))
+            why_not_of_base = f", and {base} cannot be asked ({type(error).__name__})"
+        for name in LICENCE_FIELDS:
+            if of_base is not None and of_base.get(name):
+                setattr(metadata, name, of_base.get(name))
     if metadata.license in (None, "unknown"):
         whose = "the language model within" if kind in ("model", "adapter") else "what it was made of"
         raise ValueError(
-            f"The card names no licence{nor}. A {kind} is shared under that of {whose}: find it out, and say it with --license, such "
+            f"The card names no licence{why_not_of_base}. A {kind} is shared under that of {whose}: find it out, and give it as --license, such "
             "as apache-2.0, llama3.2 or cc-by-4.0 (and --license_link)."
         )
     if metadata.license == "other" and not (metadata.get("license_name") or metadata.get("license_link")):
@@ -260,18 +277,9 @@ def set_licence(card: RepoCard, kind: str, args: argparse.Namespace, api: HfApi)
 
 def kind_of_repo(api: HfApi, repo_id: str, revision: str, files: Collection[str]) -> str | None:
     """What a repository of models holds: as `kind_of`, or in words what else; None if nothing yet."""
-    if "adapter_config.json" in files:
-        return "adapter"
-    if "config.json" in files:
-        path = api.hf_hub_download(repo_id, "config.json", revision=revision)
-        model_type = read_json(Path(path)).get("model_type")
-        if model_type == ELMConfig.model_type:
-            return "model"
-        return "encoder" if model_type in ENCODER_CONFIGS else f"{model_type} model"
-    if FILE_NAME in files:
-        return "tokenizer"
+    kind = _kind_of_files(files, lambda: api.hf_hub_download(repo_id, "config.json", revision=revision))
     weights = [name for name in files if name.endswith((".safetensors", ".gguf", ".onnx", *PICKLES))]
-    return f"file {weights[0]}" if weights else None
+    return kind or (f"file {weights[0]}" if weights else None)
 
 
 def commit(
@@ -280,8 +288,8 @@ def commit(
     files: dict[str, bytes | Path],
     card: RepoCard,
     kind: str,
-    about: Mapping[str, Any],
-    ours: set[str],
+    facts: Mapping[str, Any],
+    own_commits: set[str],
     revision: str | None = None,
     pr: bool = False,
 ) -> str:
@@ -290,8 +298,8 @@ def commit(
     What an earlier push left and this one has not goes; what others put there stays.
 
     Args:
-        about: what `use_of` has to know.
-        ours: gets the commit's hash, see `repo_for`.
+        facts: what `use_of` has to know.
+        own_commits: gets the commit's hash, see `repo_for`.
 
     Raises:
         ValueError: the repository holds something else.
@@ -299,10 +307,10 @@ def commit(
     repo_type = "dataset" if kind == "dataset" else "model"
     url = f"{api.endpoint}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
     before: Any = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
-    old = [sibling.rfilename for sibling in before.siblings or []]
-    holds = kind if kind == "dataset" else kind_of_repo(api, repo_id, before.sha, old)
-    if holds not in (kind, None):
-        raise ValueError(f"{url} holds the {holds} of another push; name another repository for this {kind}.")
+    old_files = [sibling.rfilename for sibling in before.siblings or []]
+    held = kind if kind == "dataset" else kind_of_repo(api, repo_id, before.sha, old_files)
+    if held not in (kind, None):
+        raise ValueError(f"{url} holds the {held} of another push; name another repository for this {kind}.")
     # a tag of the content pins what the card tells to load; it is known before the commit is
     digest = hashlib.sha256()
     for name, content in sorted(files.items()):
@@ -311,19 +319,19 @@ def commit(
     tag = f"elm-{digest.hexdigest()[:12]}"
     if pr and not api.revision_exists(repo_id, tag, repo_type=repo_type):
         tag = "main"  # whoever takes the pull request does not tag it
-    text = replace_section(str(card), "Use", use_of(kind, repo_id, tag, **about))
+    text = replace_section(str(card), "Use", use_of(kind, repo_id, tag, **facts))
     if CITATION in text:
         text = replace_section(text, "How to cite", citation(repo_id.split("/")[-1], kind, url))
-    everything = {**files, CARD: text.encode()}
+    new_files = {**files, CARD: text.encode()}
     if kind == "dataset":
-        pushed = {name for name in old if re.fullmatch(DATASET_FILES, name)}
+        pushed = {name for name in old_files if re.fullmatch(DATASET_FILES, name)}
     else:
-        pushed = {name for name in old if "/" not in name and (matches(name, FILES) or name in MODULES)}
-    stale = sorted(pushed - everything.keys())
+        pushed = {name for name in old_files if "/" not in name and (matches(name, FILES) or name in MODULES)}
+    stale = sorted(pushed - new_files.keys())
     made = api.create_commit(
         repo_id,
         [
-            *(CommitOperationAdd(name, content) for name, content in sorted(everything.items())),
+            *(CommitOperationAdd(name, content) for name, content in sorted(new_files.items())),
             *(CommitOperationDelete(name) for name in stale),
         ],
         commit_message=f"Upload {kind}",
@@ -332,7 +340,7 @@ def commit(
         create_pr=pr,
         parent_commit=None if pr else before.sha,
     )
-    ours.add(made.oid)
+    own_commits.add(made.oid)
     if stale:
         print(f"Removed, as it is no longer in the folder: {', '.join(stale)}")
     if made.oid == before.sha:
@@ -340,7 +348,7 @@ def commit(
     elif pr:
         print(f"Pull request {made.pr_url}")
     else:
-        print(f"{len(everything)} files in {url}")
+        print(f"{len(new_files)} files in {url}")
     if not pr:
         api.create_tag(repo_id, tag=tag, repo_type=repo_type, revision=made.oid, exist_ok=True)
     return made.oid
@@ -368,12 +376,13 @@ def with_base(
         base_files = gather(local, "model")
         check_folder(local, base_files)
         base_card = read_card(local, "model", base.split("/")[-1])
-        names = ["license", "license_name", "license_link"]
+        names = [*LICENCE_FIELDS]
         names += ["base_model"] if isinstance(metadata.get("base_model"), str) and on_hub(metadata.base_model) else []
         for name in names:
             setattr(base_card.data, name, metadata.get(name))
-        ours = repos.enter_context(repo_for(api, base, private=args.private))
-        config["revision"] = commit(api, base, base_files, base_card, "model", about(local, "model", base_files), ours)
+        own_commits = repos.enter_context(repo_for(api, base, private=args.private))
+        facts = facts_of_use(local, "model", base_files)
+        config["revision"] = commit(api, base, base_files, base_card, "model", facts, own_commits)
     elif not (on_hub(base) and api.repo_exists(base)):
         raise ValueError(
             f"The adapter's base model {base or 'is not named and'} is neither a folder nor on the Hub; put it in {folder}/base_model."
@@ -404,7 +413,7 @@ def push_space(api: HfApi, repo_id: str, revision: str, adapter: bool, private: 
     return f"{api.endpoint}/spaces/{repo_id}"
 
 
-def about(folder: Path, kind: str, files: Mapping[str, Any]) -> dict[str, Any]:
+def facts_of_use(folder: Path, kind: str, files: Mapping[str, Any]) -> dict[str, Any]:
     """What `use_of` has to know of the folder."""
     if kind in ("model", "adapter"):
         return {"takes_ecgs": ELMProcessor.from_pretrained(folder).takes_ecgs}
@@ -438,7 +447,8 @@ def check_arguments(args: argparse.Namespace, kind: str) -> None:
 
 
 def push(args: argparse.Namespace) -> None:
-    """
+    """Checks everything before anything is sent, and then makes one commit.
+
     Raises:
         ValueError: the folder is none that can be shared, or nobody is logged in.
         HfHubHTTPError, OSError: the Hub refuses, or cannot be reached.
@@ -460,14 +470,14 @@ def push(args: argparse.Namespace) -> None:
         check_space(api, args.repo_id)
     if left_out:
         print(f"Left out: {', '.join(left_out[:8])}{' ...' if len(left_out) > 8 else ''}. Predictions quote the data.")
-    facts, repo_type = about(args.run, kind, files), "dataset" if kind == "dataset" else "model"
+    facts, repo_type = facts_of_use(args.run, kind, files), "dataset" if kind == "dataset" else "model"
     with ExitStack() as repos:
-        ours: set[str] = set()
-        if not args.pr:  # else of somebody else's
-            ours = repos.enter_context(repo_for(api, args.repo_id, repo_type, args.revision, args.private))
+        own_commits: set[str] = set()
+        if not args.pr:  # else the repository is somebody else's
+            own_commits = repos.enter_context(repo_for(api, args.repo_id, repo_type, args.revision, args.private))
         if kind == "adapter":
             with_base(args.run, files, card, args, api, repos)
-        pushed = commit(api, args.repo_id, files, card, kind, facts, ours, args.revision, args.pr)
+        pushed = commit(api, args.repo_id, files, card, kind, facts, own_commits, args.revision, args.pr)
     print(f"It is loaded, pinned to this commit, with\n\n{use_of(kind, args.repo_id, pushed, **facts)}", flush=True)
     if args.space:
         try:
@@ -477,21 +487,24 @@ def push(args: argparse.Namespace) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """The options of `elm push`."""
     parser = argparse.ArgumentParser(prog="elm push", description=__doc__)
     parser.add_argument(
         "run", type=Path, metavar="RUN", help="folder of a model, LoRA adapter, encoder, ECG-Byte tokenizer or dataset"
     )
     parser.add_argument("--repo_id", required=True, metavar="OWNER/NAME")
-    parser.add_argument("--private", action="store_true", help="a repository that others do not see, if it is new")
-    parser.add_argument("--revision", metavar="BRANCH", help="made if it is new; default: main")
-    parser.add_argument("--pr", action="store_true", help="propose it as a pull request")
+    parser.add_argument("--private", action="store_true", help="make a new repository that others cannot see")
+    parser.add_argument(
+        "--revision", metavar="BRANCH", help="branch to push to, made where it does not exist; default: main"
+    )
+    parser.add_argument("--pr", action="store_true", help="propose the files as a pull request")
     parser.add_argument("--space", action="store_true", help="also a Space on which the model is asked")
     parser.add_argument(
         "--license",
         metavar="ID",
-        help="as the Hub spells it; default: the card's, or that of the base model on the Hub",
+        help="licence, as the Hub spells it; default: the card's, or that of the base model on the Hub",
     )
-    parser.add_argument("--license_link", metavar="URL", help="where the licence stands")
+    parser.add_argument("--license_link", metavar="URL", help="address of the licence's text")
     parser.add_argument(
         "--base_repo_id", metavar="OWNER/NAME", help="where an adapter's local base model goes; default: REPO_ID-base"
     )
@@ -499,6 +512,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Runs `elm push`; what the Hub refuses is one ValueError in words."""
     args = make_parser().parse_args(argv)
     try:
         push(args)

@@ -1,0 +1,99 @@
+"""Small ECG files of the formats that libraries write."""
+
+import io
+from pathlib import Path
+
+import edfio
+import numpy as np
+import pydicom
+import scipy.io
+from pydicom.dataset import Dataset, FileMetaDataset
+
+LEADS = ["I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6"]
+COUNTS = np.random.default_rng(0).integers(-900, 900, (12, 100)).astype(np.int16)
+
+
+def npy_bytes(array: object) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=True)
+    return stream.getvalue()
+
+
+def npz_bytes(**arrays: object) -> bytes:
+    stream = io.BytesIO()
+    np.savez_compressed(stream, **arrays)
+    return stream.getvalue()
+
+
+def mat_bytes(compressed: bool = False, **variables: object) -> bytes:
+    stream = io.BytesIO()
+    scipy.io.savemat(stream, variables, do_compression=compressed)
+    return stream.getvalue()
+
+
+def edf_signal(label: str, unit: str = "uV", rate: int = 100, counts: np.ndarray = COUNTS[0]) -> edfio.EdfSignal:
+    """One count is one unit, as in the file of PTB-XL's record 17."""
+    return edfio.EdfSignal(
+        counts.astype(float), rate, label=label, physical_dimension=unit, physical_range=(-32768, 32767)
+    )
+
+
+def edf_bytes(*signals: edfio.EdfSignal, **options: object) -> bytes:
+    stream = io.BytesIO()
+    edfio.Edf(signals, **options).write(stream)
+    return stream.getvalue()
+
+
+def code(value: str, meaning: str) -> Dataset:
+    item = Dataset()
+    item.CodeValue, item.CodeMeaning = value, meaning
+    return item
+
+
+def dicom_group(counts: np.ndarray, leads: list[tuple[str, str]], unit: str = "uV", dtype: str = "<i2") -> Dataset:
+    group = Dataset()
+    group.WaveformOriginality, group.SamplingFrequency = "ORIGINAL", 250
+    group.NumberOfWaveformChannels, group.NumberOfWaveformSamples = counts.shape
+    group.WaveformBitsAllocated, group.WaveformSampleInterpretation = 16, "SS"
+    group.ChannelDefinitionSequence = []
+    for lead in leads:
+        channel = Dataset()
+        channel.ChannelSourceSequence, channel.ChannelSensitivityUnitsSequence = [code(*lead)], [code(unit, "")]
+        channel.ChannelSensitivity, channel.ChannelSensitivityCorrectionFactor, channel.ChannelBaseline = 2.5, 2, 10
+        group.ChannelDefinitionSequence.append(channel)
+    group.add_new("WaveformData", "OW", counts.T.astype(dtype).tobytes())
+    return group
+
+
+def dicom_bytes(*groups: Dataset, little_endian: bool = True) -> bytes:
+    dataset, stream = Dataset(), io.BytesIO()
+    dataset.file_meta = FileMetaDataset()
+    syntax = pydicom.uid.ExplicitVRLittleEndian if little_endian else pydicom.uid.ExplicitVRBigEndian
+    dataset.file_meta.TransferSyntaxUID = syntax
+    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.9.1.1"
+    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = "2.25.1"
+    dataset.PatientID, dataset.PatientSex, dataset.PatientAge = "P7", "F", "042Y"
+    dataset.WaveformSequence = list(groups)
+    dataset.save_as(stream, enforce_file_format=True)
+    return stream.getvalue()
+
+
+def write_wfdb(folder: Path, lines: list[str], **files: bytes) -> Path:
+    """A record r with the header `lines` and the signal files NAME.dat."""
+    for name, content in files.items():
+        (folder / f"{name}.dat").write_bytes(content)
+    (folder / "r.hea").write_text("\n".join(lines) + "\n")
+    return folder / "r.hea"
+
+
+# small whole files of each format
+WHOLE = {
+    "npy": npy_bytes(COUNTS / 1000),
+    "dict": npy_bytes({"ecg": COUNTS / 1000, "target_sf": 250, "report": "sinus rhythm"}),
+    "npz": npz_bytes(array=COUNTS, sampling_rate=500, lead_names=LEADS, unit="uV"),
+    "edf": edf_bytes(*(edf_signal(lead) for lead in LEADS), data_record_duration=0.5),
+    "dicom": dicom_bytes(dicom_group(COUNTS, [("", lead) for lead in LEADS])),
+    "mat": mat_bytes(ECG={"sex": "Male", "age": 52, "data": COUNTS / 1000}),
+    "compressed mat": mat_bytes(True, feats=(COUNTS / 1000).astype(np.float32), curr_sample_rate=400),
+    "csv": "\n".join(["time,I,II", *(f"{n / 250:.3f},{n % 7 / 10:.3f},-0.25" for n in range(100))]).encode(),
+}

@@ -1,0 +1,85 @@
+"""The options of `elm convert`."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from elm_ecg.configuration_elm import IMAGE_REPRESENTATIONS
+from elm_ecg.ecg_utils import REFERENCE_LEADS
+from elm_ecg.processing_elm import ELMProcessor
+from elm_ecg.training.arguments import ModelArguments
+
+ECG_TOKENS = "signal_*"  # among --added_tokens: signal_<id> of all ids of the ECG-Byte tokenizer
+
+
+@dataclass
+class ConvertArguments(ModelArguments):
+    """What a checkpoint does not state about the ELM or encoder that it holds. Defaults are the reference's."""
+
+    output_dir: str = field(default="", metadata={"help": "New or empty folder that the converted model is saved in."})
+    llm: str = field(
+        default="", metadata={"help": "Language model that a whole ELM was trained with: name, Hub id or local folder."}
+    )
+    lead_names: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Leads and their order that the model was trained on. Default: I II III aVL aVR aVF V1 ... V6, the reference's "
+            "of MIMIC-IV and CODE-15; its PTB-XL has aVR before aVL."
+        },
+    )
+    image_features: Literal["patches", "embedding"] = field(
+        default="embedding", metadata={"help": "What the connector reads of a vision backbone."}
+    )
+    ecg_tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "ECG-Byte tokenizer that a symbolic ELM was trained with, as `elm tokenizer import` makes it: local folder or "
+            "Hub id."
+        },
+    )
+    added_tokens: list[str] = field(
+        default_factory=lambda: [ELMProcessor.ecg_token],
+        metadata={
+            "help": "Tokens that the run added to the language model's, in the order of their rows; signal_* stands for all ECG tokens "
+            "of a symbolic ELM, by id."
+        },
+    )
+    lora_alpha: float = field(default=32.0, metadata={"help": "Alpha of LoRA in that run."})
+    use_rslora: bool = field(default=False, metadata={"help": "LoRA was scaled by the square root of its rank."})
+    dtype: Literal["float32", "bfloat16", "float16"] | None = field(
+        default=None, metadata={"help": "Type of the saved weights. Default: the widest that the checkpoint has."}
+    )
+
+    def __post_init__(self) -> None:
+        if not self.output_dir:
+            raise ValueError("--output_dir is missing; name a new folder for the converted model.")
+        self.assumed: list[str] = []  # for the report: what neither checkpoint nor options state
+        if self.lead_names is None:
+            self.lead_names = list(REFERENCE_LEADS)
+            self.assumed.append(
+                "leads in the reference's order, I II III aVL aVR aVF V1 ... V6; of a model trained on its PTB-XL, give "
+                "--lead_names I II III aVR aVL aVF V1 V2 V3 V4 V5 V6"
+            )
+        if self.normalization is None and self.representation == "signal" and self.elm != "ecg_byte":
+            self.normalization = "minmax"
+        if self.representation not in IMAGE_REPRESENTATIONS:
+            self.image_features = "patches"
+        self.names_encoder = self.encoder is not None or self.encoder_name_or_path is not None
+        self.gives_num_ecg_tokens = self.num_ecg_tokens is not None
+        super().__post_init__()
+        symbolic = self.representation == "symbolic"
+        if symbolic and (self.ecg_tokenizer is None or ECG_TOKENS not in self.added_tokens):
+            raise ValueError(
+                "A checkpoint of a symbolic ELM does not say which of its rows is which token. Give the run's tokenizer as "
+                "--ecg_tokenizer (`elm tokenizer import` makes it of a .pkl), and all tokens that the run added, in the order of their "
+                f"rows, as --added_tokens, with {ECG_TOKENS} for those of the tokenizer: --added_tokens '{ECG_TOKENS}' "
+                f"'{ELMProcessor.ecg_token}' if these came first."
+            )
+        if not 0 < self.lora_alpha < float("inf"):
+            raise ValueError(f"--lora_alpha is {self.lora_alpha}; expected a positive number.")
+        if ECG_TOKENS in self.added_tokens and not symbolic:
+            raise ValueError(f"--added_tokens {ECG_TOKENS} is for symbolic ELMs; add --elm ecg_byte, or leave it out.")
+        repeated = {token for token in self.added_tokens if self.added_tokens.count(token) > 1}
+        if repeated:
+            raise ValueError(
+                f"--added_tokens has {', '.join(sorted(repeated))} more than once; each token has one row."
+            )

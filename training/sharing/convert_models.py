@@ -1,0 +1,399 @@
+"""Checkpoints of the reference system (ELM-Research/ELM) become our models: ECG encoders, and whole ELMs."""
+
+import re
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+from elm_ecg.configuration_elm import ENCODER_CONFIGS, IMAGE_REPRESENTATIONS
+from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
+from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
+from elm_ecg.modeling_elm import ELMForConditionalGeneration
+from elm_ecg.processing_elm import ELMProcessor
+from elm_ecg.tokenization_ecg_byte import FIRST_MERGE_ID, ECGByteTokenizer
+from elm_ecg.training.build import build_model, build_processor, resolve_llm
+from elm_ecg.training.sharing.cards import public_name
+from elm_ecg.training.sharing.checkpoint_keys import convert_part, count_indices, some_of
+from elm_ecg.training.sharing.checkpoints import Checkpoint, Conversion, merge_lora
+from elm_ecg.training.sharing.convert_arguments import ECG_TOKENS, ConvertArguments
+
+# of the names of weights in a whole ELM of the reference
+LLM_PREFIX, PEFT_PREFIX, ENCODER_PREFIX = "llm.llm.", "base_model.model.", "encoder."
+CONNECTOR_PREFIXES = {"llava": "projection.", "fuyu": "project_layer."}
+# weights of vision models that their towers do not have, and why
+NOT_OF_THE_TOWER = {
+    r"text_model\.|text_projection\.|logit_scale$|logit_bias$": "of the text tower",
+    r"visual_projection\.": "of the embedding, and this ELM reads patches",
+    r"decoder\.|.*mask_token$": "of the masked pretraining",
+    r".*position_ids$": "a constant",
+}
+
+
+def _state_dict_of(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+def encoder_fields(args: ConvertArguments, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The fields of the encoder's configuration that the shapes of its converted weights tell.
+
+    `--encoder_config` gives the others, such as `head_dim`, which is 64 in the reference.
+
+    Raises:
+        ValueError: the leads or samples of the options are not those of the weights.
+    """
+    kind, shape = str(args.encoder), {name: tensor.shape for name, tensor in tensors.items()}
+    with torch.device("meta"):
+        default = ENCODER_MODELS[kind](ENCODER_CONFIGS[kind]()).state_dict()
+    for name in shape.keys() & default.keys():
+        if len(shape[name]) != default[name].ndim or 0 in shape[name]:
+            raise ValueError(
+                f"{name} of the {kind} weights is {list(shape[name])}; expected {default[name].ndim} dimensions, none of them empty."
+            )
+    assert args.lead_names is not None  # set with the arguments
+    num_leads, num_samples = len(args.lead_names), args.num_samples
+    sizes: dict[str, Any]
+    if kind == "merl":
+        num_leads = shape["stem.conv.weight"][1]
+        stages = range(count_indices(shape, r"stages\.(\d+)\."))
+        sizes = {
+            "block": "bottleneck" if "stages.0.0.convs.2.conv.weight" in shape else "basic",
+            "depths": [count_indices(shape, rf"stages\.{stage}\.(\d+)\.") for stage in stages],
+            "widths": [shape[f"stages.{stage}.0.convs.0.conv.weight"][0] for stage in stages],
+        }
+    else:
+        head_dim = args.encoder_fields.get("head_dim", 64)
+        width, patch_values = shape["embeddings.patch_embedding.projection.weight"]
+        positions = shape["embeddings.positions"][1]
+        sizes = {
+            "hidden_size": width,
+            "num_hidden_layers": count_indices(shape, r"layers\.(\d+)\."),
+            "num_attention_heads": shape["layers.0.attention.out_proj.weight"][1] // head_dim,
+            "mlp_ratio": shape["layers.0.mlp.fc1.weight"][0] // width,
+        }
+        if kind == "st_mem":
+            # there is a separator at both ends of the patches of each lead
+            num_leads, num_samples = shape["embeddings.lead_embeddings"][0], (positions - 2) * patch_values
+            sizes["patch_size"] = patch_values
+        else:
+            sizes["decoder_hidden_size"] = shape["decoder_embeddings.projection.weight"][0]
+            sizes["decoder_num_hidden_layers"] = count_indices(shape, r"decoder_layers\.(\d+)\.")
+            heads = shape["decoder_layers.0.attention.out_proj.weight"][1] // head_dim
+            sizes["decoder_num_attention_heads"] = heads
+            parts = num_leads if kind == "mlae" else num_samples
+            sizes["patch_size"] = max(1, parts // (positions - 1))
+            if (
+                sizes["patch_size"] * (positions - 1) != parts
+                or patch_values * (positions - 1) != num_leads * num_samples
+            ):
+                raise ValueError(
+                    f"The {kind} weights have {positions - 1} patches of {patch_values} values, {patch_values * (positions - 1)} in "
+                    f"all, which is not {num_leads} leads x {num_samples} samples; give --num_samples and --lead_names of the run."
+                )
+    if num_leads != len(args.lead_names):
+        raise ValueError(
+            f"The {kind} weights are of {num_leads} leads, and --lead_names are {len(args.lead_names)}; name those of the run."
+        )
+    if num_samples != args.num_samples:
+        raise ValueError(
+            f"The {kind} weights are of {num_samples} samples, and --num_samples is {args.num_samples}; give {num_samples}."
+        )
+    return {"num_leads": num_leads, "num_samples": num_samples, **sizes, **args.encoder_fields}
+
+
+def _check_missing(conversion: Conversion, what: str) -> None:
+    if conversion.missing:
+        left_over = f" Left over: {some_of(conversion.left_over)}." if conversion.left_over else ""
+        raise ValueError(
+            f"The checkpoint has no entry for {some_of(conversion.missing)}, which {what} needs.{left_over}"
+        )
+
+
+def _check_tensors(tensors: dict[str, Tensor], model: nn.Module, hint: str) -> None:
+    """Compares the weights with those of the model before they are loaded.
+
+    Raises:
+        ValueError: one has another shape than in the model, no floats where it has them, or values that are none.
+    """
+    for name, expected in model.state_dict().items():
+        if name not in tensors:
+            continue
+        tensor = tensors[name]
+        if tensor.shape != expected.shape:
+            raise ValueError(
+                f"{name} is {list(tensor.shape)} in the checkpoint and {list(expected.shape)} in the model; check {hint}."
+            )
+        if expected.is_floating_point() and not tensor.is_floating_point():
+            raise ValueError(f"{name} is of {tensor.dtype} in the checkpoint; expected floats, not quantized weights.")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(
+                f"{name} has NaN or infinite values in the checkpoint: its training diverged, or it is damaged."
+            )
+
+
+def _dtype(args: ConvertArguments, tensors: dict[str, Tensor]) -> torch.dtype:
+    if args.dtype is not None:
+        return getattr(torch, args.dtype)
+    dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    widest = reduce(torch.promote_types, dtypes or {torch.float32})
+    if len(dtypes) > 1:
+        args.assumed.append(f"all weights become {widest}, the widest of the checkpoint; choose another with --dtype")
+    return widest
+
+
+def convert_encoder(
+    args: ConvertArguments, checkpoint: Checkpoint
+) -> tuple[PreTrainedModel, ECGFeatureExtractor, Conversion]:
+    """The ECG encoder of a checkpoint that holds it alone, and the feature extractor that prepares records as it expects.
+
+    Raises:
+        ValueError: the options do not fit the checkpoint, or something is missing.
+    """
+    if not args.names_encoder or args.encoder not in ENCODER_MODELS:
+        encoder = args.encoder if args.names_encoder else None
+        raise ValueError(
+            f"The checkpoint holds no language model ({LLM_PREFIX}...), so an encoder alone, and --encoder is {encoder}; expected "
+            f"one of {', '.join(ENCODER_MODELS)}."
+        )
+    if args.llm or args.representation != "signal":
+        option = "--llm" if args.llm else f"--representation {args.representation}"
+        raise ValueError(
+            f"The checkpoint holds no language model ({LLM_PREFIX}...); leave {option} out if it is an encoder alone."
+        )
+    conversion = convert_part(args.encoder, checkpoint.tensors)
+    _check_missing(conversion, f"a {args.encoder} encoder")
+    config = ENCODER_CONFIGS[args.encoder](**encoder_fields(args, conversion.tensors))
+    with torch.device("meta"):
+        model = ENCODER_MODELS[args.encoder](config)
+    _check_tensors(conversion.tensors, model, "--encoder and --encoder_config")
+    dtype = _dtype(args, conversion.tensors)
+    weights = {
+        name: tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
+        for name, tensor in conversion.tensors.items()
+    }
+    model.load_state_dict(weights, assign=True)
+    assert args.lead_names is not None  # set with the arguments, as is the normalization
+    feature_extractor = ECGFeatureExtractor(
+        sampling_rate=args.sampling_rate,
+        num_samples=args.num_samples,
+        lead_names=args.lead_names,
+        normalization=args.normalization or "none",
+    )
+    return model.eval(), feature_extractor, conversion
+
+
+def _convert_vision(tower: PreTrainedModel, state_dict: dict[str, Tensor]) -> Conversion:
+    """A vision backbone of transformers, of whatever version: its names of then are renamed as transformers renames them."""
+    part = Conversion()
+    expected = tower.state_dict()
+    renamings = [change for change in get_model_conversion_mapping(tower) if isinstance(change, WeightRenaming)]
+    for key, tensor in state_dict.items():
+        entry = key.removeprefix("vision_encoder.")
+        ours = rename_source_key(entry, renamings, [], tower.base_model_prefix, expected)[0]
+        why = next((why for pattern, why in NOT_OF_THE_TOWER.items() if re.match(pattern, entry)), None)
+        if ours in expected and ours not in part.tensors:
+            part.tensors[ours], part.used[key] = tensor, ours
+        elif why is not None:
+            part.ignored[key] = why
+        else:
+            part.left_over.append(key)
+    part.missing = sorted(expected.keys() - part.tensors.keys())
+    return part
+
+
+def _convert_llm(
+    args: ConvertArguments, model: ELMForConditionalGeneration, state_dict: dict[str, Tensor]
+) -> Conversion:
+    lora, ranks = merge_lora(_state_dict_of(PEFT_PREFIX, state_dict) or state_dict, args.lora_alpha, args.use_rslora)
+    if ranks:
+        args.assumed.append(
+            f"LoRA of rank {', '.join(map(str, sorted(ranks)))} has alpha {args.lora_alpha:g}; give another with --lora_alpha"
+        )
+    part = Conversion()
+    expected = model.state_dict().keys()
+    body = f"{model.model.language_model.base_model_prefix}."
+    names: dict[str, str] = {}
+    for key, tensor in lora.tensors.items():
+        ours = f"model.language_model.{key.removeprefix(body)}" if key.startswith(body) else key
+        if ours in expected:
+            part.tensors[ours], names[key] = tensor, ours
+    peft = PEFT_PREFIX if any(key.startswith(PEFT_PREFIX) for key in state_dict) else ""
+    for entry, target in lora.used.items():
+        key, _, merged = target.partition(" ")
+        if key in names:
+            part.used[peft + entry] = f"{names[key]} {merged}".strip()
+        elif key.endswith("rotary_emb.inv_freq"):
+            part.ignored[peft + entry] = "a constant"
+        else:
+            part.left_over.append(peft + entry)
+    part.ignored |= {peft + entry: why for entry, why in lora.ignored.items()}
+    if peft:
+        part.left_over += [key for key in state_dict if not key.startswith(peft)]
+    part.missing = sorted(
+        name for name in expected if name.startswith(("model.language_model.", "lm_head.")) and name not in part.tensors
+    )
+    return part
+
+
+def _names_of_rows(added_tokens: list[str], ecg_byte: ECGByteTokenizer | None) -> list[str]:
+    """The tokens that a run added, one a row. The reference's have a row for each of the 256 bytes, of which ECGs take 26."""
+    num_signals = 0 if ecg_byte is None else FIRST_MERGE_ID + len(ecg_byte.merges)
+    signals = [f"signal_{token_id}" for token_id in range(num_signals)]
+    return [name for token in added_tokens for name in (signals if token == ECG_TOKENS else [token])]
+
+
+def _fit_vocabulary(
+    args: ConvertArguments, model: ELMForConditionalGeneration, processor: ELMProcessor, part: Conversion
+) -> None:
+    """Gives embeddings and head of the checkpoint the rows of ours; rows that it has not stay as they are in the base model.
+
+    Raises:
+        ValueError: its rows are not those of the tokens, or it has a head of its own where ours is tied.
+    """
+    embeddings = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    name, head = f"{embeddings}.weight", "lm_head.weight"
+    if model.config.tie_word_embeddings:
+        if name in part.tensors and head in part.tensors and not torch.equal(part.tensors[name], part.tensors[head]):
+            raise ValueError(
+                f"The head of the checkpoint is not its embeddings, which --llm {args.llm} ties; check --llm."
+            )
+        present = [key for key in (name, head) if key in part.tensors]
+        if present:
+            part.tensors[name] = part.tensors[head] = part.tensors[present[0]]
+            part.missing = [key for key in part.missing if key not in (name, head)]
+    first_added = processor.ecg_token_id  # the first that our processor adds, behind the language model's own
+    vocabulary, symbolic = processor.tokenizer.get_vocab(), processor.ecg_tokenizer is not None
+    ids = [vocabulary.get(token) for token in _names_of_rows(args.added_tokens, processor.ecg_tokenizer)]
+    current = model.state_dict()
+    for key in (name, head):
+        if key not in part.tensors:
+            continue
+        theirs, ours = part.tensors[key], current[key]
+        rows = len(theirs)
+        if theirs.shape[1:] != ours.shape[1:]:
+            continue  # an error of its own, with all shapes
+        expected = first_added + len(ids)
+        # fewer than the language model's own are of a smaller vocabulary, as many as ours are spare ones
+        if (rows < expected and (rows > first_added or symbolic)) or (rows > expected and rows != len(ours)):
+            raise ValueError(
+                f"{key} has {rows} rows in the checkpoint, and --llm {args.llm} with {' '.join(args.added_tokens)} needs "
+                f"{expected}; check --llm{' and --ecg_tokenizer' if symbolic else ''}, or name all tokens that the run added, in "
+                "order, as --added_tokens."
+            )
+        fitted = ours.clone()
+        fitted[: min(rows, len(ours))] = theirs[: len(ours)].to(ours.dtype)
+        for place, token_id in enumerate(ids, start=first_added):
+            if place < rows and token_id is not None:
+                fitted[token_id] = theirs[place].to(ours.dtype)
+        part.tensors[key] = fitted
+        if rows < len(ours) and key == name:
+            args.assumed.append(
+                f"the vocabulary of the checkpoint has {rows} rows; the other {len(ours) - rows} of {len(ours)} are those of {public_name(args.llm)}"
+            )
+
+
+def _convert_signal_encoder(args: ConvertArguments, state_dict: dict[str, Tensor]) -> Conversion:
+    """The encoder of an ELM that reads signals; the arguments get the sizes that its weights tell."""
+    if args.encoder_name_or_path is not None:
+        raise ValueError(
+            "The checkpoint holds the encoder's weights; leave --encoder_name_or_path out and name its kind as --encoder."
+        )
+    if args.encoder not in ENCODER_MODELS:
+        raise ValueError(f"--encoder is {args.encoder} for signal ECGs; expected one of {', '.join(ENCODER_MODELS)}.")
+    part = convert_part(args.encoder, state_dict)
+    _check_missing(part, f"a {args.encoder} encoder")
+    args.encoder_fields = encoder_fields(args, part.tensors)
+    return part
+
+
+def _convert_connector(args: ConvertArguments, kind: str, state_dict: dict[str, Tensor]) -> Conversion:
+    """The connector; of the patch connector the arguments get the number of tokens, which follows from its weights."""
+    part = convert_part(kind, state_dict)
+    _check_missing(part, f"the {kind} connector ({CONNECTOR_PREFIXES[str(args.architecture)]}...)")
+    if kind == "patch":
+        assert args.lead_names is not None
+        patches = len(args.lead_names) * args.num_samples / part.tensors["projection.weight"].shape[1]
+        if (args.gives_num_ecg_tokens and patches != args.num_ecg_tokens) or patches != int(patches):
+            raise ValueError(
+                f"The patch connector makes {patches:g} tokens of {len(args.lead_names)} leads x {args.num_samples} samples, and "
+                f"--num_ecg_tokens is {args.num_ecg_tokens}; check it and --num_samples."
+            )
+        args.num_ecg_tokens = int(patches)
+    elif kind != "flat" and args.image_features != "embedding" and not args.gives_num_ecg_tokens:
+        args.assumed.append(f"{args.num_ecg_tokens} tokens for each ECG; give another number with --num_ecg_tokens")
+    return part
+
+
+def _processor_of(args: ConvertArguments) -> ELMProcessor:
+    """The processor, whose tokenizer has the tokens that the run added."""
+    processor = build_processor(args)
+    others = [token for token in args.added_tokens if token != ECG_TOKENS]
+    vocabulary = AutoTokenizer.from_pretrained(resolve_llm(args.llm)).get_vocab()
+    if not_added := [token for token in others if token in vocabulary]:
+        raise ValueError(
+            f"--added_tokens {' '.join(not_added)}: --llm {args.llm} has it already, so that the run added no row for it; leave it out."
+        )
+    processor.tokenizer.add_tokens(others, special_tokens=True)
+    if processor.ecg_tokenizer is not None:
+        if not processor.ecg_tokenizer.across_leads:
+            raise ValueError(
+                f"--ecg_tokenizer {args.ecg_tokenizer} keeps within leads, and those of the reference run on from one lead into the "
+                "next; give the one that the run had."
+            )
+        count = FIRST_MERGE_ID + len(processor.ecg_tokenizer.merges)
+        args.assumed.append(
+            f"rows of the added tokens in the order {' '.join(args.added_tokens)}, {ECG_TOKENS} being signal_0 to signal_{count - 1}; a "
+            "wrong order is not noticed, so compare an answer with the reference's"
+        )
+    return processor
+
+
+def convert_elm(
+    args: ConvertArguments, checkpoint: Checkpoint
+) -> tuple[ELMForConditionalGeneration, ELMProcessor, Conversion]:
+    """A whole ELM: encoder, connector and language model, and the processor that they need.
+
+    Raises:
+        ValueError: the options do not fit the checkpoint, or something is missing.
+    """
+    tensors, conversion = checkpoint.tensors, Conversion()
+    if not args.llm:
+        raise ValueError(f"The checkpoint holds a language model ({LLM_PREFIX}...); name the one of the run as --llm.")
+    llava = args.architecture == "llava"
+    if llava and not args.names_encoder:
+        raise ValueError("--encoder is missing; name the one that the ELM was trained with.")
+    encoder = _state_dict_of(ENCODER_PREFIX, tensors)
+    reads_signals = llava and args.representation not in IMAGE_REPRESENTATIONS
+    if reads_signals:
+        conversion.add(_convert_signal_encoder(args, encoder), ENCODER_PREFIX, "model.encoder.")
+    if args.connector is not None:
+        prefix = CONNECTOR_PREFIXES[str(args.architecture)]
+        part = _convert_connector(args, args.connector, _state_dict_of(prefix, tensors))
+        conversion.add(part, prefix, "model.connector.")
+    of_any_length = args.connector in ("patch", "conv") or (args.encoder == "merl" and reads_signals)
+    if of_any_length or args.representation == "symbolic":  # else the weights tell the number of samples
+        args.assumed.append(f"{args.num_samples} samples for each lead; give another number with --num_samples")
+
+    processor = _processor_of(args)
+    dtype = str(_dtype(args, tensors)).removeprefix("torch.")
+    model = build_model(args, processor, dtype=dtype).eval()
+    if llava and not reads_signals:
+        tower = model.model.encoder
+        part = _convert_vision(tower, encoder)
+        if tower.config.model_type == "vit" and args.image_features == "embedding":  # the mean of its layers
+            part.missing = [name for name in part.missing if not name.startswith("pooler.")]
+        _check_missing(part, f"the vision tower of {args.encoder_name_or_path or args.encoder}")
+        conversion.add(part, ENCODER_PREFIX, "model.encoder.")
+    part = _convert_llm(args, model, _state_dict_of(LLM_PREFIX, tensors))
+    _fit_vocabulary(args, model, processor, part)
+    _check_missing(part, f"--llm {args.llm}")
+    conversion.add(part, LLM_PREFIX, "")
+    seen = conversion.used.keys() | conversion.ignored.keys() | set(conversion.left_over)
+    conversion.left_over += [key for key in tensors if key not in seen]
+    _check_tensors(conversion.tensors, model, "--llm, --elm, --encoder, --num_samples and --num_ecg_tokens")
+    model.load_state_dict(conversion.tensors, strict=False)  # what is missing was checked
+    return model, processor, conversion
