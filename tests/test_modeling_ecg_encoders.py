@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
@@ -96,7 +96,6 @@ def test_resnet_widths_and_lengths(block):
     assert shapes == [(8, 1250), (8 * expansion, 1250), (16 * expansion, 625), (32 * expansion, 313)]
 
 
-@settings(max_examples=20, deadline=None)
 @given(num_leads=st.integers(1, 16), num_samples=st.integers(1, 300))
 def test_merl_takes_any_leads_and_length(num_leads, num_samples):
     model = tiny("merl", num_leads=num_leads)
@@ -105,7 +104,6 @@ def test_merl_takes_any_leads_and_length(num_leads, num_samples):
     assert tokens.isfinite().all()
 
 
-@settings(max_examples=20, deadline=None)
 @given(kind=st.sampled_from(TIME_PATCHES), num_leads=st.integers(1, 16), num_patches=st.integers(1, 8))
 def test_time_patches_take_any_leads_and_shorter_records(kind, num_leads, num_patches):
     model = tiny(kind, num_leads=num_leads)

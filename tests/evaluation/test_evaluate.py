@@ -2,8 +2,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from elm_ecg.training.evaluation.questions import list_questions
 from elm_ecg.training.evaluation.report import write_report
 from elm_ecg.training.evaluation.scores import METRICS
 from elm_ecg.training.figures import scores_plot
-from helpers import ROOT, free_port, save_tiny_data, save_tiny_llm, tiny_sft
+from helpers import fork_two, save_tiny_data, save_tiny_llm, tiny_sft
 
 SETTINGS = ["--max_new_tokens", "6", "--batch_size", "2", "--num_resamples", "50"]
 
@@ -222,15 +220,16 @@ def test_answers_of_other_settings_are_not_taken(evaluated, model, data, tmp_pat
 def test_two_processes_that_were_killed_give_what_one_gives(evaluated, model, data, tmp_path):
     folder, results = evaluated
     argv = argv_of(model, data, tmp_path, *SETTINGS)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    command = [*torchrun, "-m", "elm_ecg.training.evaluation.evaluate", *argv]
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    code = "from elm_ecg.training.evaluation.evaluate import main\nmain()"
+    processes = fork_two(code, *argv)
+    deadline = time.monotonic() + 300
     while sum(path.read_text().count("\n") for path in tmp_path.glob("predictions.partial.*")) < 5:
-        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline, "neither began to write"
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+    for process in processes:
+        os.kill(process.pid, signal.SIGKILL)
+    assert [process.finish().returncode for process in processes] == [-signal.SIGKILL] * 2
+    assert [process.finish().returncode for process in fork_two(code, *argv)] == [0, 0]
     assert json.loads((tmp_path / "evaluation_results.json").read_text()) == results
     assert (tmp_path / "predictions.jsonl").read_text() == (folder / "predictions.jsonl").read_text()
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from elm_ecg.training.options import whole_number
+from elm_ecg.training.command_line import whole_number
 
 SPLIT_RULES = ("given", "fold", "patient")
 

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
-from elm_ecg.training.arguments import DataArguments, ELMParser, json_fields
+from elm_ecg.training.arguments import DataArguments, ELMParser, argument, json_fields
 from elm_ecg.training.build import load_elm
 from elm_ecg.training.data.loading import load_data
 from elm_ecg.training.evaluation.answers import Answerer, Progress
@@ -254,69 +254,50 @@ def _summarise(
 class EvaluationArguments(DataArguments):
     """What is scored, and how."""
 
-    model_name_or_path: str = field(
-        default="",
-        metadata={
-            "help": "Saved ELM or LoRA adapter: local folder or Hub id; also the first argument. {fold} in it stands for the fold."
-        },
+    model_name_or_path: str = argument(
+        "",
+        "Saved ELM or LoRA adapter: local folder or Hub id; also the first argument. {fold} in it stands for the fold.",
     )
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
-    split: str = field(default="test", metadata={"help": "Split of the data that is scored."})
-    fold: list[int] | None = field(  # type: ignore[assignment]  # one of them, or several
-        default=None,
-        metadata={"help": "Folds of datasets that have splits such as fold1_train and fold1_test; each is a run."},
+    model_revision: str = argument("main", "Branch, tag or commit of a model on the Hub.")
+    split: str = argument("test", "Split of the data that is scored.")
+    fold: list[int] | None = argument(  # type: ignore[assignment]  # one of them, or several
+        None, "Folds of datasets that have splits such as fold1_train and fold1_test; each is a run."
     )
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Where the results go. Default: the model's folder, or ./evaluation."}
+    output_dir: str | None = argument(None, "Where the results go. Default: the model's folder, or ./evaluation.")
+    score: Literal["generation", "likelihood"] = argument(
+        "generation",
+        "generation: what the model writes. likelihood: which of the candidate answers it finds likeliest, with the "
+        "AUROC of their shares.",
     )
-    score: Literal["generation", "likelihood"] = field(
-        default="generation",
-        metadata={
-            "help": "generation: what the model writes. likelihood: which of the candidate answers it finds likeliest, with the "
-            "AUROC of their shares."
-        },
+    candidates: list[str] | None = argument(
+        None,
+        "Answers that --score likelihood decides among. Default: those that a type of question has in the training "
+        "and in the scored split.",
     )
-    candidates: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Answers that --score likelihood decides among. Default: those that a type of question has in the training "
-            "and in the scored split."
-        },
+    conditions: list[str] = argument(
+        list(ASKED),
+        f"What is shown of the ECG ({'; '.join(f'{name}, {CONDITIONS[name].description}' for name in ASKED)}). "
+        "ecg is always among them.",
+        choices=list(ASKED),
     )
-    conditions: list[str] = field(
-        default_factory=lambda: list(ASKED),
-        metadata={
-            "choices": list(ASKED),
-            "help": f"What is shown of the ECG ({'; '.join(f'{name}, {CONDITIONS[name].description}' for name in ASKED)}). "
-            "ecg is always among them.",
-        },
+    batch_size: int = argument(32, "Conversations answered at once.")
+    max_new_tokens: int = argument(128, "Longest answer, in tokens.")
+    generation_kwargs: str | None = argument(
+        None, 'JSON with other options of `generate`, such as {"num_beams": 4}. Default: greedy decoding.'
     )
-    batch_size: int = field(default=32, metadata={"help": "Conversations answered at once."})
-    max_new_tokens: int = field(default=128, metadata={"help": "Longest answer, in tokens."})
-    generation_kwargs: str | None = field(
-        default=None,
-        metadata={"help": 'JSON with other options of `generate`, such as {"num_beams": 4}. Default: greedy decoding.'},
+    dtype: str = argument("auto", "Of the model: auto, float32, bfloat16 or float16.")
+    torch_compile: bool = argument(False, "Compile the model with torch.compile.")
+    dataset_num_proc: int | None = argument(None, "Processes that prepare datasets of the reference.")
+    seed: list[int] = argument(
+        [0], "Of noise, swapped ECGs, sampled answers and the bootstrap; of several, each is a run."
     )
-    dtype: str = field(default="auto", metadata={"help": "Of the model: auto, float32, bfloat16 or float16."})
-    torch_compile: bool = field(default=False, metadata={"help": "Compile the model with torch.compile."})
-    dataset_num_proc: int | None = field(
-        default=None, metadata={"help": "Processes that prepare datasets of the reference."}
+    num_resamples: int = argument(2000, "Bootstrap resamples of patients.")
+    metrics: list[str] = argument(
+        list(METRICS),
+        'Scores beside exact match; bleu4, rouge_l, meteor and bert_score need `pip install "elm-ecg[metrics]"`.',
+        choices=METRIC_NAMES,
     )
-    seed: list[int] = field(
-        default_factory=lambda: [0],
-        metadata={"help": "Of noise, swapped ECGs, sampled answers and the bootstrap; of several, each is a run."},
-    )
-    num_resamples: int = field(default=2000, metadata={"help": "Bootstrap resamples of patients."})
-    metrics: list[str] = field(
-        default_factory=lambda: list(METRICS),
-        metadata={
-            "choices": METRIC_NAMES,
-            "help": 'Scores beside exact match; bleu4, rouge_l, meteor and bert_score need `pip install "elm-ecg[metrics]"`.',
-        },
-    )
-    bert_score_model: str | None = field(
-        default=None, metadata={"help": "Encoder of bert_score that it knows, such as roberta-large."}
-    )
+    bert_score_model: str | None = argument(None, "Encoder of bert_score that it knows, such as roberta-large.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
