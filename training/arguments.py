@@ -322,7 +322,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         if not names or action.nargs == 0:
             return super()._format_action_invocation(action)
         value = action.dest.upper()
-        return f"{', '.join(names)} {value if len(action.choices or ()) > 10 else self._format_args(action, value)}"
+        return (
+            f"{', '.join(names)} {value if len(list(action.choices or ())) > 10 else self._format_args(action, value)}"
+        )
 
 
 class HelpAllAction(argparse._HelpAction):
@@ -373,8 +375,8 @@ class ELMParser(CommandLineParser, TrlParser):
             option.type = types[option.name]
             self._parse_dataclass_field(self.groups[title], option)
 
-    def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs: Any) -> tuple[Any, ...]:
-        """As TRL's; `--config` may be the name of a recipe, or missing."""
+    def parse_args_and_config(self, args: Iterable[str] | None = None, *flags: Any, **kwargs: Any) -> Any:
+        """As TRL's; `--config` takes the name of a recipe too."""
         words: list[str] = []
         for word in sys.argv[1:] if args is None else args:
             words += word.split("=", 1) if word.startswith("--config=") else [word]
@@ -382,7 +384,7 @@ class ELMParser(CommandLineParser, TrlParser):
             place = words.index("--config") + 1
             self.source = f"--config {words[place]}: "
             words[place] = str(find_recipe(words[place]))
-        return super().parse_args_and_config(words, **kwargs)
+        return super().parse_args_and_config(words, *flags, **kwargs)
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
         """Takes the values of a YAML file or of Python, which argparse does not check as it checks the command line's.

@@ -248,7 +248,8 @@ def build_model(args: ModelArguments, processor: ELMProcessor, **llm_kwargs: Any
         llm_kwargs=llm_kwargs,
         **config,
     )
-    if len(processor.tokenizer) > model.config.text_config.vocab_size:  # some models keep spare rows
+    text_config = model.config.get_text_config()
+    if len(processor.tokenizer) > text_config.vocab_size:  # some models keep spare rows
         log = logging.getLogger("transformers.modeling_utils")  # it explains how it draws the new rows
         level = log.level
         log.setLevel(logging.ERROR)
@@ -256,8 +257,7 @@ def build_model(args: ModelArguments, processor: ELMProcessor, **llm_kwargs: Any
         log.setLevel(level)
     if processor.ecg_tokenizer is not None:
         spread_embeddings(model, processor.signal_token_ids)
-    for config in (model.generation_config, model.config.get_text_config()):
-        config.pad_token_id = processor.tokenizer.pad_token_id
+    text_config.pad_token_id = model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     return model
 
 
