@@ -1,6 +1,5 @@
 """ECG records: lead names and order, units, gaps, files, quality, resampling, filters and windows."""
 
-import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,8 +13,6 @@ import torch
 from torch.nn import functional as F
 
 from .ecg_formats import read_file
-
-logger = logging.getLogger(__name__)
 
 STANDARD_LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 # the order of the reference system's checkpoints
@@ -34,6 +31,8 @@ MAX_MILLIVOLTS = 100.0
 # limb leads in real records are within 0.04 mV of what I and II give, and with two leads exchanged at least 0.05 mV off
 MAX_LIMB_LEAD_ERROR = 0.05
 
+# of `resample`: on each side of its filter
+ZERO_CROSSINGS = 10
 # of `filter_ecg`, in one direction
 BUTTERWORTH_ORDER = 2
 NOTCH_QUALITY = 30.0
@@ -56,13 +55,20 @@ class ECGRecord:
         array: float32 [leads, samples] in millivolts, without NaN or infinity.
         sampling_rate: in hertz.
         lead_names: names of the rows, out of `STANDARD_LEADS`.
-        metadata: what else the file said.
+        metadata: what else the file states. `notices` is a tuple of sentences about what the user of the record should know,
+            such as which leads were left out; `start` the second at which a model begins to read.
     """
 
     array: np.ndarray
     sampling_rate: float
     lead_names: tuple[str, ...]
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+def with_notices(record: ECGRecord, *sentences: str) -> ECGRecord:
+    """The record with these sentences added to the `notices` of its metadata, each once."""
+    notices = tuple(dict.fromkeys((*record.metadata.get("notices", ()), *sentences)))
+    return replace(record, metadata={**record.metadata, "notices": notices})
 
 
 def _lead_key(name: str) -> str:
@@ -94,9 +100,7 @@ def canonical_lead_names(names: Iterable[str], others: bool = False) -> tuple[st
             empty.
     """
     if isinstance(names, str):
-        raise ValueError(
-            f"lead_names is the string {names!r}; give a list of names, such as {list(STANDARD_LEADS[:3])}."
-        )
+        raise ValueError(f"lead_names is the string {names!r}; give a list of names, such as ['I', 'II', 'V1'].")
     leads = tuple(
         str(name) if others and _lead_key(name) not in _CANONICAL_LEADS else canonical_lead_name(name) for name in names
     )
@@ -143,7 +147,7 @@ def as_record(
             or nested list [leads, samples]; or the path of a file that `read_ecg` reads.
         sampling_rate: in hertz.
         lead_names: names of the rows; may be left out for twelve rows, which are then `STANDARD_LEADS`. Rows of other leads
-            (Frank's VX, V4R, a monitor's MLII, respiration) are left out, which is logged once.
+            (Frank's VX, V4R, a monitor's MLII, respiration) are left out, with a notice.
         unit: `mV` (the default for floats), `uV` or `V`. Integers need one: counts say nothing about the amplitude.
 
     Gaps (NaN) of at most `MAX_GAP_SECONDS` in a lead are filled linearly, at its ends with the nearest sample. Constant
@@ -168,22 +172,26 @@ def as_record(
     def member(name: str, argument: Any, parse: Any) -> Any:
         values = [parse(value) for value in (ecg.get(name), argument) if value is not None]
         if len(values) == 2 and values[0] != values[1]:
-            raise ValueError(f"The ECG has {name}={ecg[name]!r}, the call says {name}={argument!r}; give it once.")
+            raise ValueError(
+                f"The ECG states its {name}, {ecg[name]!r}, and {argument!r} is given too: leave {name} out (for a file: "
+                f"--{name})."
+            )
         return values[0] if values else None
 
     rate = member("sampling_rate", sampling_rate, check_sampling_rate)
     leads = member("lead_names", lead_names, lambda names: canonical_lead_names(names, others=True))
     scale = member("unit", unit, _units_per_millivolt)
     if rate is None:
-        raise ValueError("The ECG has no sampling rate; pass sampling_rate=... in hertz.")
+        raise ValueError("The ECG has no sampling rate: give sampling_rate in hertz (for a file: --sampling_rate).")
 
     array = _numeric_array(ecg["array"])
-    array, leads = _standard_rows(array, _names_of_rows(array, leads))
+    names = _names_of_rows(array, leads)
+    array, leads = _standard_rows(array, names)
     if scale is None:
         if array.dtype.kind != "f":
             raise ValueError(
                 f"The ECG holds integers ({array.dtype}) without a unit, and digital counts say nothing about the "
-                'amplitude; pass unit="uV" if one count is one microvolt, or convert it to millivolts.'
+                'amplitude: give unit="uV" (for a file: --unit uV) if one count is one microvolt, or convert it to millivolts.'
             )
         scale = 1.0
     with np.errstate(over="ignore"):  # reported below as infinite
@@ -196,9 +204,11 @@ def as_record(
     if peak > MAX_MILLIVOLTS:
         raise ValueError(
             f"The ECG reaches {peak:.6g} mV, and an ECG on the skin stays far below {MAX_MILLIVOLTS:g} mV. If its numbers "
-            'are microvolts, pass unit="uV"; if they are digital counts, convert them to millivolts.'
+            'are microvolts, give unit="uV" (for a file: --unit uV); if they are digital counts, convert them to millivolts.'
         )
-    return ECGRecord(array, rate, leads, ecg.get("metadata") or {})
+    others = [name for name in names if name not in STANDARD_LEADS]
+    notices = [f"Left out, as no standard lead has that name: {', '.join(others)}."] if others else []
+    return with_notices(ECGRecord(array, rate, leads, ecg.get("metadata") or {}), *notices)
 
 
 def _numeric_array(ecg: Any) -> np.ndarray:
@@ -210,12 +220,10 @@ def _numeric_array(ecg: Any) -> np.ndarray:
     except ValueError as error:
         raise ValueError("The ECG's leads are not of one length; give a rectangular [leads, samples] array.") from error
     if array.dtype.kind not in "fiu":
-        raise ValueError(
-            f"The ECG ({type(ecg).__name__}) has dtype {array.dtype}; expected real numbers [leads, samples]."
-        )
+        raise ValueError(f"The ECG ({type(ecg).__name__}) is of {array.dtype}; expected real numbers [leads, samples].")
     if array.ndim != 2:
         raise ValueError(
-            f"The ECG has shape {list(array.shape)}; expected [leads, samples] (one lead alone is [1, samples])."
+            f"The ECG has shape {list(array.shape)}; expected [leads, samples] (of one lead: [1, samples])."
         )
     if array.size == 0:
         raise ValueError(f"The ECG is empty: its shape is {list(array.shape)}, expected [leads, samples].")
@@ -233,29 +241,23 @@ def _names_of_rows(array: np.ndarray, leads: tuple[str, ...] | None) -> tuple[st
         )
     if leads is None:
         raise ValueError(
-            f"The ECG has {len(array)} leads without names, and only {expected} have a standard order; pass "
-            "lead_names=[...]."
+            f"The ECG has {len(array)} leads without names, and only {expected} have a standard order: give lead_names (for a "
+            "file: --lead_names)."
         )
     raise ValueError(f"The ECG has {len(array)} leads but {expected} lead names: {', '.join(leads)}.")
 
 
-@lru_cache(maxsize=128)  # says it once
-def _tell_left_out(leads: str) -> None:
-    logger.warning("%s: no standard leads, and left out of the ECGs that have them.", leads)
-
-
-def _standard_rows(array: np.ndarray, leads: tuple[str, ...]) -> tuple[np.ndarray, tuple[str, ...]]:
-    rows = [row for row, lead in enumerate(leads) if lead in STANDARD_LEADS]
-    if len(rows) == len(leads):
-        return array, leads
-    others = ", ".join(lead for lead in leads if lead not in STANDARD_LEADS)
+def _standard_rows(array: np.ndarray, names: tuple[str, ...]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The rows of standard leads, and their names."""
+    rows = [row for row, name in enumerate(names) if name in STANDARD_LEADS]
+    if len(rows) == len(names):
+        return array, names
     if not rows:
         raise ValueError(
-            f"The ECG has no standard lead, but {others}; expected some of {', '.join(STANDARD_LEADS)}, in any case. If these "
-            "are their names, pass lead_names=[...]."
+            f"The ECG has no standard lead, but {', '.join(names)}; expected some of {', '.join(STANDARD_LEADS)}, in any case. "
+            "If these are their names, give lead_names (for a file: --lead_names)."
         )
-    _tell_left_out(others)
-    return array[rows], tuple(leads[row] for row in rows)
+    return array[rows], tuple(names[row] for row in rows)
 
 
 def _fill_gaps(array: np.ndarray, sampling_rate: float, lead_names: tuple[str, ...]) -> np.ndarray:
@@ -280,7 +282,8 @@ def _fill_gaps(array: np.ndarray, sampling_rate: float, lead_names: tuple[str, .
 def select_leads(record: ECGRecord, lead_names: Sequence[str], allow_missing: bool = False) -> ECGRecord:
     """The record with the leads `lead_names`, in that order; other leads are dropped.
 
-    Missing limb leads are derived from I and II: III = II - I, aVR = -(I + II) / 2, aVL = I - II / 2, aVF = II - I / 2.
+    Missing limb leads are derived from I and II: III = II - I, aVR = -(I + II) / 2, aVL = I - II / 2, aVF = II - I / 2. Notices
+    tell which leads are derived and which are missing.
 
     Args:
         allow_missing: leave out leads that are missing and not derivable; else they are an error.
@@ -297,14 +300,17 @@ def select_leads(record: ECGRecord, lead_names: Sequence[str], allow_missing: bo
             if name in wanted and name not in rows:
                 rows[name] = np.float32(i) * rows["I"] + np.float32(ii) * rows["II"]
     missing = [name for name in wanted if name not in rows]
-    if allow_missing and len(missing) < len(wanted):
-        wanted = tuple(name for name in wanted if name in rows)
-    elif missing:
+    if missing and not (allow_missing and len(missing) < len(wanted)):
         raise ValueError(
             f"The ECG has no lead {', '.join(missing)}: it has {', '.join(record.lead_names)}. III, aVR, aVL "
             "and aVF can be derived where I and II are there; other leads have to be recorded."
         )
-    return ECGRecord(np.stack([rows[name] for name in wanted]), record.sampling_rate, wanted, record.metadata)
+    names = tuple(name for name in wanted if name in rows)
+    derived = [name for name in names if name not in record.lead_names]
+    notices = [f"Derived from I and II: {', '.join(derived)}."] if derived else []
+    notices += [f"Missing: {', '.join(missing)}."] if missing else []
+    selected = replace(record, array=np.stack([rows[name] for name in names]), lead_names=names)
+    return with_notices(selected, *notices)
 
 
 def limb_lead_error(record: ECGRecord) -> float:
@@ -347,8 +353,9 @@ def lead_quality(record: ECGRecord) -> dict[str, list[str]]:
         "noisy": (_noise(array, rate) > NOISE_MILLIVOLTS)
         | (np.ptp(np.median(_stretches(array, rate, DRIFT_SECONDS), axis=2), axis=1) > DRIFT_MILLIVOLTS),
     }
-    found = {name: [flag for flag, leads in flags.items() if leads[row]] for row, name in enumerate(record.lead_names)}
-    return {name: own for name, own in found.items() if own}
+    names = record.lead_names
+    by_lead = {name: [flag for flag, leads in flags.items() if leads[row]] for row, name in enumerate(names)}
+    return {name: own_flags for name, own_flags in by_lead.items() if own_flags}
 
 
 def _longest_hold(array: np.ndarray) -> np.ndarray:
@@ -372,7 +379,8 @@ def _noise(array: np.ndarray, sampling_rate: float) -> np.ndarray:
     return np.quantile(np.sqrt(np.square(stretches).mean(axis=2)), 0.25, axis=1)
 
 
-def _resampling_ratio(source_rate: float, target_rate: float) -> Fraction:
+def resampling_ratio(source_rate: float, target_rate: float) -> Fraction:
+    """Samples that `resample` makes of one: `target_rate / source_rate` as a fraction whose smaller term is at most 1000."""
     ratio = Fraction(check_sampling_rate(target_rate)) / Fraction(check_sampling_rate(source_rate))
     # by its smaller term, as the nearest fraction to 1/4000 with a small denominator is 0
     return ratio.limit_denominator(1000) if ratio > 1 else 1 / (1 / ratio).limit_denominator(1000)
@@ -381,7 +389,7 @@ def _resampling_ratio(source_rate: float, target_rate: float) -> Fraction:
 @lru_cache(maxsize=16)
 def _polyphase_filter(up: int, down: int) -> tuple[torch.Tensor, int]:
     """Filters [up, 1, taps] of the `up` output samples that `down` input samples make, and the samples read before."""
-    half_length = 10 * max(up, down)
+    half_length = ZERO_CROSSINGS * max(up, down)
     n = np.arange(-half_length, half_length + 1)
     taps = np.sinc(n / max(up, down)) * np.kaiser(len(n), 5.0)
     taps *= up / taps.sum()
@@ -402,14 +410,14 @@ def resample(array: np.ndarray, source_rate: float, target_rate: float) -> np.nd
 
     Args:
         array: float32 [leads, samples].
-        source_rate, target_rate: in hertz. Their ratio up/down is taken as a fraction whose smaller term is at most
-            1000, which is exact for integer rates of which one is at most 1000 Hz, and within 0.05 % for any other.
+        source_rate, target_rate: in hertz. `resampling_ratio` up/down is exact for integer rates of which one is at most 1000 Hz,
+            and within 0.05 % for any other.
 
     Returns:
         float32 [leads, ceil(samples * up / down)]; `array` itself where the rates are equal.
     """
     array = np.asarray(array, dtype=np.float32)
-    ratio = _resampling_ratio(source_rate, target_rate)
+    ratio = resampling_ratio(source_rate, target_rate)
     if ratio == 1:
         return array
     up, down = ratio.numerator, ratio.denominator
@@ -473,6 +481,14 @@ def filter_ecg(
     mirrored = np.concatenate([array - offset, (array - offset)[:, ::-1]], axis=1)
     filtered = np.fft.irfft(np.fft.rfft(mirrored) * gain, 2 * num_samples)[:, :num_samples]
     return (filtered + offset * gain[0]).astype(np.float32, copy=False)
+
+
+def settling_seconds(bandpass: Sequence[float] | None, notch: float | None) -> float:
+    """Seconds after which nothing is left, to a millionth, of what `filter_ecg` makes of an end of the record."""
+    widths = [] if bandpass is None else [bandpass[0], bandpass[1] - bandpass[0]]
+    widths += [] if notch is None else [notch / NOTCH_QUALITY]
+    # it fades by exp(-k * width * seconds), and k is 2.2 to 4.4
+    return 6 / min(widths, default=math.inf)
 
 
 @lru_cache(maxsize=16)
@@ -541,6 +557,9 @@ def read_ecg(
     NumPy (`.npy`, `.npz`), WFDB, EDF and BDF, DICOM, HL7 aECG, GE MUSE XML, Philips Sierra XML, SCP-ECG, ISHNE, MATLAB
     (CPSC 2018, CODE-15) and CSV; `ecg_formats.read_file` tells the format by the content, and never executes any.
 
+    Beside those of `as_record`, notices tell which signals of the file are not in the record, and whether its limb leads
+    contradict each other.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is of another kind, damaged, or holds no valid ECG.
@@ -551,11 +570,11 @@ def read_ecg(
         record = as_record(members, sampling_rate, lead_names, unit)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    error_millivolts = limb_lead_error(record)
-    if error_millivolts > MAX_LIMB_LEAD_ERROR:
-        logger.warning(
-            "%s: its III, aVR, aVL or aVF is %.2g mV off what its I and II give. Leads may have wrong names or signs.",
-            path,
-            error_millivolts,
+    signals = record.metadata.get("left_out", {})
+    notices = [f"Signals left out: {', '.join(f'{name} ({why})' for name, why in signals.items())}."] if signals else []
+    if limb_lead_error(record) > MAX_LIMB_LEAD_ERROR:
+        notices.append(
+            f"III, aVR, aVL or aVF differ by more than {MAX_LIMB_LEAD_ERROR:g} mV from what I and II give: leads may have wrong "
+            "names or signs."
         )
-    return record
+    return with_notices(record, *notices)

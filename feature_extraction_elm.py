@@ -1,5 +1,6 @@
 """Feature extractor of the ECG-language models: any ECG -> named leads, one rate, one length, normalised."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ from transformers.utils import TensorType
 
 from .ecg_utils import (
     STANDARD_LEADS,
+    ZERO_CROSSINGS,
     ECGRecord,
     as_record,
     canonical_lead_names,
@@ -17,7 +19,10 @@ from .ecg_utils import (
     check_sampling_rate,
     filter_ecg,
     resample,
+    resampling_ratio,
     select_leads,
+    settling_seconds,
+    with_notices,
 )
 
 NORMALIZATIONS = ("none", "zscore", "minmax")
@@ -33,8 +38,9 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
     over all of its leads and samples at once, and if short padded at its end with zeros. A zero there is 0 mV without
     normalisation, the mean after `zscore` and the minimum after `minmax`; padding does not enter the normalisation.
 
-    Filters come after resampling, so that a band means the same at every rate of the input and is checked once, and before
-    cutting, so that they have settled where the part that is kept begins.
+    `prepare` is the only way in which a record becomes what a model reads. It filters after resampling, so that a band means the
+    same at every rate of the input and is checked once, and before cutting, so that filters have settled where the part that is
+    kept begins.
 
     Args:
         sampling_rate: of the output, in hertz.
@@ -89,6 +95,7 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
 
     @property
     def model_input_names(self) -> list[str]:
+        """Names of what `__call__` returns."""
         return ["ecg_values"] if self.missing_leads == "error" else ["ecg_values", "ecg_lead_mask"]
 
     def __call__(
@@ -101,13 +108,12 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
         padding: bool = True,
         return_tensors: str | TensorType | None = None,
     ) -> BatchFeature:
-        """Extracts the features of one ECG or of several.
+        """Extracts the features of one ECG or of several: `prepare`, then zeros at the end of short ones.
 
         Args:
             ecgs: one ECG in any form that `as_record` takes, or a sequence of such; an array with three dimensions is
                 a batch [n, leads, samples].
-            sampling_rate, lead_names, unit: of all the ECGs, where they do not say so themselves; see `as_record`.
-            truncation: replaces the extractor's own for this call.
+            sampling_rate, lead_names, unit, truncation: of all the ECGs, as of `prepare`.
             padding: False leaves short ECGs as short as they are.
             return_tensors: `pt` for a PyTorch tensor; a NumPy array otherwise.
 
@@ -116,48 +122,121 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
             `ecg_lead_mask`: bool [n, leads], True for leads that are there, recorded or derived; with missing_leads="zeros" only.
 
         Raises:
-            ValueError: there is no ECG, one is invalid (see `as_record`, `select_leads`), or one is too long.
+            ValueError: there is no ECG, or as `prepare`.
         """
-        truncation = self.truncation if truncation is None else _check_truncation(truncation)
-        batch = as_batch(ecgs)
-        if not batch:
-            raise ValueError("There is no ECG; give at least one.")
-        values = np.zeros((len(batch), len(self.lead_names), self.num_samples), dtype=np.float32)
+        described = {"sampling_rate": sampling_rate, "lead_names": lead_names, "unit": unit}
+        records = self.prepare_batch(as_batch(ecgs), truncation=truncation, **described)
+        values = np.zeros((len(records), len(self.lead_names), self.num_samples), dtype=np.float32)
         mask = np.zeros(values.shape[:2], dtype=bool)
-        lengths = []
-        for index, ecg in enumerate(batch):
-            try:
-                record = self._fit(as_record(ecg, sampling_rate, lead_names, unit), truncation)
-            except ValueError as error:
-                if len(batch) == 1:
-                    raise
-                raise ValueError(f"ECG {index} of {len(batch)}, counted from 0: {error}") from error
+        for index, record in enumerate(records):
             mask[index] = [name in record.lead_names for name in self.lead_names]
-            lengths.append(record.array.shape[1])
-            values[index, mask[index], : lengths[-1]] = self._normalize(record.array)
+            values[index, mask[index], : record.array.shape[1]] = record.array
         features: dict[str, Any] = {"ecg_values": values}
         if not padding:
+            lengths = [record.array.shape[1] for record in records]
             features["ecg_values"] = [signal[:, :length] for signal, length in zip(values, lengths, strict=True)]
         if self.missing_leads == "zeros":
             features["ecg_lead_mask"] = mask
         return BatchFeature(features, tensor_type=return_tensors)
 
-    def _fit(self, record: ECGRecord, truncation: bool | str) -> ECGRecord:
-        """The record with those leads of the output that are there, at its rate, filtered and no longer than it."""
-        record = select_leads(record, self.lead_names, allow_missing=self.missing_leads == "zeros")
-        length = record.array.shape[1] * self.sampling_rate / record.sampling_rate
+    def prepare(
+        self,
+        ecg: Any,
+        sampling_rate: float | None = None,
+        lead_names: Sequence[str] | None = None,
+        unit: str | None = None,
+        *,
+        start: float | None = None,
+        truncation: bool | str | None = None,
+        normalize: bool = True,
+    ) -> ECGRecord:
+        """One ECG as a model reads it, but for the padding of a short one.
+
+        Args:
+            ecg, sampling_rate, lead_names, unit: as of `as_record`.
+            start: second at which the part that is kept begins, in place of `truncation`. The `start` of the record's metadata
+                counts where this is None.
+            truncation: replaces the extractor's own.
+            normalize: False keeps millivolts, for people to look at.
+
+        Returns:
+            A record of the leads of `lead_names` that are there, in that order, at `self.sampling_rate` and of at most
+            `num_samples`. `start_second` of its metadata says where in the ECG it begins; its `notices` tell too which leads are
+            derived, missing or not read, what is cut off, and whether it is shorter than what the model reads.
+
+        Raises:
+            ValueError: the ECG is invalid (see `as_record`), lacks a lead (see `select_leads`) or is too long, or `start` lies
+                outside it.
+        """
+        recorded = as_record(ecg, sampling_rate, lead_names, unit)
+        record = select_leads(recorded, self.lead_names, allow_missing=self.missing_leads == "zeros")
+        start = record.metadata.get("start") if start is None else start
+        first = self._first_sample(record, start, truncation)
+        array = self._part(record, first)
+        array = self._normalize(array) if normalize else array
+
+        rate, num_samples = self.sampling_rate, array.shape[1]
+        seconds, duration = self.num_samples / rate, record.array.shape[1] / record.sampling_rate
+        unread = [name for name in recorded.lead_names if name not in self.lead_names]
+        span = f"{first / rate:.4g} to {(first + num_samples) / rate:.4g} s of {duration:.4g} s"
+        sentences = {
+            f"Not read: {', '.join(unread)}.": unread,
+            f"The model reads {span}.": first or (duration - seconds) * rate >= 1,
+            f"Shorter than the {seconds:g} s that the model reads.": num_samples < self.num_samples - 1,
+        }
+        metadata = {name: value for name, value in record.metadata.items() if name != "start"}
+        metadata["start_second"] = first / rate
+        prepared = replace(record, array=array, sampling_rate=rate, metadata=metadata)
+        return with_notices(prepared, *(sentence for sentence, applies in sentences.items() if applies))
+
+    def prepare_batch(self, ecgs: Sequence[Any], **options: Any) -> list[ECGRecord]:
+        """`prepare` of each of several ECGs; of more than one, an error tells which it is about.
+
+        Args:
+            options: of `prepare`, for all the ECGs.
+        """
+        records = []
+        for index, ecg in enumerate(ecgs):
+            try:
+                records.append(self.prepare(ecg, **options))
+            except ValueError as error:
+                if len(ecgs) == 1:
+                    raise
+                raise ValueError(f"ECG {index} of {len(ecgs)}, counted from 0: {error}") from error
+        return records
+
+    def _first_sample(self, record: ECGRecord, start: float | None, truncation: bool | str | None) -> int:
+        """Where the part that is kept begins, in samples of the output."""
+        truncation = self.truncation if truncation is None else _check_truncation(truncation)
+        rate, length = self.sampling_rate, record.array.shape[1] * self.sampling_rate / record.sampling_rate
+        num_samples = math.ceil(record.array.shape[1] * resampling_ratio(record.sampling_rate, rate))
+        if start is not None:
+            if not 0 <= start < length / rate:
+                raise ValueError(f"start is {start:g} s; expected a second of the ECG, which has {length / rate:g} s.")
+            return min(round(start * rate), num_samples - 1)
         if truncation is False and length >= self.num_samples + 1:
             raise ValueError(
-                f"The ECG is {length / self.sampling_rate:.4g} s long ({length:.6g} samples at "
-                f"{self.sampling_rate:g} Hz), the model takes {self.num_samples / self.sampling_rate:.4g} s "
-                f"({self.num_samples} samples), {(length - self.num_samples) / self.sampling_rate:.4g} s less; cut the "
-                'ECG, or pass truncation="start", "center" or "end" to keep that part of it.'
+                f"The ECG is {length / rate:.4g} s long ({length:.6g} samples at {rate:g} Hz), the model takes "
+                f"{self.num_samples / rate:.4g} s ({self.num_samples} samples), {(length - self.num_samples) / rate:.4g} s less: "
+                'cut the ECG, or keep a part of it with truncation="start", "center" or "end" (in training: --truncation).'
             )
-        signal = resample(record.array, record.sampling_rate, self.sampling_rate)
+        excess = max(0, num_samples - self.num_samples)
+        return excess if truncation == "end" else excess // 2 if truncation == "center" else 0
+
+    def _part(self, record: ECGRecord, first: int) -> np.ndarray:
+        """At most `num_samples` of the resampled and filtered record from the sample `first` of the output on."""
+        rates = record.sampling_rate, self.sampling_rate
+        ratio = resampling_ratio(*rates)
+        # what lies beyond this margin does not change the part: a long record takes no more time and memory than its part
+        seconds = settling_seconds(self.bandpass, self.notch) + ZERO_CROSSINGS / min(rates)
+        margin = math.ceil(seconds * self.sampling_rate)
+        # cut between blocks: where one of `denominator` samples of the record begins, one of `numerator` of the output does
+        blocks = max(0, first - margin) // ratio.numerator
+        stop = math.ceil((first + self.num_samples + margin) / ratio)
+        signal = resample(record.array[:, blocks * ratio.denominator : stop], *rates)
         signal = filter_ecg(signal, self.sampling_rate, self.bandpass, self.notch)
-        excess = max(0, signal.shape[1] - self.num_samples)
-        start = excess if truncation == "end" else excess // 2 if truncation == "center" else 0
-        return replace(record, array=signal[:, start : start + self.num_samples], sampling_rate=self.sampling_rate)
+        first -= blocks * ratio.numerator
+        return signal[:, first : first + self.num_samples]
 
     def _normalize(self, signal: np.ndarray) -> np.ndarray:
         if self.normalization == "zscore":
@@ -177,13 +256,20 @@ def _check_truncation(truncation: bool | str) -> bool | str:
 
 
 def as_batch(ecgs: Any) -> list:
-    """The ECGs as a list. Nested numbers are one ECG at depth 2, [leads, samples], and several at depth 3."""
+    """The ECGs as a list. Nested numbers are one ECG at depth 2, [leads, samples], and several at depth 3.
+
+    Raises:
+        ValueError: there is none.
+    """
     is_sequence = isinstance(ecgs, Sequence) and not isinstance(ecgs, str)
     depth, inner = 0, ecgs
     while isinstance(inner, Sequence) and not isinstance(inner, str) and len(inner):
         depth, inner = depth + 1, inner[0]
     depth += getattr(inner, "ndim", 0)
-    return list(ecgs) if depth == 3 or (is_sequence and depth != 2) else [ecgs]
+    batch = list(ecgs) if depth == 3 or (is_sequence and depth != 2) else [ecgs]
+    if not batch:
+        raise ValueError("There is no ECG; give at least one.")
+    return batch
 
 
 ECGFeatureExtractor.register_for_auto_class()

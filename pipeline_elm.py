@@ -23,7 +23,7 @@ class ECGQuestionAnsweringPipeline(Pipeline):
     Of a list of inputs the result is a list of results, and `batch_size` of them are answered at once.
 
     Args:
-        system_prompt: said before each question.
+        system_prompt: system message before each question.
         generate_kwargs: for `generate`, such as `{"num_beams": 4}`; `max_new_tokens` may be given alone.
     """
 
@@ -78,6 +78,7 @@ class ECGQuestionAnsweringPipeline(Pipeline):
         return [answers[start : start + each] for start in range(0, len(answers), each)]
 
     def run_single(self, inputs: Any, *params: dict[str, Any]) -> list[dict[str, str]]:
+        """The answers to one input."""
         return next(self.get_iterator([inputs], 0, 1, *params))
 
     def get_iterator(
@@ -114,14 +115,14 @@ def as_chat(question: Any, system_prompt: str | None = None) -> list[dict[str, A
     if unknown:
         raise ValueError(f"The pipeline got {', '.join(sorted(unknown))} beside a question; {expected}.")
     ecgs = question.get("ecg")
-    # numbers in nested lists are one ECG
+    # nested lists of numbers are one ECG
     several = isinstance(ecgs, (list, tuple)) and not (ecgs and isinstance(ecgs[0], (list, tuple)))
     described = {key: question[key] for key in ("sampling_rate", "lead_names", "unit") if key in question}
     parts = []
-    given: Any = ecgs if several else [] if ecgs is None else [ecgs]
-    if several and not given:
+    ecg_list: Any = ecgs if several else [] if ecgs is None else [ecgs]
+    if several and not ecg_list:
         raise ValueError('The pipeline got an empty list of ECGs; leave "ecg" out of a question that is about none.')
-    for ecg in given:
+    for ecg in ecg_list:
         if isinstance(ecg, (list, tuple)):
             ecg = np.asarray(ecg, dtype=np.float32)
         place = "path" if isinstance(ecg, (str, os.PathLike)) else "ecg"

@@ -12,16 +12,16 @@ from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import logging
 
+from .configuration_elm import IMAGE_REPRESENTATIONS, REPRESENTATIONS
 from .ecg_utils import STANDARD_LEADS, ECGRecord, as_record, resample, select_leads
 from .feature_extraction_elm import ECGFeatureExtractor, as_batch
-from .image_processing_elm import IMAGE_REPRESENTATIONS, ECGImageProcessor
+from .image_processing_elm import ECGImageProcessor
 from .tokenization_ecg_byte import ECGByteTokenizer
 
 logger = logging.get_logger(__name__)
 
-REPRESENTATIONS = ("signal", "symbolic", *IMAGE_REPRESENTATIONS)
 OVERFLOWS = ("error", "downsample", "drop_leads")
-# leads that go first when room is short: sums of I and II, then the chest leads beside which another tells much the same
+# in the order in which they are left out: sums of I and II, then chest leads that resemble a neighbour, the rhythm strip last
 DISPENSABLE_LEADS = ("aVR", "aVL", "aVF", "III", "V4", "V6", "V2", "V3", "I", "V5", "V1", "II")
 MIN_SAMPLING_RATE = 30  # hertz; below it a QRS complex is a sample or two
 PADDING_KWARGS = ("padding", "max_length", "pad_to_multiple_of", "padding_side", "return_attention_mask")
@@ -37,17 +37,16 @@ class ELMProcessor(ProcessorMixin):
             `symbolic` the tokens `signal_tokens(ecg_byte)`.
         chat_template: Jinja template that writes one `<signal>` where each ECG stands.
         num_ecg_tokens: placeholders that each ECG takes, as in the model's config; 0 for a text-only model.
-        representation: `signal`: each ECG becomes `ecg_values` and placeholders; `rgb` and `stacked_signal`: it becomes a
-            picture, `pixel_values`, and placeholders; `symbolic`: it becomes tokens in the text. Leads that an ECG has not, where
-            the feature extractor admits that: of `signal`, `ecg_lead_mask` tells them; in `symbolic` text they are left out; on the
-            paper of `rgb` they have their place and name, and no line; of `stacked_signal` their row is 0, as padding is (0 mV,
-            after zscore the mean, after minmax black).
+        representation: what an ECG becomes. `signal`: `ecg_values` and placeholders; `rgb`, `stacked_signal`: a picture, as
+            `pixel_values`, and placeholders; `symbolic`: tokens in the text. Where the feature extractor allows missing leads, they
+            are False in `ecg_lead_mask` (`signal`), not in the text (`symbolic`), on the paper with their place and name but no line
+            (`rgb`), or a row of zeros like padding (`stacked_signal`: 0 mV, after zscore the mean, after minmax black).
         image_processor: makes and prepares the pictures of `rgb` and `stacked_signal`, for the model's vision backbone.
         ecg_byte: the ECG-Byte tokenizer of the `symbolic` representation.
         max_length: tokens that a text may have with its symbolic ECGs, such as the context of the language model.
         overflow: what to do with a text that has more. `error`; `downsample`: halve the sampling rate of its ECGs, again
             and again, not below 30 Hz; `drop_leads`: leave out leads of its ECGs, in the order of `DISPENSABLE_LEADS`. Text is
-            never cut, and what became of the ECGs is logged as a warning.
+            never cut, and a warning is logged of what became of the ECGs.
     """
 
     ecg_token = "<signal>"
@@ -134,6 +133,7 @@ class ELMProcessor(ProcessorMixin):
 
     @property
     def ecg_token_id(self) -> int:
+        """Id of the placeholder `<signal>`."""
         return self.tokenizer.convert_tokens_to_ids(self.ecg_token)
 
     @property
@@ -145,6 +145,7 @@ class ELMProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
+        """Names of what `__call__` returns: first those of the ECGs, then those of the texts."""
         if self.ecg_tokenizer is not None or not self.takes_ecgs:
             return self.tokenizer.model_input_names
         of_ecgs = self.image_processor or self.feature_extractor
@@ -152,6 +153,7 @@ class ELMProcessor(ProcessorMixin):
 
     @property
     def takes_ecgs(self) -> bool:
+        """Whether the model reads ECGs; a text-only one does not."""
         return self.ecg_tokenizer is not None or self.num_ecg_tokens > 0
 
     def __call__(
@@ -178,8 +180,8 @@ class ELMProcessor(ProcessorMixin):
             what the image processor makes of pictures (`pixel_values`, ...).
 
         Raises:
-            ValueError: if the placeholders and the ECGs differ in number, a text is too long for its symbolic ECGs, or as
-                the feature extractor says.
+            ValueError: the placeholders and the ECGs differ in number, a text is too long for its symbolic ECGs, or as
+                `ECGFeatureExtractor.prepare`.
         """
         if text is None and (ecgs is None or self.ecg_tokenizer is not None):
             raise ValueError(
@@ -200,14 +202,13 @@ class ELMProcessor(ProcessorMixin):
             if not self.takes_ecgs:
                 raise ValueError("This processor belongs to a text-only model (num_ecg_tokens=0), which takes no ECG.")
             described = {"sampling_rate": sampling_rate, "lead_names": lead_names, "unit": unit}
-            if self.image_processor is not None:
-                values = self._drawable(ecgs, **described)
-                data.update(self.image_processor(values, self._seconds, self.feature_extractor.lead_names))
-            elif self.ecg_tokenizer is not None:
-                values = self._records(self._as_batch(ecgs), padding=False, **described)
+            if self.image_processor is not None or self.ecg_tokenizer is not None:
+                values = self._records(ecgs, **described)
             else:
                 data.update(self.feature_extractor(self._as_batch(ecgs), **described))
                 values = data["ecg_values"]
+            if self.image_processor is not None:
+                data.update(self.image_processor(values, self._seconds, self.feature_extractor.lead_names))
         if text is not None:
             data.update(self._tokenize([text] if isinstance(text, str) else list(text), values, text_kwargs))
         return BatchFeature(data, tensor_type=return_tensors)
@@ -219,13 +220,13 @@ class ELMProcessor(ProcessorMixin):
             ecg, described: one ECG and its `sampling_rate`, `lead_names` and `unit`, as `__call__` takes them.
 
         Raises:
-            ValueError: the representation has no pictures, or as the feature extractor says.
+            ValueError: the representation has no pictures, or as `ECGFeatureExtractor.prepare`.
         """
         if self.image_processor is None:
             raise ValueError(
                 f"representation is {self.representation!r}; only {' and '.join(IMAGE_REPRESENTATIONS)} show ECGs as pictures."
             )
-        (record,) = self._drawable([ecg], **described)
+        (record,) = self._records([ecg], **described)
         if isinstance(record, Image.Image):
             return record
         return self.image_processor.draw(record, self._seconds, self.feature_extractor.lead_names)
@@ -237,32 +238,18 @@ class ELMProcessor(ProcessorMixin):
     def _as_batch(self, ecgs: Any) -> list:
         batch = [ecgs] if isinstance(ecgs, Image.Image) else as_batch(ecgs)
         if self.representation != "rgb" and any(isinstance(ecg, Image.Image) for ecg in batch):
-            raise ValueError(
-                f"A picture in place of an ECG, but representation is {self.representation!r}: give its samples."
-            )
+            raise ValueError(f"A picture in place of an ECG, but representation {self.representation!r} takes samples.")
         return batch
 
-    def _drawable(self, ecgs: Any, **described: Any) -> list[ECGRecord | Image.Image]:
-        """Records as the feature extractor prepares them, not padded where they are drawn; pictures stay what they are."""
+    def _records(self, ecgs: Any, **described: Any) -> list[ECGRecord | Image.Image]:
+        """The ECGs as the feature extractor prepares them; pictures stay what they are."""
         batch = self._as_batch(ecgs)
-        given = [ecg for ecg in batch if not isinstance(ecg, Image.Image)]
-        records: Iterator[ECGRecord] = iter(())
-        if given or not batch:
-            records = iter(self._records(given, padding=self.representation != "rgb", **described))
+        if self.representation == "stacked_signal":  # all are equally long, and have a row for each lead
+            rate, leads = self.feature_extractor.sampling_rate, tuple(self.feature_extractor.lead_names)
+            return [ECGRecord(array, rate, leads) for array in self.feature_extractor(batch, **described)["ecg_values"]]
+        unprepared = [ecg for ecg in batch if not isinstance(ecg, Image.Image)]
+        records = iter(self.feature_extractor.prepare_batch(unprepared, **described))
         return [ecg if isinstance(ecg, Image.Image) else next(records) for ecg in batch]
-
-    def _records(self, ecgs: list, **described: Any) -> list[ECGRecord]:
-        """The ECGs as the feature extractor prepares them; without their missing leads, but where leads are the rows of a picture."""
-        features = self.feature_extractor(ecgs, **described)
-        rate, leads = self.feature_extractor.sampling_rate, tuple(self.feature_extractor.lead_names)
-        records = [ECGRecord(array, rate, leads) for array in features["ecg_values"]]
-        if self.representation == "stacked_signal" or "ecg_lead_mask" not in features:
-            return records
-        masks = features["ecg_lead_mask"]
-        return [
-            select_leads(record, list(itertools.compress(leads, mask)))
-            for record, mask in zip(records, masks, strict=True)
-        ]
 
     def _tokenize(self, texts: list[str], values: Any, text_kwargs: dict[str, Any]) -> dict[str, list]:
         """The tokens of the texts, with those of the ECGs in place of the placeholders, padded."""
@@ -300,9 +287,8 @@ class ELMProcessor(ProcessorMixin):
         """Ids of the language model for each ECG."""
         assert self.ecg_tokenizer is not None
         batch = []
-        for record, ids in zip(
-            records, self.ecg_tokenizer.encode_batch([record.array for record in records]), strict=True
-        ):
+        encoded = self.ecg_tokenizer.encode_batch([record.array for record in records])
+        for record, ids in zip(records, encoded, strict=True):
             tokens = self._signal_ids[ids]
             if self._lead_ids:
                 leads = self.ecg_tokenizer.offsets(ids, record.array.shape[1])[:, 0]
@@ -313,44 +299,47 @@ class ELMProcessor(ProcessorMixin):
 
     def _fit(self, records: list[ECGRecord], tokens: list[list[int]], room: int, name: str) -> list[list[int]]:
         """Fewer tokens for the ECGs of a text, by the rule `overflow`: at most `room` together."""
-        size = sum(map(len, tokens))
-        rate = self.feature_extractor.sampling_rate
         too_long = (
-            f"{name} has {size} tokens of {len(tokens)} ECGs and room for {max(room, 0)} beside its words "
+            f"{name} has {sum(map(len, tokens))} tokens of {len(tokens)} ECGs and room for {max(room, 0)} beside its words "
             f"(max_length={self.max_length})"
         )
-        if self.ecg_tokenizer is not None and tokens:
-            if self.overflow == "downsample":
-                for factor in (2**power for power in range(1, int(math.log2(rate / MIN_SAMPLING_RATE)) + 1)):
-                    tokens = self._symbolic(
-                        [replace(record, array=resample(record.array, rate, rate / factor)) for record in records]
-                    )
-                    if sum(map(len, tokens)) <= room:
-                        logger.warning("%s: they are resampled from %g to %g Hz.", too_long, rate, rate / factor)
-                        return tokens
-            elif self.overflow == "drop_leads":
-                leads = {lead for record in records for lead in record.lead_names}
-                order = [lead for lead in DISPENSABLE_LEADS if lead in leads]
-                for number in range(1, len(order)):
-                    tokens = self._symbolic([_without_leads(record, order[:number]) for record in records])
-                    if sum(map(len, tokens)) <= room:
-                        logger.warning("%s: their leads %s are left out.", too_long, ", ".join(order[:number]))
-                        return tokens
+        for smaller, change in self._smaller(records if self.ecg_tokenizer is not None else []):
+            tokens = self._symbolic(smaller)
+            if sum(map(len, tokens)) <= room:
+                logger.warning("%s: %s.", too_long, change)
+                return tokens
         raise ValueError(
             f"{too_long}. Nothing is cut in silence: shorten the text or the records, take a lower sampling rate or fewer "
             f"leads in the feature extractor, or let the processor do so with overflow='downsample' or 'drop_leads' (it is "
-            f"{self.overflow!r})."
+            f"{self.overflow!r}; in training: --ecg_overflow)."
         )
+
+    def _smaller(self, records: list[ECGRecord]) -> Iterator[tuple[list[ECGRecord], str]]:
+        """The records with less and less in them, by the rule `overflow`, and in words what became of them."""
+        rate = self.feature_extractor.sampling_rate
+        leads = {lead for record in records for lead in record.lead_names}
+        if self.overflow == "downsample" and records:
+            for power in range(1, int(math.log2(rate / MIN_SAMPLING_RATE)) + 1):
+                lower = rate / 2**power
+                slower = [replace(record, array=resample(record.array, rate, lower)) for record in records]
+                yield slower, f"they are resampled from {rate:g} to {lower:g} Hz"
+        elif self.overflow == "drop_leads":
+            order = [lead for lead in DISPENSABLE_LEADS if lead in leads]
+            for number in range(1, len(order)):
+                kept = [[lead for lead in record.lead_names if lead not in order[:number]] for record in records]
+                # a record that has no other leads keeps them
+                fewer = [select_leads(one, own or one.lead_names) for one, own in zip(records, kept, strict=True)]
+                yield fewer, f"their leads {', '.join(order[:number])} are left out"
 
     def _pad(self, encoded: list[dict[str, list]], **padding: Any) -> dict[str, list]:
         """The columns of the batch, padded as the tokenizer pads; `offset_mapping` too, which it leaves out."""
         columns: dict[str, list] = {name: [row[name] for row in encoded] for name in encoded[0]}
         offsets = columns.pop("offset_mapping", None)
-        # the tokenizer would say that its own padding is faster, but the ECGs come after it
+        # the tokenizer would warn that its own padding is faster, but the ECGs come after it
         warnings, key = self.tokenizer.deprecation_warnings, "Asking-to-pad-a-fast-tokenizer"
-        said, warnings[key] = warnings.get(key, False), True
+        warned, warnings[key] = warnings.get(key, False), True
         padded = dict(self.tokenizer.pad(columns, **padding))
-        warnings[key] = said
+        warnings[key] = warned
         if offsets is not None:
             side = padding.get("padding_side") or self.tokenizer.padding_side
             fills = [[(0, 0)] * (len(ids) - len(row)) for ids, row in zip(padded["input_ids"], offsets, strict=True)]
@@ -369,7 +358,7 @@ class ELMProcessor(ProcessorMixin):
             num_samples: per lead; default: that of the feature extractor.
 
         Returns:
-            For each ECG a dict of `array` (float32 [leads, num_samples] in millivolts, NaN where no token says what is there),
+            For each ECG a dict of `array` (float32 [leads, num_samples] in millivolts, NaN where tokens are missing),
             `sampling_rate`, `lead_names` and `unit`, as the processor takes it.
 
         Raises:
@@ -430,6 +419,7 @@ class ELMProcessor(ProcessorMixin):
     def get_processor_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As of transformers, which does not know how the image processor and the ECG-Byte tokenizer are saved."""
         processor_dict, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if isinstance(processor_dict.get("image_processor"), dict):
             processor_dict["image_processor"] = ECGImageProcessor.from_dict(processor_dict["image_processor"])
@@ -443,23 +433,23 @@ class ELMProcessor(ProcessorMixin):
     ) -> tuple[list, list, list, dict[str, Any]]:
         """The ECGs that stand in the chats, as the keyword `ecgs` of `__call__`.
 
-        A part `{"type": "ecg"}` holds `ecg` (array, dict or record) or `path`, and what that does not say of its
-        `sampling_rate`, `lead_names` and `unit`. Parts without data stand for the ECGs of
+        A part `{"type": "ecg"}` holds `ecg` (array, dict or record) or `path`, and where these lack them `sampling_rate`,
+        `lead_names` and `unit`. Parts without data stand for the ECGs of
         `processor_kwargs={"ecgs": ...}`.
         """
         contents = [message["content"] for chat in conversations for message in chat if message.get("content")]
         parts = [part for content in contents if not isinstance(content, str) for part in content]
         ecg_parts = [part for part in parts if part["type"] == "ecg"]
         ecgs = [self._ecg_of(part) for part in ecg_parts]
-        given = [ecg for ecg in ecgs if ecg is not None]
-        if not given:
+        with_data = [ecg for ecg in ecgs if ecg is not None]
+        if not with_data:
             return [], [], [], {}
-        if len(given) < len(ecgs):
+        if len(with_data) < len(ecgs):
             raise ValueError(
-                f"{len(ecgs) - len(given)} of {len(ecgs)} ECGs of the chat have no data; give each its 'ecg' or 'path', "
+                f"{len(ecgs) - len(with_data)} of {len(ecgs)} ECGs of the chat have no data; give each its 'ecg' or 'path', "
                 'or none and all of them as processor_kwargs={"ecgs": [...]}.'
             )
-        return [], [], [], {"ecgs": given}
+        return [], [], [], {"ecgs": with_data}
 
     @staticmethod
     def _ecg_of(part: dict[str, Any]) -> Any:
@@ -467,15 +457,9 @@ class ELMProcessor(ProcessorMixin):
         described = {key: part[key] for key in ("sampling_rate", "lead_names", "unit") if part.get(key) is not None}
         if ecg is None or not described:
             return ecg
-        if isinstance(ecg, (str, os.PathLike, Mapping)):  # may say some of it too
+        if isinstance(ecg, (str, os.PathLike, Mapping)):  # may hold some of it too
             return as_record(ecg, **described)
         return {"array": ecg, **described}
-
-
-def _without_leads(record: ECGRecord, leads: Sequence[str]) -> ECGRecord:
-    """The record without these leads, or as it is if it has no others."""
-    kept = [lead for lead in record.lead_names if lead not in leads]
-    return select_leads(record, kept or record.lead_names)
 
 
 ELMProcessor.register_for_auto_class()

@@ -1,7 +1,7 @@
 """An ELM on ECG-QA's questions about PTB-XL, one ECG or two compared, from the files in ../shared/data (CC BY 4.0).
 
-    elm data build ../shared/data/ptbxl/raw100.npz --questions ../shared/data/ecg_qa/ecgqa_ptbxl_matched.jsonl --question_types single-verify --metadata ../shared/data/ptbxl/records.csv --split_by fold --sampling_rate_of_files 100 --unit uV --output_dir runs/ecg_qa/single
-    elm data build ../shared/data/ptbxl/raw100.npz --questions ../shared/data/ecg_qa/ecgqa_ptbxl_matched.jsonl --question_types comparison_irrelevant-query --sort_answers --metadata ../shared/data/ptbxl/records.csv --split_by given --sampling_rate_of_files 100 --unit uV --output_dir runs/ecg_qa/comparison
+    elm data build ../shared/data/ptbxl/raw100.npz --questions ../shared/data/ecg_qa/ecgqa_ptbxl_matched.jsonl --question_types single-verify --metadata ../shared/data/ptbxl/records.csv --split_by fold --sampling_rate 100 --unit uV --output_dir runs/ecg_qa/single
+    elm data build ../shared/data/ptbxl/raw100.npz --questions ../shared/data/ecg_qa/ecgqa_ptbxl_matched.jsonl --question_types comparison_irrelevant-query --sort_answers --metadata ../shared/data/ptbxl/records.csv --split_by given --sampling_rate 100 --unit uV --output_dir runs/ecg_qa/comparison
     elm data check runs/ecg_qa/single
     elm data check runs/ecg_qa/comparison
     python benchmarks/ecg_qa.py runs/ecg_qa                         # a small language model for both

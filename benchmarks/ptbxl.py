@@ -35,8 +35,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
-from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets import Dataset, DatasetDict, Features
 from torch import nn
 from tqdm import tqdm
 
@@ -45,17 +46,12 @@ sys.path.append(sys.path.pop(0))
 
 from elm_ecg.ecg_utils import STANDARD_LEADS
 from elm_ecg.feature_extraction_elm import NORMALIZATIONS, ECGFeatureExtractor
+from elm_ecg.training.data.schema import ECG, SPLITS
+from elm_ecg.training.data.sources import SUPERCLASSES
+from elm_ecg.training.data.splits import FOLDS
 from elm_ecg.training.quickstart import save_small_llm
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "ptbxl"
-# superclass of the SCP statements -> what is asked
-QUESTIONS = {
-    "NORM": "Is this a normal ECG?",
-    "MI": "Does this ECG show myocardial infarction?",
-    "STTC": "Does this ECG show ST or T wave changes?",
-    "CD": "Does this ECG show a conduction disturbance?",
-    "HYP": "Does this ECG show hypertrophy?",
-}
 DESCRIPTION = "2,009 records of PTB-XL 1.0.3: 510 of them at 500 Hz, the others at 100 Hz."
 LICENSE = "PTB-XL 1.0.3: CC BY 4.0, https://creativecommons.org/licenses/by/4.0/"
 CITATION = """\
@@ -65,7 +61,10 @@ Wagner P, Strodthoff N, Bousseljot R-D, Kreiseler D, Lunze FI, Samek W, Schaefft
 electrocardiography dataset. Scientific Data 2020;7:154. doi 10.1038/s41597-020-0495-6
 Goldberger AL, Amaral LAN, Glass L, et al. PhysioBank, PhysioToolkit, and PhysioNet. Circulation 2000;101:e215-e220.
 doi 10.1161/01.CIR.101.23.e215"""
-FOLDS = {"train": range(1, 9), "validation": (9,), "test": (10,)}
+
+
+def in_split(row: dict[str, str], split: str) -> bool:
+    return FOLDS[int(row["strat_fold"])] == split
 
 
 def read_records(source: Path) -> list[dict[str, str]]:
@@ -98,8 +97,8 @@ def make_rows(
     In training the rarer of the two are repeated, so that no record is left out; elsewhere the commoner are sampled, so
     that none counts twice.
     """
-    records = [row for row in records if int(row["strat_fold"]) in FOLDS[split]]
-    for superclass, question in QUESTIONS.items():
+    records = [row for row in records if in_split(row, split)]
+    for superclass, question in SUPERCLASSES.items():
         has = np.array([superclass in row["superclass"].split() for row in records])
         groups = [np.flatnonzero(~has), np.flatnonzero(has)]
         size = (max if split == "train" else min)(len(group) for group in groups)
@@ -114,22 +113,22 @@ def make_conversations(
 ) -> Iterator[dict[str, Any]]:
     """Every record with all questions in one chat, five times: each question comes first once, the others in any order; and
     twice with one of them alone, as they are asked in evaluation."""
-    superclasses = list(QUESTIONS)
+    superclasses = list(SUPERCLASSES)
     for row in records:
-        if int(row["strat_fold"]) in FOLDS[split]:
+        if in_split(row, split):
             orders = [[first, *rng.permutation(np.delete(np.arange(5), first))] for first in range(5)]
             orders += [[index] for index in rng.permutation(5)[:2]]
             for order in orders:
                 names = [superclasses[index] for index in order]
-                asked = [(QUESTIONS[name], answer_of(row, name)) for name in names]
+                asked = [(SUPERCLASSES[name], answer_of(row, name)) for name in names]
                 yield make_row(row, names, asked, folder)
 
 
 def make_questions(records: list[dict[str, str]], split: str, folder: Path) -> Iterator[dict[str, Any]]:
     """Every record with each of the questions once, in a chat of its own."""
     for row in records:
-        if int(row["strat_fold"]) in FOLDS[split]:
-            for superclass, question in QUESTIONS.items():
+        if in_split(row, split):
+            for superclass, question in SUPERCLASSES.items():
                 yield make_row(row, [superclass], [(question, answer_of(row, superclass))], folder)
 
 
@@ -140,12 +139,12 @@ def build(folder: Path, seed: int) -> None:
     for ecg_id, ecg in tqdm(zip(raw["ecg_id"], raw["ecg"], strict=True), total=len(raw["ecg_id"]), unit="record"):
         np.savez(ecgs / f"{ecg_id:05d}.npz", array=ecg, sampling_rate=100, lead_names=STANDARD_LEADS, unit="uV")
     records, rng = read_records(SHARED), np.random.default_rng(seed)
-    data = DatasetDict({split: Dataset.from_list(list(make_rows(records, split, ecgs, rng))) for split in FOLDS})
+    data = DatasetDict({split: Dataset.from_list(list(make_rows(records, split, ecgs, rng))) for split in SPLITS})
     data.save_to_disk(folder / "data")
     save_small_llm(folder / "llm", data["train"]["messages"], seed)
     rows = {split: list(make_questions(records, split, ecgs)) for split in ("validation", "test")}
     rows["train"] = list(make_conversations(records, "train", ecgs, rng))
-    all_questions = DatasetDict({split: Dataset.from_list(rows[split]) for split in FOLDS})
+    all_questions = DatasetDict({split: Dataset.from_list(rows[split]) for split in SPLITS})
     all_questions.save_to_disk(folder / "all_questions")
     for name, splits in (("data", data), ("all_questions", all_questions)):
         print(folder / name, {split: len(rows) for split, rows in splits.items()})
@@ -171,17 +170,10 @@ def make_records(source: Path) -> Iterator[dict[str, Any]]:
 
 
 def save_records(folder: Path, source: Path = SHARED) -> None:
-    ecg = {
-        "array": List(List(Value("int16"))),
-        "sampling_rate": Value("int32"),
-        "lead_names": List(Value("string")),
-        "unit": Value("string"),
-    }
-    names = {"record_id": Value("string"), "patient_id": Value("string"), "strat_fold": Value("int32")}
+    columns = {"ecg": ECG, "record_id": pa.string(), "patient_id": pa.string(), "strat_fold": pa.int32()}
+    features = Features.from_arrow_schema(pa.schema(columns))
     with tempfile.TemporaryDirectory() as cache:
-        data = Dataset.from_generator(
-            make_records, Features({"ecg": ecg, **names}), cache, gen_kwargs={"source": source}
-        )
+        data = Dataset.from_generator(make_records, features, cache, gen_kwargs={"source": source})
         data.info.description, data.info.license, data.info.citation = DESCRIPTION, LICENSE, CITATION
         DatasetDict(train=data).save_to_disk(folder)
     print(f"{len(data):,} records in {folder}")
@@ -206,16 +198,13 @@ def cnn(normalization: str, seed: int, num_epochs: int = 20, batch_size: int = 3
     rows = [records[ecg_id] for ecg_id in raw["ecg_id"][chosen].tolist()]
     extract = ECGFeatureExtractor(sampling_rate=100, num_samples=1000, normalization=normalization)
     ecgs = extract(raw["ecg"][chosen], 100, STANDARD_LEADS, "uV", return_tensors="pt")["ecg_values"]
-    labels = torch.tensor([[answer_of(row, superclass) == "yes" for superclass in QUESTIONS] for row in rows])
-    parts = {
-        split: torch.tensor([index for index, row in enumerate(rows) if int(row["strat_fold"]) in folds])
-        for split, folds in FOLDS.items()
-    }
+    labels = torch.tensor([[answer_of(row, superclass) == "yes" for superclass in SUPERCLASSES] for row in rows])
+    parts = {split: torch.tensor([index for index, row in enumerate(rows) if in_split(row, split)]) for split in SPLITS}
 
     layers: list[nn.Module] = []
     for channels, width in pairwise((len(STANDARD_LEADS), 32, 64, 128, 128)):
         layers += [nn.Conv1d(channels, width, 7, stride=2, padding=3), nn.BatchNorm1d(width), nn.ReLU()]
-    model = nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(width, len(QUESTIONS)))
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(width, len(SUPERCLASSES)))
     optimizer = torch.optim.AdamW(model.parameters())
     num_steps = num_epochs * -(-len(parts["train"]) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=num_steps)
@@ -226,7 +215,7 @@ def cnn(normalization: str, seed: int, num_epochs: int = 20, batch_size: int = 3
             scores = model.eval()(ecgs[part]).numpy()
         return {
             superclass: area_under_roc(scores[:, index], labels[part, index].numpy())
-            for index, superclass in enumerate(QUESTIONS)
+            for index, superclass in enumerate(SUPERCLASSES)
         }
 
     best: tuple[float, int, str, str] = (0.0, 0, "", "")

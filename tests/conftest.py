@@ -2,17 +2,26 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # two processes run tests at a time: more threads would only wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# the same command gives the same result; HYPOTHESIS_EXAMPLES=1000 looks further
+settings.register_profile(
+    "suite", max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "25")), derandomize=True, deadline=None
+)
+settings.load_profile("suite")
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-# they take minutes: a process that began one of them last would run on alone
-LONG_FILES = ("test_sft.py", "test_modeling_elm.py", "test_processing_elm.py")
+# those that take longest, first: a process that began one of them last would run on alone
+LONG_FILES = ["test_sft.py", "test_evaluate.py", "test_push.py", "test_modeling_elm.py", "test_convert.py"]
+LONG_FILES += ["test_answers.py", "test_modeling_ecg_encoders.py", "test_processing_elm.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONG_FILES)
+    place = {name: index for index, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture(scope="session")

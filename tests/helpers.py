@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import zlib
+from collections.abc import Sequence
 from importlib.metadata import distribution
 from pathlib import Path
 from venv import EnvBuilder
@@ -34,16 +35,7 @@ from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.tokenization_ecg_byte import ECGByteTokenizer
 from elm_ecg.training.data.synthetic import make_record
-
-ROOT = Path(__file__).resolve().parents[1]
-
-# the project is installed editable: without its finder and its folder only what a saved folder holds can be imported
-_HIDE_PROJECT = """
-import importlib.util, sys
-sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in f"{{getattr(f, '__module__', '')}} {{f!r}}".lower()]
-sys.path[:] = [p for p in sys.path if p not in ("", {root!r}) and "editable" not in p]
-assert importlib.util.find_spec("elm_ecg") is None, "the project is still importable"
-"""
+from forks import ROOT, Fork
 
 
 def golden_state_dict(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
@@ -67,21 +59,22 @@ def golden_state_dict(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
     return {key: fill(key, shape) for key, shape in shapes.items()}
 
 
-def run_isolated(code: str, cwd: str | Path) -> str:
+def run_isolated(code: str, cwd: str | Path, anew: bool = False) -> str:
     """Runs `code` in a fresh process that cannot import the project, and returns what it prints.
 
-    `cwd` holds the process' Hugging Face caches too; a process that fails raises with its stderr.
+    `cwd` holds the process' Hugging Face caches too; a process that fails raises with its stderr. What the code hides before
+    transformers is imported, as `sys.modules["torchvision"] = None`, is hidden only from a process that starts `anew`.
     """
     caches = {"HF_HOME": str(Path(cwd) / "hf_home"), "HF_MODULES_CACHE": str(Path(cwd) / "hf_modules")}
     unset = ("PYTHONPATH", "HF_HUB_CACHE", "TRANSFORMERS_CACHE")
     environment = {name: value for name, value in os.environ.items() if name not in unset}
-    process = subprocess.run(
-        [sys.executable, "-c", _HIDE_PROJECT.format(root=str(ROOT)) + code],
-        cwd=cwd,
-        env=environment | caches | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    environment |= caches | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    if anew:
+        code = f"import sys\nsys.path.append({str(ROOT / 'tests')!r})\nimport forks\nforks.hide_project()\n{code}"
+        command = [sys.executable, "-c", code]
+        process = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    else:
+        process = Fork(code, cwd=cwd, environment=environment).finish()
     if process.returncode:
         raise RuntimeError(f"the isolated process ended with {process.returncode}:\n{process.stderr}")
     return process.stdout
@@ -347,6 +340,23 @@ def losses(folder: Path) -> list[float]:
     """Training losses of every logged step."""
     history = json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
     return [row["loss"] for row in history if "loss" in row]
+
+
+def fork_project(code: str, *arguments: str, **environment: str) -> Fork:
+    """`code` in a fresh process in the repository's folder, which does not reach the Hub."""
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    return Fork(code, *arguments, cwd=ROOT, environment=os.environ | environment, project=True)
+
+
+def fork_two(code: str, *arguments: str) -> list[Fork]:
+    """`code` in two processes at once, which know of each other as those of `torchrun --nproc_per_node 2` do."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    return [fork_project(code, *arguments, **shared, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+
+
+def every_pair(first: Sequence, second: Sequence, third: Sequence) -> list[tuple]:
+    """Triples in which each value meets each one of the other two lists, of which none is shorter than the third."""
+    return [(a, b, third[(i + j) % len(third)]) for i, a in enumerate(first) for j, b in enumerate(second)]
 
 
 def free_port() -> str:

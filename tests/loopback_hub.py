@@ -11,7 +11,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,6 +18,8 @@ from threading import Thread
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+
+from forks import Fork
 
 LICENSES = {"apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "llama3.2", "gemma", "other", "unknown"}
 PIPELINE_TAGS = {"text-generation", "feature-extraction", "image-text-to-text", "question-answering"}
@@ -361,13 +362,12 @@ _ROUTES = [
 ]
 
 
-def run_on_hub(code: str, hub: LoopbackHub, cwd: str | Path, python: Path | None = None) -> str:
+def run_on_hub(code: str, hub: LoopbackHub, cwd: str | Path, python: Path | None = None, project: bool = True) -> str:
     """Runs `code` in a fresh process whose Hub is `hub`, and returns what it prints.
 
-    The process is of another `python` where one is given, and then cannot import the project.
+    The process is of another `python` where one is given; then, and without `project`, it cannot import the project.
 
-    `cwd` holds the process' Hugging Face caches too; a process that fails raises with its stderr. huggingface_hub reads
-    these variables when it is imported, hence the process.
+    `cwd` holds the process' Hugging Face caches too; a process that fails raises with its stderr.
     """
     unset = ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE", "TRANSFORMERS_CACHE")
     environment = {name: value for name, value in os.environ.items() if name not in unset} | {
@@ -380,11 +380,11 @@ def run_on_hub(code: str, hub: LoopbackHub, cwd: str | Path, python: Path | None
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "OMP_NUM_THREADS": "1",
     }
-    if python is not None:
+    if python is None:
+        process = Fork(code, cwd=cwd, environment=environment, project=project).finish()
+    else:
         environment.pop("PYTHONPATH", None)
-    process = subprocess.run(
-        [python or sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True
-    )
+        process = subprocess.run([python, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
     if process.returncode:
         raise RuntimeError(f"the process ended with {process.returncode}:\n{process.stderr}")
     return process.stdout

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from elm_ecg.ecg_utils import STANDARD_LEADS
+from elm_ecg.training import collator as collator_module
 from elm_ecg.training.collator import ELMCollator, augmented_ecg, augmented_rgb
 from elm_ecg.training.data.synthetic import make_record
 from helpers import FAMILIES, tiny_image_processor_elm, tiny_processor, tiny_symbolic_processor
@@ -104,7 +105,7 @@ def test_perturb(representation):
     rows = [{**row, "ecg": {"array": ecg, "sampling_rate": rate}} for row, ecg in zip(rows, ecgs, strict=True)]
     changed = {}
     collator = ELMCollator(processor, perturb="noise")
-    for name, values in (("noise", [collator._changed(row)[0].array for row in rows]), ("zeros", np.zeros_like(ecgs))):
+    for name, values in (("noise", [collator._ecgs(row)[0].array for row in rows]), ("zeros", np.zeros_like(ecgs))):
         changed[name] = [
             {**row, "ecg": {**row["ecg"], "array": array}} for row, array in zip(rows, values, strict=True)
         ]
@@ -233,6 +234,32 @@ def test_augmentations_are_independent_options():
     both = augmented(ecg, 20, augment_ecg=True, gain_jitter=0.5)["ecg_values"]
     ratio = both / noise
     torch.testing.assert_close(ratio, ratio[:, :1, :1].expand_as(ratio), atol=1e-3, rtol=1e-3)
+
+
+def test_augmentation_comes_before_the_shift(monkeypatch):
+    """Baseline wander and noise are those of the whole recording; the shift cuts their start off too."""
+    ramp = np.tile(np.arange(500, dtype=np.float32), (12, 1)) / 500
+    monkeypatch.setattr(collator_module, "augmented_ecg", lambda array, rng: ramp[:, : array.shape[1]])
+    values = augmented(row("a")["ecg"], 5, augment_ecg=True, time_shift=0.9)["ecg_values"]
+    starts = (500 * values[:, 0, 0]).round().int()
+    assert starts.float().mean() > 20
+    for one, start in zip(values, starts.tolist(), strict=True):
+        np.testing.assert_array_equal(one[:, : 500 - start], ramp[:, start:])
+
+
+def test_each_notice_is_told_once(caplog, tmp_path):
+    """Of all records, whether they are files or not; also where an evaluation comes between."""
+    ecg = {"array": np.zeros((13, 500), np.float32), "sampling_rate": 250, "lead_names": [*STANDARD_LEADS, "vx"]}
+    np.savez(tmp_path / "a.npz", **ecg | {"lead_names": [*STANDARD_LEADS, "resp"]})
+    rows = [row("Is it?", "yes") | {"ecg": one, "record_id": name} for name, one in (("r1", ecg), ("r2", ecg))]
+    rows += [row("Is it?", "yes") | {"ecg": str(tmp_path / "a.npz")}]
+    collator = ELMCollator(tiny_processor(), gain_jitter=0.1)
+    for one in (collator, collator.without_augmentation()):
+        one(rows)
+    assert caplog.messages == [
+        "Left out, as no standard lead has that name: vx. (record r1; not told again)",
+        "Left out, as no standard lead has that name: resp. (record without id; not told again)",
+    ]
 
 
 def test_without_augmentation():

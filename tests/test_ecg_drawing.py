@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
@@ -100,7 +100,6 @@ class TestTraces:
         millivolts=st.floats(0.5, 1.2),
         sign=st.sampled_from([-1, 1]),
     )
-    @settings(max_examples=40, deadline=None)
     def test_a_beat_is_drawn_at_its_time_and_millivolts(self, lead, layout, width, shape, place, millivolts, sign):
         paper, height = trace_paper(layout=layout, rhythm_leads=()), round(width * shape)
         strip, _ = place_of(paper, lead, height, width)
@@ -480,7 +479,6 @@ class TestErrors:
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     @given(width=st.integers(20, 400), seconds=st.sampled_from([0.5, 10, 60]))
-    @settings(max_examples=15, deadline=None)
     def test_a_picture_that_is_too_small(self, layout, width, seconds):
         record, paper = flat_record(seconds=seconds), ECGPaper(layout)
         with pytest.raises(ValueError, match=r"1 pixels high and .* is too small for 12 leads") as caught:

@@ -137,7 +137,7 @@ class TestHostileFiles:
                     read_file(tmp_path / "00017_lr.hea")
 
     @pytest.mark.parametrize("name", [*WHOLE, "hea"])
-    @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(data=st.data())
     def test_any_bytes(self, name, data, tmp_path):
         """Another end after the beginning of a file, and single bytes of it changed: no other exception than ValueError."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -245,7 +245,6 @@ class TestSCP:
         np.testing.assert_array_equal(read["array"], 5 * np.array([expected]))
         assert (read["lead_names"], read["sampling_rate"]) == (["II"], 500)
 
-    @settings(max_examples=60, deadline=None)
     @given(
         hnp.arrays(np.int16, st.tuples(st.integers(1, 3), st.integers(1, 40))),
         st.integers(0, 2),
@@ -421,7 +420,6 @@ class TestSCP:
         read_scp(content)
         assert time.perf_counter() - start < 2
 
-    @settings(max_examples=100, deadline=None)
     @given(st.data())
     def test_damaged_bytes_with_right_checksums(self, data: st.DataObject):
         content = bytearray(full_scp()[0])
@@ -429,12 +427,10 @@ class TestSCP:
             content[data.draw(st.integers(6, len(content) - 1))] = data.draw(st.integers(0, 255))
         check(read_scp, reseal(bytes(content)))
 
-    @settings(max_examples=40, deadline=None)
     @given(st.dictionaries(st.integers(1, 11), st.binary(max_size=60), max_size=6))
     def test_random_sections(self, sections: dict[int, bytes]):
         check(read_scp, record(sections))
 
-    @settings(max_examples=40, deadline=None)
     @given(st.binary(max_size=200))
     def test_random_bytes(self, data: bytes):
         check(read_scp, reseal(bytes(16) + b"SCPECG" + data))
@@ -453,7 +449,6 @@ class TestISHNE:
             "device": "digital",
         }
 
-    @settings(max_examples=30, deadline=None)
     @given(
         hnp.arrays(np.int16, st.tuples(st.integers(1, 20), st.just(3))),
         st.lists(st.integers(1, 32767), min_size=3, max_size=3),
@@ -525,7 +520,6 @@ class TestISHNE:
         assert tracemalloc.get_traced_memory()[1] < 1e6
         tracemalloc.stop()
 
-    @settings(max_examples=60, deadline=None)
     @given(st.data())
     def test_damaged_bytes_with_right_checksum(self, data: st.DataObject):
         content = bytearray(ishne(np.arange(12).reshape(4, 3), [5, 6, 7], [1000] * 3))
@@ -533,7 +527,6 @@ class TestISHNE:
             content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
         check(read_ishne, reseal_ishne(bytes(content)))
 
-    @settings(max_examples=30, deadline=None)
     @given(st.binary(max_size=700))
     def test_random_bytes(self, data: bytes):
         check(read_ishne, b"ISHNE1.0" + data)

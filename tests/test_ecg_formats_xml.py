@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sierraecg
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sierraecg.xli import xli_decode
@@ -306,7 +306,6 @@ class TestMuse:
 
 
 class TestPhilips:
-    @settings(max_examples=30, deadline=None)
     @given(hnp.arrays(np.int16, st.tuples(st.integers(1, 4), st.integers(2, 60)), elements=st.integers(-2000, 2000)))
     def test_xli_is_unpacked_as_by_sierraecg(self, leads: np.ndarray):
         names = " ".join(("I", "II", "V1", "V2")[: max(2, len(leads))])
@@ -446,7 +445,6 @@ class TestHostileXML:
     def test_small_files_are_read(self, name: str):
         assert canonical_lead_names(read_xml(small_files()[name])["lead_names"])[:2] == ("I", "II")
 
-    @settings(max_examples=60, deadline=None)
     @given(st.sampled_from(sorted(small_files())), st.data())
     def test_damaged_bytes(self, name: str, data: st.DataObject):
         content = bytearray(small_files()[name])
@@ -455,14 +453,12 @@ class TestHostileXML:
             content[position : position + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=3))
         check(bytes(content))
 
-    @settings(max_examples=60, deadline=None)
     @given(
         st.sampled_from([b"<AnnotatedECG>", b"<RestingECG>", b"<restingecgdata>", b"<?xml ", b"\xff\xfe"]), st.binary()
     )
     def test_random_bytes(self, start: bytes, content: bytes):
         check(start + content)
 
-    @settings(max_examples=60, deadline=None)
     @given(st.binary(min_size=1, max_size=200), st.integers(1, 300))
     def test_random_xli(self, data: bytes, samples: int):
         check(sierra(len(data).to_bytes(4, "little") + bytes(4) + data, "I II", samples))

@@ -11,7 +11,7 @@ from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord, as_record
 from elm_ecg.image_processing_elm import ECGImageProcessor
 from elm_ecg.modeling_vision_encoders import image_size
 from elm_ecg.training.data.synthetic import make_record
-from helpers import ROOT, TINY_VISION, tiny_image_processor, tiny_vision_config
+from helpers import ROOT, TINY_VISION, every_pair, tiny_image_processor, tiny_vision_config
 
 CLIP = {"image_processor_type": "CLIPImageProcessor"}
 SIGLIP2 = {"image_processor_type": "Siglip2ImageProcessor"}
@@ -60,9 +60,9 @@ class TestDrawn:
         height, width = image_size(tiny_vision_config(model_type))
         assert tiny_image_processor(model_type).draw(ecg()).size == (width, height)
 
-    @pytest.mark.parametrize("max_num_patches", [256, 512])
-    @pytest.mark.parametrize("layout", LAYOUTS)
-    @pytest.mark.parametrize("seconds", [5.0, 10.0])
+    @pytest.mark.parametrize(
+        ("layout", "max_num_patches", "seconds"), every_pair(list(LAYOUTS), [256, 512], [5.0, 10.0])
+    )
     def test_siglip2_leaves_the_drawing_as_it_is(self, layout, max_num_patches, seconds):
         paper = ECGPaper(layout)
         processor = ECGImageProcessor(SIGLIP2 | {"max_num_patches": max_num_patches}, paper=paper)
@@ -257,6 +257,7 @@ def test_saved_and_loaded(model_type, representation, tmp_path):
     assert saved["image_processor"] == json.loads(own.to_json_string())
     assert saved["paper"].items() >= paper.items()
     assert {path.name for path in tmp_path.glob("*.py")} == {
+        "configuration_elm.py",
         "image_processing_elm.py",
         "ecg_drawing.py",
         "ecg_utils.py",

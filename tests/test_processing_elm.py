@@ -158,7 +158,7 @@ class TestChat:
 
     def test_a_contradiction(self, processor):
         part = {"type": "ecg", "ecg": {"array": ecg(), "sampling_rate": 500}, "sampling_rate": 250}
-        with pytest.raises(ValueError, match="sampling_rate=500, the call says sampling_rate=250"):
+        with pytest.raises(ValueError, match="states its sampling_rate, 500, and 250 is given too"):
             inputs_of(processor, chat([part]))
 
     def test_ecgs_beside_the_chat(self, processor):
@@ -385,6 +385,7 @@ for name in {list(of_pictures)}:
     assert image_processor.to_dict() == processor.image_processor.to_dict()
 """,
         tmp_path,
+        anew=True,
     )
     for name, picture_processor in of_pictures.items():
         inputs = picture_processor(text="<signal>", ecgs=ecg(), sampling_rate=250, return_tensors="pt")
@@ -531,11 +532,13 @@ class TestPictures:
         stacked = tiny_image_processor_elm("vit", "stacked_signal")
         for call in (lambda: stacked(ecgs=[simulated(), scan]), lambda: stacked.draw(scan)):
             with pytest.raises(
-                ValueError, match="A picture in place of an ECG, but representation is 'stacked_signal'"
+                ValueError, match="A picture in place of an ECG, but representation 'stacked_signal' takes samples"
             ):
                 call()
         for ecgs in (scan, [scan]):
-            with pytest.raises(ValueError, match="A picture in place of an ECG, but representation is 'signal'"):
+            with pytest.raises(
+                ValueError, match="A picture in place of an ECG, but representation 'signal' takes samples"
+            ):
                 processor(ecgs=ecgs, sampling_rate=250)
 
     def test_no_ecg(self, drawing):
@@ -795,7 +798,9 @@ class TestOverflow:
         ]
 
     def test_downsample_stops_at_30_hz(self, symbolic):
-        symbolic.max_length, symbolic.overflow = 20, "downsample"
+        """There would be room at 25 Hz, but a QRS complex would be two samples or three."""
+        size = len(symbolic_ids(symbolic, resample(simulated()["array"], 100, 25)))
+        symbolic.max_length, symbolic.overflow = size, "downsample"
         with pytest.raises(ValueError, match="it is 'downsample'"):
             self.sizes(symbolic)
 
@@ -815,6 +820,18 @@ class TestOverflow:
         assert message.endswith(f"their leads {', '.join(left_out)} are left out.")
         array = symbolic.decode_ecg(ids, 0, 1)[0]["array"]
         assert [name for name, lead in zip(STANDARD_LEADS, array, strict=True) if not np.isnan(lead).any()] == kept
+
+    @pytest.mark.parametrize("number", [7, 8, 9, 10, 11])
+    def test_order_in_which_leads_are_dropped(self, number):
+        """Lead II stays longest, the rhythm strip, then V1, whose P wave is best to see, V5 and I."""
+        # in a fixed range, so that the tokens of a lead do not depend on the other leads
+        symbolic = tiny_symbolic_processor(ecg_byte=tiny_ecg_byte(across_leads=False, millivolt_range=(-2, 2)))
+        ecg = simulated()
+        dropped = ["aVR", "aVL", "aVF", "III", "V4", "V6", "V2", "V3", "I", "V5", "V1"][:number]
+        kept = [lead for lead in STANDARD_LEADS if lead not in dropped]
+        expected = symbolic_ids(symbolic, ecg["array"][[STANDARD_LEADS.index(lead) for lead in kept]], kept)
+        symbolic.max_length, symbolic.overflow = len(expected), "drop_leads"
+        assert symbolic(text="<signal>", ecgs=ecg)["input_ids"] == [expected]
 
     def test_one_lead_too_many(self, symbolic):
         symbolic.max_length, symbolic.overflow = 5, "drop_leads"

@@ -18,9 +18,12 @@ from transformers import AutoModelForCausalLM
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.training import sft
 from elm_ecg.training.build import build_model, load_elm
+from forks import Fork
 from helpers import (
     ROOT,
     TINY_VISION,
+    fork_project,
+    fork_two,
     free_port,
     losses,
     run_isolated,
@@ -541,27 +544,24 @@ def test_augmented_rgb_of_another_representation(trained, data, tmp_path):
 # other processes
 
 
-def start(command: list[str], **environment: str) -> subprocess.Popen:
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+SFT = "import runpy\nrunpy.run_path('training/sft.py', run_name='__main__')"
 
 
-def finish(*processes: subprocess.Popen) -> str:
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-4000:]
-    return "".join(outputs)
+def finish(*processes: Fork) -> str:
+    ended = [process.finish() for process in processes]
+    for process in ended:
+        assert process.returncode == 0, process.stdout + process.stderr[-4000:]
+    return "".join(process.stdout + process.stderr for process in ended)
 
 
 def test_resumes_bit_for_bit(llm, data, tmp_path):
     options = ["--max_steps", "6", "--save_strategy", "steps", "--save_steps", "3", "--augment_ecg"]
     options += ["--update", "encoder", "connector", "llm"]
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    sft_py = [sys.executable, "training/sft.py"]
-    finish(start([*sft_py, *tiny_sft(llm, data, straight, *options)]))
+    sft.main(tiny_sft(llm, data, straight, *options))
     resumed.mkdir()
     shutil.copytree(straight / "checkpoint-3", resumed / "checkpoint-3")
-    finish(start([*sft_py, *tiny_sft(llm, data, resumed, *options, "--resume_from_checkpoint", "last")]))
+    finish(fork_project(SFT, *tiny_sft(llm, data, resumed, *options, "--resume_from_checkpoint", "last")))
 
     assert len(losses(straight)) == 6
     assert losses(resumed) == losses(straight)
@@ -573,23 +573,20 @@ def test_resumes_bit_for_bit(llm, data, tmp_path):
 
 
 def test_two_processes_equal_one(llm, mixed_data, tmp_path):
-    """Of signals with torchrun, and of drawings with accelerate."""
-    steps = ["--max_steps", "6", "--gradient_checkpointing", "true"]
-    commands = {}
+    """Of signals as torchrun starts them, and of drawings with accelerate itself."""
+    arguments = {}
     for name, options, encoder in (("torchrun", [], "st_mem"), ("accelerate", of_pictures("clip"), None)):
-        args = [*steps, *options, "--batch_size"]
+        args = ["--max_steps", "6", "--gradient_checkpointing", "true", *options, "--batch_size"]
         sft.main(tiny_sft(llm, mixed_data, tmp_path / f"{name}_one", *args, "4", encoder=encoder))
-        args += ["2", "--distributed"]
-        commands[name] = ["training/sft.py", *tiny_sft(llm, mixed_data, tmp_path / name, *args, encoder=encoder)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+        arguments[name] = tiny_sft(llm, mixed_data, tmp_path / name, *args, "2", "--distributed", encoder=encoder)
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    accelerate += ["--main_process_port", free_port()]
-    output = finish(
-        start([*torchrun, *commands["torchrun"]]),
-        start([*accelerate, *commands["accelerate"]], ACCELERATE_USE_CPU="true"),
-    )
+    accelerate += ["--main_process_port", free_port(), "training/sft.py", *arguments["accelerate"]]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    launched = subprocess.run(accelerate, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert launched.returncode == 0, launched.stdout + launched.stderr[-4000:]
+    output = launched.stdout + launched.stderr + finish(*fork_two(SFT, *arguments["torchrun"]))
     assert output.count("parameters trained") == 2  # the main process speaks, the other is silent
-    for name in commands:
+    for name in arguments:
         one = losses(tmp_path / f"{name}_one")
         assert len(one) == 6
         assert one[-1] < one[0] - 0.1
@@ -632,8 +629,8 @@ def test_a_stream_resumes_in_mid_epoch(llm, parquet, tmp_path):
 
 def test_a_stream_of_two_processes_resumes_in_mid_epoch(llm, parquet, tmp_path):
     argv = streamed(llm, parquet, tmp_path, "--batch_size", "2", "--distributed")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    finish(start([*torchrun, "tests/streamed_run.py", str(tmp_path), "8", "12", *argv]))
+    code = "import runpy\nrunpy.run_path('tests/streamed_run.py', run_name='__main__')"
+    finish(*fork_two(code, str(tmp_path), "8", "12", *argv))
 
     def steps(run: str, rank: int) -> list[list[str]]:
         return json.loads((tmp_path / f"{run}.{rank}.json").read_text())

@@ -103,8 +103,7 @@ CHATS = {
 }
 
 
-@pytest.mark.parametrize("name", CHATS)
-@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize(("name", "padding_side"), zip(CHATS, ["left", "right"] * 4, strict=True))
 def test_assistant_mask(name, padding_side, processor, family):
     """Padded beside a longer chat, the mask is the answers with their end of turn, and nothing else."""
     longer = [user(*[ECG] * 3, text("Q" * 50)), assistant("long " * 10)]

@@ -104,6 +104,26 @@ def test_what_training_says(data, tmp_path, capsys):
     assert "Merging" in captured.err
 
 
+def test_notices_are_told_with_the_number_of_their_records(tmp_path, capsys):
+    ecgs = [as_ecg(walk(seed)) for seed in range(3)]
+    for ecg in ecgs[:2]:
+        ecg.update(array=[*ecg["array"], ecg["array"][0]], lead_names=[*LEADS, "resp"])
+    train(save(tmp_path / "data", ecgs), tmp_path / "tokenizer")
+    assert "Left out, as no standard lead has that name: resp. (2 of 3 records)\n" in capsys.readouterr().out
+    np.savez(tmp_path / "one.npz", **ecgs[0])
+    main(
+        [
+            "inspect",
+            str(tmp_path / "tokenizer"),
+            "--ecg",
+            str(tmp_path / "one.npz"),
+            "--output",
+            str(tmp_path / "a.png"),
+        ]
+    )
+    assert "  Left out, as no standard lead has that name: resp.\n" in capsys.readouterr().out
+
+
 def test_card(trained):
     card = ModelCard.load(trained / "README.md")
     assert "ecg-byte" in card.data.tags

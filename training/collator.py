@@ -1,10 +1,11 @@
 """Rows of chats with ECGs to a batch that the ELM trains on."""
 
 import json
+import logging
 import math
 import zlib
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import compress
 from typing import Any
 
@@ -16,6 +17,9 @@ from torchvision.transforms import v2
 from elm_ecg.ecg_utils import ECGRecord, as_record
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.data.loading import ecgs_of, to_chat
+from elm_ecg.training.evaluation.conditions import noise, zeros
+
+logger = logging.getLogger(__name__)
 
 # options of the collator that change ECGs in training alone, and what they are outside of it
 NO_AUGMENTATION: dict[str, Any] = {
@@ -32,18 +36,19 @@ class ELMCollator:
     """Pads to the longest chat of the batch; labels are the assistant's turns, their end-of-turn included.
 
     What is random about an ECG depends on `seed`, `epoch` and the row alone, not on what else was drawn before: a run that
-    is resumed, or that has other workers, sees the same.
+    is resumed, or that has other workers, sees the same. Each distinct notice about a record is logged once in each process.
 
     Args:
         system_prompt: system message of the chats that have none.
         perturb: what becomes of every ECG: `noise`, `zeros`, or `only_text` to leave it out.
         augment_ecg: change some of the ECGs, as `augmented_ecg` does.
         augment_rgb: change some of the drawings, as `augmented_rgb` does; for the representation `rgb`.
-        time_shift: seconds by which a recording begins later at most, as `time_shifted` says.
+        time_shift: seconds by which a recording begins later at most, see `time_shifted`.
         gain_jitter: share by which the amplitude of a recording is larger or smaller at most.
-        lead_dropout: probability of each lead to be lost, as `with_lost_leads` says.
-        max_length: tokens that a chat may have at most, if the processor says no less.
+        lead_dropout: probability of each lead to be lost, see `with_lost_leads`.
+        max_length: tokens that a chat may have at most; the processor may allow fewer.
         epoch: the trainer counts it up.
+        told: the notices that were logged.
     """
 
     processor: ELMProcessor
@@ -57,6 +62,7 @@ class ELMCollator:
     max_length: int | None = None
     seed: int = 0
     epoch: int = 0
+    told: set[str] = field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:
         if self.augment_rgb and self.processor.representation != "rgb":
@@ -68,7 +74,7 @@ class ELMCollator:
             self.processor.max_length = min(self.max_length, self.processor.max_length or self.max_length)
 
     def without_augmentation(self) -> "ELMCollator":
-        """For evaluation; what `perturb` says stands."""
+        """The collator for evaluation: nothing is augmented, and `perturb` stays."""
         return replace(self, **NO_AUGMENTATION)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -82,8 +88,8 @@ class ELMCollator:
 
     def _batch(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         with_ecg = self.perturb != "only_text" and self.processor.takes_ecgs
-        if with_ecg and (self.perturb or any(getattr(self, name) for name in NO_AUGMENTATION)):
-            rows = [{**row, "ecg": self._changed(row)} for row in rows]
+        if with_ecg:
+            rows = [{**row, "ecg": self._ecgs(row)} for row in rows]
         chats = [to_chat(row, self.system_prompt, with_ecg) for row in rows]
         batch: Any = self.processor.apply_chat_template(
             chats,
@@ -104,14 +110,20 @@ class ELMCollator:
         batch["labels"] = batch["input_ids"].masked_fill(~answers, -100)
         return dict(batch)
 
-    def _changed(self, row: dict[str, Any]) -> list[Any]:
-        words = zlib.crc32(json.dumps(row["messages"], default=str).encode())
+    def _ecgs(self, row: dict[str, Any]) -> list[Any]:
+        """The ECGs of a row as records, changed by the options; as drawings where `augment_rgb` changes these."""
+        records: list[Any] = [ecg if isinstance(ecg, Image.Image) else as_record(ecg) for ecg in ecgs_of(row)]
+        for notice in (notice for record in records for notice in getattr(record, "metadata", {}).get("notices", ())):
+            if notice not in self.told:
+                self.told.add(notice)
+                logger.warning("%s (record %s; not told again)", notice, row.get("record_id") or "without id")
+        if not (self.perturb or any(getattr(self, name) for name in NO_AUGMENTATION)):
+            return records
+        epoch, words = row.get("epoch", self.epoch), zlib.crc32(json.dumps(row["messages"], default=str).encode())
         ecgs: list[Any] = []
-        for ecg in ecgs_of(row):
-            record = as_record(ecg)
-            rng = np.random.default_rng(
-                [self.seed, row.get("epoch", self.epoch), words, zlib.crc32(record.array.tobytes())]
-            )
+        for record in records:
+            # by content: neither the order of the rows nor that of the options changes what is drawn
+            rng = np.random.default_rng([self.seed, epoch, words, zlib.crc32(record.array.tobytes())])
             array = perturbed(record.array, self.perturb, rng)
             array = augmented_ecg(array, rng) if self.augment_ecg else array
             array = time_shifted(array, record.sampling_rate, self.time_shift, rng) if self.time_shift else array
@@ -127,9 +139,8 @@ class ELMCollator:
 
 def perturbed(array: np.ndarray, perturb: str | None, rng: np.random.Generator) -> np.ndarray:
     """Gaussian `noise` of 1 mV or `zeros` in place of an ECG [leads, samples]; None keeps it."""
-    if perturb == "noise":
-        return rng.standard_normal(array.shape, dtype=np.float32)
-    return np.zeros_like(array) if perturb == "zeros" else array
+    change = {"noise": noise, "zeros": zeros}.get(perturb or "")
+    return array if change is None else change(array, rng)
 
 
 def augmented_ecg(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -2,9 +2,11 @@
 
 import argparse
 import hashlib
+import math
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
@@ -14,21 +16,14 @@ from datasets import Dataset
 from huggingface_hub import ModelCardData
 from tqdm import tqdm
 
-from elm_ecg.ecg_utils import (
-    STANDARD_LEADS,
-    ECGRecord,
-    as_record,
-    canonical_lead_names,
-    read_ecg,
-    resample,
-    select_leads,
-)
+from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord, as_record, canonical_lead_names, read_ecg, resampling_ratio
+from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer, ecg_byte
 from elm_ecg.training.arguments import DataArguments
+from elm_ecg.training.command_line import whole_number
 from elm_ecg.training.data.loading import ecgs_of, load_ecgs
 from elm_ecg.training.figures import plot_tokens
 from elm_ecg.training.files import atomic_path
-from elm_ecg.training.options import whole_number
 from elm_ecg.training.sharing.cards import CARD, TAGS, citation, environment, make_card, on_hub, public_name, use_of
 from elm_ecg.training.sharing.ecg_byte_import import read_ecg_byte_pickle
 
@@ -92,9 +87,10 @@ def prepare(record: ECGRecord, lead_names: Sequence[str] | None, sampling_rate: 
         lead_names: None for those that the record has, in standard order.
         sampling_rate: None for the record's own.
     """
-    record = select_leads(record, lead_names or [name for name in STANDARD_LEADS if name in record.lead_names])
+    lead_names = lead_names or [name for name in STANDARD_LEADS if name in record.lead_names]
     rate = sampling_rate or record.sampling_rate
-    return replace(record, array=resample(record.array, record.sampling_rate, rate), sampling_rate=rate)
+    whole = math.ceil(record.array.shape[1] * resampling_ratio(record.sampling_rate, rate))
+    return ECGFeatureExtractor(rate, whole, lead_names).prepare(record)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -112,7 +108,10 @@ def train(args: argparse.Namespace) -> None:
 
     splits = load_splits(args, args.split, args.data_subset)
     rows = tqdm(chain.from_iterable(splits), total=sum(map(len, splits)), desc="Reading", unit="row")
-    records = [record.array for record in read_records(rows, lead_names, args.sampling_rate)]
+    prepared = list(read_records(rows, lead_names, args.sampling_rate))
+    records = [record.array for record in prepared]
+    for notice, number in Counter(notice for record in prepared for notice in record.metadata["notices"]).items():
+        print(f"{notice} ({number:,} of {len(records):,} records)")
     num_samples = sum(record.size for record in records)
     read = f"{len(records):,} records of {len(lead_names)} leads at {args.sampling_rate:g} Hz, {num_samples:,} samples in all"
     print(f"{read}; they and their merging take about {_size(BYTES_PER_SAMPLE * num_samples)} of memory.", flush=True)
@@ -268,6 +267,8 @@ def inspect(args: argparse.Namespace) -> None:
     if args.ecg is not None:
         record = read_ecg(args.ecg, args.sampling_rate, args.lead_names, args.unit)
         records.append(prepare(record, None, rate))
+        for notice in records[0].metadata["notices"]:
+            print(f"  {notice}")
     if args.data is not None:
         rows = chain.from_iterable(load_splits(args, [args.split]))
         some = islice(read_records(rows, None, rate), args.max_records)

@@ -11,11 +11,11 @@ import torch
 from datasets import load_dataset
 from PIL import Image
 
-from elm_ecg.ecg_utils import STANDARD_LEADS, read_ecg
+from elm_ecg.ecg_utils import STANDARD_LEADS, filter_ecg, read_ecg, resample
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.training.apps import chat as chat_module
 from elm_ecg.training.apps.chat import Chat, history_path, main, run
-from elm_ecg.training.apps.conversation import PromptCache, read_for_model, stream_answer, user_turn
+from elm_ecg.training.apps.conversation import PromptCache, as_message, read_for_model, stream_answer
 from elm_ecg.training.data.loading import to_chat
 from helpers import (
     save_record,
@@ -66,35 +66,65 @@ def type_lines(monkeypatch, *lines: str | BaseException) -> None:
 
 def test_what_was_read_is_said(processor, tmp_path):
     path = save_record(tmp_path / "long.npz", 5.0, [lead for lead in STANDARD_LEADS if lead not in ("III", "aVF")])
-    shown = read_for_model(processor, path, start=1.5)
-    assert shown.facts.startswith(
-        "leads I, II, aVR, aVL, V1, V2, V3, V4, V5, V6, 500 Hz, 5 s; III, aVF derived from I and II"
-    )
-    assert "the model sees 1.5 to 3.5 s" in shown.facts
-    assert np.array_equal(shown.record.array, read_ecg(path).array[:, 750:1750])
-    assert "the model sees 0 to 2 s" in read_for_model(processor, path).facts
-    assert "shorter than the 2 s that the model takes" in read_for_model(processor, path, start=4).facts
-    # what reading warns of is said too
-    assert "III, aVR, aVL or aVF is" in shown.facts
+    for _ in range(2):  # each time that it is read
+        ecg = read_for_model(processor, path, start=1.5)
+        assert ecg.facts.startswith("leads I, II, aVR, aVL, V1, V2, V3, V4, V5, V6, 500 Hz, 5 s. ")
+        assert "Derived from I and II: III, aVF." in ecg.facts
+        assert "The model reads 1.5 to 3.5 s of 5 s." in ecg.facts
+        assert "III, aVR, aVL or aVF differ by more than 0.05 mV" in ecg.facts  # the walks of aVR and aVL are free
+    assert np.array_equal(ecg.record.array, read_ecg(path).array)
+    assert np.array_equal(ecg.prepared.array, processor.feature_extractor.prepare(path, start=1.5).array)
+    assert "The model reads 0 to 2 s of 5 s." in read_for_model(processor, path).facts
+    assert "Shorter than the 2 s that the model reads." in read_for_model(processor, path, start=4).facts
+
+
+def test_faults_of_leads_are_told(processor, tmp_path):
+    path = save_record(tmp_path / "flat.npz")
+    with np.load(path) as members:
+        array = members["array"]
+        array[[6, 8]] = 0
+        np.savez(path, **{**members, "array": array})
+    assert " Flat: V1, V3." in read_for_model(processor, path).facts
 
 
 def test_part_that_is_kept_is_that_of_the_model(tmp_path):
     path = save_record(tmp_path / "long.npz", 5.0)
-    for truncation, said in (("center", "1.5 to 3.5 s"), ("end", "3 to 5 s")):
-        shown = read_for_model(tiny_processor(truncation=truncation), path)
-        assert said in shown.facts
-        kept = tiny_processor(truncation=truncation).feature_extractor(shown.record)["ecg_values"]
-        assert np.allclose(
-            kept, tiny_processor(truncation=truncation).feature_extractor(str(path))["ecg_values"], atol=0.05
+    for truncation, seconds in (("center", "1.5 to 3.5 s"), ("end", "3 to 5 s")):
+        processor = tiny_processor(truncation=truncation)
+        ecg = read_for_model(processor, path)
+        assert seconds in ecg.facts
+        values = [processor.feature_extractor(one)["ecg_values"] for one in (ecg.record, str(path))]
+        assert np.array_equal(*values)
+
+
+def test_model_reads_the_filtered_record_from_any_second(tmp_path):
+    """And not a part that was cut before it was filtered, whose ends are another signal's."""
+    processor = tiny_processor(bandpass=[0.5, 40], notch=50, normalization="zscore")
+    path = save_record(tmp_path / "long.npz", 20.0)
+    record = read_ecg(path)
+    whole = filter_ecg(resample(record.array, 500, 250), 250, (0.5, 40), 50)
+    for start in (0, 7.3, 18):
+        ecg = read_for_model(processor, path, start=start)
+        part = whole[:, round(250 * start) :][:, :500]
+        assert np.allclose(ecg.prepared.array, part, atol=1e-3)
+        inputs = processor.apply_chat_template(
+            [as_message("user", "Why?", [ecg])], tokenize=True, return_dict=True, return_tensors="pt"
         )
+        assert np.allclose(inputs["ecg_values"][0], (part - part.mean()) / part.std(), atol=5e-3)
+
+
+def test_model_with_code_before_this_program(processor, records, monkeypatch):
+    monkeypatch.delattr(type(processor.feature_extractor), "prepare")
+    with pytest.raises(ValueError, match="save it again with the present elm-ecg"):
+        read_for_model(processor, records[0])
 
 
 def test_missing_leads(processor, tmp_path):
     path = save_record(tmp_path / "few.npz", leads=["I", "II", "V2"])
     with pytest.raises(ValueError, match=r"few\.npz: The ECG has no lead V1, V3, V4, V5, V6"):
         read_for_model(processor, path)
-    shown = read_for_model(tiny_processor(missing_leads="zeros"), path)
-    assert "III, aVR, aVL, aVF derived from I and II; V1, V3, V4, V5, V6 missing" in shown.facts
+    facts = read_for_model(tiny_processor(missing_leads="zeros"), path).facts
+    assert facts.endswith("Derived from I and II: III, aVR, aVL, aVF. Missing: V1, V3, V4, V5, V6.")
 
 
 def test_ecg_for_a_text_only_model(records):
@@ -103,7 +133,7 @@ def test_ecg_for_a_text_only_model(records):
 
 
 def test_start_outside_the_record(processor, records):
-    with pytest.raises(ValueError, match=r"rec0\.npz: it lasts 2 s.*cannot start at 2 s"):
+    with pytest.raises(ValueError, match=r"rec0\.npz: start is 2 s; expected a second of the ECG, which has 2 s"):
         read_for_model(processor, records[0], start=2)
 
 
@@ -125,7 +155,7 @@ def test_cache_gives_the_same_answers(sliding_window, processor, records, monkey
     ecgs = [read_for_model(processor, path) for path in records]
     cache, turns = PromptCache(), []
     for number, (question, new) in enumerate((("What?", ecgs[:1]), ("Why?", []), ("And this?", ecgs[1:]), ("So?", []))):
-        turns.append(user_turn(question, new))
+        turns.append(as_message("user", question, new))
         plain = "".join(stream_answer(model, processor, turns, max_new_tokens=6))
         whole = max(read)
         read.clear()
@@ -141,7 +171,7 @@ def test_closing_an_answer_stops_the_model(model, processor, monkeypatch):
     forward = model.model.forward
     monkeypatch.setattr(model.model, "forward", lambda *args, **kwargs: made.append(1) or forward(*args, **kwargs))
     torch.manual_seed(0)
-    answer = stream_answer(model, processor, [user_turn("What?", [])], max_new_tokens=900, temperature=9.0)
+    answer = stream_answer(model, processor, [as_message("user", "What?", [])], max_new_tokens=900, temperature=9.0)
     next(answer)  # as soon as there is a space
     answer.close()
     assert len(made) < 900
@@ -153,17 +183,17 @@ def test_errors_of_the_thread_reach_the_reader(model, processor, monkeypatch):
 
     monkeypatch.setattr(model, "generate", generate)
     with pytest.raises(RuntimeError, match="out of memory"):
-        list(stream_answer(model, processor, [user_turn("What?", [])]))
+        list(stream_answer(model, processor, [as_message("user", "What?", [])]))
 
 
 def test_full_context(model, processor):
     with pytest.raises(ValueError, match=r"has 1\d\d\d tokens and the model reads 1024"):
-        list(stream_answer(model, processor, [user_turn("x" * 1100, [])]))
-    assert "".join(stream_answer(model, processor, [user_turn("x" * 900, [])], max_new_tokens=900))
+        list(stream_answer(model, processor, [as_message("user", "x" * 1100, [])]))
+    assert "".join(stream_answer(model, processor, [as_message("user", "x" * 900, [])], max_new_tokens=900))
 
 
 def test_temperature_draws(model, processor):
-    turn = [user_turn("What?", [])]
+    turn = [as_message("user", "What?", [])]
     torch.manual_seed(1)
     drawn = {"".join(stream_answer(model, processor, turn, max_new_tokens=8, temperature=5.0)) for _ in range(3)}
     assert len(drawn) > 1
@@ -176,7 +206,7 @@ def test_conversation(chat, records, monkeypatch, capsys):
     run(chat)
     out, err = capsys.readouterr()
     assert not err
-    assert out.count("rec0.npz: all 12 leads, 500 Hz, 2 s") == 2
+    assert out.count("rec0.npz: all 12 leads, 500 Hz, 2 s.") == 2
     assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
     kinds = [[part["type"] for part in message["content"]] for message in chat.messages]
     assert kinds == [["ecg", "text"], ["text"], ["text"], ["text"]]
@@ -193,11 +223,11 @@ def test_conversation(chat, records, monkeypatch, capsys):
         ("/ecg --speed 1", "unrecognized arguments: --speed"),
         ('/ecg "', "No closing quotation"),
         ("/plot", "no ECG to draw"),
-        ("/save", "takes one FILE.json, and 0 names"),
+        ("/save", "takes one FILE.json, but got 0 names"),
         ("/save chat.txt", "chat.txt is no .json file"),
         ("/save chat.json", "Nothing was asked yet"),
         ("/save none/chat.json", "there is no folder none"),
-        ("/clear all", "takes nothing behind it"),
+        ("/clear all", "takes no argument, but got 'all'"),
         ("What is <signal>?", "1 <signal> placeholders"),
     ],
 )
@@ -275,6 +305,16 @@ def test_saved_chat_is_a_row(chat, records, capsys):
         ]
         assert inputs[0]["input_ids"] == inputs[1]["input_ids"]
         assert np.allclose(inputs[0]["ecg_values"], inputs[1]["ecg_values"], atol=1e-6)
+
+
+def test_saved_chat_holds_what_was_read_as_it_was_recorded(chat, tmp_path):
+    path = save_record(tmp_path / "long.npz", 5.0)
+    chat.command(f"/ecg {path} --start 1.5")
+    chat.command(f"/ecg {path} --start 4")
+    list(chat.ask("Are they the same?"))
+    first, second = (np.float32(ecg["array"]) for ecg in chat.row()["ecg"])
+    assert np.array_equal(first, read_ecg(path).array[:, 750:1750])
+    assert np.array_equal(second, read_ecg(path).array[:, 2000:])
 
 
 def test_plot(chat, records, capsys):

@@ -9,10 +9,12 @@ import pytest
 from huggingface_hub import SpaceCard
 from peft import LoraConfig, get_peft_model
 
-from elm_ecg.ecg_utils import read_ecg
+from elm_ecg.ecg_drawing import ECGPaper, ecg_svg
+from elm_ecg.ecg_utils import STANDARD_LEADS, read_ecg
 from elm_ecg.training import cli
-from elm_ecg.training.apps.conversation import stream_answer, user_turn, zeroed
-from elm_ecg.training.apps.demo import NO_ECG, Page, build_demo, example_files, serve, write_examples, write_space
+from elm_ecg.training.apps import conversation
+from elm_ecg.training.apps.conversation import as_message, read_for_model, stream_answer, zeroed
+from elm_ecg.training.apps.demo import NO_ECG, Page, build_demo, draw, example_files, serve, write_examples, write_space
 from helpers import run_isolated, save_record, tiny_elm, tiny_processor
 
 
@@ -76,7 +78,7 @@ def test_what_the_file_does_not_say(page, tmp_path):
     zeros = Page(page.model, tiny_processor(missing_leads="zeros"), {})
     ecgs, shown = zeros.upload([str(path)], 500, "uV", "I, II V1", 1)
     assert ecgs[0].record.lead_names == ("I", "II", "V1")
-    assert "the model sees 1 to 3 s" in shown
+    assert "The model reads 1 to 3 s of 3 s." in shown
 
 
 def test_bad_upload_is_told_by_its_name(page, tmp_path):
@@ -97,12 +99,42 @@ def test_pick(page):
     assert page.pick(None) == page.pick("../etc/passwd") == ([], NO_ECG)
 
 
+def test_each_reader_is_told_of_their_own_file(page, tmp_path, monkeypatch):
+    """Also while another's is read, and each time."""
+    names = {"mine.npz": "vx", "other.npz": "resp"}
+    for name, lead in names.items():
+        np.savez(tmp_path / name, array=np.zeros((13, 1000)), sampling_rate=500, lead_names=[*STANDARD_LEADS, lead])
+    others = []
+
+    def read(path, **described):
+        record = read_ecg(path, **described)
+        if path.name == "mine.npz":  # before this is told, another visitor comes
+            others.append(page.upload([str(tmp_path / "other.npz")])[1])
+        return record
+
+    monkeypatch.setattr(conversation, "read_ecg", read)
+    for _ in range(2):
+        mine = page.upload([str(tmp_path / "mine.npz")])[1]
+        assert "no standard lead has that name: vx." in mine
+        assert "resp" not in mine
+    assert len(others) == 2
+    assert all("no standard lead has that name: resp." in other and "vx" not in other for other in others)
+
+
+def test_drawing_is_what_the_model_reads(page, folder):
+    """At its rate, and of its leads."""
+    ecg = read_for_model(page.processor, folder / "walk_one.npz")
+    drawing = draw(ecg)
+    assert "10 mm/mV, 250 Hz" in drawing
+    assert ecg_svg(ecg.prepared, ECGPaper("12x1"), "25 mm/s, 10 mm/mV, 250 Hz") in drawing
+
+
 def test_answers_grow_and_are_compared_with_the_ecg_zeroed(page):
     ecgs, _ = page.pick("walk one")
     system = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
 
     def expected(given, *said):
-        chat = [system, *said, user_turn("Why?", [] if said else given)]
+        chat = [system, *said, as_message("user", "Why?", [] if said else given)]
         return "".join(stream_answer(page.model, page.processor, chat, max_new_tokens=4))
 
     *_, (turns, compared) = page.ask(" Why? ", ecgs, [], True, [])
@@ -111,7 +143,7 @@ def test_answers_grow_and_are_compared_with_the_ecg_zeroed(page):
     assert compared == [asked, {"role": "assistant", "content": expected([zeroed(ecgs[0])])}]
     # the next question is about the same ECG, and to the same words where it is zeroed
     steps = list(page.ask("Why?", ecgs, turns, True, compared))
-    first, answer = user_turn("Why?", ecgs), [{"type": "text", "text": turns[1]["content"]}]
+    first, answer = as_message("user", "Why?", ecgs), [{"type": "text", "text": turns[1]["content"]}]
     said = (first, {"role": "assistant", "content": answer})
     assert steps[-1][0][:2] == turns
     assert steps[-1][0][-1]["content"] == expected(None, *said)
@@ -197,12 +229,13 @@ def test_space(adapter, page, folder, tmp_path):
     page.processor.save_pretrained(model)
     (space / "space.json").write_text(json.dumps({"model": str(model), "revision": "main", "adapter": adapter}))
     code = """
+import sys
 from unittest.mock import MagicMock
 sys.modules["gradio"] = MagicMock()  # which takes seconds to import; test_served_page has it
 sys.path.insert(0, ".")
 import app
 assert app.__file__.endswith("space/app.py") and "transformers_modules" in type(app.model.get_base_model() if app.space["adapter"] else app.model).__module__
 ecgs, shown = app.page.pick("Simulated sinus rhythm")
-print("the model sees 0 to 2 s" in shown, [turn["role"] for turn in list(app.page.ask("Why?", ecgs, [], False, []))[-1][0]])
+print("The model reads 0 to 2 s of 10 s." in shown, [turn["role"] for turn in list(app.page.ask("Why?", ecgs, [], False, []))[-1][0]])
 """
     assert run_isolated(code, space).split("\n")[-2] == "True ['user', 'assistant']"

@@ -139,6 +139,20 @@ def test_each_record_has_its_own_picture(record, folder, capsys):
         assert same(f"{name}.png", draw_ecg(drawn, round(400 * 250 / width_mm), 400, caption=caption))
 
 
+def test_notices_of_each_file_each_time(folder, capsys):
+    names = [["I", "II", "vx"], ["I", "II", "resp"]]
+    for file, lead_names in zip(("a", "b"), names, strict=True):
+        np.savez(file, array=np.zeros((3, 500)), sampling_rate=250, lead_names=lead_names)
+    for _ in range(2):
+        main(["a.npz", "b.npz", "--leads", "I", "III", "--width", "300"])
+        assert capsys.readouterr().err.splitlines() == [
+            "a.npz: Left out, as no standard lead has that name: vx.",
+            "a.npz: Derived from I and II: III.",
+            "b.npz: Left out, as no standard lead has that name: resp.",
+            "b.npz: Derived from I and II: III.",
+        ]
+
+
 def test_what_the_file_does_not_say():
     counts = np.random.default_rng(0).integers(-500, 500, (2, 1000)).astype(np.int16)
     np.save("rec.npy", counts)
@@ -160,7 +174,7 @@ def test_what_the_file_does_not_say():
         (["rec.npz", "raw.npy", "-o", "a.png"], "--output is one file, and there are 2 records"),
         (["rec.npz", "more/rec.npz"], "Several records would be drawn into rec.png; draw them one by one"),
         (["raw.npy"], "raw.npy: The ECG has no sampling rate"),
-        (["rec.npz", "--sampling_rate", "500"], "the call says sampling_rate=500.0"),
+        (["rec.npz", "--sampling_rate", "500"], "leave sampling_rate out (for a file: --sampling_rate)"),
         (["rec.npz", "--start", "4"], "rec.npz: --start is 4; the record lasts 4 s, and the drawing begins within it."),
         (["rec.npz", "--start", "-1"], "--start is -1; the record lasts 4 s"),
         (["rec.npz", "--start", "nan"], "--start is nan; the record lasts 4 s"),

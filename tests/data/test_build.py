@@ -1,503 +1,197 @@
-import csv
-import hashlib
 import json
 import signal
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
-from datasets import DatasetDict, List, Value, load_dataset
-from huggingface_hub import DatasetCard
+from datasets import load_dataset
 
-from elm_ecg.ecg_utils import STANDARD_LEADS
+from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord
 from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.data import build as data_build
+from elm_ecg.training.data.build import build_dataset
 from elm_ecg.training.data.commands import main
-from elm_ecg.training.data.loading import to_chat
-from elm_ecg.training.data.sources import Question, Records
+from elm_ecg.training.data.sources import QuestionRow, Records
 from helpers import tiny_processor
 
 ASKED = {"question": "Is it?", "answer": "yes"}
+ALONE = """
+import sys
+from elm_ecg.training.data import commands
+
+commands.make_parser()
+assert not {"torch", "pyarrow", "datasets", "transformers", "trl"} & set(sys.modules)
+from elm_ecg.training.data import write
+
+assert not {"datasets", "transformers", "trl"} & set(sys.modules)
+"""
 
 
-def microvolts(seed: int, num_samples: int = 200) -> np.ndarray:
+def microvolts(seed: int, num_samples: int = 1000) -> np.ndarray:
     return np.random.default_rng(seed).integers(-2000, 2000, (12, num_samples), dtype=np.int16)
 
 
-def save_records(folder: Path, *names: str, sampling_rate: int = 100, num_samples: int = 200) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, name in enumerate(names):
-        np.savez(folder / f"{name}.npz", ecg=microvolts(number, num_samples), sampling_rate=sampling_rate, unit="uV")
-    return folder
+def make_records(folder: Path) -> dict[Any, Any]:
+    """The same kind of signal in each form that a record may have."""
+    np.savez(folder / "file.npz", ecg=microvolts(3), sampling_rate=100, unit="uV")
+    return {
+        "record": ECGRecord(microvolts(0).astype(np.float32) / 1000, 100.0, STANDARD_LEADS),
+        "dict": {"array": microvolts(1), "sampling_rate": 100, "unit": "uV"},
+        17: microvolts(2),
+        "path": folder / "file.npz",
+    }
+
+
+def make_questions(*records: Any, **columns: Any) -> list[dict[str, Any]]:
+    return [{**ASKED, "record": record, "patient_id": str(record), **columns} for record in records]
 
 
 def ignores_interrupts(location: Any) -> list[bool]:
     return [signal.getsignal(signal.SIGINT) is signal.SIG_IGN]
 
 
-def save_rows(path: Path, *rows: dict[str, Any]) -> Path:
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_records_of_every_form(num_proc, tmp_path):
+    records = make_records(tmp_path)
+    questions = make_questions(*records, grade=2)
+    options = {"sampling_rate": 100, "unit": "uV", "shares": (0.5, 0.25, 0.25), "num_proc": num_proc}
+    with pytest.raises(ValueError, match=r"record record: .*unit"):  # it is in millivolts, whatever is said
+        build_dataset(records, questions, **options)
+    data = build_dataset({name: records[name] for name in ("dict", 17, "path")}, questions[1:], **options)
+    rows = {row["record_id"]: row for split in data.values() for row in split}
+    assert sum(map(len, data.values())) == 3
+    for seed, name in enumerate(("dict", "17", "path"), 1):
+        assert np.array_equal(rows[name]["ecg"]["array"], microvolts(seed))
+        assert rows[name]["ecg"]["sampling_rate"] == 100
+        assert rows[name]["messages"][1]["content"] == "yes"
+        assert [rows[name]["patient_id"], rows[name]["grade"]] == [name, 2]
 
 
-def build(records: Path, output_dir: Path, *options: Any) -> DatasetDict:
-    main(["build", str(records), "--output_dir", str(output_dir), *map(str, options)])
-    return load_dataset(str(output_dir), cache_dir=str(output_dir.parent / "cache"))
+def test_a_record_of_millivolts(tmp_path):
+    data = build_dataset({"a": make_records(tmp_path)["record"]}, make_questions("a", split="test"))
+    assert list(data) == ["test"]
+    assert np.array_equal(data["test"][0]["ecg"]["array"], microvolts(0))
 
 
-def digests(folder: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.rglob("*") if file.is_file()}
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory) -> tuple[Path, Path]:
-    """Five records of four patients, and two questions about each."""
-    folder = tmp_path_factory.mktemp("small")
-    records = save_records(folder / "records", *"abcde")
-    rows = [
-        {
-            "record": name,
-            "question": f"Is it {what}?",
-            "answer": answer,
-            "patient_id": name.replace("e", "a"),
-            "what": what,
-        }
-        for name in "abcde"
-        for what, answer in (("fast", "yes"), ("slow", "no"))
-    ]
-    return records, save_rows(folder / "questions.jsonl", *rows)
-
-
-class TestRealData:
-    @pytest.fixture(scope="class")
-    def compared(self, shared, tmp_path_factory) -> tuple[DatasetDict, Path, list[dict[str, Any]]]:
-        """Sixty of ECG-QA's comparisons, at 100 Hz."""
-        folder = tmp_path_factory.mktemp("ecg_qa")
-        with (shared / "data" / "ecg_qa" / "ecgqa_ptbxl_matched.jsonl").open() as file:
-            entries = [entry for entry in map(json.loads, file) if len(entry["ecg_id"]) == 2]
-        entries = [entry for split in ("train", "valid", "test") for entry in entries if entry["split"] == split][::50]
-        ptbxl = shared / "data" / "ptbxl"
-        options = ["--metadata", ptbxl / "records.csv", "--metadata_columns", "device", "--sampling_rate_of_files", 100]
-        data = build(
-            ptbxl / "raw100.npz",
-            folder / "compared",
-            *(
-                "--questions",
-                save_rows(folder / "q.jsonl", *entries),
-                "--unit",
-                "uV",
-                "--license",
-                "cc-by-4.0",
-                *options,
-            ),
-        )
-        return data, folder / "compared", entries
-
-    def test_rows_are_those_of_ecg_qa(self, compared, shared):
-        data, _, entries = compared
-        raw = np.load(shared / "data" / "ptbxl" / "raw100.npz")
-        signals = dict(zip(raw["ecg_id"].tolist(), raw["ecg"], strict=True))
-        with (shared / "data" / "ptbxl" / "records.csv").open(newline="") as file:
-            table = {row["ecg_id"]: row for row in csv.DictReader(file)}
-        expected = {entry["sample_id"]: entry for entry in entries if set(entry["ecg_id"]) <= set(signals)}
-        seen = set()
-        for split, name in (("train", "train"), ("validation", "valid"), ("test", "test")):
-            for row in data[split].with_format("numpy", columns=["ecg"], output_all_columns=True):
-                entry = expected[row["sample_id"]]
-                seen.add(row["sample_id"])
-                assert entry["split"] == name
-                assert row["record_id"] == [str(ecg_id) for ecg_id in entry["ecg_id"]]
-                assert row["patient_id"] == [table[ecg_id]["patient_id"] for ecg_id in row["record_id"]]
-                assert row["device"] == [table[ecg_id]["device"].strip() or None for ecg_id in row["record_id"]]
-                assert [turn["content"] for turn in row["messages"]] == [entry["question"], "; ".join(entry["answer"])]
-                for ecg, ecg_id in zip(row["ecg"], entry["ecg_id"], strict=True):
-                    assert np.array_equal(ecg["array"], signals[ecg_id])
-                assert len(to_chat(row)[0]["content"]) == 3  # two ECGs and the question
-        assert seen == set(expected)
-        assert len(seen) > 50
-
-    def test_features(self, compared):
-        data, folder, _ = compared
-        ecg = {
-            "array": List(List(Value("int16"))),
-            "sampling_rate": Value("float32"),
-            "lead_names": List(Value("string")),
-            "unit": Value("string"),
-        }
-        features = data["train"].features
-        assert features["ecg"] == List(ecg)
-        assert features["messages"] == List({"role": Value("string"), "content": Value("string")})
-        assert features["patient_id"] == features["record_id"] == List(Value("string"))
-        assert features["question_type"] == Value("string")
-        assert features["strat_fold"] == List(Value("int64"))
-        streamed = load_dataset(str(folder), split="train", streaming=True)
-        assert streamed.features == features
-        assert next(iter(streamed)) == data["train"][0]
-
-    def test_card(self, compared):
-        data, folder, _ = compared
-        card = DatasetCard.load(folder / "README.md")
-        assert card.data.license == "cc-by-4.0"
-        for text in (
-            "not a medical device",
-            f"| train | {len(data['train'])} |",
-            "100 Hz",
-            "No patient is in two of them.",
-            "`question_type`",
-            "elm sft --data compared",
-            "Licence: `cc-by-4.0`.",
-        ):
-            assert text in card.text
-        assert "{{" not in card.text
-        assert "unknown" not in card.text
-        assert str(folder.parent) not in card.text
-
-    def test_ptbxl_folder(self, shared, tmp_path):
-        """Its own superclasses, folds and files."""
-        folder = shared / "data" / "ptbxl" / "wfdb_examples"
-        data = build(folder, tmp_path / "out", "--sampling_rate", 100, "--num_proc", 2)
-        assert {split: set(rows["strat_fold"]) for split, rows in data.items()} == {
-            split: {
-                int(row["strat_fold"])
-                for row in csv.DictReader((folder / "ptbxl_database.csv").open(newline=""))
-                if data_build.FOLDS[int(row["strat_fold"])] == split
-            }
-            for split in data
-        }
-        raw = np.load(shared / "data" / "ptbxl" / "raw100.npz")
-        signals = dict(zip(raw["ecg_id"].tolist(), raw["ecg"], strict=True))
-        rows = data["train"].with_format("numpy", columns=["ecg"], output_all_columns=True)
-        for row in rows:
-            assert np.array_equal(row["ecg"]["array"], signals[int(row["record_id"])])
-            assert row["ecg"]["lead_names"].tolist() == list(STANDARD_LEADS)
-        assert sorted(set(rows["question_type"])) == ["CD", "HYP", "MI", "NORM", "STTC"]
-        assert all("." not in patient for patient in rows["patient_id"])
-
-    def test_formats_and_windows(self, shared, tmp_path):
-        """A folder of several formats, rates and lead orders, cut into windows and resampled."""
-        for name in ("edf/ptbxl_00017.edf", "hl7_aecg/fda_subject1_0.xml", "ge_muse_xml/braveheart_example1.xml"):
-            (tmp_path / "records" / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / "records" / name).write_bytes((shared / "data" / "formats" / name).read_bytes())
-        for file in (shared / "data" / "other_12lead" / "ptb_s0010_re").iterdir():
-            (tmp_path / "records" / file.name).write_bytes(file.read_bytes())
-        names = ("ptbxl_00017", "fda_subject1_0", "braveheart_example1", "s0010_re")
-        questions = save_rows(tmp_path / "q.jsonl", *({**ASKED, "record": name, "split": "train"} for name in names))
-        options = ["--window", 5, "--stride", 4, "--sampling_rate", 250]
-        data = build(tmp_path / "records", tmp_path / "out", "--questions", questions, *options)["train"]
-        starts = {name: [] for name in data["record_id"]}
-        for row in data:
-            starts[row["record_id"]].append(row["start_second"])
-            assert len(row["ecg"]["array"][0]) == 1250
-            assert row["ecg"]["sampling_rate"] == 250
-        assert starts["edf/ptbxl_00017"] == [0, 4]
-        assert starts["s0010_re"] == [4 * index for index in range(9)]  # 38.4 s
-        assert "start_second" in (tmp_path / "out" / "README.md").read_text()
-
-    def test_trains(self, compared):
-        """What the collator makes of two ECGs a row."""
-        rows = [compared[0]["train"].with_format("numpy", columns=["ecg"], output_all_columns=True)[i] for i in (0, 1)]
-        processor = tiny_processor()
-        processor.feature_extractor.truncation = "start"
-        batch = ELMCollator(processor)(rows)
-        assert len(batch["ecg_values"]) == 4
-
-
-class TestSplits:
-    def question(self, record: str, patient: str | None = None, split: str | None = None) -> Question:
-        return Question((record,), [], split, (patient,))
-
-    def split(
-        self, *questions: Question, by: str = "patient", metadata: Any = None, shares: Any = (0.8, 0.1, 0.1)
-    ) -> Any:
-        return data_build.split_questions(list(questions), by, metadata or {}, shares, 0)
-
-    def test_by_patient(self):
-        questions = [self.question(f"{patient}-{number}", str(patient)) for patient in range(50) for number in range(3)]
-        parts, left_out = self.split(*questions)
-        patients = {split: {question.patients for question in part} for split, part in parts.items()}
-        assert {split: len(found) for split, found in patients.items()} == {"train": 40, "validation": 5, "test": 5}
-        assert len(set.union(*patients.values())) == 50
-        assert sum(map(len, parts.values())) == 150
-        assert left_out == 0
-        again, _ = data_build.split_questions(questions, "patient", {}, (0.8, 0.1, 0.1), 1)
-        assert again != parts
-
-    def test_too_few_patients(self, small, tmp_path, capsys):
-        said = "No patients for validation, test: 4 patients are too few for --shares 0.9 0.05 0.05."
-        options = ["--questions", small[1], "--shares"]
-        assert set(build(small[0], tmp_path / "few", *options, 0.9, 0.05, 0.05)) == {"train"}
-        assert said in capsys.readouterr().out
-        assert said in (tmp_path / "few" / "README.md").read_text()
-        build(small[0], tmp_path / "all", *options, 0.5, 0.5, 0)  # none are wanted for the test
-        assert "too few" not in capsys.readouterr().out
-
-    def test_by_fold(self):
-        metadata = {str(fold): {"strat_fold": fold} for fold in range(1, 11)}
-        parts, _ = self.split(*(self.question(str(fold)) for fold in range(1, 11)), by="fold", metadata=metadata)
-        assert [[q.records[0] for q in part] for part in parts.values()] == [list("12345678"), ["9"], ["10"]]
-
-    def test_records_of_different_splits(self):
-        metadata = {"a": {"strat_fold": 1}, "b": {"strat_fold": 2.0}, "c": {"strat_fold": 10}}
-        pairs = [Question(pair, [], patients=(None, None)) for pair in (("a", "b"), ("a", "c"), ("c", "b"))]
-        parts, left_out = self.split(*pairs, by="fold", metadata=metadata)
-        assert parts == {"train": pairs[:1]}
-        assert left_out == 2
-
-    def test_default(self):
-        fold, given = {"a": {"strat_fold": 1}}, self.question("a", split="test")
-        assert data_build.default_split([given], fold) == "given"
-        assert data_build.default_split([given, self.question("a")], fold) == "fold"
-        assert data_build.default_split([given, self.question("b")], fold) == "patient"
-
-    @pytest.mark.parametrize(
-        ("questions", "options", "message"),
-        [
-            (
-                [("a", "p", "train"), ("b", "p", "test"), ("c", "q", "test")],
-                {"by": "given"},
-                r"1 of 2 .* patient p \(test, train\)",
-            ),
-            (
-                [("a", None, "train"), ("a", None, "test")],
-                {"by": "given"},
-                r"record a \(test, train\).*choose --split_by",
-            ),
-            ([("a", "p", None)], {"by": "given"}, "about the record a has no split"),
-            ([("a", "p", None)], {"by": "fold"}, "record a has strat_fold None"),
-            ([("a", "p", None)], {"by": "fold", "metadata": {"a": {"strat_fold": 11}}}, "record a has strat_fold 11"),
-            ([("a", None, None), ("b", "p", None)], {}, "patient of 1 of 2 records is unknown, such as a"),
-            ([("a", "p", None)], {"shares": (0.8, 0.1, 0.2)}, "--shares is 0.8 0.1 0.2"),
-        ],
+def test_same_as_the_command(tmp_path):
+    """Of files, of a table about the records, cut and resampled."""
+    (tmp_path / "records").mkdir()
+    for seed, name in enumerate("abc"):
+        np.save(tmp_path / "records" / f"{name}.npy", microvolts(seed))
+    metadata = [{"record": name, "patient_id": number, "site": "x"} for number, name in enumerate("abc")]
+    questions = [{**ASKED, "record": name, "what": what} for name in "abc" for what in "pq"]
+    (tmp_path / "q.json").write_text(json.dumps(questions))
+    (tmp_path / "m.json").write_text(json.dumps(metadata))
+    paths = [tmp_path / name for name in ("records", "q.json", "out", "m.json")]
+    command = "build {} --questions {} --output_dir {} --metadata {} --metadata_columns site --unit uV --seed 3".format(
+        *paths
     )
-    def test_at_fault(self, questions, options, message):
-        with pytest.raises(ValueError, match=message):
-            self.split(*(self.question(*question) for question in questions), **options)
+    main(
+        [
+            *command.split(),
+            *[
+                "--sampling_rate",
+                "100",
+                "--resample",
+                "50",
+                "--window",
+                "5",
+                "--join_questions",
+                "--shares",
+                "0.4",
+                "0.3",
+                "0.3",
+            ],
+        ]
+    )
+    written = load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+    options = {"metadata_columns": ["site"], "seed": 3, "unit": "uV", "sampling_rate": 100, "resample": 50, "window": 5}
+    options |= {"join_questions": True, "shares": [0.4, 0.3, 0.3]}
+    for records, asked, table in ((paths[0], paths[1], paths[3]), (str(paths[0]), questions, metadata)):
+        data = build_dataset(records, asked, metadata=table, **options)
+        assert data.num_rows == written.num_rows == {"train": 2, "validation": 2, "test": 2}
+        for split, rows in data.items():
+            assert rows.features == written[split].features
+            assert rows.with_format(None)[:] == written[split][:]
+    assert data["test"][1]["ecg"]["array"].shape == (12, 250)
+    assert data["test"][1]["start_second"] == 5
 
-    def test_two_patients_of_a_record(self):
-        with pytest.raises(ValueError, match="record a is of the patients 1 and 2"):
-            data_build.with_patients([self.question("a", "2")], {"a": {"patient_id": "1.0"}})
+
+def test_two_ecgs_and_a_chat(tmp_path):
+    records = make_records(tmp_path)
+    chat = [{"role": "user", "content": "Same?"}, {"role": "assistant", "content": "no"}]
+    rows = [{"messages": chat, "record": ["dict", "path"]}, {**ASKED, "record": "dict"}]
+    data = build_dataset(records, [{**row, "split": "train"} for row in rows])["train"]
+    assert sorted(data["record_id"]) == [["dict"], ["dict", "path"]]
+    assert sorted(row["messages"][0]["content"] for row in data) == ["Is it?", "Same?"]
+    processor = tiny_processor()
+    processor.feature_extractor.truncation = "start"
+    batch = ELMCollator(processor)([data[0], data[1]])
+    assert len(batch["ecg_values"]) == 3
 
 
-def test_twice_the_same(small, tmp_path):
-    records, questions = small
-    options = ["--questions", questions, "--shares", 0.5, 0.25, 0.25]
-    build(records, tmp_path / "one" / "data", *options)
-    build(records, tmp_path / "two" / "data", *options, "--num_proc", 2)
-    assert digests(tmp_path / "one" / "data") == digests(tmp_path / "two" / "data")
-    build(records, tmp_path / "three" / "data", *options, "--seed", 1)
-    assert digests(tmp_path / "three" / "data") != digests(tmp_path / "one" / "data")
+def test_what_is_left_out_is_logged(tmp_path, monkeypatch, caplog):
+    records = {**make_records(tmp_path), "broken": tmp_path / "nowhere.edf"}
+    as_record = data_build.as_record
+
+    def noticed(*arguments: Any) -> ECGRecord:
+        return replace(as_record(*arguments), metadata={"notices": ("Lead V4R was left out.",)})
+
+    monkeypatch.setattr(data_build, "as_record", noticed)
+    questions = make_questions("record", "dict", "dict", "broken", "unknown", split="train")
+    data = build_dataset(records, questions, skip_unreadable=True)
+    assert sorted(data["train"]["record_id"]) == ["dict", "dict", "record"]
+    assert "Lead V4R was left out. (records: 2)" in caplog.messages
+    assert "Left out: questions whose records are not there (1)" in caplog.messages
+    assert "Left out: records that cannot be read, and their questions (1)" in caplog.messages
+    assert any(message.startswith("Cannot read broken: ") for message in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    ("records", "questions", "options", "message"),
+    [
+        ({}, [{**ASKED, "record": "a"}], {}, "The mapping of records is empty"),
+        ({17: 1, "17": 2}, [{**ASKED, "record": 17}], {}, "The mapping holds 2 records, but 1 different ids"),
+        (
+            {"a": 1},
+            [{**ASKED, "record": "a"}, {**ASKED, "record": "a", "answer": " "}],
+            {},
+            "Question 2: What the assistant",
+        ),
+        ({"a": 1}, [], {}, "None of the 0 questions is about one of the 1 records"),
+        ({"a": 1}, None, {}, "There are no questions about the records"),
+        ({"a": 1}, [{**ASKED, "record": "a", "split": "test"}], {}, "Cannot read the record a: "),
+        (
+            {"a": 1},
+            [{**ASKED, "record": "a"}],
+            {"split_by": "site"},
+            "--split_by is 'site'; expected one of given, fold",
+        ),
+        ({"a": 1}, make_questions("a"), {"shares": (0.5, 0.5)}, "--shares is 0.5 0.5; expected three"),
+        ({"a": 1}, make_questions("a"), {"metadata": []}, "The metadata has the columns ; expected one of record"),
+        ({"a": 1}, make_questions("a"), {"resample": 0}, "--resample is 0; expected a number above 0"),
+    ],
+)
+def test_at_fault(records, questions, options, message):
+    with pytest.raises(ValueError, match=message):
+        build_dataset(records, questions, **options)
+
+
+def test_unknown_option():
+    with pytest.raises(TypeError, match="windows"):
+        build_dataset({"a": 1}, make_questions("a"), windows=5)
 
 
 def test_ctrl_c_is_left_to_the_main_process():
-    questions = [Question((name,), []) for name in "ab"]
+    questions = [QuestionRow((name,), []) for name in "ab"]
     read = data_build.read_records(questions, Records({"a": 1, "b": 2}), ignores_interrupts, num_proc=2)
     assert [answers for _, answers in read] == [[[True]], [[True]]]
 
 
-def test_questions_of_a_record_are_neighbours_and_it_is_read_once(small, tmp_path, monkeypatch):
-    read = []
-    as_record = data_build.as_record
-    monkeypatch.setattr(data_build, "as_record", lambda path, *said: read.append(path.stem) or as_record(path, *said))
-    records, questions = small
-    data = build(records, tmp_path / "out", "--questions", questions, "--shares", 1, 0, 0)
-    ids = data["train"]["record_id"]
-    assert sorted(read) == list("abcde")
-    assert [ids[index] for index in range(0, 10, 2)] == [ids[index] for index in range(1, 10, 2)] == read
-    assert read != sorted(read)
-
-
-def test_joined_questions(small, tmp_path):
-    records, questions = small
-    options = ["--questions", questions, "--shares", 1, 0, 0, "--join_questions"]
-    data = build(records, tmp_path / "out", *options)["train"]
-    assert sorted(data["record_id"]) == list("abcde")
-    for row in data:
-        assert [turn["content"] for turn in row["messages"]] == ["Is it fast?", "yes", "Is it slow?", "no"]
-        assert row["what"] == ["fast", "slow"]
-
-
-def test_one_and_two_ecgs(small, tmp_path):
-    rows = [{**ASKED, "record": "a"}, {**ASKED, "record": ["b", "a"]}]
-    questions = save_rows(tmp_path / "train.jsonl", *rows)
-    data = build(small[0], tmp_path / "out", "--questions", questions)["train"]
-    assert sorted(data["record_id"]) == [["a"], ["b", "a"]]
-    assert sorted(map(len, data["ecg"])) == [1, 2]
-    assert "patient_id" not in data.features
-    assert "| train | 2 | 2 | unknown |" in (tmp_path / "out" / "README.md").read_text()
-
-
-def test_shards_and_row_groups(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(data_build, "ROW_GROUP_ROWS", 2)
-    monkeypatch.setattr(data_build, "SHARD_BYTES", 12_000)
-    records, questions = small
-    data = build(records, tmp_path / "out", "--questions", questions, "--shares", 1, 0, 0)
-    files = sorted((tmp_path / "out" / "data").iterdir())
-    assert len(files) > 1
-    assert [file.name for file in files] == [f"train-{i:05d}-of-{len(files):05d}.parquet" for i in range(len(files))]
-    assert len(data["train"]) == 10
-    for file in files:
-        content = pq.ParquetFile(file).metadata
-        assert all(content.row_group(index).num_rows == 2 for index in range(content.num_row_groups))
-
-
-def test_long_records_fill_row_groups_sooner(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(data_build, "ROW_GROUP_BYTES", 3 * microvolts(0).nbytes)
-    build(small[0], tmp_path / "out", "--questions", small[1], "--shares", 1, 0, 0)
-    (file,) = (tmp_path / "out" / "data").iterdir()
-    content = pq.ParquetFile(file).metadata
-    assert [content.row_group(index).num_rows for index in range(content.num_row_groups)] == [3, 3, 3, 1]
-
-
-def test_repetitions_take_hardly_any_space(tmp_path):
-    walks = np.random.default_rng(0).normal(0, 20, (3, 12, 2000)).cumsum(axis=2).astype(np.int16)
-    np.savez(tmp_path / "all.npz", **dict(zip("abc", walks, strict=True)))
-    sizes = []
-    for number in (1, 10):
-        rows = [{**ASKED, "record": name, "n": n} for name in "abc" for n in range(number)]
-        questions = save_rows(tmp_path / "train.jsonl", *rows)
-        options = ["--questions", questions, "--sampling_rate_of_files", 500, "--unit", "uV"]
-        build(tmp_path / "all.npz", tmp_path / f"out{number}", *options)
-        sizes.append(sum(file.stat().st_size for file in (tmp_path / f"out{number}").rglob("*.parquet")))
-    assert sizes[0] < walks.nbytes
-    assert sizes[1] < 1.2 * sizes[0]
-
-
-def test_floats_are_rounded_to_microvolts(tmp_path):
-    millivolts = np.linspace(-32.768, 32.767, 1200).reshape(12, 100)
-    np.savez(tmp_path / "a.npz", ecg=millivolts, sampling_rate=100)
-    questions = save_rows(tmp_path / "train.jsonl", {**ASKED, "record": "a"})
-    row = build(tmp_path / "a.npz", tmp_path / "out", "--questions", questions)["train"][0]
-    assert np.array_equal(row["ecg"]["array"], np.rint(1000 * millivolts.astype(np.float32)))
-    assert row["ecg"]["unit"] == "uV"
-
-
-def test_datasets_of_one_name_are_not_mixed_up(small, tmp_path):
-    """`datasets` caches what it loads."""
-    for number in (1, 2):
-        questions = save_rows(tmp_path / f"{number}.jsonl", {**ASKED, "record": "ab"[number - 1], "split": "train"})
-        main(
-            [
-                "build",
-                str(small[0]),
-                "--questions",
-                str(questions),
-                "--output_dir",
-                str(tmp_path / str(number) / "data"),
-            ]
-        )
-    loaded = [load_dataset(str(tmp_path / number / "data"), cache_dir=str(tmp_path / "cache")) for number in "12"]
-    assert [data["train"]["record_id"][:] for data in loaded] == [["a"], ["b"]]
-
-
-class TestUnreadable:
-    @pytest.fixture
-    def records(self, tmp_path) -> Path:
-        folder = save_records(tmp_path / "records", "a")
-        (folder / "broken.npz").write_bytes(b"PK\x03\x04 and nothing else")
-        np.savez(folder / "huge.npz", ecg=np.full((12, 100), 40.0), sampling_rate=100)
-        return folder
-
-    def build(self, records: Path, *names: str, options: Any = ()) -> DatasetDict:
-        rows = ({**ASKED, "record": name} for name in names)
-        questions = save_rows(records.parent / "train.jsonl", *rows)
-        return build(records, records.parent / "out", "--questions", questions, *options)
-
-    @pytest.mark.parametrize(
-        ("name", "message"),
-        [
-            ("broken", r"Cannot read the record broken: .*broken\.npz"),
-            ("huge", "Cannot read the record huge: It reaches 40 mV, and 16-bit microvolts hold at most 32.767 mV"),
-        ],
-    )
-    @pytest.mark.parametrize("options", [(), ("--num_proc", 2)])
-    def test_is_an_error(self, records, name, message, options):
-        with pytest.raises(ValueError, match=f"{message}.*--skip_unreadable"):
-            self.build(records, "a", name, options=options)
-        assert [path.name for path in sorted(records.parent.iterdir())] == ["records", "train.jsonl"]
-
-    def test_is_left_out_and_listed(self, records, capsys):
-        data = self.build(records, "a", "broken", "huge", "broken", options=["--skip_unreadable"])
-        assert data["train"]["record_id"][:] == ["a"]
-        output = capsys.readouterr().out
-        assert "Left out: records that cannot be read, and their questions (2)" in output
-        assert "Cannot read huge: It reaches 40 mV" in output
-        assert (
-            "Left out: records that cannot be read, and their questions (2)"
-            in (records.parent / "out" / "README.md").read_text()
-        )
-
-    def test_none_is_left(self, records):
-        with pytest.raises(ValueError, match="None of the 1 records can be read"):
-            self.build(records, "broken", options=["--skip_unreadable"])
-
-
-class TestInputAtFault:
-    @pytest.mark.parametrize(
-        ("rows", "options", "message"),
-        [
-            (
-                [{**ASKED, "record": "z"}],
-                [],
-                r"No record that the 1 questions name is there, such as z; .* a, b, c\.\.\.",
-            ),
-            ([{**ASKED, "record": ["a", "b"]}], ["--window", 1], "--window cuts single records"),
-            ([{**ASKED, "record": "a"}], ["--stride", 1], "--stride is from one window"),
-            ([{**ASKED, "record": "a"}], ["--metadata_columns", "site"], "name it with --metadata"),
-            ([{**ASKED, "record": "a", "question_type": "x"}], ["--question_types", "y*"], r"y\* fits none of x"),
-            ([{**ASKED, "record": "a", "n": 1}, {**ASKED, "record": "a", "n": "b"}], [], "column 'n' holds int, str"),
-            ([{**ASKED, "record": "a"}], ["--sampling_rate_of_files", 500], "give it once"),
-        ],
-    )
-    def test_says_what(self, rows, options, message, small, tmp_path):
-        questions = save_rows(tmp_path / "train.jsonl", *rows)
-        with pytest.raises(ValueError, match=message):
-            build(small[0], tmp_path / "out", "--questions", questions, *options)
-        assert [path.name for path in tmp_path.iterdir()] == ["train.jsonl"]
-
-    def test_no_questions(self, small, tmp_path):
-        with pytest.raises(ValueError, match="What is asked about the records"):
-            build(small[0], tmp_path / "out")
-
-    def test_all_fall_between_the_splits(self, small, tmp_path):
-        rows = [{**ASKED, "record": ["a", "b"], "patient_id": ["1", "2"]}]
-        options = ["--questions", save_rows(tmp_path / "q.jsonl", *rows), "--shares", 0.5, 0, 0.5]
-        with pytest.raises(ValueError, match="No question is left: all 1 are about records of different splits"):
-            build(small[0], tmp_path / "out", *options)
-
-    def test_folder_is_not_empty(self, small, tmp_path):
-        (tmp_path / "mine.txt").write_text("mine")
-        with pytest.raises(ValueError, match="is there and not empty"):
-            build(small[0], tmp_path, "--questions", small[1])
-        assert (tmp_path / "mine.txt").read_text() == "mine"
-
-    def test_output_dir_cannot_be_written(self, small, tmp_path):
-        (tmp_path / "file").write_text("")
-        with pytest.raises(ValueError, match=r"--output_dir .*/file/out cannot be written"):
-            build(small[0], tmp_path / "file" / "out", "--questions", small[1])
-
-    @pytest.mark.parametrize("option", ["sampling_rate", "sampling_rate_of_files", "window", "stride"])
-    @pytest.mark.parametrize("value", ["0", "-1", "nan"])
-    def test_not_above_0(self, option, value, small, tmp_path):
-        with pytest.raises(ValueError, match=f"--{option} is {value}; expected a number above 0"):
-            build(small[0], tmp_path / "out", "--questions", small[1], f"--{option}={value}")
-
-    def test_missing_records_are_counted_and_named(self, small, tmp_path, capsys):
-        rows = [{**ASKED, "record": "a", "question_type": "x"}, {**ASKED, "record": "z", "question_type": "x"}]
-        rows.append({**ASKED, "record": "b", "question_type": "y"})
-        questions = save_rows(tmp_path / "train.jsonl", *rows)
-        data = build(small[0], tmp_path / "out", "--questions", questions, "--question_types", "x")
-        assert data["train"]["record_id"][:] == ["a"]
-        assert "Left out: questions whose records are not there (1)\nNot there: z\n" in capsys.readouterr().out
-
-
-def test_unknown_licence_is_said(small, tmp_path):
-    build(
-        small[0], tmp_path / "out", "--questions", small[1], "--source", "Recorded in our ward.", "--name", "Our ECGs"
-    )
-    card = DatasetCard.load(tmp_path / "out" / "README.md")
-    assert card.data.license is None
-    assert "# Our ECGs" in card.text
-    assert "Recorded in our ward.\n\nLicence: unknown" in card.text
-    assert "80% train, 10% validation, 10% test (seed 0)" in card.text
+def test_imports_are_few():
+    """Where a dataset is built, the libraries that train models are not waited for."""
+    subprocess.run([sys.executable, "-c", ALONE], check=True)

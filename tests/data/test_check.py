@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +7,9 @@ import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
 
+from elm_ecg.ecg_utils import as_record
 from elm_ecg.training import cli
+from elm_ecg.training.data import check as data_check
 from elm_ecg.training.data.check import Checker
 from elm_ecg.training.data.commands import main
 
@@ -237,6 +240,12 @@ class TestECGs:
         wrong = {**ecg_of(array), "lead_names": ["I", "II", "III"]}
         assert found(train=[make_row(0, ecg=wrong)])["limb_leads"][0] == 1
 
+    def test_notices_are_counted_by_ecg(self, monkeypatch):
+        noticed = {"notices": ("Lead V4R was left out.",)}
+        monkeypatch.setattr(data_check, "as_record", lambda ecg: replace(as_record(ecg), metadata=noticed))
+        checker = check(train=[make_row(0), make_row(0, question="And now?"), make_row(1)])
+        assert dict(checker.notices) == {"Lead V4R was left out.": 2}
+
     def test_unknown_patient(self):
         assert found(train=[make_row(0, patient_id=None)]) == {"unknown_patients": (1, "train 0")}
 
@@ -269,6 +278,7 @@ class TestCommand:
             assert text in captured.err.splitlines()[-1]
         assert "patient 0 (test, train)" in captured.out
         report = json.loads((tmp_path / "report.json").read_text())
+        assert report["notices"] == {}
         assert report["errors"]["missing_files"] == {"count": 1, "examples": [f"train 1: {tmp_path / 'gone.npz'}"]}
         assert cli.main([*arguments, "--splits", "test"]) == 0
 

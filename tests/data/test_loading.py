@@ -1,8 +1,10 @@
 import json
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -55,6 +57,17 @@ def test_saved_splits(saved):
     ecg = load(saved)[0]["ecg"]
     assert ecg["array"].shape == (12, 500)
     assert ecg["array"].dtype.kind == "i"  # microvolts, not Python numbers
+
+
+def test_arrays_are_as_stored(simulated):
+    """And `datasets` is left as it is for everybody else."""
+    assert (find_spec("torchvision") is not None) == datasets.config.TORCHVISION_AVAILABLE
+    ecg = load(simulated)[0]["ecg"]
+    as_numpy = load_from_disk(simulated).with_format("numpy")[0]["ecg"]
+    assert ecg["array"].dtype == np.int16
+    assert np.array_equal(ecg["array"], as_numpy["array"])
+    assert [ecg["unit"], int(ecg["sampling_rate"])] == [as_numpy["unit"], int(as_numpy["sampling_rate"])]
+    assert list(ecg["lead_names"]) == list(as_numpy["lead_names"])
 
 
 def test_single_dataset_is_train(simulated):

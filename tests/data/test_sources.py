@@ -157,7 +157,7 @@ class TestTable:
             ("t.csv", b'"a"\t"b"\n"1"\t"2"\n', "separated by tabs, and commas are expected"),
             ("t.csv", b"Record,record\na,b\n", "its header says 'record' more than once"),
             ("t.csv", b"\xff\xfe\x00", "Cannot read"),
-            ("t.json", b"[1, 2]", "others than objects"),
+            ("t.json", b"[1, 2]", "rows other than objects"),
             ("t.jsonl", b'{"a": 1}\n{"a"\n', "Cannot read"),
         ],
     )

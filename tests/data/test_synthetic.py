@@ -8,15 +8,16 @@ from scipy.stats import chi2_contingency
 
 from elm_ecg.ecg_utils import STANDARD_LEADS
 from elm_ecg.training.data.synthetic import (
+    ANSWERS,
     AXES,
     AXIS_DEGREES,
     CYCLE,
-    QUESTIONS,
     RATES,
     RHYTHMS,
     SPLITS,
     TERRITORIES,
     TERRITORY_LEADS,
+    WORDINGS,
     Findings,
     make_dataset,
     make_record,
@@ -243,10 +244,10 @@ def questions(monkeypatch):
 def test_the_text_of_a_question_tells_nothing(questions):
     counts = Counter(question for chat, _ in questions for question in chat)
     texts = {(kind, text) for kind, text, _ in counts}
-    assert len(texts) == sum(len(wordings) for _, wordings in QUESTIONS.values()) + 2 * 4  # three territories
+    assert len(texts) == sum(len(wordings) for wordings in WORDINGS.values()) + 2 * 4  # three territories
     for kind, text in texts:
-        assert len({counts[kind, text, answer] for answer in QUESTIONS[kind][0]}) == 1
-    assert {answer for _, _, answer in counts} == {answer for answers, _ in QUESTIONS.values() for answer in answers}
+        assert len({counts[kind, text, answer] for answer in ANSWERS[kind]}) == 1
+    assert {answer for _, _, answer in counts} == {answer for answers in ANSWERS.values() for answer in answers}
 
 
 def test_the_answers_before_tell_nothing(questions):
@@ -256,10 +257,10 @@ def test_the_answers_before_tell_nothing(questions):
             pairs.setdefault((one, other), Counter())[answer, later] += 1
     assert len(pairs) == 22
     for (one, other), counts in pairs.items():
-        table = [[counts[answer, later] for later in QUESTIONS[other][0]] for answer in QUESTIONS[one][0]]
+        table = [[counts[answer, later] for later in ANSWERS[other]] for answer in ANSWERS[one]]
         assert chi2_contingency(table).pvalue > 1e-3 / len(pairs), (one, other)
     first = Counter(chat[0][0] for chat, _ in questions)  # and no question is always the first
-    assert set(first) == set(QUESTIONS)
+    assert set(first) == set(ANSWERS)
 
 
 def test_the_answer_is_what_the_ecg_shows(questions):

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,12 @@ def test_three_models(paths, tmp_path, capsys):
     assert {len(line) for line in tables[:5]} == {len(tables[0])}
     low, high = (100 * bound for bound in rows[0]["interval_95"])
     assert f"| +{gain:.1f} [{low:.1f}, {high:.1f}]" in tables[7]
+
+
+def test_starts_at_once():
+    """It has no use for libraries that take seconds to import."""
+    code = "import sys, elm_ecg.training.evaluation.compare; print({'torch', 'datasets', 'evaluate'} & {*sys.modules})"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
 
 
 def test_the_worse_may_come_first(paths, capsys):

@@ -2,8 +2,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,13 @@ from elm_ecg.training.data.loading import load_data
 from elm_ecg.training.evaluation import compare
 from elm_ecg.training.evaluation import evaluate as evaluation
 from elm_ecg.training.evaluation.answers import Answerer
-from elm_ecg.training.evaluation.conditions import ASKED, CONDITIONS
+from elm_ecg.training.evaluation.conditions import ASKED, CONDITIONS, Condition
 from elm_ecg.training.evaluation.evaluate import EvaluationArguments, over_runs
 from elm_ecg.training.evaluation.questions import list_questions
+from elm_ecg.training.evaluation.report import write_report
 from elm_ecg.training.evaluation.scores import METRICS
-from helpers import ROOT, free_port, save_tiny_data, save_tiny_llm, tiny_sft
+from elm_ecg.training.figures import scores_plot
+from helpers import fork_two, save_tiny_data, save_tiny_llm, tiny_sft
 
 SETTINGS = ["--max_new_tokens", "6", "--batch_size", "2", "--num_resamples", "50"]
 
@@ -140,6 +140,29 @@ def test_bad_arguments_in_memory(elm, options, message):
         evaluation.evaluate(*elm, rows, **options)
 
 
+def test_no_dataset_in_memory(elm, data):
+    with pytest.raises(ValueError, match="The dataset is a DatasetDict; expected"):
+        evaluation.evaluate(*elm, load_from_disk(data))
+    with pytest.raises(ValueError, match=r"The dataset has the columns \['text'\]; expected messages and ecg"):
+        evaluation.evaluate(*elm, [{"text": "Fast? yes"}])
+
+
+def test_a_further_condition_is_one_entry(elm, data, tmp_path, monkeypatch):
+    """Asked, scored, in the verdict, in the report and its plots."""
+    entry = Condition(
+        "reversed", "ECG backwards", "#CC79A7", "the ECG backwards", "in reversed time", lambda a, rng: a[:, ::-1]
+    )
+    monkeypatch.setitem(CONDITIONS, "reversed", entry)
+    monkeypatch.setattr(evaluation, "ASKED", (*ASKED, "reversed"))
+    rows = load_from_disk(data)["test"].select(range(3))
+    results = evaluation.evaluate(*elm, rows, conditions=["reversed"], max_new_tokens=2, num_resamples=50)
+    assert list(results["conditions"]) == ["ecg", "reversed"]
+    assert "over the ECG backwards" in results["verdict"]
+    write_report(tmp_path / "report.html", results, results.predictions, rows)
+    assert "<td>ECG backwards</td>" in (tmp_path / "report.html").read_text()
+    assert b"<!-- ECG backwards -->" in scores_plot(results, "exact_match")
+
+
 def test_every_number_of_the_report_is_in_the_results(evaluated):
     folder, results = evaluated
     page = (folder / "report.html").read_text()
@@ -197,15 +220,16 @@ def test_answers_of_other_settings_are_not_taken(evaluated, model, data, tmp_pat
 def test_two_processes_that_were_killed_give_what_one_gives(evaluated, model, data, tmp_path):
     folder, results = evaluated
     argv = argv_of(model, data, tmp_path, *SETTINGS)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    command = [*torchrun, "-m", "elm_ecg.training.evaluation.evaluate", *argv]
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    code = "from elm_ecg.training.evaluation.evaluate import main\nmain()"
+    processes = fork_two(code, *argv)
+    deadline = time.monotonic() + 300
     while sum(path.read_text().count("\n") for path in tmp_path.glob("predictions.partial.*")) < 5:
-        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline, "neither began to write"
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+    for process in processes:
+        os.kill(process.pid, signal.SIGKILL)
+    assert [process.finish().returncode for process in processes] == [-signal.SIGKILL] * 2
+    assert [process.finish().returncode for process in fork_two(code, *argv)] == [0, 0]
     assert json.loads((tmp_path / "evaluation_results.json").read_text()) == results
     assert (tmp_path / "predictions.jsonl").read_text() == (folder / "predictions.jsonl").read_text()
 

@@ -606,7 +606,7 @@ REFERENCES = TEXTS.filter(lambda text: text.replace(";", "").strip(" .…\n") an
 
 
 @pytest.mark.parametrize("name", [*TEXT_METRICS, "meteor"])
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_what_holds_of_any_text(name, wordnet, data):
     pairs = data.draw(st.lists(st.tuples(TEXTS, REFERENCES), min_size=1, max_size=6))
@@ -625,7 +625,6 @@ def test_what_holds_of_any_text(name, wordnet, data):
 
 
 @pytest.mark.parametrize("name", [*TEXT_METRICS, "meteor", "closed_set"])
-@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_the_reference_is_the_best_answer(name, wordnet, data):
     references = data.draw(st.lists(REFERENCES, min_size=1, max_size=6))

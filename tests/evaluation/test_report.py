@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 
 from elm_ecg.training.evaluation.questions import Question
-from elm_ecg.training.evaluation.report import NUM_EXAMPLES, examples, write_report, wrong_answers
+from elm_ecg.training.evaluation.report import NUM_EXAMPLES, examples, score_tables, write_report, wrong_answers
 from elm_ecg.training.evaluation.results import verdict
 from elm_ecg.training.evaluation.scores import Scorer, load_metrics
 
@@ -82,7 +82,8 @@ def page(tmp_path) -> str:
         | {"question": q.question, "zeroed": answers["zeroed"][i], "most_frequent": answers["most_frequent"][i]}
         for i, q in enumerate(questions)
     ]
-    write_report(tmp_path / "report.html", results, predictions, data)
+    words = {"title": "A & B", "notice": "Simulated <b>ECGs</b>.", "pictures": [(b"<svg/>", "Loss < 1")]}
+    write_report(tmp_path / "report.html", results, predictions, data, **words)
     return (tmp_path / "report.html").read_text()
 
 
@@ -92,7 +93,7 @@ def test_report_is_one_file_of_escaped_text(page):
     assert "&lt;/td&gt;&lt;b&gt;" in page
     sources = re.findall(r'src="([^"]*)"', page)
     assert {source.split(",")[0] for source in sources} == {"data:image/png;base64", "data:image/svg+xml;base64"}
-    assert len(sources) == 3 + 4  # scores, differences, confusion; the ECG of each example
+    assert len(sources) == 3 + 1 + 4  # scores, differences, confusion; the one given; the ECG of each example
     assert page.count("cannot be drawn") == 4
     parser = Page()
     parser.feed(page)
@@ -104,5 +105,24 @@ def test_report_is_one_file_of_escaped_text(page):
         "rate & rhythm",
         "most frequent answer",
         "Most frequent wrong answers",
+        "A & B",
+        "Simulated <b>ECGs</b>.",
+        "Loss < 1",
     ):
         assert words in text
+
+
+def test_scores_of_tagged_parts_and_closed_questions_have_their_tables():
+    questions = [
+        Question(i, 1, "?", f"<think>why</think><answer>{answer}</answer>", "rate", f"p{i}")
+        for i, answer in enumerate(["yes", "no"] * 2)
+    ]
+    texts = [question.answer for question in questions]
+    scorer = Scorer(questions, load_metrics(["exact_match", "closed_set"]), 50, 0)
+    tables = dict(score_tables(scorer.summarise({"ecg": texts, "zeroed": texts[:1] * 4})))
+    headings = ["", "What stands in <think>", "What stands in <answer>", "Closed questions, mean over their types"]
+    assert list(tables) == headings
+    assert all(list(rows) == ["ecg", "zeroed"] for rows in tables.values())
+    assert tables["What stands in <answer>"]["zeroed"]["exact_match"]["value"] == 0.5
+    assert tables["What stands in <think>"]["zeroed"]["exact_match"]["value"] == 1
+    assert list(tables[headings[-1]]["ecg"]) == ["balanced_accuracy", "macro_f1"]

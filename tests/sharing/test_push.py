@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -30,8 +28,8 @@ from elm_ecg.training.sharing.hub import NETWORK_ERRORS
 from elm_ecg.training.sharing.push import kind_of, main
 from helpers import (
     RESULTS,
-    ROOT,
     environment_of,
+    fork_project,
     tiny_elm_config,
     tiny_image_elm_config,
     tiny_image_processor_elm,
@@ -155,24 +153,17 @@ def read_sample(sample: bytes) -> dict:
         }
 
 
-@pytest.fixture(scope="module")
-def stranger(tmp_path_factory) -> dict[str, Path]:
-    """Pythons of environments with what the cards ask for and nothing else, of which peft is for adapters alone."""
-    packages = ["torch", "transformers", "numpy", "pillow"]
-    folder = tmp_path_factory.mktemp("stranger")
-    without = environment_of(packages, folder / "without_peft")
-    return {"adapter": environment_of([*packages, "peft"], folder / "with_peft"), "": without}
+def test_a_stranger_loads_what_is_pushed(folders, hub, tmp_path, capsys):
+    """By commit and by the card's tag, with every Auto class: the logits are identical.
 
-
-def test_a_stranger_loads_what_is_pushed(folders, hub, stranger, tmp_path, capsys):
-    """In a fresh environment, by commit and by the card's tag, with every Auto class: the logits are identical."""
-    missing = (
-        "assert not any(map(importlib.util.find_spec, ('training', 'configuration_elm', 'datasets', 'scipy', 'trl'{})))"
-    )
+    In an environment with what the cards ask for and nothing else; adapters, which ask for peft too, in a fresh process.
+    """
+    missing = ("elm_ecg", "datasets", "scipy", "trl", "peft", "torchvision")
     code = {
-        "": ["import importlib.util", missing.format(", 'peft', 'torchvision'"), LOAD],
-        "adapter": ["import importlib.util", missing.format(""), LOAD, "from peft import AutoPeftModelForCausalLM"],
+        "": [f"import importlib.util\nassert not any(map(importlib.util.find_spec, {missing}))", LOAD],
+        "adapter": [LOAD, "from peft import AutoPeftModelForCausalLM"],
     }
+    python = {"": environment_of(["torch", "transformers", "numpy", "pillow"], tmp_path / "stranger"), "adapter": None}
     expected = {}
     for case in (*CASES, "adapter", "encoder"):
         push(folders / case, case)
@@ -209,9 +200,9 @@ def test_a_stranger_loads_what_is_pushed(folders, hub, stranger, tmp_path, capsy
     )
     code[""].append("print('of 12 leads', again.shape, len(ids) > 100)")
     found, output = {}, ""
-    for case, python in stranger.items():
-        code[case].append("save_file(found, 'found.safetensors')")
-        output += run_on_hub("\n".join(code[case]), hub, tmp_path, python)
+    for case, lines in code.items():
+        lines.append("save_file(found, 'found.safetensors')")
+        output += run_on_hub("\n".join(lines), hub, tmp_path, python[case], project=False)
         found |= load_file(tmp_path / "found.safetensors")
     assert found.keys() == expected.keys()
     for case, values in found.items():
@@ -506,13 +497,11 @@ def test_killed_while_it_uploads(model, hub):
     before = dict(hub.files("user/model"))
     weights = load_file(model / "model.safetensors")
     save_file({name: values + 1 for name, values in weights.items()}, model / "model.safetensors", {"format": "pt"})
-    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
     arguments = ["push", str(model), "--repo_id", "user/model", "--license", "mit"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "elm_ecg.training.cli", *arguments], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
-    )
-    hub.on_upload = process.kill
-    assert process.wait(timeout=120) == -signal.SIGKILL
+    process = fork_project("from elm_ecg.training.cli import main\nmain()", *arguments, **environment)
+    hub.on_upload = lambda: os.kill(process.pid, signal.SIGKILL)
+    assert process.finish().returncode == -signal.SIGKILL
     hub.on_upload = lambda: None
     assert hub.files("user/model") == before
     push(model, "model")

@@ -11,20 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 
 from elm_ecg.ecg_drawing import ECGPaper
 from elm_ecg.training.apps.conversation import (
     DISCLAIMER,
+    ChatECG,
     PromptCache,
-    ShownECG,
-    add_arguments,
+    as_message,
+    load_model,
+    model_parser,
     read_for_model,
     stream_answer,
-    user_turn,
+    system_messages,
 )
-from elm_ecg.training.apps.plot import save_picture
+from elm_ecg.training.apps.plot import add_file_options, save_picture
 from elm_ecg.training.command_line import read_system_prompt
 from elm_ecg.training.files import write_text
 
@@ -38,9 +39,9 @@ HISTORY_LENGTH = 1000
 CONTROL_CHARACTERS = dict.fromkeys({*range(32), *range(127, 160)} - {9, 10}, "\N{REPLACEMENT CHARACTER}")
 HELP = """\
 /ecg FILE [FILE ...]  ECGs that the next question is about; without FILE, those of the chat
-    [--start SECOND]  where the part that the model sees begins, of a longer record
+    [--start SECOND]  where the part that the model reads begins, of a longer record
     [--sampling_rate HZ] [--unit UNIT] [--lead_names LEAD ...]  where the file does not say
-/plot [FILE.png]      draw the ECGs of the chat, as PNG or SVG
+/plot [FILE.png]      draw the ECGs of the chat as the model reads them, as PNG or SVG
 /save FILE.json       write the chat as a row of a dataset
 /clear                begin a new chat
 /help                 this list
@@ -49,9 +50,10 @@ Anything else is a question."""
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Tells of an error instead of ending the chat."""
+    """A parser whose errors do not end the chat."""
 
     def error(self, message: str) -> Any:
+        """Raises the message as a ValueError, where argparse would end the process."""
         raise ValueError(f"{self.prog}: {message}. /help lists the commands.")
 
 
@@ -59,9 +61,7 @@ def _ecg_parser() -> CommandParser:
     parser = CommandParser(prog="/ecg", add_help=False, allow_abbrev=False)
     parser.add_argument("files", type=Path, nargs="*", metavar="FILE")
     parser.add_argument("--start", type=float)
-    parser.add_argument("--sampling_rate", type=float)
-    parser.add_argument("--unit")
-    parser.add_argument("--lead_names", nargs="+")
+    add_file_options(parser)
     return parser
 
 
@@ -87,16 +87,14 @@ class Chat:
 
     def clear(self) -> None:
         """Forgets the questions, the answers and the ECGs."""
-        self.messages: list[dict[str, Any]] = []
-        if self.system_prompt is not None:
-            self.messages.append({"role": "system", "content": [{"type": "text", "text": self.system_prompt}]})
-        self.ecgs: list[ShownECG] = []
+        self.messages = system_messages(self.system_prompt)
+        self.ecgs: list[ChatECG] = []
         self.num_asked = 0  # of the ECGs that stand in the messages
         self.cache = PromptCache()
 
     def ask(self, question: str) -> Generator[str, None, None]:
         """The answer, piece by piece. It is remembered as far as it came; without one, the question is not."""
-        turn = user_turn(question, self.ecgs[self.num_asked :])
+        turn = as_message("user", question, self.ecgs[self.num_asked :])
         answer = ""
         with contextlib.closing(
             stream_answer(self.model, self.processor, [*self.messages, turn], cache=self.cache, **self.generation)
@@ -107,26 +105,24 @@ class Chat:
                     yield piece
             finally:
                 if answer:
-                    reply = {"role": "assistant", "content": [{"type": "text", "text": answer.strip()}]}
-                    self.messages += [turn, reply]
+                    self.messages += [turn, as_message("assistant", answer.strip())]
                     self.num_asked = len(self.ecgs)
 
     def row(self) -> dict[str, Any]:
-        """The chat as a row of a dataset, with its ECGs as the model saw them."""
-        ecgs = [
-            {
-                # the shortest numbers that are these float32
-                "array": ecg.record.array.astype(np.float32).astype(str).astype(np.float64).tolist(),
-                "sampling_rate": ecg.record.sampling_rate,
-                "lead_names": list(ecg.record.lead_names),
-                "unit": "mV",
-            }
-            for ecg in self.ecgs[: self.num_asked]
-        ]
+        """The chat as a row of a dataset, with the part of each ECG that the model read, as it was recorded."""
+        ecgs = []
+        for ecg in self.ecgs[: self.num_asked]:
+            record, prepared = ecg.record, ecg.prepared
+            first = round(prepared.metadata["start_second"] * record.sampling_rate)
+            length = round(prepared.array.shape[1] / prepared.sampling_rate * record.sampling_rate)
+            # the shortest numbers that are these float32
+            array = record.array[:, first : first + length].astype(str).astype(np.float64).tolist()
+            described = {"sampling_rate": record.sampling_rate, "lead_names": list(record.lead_names), "unit": "mV"}
+            ecgs.append({"array": array, **described})
         messages = []
-        for message in self.messages:
-            parts = [{"type": "ecg"} if part["type"] == "ecg" else part for part in message["content"]]
-            messages.append({"role": message["role"], "content": parts})
+        for turn in self.messages:
+            parts = [{"type": "ecg"} if part["type"] == "ecg" else part for part in turn["content"]]
+            messages.append({"role": turn["role"], "content": parts})
         return {"ecg": ecgs, "messages": messages, "model": self.name}
 
     def command(self, line: str) -> bool:
@@ -144,7 +140,7 @@ class Chat:
             self._save(_one(verb, arguments, "FILE.json"))
         elif verb in ("/clear", "/help", "/quit"):
             if arguments:
-                raise ValueError(f"{verb} takes nothing behind it, but {' '.join(arguments)!r} stands there.")
+                raise ValueError(f"{verb} takes no argument, but got {' '.join(arguments)!r}.")
             if verb == "/clear":
                 self.clear()
                 print("A new chat, without ECG.")
@@ -176,8 +172,8 @@ class Chat:
             output = path or Path(f"{Path(ecg.name).stem}.png")
             if len(self.ecgs) > 1:
                 output = output.with_stem(f"{output.stem}-{index + 1}")
-            caption = f"{ecg.name}, {paper.speed:g} mm/s, {paper.gain:g} mm/mV, {ecg.record.sampling_rate:g} Hz"
-            save_picture(output, ecg.record, paper, caption)
+            caption = f"{ecg.name}, {paper.speed:g} mm/s, {paper.gain:g} mm/mV, {ecg.prepared.sampling_rate:g} Hz"
+            save_picture(output, ecg.prepared, paper, caption)
             print(f"Picture of {ecg.name} in {output.resolve()}")
 
     def _save(self, path: Path) -> None:
@@ -191,7 +187,7 @@ class Chat:
 
 def _one(verb: str, arguments: list[str], expected: str) -> Path:
     if len(arguments) != 1:
-        raise ValueError(f"{verb} takes one {expected}, and {len(arguments)} names stand there.")
+        raise ValueError(f"{verb} takes one {expected}, but got {len(arguments)} names.")
     path = Path(arguments[0]).expanduser()
     if not path.parent.is_dir():
         raise ValueError(f"{verb}: there is no folder {path.parent}.")
@@ -260,26 +256,19 @@ def run(chat: Chat) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="elm chat", usage="elm chat MODEL [options]", description=f"{__doc__} {DISCLAIMER}"
-    )
-    add_arguments(parser)
-    return parser
+    """The options of `elm chat`."""
+    return model_parser("chat", __doc__)
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Loads the model, and chats until the user ends it."""
     args = make_parser().parse_args(argv)
     system_prompt = read_system_prompt(args.system_prompt)
-    from elm_ecg.training.build import load_elm  # late: --help need not wait for it
-
-    set_seed(args.seed)
-    model, processor = load_elm(args.model, args.revision, dtype=args.dtype)
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]  # a wrapped method
+    model, processor, name = load_model(args)
     extractor = processor.feature_extractor
     seconds, leads = extractor.num_samples / extractor.sampling_rate, len(extractor.lead_names)
     reads = f"It reads ECGs of {leads} leads and {seconds:g} s." if processor.takes_ecgs else "It reads no ECG."
     print(f"{args.model}: {reads} /help lists the commands.\n{DISCLAIMER}\n", flush=True)
-    name = Path(args.model).name if Path(args.model).exists() else args.model
     chat = Chat(model, processor, name, system_prompt, max_new_tokens=args.max_new_tokens, temperature=args.temperature)
     with _history():
         run(chat)

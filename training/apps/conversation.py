@@ -1,12 +1,10 @@
 """Reading ECGs for a loaded ELM, and its streamed answers: what `elm chat` and `elm demo` share.
 
-It travels into Spaces too, so it imports no training library.
+It travels into Spaces too, so it imports no training library, and of this package only what travels with it.
 """
 
 import argparse
-import contextlib
-import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -15,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedModel, StoppingCriteriaList, TextIteratorStreamer
+from transformers import DynamicCache, PreTrainedModel, StoppingCriteriaList, TextIteratorStreamer, set_seed
 
-from elm_ecg import ecg_utils
-from elm_ecg.ecg_utils import LIMB_LEADS, ECGRecord, lead_quality, read_ecg
+from elm_ecg.ecg_utils import ECGRecord, lead_quality, read_ecg
+from elm_ecg.training.command_line import whole_number
 
 DISCLAIMER = (
     "Research software, not a medical device. Nothing that the model says may be used for the care of a patient."
@@ -27,22 +25,24 @@ DEFAULT_MAX_NEW_TOKENS = 256
 
 
 @dataclass(frozen=True)
-class ShownECG:
+class ChatECG:
     """An ECG of a conversation.
 
     Args:
         name: of its file.
-        record: the part of it that the model takes.
-        facts: what was read, in words.
+        record: the whole record, whose metadata may name the `start` of the part that the model reads.
+        prepared: that part, in millivolts: for people to look at.
+        facts: sentences about the record and what the model reads of it.
     """
 
     name: str
     record: ECGRecord
+    prepared: ECGRecord
     facts: str
 
 
-def read_for_model(processor: Any, path: Path, start: float | None = None, **described: Any) -> ShownECG:
-    """Reads an ECG file, and takes the part of it that the model sees.
+def read_for_model(processor: Any, path: Path, start: float | None = None, **described: Any) -> ChatECG:
+    """Reads an ECG file, and prepares what the model reads of it.
 
     Args:
         start: second at which this part begins, of a record that is longer than the model takes. None: what the model's
@@ -55,72 +55,42 @@ def read_for_model(processor: Any, path: Path, start: float | None = None, **des
     """
     if not processor.takes_ecgs:
         raise ValueError("This model is text-only: it takes no ECG.")
-    with _collected_warnings() as warnings:
-        record = read_ecg(path, **described)
     extractor = processor.feature_extractor
-    rate, num_samples = record.sampling_rate, record.array.shape[1]
-    duration, seconds = num_samples / rate, extractor.num_samples / extractor.sampling_rate
-    longest = round(seconds * rate)
-    if start is None:
-        spare = max(0, num_samples - longest)
-        first = {"center": spare // 2, "end": spare}.get(extractor.truncation, 0)
-    elif 0 <= start < duration:
-        first = min(round(start * rate), num_samples - 1)
-    else:
-        raise ValueError(f"{path}: it lasts {duration:g} s; the part that the model sees cannot start at {start:g} s.")
-    shown = replace(record, array=record.array[:, first : first + longest])
+    if not hasattr(extractor, "prepare"):
+        raise ValueError("The model's code is older than this program: save it again with the present elm-ecg.")
+    record = read_ecg(path, **described)
+    if start is None and not extractor.truncation:
+        start = 0.0
+    if start is not None:
+        record = replace(record, metadata={**record.metadata, "start": start})
     try:
-        extractor(shown)
+        prepared = extractor.prepare(record, normalize=False)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
     leads = "all 12 leads" if len(record.lead_names) == 12 else f"leads {', '.join(record.lead_names)}"
-    facts = [f"{leads}, {rate:g} Hz, {duration:.4g} s"]
-    absent = [lead for lead in extractor.lead_names if lead not in record.lead_names]
-    derived = [lead for lead in absent if lead in LIMB_LEADS and {"I", "II"} <= set(record.lead_names)]
-    if derived:
-        facts.append(f"{', '.join(derived)} derived from I and II")
-    if len(derived) < len(absent):
-        facts.append(f"{', '.join(lead for lead in absent if lead not in derived)} missing")
-    unused = [lead for lead in record.lead_names if lead not in extractor.lead_names]
-    if unused:
-        facts.append(f"{', '.join(unused)} not read by the model")
+    duration = record.array.shape[1] / record.sampling_rate
+    facts = [f"{leads}, {record.sampling_rate:g} Hz, {duration:.4g} s."]
     quality = lead_quality(record)
     for flag in sorted({flag for flags in quality.values() for flag in flags}):
-        facts.append(f"{flag}: {', '.join(lead for lead, flags in quality.items() if flag in flags)}")
-    if shown.array.shape[1] < num_samples:
-        stop = first / rate + shown.array.shape[1] / rate
-        facts.append(f"the model sees {first / rate:.4g} to {stop:.4g} s")
-    if shown.array.shape[1] < longest - 1:
-        facts.append(f"shorter than the {seconds:g} s that the model takes, which are padded")
-    return ShownECG(path.name, shown, ". ".join(["; ".join(facts), *warnings]))
+        facts.append(f"{flag.capitalize()}: {', '.join(lead for lead, flags in quality.items() if flag in flags)}.")
+    return ChatECG(path.name, record, prepared, " ".join([*facts, *prepared.metadata["notices"]]))
 
 
-@contextlib.contextmanager
-def _collected_warnings() -> Iterator[list[str]]:
-    """What reading an ECG warns of, to be said where the user looks."""
-    messages: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger(ecg_utils.__name__)
-    propagate, logger.propagate = logger.propagate, False
-    logger.addHandler(handler)
-    try:
-        yield messages
-    finally:
-        logger.removeHandler(handler)
-        logger.propagate = propagate
-
-
-def zeroed(ecg: ShownECG) -> ShownECG:
+def zeroed(ecg: ChatECG) -> ChatECG:
     """The ECG with every sample 0 mV."""
     return replace(ecg, record=replace(ecg.record, array=np.zeros_like(ecg.record.array)))
 
 
-def user_turn(text: str, ecgs: list[ShownECG]) -> dict[str, Any]:
-    """A user message: the ECGs, then the text."""
+def as_message(role: str, text: str, ecgs: Sequence[ChatECG] = ()) -> dict[str, Any]:
+    """A message of a chat: its ECGs, then its text."""
     parts: list[dict[str, Any]] = [{"type": "ecg", "ecg": ecg.record} for ecg in ecgs]
-    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+    return {"role": role, "content": [*parts, {"type": "text", "text": text}]}
+
+
+def system_messages(system_prompt: str | None) -> list[dict[str, Any]]:
+    """What a chat begins with: the system message, if there is one."""
+    return [] if system_prompt is None else [as_message("system", system_prompt)]
 
 
 class PromptCache:
@@ -137,6 +107,7 @@ class PromptCache:
     def begin(self, model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs of `generate` that go on from what is cached: ECGs that it holds are left out."""
         ids = inputs["input_ids"][0].tolist()
+        # without the last token: the model has to read one to go on
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.ids, ids[:-1], strict=False)))
         held, self.ids = self._cut(same, ids[:same].count(model.config.ecg_token_id), model), []
         if self.values is None:
@@ -144,9 +115,9 @@ class PromptCache:
             held = 0
         if held:
             ecg_names = [name for name in inputs if name not in ("input_ids", "attention_mask")]
-            rest = {name: inputs[name][held:] for name in ecg_names}
+            new = {name: inputs[name][held:] for name in ecg_names}
             inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-            inputs |= {name: values for name, values in rest.items() if len(values)}
+            inputs |= {name: values for name, values in new.items() if len(values)}
         return {**inputs, "past_key_values": self.values}
 
     def _cut(self, same: int, num_placeholders: int, model: PreTrainedModel) -> int:
@@ -157,7 +128,7 @@ class PromptCache:
                 self.values.crop(same - self.values.get_seq_length())
             except RuntimeError:  # a sliding window has forgotten what would come back
                 self.values = None
-        if partial or not same:
+        if partial or not same:  # an ECG is in the cache as a whole or not at all
             self.values = None
         return held
 
@@ -188,6 +159,7 @@ def stream_answer(
         chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     inputs = dict(inputs.to(model.device))
+    # the answer may be no longer than what is left of the model's context
     length = inputs["input_ids"].shape[1]
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     room = max_new_tokens if context is None else min(max_new_tokens, context - length)
@@ -202,6 +174,7 @@ def stream_answer(
     stopped = Event()
     errors: list[BaseException] = []
 
+    # the model writes in a thread of its own, and the streamer is the queue between it and the reader
     def generate() -> None:
         try:
             with torch.inference_mode():
@@ -215,7 +188,7 @@ def stream_answer(
                 )
             if cache is not None:
                 cache.end(output[0].tolist())
-        except BaseException as error:  # the reader would wait for ever
+        except BaseException as error:  # raised again below, where the reader is
             errors.append(error)
         finally:
             streamer.text_queue.put(streamer.stop_signal)
@@ -246,38 +219,31 @@ class _Stop:
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model and how it answers."""
+def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, Any, str]:
+    """The model of `model_parser` on the GPU, if there is one, its processor, and its name for people."""
+    from elm_ecg.training.build import load_elm  # late: --help need not wait for it, and a Space has no such module
+
+    set_seed(args.seed)
+    model, processor = load_elm(args.model, args.revision, dtype=args.dtype)
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]  # a wrapped method
+    return model, processor, Path(args.model).name if Path(args.model).exists() else args.model
+
+
+def model_parser(verb: str, purpose: str | None) -> argparse.ArgumentParser:
+    """The options of a command that asks a model: which one, and how it answers."""
+    usage, description = f"elm {verb} MODEL [options]", f"{purpose} {DISCLAIMER}"
+    parser = argparse.ArgumentParser(prog=f"elm {verb}", usage=usage, description=description)
     parser.add_argument("model", metavar="MODEL", help="saved ELM or LoRA adapter: local folder or Hub id")
     parser.add_argument("--revision", default="main", help="of a Hub id; default: %(default)s")
-    parser.add_argument(
-        "--max_new_tokens",
-        type=_positive,
-        default=DEFAULT_MAX_NEW_TOKENS,
-        metavar="TOKENS",
-        help="longest answer; default: %(default)s",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=_temperature,
-        default=0.0,
-        help="draw the words at this temperature; default: 0, the likeliest words",
-    )
+    tokens: dict[str, Any] = {"type": whole_number, "default": DEFAULT_MAX_NEW_TOKENS, "metavar": "TOKENS"}
+    parser.add_argument("--max_new_tokens", **tokens, help="longest answer; default: %(default)s")
+    temperature_help = "draw the words at this temperature; default: 0, the likeliest words"
+    parser.add_argument("--temperature", type=_temperature, default=0.0, help=temperature_help)
     parser.add_argument("--seed", type=int, default=0, help="of drawn words; default: %(default)s")
     parser.add_argument("--system_prompt", metavar="TEXT", help="system message, or a file that holds it")
-    parser.add_argument(
-        "--dtype",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        default="auto",
-        help="of the model; default: %(default)s, as it was saved",
-    )
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, default="auto", help="of the model; default: as it was saved")
+    return parser
 
 
 def _temperature(text: str) -> float:

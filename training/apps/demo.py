@@ -13,21 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from huggingface_hub import SpaceCard, SpaceCardData
+from jinja2 import Template
 from packaging.requirements import Requirement
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from elm_ecg import ecg_utils
 from elm_ecg.ecg_drawing import ECGPaper, ecg_svg, page_width
 from elm_ecg.training.apps.conversation import (
     DISCLAIMER,
-    ShownECG,
-    add_arguments,
+    ChatECG,
+    as_message,
+    load_model,
+    model_parser,
     read_for_model,
     stream_answer,
-    user_turn,
+    system_messages,
     zeroed,
 )
 from elm_ecg.training.command_line import read_system_prompt
@@ -73,20 +74,20 @@ def import_gradio() -> Any:
     return gradio
 
 
-def draw(ecg: ShownECG) -> str:
-    """The ECG on paper as in a hospital, to scale and of any width, with what was read below: HTML."""
-    record = ecg.record
+def draw(ecg: ChatECG) -> str:
+    """HTML of what the model reads, on paper as in a hospital, to scale and of any width, and of the facts below."""
+    record = ecg.prepared
     seconds = record.array.shape[1] / record.sampling_rate
     # columns show a part of the time each, which has to hold some beats
     paper = ECGPaper(layout="3x4" if len(record.lead_names) > 6 and seconds >= 8 else "12x1")
     caption = f"{paper.speed:g} mm/s, {paper.gain:g} mm/mV, {record.sampling_rate:g} Hz"
-    said = f"<b>{html.escape(ecg.name)}</b>: {html.escape(ecg.facts)}."
+    facts = f"<b>{html.escape(ecg.name)}</b>: {html.escape(ecg.facts)}"
     width = page_width(paper, seconds)
     svg = ecg_svg(record, paper, caption)
-    return f'<figure><div class="paper" style="--mm: {width:g}">{svg}</div><figcaption>{said}</figcaption></figure>'
+    return f'<figure><div class="paper" style="--mm: {width:g}">{svg}</div><figcaption>{facts}</figcaption></figure>'
 
 
-def read_uploads(processor: Any, paths: Sequence[Path], **described: Any) -> list[ShownECG]:
+def read_uploads(processor: Any, paths: Sequence[Path], **described: Any) -> list[ChatECG]:
     """The ECGs of uploaded files; the several files of a WFDB record are one.
 
     Raises:
@@ -113,7 +114,7 @@ def _error(error: Exception) -> str:
 
 
 class Page:
-    """What the page does; `build_demo` says how it looks.
+    """What the page does; `build_demo` makes what it looks like.
 
     Args:
         examples: names and files of records to pick.
@@ -138,22 +139,23 @@ class Page:
         unit: str | None = None,
         lead_names: str | None = None,
         start: float | None = None,
-    ) -> tuple[list[ShownECG], str]:
-        """ECGs and their pictures, or none and what is wrong, as HTML; boxes that are empty say nothing."""
+    ) -> tuple[list[ChatECG], str]:
+        """ECGs and their pictures, or none and what is wrong, as HTML; empty boxes count as None."""
         if not files:
             return [], NO_ECG
         described = {
             "sampling_rate": sampling_rate or None,
             "unit": unit or None,
             "lead_names": (lead_names or "").replace(",", " ").split() or None,
-            "start": start or None,
+            "start": start,
         }
         try:
-            return self._shown(read_uploads(self.processor, [Path(file) for file in files], **described))
+            ecgs = read_uploads(self.processor, [Path(file) for file in files], **described)
         except (ValueError, OSError) as error:
             return [], _error(error)
+        return ecgs, "".join(map(draw, ecgs))
 
-    def pick(self, name: str | None) -> tuple[list[ShownECG], str]:
+    def pick(self, name: str | None) -> tuple[list[ChatECG], str]:
         """As `upload`, of an example."""
         if name not in self.examples:
             return [], NO_ECG
@@ -161,14 +163,11 @@ class Page:
             ecg = read_for_model(self.processor, self.examples[name])
         except (ValueError, OSError, ImportError) as error:
             return [], _error(error)
-        return self._shown([replace(ecg, name=name)])
-
-    @staticmethod
-    def _shown(ecgs: list[ShownECG]) -> tuple[list[ShownECG], str]:
-        return ecgs, "".join(map(draw, ecgs))
+        ecg = replace(ecg, name=name)
+        return [ecg], draw(ecg)
 
     def ask(
-        self, question: str, ecgs: list[ShownECG], turns: Turns, compare: bool, compared: Turns
+        self, question: str, ecgs: list[ChatECG], turns: Turns, compare: bool, compared: Turns
     ) -> Iterator[tuple[Turns, Turns]]:
         """The turns with the growing answer; with `compare`, then also the answer where the ECGs are zeroed, to the same words.
 
@@ -186,17 +185,12 @@ class Page:
             for without in self._answers(question, [zeroed(ecg) for ecg in ecgs], turns):
                 yield turns_now, [*compared, *asked, {"role": "assistant", "content": without}]
 
-    def _answers(self, question: str, ecgs: list[ShownECG], turns: Turns) -> Iterator[str]:
+    def _answers(self, question: str, ecgs: list[ChatECG], turns: Turns) -> Iterator[str]:
         """The answer as far as it is written, again and again."""
-        chat: list[dict[str, Any]] = []
-        if self.system_prompt is not None:
-            chat.append({"role": "system", "content": [{"type": "text", "text": self.system_prompt}]})
+        chat = system_messages(self.system_prompt)
         for turn in [*turns, {"role": "user", "content": question}]:
-            if turn["role"] == "user":
-                chat.append(user_turn(turn["content"], ecgs))
-                ecgs = []  # before the first question
-            else:
-                chat.append({"role": "assistant", "content": [{"type": "text", "text": turn["content"]}]})
+            chat.append(as_message(turn["role"], turn["content"], ecgs))
+            ecgs = []  # they stand before the first question alone
         answer = ""
         for piece in stream_answer(self.model, self.processor, chat, **self.generation):
             answer += piece
@@ -213,37 +207,27 @@ def build_demo(page: Page, name: str, questions: Sequence[str] = QUESTIONS) -> A
         questions: examples of what to ask.
     """
     gr = import_gradio()
-    extractor = page.processor.feature_extractor
-    takes = f"{len(extractor.lead_names)} leads, {extractor.num_samples / extractor.sampling_rate:g} s"
 
-    def ask(question: str, ecgs: Any, turns: Turns, compare: bool, compared: Turns) -> Iterator[Any]:
+    def ask(question: str, ecgs: list[ChatECG], turns: Turns, compare: bool, compared: Turns) -> Iterator[Any]:
         try:
-            for now, compared_now in page.ask(question, ecgs, turns, compare, compared):
-                yield "", now, now, compared_now, compared_now
-        except Exception as error:  # whatever it is, it is said and the page goes on
+            for turns_now, compared_now in page.ask(question, ecgs, turns, compare, compared):
+                yield "", turns_now, turns_now, compared_now, compared_now
+        except Exception as error:  # whatever it is, the visitor sees it and the page goes on
             gr.Warning(html.escape(str(error)))
             yield question, turns, turns, compared, compared
 
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as demo:
-        ecgs = gr.State([], time_to_live=KEPT_SECONDS)
-        turns = gr.State([], time_to_live=KEPT_SECONDS)
-        compared = gr.State([], time_to_live=KEPT_SECONDS)
+        # of each visitor alone
+        ecgs, turns, compared = (gr.State([], time_to_live=KEPT_SECONDS) for _ in range(3))
         gr.Markdown(f"# {TITLE}\n`{name}`")
         gr.Markdown(f"**{DISCLAIMER}** Upload no record that could tell who the patient is.", elem_id="disclaimer")
         with gr.Row():
             with gr.Column(scale=2, min_width=320, visible=page.processor.takes_ecgs):
-                files = gr.File(label=f"ECG files ({takes})", file_count="multiple", height=140)
-                picked = gr.Radio(list(page.examples), label="Or pick a record", visible=bool(page.examples))
-                with gr.Accordion("What the file does not say", open=False):
-                    sampling_rate = gr.Number(label="Sampling rate, Hz", value=None, minimum=0)
-                    unit = gr.Dropdown(["", "mV", "uV", "V"], label="Unit", value="")
-                    lead_names = gr.Textbox(label="Leads, in order", placeholder="I II III aVR aVL aVF V1 ...")
-                    start = gr.Number(label="Second at which a longer record begins", value=None, minimum=0)
-                    again = gr.Button("Read again", size="sm")
+                files, picked, again, *described = _record_boxes(gr, page)
             with gr.Column(scale=5, min_width=320, visible=page.processor.takes_ecgs):
                 pictures = gr.HTML(NO_ECG, elem_id="ecgs", padding=False)
         with gr.Row():
-            # what is said is shown as it is: "<" is less, and no tag
+            # texts are shown as they are: "<" is less, and no tag
             look = {"height": 280, "buttons": [], "render_markdown": False}
             chatbot = gr.Chatbot(label="Answers", elem_id="answers", **look)
             chatbot_zeroed = gr.Chatbot(label="With the ECG zeroed", elem_id="zeroed", visible=False, **look)
@@ -258,49 +242,50 @@ def build_demo(page: Page, name: str, questions: Sequence[str] = QUESTIONS) -> A
                 elem_id="question",
             )
             send = gr.Button("Ask", variant="primary", scale=1, min_width=80, elem_id="ask")
-            stop = gr.Button("Stop", scale=1, min_width=80)
-            clear = gr.Button("Clear", scale=1, min_width=80)
+            stop, clear = (gr.Button(label, scale=1, min_width=80) for label in ("Stop", "Clear"))
         compare = gr.Checkbox(
             label="Show the answer with the ECG zeroed beside it", visible=page.processor.takes_ecgs, elem_id="compare"
         )
         gr.Examples([[text] for text in questions], question, label="Questions")
 
-        chats = [turns, chatbot, compared, chatbot_zeroed]
-
-        def begin() -> list[Turns]:
-            return [[] for _ in chats]
-
-        described, shown = [files, sampling_rate, unit, lead_names, start], [ecgs, pictures]
-        reading = [
-            gr.on([files.upload, files.delete, files.clear], page.upload, described, shown, api_name="upload"),
-            again.click(page.upload, described, shown, api_visibility="private"),
-            picked.input(page.pick, picked, shown, api_name="pick"),
-        ]
-        for event, other in zip(reading, (picked, picked, files), strict=True):
-            event.then(lambda: [None, *begin()], None, [other, *chats], api_visibility="private")
+        chats, private = [turns, chatbot, compared, chatbot_zeroed], {"api_visibility": "private"}
+        upload = {"fn": page.upload, "inputs": [files, *described], "outputs": [ecgs, pictures]}
+        for event, other in (
+            (gr.on([files.upload, files.delete, files.clear], **upload, api_name="upload"), picked),
+            (again.click(**upload, **private), picked),
+            (picked.input(page.pick, picked, [ecgs, pictures], api_name="pick"), files),
+        ):  # another ECG empties the other choice of a record, and the chats
+            event.then(lambda: [None, [], [], [], []], None, [other, *chats], **private)
         answering = gr.on(
             [send.click, question.submit],
             ask,
             [question, ecgs, turns, compare, compared],
-            [question, turns, chatbot, compared, chatbot_zeroed],
+            [question, *chats],
             api_name="ask",
             concurrency_limit=1,
             trigger_mode="once",
             show_progress="minimal",
         )
-        stop.click(None, None, None, cancels=[answering], api_visibility="private")
-        gr.on(
-            [clear.click, chatbot.clear, chatbot_zeroed.clear],
-            begin,
-            None,
-            chats,
-            cancels=[answering],
-            api_visibility="private",
-        )
-        compare.change(
-            lambda on: gr.update(visible=on), compare, chatbot_zeroed, api_visibility="private", show_progress="hidden"
-        )
+        stop.click(None, None, None, cancels=[answering], **private)
+        cleared = [clear.click, chatbot.clear, chatbot_zeroed.clear]
+        gr.on(cleared, lambda: [[], [], [], []], None, chats, cancels=[answering], **private)
+        compare.change(lambda on: gr.update(visible=on), compare, chatbot_zeroed, show_progress="hidden", **private)
     return demo
+
+
+def _record_boxes(gr: Any, page: Page) -> tuple[Any, ...]:
+    """The files, the records to pick, the button that reads the files again, and the other inputs of `Page.upload`."""
+    extractor = page.processor.feature_extractor
+    takes = f"{len(extractor.lead_names)} leads, {extractor.num_samples / extractor.sampling_rate:g} s"
+    files = gr.File(label=f"ECG files ({takes})", file_count="multiple", height=140)
+    picked = gr.Radio(list(page.examples), label="Or pick a record", visible=bool(page.examples))
+    with gr.Accordion("What the file does not say", open=False):
+        sampling_rate = gr.Number(label="Sampling rate, Hz", value=None, minimum=0)
+        unit = gr.Dropdown(["", "mV", "uV", "V"], label="Unit", value="")
+        lead_names = gr.Textbox(label="Leads, in order", placeholder="I II III aVR aVL aVF V1 ...")
+        start = gr.Number(label="Second at which a longer record begins", value=None, minimum=0)
+        again = gr.Button("Read again", size="sm")
+    return files, picked, again, sampling_rate, unit, lead_names, start
 
 
 def serve(demo: Any, host: str | None = None, port: int | None = None) -> str:
@@ -340,14 +325,10 @@ def write_examples(folder: Path) -> list[Path]:
     for seed, rhythm in enumerate(RHYTHMS):
         findings = Findings(rhythm=rhythm, wide_qrs=rhythm == "sinus rhythm")
         array = simulate_ecg(findings, np.random.default_rng(seed), sampling_rate=500)
+        microvolts = np.rint(1000 * array).astype(np.int16)
+        described: dict[str, Any] = {"sampling_rate": 500, "lead_names": ecg_utils.STANDARD_LEADS, "unit": "uV"}
         paths.append(folder / f"Simulated_{rhythm.replace(' ', '_')}.npz")
-        np.savez_compressed(
-            paths[-1],
-            array=np.rint(1000 * array).astype(np.int16),
-            sampling_rate=500,
-            lead_names=ecg_utils.STANDARD_LEADS,
-            unit="uV",
-        )
+        np.savez_compressed(paths[-1], array=microvolts, **described)
     return paths
 
 
@@ -371,21 +352,9 @@ def write_space(folder: Path, repo_id: str, revision: str = "main", adapter: boo
     space = {"model": repo_id, "revision": revision, "adapter": adapter}
     (folder / "space.json").write_text(json.dumps(space, indent=2) + "\n", encoding="utf-8")
     (folder / "requirements.txt").write_text("".join(f"{line}\n" for line in _requirements(adapter)), encoding="utf-8")
-    card_data = SpaceCardData(
-        title=f"{TITLE}: {repo_id.split('/')[-1]}",
-        sdk="gradio",
-        sdk_version=GRADIO_VERSION,
-        python_version="3.11",
-        app_file="app.py",
-        license="mit",
-        models=[repo_id],
-        tags=["ecg", "electrocardiogram", "elm"],
-        emoji="\N{ELECTRIC LIGHT BULB}",
-    )
-    card = SpaceCard.from_template(
-        card_data, template_path=str(SPACE_FOLDER / "README.md"), model=repo_id, disclaimer=f"> **{DISCLAIMER}**"
-    )
-    card.save(folder / "README.md")
+    template = Template((SPACE_FOLDER / "README.md").read_text(encoding="utf-8"), keep_trailing_newline=True)
+    card = template.render(title=TITLE, model=repo_id, gradio_version=GRADIO_VERSION, disclaimer=DISCLAIMER)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _requirements(adapter: bool) -> list[str]:
@@ -401,36 +370,26 @@ def _requirements(adapter: bool) -> list[str]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="elm demo", usage="elm demo MODEL [options]", description=f"{__doc__} {DISCLAIMER}"
-    )
-    add_arguments(parser)
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="address that is listened on; default: %(default)s, this machine alone. 0.0.0.0 is everybody in the network",
-    )
+    """The options of `elm demo`."""
+    parser = model_parser("demo", __doc__)
+    host_help = "address to listen on; default: %(default)s, this machine alone. 0.0.0.0 is everybody in the network"
+    parser.add_argument("--host", default="127.0.0.1", help=host_help)
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
-    parser.add_argument(
-        "--records", type=Path, nargs="+", default=[], metavar="FILE", help="ECG files to pick; default: simulated ones"
-    )
+    records_help = "ECG files to pick; default: simulated ones"
+    parser.add_argument("--records", type=Path, nargs="+", default=[], metavar="FILE", help=records_help)
     parser.add_argument("--questions", nargs="+", default=QUESTIONS, metavar="TEXT", help="examples of what to ask")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Serves the page until Ctrl-C."""
     args = make_parser().parse_args(argv)
-    import_gradio()
+    import_gradio()  # faults show before the model is loaded
     system_prompt = read_system_prompt(args.system_prompt)
     for path in args.records:
         if not path.is_file():
             raise ValueError(f"--records: there is no file {path}.")
-    from elm_ecg.training.build import load_elm  # not in a Space
-
-    set_seed(args.seed)
-    model, processor = load_elm(args.model, args.revision, dtype=args.dtype)
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]  # a wrapped method
-    name = Path(args.model).name if Path(args.model).exists() else args.model
+    model, processor, name = load_model(args)
     with tempfile.TemporaryDirectory() as folder:
         examples = example_files(args.records or write_examples(Path(folder)))
         generation = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}

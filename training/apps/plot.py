@@ -2,12 +2,14 @@
 
 import argparse
 import math
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 from elm_ecg.ecg_drawing import LAYOUTS, ECGPaper, draw_ecg, ecg_svg, page_height, page_width
 from elm_ecg.ecg_utils import ECGRecord, read_ecg, select_leads
+from elm_ecg.training.command_line import whole_number
 from elm_ecg.training.files import atomic_path, write_text
 
 DEFAULT_WIDTH = 1600  # pixels
@@ -50,7 +52,7 @@ def time_span(record: ECGRecord, start: float, seconds: float | None) -> slice:
         seconds: None for all that follow, or for `DEFAULT_SECONDS` where these are more than `MAX_SECONDS`.
 
     Raises:
-        ValueError: no sample lies there.
+        ValueError: the record has no sample between them.
     """
     rate, num_samples = record.sampling_rate, record.array.shape[1]
     duration = num_samples / rate
@@ -65,90 +67,71 @@ def time_span(record: ECGRecord, start: float, seconds: float | None) -> slice:
 
 
 def plot(path: Path, output: Path, args: argparse.Namespace, paper: ECGPaper) -> None:
+    """Draws the record of a file, and prints what was done and what is to be known about the record.
+
+    Raises:
+        ValueError: the file is no ECG, or the options do not suit it.
+    """
     record = read_ecg(path, args.sampling_rate, args.lead_names, args.unit)
     if output.resolve() == path.resolve():
         raise ValueError(f"{output} is the record {path} itself; name another file with --output.")
     try:
         span = time_span(record, args.start, args.seconds)
-        shown = replace(record, array=record.array[:, span])
+        part = replace(record, array=record.array[:, span])
         if args.leads is not None:
-            shown = select_leads(shown, args.leads)
+            part = select_leads(part, args.leads)
         rate, duration = record.sampling_rate, record.array.shape[1] / record.sampling_rate
         facts = [args.title or path.stem, f"{paper.speed:g} mm/s", f"{paper.gain:g} mm/mV", f"{rate:g} Hz"]
-        said = f"Picture of {path.name} in {output.resolve()}"
-        if shown.array.shape[1] < record.array.shape[1]:
-            part = f"{span.start / rate:g} to {span.stop / rate:g} s of {duration:g} s"
-            facts.append(part)
-            said += f": {part} (--start and --seconds choose others)"
-        save_picture(output, shown, paper, ", ".join(facts), args.width or DEFAULT_WIDTH, args.height)
+        done = f"Picture of {path.name} in {output.resolve()}"
+        if part.array.shape[1] < record.array.shape[1]:
+            seconds = f"{span.start / rate:g} to {span.stop / rate:g} s of {duration:g} s"
+            facts.append(seconds)
+            done += f": {seconds} (--start and --seconds choose others)"
+        save_picture(output, part, paper, ", ".join(facts), args.width or DEFAULT_WIDTH, args.height)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    print(said, flush=True)
+    print(done, flush=True)
+    for notice in part.metadata["notices"]:
+        print(f"{path.name}: {notice}", file=sys.stderr, flush=True)
 
 
-def pixels(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="elm plot",
-        usage="elm plot RECORD [RECORD ...] [options]",
-        description=__doc__,
-    )
-    parser.add_argument(
-        "records", type=Path, nargs="+", metavar="RECORD", help="files of any format that read_ecg reads"
-    )
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="picture, .png or .svg, of a single record; default: NAME.png in the working directory, one for each record",
-    )
-    parser.add_argument(
-        "--layout",
-        choices=LAYOUTS,
-        default=ECGPaper.layout,
-        help="rows x columns of twelve leads; columns show successive parts of the time; default: %(default)s",
-    )
-    parser.add_argument(
-        "--rhythm_leads",
-        nargs="*",
-        metavar="LEAD",
-        help="leads drawn below over the whole time; no name for none; default: II in 3x4",
-    )
-    parser.add_argument("--leads", nargs="+", metavar="LEAD", help="leads that are drawn; default: those of the record")
-    parser.add_argument("--start", type=float, default=0.0, metavar="SECONDS", help="default: %(default)g")
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        help=f"from --start on; default: all, or the first {DEFAULT_SECONDS:g} of more than {MAX_SECONDS:g}",
-    )
-    parser.add_argument("--speed", type=float, default=ECGPaper.speed, help="mm/s; default: %(default)g")
-    parser.add_argument("--gain", type=float, default=ECGPaper.gain, help="mm/mV; default: %(default)g")
-    parser.add_argument(
-        "--line_width",
-        type=float,
-        default=ECGPaper.line_width,
-        metavar="MM",
-        help="of the trace, at least a pixel; default: %(default)g",
-    )
-    parser.add_argument("--title", help="in the caption, in place of the record's name")
-    parser.add_argument("--width", type=pixels, metavar="PIXELS", help=f"of a PNG; default: {DEFAULT_WIDTH}")
-    parser.add_argument(
-        "--height", type=pixels, metavar="PIXELS", help="of a PNG; default: of the page's own proportions"
-    )
+def add_file_options(parser: argparse.ArgumentParser) -> None:
+    """Options for what a file may lack and `read_ecg` needs."""
     parser.add_argument("--sampling_rate", type=float, metavar="HZ", help="where the file does not say")
     parser.add_argument("--unit", help="where the file does not say: mV, uV or V")
     parser.add_argument("--lead_names", nargs="+", metavar="LEAD", help="of the rows, where the file does not say")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options of `elm plot`."""
+    usage = "elm plot RECORD [RECORD ...] [options]"
+    parser = argparse.ArgumentParser(prog="elm plot", usage=usage, description=__doc__)
+    formats_help = "files of any format that the README lists"
+    parser.add_argument("records", type=Path, nargs="+", metavar="RECORD", help=formats_help)
+    output_help = "picture, .png or .svg, of one record; default: NAME.png in the working directory, for each record"
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help=output_help)
+    layout_help = "rows x columns of twelve leads; columns show successive parts of the time; default: %(default)s"
+    parser.add_argument("--layout", choices=LAYOUTS, default=ECGPaper.layout, help=layout_help)
+    rhythm_help = "leads drawn below over the whole time; no name for none; default: II in 3x4"
+    parser.add_argument("--rhythm_leads", nargs="*", metavar="LEAD", help=rhythm_help)
+    parser.add_argument("--leads", nargs="+", metavar="LEAD", help="leads that are drawn; default: those of the record")
+    parser.add_argument("--start", type=float, default=0.0, metavar="SECONDS", help="default: %(default)g")
+    seconds_help = f"from --start on; default: all, or the first {DEFAULT_SECONDS:g} of more than {MAX_SECONDS:g}"
+    parser.add_argument("--seconds", type=float, help=seconds_help)
+    parser.add_argument("--speed", type=float, default=ECGPaper.speed, help="mm/s; default: %(default)g")
+    parser.add_argument("--gain", type=float, default=ECGPaper.gain, help="mm/mV; default: %(default)g")
+    line_help = "of the trace, at least a pixel; default: %(default)g"
+    parser.add_argument("--line_width", type=float, default=ECGPaper.line_width, metavar="MM", help=line_help)
+    parser.add_argument("--title", help="in the caption, in place of the record's name")
+    parser.add_argument("--width", type=whole_number, metavar="PIXELS", help=f"of a PNG; default: {DEFAULT_WIDTH}")
+    height_help = "of a PNG; default: by the page's own proportions"
+    parser.add_argument("--height", type=whole_number, metavar="PIXELS", help=height_help)
+    add_file_options(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Draws each record into its own file."""
     args = make_parser().parse_args(argv)
     paper = ECGPaper(args.layout, args.rhythm_leads, args.speed, args.gain, args.line_width)
     outputs = [Path(f"{path.stem}.png") for path in args.records]
@@ -161,9 +144,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.output.suffix.lower() not in (".png", ".svg"):
             raise ValueError(f"--output is {args.output}; expected a file that ends with .png or .svg.")
         if args.output.suffix.lower() == ".svg" and (args.width or args.height):
-            raise ValueError(
-                "--width and --height are of a PNG; an SVG is in millimetres and is scaled where it is shown."
-            )
+            raise ValueError("--width and --height are of a PNG; an SVG is in millimetres, scaled where it is shown.")
         if not args.output.parent.is_dir():
             raise ValueError(f"--output is {args.output}; there is no folder {args.output.parent}.")
         outputs = [args.output]

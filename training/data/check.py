@@ -9,16 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 from tqdm import tqdm
 
 from elm_ecg.ecg_utils import MAX_LIMB_LEAD_ERROR, as_record, lead_quality, limb_lead_error
-from elm_ecg.training.arguments import DataArguments
-from elm_ecg.training.data.loading import ecgs_of, load_split, load_splits, to_chat
+from elm_ecg.training.data.loading import ecgs_of, load_split, load_splits, to_chat, with_arrays
 from elm_ecg.training.data.reference import LITERALS
-from elm_ecg.training.files import write_text
+from elm_ecg.training.data.schema import ROLES, as_list
+from elm_ecg.training.files import resource, write_text
 
-# finding -> what was found; one of these fails the check
+# kind of finding -> its meaning; one of these fails the check
 ERRORS = {
     "shared_patients": "patients in several splits",
     "shared_records": "records in several splits",
@@ -39,18 +40,21 @@ WARNINGS = {
     "flagged_leads": "ECGs with flat, saturated or noisy leads",
     "limb_leads": f"ECGs whose limb leads are more than {MAX_LIMB_LEAD_ERROR:g} mV off what I and II give",
 }
+TEMPLATE = resource("training/data/check.jinja")  # of what is printed
 MAX_EXAMPLES = 5
 SAMPLED_ROWS = 100  # of each split, whose files are read without --read_files
-# of an answer: by which answers are told apart, and which are printed
-KEPT_CHARACTERS, SHOWN_CHARACTERS = 200, 60
+ANSWER_CHARACTERS = 200  # by which answers are told apart
 
 
 @dataclass
 class Finding:
+    """How often something was found, and the first examples."""
+
     count: int = 0
     examples: list[str] = field(default_factory=list)
 
     def add(self, example: str) -> None:
+        """Counts one more."""
         self.count += 1
         if len(self.examples) < MAX_EXAMPLES:
             self.examples.append(example)
@@ -58,25 +62,20 @@ class Finding:
 
 @dataclass
 class SplitReport:
-    """What a split holds.
-
-    Args:
-        rates, leads, seconds: sampling rate, leads and length -> how many of the rows' ECGs, as far as they are read.
-        answers: type of question -> answer -> how many.
-        flags: lead and what is wrong with it -> how many different ECGs.
-    """
+    """What a split holds."""
 
     rows: int = 0
     records: int = 0
     patients: int = 0
+    # sampling rate, leads and length -> how many of the rows' ECGs; of files those that are read
     rates: Counter[str] = field(default_factory=Counter)
     leads: Counter[str] = field(default_factory=Counter)
     seconds: Counter[float] = field(default_factory=Counter)
-    answers: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    flags: Counter[str] = field(default_factory=Counter)
+    answers: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # by type of question
+    flags: Counter[str] = field(default_factory=Counter)  # lead and what is wrong with it -> how many different ECGs
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; of answers and lengths a summary."""
+        """For JSON; answers and lengths as a summary."""
         lengths = sorted(self.seconds.elements())
         return {
             "rows": self.rows,
@@ -105,13 +104,14 @@ class Checker:
     def __init__(self) -> None:
         self.findings: dict[str, Finding] = defaultdict(Finding)
         self.splits: dict[str, SplitReport] = defaultdict(SplitReport)
-        # patients, records, signals -> each -> the splits that it is in
-        self.places: dict[str, dict[Any, set[str]]] = {"patients": {}, "records": {}, "signals": {}}
+        self.notices: Counter[str] = Counter()  # of the records' metadata -> how many different ECGs
+        # kind -> patient, record or signal -> the splits that it is in
+        self.splits_of: dict[str, dict[Any, set[str]]] = {"patients": {}, "records": {}, "signals": {}}
         self.names: dict[bytes, str] = {}  # signal -> the first record that has it
         self.copies: set[str] = set()
-        self.files: dict[str, bytes | None] = {}  # file -> its signal; None where there is none
+        self.files: dict[str, bytes | None] = {}  # file -> its signal; None where the file is missing or damaged
         self.facts: dict[bytes, tuple[str, str, float]] = {}  # signal -> rate, leads and seconds
-        self.answers: dict[bytes, bytes] = {}  # ECGs and question -> answer
+        self.answers: dict[bytes, bytes] = {}  # ECGs and question -> the first answer to it
 
     def add(self, row: dict[str, Any], split: str, index: int, read_files: bool = True) -> None:
         """Looks at a row.
@@ -123,19 +123,19 @@ class Checker:
         where = f"{split} {index}"
         report = self.splits[split]
         report.rows += 1
-        patients = _listed(row.get("patient_id"))
+        patients = _present(row.get("patient_id"))
         for patient in patients:
-            report.patients += self._place("patients", patient, split)
+            report.patients += self._is_new("patients", patient, split)
         if not patients:
             self.findings["unknown_patients"].add(where)
         ecgs = ecgs_of(row)
         if not ecgs:
             self.findings["without_ecg"].add(where)
         if isinstance(row.get("ecg"), str) and row["ecg"] in LITERALS:
-            ecgs = []  # made for the row: no record
-        records = _listed(row.get("record_id")) or [ecg for ecg in ecgs if isinstance(ecg, str)]
+            ecgs = []  # it is made for the row, and equal in others
+        records = _present(row.get("record_id")) or [ecg for ecg in ecgs if isinstance(ecg, str)]
         for record in records if ecgs else ():
-            report.records += self._place("records", record, split)
+            report.records += self._is_new("records", record, split)
         names = records if len(records) == len(ecgs) else [""] * len(ecgs)
         keys = []
         for ecg, name in zip(ecgs, names, strict=True):
@@ -151,9 +151,9 @@ class Checker:
             keys.append(signal or str(ecg).encode())  # a file that is not read is known by its path
         self._chat(row, b" ".join(keys), report, where)
 
-    def _place(self, kind: str, name: Any, split: str) -> bool:
-        """Whether it is the first of that name in the split."""
-        splits = self.places[kind].setdefault(name, set())
+    def _is_new(self, kind: str, name: Any, split: str) -> bool:
+        """Notes that a patient, record or signal is in a split; whether it was not there before."""
+        splits = self.splits_of[kind].setdefault(name, set())
         first = split not in splits
         splits.add(split)
         return first
@@ -166,8 +166,8 @@ class Checker:
             elif read:
                 self.files[path] = self._ecg(path, name, split, where)
         signal = self.files.get(path)
-        if signal in self.places["signals"]:
-            self._place("signals", signal, split)
+        if signal in self.splits_of["signals"]:
+            self._is_new("signals", signal, split)
         return signal
 
     def _ecg(self, ecg: Any, name: str, split: str, where: str) -> bytes | None:
@@ -183,15 +183,16 @@ class Checker:
         signal = _digest(f"{rate} {leads} ".encode() + microvolts.tobytes())
         if signal not in self.facts:
             self.facts[signal] = rate, leads, record.array.shape[1] / record.sampling_rate
+            self.notices.update(record.metadata.get("notices", ()))
             flags = lead_quality(record)
-            for lead, found in flags.items():
-                self.splits[split].flags.update(f"{lead} {flag}" for flag in found)
+            for lead, of_lead in flags.items():
+                self.splits[split].flags.update(f"{lead} {flag}" for flag in of_lead)
             if flags:
                 self.findings["flagged_leads"].add(f"{where}: {', '.join(flags)}")
             if (off := limb_lead_error(record)) > MAX_LIMB_LEAD_ERROR:
                 self.findings["limb_leads"].add(f"{where}: {off:.2g} mV")
-        if np.ptp(microvolts):  # ECGs without any signal are all alike
-            self._place("signals", signal, split)
+        if np.ptp(microvolts):  # all flat ECGs are equal, and no copies of each other
+            self._is_new("signals", signal, split)
             first = self.names.setdefault(signal, name)
             if name != first and name not in self.copies:
                 self.copies.add(name)
@@ -200,26 +201,28 @@ class Checker:
 
     def _chat(self, row: dict[str, Any], ecgs: bytes, report: SplitReport, where: str) -> None:
         try:
-            to_chat(row)
+            chat = to_chat(row)
         except ValueError as error:
             self.findings["unusable_chats"].add(f"{where}: {error}")
             return
-        said: dict[str, list[str]] = {"system": [], "user": [], "assistant": []}
-        for turn in row["messages"]:
-            said[turn["role"]].append(_text(turn["content"]))
-        answers = said["assistant"]
+        texts: dict[str, list[str]] = {role: [] for role in ROLES}
+        for turn in chat:
+            texts[turn["role"]].append(" ".join(part.get("text") or "" for part in turn["content"]).strip())
+        answers = texts["assistant"]
         if not answers:
             self.findings["no_answer"].add(where)
             return
         if not all(answers):
             self.findings["empty_answers"].add(where)
-        if not all(said["user"]):
+        if not all(texts["user"]):
             self.findings["empty_questions"].add(where)
-        kinds = _listed(row.get("question_type")) or ["all"]
+        kinds = _present(row.get("question_type")) or ["all"]
         for number, answer in enumerate(answers):
             kind = kinds[number] if len(kinds) == len(answers) else kinds[0]
-            report.answers[str(kind)][_shortened(answer, KEPT_CHARACTERS)] += 1
-        question = _digest(ecgs + json.dumps(said["user"]).encode())
+            words = " ".join(answer.split())
+            words = words if len(words) <= ANSWER_CHARACTERS else f"{words[:ANSWER_CHARACTERS]}..."
+            report.answers[str(kind)][words] += 1
+        question = _digest(ecgs + json.dumps(texts["user"]).encode())
         answered = _digest(json.dumps(answers).encode())
         if ecgs and question in self.answers:
             self.findings["repeated_questions"].add(where)
@@ -229,31 +232,20 @@ class Checker:
 
     def finish(self) -> None:
         """Finds what is in several splits, once all rows were seen."""
-        for kind, places in self.places.items():
-            for name, splits in places.items():
+        for kind, splits_of in self.splits_of.items():
+            for name, splits in splits_of.items():
                 if len(splits) > 1:
-                    shown = (self.names[name] or "without record_id") if kind == "signals" else name
-                    self.findings[f"shared_{kind}"].add(f"{shown} ({', '.join(sorted(splits))})")
+                    label = (self.names[name] or "without record_id") if kind == "signals" else name
+                    self.findings[f"shared_{kind}"].add(f"{label} ({', '.join(sorted(splits))})")
 
 
 def _digest(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
-def _listed(value: Any) -> list[Any]:
-    """What is there of a value or list of values."""
-    values = value if isinstance(value, list | tuple | np.ndarray) else [value]
-    return [value for value in values if value is not None]
-
-
-def _text(content: Any) -> str:
-    parts = content if isinstance(content, list) else [{"text": content}]
-    return " ".join(part.get("text") or "" for part in parts).strip()
-
-
-def _shortened(text: str, length: int) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= length else f"{text[:length]}..."
+def _present(value: Any) -> list[Any]:
+    """A value or list of values without those that are None."""
+    return [item for item in as_list(value) if item is not None]
 
 
 def check(args: argparse.Namespace) -> None:
@@ -262,58 +254,42 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         ValueError: it has one of `ERRORS`, or cannot be loaded.
     """
-    options = DataArguments(data=[args.data], fold=args.fold, ecg_root=args.ecg_root)
     keys = [str(key) for key in load_splits(args.data)]
-    # of other folds than that of --fold nothing is read
-    there = [
+    # nothing is read of other folds than that of --fold
+    names = [
         re.sub(r"^fold\d+_", "", key)
         for key in keys
         if args.fold is None or re.match(rf"fold{args.fold}_|(?!fold\d)", key)
     ]
-    splits = args.splits or there
-    missing = [split for split in splits if split not in there]
+    missing = [split for split in args.splits or () if split not in names]
     if missing:
         raise ValueError(f"{args.data} has no split {', '.join(missing)}; it has {', '.join(keys)}.")
     checker = Checker()
-    for split in splits:
-        data = load_split(args.data, split, options, "messages")
-        if "ecg" in data.column_names:
-            data = data.with_format("numpy", columns=["ecg"], output_all_columns=True)
+    for split in args.splits or names:
+        data = with_arrays(load_split(args.data, split, "messages", args.fold, args.ecg_root))
         step = 1 if args.read_files else max(1, len(data) // SAMPLED_ROWS)
         for index, row in enumerate(tqdm(data, desc=split, unit="row")):
             checker.add(row, split, index, read_files=index % step == 0)
     checker.finish()
-    for split, report in checker.splits.items():
-        print_report(split, report.as_dict())
-    found = {kind: checker.findings[kind] for kind in (*WARNINGS, *ERRORS) if kind in checker.findings}
-    for kind, finding in found.items():
-        print(f"{'error' if kind in ERRORS else 'warning'}: {(WARNINGS | ERRORS)[kind]} ({finding.count:,})")
-        for example in finding.examples:
-            print(f"    {example}")
+    meanings = WARNINGS | ERRORS
+    findings = {kind: checker.findings[kind] for kind in meanings if kind in checker.findings}
+    errors = {kind: finding for kind, finding in findings.items() if kind in ERRORS}
+    splits = {split: report.as_dict() for split, report in checker.splits.items()}
+    template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), trim_blocks=True, lstrip_blocks=True)
+    print(
+        template.render(splits=splits, findings=findings, errors=errors, meanings=meanings, notices=checker.notices),
+        end="",
+    )
     if args.output is not None:
         content = {
             "data": args.data,
-            "errors": {kind: vars(finding) for kind, finding in found.items() if kind in ERRORS},
-            "warnings": {kind: vars(finding) for kind, finding in found.items() if kind in WARNINGS},
-            "splits": {split: report.as_dict() for split, report in checker.splits.items()},
+            "errors": {kind: vars(finding) for kind, finding in errors.items()},
+            "warnings": {kind: vars(finding) for kind, finding in findings.items() if kind in WARNINGS},
+            "notices": checker.notices,
+            "splits": splits,
         }
         write_text(args.output, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    errors = [f"{ERRORS[kind]} ({finding.count:,})" for kind, finding in found.items() if kind in ERRORS]
     if errors:
-        raise ValueError(f"{args.data} has errors: {'; '.join(errors)}.")
-    print(f"{args.data}: no errors, {len(found)} kinds of warnings.", flush=True)
-
-
-def print_report(split: str, report: dict[str, Any]) -> None:
-    print(f"{split}: {report['rows']:,} rows, {report['records']:,} records, {report['patients']:,} patients")
-    for name, count in [*report["rates"].items(), *report["leads"].items()]:
-        print(f"    {count:>9,} ECGs of {name}")
-    if report["seconds"]:
-        print("    shortest {shortest:g} s, median {median:g} s, longest {longest:g} s".format(**report["seconds"]))
-    for kind, answers in report["answers"].items():
-        shares = ", ".join(
-            f"{_shortened(answer, SHOWN_CHARACTERS)!r} {share:.1%}" for answer, share in answers["shares"].items()
-        )
-        print(f"    {answers['answers']:>9,} answers of {kind}, {answers['different']:,} different: {shares}")
-    if report["flags"]:
-        print(f"    leads: {', '.join(f'{flag} {count}' for flag, count in list(report['flags'].items())[:8])}")
+        counts = "; ".join(f"{ERRORS[kind]} ({finding.count:,})" for kind, finding in errors.items())
+        raise ValueError(f"{args.data} has errors: {counts}.")
+    print(f"{args.data}: no errors, {len(findings)} kinds of warnings.", flush=True)

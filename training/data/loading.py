@@ -1,4 +1,4 @@
-"""Datasets of chats about ECGs: on the Hub, in local folders, or streamed."""
+"""Datasets of chats about ECGs, from the Hub or local folders, whole or streamed."""
 
 import hashlib
 import logging
@@ -7,65 +7,66 @@ import zlib
 from collections.abc import Iterator
 from itertools import count, cycle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import datasets
 import fsspec.asyn
 import numpy as np
 import pyarrow as pa
 import torch.utils.data
-from datasets import (
-    Dataset,
-    DatasetDict,
-    DatasetInfo,
-    Features,
-    IterableDataset,
-    IterableDatasetDict,
-    LargeList,
-    List,
-    Value,
-    concatenate_datasets,
-    config,
-    interleave_datasets,
-    load_dataset,
-    load_from_disk,
-)
+from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, List, Value
+from datasets.formatting import NumpyFormatter, _register_formatter
 
 from elm_ecg.ecg_utils import STANDARD_LEADS
-from elm_ecg.training.arguments import DataArguments
 from elm_ecg.training.data.reference import LITERALS, OWNER, SAMPLING_RATE, from_reference, is_key, is_reference
+from elm_ecg.training.data.schema import ECG, MESSAGES, ROLES, as_list
+
+if TYPE_CHECKING:
+    from elm_ecg.training.arguments import DataArguments  # imports TRL, which takes seconds
 
 logger = logging.getLogger(__name__)
-
-# `datasets` would look for torchvision's videos, which are no more, in each lead of each record: a fifth of the time to read it
-config.TORCHVISION_AVAILABLE = False
 
 COLUMNS = {
     "messages": "a list of turns with 'role' and 'content', beside 'ecg'",
     "ecg": "a dict with 'array', 'sampling_rate', 'lead_names' and 'unit', the path of a file, or a list of these",
 }
-# one ECG of datasets that are mixed and differ in its form
-_ECG = {
-    "array": List(List(Value("float32"))),
-    "sampling_rate": Value("float32"),
-    "lead_names": List(Value("string")),
-    "unit": Value("string"),
-    "path": Value("string"),
-}
-_MESSAGES = List({"role": Value("string"), "content": Value("string")})
-# what is read of a row, in the form of datasets that are mixed and differ
-_FORMS: dict[str, Any] = {
-    "ecg": List(_ECG),
-    "messages": _MESSAGES,
-    "patient_id": List(Value("string")),
-    "record_id": List(Value("string")),
-    "question_type": List(Value("string")),
-    "num_samples": Value("int32"),  # of the reference's ECGs that are no files
-}
-ROLES = ("system", "user", "assistant")
-STREAMED_ROWS = 100  # read at once
+# datasets whose columns differ in type get these columns and types before they are mixed; ECGs are lists of `_ECG`, which
+# holds either the path of a file or an array, whose values float32 takes exactly
+_ECG = pa.struct(
+    {**{member.name: member.type for member in ECG}, "array": pa.list_(pa.list_(pa.float32())), "path": pa.string()}
+)
+_FORMS = pa.schema(
+    {
+        "ecg": pa.list_(_ECG),
+        "messages": MESSAGES,
+        **dict.fromkeys(("patient_id", "record_id", "question_type"), pa.list_(pa.string())),
+        "num_samples": pa.int32(),  # of the reference's ECGs that are no files
+    }
+)
+STREAMED_ROWS = 100  # that are read at once; as many as `elm data build` writes into a row group
 
 
-def load_data(args: DataArguments, split: str, seed: int = 0, num_proc: int | None = None) -> Dataset | None:
+class ArrayFormatter(NumpyFormatter):
+    """Rows with arrays as `datasets` makes them in the format `numpy`, of the type in which they are stored.
+
+    That format looks for torchvision's videos in each lead, which takes more than half of the time to read a record.
+    """
+
+    def _tensorize(self, value: Any) -> Any:
+        return value if isinstance(value, str | bytes | np.number) or value is None else np.asarray(value)
+
+
+_register_formatter(ArrayFormatter, "elm_ecg_arrays")
+
+
+def with_arrays(data: Dataset) -> Dataset:
+    """The dataset with the ECGs of its rows as NumPy arrays; as lists they take longer to make than to process."""
+    if "ecg" not in data.column_names:
+        return data
+    return data.with_format("elm_ecg_arrays", columns=["ecg"], output_all_columns=True)
+
+
+def load_data(args: "DataArguments", split: str, seed: int = 0, num_proc: int | None = None) -> Dataset | None:
     """The rows of one split of all `args.data`; None where no dataset has that split.
 
     Each row has `messages` (a chat of `role` and `content`) and `ecg` (a dict with `array` [leads, samples],
@@ -74,46 +75,46 @@ def load_data(args: DataArguments, split: str, seed: int = 0, num_proc: int | No
     Raises:
         ValueError: a dataset has other columns, cannot be found, or has folds and `args.fold` names none.
     """
-    parts = [load_split(name, split, args, "messages", num_proc=num_proc) for name in args.data]
+    parts = [load_split(name, split, "messages", args.fold, args.ecg_root, num_proc=num_proc) for name in args.data]
     return _mix(parts, args, seed, weighted=split == "train")
 
 
-def load_ecgs(args: DataArguments, split: str, seed: int = 0) -> Dataset | None:
+def load_ecgs(args: "DataArguments", split: str, seed: int = 0) -> Dataset | None:
     """The column `ecg` of the rows that `load_data` gives; no other column has to be there."""
-    parts = [load_split(name, split, args, "ecg") for name in args.data]
-    kept = [
+    parts = [load_split(name, split, "ecg", args.fold, args.ecg_root) for name in args.data]
+    ecgs = [
         # `num_samples` belongs to the reference's ECGs that are no files
         None if part is None else part.select_columns([c for c in ("ecg", "num_samples") if c in part.column_names])
         for part in parts
     ]
-    return _mix(kept, args, seed, weighted=split == "train")
+    return _mix(ecgs, args, seed, weighted=split == "train")
 
 
-def _mix(loaded: list[Dataset | None], args: DataArguments, seed: int, weighted: bool) -> Dataset | None:
-    """The datasets as one; those that differ in the form of what a row holds, in one form and without other columns."""
+def _mix(loaded: list[Dataset | None], args: "DataArguments", seed: int, weighted: bool) -> Dataset | None:
+    """The datasets as one. Where a column has another type in one of them, all get the columns and types of `_FORMS`."""
     parts = [part for part in loaded if part is not None]
     if not parts:
         return None
-    if _differ(parts):
+    types: dict[str, Any] = {}
+    if any(types.setdefault(name, kind) != kind for part in parts for name, kind in part.features.items()):
         parts = [_any_form(part) for part in parts]
     if args.data_weights is None or not weighted:
-        data = concatenate_datasets(parts)
+        data = datasets.concatenate_datasets(parts)
     else:
         weights = _weights_of(args, [part is not None for part in loaded])
-        data = interleave_datasets(parts, weights, seed, stopping_strategy="all_exhausted")
+        data = datasets.interleave_datasets(parts, weights, seed, stopping_strategy="all_exhausted")
     if args.data_subset is not None:
         data = data.shuffle(seed=seed).select(range(max(1, round(args.data_subset * len(data)))))
-    # arrays as NumPy: lists of Python numbers would take longer to make than the ECG to process
-    return data.with_format("numpy", columns=["ecg"], output_all_columns=True) if "ecg" in data.column_names else data
+    return with_arrays(data)
 
 
-def _weights_of(args: DataArguments, there: list[bool]) -> list[float]:
-    weights = [weight for weight, has_split in zip(args.data_weights or [], there, strict=True) if has_split]
+def _weights_of(args: "DataArguments", have_split: list[bool]) -> list[float]:
+    weights = [weight for weight, has_split in zip(args.data_weights or [], have_split, strict=True) if has_split]
     return [weight / sum(weights) for weight in weights]
 
 
 def load_splits(name: str, streaming: bool = False, revision: str | None = None) -> DatasetDict | IterableDatasetDict:
-    """All splits of a dataset as they are: a local folder (of `save_to_disk`, or of parquet, JSON Lines or CSV files), a Hub id, or
+    """All splits of a dataset as stored: a local folder (of `save_to_disk`, or of parquet, JSON Lines or CSV files), a Hub id, or
     a key of the reference's datasets.
 
     Raises:
@@ -122,7 +123,7 @@ def load_splits(name: str, streaming: bool = False, revision: str | None = None)
     path = Path(name).expanduser()
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         try:
-            loaded = load_from_disk(path)
+            loaded = datasets.load_from_disk(path)
         except IndexError as error:  # of `datasets`, where no shard was saved
             raise ValueError(f"{name} holds an empty split, which `datasets` cannot read; save it without.") from error
         splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
@@ -135,52 +136,59 @@ def load_splits(name: str, streaming: bool = False, revision: str | None = None)
             f"--data {name} is a file; give the folder that holds it, in which train.parquet or the like is a split."
         )
     if path.exists():
-        return load_dataset(str(path), streaming=streaming, cache_dir=_cache_of(path))
+        return datasets.load_dataset(str(path), streaming=streaming, cache_dir=_cache_of(path))
     if is_key(name):
         name = f"{OWNER}/{name}"
     if name.count("/") != 1:
         raise ValueError(
             f"No dataset {name!r}: expected a local folder, a Hub id such as owner/name, or a key that `elm data list` shows."
         )
-    return load_dataset(name, streaming=streaming, revision=revision)
+    return datasets.load_dataset(name, streaming=streaming, revision=revision)
 
 
 def _cache_of(path: Path) -> str:
-    """A cache for the files as they are: `datasets` knows a folder whose card has `configs` by its name alone, and would give the
+    """A cache for these files and no others: `datasets` knows a folder whose card has `configs` by its name alone, and would give the
     rows of another folder of that name, or of one that has changed."""
     files = sorted(file for file in path.rglob("*") if file.is_file())
     stats = [(str(file.resolve()), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
-    return str(Path(config.HF_DATASETS_CACHE) / "local" / hashlib.sha256(repr(stats).encode()).hexdigest()[:32])
+    digest = hashlib.sha256(repr(stats).encode()).hexdigest()[:32]
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "local" / digest)
 
 
 def load_split(
     name: str,
     split: str,
-    args: DataArguments,
     column: str,
+    fold: int | None = None,
+    ecg_root: str | None = None,
     streaming: bool = False,
     num_proc: int | None = None,
 ) -> Any:
-    """One split of one dataset, a `Dataset` or if `streaming` an `IterableDataset`, or None where it has no such split."""
+    """One split of one dataset, a `Dataset` or if `streaming` an `IterableDataset`, or None where it has no such split.
+
+    Args:
+        column: that it has to have, one of `COLUMNS`.
+        fold, ecg_root: as of `DataArguments`.
+    """
     splits = load_splits(name, streaming)
     folds = sorted({match.group(1) for key in splits if (match := re.fullmatch(r"fold(\d+)_\w+", str(key)))}, key=int)
-    if folds and args.fold is None:
+    if folds and fold is None:
         raise ValueError(f"{name} has the folds {', '.join(folds)}; choose one with --fold.")
-    if folds and str(args.fold) not in folds:
-        raise ValueError(f"--fold {args.fold}, but {name} has the folds {', '.join(folds)}.")
-    key = f"fold{args.fold}_{split}" if folds else split
+    if folds and str(fold) not in folds:
+        raise ValueError(f"--fold {fold}, but {name} has the folds {', '.join(folds)}.")
+    key = f"fold{fold}_{split}" if folds else split
     if key not in splits:
         logger.info("%s has no split %r; it has %s", name, key, ", ".join(map(str, splits)))
         return None
     data = _plain_types(splits[key])
     if is_reference(data):
-        return from_reference(data, name, args.ecg_root, num_proc)
+        return from_reference(data, name, ecg_root, num_proc)
     if column not in data.column_names:
         raise ValueError(f"{name} ({key}) has the columns {data.column_names}; expected {column!r}, {COLUMNS[column]}.")
     if column == "messages" and not isinstance(data.features["messages"], List):
         raise ValueError(f"The messages of {name} ({key}) are {data.features['messages']}; expected {COLUMNS[column]}.")
-    if args.ecg_root is not None and _is_path(data.features.get("ecg")):
-        data = data.map(_under_root, fn_kwargs={"root": args.ecg_root}, features=data.features)
+    if ecg_root is not None and data.features.get("ecg") in (Value("string"), List(Value("string"))):
+        data = data.map(_under_root, fn_kwargs={"root": ecg_root}, features=data.features)
     return data
 
 
@@ -192,7 +200,7 @@ def _plain_types(data: Any) -> Any:
     def plain(feature: Any) -> Any:
         if isinstance(feature, dict):
             return {name: plain(value) for name, value in feature.items()}
-        if isinstance(feature, List | LargeList):
+        if isinstance(feature, List | datasets.LargeList):
             return List(plain(feature.feature), length=getattr(feature, "length", -1))
         return Value("string") if feature == Value("large_string") else feature
 
@@ -200,60 +208,43 @@ def _plain_types(data: Any) -> Any:
     return data if features == data.features else data.cast(features)
 
 
-def _is_path(ecg: Any) -> bool:
-    return (ecg.feature if isinstance(ecg, List) else ecg) == Value("string")
-
-
 def _under_root(row: dict[str, Any], root: str) -> dict[str, Any]:
     """Paths of a row under `root`; absolute ones stay."""
-
-    def placed(path: str | None) -> str | None:
-        return path if path is None or path in LITERALS else str(Path(root) / path)
-
-    ecg = row["ecg"]
-    return {"ecg": [placed(path) for path in ecg] if isinstance(ecg, list) else placed(ecg)}
-
-
-def _differ(parts: list[Dataset]) -> bool:
-    """Whether a column that several of them have is of another type in one."""
-    types: dict[str, Any] = {}
-    return any(types.setdefault(name, kind) != kind for part in parts for name, kind in part.features.items())
+    paths = [path if path in (None, *LITERALS) else str(Path(root) / path) for path in as_list(row["ecg"])]
+    return {"ecg": paths if isinstance(row["ecg"], list) else paths[0]}
 
 
 def _any_form(part: Dataset) -> Dataset:
-    """ECGs as lists of `_ECG`, which holds arrays of any type and paths, patients and the like as lists of strings, and no other
-    columns: to concatenate, datasets need one form."""
-    part = part.select_columns([name for name in _FORMS if name in part.column_names])
-    features = Features({name: _FORMS[name] for name in part.column_names})
-    if part.features.get("messages", _MESSAGES) != _MESSAGES:
+    """A dataset with the columns of `_FORMS` that it has, in the types there."""
+    part = part.select_columns([name for name in _FORMS.names if name in part.column_names])
+    forms = Features.from_arrow_schema(_FORMS)
+    if part.features.get("messages", forms["messages"]) != forms["messages"]:
         raise ValueError(
             f"The messages have the type {part.features['messages']}, and those of another of --data have another; to mix them, "
             "make them lists of 'role' and 'content', both strings."
         )
-    return part.with_format("arrow").map(_to_any_form, batched=True, features=features).with_format(None)
+    features = Features({name: forms[name] for name in part.column_names})
+    return part.with_format("arrow").map(_in_forms, batched=True, features=features).with_format(None)
 
 
-def _to_any_form(table: pa.Table) -> pa.Table:
+def _in_forms(table: pa.Table) -> pa.Table:
     return pa.table({name: _in_form(table[name], name) for name in table.column_names})
 
 
 def _in_form(column: pa.ChunkedArray, name: str) -> pa.Array:
+    """A column as lists of one type: of a value, or list of values, or null, in each row."""
     values = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
     if name in ("messages", "num_samples"):
-        return values.cast(Features({name: _FORMS[name]}).arrow_schema.field(name).type)
+        return values.cast(_FORMS.field(name).type)
     if pa.types.is_list(values.type):
         counts, values = values.value_lengths().fill_null(0).to_numpy(), values.flatten()
     else:
-        counts, values = values.is_valid().to_numpy(zero_copy_only=False), values.drop_null()
+        counts, values = values.is_valid().to_numpy(zero_copy_only=False), values.drop_null()  # null: an empty list
     if name == "ecg":
-        path = pa.types.is_string(values.type)
-        there = {"path": values} if path else dict(zip(values.type.names, values.flatten(), strict=True))
-        types = Features(_ECG).arrow_schema
-        fields = [
-            there[key].cast(types.field(key).type) if key in there else pa.nulls(len(values), types.field(key).type)
-            for key in _ECG
-        ]
-        values = pa.StructArray.from_arrays(fields, names=list(_ECG))
+        is_path = pa.types.is_string(values.type)
+        members = {"path": values} if is_path else dict(zip(values.type.names, values.flatten(), strict=True))
+        arrays = [members.get(member.name, pa.nulls(len(values))).cast(member.type) for member in _ECG]
+        values = pa.StructArray.from_arrays(arrays, fields=list(_ECG))
     else:
         values = values.cast(pa.string())
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
@@ -261,7 +252,7 @@ def _in_form(column: pa.ChunkedArray, name: str) -> pa.Array:
 
 
 def load_stream(
-    args: DataArguments, split: str, seed: int = 0, shuffle_buffer: int | None = None
+    args: "DataArguments", split: str, seed: int = 0, shuffle_buffer: int | None = None
 ) -> "RowStream | None":
     """The rows of `load_data`, read as they are needed; None where no dataset has that split.
 
@@ -273,23 +264,23 @@ def load_stream(
     """
     if args.data_subset is not None:
         raise ValueError(
-            "--data_subset with --streaming, which does not know how many rows there are; say --max_steps alone."
+            "--data_subset with --streaming, which does not know the number of rows; set --max_steps instead."
         )
-    parts = [load_split(name, split, args, "messages", streaming=True) for name in args.data]
-    there = [part is not None for part in parts]
-    if not any(there):
+    parts = [load_split(name, split, "messages", args.fold, args.ecg_root, streaming=True) for name in args.data]
+    have_split = [part is not None for part in parts]
+    if not any(have_split):
         return None
     endless = shuffle_buffer is not None
-    weights = None if args.data_weights is None or not endless else _weights_of(args, there)
+    weights = None if args.data_weights is None or not endless else _weights_of(args, have_split)
     return RowStream([part for part in parts if part is not None], weights, shuffle_buffer, seed)
 
 
 class RowStream(torch.utils.data.IterableDataset):
-    """Rows of streamed datasets, in an order that depends on `seed` and the number of data loader workers alone.
+    """Rows of streamed datasets. Their order depends only on `seed` and the number of data loader workers.
 
-    Shuffled it is endless, and the order another in each pass: pieces of the files (row groups of parquet) come in random order,
-    and rows are shuffled within a buffer. `datasets` can shuffle too, but copies each row in doing so, 20 times slower, and
-    leaves workers idle where there are fewer files.
+    A shuffled stream is endless, and each pass has another order: pieces of the files (row groups of parquet) come in random
+    order, and rows are shuffled within a buffer. The shuffling of `datasets` copies each row, which is 20 times slower, and
+    leaves workers idle where there are fewer files than workers.
 
     Args:
         sources: one or several.
@@ -300,7 +291,11 @@ class RowStream(torch.utils.data.IterableDataset):
     """
 
     def __init__(
-        self, sources: list[IterableDataset], weights: list[float] | None, shuffle_buffer: int | None, seed: int
+        self,
+        sources: list[IterableDataset],
+        weights: list[float] | None,
+        shuffle_buffer: int | None,
+        seed: int,
     ) -> None:
         self.sources = [source.reshard() for source in sources]
         self.weights = weights
@@ -361,23 +356,24 @@ def _blocks(source: IterableDataset) -> Iterator[Dataset]:
     """The rows as small tables that are read as those of a whole dataset are."""
     for table in source.with_format("arrow").iter(STREAMED_ROWS):
         features = source.features or Features.from_arrow_schema(table.schema)
-        block = Dataset(table, DatasetInfo(features=features))
-        yield block.with_format("numpy", columns=["ecg"], output_all_columns=True) if "ecg" in features else block
+        yield with_arrays(Dataset(table, datasets.DatasetInfo(features=features)))
 
 
 def ecgs_of(row: dict[str, Any]) -> list[Any]:
     """The ECGs of a row: none, one or several, each a dict or the path of a file."""
     ecg = row.get("ecg")
-    # several ECGs come out of `datasets` as an array of objects
-    ecgs = list(ecg) if isinstance(ecg, list | tuple | np.ndarray) else [] if ecg is None else [ecg]
+    ecgs = [] if ecg is None else as_list(ecg)  # several come out of `datasets` as an array of objects
     if any(one is None for one in ecgs):
-        raise ValueError(
-            f"The row {row.get('record_id', '')} lists {len(ecgs)} ECGs, one of which is null; leave it out."
-        )
-    return [_plain(ecg, row) for ecg in ecgs]
+        raise ValueError(f"{_name(row)} lists {len(ecgs)} ECGs, one of which is null; leave it out.")
+    return [_resolved(one, row) for one in ecgs]
 
 
-def _plain(ecg: Any, row: dict[str, Any]) -> Any:
+def _name(row: dict[str, Any]) -> str:
+    return f"The row {row.get('record_id', '')}"
+
+
+def _resolved(ecg: Any, row: dict[str, Any]) -> Any:
+    """The ECG of a mixed dataset as a path or a dict; `noise` and `flatline` as signals."""
     if isinstance(ecg, dict) and "path" in ecg:  # of `_ECG`
         ecg = ecg["path"] if ecg["path"] is not None else {key: value for key, value in ecg.items() if key != "path"}
     if not (isinstance(ecg, str) and ecg in LITERALS):
@@ -403,13 +399,13 @@ def to_chat(row: dict[str, Any], system_prompt: str | None = None, with_ecg: boo
     ecgs = ecgs_of(row)
     messages = row["messages"]
     if messages is None or isinstance(messages, str) or not len(messages):
-        raise ValueError(f"The row {row.get('record_id', '')} has no messages, but {messages!r}.")
+        raise ValueError(f"{_name(row)} has no messages, but {messages!r}.")
     for message in messages:
         turn = message if isinstance(message, dict) else {}
         if turn.get("role") not in ROLES or not isinstance(turn.get("content"), str | list | tuple | np.ndarray):
             raise ValueError(
-                f"The row {row.get('record_id', '')} has the message {message}; expected a role of {', '.join(ROLES)} and a "
-                "content that is text or a list of parts."
+                f"{_name(row)} has the message {message}; expected a role of {', '.join(ROLES)} and a content that is text or a "
+                "list of parts."
             )
     chat = [{"role": message["role"], "content": _parts(message["content"])} for message in messages]
     if system_prompt is not None and chat[0]["role"] != "system":
@@ -419,7 +415,7 @@ def to_chat(row: dict[str, Any], system_prompt: str | None = None, with_ecg: boo
     if not places:
         first_user = next((message for message in chat if message["role"] == "user"), None)
         if ecgs and first_user is None:
-            raise ValueError(f"The row {row.get('record_id', '')} has no user message to put its ECG in.")
+            raise ValueError(f"{_name(row)} has no user message to put its ECG in.")
         places = [{"type": "ecg"} for _ in ecgs]
         if first_user is not None:
             first_user["content"][:0] = places

@@ -4,12 +4,17 @@ import json
 import re
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset, Features, IterableDataset, List, Value
+import pyarrow as pa
+
+from elm_ecg.training.data.schema import MESSAGES, ROLES
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
 
 OWNER = "willxxy"
-# name of a family of which there is one for each length of its ECGs, in samples at 250 Hz -> what it is
+# family of datasets, with one dataset for each length of the ECGs (in samples at 250 Hz) -> its description
 _BY_LENGTH = {
     "ecg-qa-ptbxl": "ECG-QA questions about PTB-XL",
     "ecg-qa-mimic-iv-ecg": "ECG-QA questions about MIMIC-IV-ECG",
@@ -18,9 +23,9 @@ _BY_LENGTH = {
     "ecg-instruct-pulse": "instructions of PULSE, ECGInstruct",
     "ecg-bench-pulse": "benchmark of PULSE, ECGBench",
 }
-# keys, of which * stands for any suffix -> what they are
+# key, in which * stands for any suffix -> its description
 DATASETS = {
-    **{f"{name}-250-{length}": what for name, what in _BY_LENGTH.items() for length in (500, 1250, 2500)},
+    **{f"{name}-250-{length}": text for name, text in _BY_LENGTH.items() for length in (500, 1250, 2500)},
     "ecg-grounding-250-2500": "findings with their evidence, ECG-Grounding",
     "ecg-comp-*": "closed questions, scored by class",
     "ecg-comprehension-*": "comprehension of ECGs",
@@ -30,17 +35,18 @@ DATASETS = {
     "ecg-instruct-ecg-r1": "ECG-R1, instructions",
 }
 SAMPLING_RATE = 250
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-LITERALS = ("noise", "flatline")  # an `ecg_path` that is no file
-
-_MESSAGES = List({"role": Value("string"), "content": Value("string")})
+# as the turns of its chats spell the roles
+ROLE_NAMES = {"human": "user", "gpt": "assistant", **{role: role for role in ROLES}}
+LITERALS = ("noise", "flatline")  # an `ecg_path` that is no file: the ECG is made when its row is read
 
 
 def is_key(name: str) -> bool:
+    """Whether `name` is a key of the reference's datasets."""
     return any(fnmatchcase(name, pattern) for pattern in DATASETS)
 
 
-def is_reference(data: Dataset | IterableDataset) -> bool:
+def is_reference(data: "Dataset | IterableDataset") -> bool:
+    """Whether a dataset has the columns of the reference's."""
     return {"text", "ecg_path"} <= set(data.column_names or []) and "messages" not in data.column_names
 
 
@@ -77,21 +83,21 @@ def to_messages(text: str) -> tuple[list[dict[str, str]], str | None]:
             return _chat([("user", question), ("assistant", answer)]), question_type
         case [dict(), *_] if all(isinstance(turn, dict) for turn in content):
             turns = [(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in content]
-            if all(role in ROLES and isinstance(said, str) for role, said in turns):
-                return _chat([(ROLES[role], said) for role, said in turns]), None
+            if all(role in ROLE_NAMES and isinstance(words, str) for role, words in turns):
+                return _chat([(ROLE_NAMES[role], words) for role, words in turns]), None
     raise ValueError(
-        f"The text {text[:200]!r} is no chat; expected JSON of turns with 'from' ({', '.join(ROLES)}) and 'value', of turns "
+        f"The text {text[:200]!r} is no chat; expected JSON of turns with 'from' ({', '.join(ROLE_NAMES)}) and 'value', of turns "
         "with 'role' and 'content', [type, question, answers], or a string."
     )
 
 
 def _chat(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
-    return [{"role": role, "content": clean(said)} for role, said in turns]
+    return [{"role": role, "content": clean(words)} for role, words in turns]
 
 
 def from_reference(
-    data: Dataset | IterableDataset, name: str, ecg_root: str | None, num_proc: int | None = None
-) -> Dataset | IterableDataset:
+    data: "Dataset | IterableDataset", name: str, ecg_root: str | None, num_proc: int | None = None
+) -> "Dataset | IterableDataset":
     """Rows with `messages`, `ecg` (the path of a file, or `noise` or `flatline`), `record_id` and `question_type`, of rows with
     `text`, `ecg_path` and `name`.
 
@@ -99,6 +105,8 @@ def from_reference(
         ValueError: there are paths, but no `ecg_root`; a text is no chat.
         FileNotFoundError: the first file is not under `ecg_root`.
     """
+    from datasets import Dataset, Features  # seconds to import, which `to_messages` does not need
+
     path = next((row["ecg_path"] for row in data.select_columns("ecg_path") if row["ecg_path"] not in LITERALS), None)
     if path is not None and ecg_root is None:
         raise ValueError(
@@ -107,21 +115,13 @@ def from_reference(
     if path is not None and not (Path(ecg_root or "") / path).is_file():
         raise FileNotFoundError(f"{name} has the ECG {path!r}, but there is no such file under --ecg_root {ecg_root}.")
     length = re.search(r"-250-(\d+)$", name)
-    settings: dict[str, Any] = {"root": ecg_root, "num_samples": int(length.group(1)) if length else 2500}
-    features = Features(
-        {
-            "messages": _MESSAGES,
-            "ecg": Value("string"),
-            "record_id": Value("string"),
-            "question_type": Value("string"),
-            "num_samples": Value("int32"),
-        }
-    )
-    if isinstance(data, Dataset):  # others show no progress and have no processes
-        settings = {"fn_kwargs": settings, "num_proc": num_proc, "desc": f"chats of {name}"}
-    else:
-        settings = {"fn_kwargs": settings}
-    return data.map(_from_row, with_indices=True, remove_columns=data.column_names, features=features, **settings)
+    num_samples = int(length.group(1)) if length else 2500
+    names = {"record_id": pa.string(), "question_type": pa.string(), "num_samples": pa.int32()}
+    features = Features.from_arrow_schema(pa.schema({"messages": MESSAGES, "ecg": pa.string(), **names}))
+    map_options: dict[str, Any] = {"fn_kwargs": {"root": ecg_root, "num_samples": num_samples}}
+    if isinstance(data, Dataset):  # streamed ones show no progress and have no processes
+        map_options |= {"num_proc": num_proc, "desc": f"chats of {name}"}
+    return data.map(_from_row, with_indices=True, remove_columns=data.column_names, features=features, **map_options)
 
 
 def _from_row(row: dict[str, Any], index: int, root: str | None, num_samples: int) -> dict[str, Any]:

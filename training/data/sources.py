@@ -7,7 +7,7 @@ import re
 import zipfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -16,20 +16,20 @@ from typing import Any
 import numpy as np
 
 from elm_ecg.training.data.reference import to_messages
+from elm_ecg.training.data.schema import ROLES, SPLITS, as_list
 
-SPLITS = ("train", "validation", "test")
 # as the questions' files and folders spell them
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-# columns of a record's name, and of a chat; the first that is there counts
+# columns that name a row's record, and that hold its chat; the first that the row has counts
 RECORD_COLUMNS = ("record", "record_id", "ecg_id", "ecg_path", "path")
 CHAT_COLUMNS = ("messages", "conversation", "conversations")
-# those of a question's row that are no metadata
+# columns of a question that have a meaning here; all others are taken over as they are
 QUESTION_COLUMNS = {*RECORD_COLUMNS, *CHAT_COLUMNS, "question", "answer", "split", "patient_id", "ecg", "start_second"}
-# taken from a table about the records if they are there
+# taken over from a table about the records where it has them
 METADATA_COLUMNS = ("patient_id", "strat_fold", "age", "sex")
 PTBXL_TABLE = "ptbxl_database.csv"
 # superclass of PTB-XL's SCP-ECG statements -> what is asked
@@ -43,28 +43,21 @@ SUPERCLASSES = {
 
 
 @dataclass(frozen=True)
-class Question:
-    """A chat about one record or several.
+class QuestionRow:
+    """A chat about one record or several, from which the rows of a dataset are built."""
 
-    Args:
-        records: their ids.
-        split: None where it is not said.
-        patients: of the records; None where unknown.
-        columns: what else the file says.
-    """
-
-    records: tuple[str, ...]
+    records: tuple[str, ...]  # their names in the questions' file; after `choose_questions` their ids
     messages: list[dict[str, str]]
     split: str | None = None
-    patients: tuple[str | None, ...] = (None,)
-    columns: Mapping[str, Any] = field(default_factory=dict)
+    patients: tuple[str | None, ...] = (None,)  # of each record, None where unknown
+    columns: Mapping[str, Any] = field(default_factory=dict)  # further ones of the file
 
 
 class Records:
-    """The records of a folder or an archive, by their ids. Files are not read before they are needed.
+    """The records of a folder, an archive or a mapping, by their ids. Files are not read before they are needed.
 
     Args:
-        locations: id -> what `as_record` reads: a file, or an ECG of an archive.
+        locations: id -> what `as_record` reads: a file, or an ECG in memory.
         names: other names of a record -> the ids that it may mean.
         folder: that may stand in front of a name, as a path or by its own name.
     """
@@ -85,10 +78,10 @@ class Records:
         """
         name = name.removeprefix("./")
         inside = [name.removeprefix(front) for front in self.fronts if name.startswith(front)]
-        for known in (name, *inside):
-            if known in self.locations:
-                return known
-            ids = sorted(self.names.get(known, ()))
+        for candidate in (name, *inside):
+            if candidate in self.locations:
+                return candidate
+            ids = sorted(self.names.get(candidate, ()))
             if len(ids) > 1:
                 raise ValueError(
                     f"{name!r} is the name of {len(ids)} records: {', '.join(ids[:3])}. Name one of these."
@@ -98,31 +91,46 @@ class Records:
         return None
 
 
-def find_records(path: Path, sampling_rate: float | None = None) -> Records:
-    """The records at `path`.
+def find_records(source: str | Path | Mapping[Any, Any], resample: float | None = None) -> Records:
+    """The records of a path or a mapping.
 
+    - A mapping: id -> record, in any form that `as_record` takes: an `ECGRecord`, an array, a dict, the path of a file.
     - A folder: each file is a record, whose id is its path in the folder without suffix. Where several differ in their
       suffix alone, a WFDB header stands for them, else the suffix is part of the id. Other names of a record are its path
       with suffix and its file's name, with or without suffix and leading zeros, where only one has that name. The folder
       may stand in front of them.
-    - A folder with `ptbxl_database.csv`, by `ecg_id`: its files of 100 Hz if that is `sampling_rate`, else those of 500 Hz.
+    - A folder with `ptbxl_database.csv`, by `ecg_id`: its files of 100 Hz if that is `resample`, else those of 500 Hz.
     - An `.npz` archive, which is held in memory: `ecg` [records, leads, samples] and an array of as many ids, and if there
       `sampling_rate`, `lead_names` and `unit`; or one array [leads, samples] for each record.
     - Any other file: one record.
 
     Raises:
-        ValueError: there is nothing at `path`, or an archive of another layout.
+        ValueError: there are no records, two have one id, or an archive has another layout.
     """
+    if isinstance(source, Mapping):
+        if not source:
+            raise ValueError("The mapping of records is empty; expected id -> record.")
+        return Records(_by_id(source, source.values(), "The mapping"))
+    path = Path(source)
     if path.is_file():
         archive = _archive(path) if path.suffix.lower() == ".npz" else None
         return Records(archive or {path.stem: path})
     if not path.is_dir():
         raise ValueError(f"No records at {path}: expected a folder of ECG files, or an .npz archive.")
     if (path / PTBXL_TABLE).is_file():
-        column = "filename_lr" if sampling_rate == 100 else "filename_hr"
+        column = "filename_lr" if resample == 100 else "filename_hr"
         rows = read_table(path / PTBXL_TABLE, {"ecg_id", column})
         return Records({identifier(row["ecg_id"]): path / f"{row[column]}.hea" for row in rows})
     return _folder(path)
+
+
+def _by_id(names: Collection[Any], ecgs: Iterable[Any], where: str) -> dict[str, Any]:
+    records = {identifier(name): ecg for name, ecg in zip(names, ecgs, strict=True)}
+    if len(records) < len(names):
+        raise ValueError(
+            f"{where} holds {len(names)} records, but {len(records)} different ids; expected one for each."
+        )
+    return records
 
 
 def _folder(folder: Path) -> Records:
@@ -132,8 +140,8 @@ def _folder(folder: Path) -> Records:
         if file.is_file() and not any(part.startswith(".") for part in inside.parts):
             files[inside.with_suffix("").as_posix()].append(inside)
     locations, names = {}, defaultdict(set)
-    for stem, alike in files.items():
-        records = [file for file in alike if file.suffix == ".hea"] or alike
+    for stem, of_stem in files.items():
+        records = [file for file in of_stem if file.suffix == ".hea"] or of_stem
         for file in records:
             record = stem if len(records) == 1 else file.as_posix()
             locations[record] = folder / file
@@ -153,10 +161,10 @@ def _archive(path: Path) -> dict[str, Any] | None:
         raise ValueError(
             f"Cannot read {path}: it is damaged or holds pickled objects, which are not read ({error})."
         ) from error
-    said = {name: arrays.pop(name).tolist() for name in ("sampling_rate", "lead_names", "unit") if name in arrays}
+    shared = {name: arrays.pop(name).tolist() for name in ("sampling_rate", "lead_names", "unit") if name in arrays}
     ecgs = next((arrays[name] for name in ("ecg", "array") if name in arrays), None)
     if ecgs is None:
-        return {name: {"array": array, **said} for name, array in arrays.items()}
+        return {name: {"array": array, **shared} for name, array in arrays.items()}
     if ecgs.ndim == 2:
         return None
     ids = [array.tolist() for array in arrays.values() if array.ndim == 1 and len(array) == len(ecgs)]
@@ -166,10 +174,7 @@ def _archive(path: Path) -> dict[str, Any] | None:
             f"{path} holds {shapes}; expected ecg [records, leads, samples] and one array of as many ids, or one array "
             "[leads, samples] for each record."
         )
-    records = {identifier(name): {"array": ecg, **said} for name, ecg in zip(ids[0], ecgs, strict=True)}
-    if len(records) < len(ecgs):
-        raise ValueError(f"{path} holds {len(ecgs)} records, but {len(records)} different ids; expected one for each.")
-    return records
+    return _by_id(ids[0], [{"array": ecg, **shared} for ecg in ecgs], str(path))
 
 
 def identifier(value: Any) -> str:
@@ -180,8 +185,8 @@ def identifier(value: Any) -> str:
 def read_table(path: Path, columns: Iterable[str] = ()) -> list[dict[str, Any]]:
     """The rows of a CSV file with a header, of a JSON list, or of JSON Lines. Empty cells of CSV are None.
 
-    A column of CSV holds numbers where all of its cells are such, other than those of ids and texts. The columns that
-    are known here may be spelt there in capitals too.
+    A column of CSV holds numbers where all of its cells are numbers; those of ids and texts stay texts. The names in
+    `QUESTION_COLUMNS` and `METADATA_COLUMNS` may be spelt in capitals too.
 
     Args:
         columns: that must be there.
@@ -197,32 +202,30 @@ def read_table(path: Path, columns: Iterable[str] = ()) -> list[dict[str, Any]]:
             rows = json.loads(text)
         else:
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        if not rows or not all(isinstance(row, dict) for row in rows):
+            raise ValueError("it has no rows, or rows other than objects")
     except (ValueError, csv.Error) as error:
         raise ValueError(f"Cannot read {path}: {error}. Expected .csv with a header, or JSON or JSON Lines.") from error
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(
-            f"{path} has no rows, or others than objects; expected .csv with a header, or JSON or JSON Lines."
-        )
-    _demand(columns, rows[0], path)
+    _demand(columns, rows[0], str(path))
     return rows
 
 
-def _demand(columns: Iterable[str], row: Mapping[str, Any], path: Path) -> None:
+def _demand(columns: Iterable[str], row: Mapping[str, Any], where: str) -> None:
     missing = [name for name in columns if name not in row]
     if missing:
-        raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(row)}.")
+        raise ValueError(f"{where} has no column {', '.join(missing)}; it has {', '.join(row)}.")
 
 
 def _read_csv(text: str) -> list[dict[str, Any]]:
     first = text.lstrip("\r\n").partition("\n")[0]
     if not first.strip():
         raise ValueError("it is empty")
-    for separator, name in ((";", "semicolons"), ("\t", "tabs")):
+    for separator, name in {";": "semicolons", "\t": "tabs"}.items():
         if separator in first and "," not in first:
             raise ValueError(f"its cells are separated by {name}, and commas are expected")
     header, *lines = [cells for cells in csv.reader(StringIO(text, newline=""), strict=True) if cells]
-    known = {*QUESTION_COLUMNS, *METADATA_COLUMNS}
-    header = [lower if (lower := name.strip().lower()) in known else name for name in header]
+    with_meaning = {*QUESTION_COLUMNS, *METADATA_COLUMNS}
+    header = [lower if (lower := name.strip().lower()) in with_meaning else name for name in header]
     if repeated := [name for name, count in Counter(header).items() if count > 1]:
         raise ValueError(f"its header says {', '.join(map(repr, repeated))} more than once")
     for number, cells in enumerate(lines, 1):
@@ -236,19 +239,20 @@ def _read_csv(text: str) -> list[dict[str, Any]]:
 
 
 def _numbers(cells: list[str | None]) -> list[Any]:
+    # "007" is an id: numbers have no leading zeros
     for number, pattern in ((int, r"-?(0|[1-9]\d*)"), (float, r"-?(0|[1-9]\d*)(\.\d*)?([eE][+-]?\d+)?")):
         if all(cell is None or re.fullmatch(pattern, cell) for cell in cells):
             return [None if cell is None else number(cell) for cell in cells]
     return cells
 
 
-def read_questions(path: Path, sort_answers: bool = False) -> Iterator[Question]:
-    """The questions of a file, or of all `.csv`, `.json` and `.jsonl` files of a folder.
+def read_questions(source: str | Path | Iterable[Any], sort_answers: bool = False) -> Iterator[QuestionRow]:
+    """The questions of a file, of all `.csv`, `.json` and `.jsonl` files of a folder, or of a list of rows (dicts) and paths.
 
     A row names the record, or a list of them, in one of `RECORD_COLUMNS`; has a `question` and an `answer`, of which a list
     is joined with "; ", or a chat in `messages` (turns of `role` and `content`) or `conversation` (of `from` and `value`);
-    and may have `patient_id` and `split`. The split may also be the name of the file, or of the folder inside `path` that
-    it is in. So are the files of ECG-QA (Oh et al. 2023, https://arxiv.org/abs/2306.15681).
+    and may have `patient_id` and `split`. The split may also be the name of the file, or of the folder inside the path that
+    it is in. The files of ECG-QA have this form (Oh et al. 2023, https://arxiv.org/abs/2306.15681).
 
     Args:
         sort_answers: sort the items of an answer that is a list. ECG-QA has them in any order, for equal questions too.
@@ -256,22 +260,36 @@ def read_questions(path: Path, sort_answers: bool = False) -> Iterator[Question]
     Raises:
         ValueError: a row lacks its record or a text, or has another split.
     """
+    for where, row, split in _question_rows(source):
+        try:
+            yield _question(row, split, sort_answers)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+
+def _question_rows(source: str | Path | Iterable[Any]) -> Iterator[tuple[str, Mapping[str, Any], str | None]]:
+    """Where each row stands, the row, and the split that the name of its file or folder says."""
+    if not isinstance(source, str | Path):
+        for number, part in enumerate(source, 1):
+            if isinstance(part, Mapping):
+                yield f"Question {number}", part, None
+            else:
+                yield from _question_rows(part)
+        return
+    path = Path(source)
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in (".csv", ".json", ".jsonl"))
     if not files or not files[0].is_file():
         raise ValueError(f"No questions at {path}: expected a .csv, .json or .jsonl file, or a folder of these.")
     for file in files:
-        names = (file.stem, file.relative_to(path).parent.name)  # where `path` itself lies says nothing
+        names = (file.stem, file.relative_to(path).parent.name)  # folders above `path` say nothing about the split
         split = next((name for name in names if name.lower() in SPLIT_NAMES), None)
         for number, row in enumerate(read_table(file), 1):
-            try:
-                yield _question(row, split, sort_answers)
-            except ValueError as error:
-                raise ValueError(f"{file}, row {number}: {error}") from error
+            yield f"{file}, row {number}", row, split
 
 
-def _question(row: Mapping[str, Any], split: str | None, sort_answers: bool) -> Question:
+def _question(row: Mapping[str, Any], split: str | None, sort_answers: bool) -> QuestionRow:
     record = next((row[name] for name in RECORD_COLUMNS if row.get(name) is not None), None)
     if record is None:
         raise ValueError(
@@ -283,12 +301,12 @@ def _question(row: Mapping[str, Any], split: str | None, sort_answers: bool) -> 
     split = row.get("split") or split
     if split is not None and str(split).lower() not in SPLIT_NAMES:
         raise ValueError(f"Its split is {split!r}; expected {', '.join(SPLITS)}.")
-    known = tuple(None if patient is None else identifier(patient) for patient in patients)
-    return Question(
+    patient_ids = tuple(None if patient is None else identifier(patient) for patient in patients)
+    return QuestionRow(
         records=tuple(map(identifier, records)),
         messages=_messages(row, sort_answers),
         split=None if split is None else SPLIT_NAMES[str(split).lower()],
-        patients=known if len(known) == len(records) else known * len(records),
+        patients=patient_ids if len(patient_ids) == len(records) else patient_ids * len(records),
         columns={name: value for name, value in row.items() if name not in QUESTION_COLUMNS},
     )
 
@@ -297,7 +315,7 @@ def _listed(cell: Any) -> list[Any]:
     """A value as a list; in CSV, lists are written as JSON."""
     if isinstance(cell, str) and cell.startswith("["):
         cell = json.loads(cell)
-    return cell if isinstance(cell, list) and cell else [cell]
+    return as_list(cell) or [cell]
 
 
 def _messages(row: Mapping[str, Any], sort_answers: bool = False) -> list[dict[str, str]]:
@@ -314,8 +332,8 @@ def _messages(row: Mapping[str, Any], sort_answers: bool = False) -> list[dict[s
             answer = "; ".join(sorted(items) if sort_answers else items)
         turns = [{"role": "user", "content": row.get("question")}, {"role": "assistant", "content": answer}]
     for turn in turns:
-        if not isinstance(turn, dict) or turn.get("role") not in ("system", "user", "assistant"):
-            raise ValueError(f"{turn!r} is no turn; expected a role (system, user or assistant) and its content.")
+        if not isinstance(turn, dict) or turn.get("role") not in ROLES:
+            raise ValueError(f"{turn!r} is no turn; expected a role ({', '.join(ROLES)}) and its content.")
         content = turn.get("content")
         if isinstance(content, bool) or not isinstance(content, str | int | float) or not str(content).strip():
             raise ValueError(f"What the {turn['role']} says is {content!r}; expected a text.")
@@ -324,17 +342,17 @@ def _messages(row: Mapping[str, Any], sort_answers: bool = False) -> list[dict[s
     return [{"role": turn["role"], "content": str(turn["content"]).strip()} for turn in turns]
 
 
-def superclass_questions(folder: Path) -> tuple[list[Question], int]:
+def superclass_questions(folder: Path) -> tuple[list[QuestionRow], int]:
     """Yes/no questions about the five diagnostic superclasses of PTB-XL's records, and how many records have none of these.
 
     A record is of a superclass if its `scp_codes` name a diagnostic statement of it, however likely: a likelihood of 0 means
     that it is unknown, and PTB-XL's benchmark counts them all (Strodthoff et al. 2020, https://arxiv.org/abs/2004.13701).
-    Records of no superclass are left out, as "no" to all five would be said of what nobody has judged.
+    Records of no superclass are left out: nobody has judged them, so "no" to all five might be wrong.
 
     Raises:
         ValueError: a table lacks a column, or `scp_codes` are no dict.
     """
-    # the codes' column has no name
+    # the column of the codes has an empty name
     statements = read_table(folder / "scp_statements.csv", ("", "diagnostic", "diagnostic_class"))
     classes = {row[""]: row["diagnostic_class"] for row in statements if row["diagnostic"]}
     questions, without = [], 0
@@ -345,32 +363,41 @@ def superclass_questions(folder: Path) -> tuple[list[Question], int]:
             raise ValueError(
                 f"The scp_codes of ecg_id {row['ecg_id']} are {row['scp_codes']!r}; expected a dict."
             ) from error
-        found = {classes[code] for code in codes if code in classes}
-        without += not found
-        for superclass, question in SUPERCLASSES.items() if found else ():
-            turns = _messages({"question": question, "answer": "yes" if superclass in found else "no"})
-            questions.append(Question((identifier(row["ecg_id"]),), turns, columns={"question_type": superclass}))
+        superclasses = {classes[code] for code in codes if code in classes}
+        without += not superclasses
+        for superclass, question in SUPERCLASSES.items() if superclasses else ():
+            turns = _messages({"question": question, "answer": "yes" if superclass in superclasses else "no"})
+            questions.append(QuestionRow((identifier(row["ecg_id"]),), turns, columns={"question_type": superclass}))
     return questions, without
 
 
-def read_metadata(path: Path, records: Records, columns: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
-    """Id of a record -> what a table says of it: those of `METADATA_COLUMNS` that it has, and `columns`.
+def read_metadata(
+    table: str | Path | Iterable[Mapping[str, Any]], records: Records, columns: Iterable[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """Id of a record -> its row of a table: those of `METADATA_COLUMNS` that it has, and `columns`.
+
+    Args:
+        table: a file as of `read_table`, or its rows.
 
     Raises:
         ValueError: the table has no column of `RECORD_COLUMNS`, lacks one of `columns`, or contradicts itself.
     """
-    rows = read_table(path)
-    key = next((name for name in RECORD_COLUMNS if name in rows[0]), None)
+    if isinstance(table, str | Path):
+        where, rows = str(table), read_table(Path(table))
+    else:
+        where, rows = "The metadata", [dict(row) for row in table]
+    first = rows[0] if rows else {}
+    key = next((name for name in RECORD_COLUMNS if name in first), None)
     if key is None:
-        raise ValueError(f"{path} has the columns {', '.join(rows[0])}; expected one of {', '.join(RECORD_COLUMNS)}.")
-    _demand(columns, rows[0], path)
-    chosen = [name for name in (*METADATA_COLUMNS, *columns) if name in rows[0]]
+        raise ValueError(f"{where} has the columns {', '.join(first)}; expected one of {', '.join(RECORD_COLUMNS)}.")
+    _demand(columns, first, where)
+    names = [name for name in (*METADATA_COLUMNS, *columns) if name in first]
     metadata: dict[str, dict[str, Any]] = {}
     for row in rows:
         record = records.find(identifier(row[key]))
-        said = {name: row.get(name) for name in chosen}
-        if record is not None and metadata.setdefault(record, said) != said:
+        values = {name: row.get(name) for name in names}
+        if record is not None and metadata.setdefault(record, values) != values:
             raise ValueError(
-                f"{path} says {metadata[record]} and {said} of the record {record}; expected one row for each."
+                f"{where} says {metadata[record]} and {values} of the record {record}; expected one row for each."
             )
     return metadata

@@ -1,4 +1,4 @@
-"""Simulated 12-lead ECGs with questions that only the signal answers.
+"""Simulated 12-lead ECGs with questions that can be answered only from the signal.
 
 The heart is a moving dipole: each wave (P, Q, R, S, ST, T) is a Gaussian in time with one amplitude for each of the
 three directions, as in Sameni et al. 2007 ("Multichannel ECG and noise modeling", EURASIP J. Adv. Signal Process.
@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+import yaml
 from datasets import Array2D, Dataset, Features, List, NamedSplit, Value
 
 from elm_ecg.ecg_utils import STANDARD_LEADS
+from elm_ecg.training.data.schema import SPLITS
+from elm_ecg.training.files import resource
 
 Rhythm = Literal["sinus rhythm", "atrial fibrillation", "premature ventricular complexes"]
 Axis = Literal["normal axis", "left axis deviation", "right axis deviation"]
@@ -258,86 +261,25 @@ def simulate_ecg(
     return derive_leads(DOWER @ dipole + ELECTRODES @ electrode).astype(np.float32)
 
 
-# gaps at the borders: no rate is a matter of opinion
+# gaps at the borders, so that no rate is a matter of opinion
 RATES = {"bradycardia": (40, 52), "normal rate": (65, 95), "tachycardia": (110, 150)}
 YES_NO = ("yes", "no")
-# question types, their answers and wordings; the wording says nothing about the answer
-QUESTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "rhythm": (
-        RHYTHMS,
-        (
-            "What is the rhythm?",
-            "Which rhythm does this ECG show?",
-            "Name the rhythm of this recording.",
-            "How would you describe the heart rhythm?",
-        ),
-    ),
-    "rate": (
-        tuple(RATES),
-        (
-            "What is the heart rate: bradycardia, normal rate or tachycardia?",
-            "Is the heart beating slowly, normally or fast?",
-            "How would you classify the heart rate?",
-            "Classify the ventricular rate of this ECG.",
-        ),
-    ),
-    "axis": (
-        AXES,
-        (
-            "What is the electrical axis of the heart?",
-            "Where does the QRS axis point?",
-            "How would you describe the frontal QRS axis?",
-            "Classify the cardiac axis.",
-        ),
-    ),
-    "wide_qrs": (
-        YES_NO,
-        (
-            "Is the QRS complex wide?",
-            "Is the QRS duration prolonged?",
-            "Are the QRS complexes broad?",
-            "Does this ECG show a wide QRS?",
-        ),
-    ),
-    "st_elevation": (
-        YES_NO,
-        (
-            "Is there ST elevation in the {territory} leads?",
-            "Are the ST segments of the {territory} leads elevated?",
-            "Do the {territory} leads show ST elevation?",
-            "Does this ECG have {territory} ST elevation?",
-        ),
-    ),
-    "st_territory": (
-        (*TERRITORIES, "none"),
-        (
-            "Which leads show ST elevation: anterior, inferior, lateral or none?",
-            "Where are the ST segments elevated?",
-            "In which territory is there ST elevation, if any?",
-            "Name the territory of the ST elevation.",
-        ),
-    ),
-    "premature": (
-        YES_NO,
-        (
-            "Are there premature ventricular complexes?",
-            "Do you see any ventricular extrasystoles?",
-            "Does this ECG contain PVCs?",
-            "Are there premature wide beats?",
-        ),
-    ),
-    "atrial_fibrillation": (
-        YES_NO,
-        (
-            "Is this atrial fibrillation?",
-            "Does the patient have atrial fibrillation?",
-            "Is atrial fibrillation present?",
-            "Does this recording show atrial fibrillation?",
-        ),
-    ),
+# question type -> its answers
+ANSWERS: dict[str, tuple[str, ...]] = {
+    "rhythm": RHYTHMS,
+    "rate": tuple(RATES),
+    "axis": AXES,
+    "wide_qrs": YES_NO,
+    "st_elevation": YES_NO,
+    "st_territory": (*TERRITORIES, "none"),
+    "premature": YES_NO,
+    "atrial_fibrillation": YES_NO,
 }
-# Every record is asked about its axis, its QRS, its ST segments and its rhythm, the rhythm in one of three ways: the rate
-# goes with atrial fibrillation or not, because fast rhythms have no premature complexes here.
+# question type -> its wordings; those of `st_elevation` leave a place for the territory
+QUESTIONS_FILE = resource("training/data/questions.yaml")
+WORDINGS: dict[str, list[str]] = yaml.safe_load(QUESTIONS_FILE.read_text(encoding="utf-8"))
+# Every record is asked about its axis, its QRS, its ST segments and its rhythm, the rhythm in one of three ways. The rate is
+# asked together with atrial fibrillation, because fast rhythms have no premature complexes here.
 CYCLE = 48  # records in which every answer to every question comes up equally often
 ASKED = {
     "axis": range(48),
@@ -349,15 +291,14 @@ ASKED = {
     "rhythm": range(24, 36),
     "premature": range(36, 48),
 }
-SPLITS = ("train", "validation", "test")
 
 
 def _ask(rng: np.random.Generator, position: int) -> list[tuple[str, str, str, Territory]]:
     """The questions to one record of a cycle, in random order: type, wording, answer and territory of each."""
     questions = []
-    order_of_st = rng.permutation(CYCLE)  # what is asked of the ST segments has nothing to do with the rest
+    order_of_st = rng.permutation(CYCLE)  # the question about the ST segments is independent of the others
     for question_type, asked in ASKED.items():
-        answers, wordings = QUESTIONS[question_type]
+        answers, wordings = ANSWERS[question_type], WORDINGS[question_type]
         territories = TERRITORIES if question_type == "st_elevation" else TERRITORIES[:1]
         choices = [(answer, territory) for answer in answers for territory in territories]
         wording = wordings[rng.integers(len(wordings))]
@@ -477,8 +418,9 @@ def make_dataset(
         "sampling_rate": sampling_rate,
         "seconds": seconds,
     }
-    # `datasets` would not see a change of this file, and give back records of the old one from its cache
-    fingerprint = hashlib.sha256(Path(__file__).read_bytes() + repr(gen_kwargs).encode()).hexdigest()[:32]
+    # `datasets` would not see a change of these files, and give back records of the old ones from its cache
+    sources = Path(__file__).read_bytes() + QUESTIONS_FILE.read_bytes()
+    fingerprint = hashlib.sha256(sources + repr(gen_kwargs).encode()).hexdigest()[:32]
     return Dataset.from_generator(
         _make_records,
         features=features,

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
-from elm_ecg.training.arguments import DataArguments, ELMParser, json_fields
+from elm_ecg.training.arguments import DataArguments, ELMParser, argument, json_fields
 from elm_ecg.training.build import load_elm
 from elm_ecg.training.data.loading import load_data
 from elm_ecg.training.evaluation.answers import Answerer, Progress
@@ -96,11 +96,9 @@ def evaluate(
         score: `generation`, what the model writes; `likelihood`, which of the candidate answers it finds likeliest.
         candidates: answers for `likelihood`. None: those that a type of question has here and in `training_dataset`.
         training_dataset: rows whose most frequent answers are scored too, as what can be known without any model.
-        batch_size: conversations answered at once.
-        max_new_tokens: length of an answer at most.
+        batch_size, max_new_tokens: conversations answered at once, and the longest answer.
         generation: other options of `generate`; greedy decoding where they say nothing else.
-        seed: of random conditions, sampled answers and the bootstrap.
-        num_resamples: bootstrap resamples of patients.
+        seed, num_resamples: of random conditions, sampled answers and the bootstrap; and its resamples of patients.
         progress: keeps the answers in files, with which an interrupted evaluation goes on.
 
     Returns:
@@ -110,7 +108,7 @@ def evaluate(
         ValueError: an argument is not as expected; the dataset has no assistant turn, or an ECG that cannot be read.
         ImportError: a metric needs a library that is not installed.
     """
-    settings = {
+    settings: dict[str, Any] = {
         "score": score,
         "generation": {"do_sample": False, "max_new_tokens": max_new_tokens, **(generation or {})},
         "candidates": candidates,
@@ -120,21 +118,21 @@ def evaluate(
         "seed": seed,
         "num_resamples": num_resamples,
     }
-    arguments = {"conditions": conditions, "metrics": metrics, "bert_score_model": bert_score_model}
-    _check({**settings, **arguments, "max_new_tokens": max_new_tokens, "generation": generation or {}})
+    others = {"conditions": conditions, "metrics": metrics, "bert_score_model": bert_score_model}
+    _check({**settings, **others, "max_new_tokens": max_new_tokens, "generation": generation or {}})
     # first, as what they lack should be known before the answers are made
-    modules = load_metrics(list(dict.fromkeys(["exact_match", *metrics])))
+    modules = load_metrics(["exact_match", *metrics])
     data = _as_dataset(dataset)
     questions = list_questions(data)
     if not questions:
         raise ValueError(f"The dataset has {len(data)} rows and no assistant turn to score.")
     training = [] if training_dataset is None else list_questions(_as_dataset(training_dataset))
     choices = candidate_answers(questions, training, candidates) if score == "likelihood" else None
-    options: Any = settings["generation"]
     if progress is not None:
-        progress.begin([fingerprint_of(questions), choices, batch_size, options, system_prompt])
-    model.eval()
-    answerer = Answerer(model, processor, data, questions, choices, batch_size, options, system_prompt, seed)
+        progress.begin([fingerprint_of(questions), choices, batch_size, settings["generation"], system_prompt])
+    answerer = Answerer(
+        model.eval(), processor, data, questions, choices, batch_size, settings["generation"], system_prompt, seed
+    )
     answers, not_scored = _ask(answerer, [name for name in ASKED if name == ECG or name in conditions], progress)
     if not PartialState().is_main_process:
         return Results()
@@ -143,7 +141,8 @@ def evaluate(
 
 
 def _check(settings: Mapping[str, Any], prefix: str = "") -> None:
-    """
+    """Refuses settings before anything is asked.
+
     Args:
         settings: arguments of `evaluate`, or options of the command, whose names have the `prefix`.
 
@@ -180,7 +179,13 @@ def _check(settings: Mapping[str, Any], prefix: str = "") -> None:
 
 def _as_dataset(rows: Dataset | list[dict[str, Any]]) -> Dataset:
     """The rows with their ECGs as NumPy arrays: lists of Python numbers would take longer to make than the ECG to process."""
+    if not isinstance(rows, Dataset | list):
+        raise ValueError(
+            f"The dataset is a {type(rows).__name__}; expected a `datasets.Dataset`, one split, or a list of rows."
+        )
     data = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
+    if "messages" not in data.column_names:
+        raise ValueError(f"The dataset has the columns {data.column_names}; expected messages and ecg.")
     return data.with_format("numpy", columns=["ecg"], output_all_columns=True) if "ecg" in data.column_names else data
 
 
@@ -249,69 +254,50 @@ def _summarise(
 class EvaluationArguments(DataArguments):
     """What is scored, and how."""
 
-    model_name_or_path: str = field(
-        default="",
-        metadata={
-            "help": "Saved ELM or LoRA adapter: local folder or Hub id; also the first argument. {fold} in it stands for the fold."
-        },
+    model_name_or_path: str = argument(
+        "",
+        "Saved ELM or LoRA adapter: local folder or Hub id; also the first argument. {fold} in it stands for the fold.",
     )
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
-    split: str = field(default="test", metadata={"help": "Split of the data that is scored."})
-    fold: list[int] | None = field(  # type: ignore[assignment]  # one of them, or several
-        default=None,
-        metadata={"help": "Folds of datasets that have splits such as fold1_train and fold1_test; each is a run."},
+    model_revision: str = argument("main", "Branch, tag or commit of a model on the Hub.")
+    split: str = argument("test", "Split of the data that is scored.")
+    fold: list[int] | None = argument(  # type: ignore[assignment]  # one of them, or several
+        None, "Folds of datasets that have splits such as fold1_train and fold1_test; each is a run."
     )
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Where the results go. Default: the model's folder, or ./evaluation."}
+    output_dir: str | None = argument(None, "Where the results go. Default: the model's folder, or ./evaluation.")
+    score: Literal["generation", "likelihood"] = argument(
+        "generation",
+        "generation: what the model writes. likelihood: which of the candidate answers it finds likeliest, with the "
+        "AUROC of their shares.",
     )
-    score: Literal["generation", "likelihood"] = field(
-        default="generation",
-        metadata={
-            "help": "generation: what the model writes. likelihood: which of the candidate answers it finds likeliest, with the "
-            "AUROC of their shares."
-        },
+    candidates: list[str] | None = argument(
+        None,
+        "Answers that --score likelihood decides among. Default: those that a type of question has in the training "
+        "and in the scored split.",
     )
-    candidates: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Answers that --score likelihood decides among. Default: those that a type of question has in the training "
-            "and in the scored split."
-        },
+    conditions: list[str] = argument(
+        list(ASKED),
+        f"What is shown of the ECG ({'; '.join(f'{name}, {CONDITIONS[name].description}' for name in ASKED)}). "
+        "ecg is always among them.",
+        choices=list(ASKED),
     )
-    conditions: list[str] = field(
-        default_factory=lambda: list(ASKED),
-        metadata={
-            "choices": list(ASKED),
-            "help": f"What is shown of the ECG ({'; '.join(f'{name}, {CONDITIONS[name].description}' for name in ASKED)}). "
-            "ecg is always among them.",
-        },
+    batch_size: int = argument(32, "Conversations answered at once.")
+    max_new_tokens: int = argument(128, "Longest answer, in tokens.")
+    generation_kwargs: str | None = argument(
+        None, 'JSON with other options of `generate`, such as {"num_beams": 4}. Default: greedy decoding.'
     )
-    batch_size: int = field(default=32, metadata={"help": "Conversations answered at once."})
-    max_new_tokens: int = field(default=128, metadata={"help": "Longest answer, in tokens."})
-    generation_kwargs: str | None = field(
-        default=None,
-        metadata={"help": 'JSON with other options of `generate`, such as {"num_beams": 4}. Default: greedy decoding.'},
+    dtype: str = argument("auto", "Of the model: auto, float32, bfloat16 or float16.")
+    torch_compile: bool = argument(False, "Compile the model with torch.compile.")
+    dataset_num_proc: int | None = argument(None, "Processes that prepare datasets of the reference.")
+    seed: list[int] = argument(
+        [0], "Of noise, swapped ECGs, sampled answers and the bootstrap; of several, each is a run."
     )
-    dtype: str = field(default="auto", metadata={"help": "Of the model: auto, float32, bfloat16 or float16."})
-    torch_compile: bool = field(default=False, metadata={"help": "Compile the model with torch.compile."})
-    dataset_num_proc: int | None = field(
-        default=None, metadata={"help": "Processes that prepare datasets of the reference."}
+    num_resamples: int = argument(2000, "Bootstrap resamples of patients.")
+    metrics: list[str] = argument(
+        list(METRICS),
+        'Scores beside exact match; bleu4, rouge_l, meteor and bert_score need `pip install "elm-ecg[metrics]"`.',
+        choices=METRIC_NAMES,
     )
-    seed: list[int] = field(
-        default_factory=lambda: [0],
-        metadata={"help": "Of noise, swapped ECGs, sampled answers and the bootstrap; of several, each is a run."},
-    )
-    num_resamples: int = field(default=2000, metadata={"help": "Bootstrap resamples of patients."})
-    metrics: list[str] = field(
-        default_factory=lambda: list(METRICS),
-        metadata={
-            "choices": METRIC_NAMES,
-            "help": 'Scores beside exact match; bleu4, rouge_l, meteor and bert_score need `pip install "elm-ecg[metrics]"`.',
-        },
-    )
-    bert_score_model: str | None = field(
-        default=None, metadata={"help": "Encoder of bert_score that it knows, such as roberta-large."}
-    )
+    bert_score_model: str | None = argument(None, "Encoder of bert_score that it knows, such as roberta-large.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -355,7 +341,7 @@ def parse(argv: list[str] | None = None) -> EvaluationArguments:
     if not args.model_name_or_path:
         raise ValueError("Which model? Give its folder or Hub id as --model_name_or_path.")
     if args.perturb is not None:
-        raise ValueError("Evaluation perturbs the ECG itself, in every way, next to the score; leave --perturb out.")
+        raise ValueError("Evaluation changes the ECGs itself, as --conditions says; leave --perturb out.")
     return args
 
 
@@ -462,7 +448,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     folders = {fold: folder / f"fold{fold}" if len(folds) > 1 else folder for fold in folds}
     if len(args.seed) > 1 and not args.samples:
         logger.warning(
-            "Nothing but noise and swapped ECGs depends on the seed, as answers are not sampled: the others are asked once, for %s.",
+            "Answers are not sampled, so that only %s depend on the seed: the others are asked once, for %s.",
+            " and ".join(name for name in args.conditions if CONDITIONS[name].random) or "no conditions",
             ", ".join(f"seed {seed}" for seed in args.seed),
         )
     runs: list[Results] = []
@@ -477,9 +464,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         runs += _evaluate_fold(args, fold, model, processor, name, folders[fold])
     if not state.is_main_process:
         return {}
-    for (
-        fold_folder
-    ) in folders.values():  # only now: an evaluation that is interrupted in a later fold keeps the earlier ones
+    # only now: an evaluation that is interrupted in a later fold keeps the answers of the earlier ones
+    for fold_folder in folders.values():
         Progress(fold_folder, None).remove()
     if len(runs) == 1:
         return runs[0]

@@ -18,11 +18,14 @@ from elm_ecg.training.evaluation.bootstrap import (
     macro_f1,
     resampled_sums,
 )
-from elm_ecg.training.evaluation.questions import Question
 from elm_ecg.training.files import resource
 
-if TYPE_CHECKING:
+if (
+    TYPE_CHECKING
+):  # `elm compare`, which needs the metrics' names alone, would wait 15 seconds for PyTorch and 3 for `datasets`
     from evaluate import Metric
+
+    from elm_ecg.training.evaluation.questions import Question
 
 METRICS = resource("training/evaluation/metrics")  # modules of `evaluate`
 METRIC_NAMES = sorted(path.stem for path in METRICS.glob("*/*.py") if path.stem == path.parent.name)
@@ -59,12 +62,12 @@ def load_metrics(names: Sequence[str]) -> "dict[str, Metric]":
     for name in names:
         if name not in METRIC_NAMES:
             raise ValueError(f"There is no metric {name!r}; expected some of {', '.join(METRIC_NAMES)}.")
-    import evaluate  # late: it imports PyTorch, which takes `elm compare` 15 seconds
+    import evaluate
 
     return {name: evaluate.load(str(METRICS / name), keep_in_memory=True) for name in names}
 
 
-def closed_types(questions: Sequence[Question]) -> list[str]:
+def closed_types(questions: "Sequence[Question]") -> list[str]:
     """The types of questions whose right answers are a few, each given twice or more in the mean."""
     answers: dict[str, Counter[str]] = {}
     for question in questions:
@@ -91,7 +94,7 @@ class Scorer:
         candidates: [questions] answers among which each question was decided, if by their likelihood.
     """
 
-    questions: list[Question]
+    questions: "list[Question]"
     modules: "dict[str, Metric]"
     num_resamples: int
     seed: int

@@ -30,12 +30,6 @@ CITATION = "@misc{elm,"
 TAGS = ["ecg", "electrocardiogram"]
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "elm-ecg")
 EVALUATION = "What it says without the ECG"
-PAPERS = {
-    "merl": "[MERL, a 1-D ResNet](https://arxiv.org/abs/2403.06659)",
-    "mlae": "[MaeFE, masked lead autoencoder](https://doi.org/10.1109/TIM.2022.3228267)",
-    "mtae": "[MaeFE, masked time autoencoder](https://doi.org/10.1109/TIM.2022.3228267)",
-    "st_mem": "[ST-MEM](https://arxiv.org/abs/2402.09450)",
-}
 # the arguments of TRL and PEFT that matter most to a run
 TRAINING = ["num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio"]
 TRAINING += ["weight_decay", "max_grad_norm", "optim", "bf16", "fp16", "seed"]
@@ -299,7 +293,7 @@ def encoder_card(
         config=config,
         num_tokens=tokens.shape[1],
         width=tokens.shape[2],
-        paper=PAPERS[config.model_type],
+        paper="[{}]({})".format(*config.paper),
         parameters=encoder.num_parameters(),
         extractor=ECGFeatureExtractor.from_pretrained(folder) if prepares else None,
         source=source,

@@ -1,12 +1,12 @@
 """The options of `elm convert`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from elm_ecg.configuration_elm import IMAGE_REPRESENTATIONS
 from elm_ecg.ecg_utils import REFERENCE_LEADS
 from elm_ecg.processing_elm import ELMProcessor
-from elm_ecg.training.arguments import ModelArguments
+from elm_ecg.training.arguments import ModelArguments, argument
 
 ECG_TOKENS = "signal_*"  # among --added_tokens: signal_<id> of all ids of the ECG-Byte tokenizer
 
@@ -15,38 +15,30 @@ ECG_TOKENS = "signal_*"  # among --added_tokens: signal_<id> of all ids of the E
 class ConvertArguments(ModelArguments):
     """What a checkpoint does not state about the ELM or encoder that it holds. Defaults are the reference's."""
 
-    output_dir: str = field(default="", metadata={"help": "New or empty folder that the converted model is saved in."})
-    llm: str = field(
-        default="", metadata={"help": "Language model that a whole ELM was trained with: name, Hub id or local folder."}
+    output_dir: str = argument("", "New or empty folder that the converted model is saved in.")
+    llm: str = argument("", "Language model that a whole ELM was trained with: name, Hub id or local folder.")
+    lead_names: list[str] | None = argument(
+        None,
+        "Leads and their order that the model was trained on. Default: I II III aVL aVR aVF V1 ... V6, the reference's "
+        "of MIMIC-IV and CODE-15; its PTB-XL has aVR before aVL.",
     )
-    lead_names: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Leads and their order that the model was trained on. Default: I II III aVL aVR aVF V1 ... V6, the reference's "
-            "of MIMIC-IV and CODE-15; its PTB-XL has aVR before aVL."
-        },
+    image_features: Literal["patches", "embedding"] = argument(
+        "embedding", "What the connector reads of a vision backbone."
     )
-    image_features: Literal["patches", "embedding"] = field(
-        default="embedding", metadata={"help": "What the connector reads of a vision backbone."}
+    ecg_tokenizer: str | None = argument(
+        None,
+        "ECG-Byte tokenizer that a symbolic ELM was trained with, as `elm tokenizer import` makes it: local folder or "
+        "Hub id.",
     )
-    ecg_tokenizer: str | None = field(
-        default=None,
-        metadata={
-            "help": "ECG-Byte tokenizer that a symbolic ELM was trained with, as `elm tokenizer import` makes it: local folder or "
-            "Hub id."
-        },
+    added_tokens: list[str] = argument(
+        [ELMProcessor.ecg_token],
+        "Tokens that the run added to the language model's, in the order of their rows; signal_* stands for all ECG tokens "
+        "of a symbolic ELM, by id.",
     )
-    added_tokens: list[str] = field(
-        default_factory=lambda: [ELMProcessor.ecg_token],
-        metadata={
-            "help": "Tokens that the run added to the language model's, in the order of their rows; signal_* stands for all ECG tokens "
-            "of a symbolic ELM, by id."
-        },
-    )
-    lora_alpha: float = field(default=32.0, metadata={"help": "Alpha of LoRA in that run."})
-    use_rslora: bool = field(default=False, metadata={"help": "LoRA was scaled by the square root of its rank."})
-    dtype: Literal["float32", "bfloat16", "float16"] | None = field(
-        default=None, metadata={"help": "Type of the saved weights. Default: the widest that the checkpoint has."}
+    lora_alpha: float = argument(32.0, "Alpha of LoRA in that run.")
+    use_rslora: bool = argument(False, "LoRA was scaled by the square root of its rank.")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = argument(
+        None, "Type of the saved weights. Default: the widest that the checkpoint has."
     )
 
     def __post_init__(self) -> None:

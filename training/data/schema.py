@@ -1,0 +1,24 @@
+"""What a dataset of chats about ECGs is made of: splits, roles, and the Arrow types of its columns."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+SPLITS = ("train", "validation", "test")
+ROLES = ("system", "user", "assistant")
+MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
+# microvolts as integers take half the space of floats, and are what most recorders store
+ECG = pa.struct(
+    {
+        "array": pa.list_(pa.list_(pa.int16())),
+        "sampling_rate": pa.float32(),
+        "lead_names": pa.list_(pa.string()),
+        "unit": pa.string(),
+    }
+)
+
+
+def as_list(value: Any) -> list[Any]:
+    """The items of a list, tuple or array; any other value as the only item."""
+    return list(value) if isinstance(value, list | tuple | np.ndarray) else [value]
