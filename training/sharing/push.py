@@ -329,7 +329,7 @@ def commit(
         repo_type=repo_type,
         revision=revision,
         create_pr=pr,
-        parent_commit=None if pr else before.sha,
+        parent_commit=None if pr else before.sha,  # refused if somebody else has written meanwhile
     )
     own_commits.add(made.oid)
     if stale:
