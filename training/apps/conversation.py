@@ -221,10 +221,8 @@ class _Stop:
 
 def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, Any, str]:
     """The model of `model_parser` on the GPU, if there is one, its processor, and its name for people."""
-    from elm_ecg.training.build import (  # late: --help need not wait for it, and a Space has no such module
-        limit_threads,
-        load_elm,
-    )
+    # late: --help need not wait for it, and a Space has no such module
+    from elm_ecg.training.build import limit_threads, load_elm
 
     set_seed(args.seed)
     model, processor = load_elm(args.model, args.revision, dtype=args.dtype)
