@@ -55,6 +55,7 @@ def count(data: Any) -> tuple[Any, Any, Any]:
     def distinct(column: str) -> str:
         if column not in data.column_names:
             return "unknown"
+        # a row about several ECGs has a list
         values = [row if isinstance(row, list) else [row] for row in data[column][:]]
         return f"{len({value for row in values for value in row if value not in (None, '')}):,}"
 
@@ -86,11 +87,12 @@ def with_evaluation(text: str, results: Mapping[str, Any], model_name: str) -> s
     metadata: Any = card.data
     metadata.model_name = metadata.model_name or model_name
     metadata.metrics = metrics
+    # what the Hub shows beside the card: the scores with the ECG
     metadata.eval_results = [
         EvalResult(
             task_type="question-answering",
             task_name="ECG question answering",
-            dataset_type=name.replace(" ", ""),
+            dataset_type=name.replace(" ", ""),  # the Hub takes no blanks here
             dataset_name=name,
             dataset_split=data["split"],
             dataset_args=None if data.get("fold") is None else {"fold": data["fold"]},
@@ -112,6 +114,7 @@ def _training_rows(args: SFTConfig, model_args: ModelConfig) -> list[tuple[str, 
     rows += [(f"`{name}`", getattr(args, name)) for name in TRAINING if getattr(args, name, None) is not None]
     if model_args.use_peft:
         rows += [(f"`{name}`", getattr(model_args, name)) for name in LORA]
+    # of these two, the other one had no effect
     idle = "`num_train_epochs`" if args.max_steps > 0 else "`max_steps`"
     return [(name, getattr(value, "value", value)) for name, value in rows if name != idle and value is not False]
 
@@ -211,7 +214,7 @@ def encoder_card(
 ) -> ModelCard:
     """The card of an ECG encoder, and of its feature extractor where one is in its folder."""
     assert isinstance(config.num_leads, int)
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes alone; nothing is computed
         encoder: PreTrainedModel = ENCODER_MODELS[config.model_type](config)
         tokens = encoder(torch.empty(1, config.num_leads, config.num_samples)).last_hidden_state
     prepares = (folder / PREPROCESSOR).is_file()

@@ -28,6 +28,7 @@ DATASET_FILES = r"README\.md|data/[^/]+\.parquet"
 PSEUDONYMS = {"patient_id", "record_id"}
 PERSONAL = {"patient_name", "birth_date", "date_of_birth", "birthdate", "dob", "mrn", "recorded_at"} | PSEUDONYMS
 _LETTER, _CAPITAL = r"[^\W\d_]", r"[^\W\d_a-z]"
+# what stands in place of a name that was taken out
 _NOBODY = (
     r"(?!(?:is |was |are |were )?(?:removed|unknown|none|redacted|withheld|hidden|anonym|de-?identif|not |n/a|x{2,}))"
 )
