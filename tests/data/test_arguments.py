@@ -24,7 +24,7 @@ def test_options_of_the_command():
 def test_one_spelling_of_the_rate_of_files(capsys):
     with pytest.raises(SystemExit, match="2"):
         make_parser().parse_args(["build", "records", "--output_dir", "out", "--sampling_rate_of_files", "100"])
-    assert "unrecognized arguments: --sampling_rate_of_files 100" in capsys.readouterr().err
+    assert "--sampling_rate_of_files. Did you mean --sampling_rate?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["sampling_rate", "resample", "window", "stride"])

@@ -76,8 +76,9 @@ def test_a_record_of_millivolts(tmp_path):
     assert np.array_equal(data["test"][0]["ecg"]["array"], microvolts(0))
 
 
-def test_same_as_the_command(tmp_path):
-    """Of files, of a table about the records, cut and resampled."""
+def test_same_as_the_command(tmp_path, monkeypatch):
+    """Of files, of a table about the records, cut and resampled, in several row groups."""
+    monkeypatch.setattr(data_build, "ROW_GROUP_ROWS", 1)
     (tmp_path / "records").mkdir()
     for seed, name in enumerate("abc"):
         np.save(tmp_path / "records" / f"{name}.npy", microvolts(seed))

@@ -9,6 +9,7 @@ from typing import Any
 from elm_ecg.training.command_line import whole_number
 
 SPLIT_RULES = ("given", "fold", "patient")
+HERTZ, SECONDS = {"type": float, "metavar": "HZ"}, {"type": float, "metavar": "SECONDS"}
 METADATA_COLUMNS = ("patient_id", "strat_fold", "age", "sex")  # that are kept of a table about the records
 
 
@@ -38,32 +39,21 @@ class BuildArguments:
     metadata_columns: Sequence[str] = _option((), "further columns of that table to keep", nargs="+", metavar="NAME")
     split_by: str | None = _option(
         None,
-        "the split that the questions name, PTB-XL's strat_fold (1-8, 9, 10), or patients at random; default: the first of "
-        "these that the data allow",
+        "the questions' split, PTB-XL's fold, or patients at random; default: the first that is known",
         choices=SPLIT_RULES,
     )
     shares: Sequence[float] = _option(
-        (0.8, 0.1, 0.1),
-        "of the patients in training, validation and test; default: 0.8 0.1 0.1",
-        type=float,
-        nargs=3,
-        metavar="SHARE",
+        (0.8, 0.1, 0.1), "of the patients in each split; default: 0.8 0.1 0.1", type=float, nargs=3, metavar="SHARE"
     )
     seed: int = _option(0, "of the order of records and of the patients' splits; default: %(default)s", type=int)
-    sampling_rate: float | None = _option(
-        None, "of the files in RECORDS that do not say it themselves", type=float, metavar="HZ"
-    )
+    sampling_rate: float | None = _option(None, "of the files in RECORDS that do not say it themselves", **HERTZ)
     unit: str | None = _option(None, "of the files in RECORDS that do not say it themselves: mV, uV or V")
     lead_names: Sequence[str] | None = _option(
-        None, "of the files in RECORDS that do not say them themselves", nargs="+", metavar="LEAD"
+        None, "of files that do not say them themselves", nargs="+", metavar="LEAD"
     )
-    resample: float | None = _option(
-        None, "sampling rate of the dataset; default: that of each record", type=float, metavar="HZ"
-    )
-    window: float | None = _option(None, "cut records into windows, each a row", type=float, metavar="SECONDS")
-    stride: float | None = _option(
-        None, "from the start of a window to that of the next; default: --window", type=float, metavar="SECONDS"
-    )
+    resample: float | None = _option(None, "sampling rate of the dataset; default: that of each record", **HERTZ)
+    window: float | None = _option(None, "length of windows into which records are cut, each a row", **SECONDS)
+    stride: float | None = _option(None, "from the start of a window to that of the next; default: --window", **SECONDS)
     skip_unreadable: bool = _option(False, "leave out records that cannot be read, and list them")
     num_proc: int = _option(1, "processes that read; default: %(default)s", type=whole_number)
 

@@ -172,9 +172,6 @@ def make_plan(
         )
     chosen, absent = choose_questions(rows, records, options.question_types)
     left_out["questions whose records are not there"] = len(absent)
-    several = any(len(question.records) > 1 for question in chosen)
-    if options.window is not None and several:
-        raise ValueError("--window cuts single records, and there are questions that compare several; leave it out.")
     metadata: dict[str, dict[str, Any]] = defaultdict(dict)
     for path in tables:
         # --metadata_columns are of the last table: the user's own, or PTB-XL's where there is no other
@@ -191,6 +188,8 @@ def make_plan(
         parts = {split: join_questions(part) for split, part in parts.items()}
     remaining = [question for part in parts.values() for question in part]
     several = any(len(question.records) > 1 for question in remaining)
+    if options.window is not None and several:
+        raise ValueError("--window cuts single records, and there are questions that compare several; leave it out.")
     schema = make_schema(remaining, metadata, several, options.window is not None)
     left_out = {name: number for name, number in left_out.items() if number}
     return Plan(options, records, parts, metadata, schema, split_by, left_out, absent, too_few)

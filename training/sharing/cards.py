@@ -19,7 +19,7 @@ from elm_ecg.training.build import resolve_llm
 from elm_ecg.training.evaluation.conditions import BASELINE, CONDITIONS, ECG
 from elm_ecg.training.evaluation.results import RESULTS_FILE, read_results, title_of
 from elm_ecg.training.files import write_text
-from elm_ecg.training.sharing.card_templates import (
+from elm_ecg.training.sharing.markdown import (
     CARD,
     TAGS,
     TEMPLATES,

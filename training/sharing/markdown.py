@@ -1,4 +1,4 @@
-"""Cards from the templates in `model_cards/`, of models, data and tokenizers; imports none of the libraries that train."""
+"""The Markdown of cards, from the templates in `model_cards/`. Imports no library that trains: data and tokenizers have cards too."""
 
 import re
 from importlib.metadata import version
