@@ -108,8 +108,9 @@ def read_file(path: str | os.PathLike) -> dict[str, Any]:
                 f"{path} has {size} bytes; expected a recording, of at most {MAX_FILE_BYTES / 2**20:g} MiB."
             )
         content = path.read_bytes()
-        if is_wfdb_header(content):
+        if is_wfdb_header(content):  # a header by itself, or with another suffix
             header = path
+    # every record has all keys, whatever its reader gives
     keys = dict.fromkeys(("array", "sampling_rate", "lead_names", "unit", "metadata"))
     if header is not None:
         with _reading(path, "WFDB"):

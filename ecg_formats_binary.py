@@ -68,7 +68,7 @@ def read_scp(content: bytes) -> dict[str, Any]:
     nanovolts, interval, difference, bimodal, encoded = _scp_signals(sections[6], 6, len(lead_names))
 
     index = np.arange(num_samples)
-    group = index
+    group = index  # of each sample the stored value that it went into: its own, where nothing is decimated
     if subtracted or bimodal:
         for number in (4, 5):
             if number not in sections:
@@ -331,6 +331,7 @@ def _huffman_decode(data: bytes, num_samples: int, tables: list[_HuffmanTable]) 
     table, switched = tables[0], False
     while len(values) < num_samples:
         start = position >> 3
+        # the next 64 bits, of which the first 32 choose the code; eight bytes of padding end the last window
         window = int.from_bytes(padded[start : start + 8], "big") << (position & 7) & 0xFFFFFFFFFFFFFFFF
         code = bisect_right(table.starts, window >> 32) - 1
         if code < 0 or window >> 32 >= table.codes[code][0]:
@@ -410,6 +411,7 @@ def read_ishne(content: bytes) -> dict[str, Any]:
     """
     if content[:8] != b"ISHNE1.0":
         raise ValueError(f"The file starts with {content[:8]!r}; expected b'ISHNE1.0'.")
+    # the offsets are those of table 1 of the standard
     crc, _, size, _, start = _unpack("<HiiiI", content, 8, "The header")
     patient_id, sex = _unpack("<20sh", content, 108, "The header")
     day, month, year = _unpack("<hhh", content, 138, "The header")

@@ -27,7 +27,7 @@ def _text(line: bytes) -> str:
 
 
 def _csv_cells(line: bytes) -> tuple[str, list[str]]:
-    delimiter = max(_DELIMITERS, key=line.count).decode()
+    delimiter = max(_DELIMITERS, key=line.count).decode()  # the commonest
     (cells,) = csv.reader([_text(line)], delimiter=delimiter, skipinitialspace=True)
     return delimiter, [cell.strip().strip("'").strip() for cell in cells]
 
@@ -65,6 +65,7 @@ def _rate_of(times: np.ndarray, unit: str) -> float:
     rate = float(1 / step)
     if rate < _MIN_CSV_RATE:
         raise ValueError(f"its times make {rate:g} Hz; head the column 'time (s)' or 'time (ms)', as it is.")
+    # times are often rounded, such as 0.003 for 1/300 s: of the rates that they admit a whole one is meant
     rounding = np.abs(seconds - (seconds[0] + step * np.arange(len(seconds)))).max()
     return float(round(rate)) if abs(span - steps / round(rate)) <= 2 * rounding + 1e-9 * span else rate
 

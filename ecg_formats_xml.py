@@ -429,6 +429,7 @@ def _philips_lead_names(signal: Element, waveforms: Element) -> list[str]:
 
 def _calibration_start(array: np.ndarray) -> int:
     """First sample of the calibration mark, 1 mV in all leads, that often ends a record; 0 where there is none."""
+    # from the last sample on in which two leads differ, all leads are the same mark
     differ = np.flatnonzero((array != array[0]).any(axis=0))
     start = int(differ[-1]) + 1 if len(differ) else 0
     return start if start < array.shape[1] and np.ptp(array[0, start:]) == 1000 else 0
@@ -489,7 +490,7 @@ def _unpack_lzw(data: bytes, limit: int) -> bytes:
             raise ValueError(
                 f"The packed waveform holds the code {code}, and only {len(strings)} are known; it is damaged."
             )
-        if previous and len(strings) < 0x3FF:
+        if previous and len(strings) < 0x3FF:  # later the dictionary is full and stays as it is
             strings.append(previous + string[:1])
         unpacked += string
         if len(unpacked) > limit:

@@ -1,15 +1,12 @@
 """Cards of ELMs, adapters and ECG encoders, from what their runs and folders know; their texts are in `model_cards/`."""
 
-import re
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import PreTrainedConfig, PreTrainedModel
 from trl import ModelConfig, SFTConfig
 
@@ -20,91 +17,27 @@ from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import ELMArguments
 from elm_ecg.training.build import resolve_llm
 from elm_ecg.training.evaluation.conditions import BASELINE, CONDITIONS, ECG
-from elm_ecg.training.evaluation.results import RESULTS_FILE, read_results, title_of, with_interval
-from elm_ecg.training.files import resource, write_text
+from elm_ecg.training.evaluation.results import RESULTS_FILE, read_results, title_of
+from elm_ecg.training.files import write_text
+from elm_ecg.training.sharing.card_templates import (
+    CARD,
+    TAGS,
+    TEMPLATES,
+    citation,
+    environment,
+    make_card,
+    on_hub,
+    public_name,
+    replace_section,
+    use_of,
+)
 
-CARD = "README.md"
-SAMPLE = "sample_ecg.npz"
 PREPROCESSOR = "preprocessor_config.json"
-CITATION = "@misc{elm,"
-TAGS = ["ecg", "electrocardiogram"]
-PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "elm-ecg")
 EVALUATION = "What it says without the ECG"
 # the arguments of TRL and PEFT that matter most to a run
 TRAINING = ["num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio"]
 TRAINING += ["weight_decay", "max_grad_norm", "optim", "bf16", "fp16", "seed"]
 LORA = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
-
-
-def table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
-
-
-TEMPLATES = Environment(  # noqa: S701 - Markdown, in which nothing is to be escaped
-    loader=FileSystemLoader(resource("model_cards")), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-)
-TEMPLATES.globals |= {"table": table, "with_interval": with_interval, "title_of": title_of, "sample": SAMPLE}
-
-
-def make_card(template: str, metadata: ModelCardData, **facts: Any) -> ModelCard:
-    """A card of a template of `model_cards/`; a fact that the template needs and does not get is an error."""
-    return ModelCard(TEMPLATES.get_template(template).render(card_data=metadata.to_yaml(), **facts))
-
-
-def on_hub(name: str) -> bool:
-    """Whether a name is the id of a repository, not a local folder."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
-
-
-def public_name(name: str) -> str:
-    """A Hub id as it is; only the last part of a local path, which may hold the name of a user."""
-    return name if on_hub(name) else Path(name).name
-
-
-def use_of(
-    kind: str,
-    name: str,
-    revision: str | None = None,
-    *,
-    takes_ecgs: bool = True,
-    prepares: bool = False,
-    num_leads: int = 12,
-    split: str = "train",
-) -> str:
-    """How to load what the card is about: code in Markdown.
-
-    Args:
-        kind: `model`, `adapter`, `encoder`, `tokenizer` or `dataset`.
-        name: of a local folder, or with a `revision` of a repo on the Hub, which holds a simulated ECG beside.
-        takes_ecgs: of a model or adapter, whether it does.
-        prepares: of an encoder, whether its feature extractor is there.
-        num_leads: of an encoder.
-        split: of a dataset, one that it has.
-    """
-    facts = {"takes_ecgs": takes_ecgs, "prepares": prepares, "num_leads": num_leads, "split": split}
-    return TEMPLATES.get_template("use.md").render(kind=kind, name=name, revision=revision, **facts).strip()
-
-
-def citation(title: str, kind: str = "model", url: str | None = None) -> str:
-    """How to cite what the card is about, in BibTeX."""
-    return TEMPLATES.get_template("citation.md").render(title=title, kind=kind, url=url)
-
-
-def environment(packages: tuple[str, ...] = PACKAGES) -> str:
-    """The versions of the packages, each a row of a table."""
-    return table(("package", "version"), [(name, version(name)) for name in packages])
-
-
-def replace_section(text: str, heading: str, body: str) -> str:
-    """The card's text with another body of the section `## heading`; as it was where it has none."""
-    section = re.compile(rf"^## {re.escape(heading)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
-    return (
-        section.sub(lambda _: f"## {heading}\n\n{body}\n\n", text, count=1).rstrip("\n") + "\n"
-        if section.search(text)
-        else text
-    )
 
 
 def licence_of(folder: str) -> str | None:
@@ -122,6 +55,7 @@ def count(data: Any) -> tuple[Any, Any, Any]:
     def distinct(column: str) -> str:
         if column not in data.column_names:
             return "unknown"
+        # a row about several ECGs has a list
         values = [row if isinstance(row, list) else [row] for row in data[column][:]]
         return f"{len({value for row in values for value in row if value not in (None, '')}):,}"
 
@@ -153,11 +87,12 @@ def with_evaluation(text: str, results: Mapping[str, Any], model_name: str) -> s
     metadata: Any = card.data
     metadata.model_name = metadata.model_name or model_name
     metadata.metrics = metrics
+    # what the Hub shows beside the card: the scores with the ECG
     metadata.eval_results = [
         EvalResult(
             task_type="question-answering",
             task_name="ECG question answering",
-            dataset_type=name.replace(" ", ""),
+            dataset_type=name.replace(" ", ""),  # the Hub takes no blanks here
             dataset_name=name,
             dataset_split=data["split"],
             dataset_args=None if data.get("fold") is None else {"fold": data["fold"]},
@@ -179,6 +114,7 @@ def _training_rows(args: SFTConfig, model_args: ModelConfig) -> list[tuple[str, 
     rows += [(f"`{name}`", getattr(args, name)) for name in TRAINING if getattr(args, name, None) is not None]
     if model_args.use_peft:
         rows += [(f"`{name}`", getattr(model_args, name)) for name in LORA]
+    # of these two, the other one had no effect
     idle = "`num_train_epochs`" if args.max_steps > 0 else "`max_steps`"
     return [(name, getattr(value, "value", value)) for name, value in rows if name != idle and value is not False]
 
@@ -278,7 +214,7 @@ def encoder_card(
 ) -> ModelCard:
     """The card of an ECG encoder, and of its feature extractor where one is in its folder."""
     assert isinstance(config.num_leads, int)
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes alone; nothing is computed
         encoder: PreTrainedModel = ENCODER_MODELS[config.model_type](config)
         tokens = encoder(torch.empty(1, config.num_leads, config.num_samples)).last_hidden_state
     prepares = (folder / PREPROCESSOR).is_file()

@@ -49,6 +49,7 @@ def _load(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        # torch writes zip archives since 1.6; older files cannot be mapped
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         # torch's text goes on to say how to load it all the same, which would run the file's code
@@ -89,6 +90,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise ValueError(f"{path}: {name} is sparse or quantized; expected plain weights.")
         if tensor.is_floating_point() and tensor.element_size() < 2:
             raise ValueError(f"{path}: {name} is of {tensor.dtype}; expected float16, bfloat16, float32 or float64.")
+        # an expanded view takes memory that its file never had
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ValueError(f"{path}: {name} claims more values than the file holds.")
         key = plain_key(name)

@@ -17,7 +17,7 @@ from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.tokenization_ecg_byte import FIRST_MERGE_ID, ECGByteTokenizer
 from elm_ecg.training.build import build_model, build_processor, resolve_llm
-from elm_ecg.training.sharing.cards import public_name
+from elm_ecg.training.sharing.card_templates import public_name
 from elm_ecg.training.sharing.checkpoint_keys import convert_part, count_indices, some_of
 from elm_ecg.training.sharing.checkpoints import Checkpoint, Conversion, merge_lora
 from elm_ecg.training.sharing.convert_arguments import ECG_TOKENS, ConvertArguments
@@ -167,10 +167,11 @@ def convert_encoder(
     conversion = convert_part(args.encoder, checkpoint.tensors)
     _check_missing(conversion, f"a {args.encoder} encoder")
     config = ENCODER_CONFIGS[args.encoder](**encoder_fields(args, conversion.tensors))
-    with torch.device("meta"):
+    with torch.device("meta"):  # no memory for weights that are replaced at once
         model = ENCODER_MODELS[args.encoder](config)
     _check_tensors(conversion.tensors, model, "--encoder and --encoder_config")
     dtype = _dtype(args, conversion.tensors)
+    # copies, as the tensors are views of a mapped file
     weights = {
         name: tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
         for name, tensor in conversion.tensors.items()
@@ -216,7 +217,7 @@ def _convert_llm(
     part = Conversion()
     expected = model.state_dict().keys()
     body = f"{model.model.language_model.base_model_prefix}."
-    names: dict[str, str] = {}
+    names: dict[str, str] = {}  # of the language model alone -> ours
     for key, tensor in lora.tensors.items():
         ours = f"model.language_model.{key.removeprefix(body)}" if key.startswith(body) else key
         if ours in expected:
@@ -261,7 +262,7 @@ def _fit_vocabulary(
             raise ValueError(
                 f"The head of the checkpoint is not its embeddings, which --llm {args.llm} ties; check --llm."
             )
-        present = [key for key in (name, head) if key in part.tensors]
+        present = [key for key in (name, head) if key in part.tensors]  # a checkpoint of tied weights may hold either
         if present:
             part.tensors[name] = part.tensors[head] = part.tensors[present[0]]
             part.missing = [key for key in part.missing if key not in (name, head)]

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from elm_ecg.ecg_formats import format_of
 from elm_ecg.training.evaluation.results import REPORT_FILE
-from elm_ecg.training.sharing.cards import CARD, on_hub
+from elm_ecg.training.sharing.card_templates import CARD, on_hub
 
 # what a run leaves in its folder and nobody needs: states of training, logs, and answers, which quote the data
 NOT_SHARED = ["training_args.bin", "trainer_state.json", "*_results.json", "predictions*.jsonl", REPORT_FILE, "*.log"]
@@ -28,6 +28,7 @@ DATASET_FILES = r"README\.md|data/[^/]+\.parquet"
 PSEUDONYMS = {"patient_id", "record_id"}
 PERSONAL = {"patient_name", "birth_date", "date_of_birth", "birthdate", "dob", "mrn", "recorded_at"} | PSEUDONYMS
 _LETTER, _CAPITAL = r"[^\W\d_]", r"[^\W\d_a-z]"
+# what stands in place of a name that was taken out
 _NOBODY = (
     r"(?!(?:is |was |are |were )?(?:removed|unknown|none|redacted|withheld|hidden|anonym|de-?identif|not |n/a|x{2,}))"
 )
