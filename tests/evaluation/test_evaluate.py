@@ -403,7 +403,7 @@ def test_an_empty_split(model, data, tmp_path):
 
 
 def test_bad_model(data, tmp_path):
-    with pytest.raises(ValueError, match=r"has no config\.json and no adapter_config\.json"):
+    with pytest.raises(ValueError, match=r"has no adapter_config\.json and no config\.json"):
         evaluation.main(["--model_name_or_path", str(tmp_path), "--data", str(data)])
     with pytest.raises(ValueError, match="Which model"):
         evaluation.main(["--data", str(data)])
