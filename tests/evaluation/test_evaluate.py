@@ -140,6 +140,16 @@ def test_bad_arguments_in_memory(elm, options, message):
         evaluation.evaluate(*elm, rows, **options)
 
 
+def test_notices_are_told_once_with_their_number_of_records(elm, data, caplog):
+    rows = list(load_from_disk(data)["test"])[:3]
+    for row in rows[:2]:
+        array, names = row["ecg"]["array"], row["ecg"]["lead_names"]
+        row["ecg"] = {**row["ecg"], "array": [*array, array[0]], "lead_names": [*names, "resp"]}
+    evaluation.evaluate(*elm, rows, conditions=["zeroed", "swapped"], max_new_tokens=2, num_resamples=10)
+    told = [record.getMessage() for record in caplog.records if "resp" in record.getMessage()]
+    assert told == ["Left out, as no standard lead has that name: resp. (records: 2)"]
+
+
 def test_no_dataset_in_memory(elm, data):
     with pytest.raises(ValueError, match="The dataset is a DatasetDict; expected"):
         evaluation.evaluate(*elm, load_from_disk(data))
@@ -393,7 +403,7 @@ def test_an_empty_split(model, data, tmp_path):
 
 
 def test_bad_model(data, tmp_path):
-    with pytest.raises(ValueError, match=r"has no config\.json and no adapter_config\.json"):
+    with pytest.raises(ValueError, match=r"has no adapter_config\.json and no config\.json"):
         evaluation.main(["--model_name_or_path", str(tmp_path), "--data", str(data)])
     with pytest.raises(ValueError, match="Which model"):
         evaluation.main(["--data", str(data)])

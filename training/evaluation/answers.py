@@ -24,7 +24,7 @@ from elm_ecg.ecg_utils import as_record
 from elm_ecg.modeling_elm import ECG_INPUTS, ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.data.loading import ecgs_of, to_chat
-from elm_ecg.training.evaluation.conditions import CONDITIONS, Condition
+from elm_ecg.training.evaluation.conditions import CONDITIONS, ECG, Condition
 from elm_ecg.training.evaluation.questions import Question, digest, rows_to_swap
 from elm_ecg.training.files import write_text
 
@@ -114,6 +114,8 @@ class Answerer:
         seed: of random conditions and of sampled answers. Batches are seeded one by one: their answers do not depend on
             which process gives them, or on what was answered before.
         reuse_prefix: keep the keys and values of a conversation for its next turn.
+
+    `notices` has what `as_record` says about the records that were read: sentence -> row and place among its ECGs.
     """
 
     model: ELMForConditionalGeneration
@@ -141,6 +143,7 @@ class Answerer:
             **(self.generation or {}),
         }
         self._suffixes: dict[str, list[int]] = {}
+        self.notices: dict[str, set[tuple[int, int]]] = {}
         self._others: np.ndarray | None = None  # for each row the one whose ECGs are swapped in
         rows: dict[int, list[int]] = {}
         for index, question in enumerate(self.questions):
@@ -198,8 +201,10 @@ class Answerer:
                     progress.add(name, batch, answered[batch])
                 bar.update(len(answered[batch]) * state.num_processes)
         failures = []
-        for part, reason in gather_object([(answered, failure)]):
+        for part, reason, notices in gather_object([(answered, failure, self.notices)]):
             done |= part
+            for notice, records in notices.items():
+                self.notices[notice] = self.notices.get(notice, set()) | records
             failures += [reason] * (reason is not None)
         if failures:
             return [], failures[0]
@@ -238,11 +243,17 @@ class Answerer:
         row = self.data[place]
         if condition.swapped and self._others is not None and self._others[place] != place:
             row = {**row, "ecg": self.data[int(self._others[place])]["ecg"]}
-        if condition.change is not None and self.processor.takes_ecgs:
+        if not (condition.shows_ecg and self.processor.takes_ecgs):
+            return row
+        records = [as_record(ecg) for ecg in ecgs_of(row)]
+        if condition.change is not None:
             rng = np.random.default_rng([self.seed, place])
-            records = [as_record(ecg) for ecg in ecgs_of(row)]
-            row = {**row, "ecg": [replace(record, array=condition.change(record.array, rng)) for record in records]}
-        return row
+            records = [replace(record, array=condition.change(record.array, rng)) for record in records]
+        if condition.name == ECG:  # the others read the same records again
+            for index, record in enumerate(records):
+                for notice in record.metadata.get("notices", ()):
+                    self.notices.setdefault(notice, set()).add((place, index))
+        return {**row, "ecg": records}
 
     def _read(self, conversations: list[list[int]], condition: Condition) -> list[Conversation]:
         """The rows as the model reads them: each is processed once, up to its last question."""

@@ -200,8 +200,11 @@ def _ask(
             asked[name] = answers
         else:
             not_scored[name] = reason
-            if PartialState().is_main_process:
-                logger.warning("%s: not scored. %s", CONDITIONS[name].label, reason)
+    if PartialState().is_main_process:
+        for name, reason in not_scored.items():
+            logger.warning("%s: not scored. %s", CONDITIONS[name].label, reason)
+        for notice, records in answerer.notices.items():
+            logger.warning("%s (records: %d)", notice, len(records))
     return asked, not_scored
 
 
