@@ -16,7 +16,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, StoppingCriteriaList, TextIteratorStreamer, set_seed
 
 from elm_ecg.ecg_utils import ECGRecord, lead_quality, read_ecg
-from elm_ecg.training.command_line import whole_number
+from elm_ecg.training.command_line import CommandLineParser, whole_number
 
 DISCLAIMER = (
     "Research software, not a medical device. Nothing that the model says may be used for the care of a patient."
@@ -232,7 +232,7 @@ def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, Any, str]:
 def model_parser(verb: str, purpose: str | None) -> argparse.ArgumentParser:
     """The options of a command that asks a model: which one, and how it answers."""
     usage, description = f"elm {verb} MODEL [options]", f"{purpose} {DISCLAIMER}"
-    parser = argparse.ArgumentParser(prog=f"elm {verb}", usage=usage, description=description)
+    parser = CommandLineParser(prog=f"elm {verb}", usage=usage, description=description)
     parser.add_argument("model", metavar="MODEL", help="saved ELM or LoRA adapter: local folder or Hub id")
     parser.add_argument("--revision", default="main", help="of a Hub id; default: %(default)s")
     tokens: dict[str, Any] = {"type": whole_number, "default": DEFAULT_MAX_NEW_TOKENS, "metavar": "TOKENS"}
