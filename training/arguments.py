@@ -41,8 +41,10 @@ VISION_BACKBONES = {
 PARTS = ["encoder", "connector", "llm"]
 # values of the reference's --optimizer
 OPTIMIZERS = {"adam": "adamw_torch", "adamw": "adamw_torch"}
-# values of the reference's --elm -> architecture, connector
-ELMS: dict[str, tuple[Literal["llava", "fuyu", "text"], str | None]] = {
+Architecture = Literal["llava", "fuyu", "text"]
+Connector = Literal["linear", "mlp", "flat", "patch", "conv"]
+# values of the reference's --elm
+ELMS: dict[str, tuple[Architecture, Connector | None]] = {
     "llava": ("llava", "linear"),
     "linear_llava": ("llava", "linear"),
     "mlp_llava": ("llava", "mlp"),
@@ -110,11 +112,11 @@ class ModelArguments:
     elm: str | None = argument(
         None, "Short for --architecture and --connector, as in the reference.", choices=list(ELMS)
     )
-    architecture: Literal["llava", "fuyu", "text"] | None = argument(
+    architecture: Architecture | None = argument(
         None,
         "llava (default): ECG encoder and connector; fuyu: connector alone; text: neither, for symbolic ECGs or none.",
     )
-    connector: Literal["linear", "mlp", "flat", "patch", "conv"] | None = argument(
+    connector: Connector | None = argument(
         None, "linear (default) or mlp for llava; patch (default), flat or conv for fuyu."
     )
     representation: Literal["signal", "symbolic", "stacked_signal", "rgb"] = argument(

@@ -22,7 +22,7 @@ class CommandLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Ends the command with exit status 2 and the usage, where that is no list of all options."""
         usage = self.format_usage()
-        hint = usage if usage.count("\n") == 1 else f"{self.prog} --help lists the options.\n"
+        hint = usage if usage.count("\n") == 1 else f"usage: {self.prog} [options]; --help lists them\n"
         self.exit(2, f"{self.prog}: {message}\n{hint}")
 
 
