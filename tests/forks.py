@@ -45,7 +45,7 @@ class Fork:
     def finish(self) -> subprocess.CompletedProcess:
         """Its exit status (below zero: the signal that ended it), stdout and stderr."""
         status = _ask(wait=self.pid)
-        texts = [(Path(self._output.name) / name).read_text() for name in ("stdout", "stderr")]
+        texts = [(Path(self._output.name) / name).read_text("utf-8", "replace") for name in ("stdout", "stderr")]
         self._output.cleanup()
         return subprocess.CompletedProcess(f"fork {self.pid}", status, *texts)
 
@@ -75,16 +75,19 @@ def _ask(**request: Any) -> int:
     assert template.stdout is not None
     template.stdin.write(json.dumps(request) + "\n")
     template.stdin.flush()
-    return json.loads(template.stdout.readline())
+    reply = template.stdout.readline()
+    assert reply, "the process from which those of the tests fork has ended; its error is on stderr"
+    return json.loads(reply)
 
 
 def _serve() -> None:
     """Answers a request for code with the number of the process that runs it, one to wait with its exit status."""
+    requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no reply
     project = hide_project()
     _import_what_takes_seconds()
     assert not {"elm_ecg", "training", "transformers_modules", "helpers"} & sys.modules.keys()
-    requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no reply
+    sys.stdout.flush()
     for line in requests:
         request = json.loads(line)
         if "wait" in request:

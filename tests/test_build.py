@@ -520,13 +520,6 @@ def test_options_that_new_elm_does_not_take(llm, options, message):
         new_elm(str(llm), **options)
 
 
-def test_no_words_about_new_embeddings(llm, caplog):
-    """transformers explains each time how it draws the rows of added tokens; the trainer, which padding token it takes."""
-    model, processor = new_elm(str(llm), architecture="text")
-    assert caplog.text == ""
-    assert model.config.text_config.pad_token_id == processor.tokenizer.pad_token_id
-
-
 @pytest.mark.parametrize(
     ("device", "variable", "size", "threads"),
     [("cpu", None, 10, 1), ("cpu", "2", 10, 2), ("cpu", None, 10**7, 2), ("cuda", None, 10, 2)],

@@ -44,8 +44,8 @@ def test_report(folder):
     report = (folder / "report.html").read_text()
     assert "src=" not in re.sub(r'src="data:[^"]+"', "", report)  # nothing outside the file
     results = json.loads((folder / "model" / "evaluation_results.json").read_text())
-    for words in (html.escape(results["verdict"]), "on simulated ECGs", "not a medical device", "Loss while training"):
-        assert words in report
+    for words in (results["verdict"], "on simulated ECGs", "not a medical device", "Loss while training"):
+        assert words in html.unescape(report)
 
 
 def test_examples_are_the_records_that_were_asked_about(folder):
@@ -80,3 +80,20 @@ def test_card_has_the_scores(folder):
     assert "| left_out |" in card
     assert "Not evaluated yet" not in card
     assert str(folder) not in card
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--outputdir", "q"], "elm quickstart: there is no option --outputdir. Did you mean --output_dir?"),
+        (["--lr", "fast"], "invalid float value: 'fast'"),
+    ],
+)
+def test_a_typo_writes_nothing(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        quickstart.main(["--use_cpu", *options])
+    assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--shuffle_buffer is 0"):
+        quickstart.main(["--use_cpu", "--shuffle_buffer", "0"])
+    assert list(tmp_path.iterdir()) == []

@@ -91,11 +91,10 @@ class DataArguments:
         self.system_prompt = read_system_prompt(self.system_prompt)
         if self.data_subset is not None and not 0 < self.data_subset <= 1:
             raise ValueError(f"--data_subset is {self.data_subset}; expected a share of the rows in (0, 1].")
-        if self.data_weights is not None and not (
-            len(self.data_weights) == len(self.data) and all(weight > 0 for weight in self.data_weights)
-        ):
+        weights, count = self.data_weights, len(self.data)
+        if weights is not None and not (len(weights) == count and all(weight > 0 for weight in weights)):
             raise ValueError(
-                f"--data_weights is {self.data_weights}; expected a positive number for each of the {len(self.data)} of --data."
+                f"--data_weights is {weights}; expected a positive number for each of the {count} of --data."
             )
 
 
@@ -210,11 +209,8 @@ class ModelArguments:
                 f"--normalization {self.normalization} with --representation {self.representation}: {does} millivolts; leave "
                 "the option out."
             )
-        for name, representations in (
-            ("ecg_tokenizer", ("symbolic",)),
-            ("paper", ("rgb",)),
-            ("image_processor", IMAGE_REPRESENTATIONS),
-        ):
+        of = {"ecg_tokenizer": ("symbolic",), "paper": ("rgb",), "image_processor": IMAGE_REPRESENTATIONS}
+        for name, representations in of.items():
             if getattr(self, name) and self.representation not in representations:
                 raise ValueError(
                     f"--{name} with --representation {self.representation}; it is for {' and '.join(representations)} ECGs."
@@ -322,7 +318,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         if not names or action.nargs == 0:
             return super()._format_action_invocation(action)
         value = action.dest.upper()
-        return f"{', '.join(names)} {value if len(action.choices or ()) > 10 else self._format_args(action, value)}"
+        return (
+            f"{', '.join(names)} {value if len(list(action.choices or ())) > 10 else self._format_args(action, value)}"
+        )
 
 
 class HelpAllAction(argparse._HelpAction):
@@ -342,7 +340,11 @@ class ELMParser(CommandLineParser, TrlParser):
         self.foreign_groups: list[Any] = []
         self.source = ""  # of the values that are not the command line's, for errors
         epilog = f"--config FILE.yaml or NAME reads options from a file, or from a recipe of this package: {', '.join(recipes())}."
-        kwargs = {"usage": "%(prog)s [options]", "formatter_class": HelpFormatter, "epilog": epilog} | kwargs
+        kwargs = {
+            "usage": "%(prog)s [options]; --help lists them",
+            "formatter_class": HelpFormatter,
+            "epilog": epilog,
+        } | kwargs
         super().__init__(dataclass_types, **kwargs)
         if self.foreign_groups:
             self.add_argument("--help-all", action=HelpAllAction, help="show all options, TRL's too, and exit")
@@ -373,8 +375,8 @@ class ELMParser(CommandLineParser, TrlParser):
             option.type = types[option.name]
             self._parse_dataclass_field(self.groups[title], option)
 
-    def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs: Any) -> tuple[Any, ...]:
-        """As TRL's; `--config` may be the name of a recipe, or missing."""
+    def parse_args_and_config(self, args: Iterable[str] | None = None, *flags: Any, **kwargs: Any) -> Any:
+        """As TRL's; `--config` takes the name of a recipe too."""
         words: list[str] = []
         for word in sys.argv[1:] if args is None else args:
             words += word.split("=", 1) if word.startswith("--config=") else [word]
@@ -382,7 +384,7 @@ class ELMParser(CommandLineParser, TrlParser):
             place = words.index("--config") + 1
             self.source = f"--config {words[place]}: "
             words[place] = str(find_recipe(words[place]))
-        return super().parse_args_and_config(words, **kwargs)
+        return super().parse_args_and_config(words, *flags, **kwargs)
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
         """Takes the values of a YAML file or of Python, which argparse does not check as it checks the command line's.

@@ -191,16 +191,12 @@ def build_processor(args: ModelArguments) -> ELMProcessor:
         ecg_byte = ECGByteTokenizer.from_pretrained(args.ecg_tokenizer or DEFAULT_ECG_TOKENIZER)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    leads: dict[str, Any] = {} if args.lead_names is None else {"lead_names": args.lead_names}
+    names = ("sampling_rate", "num_samples", "bandpass", "notch", "missing_leads")
+    settings: dict[str, Any] = {name: getattr(args, name) for name in names}
+    if args.lead_names is not None:
+        settings["lead_names"] = args.lead_names
     feature_extractor = ECGFeatureExtractor(
-        sampling_rate=args.sampling_rate,
-        num_samples=args.num_samples,
-        normalization=args.normalization or "none",
-        truncation=args.truncation or False,
-        bandpass=args.bandpass,
-        notch=args.notch,
-        missing_leads=args.missing_leads,
-        **leads,
+        normalization=args.normalization or "none", truncation=args.truncation or False, **settings
     )
     if ecg_byte is not None:
         if ecg_byte.sampling_rate not in (None, args.sampling_rate):
@@ -210,8 +206,8 @@ def build_processor(args: ModelArguments) -> ELMProcessor:
                 ecg_byte.sampling_rate,
                 args.sampling_rate,
             )
-        names = ELMProcessor.signal_tokens(ecg_byte, feature_extractor.lead_names)
-        tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in names])
+        signals = ELMProcessor.signal_tokens(ecg_byte, feature_extractor.lead_names)
+        tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in signals])
     image_processor = None
     if args.representation in IMAGE_REPRESENTATIONS and args.architecture == "llava":
         image_processor = build_image_processor(args, encoder_config(args, len(feature_extractor.lead_names)))
@@ -248,7 +244,8 @@ def build_model(args: ModelArguments, processor: ELMProcessor, **llm_kwargs: Any
         llm_kwargs=llm_kwargs,
         **config,
     )
-    if len(processor.tokenizer) > model.config.text_config.vocab_size:  # some models keep spare rows
+    text_config = model.config.get_text_config()
+    if len(processor.tokenizer) > text_config.vocab_size:  # some models keep spare rows
         log = logging.getLogger("transformers.modeling_utils")  # it explains how it draws the new rows
         level = log.level
         log.setLevel(logging.ERROR)
@@ -256,8 +253,7 @@ def build_model(args: ModelArguments, processor: ELMProcessor, **llm_kwargs: Any
         log.setLevel(level)
     if processor.ecg_tokenizer is not None:
         spread_embeddings(model, processor.signal_token_ids)
-    for config in (model.generation_config, model.config.get_text_config()):
-        config.pad_token_id = processor.tokenizer.pad_token_id
+    text_config.pad_token_id = model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     return model
 
 

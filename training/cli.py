@@ -10,27 +10,19 @@ from elm_ecg.training.command_line import did_you_mean
 # verb -> module below elm_ecg.training whose main(argv) does it, what it does, what it is given (nothing: it runs without)
 COMMANDS = {
     "quickstart": ("quickstart", "simulate ECGs, fine-tune a small ELM on them, evaluate it; minutes, offline", ""),
-    "sft": (
-        "sft",
-        "fine-tune an ELM; every option of TRL's SFTConfig, and recipes",
-        "--data DATA --llm LLM --output_dir FOLDER [--config RECIPE]",
-    ),
+    "sft": ("sft", "fine-tune an ELM; every option of TRL's SFTConfig", "--data DATA --llm LLM --output_dir FOLDER"),
     "evaluate": ("evaluation.evaluate", "score an ELM with the ECG and without it", "MODEL --data DATA"),
     "compare": (
         "evaluation.compare",
-        "tell several models apart by their answers to the same questions",
+        "tell models apart by their answers to the same questions",
         "A.json B.json [...]",
     ),
     "chat": ("apps.chat", "ask an ELM about ECGs in the terminal", "MODEL"),
     "demo": ("apps.demo", "ask an ELM about ECGs on a page in the browser", "MODEL"),
-    "push": (
-        "sharing.push",
-        "share a model, adapter, encoder, tokenizer or dataset on the Hub",
-        "FOLDER --repo_id OWNER/NAME",
-    ),
+    "push": ("sharing.push", "share a model, encoder, tokenizer or dataset on the Hub", "FOLDER --repo_id OWNER/NAME"),
     "convert": (
         "sharing.convert",
-        "a checkpoint of ELM-Research/ELM as a folder that from_pretrained loads",
+        "make a checkpoint of ELM-Research/ELM an ELM of ours",
         "FILE.pt --output_dir FOLDER",
     ),
     "data": ("data.commands", "build, check or push a dataset of ECGs; list the reference's", "COMMAND"),

@@ -20,8 +20,10 @@ class CommandLineParser(argparse.ArgumentParser):
         return namespace, unknown
 
     def error(self, message: str) -> NoReturn:
-        """Ends the command with exit status 2; argparse would print the names of all options."""
-        self.exit(2, f"{self.prog}: {message}\n{self.prog} --help lists the options.\n")
+        """Ends the command with exit status 2 and the usage, where that is no list of all options."""
+        usage = self.format_usage()
+        hint = usage if usage.count("\n") == 1 else f"{self.prog} --help lists the options.\n"
+        self.exit(2, f"{self.prog}: {message}\n{hint}")
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:

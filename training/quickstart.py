@@ -57,13 +57,9 @@ def save_small_llm(folder: Path, chats: Iterable[list[dict[str, str]]], seed: in
 
 def simulate(folder: Path, num_records: int, seed: int) -> DatasetDict:
     """Simulated records with four or five questions each, in splits by patient, saved under `folder`."""
-    sizes = {"train": num_records, "validation": 96, "test": 192}
-    data = DatasetDict(
-        {
-            split: make_dataset(size, seed=seed, split=split, sampling_rate=125, num_proc=2)
-            for split, size in sizes.items()
-        }
-    )
+    data = DatasetDict()
+    for split, size in {"train": num_records, "validation": 96, "test": 192}.items():
+        data[split] = make_dataset(size, seed=seed, split=split, sampling_rate=125, num_proc=2)
     data.save_to_disk(folder)
     return data
 

@@ -16,7 +16,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
-from elm_ecg.training.arguments import AugmentationArguments, ELMArguments, ELMParser, new_elm_options
+from elm_ecg.training.arguments import PARTS, AugmentationArguments, ELMArguments, ELMParser, new_elm_options
 from elm_ecg.training.build import build_model, build_processor, freeze, limit_threads, load_elm, lora_config
 from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.data.loading import load_data, load_stream
@@ -89,32 +89,28 @@ def parse(argv: list[str] | None = None, prog: str = "elm sft") -> tuple[ELMArgu
         raise ValueError("--streaming does not know when the data has been read once; say --max_steps.")
     if not args.update:
         pretrained = args.encoder_name_or_path is not None or model_args.model_name_or_path is not None
-        args.update = (
-            ["connector", "llm"] if pretrained or args.architecture != "llava" else ["encoder", "connector", "llm"]
-        )
-    if args.wandb and find_spec("wandb") is None:
-        raise ValueError("--wandb, but the package wandb is not installed: `pip install wandb`.")
+        args.update = PARTS[1:] if pretrained or args.architecture != "llava" else list(PARTS)
     if args.wandb:
+        if find_spec("wandb") is None:
+            raise ValueError("--wandb, but the package wandb is not installed: `pip install wandb`.")
         training_args.report_to = [*training_args.report_to, "wandb"]
     return args, training_args, model_args
 
 
-def load_splits(args: ELMArguments, training_args: SFTConfig) -> tuple[Any, Any]:
-    """The rows to train on, and those to validate on, None without `--eval_strategy`."""
-    splits = ["train"] if training_args.eval_strategy == "no" else ["train", "validation"]
-
-    def load(split: str) -> Any:
+def load_splits(args: ELMArguments, training_args: SFTConfig) -> dict[str, Any]:
+    """The rows of `train`, and with `--eval_strategy` those of `validation`, else None."""
+    splits: dict[str, Any] = {"train": None, "validation": None}
+    seed, num_proc = training_args.seed, training_args.dataset_num_proc
+    for split in ["train"] if training_args.eval_strategy == "no" else ["train", "validation"]:
         if args.streaming:
-            return load_stream(args, split, training_args.seed, args.shuffle_buffer if split == "train" else None)
-        return load_data(args, split, training_args.seed, training_args.dataset_num_proc)
-
-    with training_args.main_process_first(desc="preparing the data"):  # the others read what it has cached
-        rows = {split: load(split) for split in splits}
-    for split in splits:
-        if rows[split] is None:
+            splits[split] = load_stream(args, split, seed, args.shuffle_buffer if split == "train" else None)
+        else:
+            with training_args.main_process_first(desc="preparing the data"):  # the others read what it has cached
+                splits[split] = load_data(args, split, seed, num_proc)
+        if splits[split] is None:
             hint = "; leave --eval_strategy out" if split == "validation" else ""
             raise ValueError(f"--data {' '.join(args.data)} has no split {split!r}{hint}.")
-    return rows["train"], rows.get("validation")
+    return splits
 
 
 def build_base(
@@ -139,7 +135,7 @@ def build_base(
     processor = build_processor(args)
     if not model_args.use_peft:
         return build_model(args, processor, revision=model_args.model_revision, **kwargs), processor
-    base = output_folder(training_args) / "base_model"
+    base = Path(str(training_args.output_dir)).absolute() / "base_model"
     with training_args.main_process_first(desc="building the base model"):
         resumed = training_args.resume_from_checkpoint is not None and (base / "config.json").is_file()
         if training_args.process_index == 0 and not resumed:
@@ -150,20 +146,13 @@ def build_base(
     return load_elm(str(base), **kwargs)
 
 
-def output_folder(training_args: SFTConfig) -> Path:
-    """The absolute path of `--output_dir`."""
-    assert training_args.output_dir is not None  # TRL has a default
-    return Path(training_args.output_dir).absolute()
-
-
 def make_trainer(
     args: ELMArguments,
     training_args: SFTConfig,
     model_args: ModelConfig,
     model: ELMForConditionalGeneration,
     processor: ELMProcessor,
-    train_data: Any,
-    eval_data: Any,
+    splits: dict[str, Any],
 ) -> ELMTrainer:
     """TRL's trainer around the model, of which the parts of `--update` or a LoRA adapter are trained."""
     peft_config = lora_config(args, model_args, model, processor) if model_args.use_peft else None
@@ -183,14 +172,14 @@ def make_trainer(
     trainer = ELMTrainer(
         model=model,
         args=training_args,
-        train_dataset=train_data.sources[0] if args.streaming else train_data,
-        eval_dataset=eval_data,
+        train_dataset=splits["train"].sources[0] if args.streaming else splits["train"],
+        eval_dataset=splits["validation"],
         data_collator=collator,
         processing_class=processor,
         peft_config=peft_config,
         callbacks=[CountEpochs(collator)],
     )
-    trainer.train_dataset = train_data  # of a stream TRL checks that it is of `datasets`
+    trainer.train_dataset = splits["train"]  # of a stream TRL checks that it is of `datasets`
     if peft_config is not None:
         model.lm_head.register_parameter("bias", None)  # TRL reads it, and PEFT's wrapper of the head has none
     return trainer
@@ -210,15 +199,15 @@ def checkpoint_to_resume(training_args: SFTConfig) -> str | None:
 def train(args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
     """Trains an ELM and saves it, its processor and its card to `output_dir`."""
     torch.manual_seed(training_args.seed)
-    train_data, eval_data = load_splits(args, training_args)
+    splits = load_splits(args, training_args)
     model, processor = build_base(args, training_args, model_args)
     limit_threads(model, training_args.device)
-    trainer = make_trainer(args, training_args, model_args, model, processor, train_data, eval_data)
+    trainer = make_trainer(args, training_args, model_args, model, processor, splits)
     if trainer.is_world_process_zero():
         assert trainer.model is not None
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in trainer.model.parameters()]
         total, trainable = sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
-        chats = "streamed" if args.streaming else len(train_data)
+        chats = "streamed" if args.streaming else len(splits["train"])
         print(f"{chats} chats; {trainable:,} of {total:,} parameters trained", flush=True)
 
     result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
@@ -227,8 +216,7 @@ def train(args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig)
     trainer.save_state()
     trainer.save_model()
     if trainer.is_world_process_zero():
-        folder = output_folder(training_args)
-        splits = {"train": train_data, "validation": eval_data}
+        folder = Path(str(training_args.output_dir)).absolute()
         write_model_card(folder, args, training_args, model_args, model.config, processor, splits)
         print(f"Saved model, processor and card to {folder}", flush=True)
 

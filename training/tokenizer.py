@@ -20,11 +20,20 @@ from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord, as_record, canonical_le
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer, ecg_byte
 from elm_ecg.training.arguments import DataArguments
-from elm_ecg.training.command_line import whole_number
+from elm_ecg.training.command_line import CommandLineParser, whole_number
 from elm_ecg.training.data.loading import ecgs_of, load_ecgs
 from elm_ecg.training.figures import plot_tokens
 from elm_ecg.training.files import atomic_path
-from elm_ecg.training.sharing.cards import CARD, TAGS, citation, environment, make_card, on_hub, public_name, use_of
+from elm_ecg.training.sharing.card_templates import (
+    CARD,
+    TAGS,
+    citation,
+    environment,
+    make_card,
+    on_hub,
+    public_name,
+    use_of,
+)
 from elm_ecg.training.sharing.ecg_byte_import import read_ecg_byte_pickle
 
 try:
@@ -347,7 +356,7 @@ def _add_data_options(command: argparse.ArgumentParser, required: bool) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """The options of the three commands."""
-    parser = argparse.ArgumentParser(prog="elm tokenizer", description=__doc__)
+    parser = CommandLineParser(prog="elm tokenizer", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser("train", help="learn a tokenizer from the ECGs of datasets")

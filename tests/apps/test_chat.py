@@ -363,7 +363,7 @@ def test_script_on_standard_input(model, processor, records, tmp_path, monkeypat
 
 
 def test_folder_without_a_model(tmp_path):
-    with pytest.raises(ValueError, match=r"has no config\.json"):
+    with pytest.raises(ValueError, match=r"config\.json"):
         main([str(tmp_path)])
 
 

@@ -181,7 +181,6 @@ def test_served_page(page, folder, tmp_path, monkeypatch):
 
 def test_without_gradio(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.setitem(cli.COMMANDS, "demo", ("elm_ecg.training.apps.demo", ""))
     assert cli.main(["demo", str(tmp_path)]) == 1
     assert 'pip install "elm-ecg[demo]"' in capsys.readouterr().err
 

@@ -25,8 +25,7 @@ from elm_ecg.training.data import commands
 
 commands.make_parser()
 assert not {"torch", "pyarrow", "datasets", "transformers", "trl"} & set(sys.modules)
-from elm_ecg.training.data import write
-
+commands.main(sys.argv[1:])
 assert not {"datasets", "transformers", "trl"} & set(sys.modules)
 """
 
@@ -192,6 +191,11 @@ def test_ctrl_c_is_left_to_the_main_process():
     assert [answers for _, answers in read] == [[[True]], [[True]]]
 
 
-def test_imports_are_few():
-    """Where a dataset is built, the libraries that train models are not waited for."""
-    subprocess.run([sys.executable, "-c", ALONE], check=True)
+def test_imports_are_few(tmp_path):
+    """Where a dataset is built, nobody waits for the libraries that train models."""
+    np.savez(tmp_path / "a.npz", ecg=microvolts(0), sampling_rate=100, unit="uV")
+    (tmp_path / "q.json").write_text(json.dumps(make_questions("a")))
+    paths = [str(tmp_path / name) for name in ("a.npz", "q.json", "out")]
+    arguments = ["build", paths[0], "--questions", paths[1], "--output_dir", paths[2]]
+    subprocess.run([sys.executable, "-c", ALONE, *arguments], check=True)
+    assert (tmp_path / "out" / "README.md").is_file()

@@ -7,7 +7,8 @@ from jinja2 import UndefinedError
 from trl import ModelConfig, SFTConfig
 
 from elm_ecg.training.arguments import ELMArguments
-from elm_ecg.training.sharing.cards import add_evaluation, elm_card, make_card, write_model_card
+from elm_ecg.training.sharing.card_templates import make_card
+from elm_ecg.training.sharing.cards import add_evaluation, elm_card, write_model_card
 from helpers import (
     RESULTS,
     ROOT,

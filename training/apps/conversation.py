@@ -16,7 +16,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, StoppingCriteriaList, TextIteratorStreamer, set_seed
 
 from elm_ecg.ecg_utils import ECGRecord, lead_quality, read_ecg
-from elm_ecg.training.command_line import whole_number
+from elm_ecg.training.command_line import CommandLineParser, whole_number
 
 DISCLAIMER = (
     "Research software, not a medical device. Nothing that the model says may be used for the care of a patient."
@@ -221,18 +221,20 @@ class _Stop:
 
 def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, Any, str]:
     """The model of `model_parser` on the GPU, if there is one, its processor, and its name for people."""
-    from elm_ecg.training.build import load_elm  # late: --help need not wait for it, and a Space has no such module
+    # late: --help need not wait for it, and a Space has no such module
+    from elm_ecg.training.build import limit_threads, load_elm
 
     set_seed(args.seed)
     model, processor = load_elm(args.model, args.revision, dtype=args.dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]  # a wrapped method
+    limit_threads(model, model.device)
     return model, processor, Path(args.model).name if Path(args.model).exists() else args.model
 
 
 def model_parser(verb: str, purpose: str | None) -> argparse.ArgumentParser:
     """The options of a command that asks a model: which one, and how it answers."""
     usage, description = f"elm {verb} MODEL [options]", f"{purpose} {DISCLAIMER}"
-    parser = argparse.ArgumentParser(prog=f"elm {verb}", usage=usage, description=description)
+    parser = CommandLineParser(prog=f"elm {verb}", usage=usage, description=description)
     parser.add_argument("model", metavar="MODEL", help="saved ELM or LoRA adapter: local folder or Hub id")
     parser.add_argument("--revision", default="main", help="of a Hub id; default: %(default)s")
     tokens: dict[str, Any] = {"type": whole_number, "default": DEFAULT_MAX_NEW_TOKENS, "metavar": "TOKENS"}

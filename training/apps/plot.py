@@ -9,7 +9,7 @@ from pathlib import Path
 
 from elm_ecg.ecg_drawing import LAYOUTS, ECGPaper, draw_ecg, ecg_svg, page_height, page_width
 from elm_ecg.ecg_utils import ECGRecord, read_ecg, select_leads
-from elm_ecg.training.command_line import whole_number
+from elm_ecg.training.command_line import CommandLineParser, whole_number
 from elm_ecg.training.files import atomic_path, write_text
 
 DEFAULT_WIDTH = 1600  # pixels
@@ -105,7 +105,7 @@ def add_file_options(parser: argparse.ArgumentParser) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """The options of `elm plot`."""
     usage = "elm plot RECORD [RECORD ...] [options]"
-    parser = argparse.ArgumentParser(prog="elm plot", usage=usage, description=__doc__)
+    parser = CommandLineParser(prog="elm plot", usage=usage, description=__doc__)
     formats_help = "files of any format that the README lists"
     parser.add_argument("records", type=Path, nargs="+", metavar="RECORD", help=formats_help)
     output_help = "picture, .png or .svg, of one record; default: NAME.png in the working directory, for each record"

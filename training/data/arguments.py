@@ -9,6 +9,7 @@ from typing import Any
 from elm_ecg.training.command_line import whole_number
 
 SPLIT_RULES = ("given", "fold", "patient")
+METADATA_COLUMNS = ("patient_id", "strat_fold", "age", "sex")  # that are kept of a table about the records
 
 
 def _option(default: Any, text: str, **parsing: Any) -> Any:
@@ -32,7 +33,7 @@ class BuildArguments:
     sort_answers: bool = _option(False, "sort the items of answers that are lists, which ECG-QA has in any order")
     metadata: str | Path | Iterable[Mapping[str, Any]] | None = field(
         default=None,
-        metadata={"help": "table about the records: patient_id, strat_fold, age, sex", "type": Path, "metavar": "FILE"},
+        metadata={"help": f"table about the records: {', '.join(METADATA_COLUMNS)}", "type": Path, "metavar": "FILE"},
     )
     metadata_columns: Sequence[str] = _option((), "further columns of that table to keep", nargs="+", metavar="NAME")
     split_by: str | None = _option(

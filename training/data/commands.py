@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from elm_ecg.training.command_line import CommandLineParser
 from elm_ecg.training.data.arguments import BuildArguments
 
 # PyTorch, `datasets` and TRL take seconds to import, so each command imports what it needs
@@ -48,7 +49,7 @@ def push(args: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """The options of the four commands."""
-    parser = argparse.ArgumentParser(prog="elm data", description=__doc__)
+    parser = CommandLineParser(prog="elm data", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="keys of the reference's datasets on the Hub").set_defaults(work=show_keys)
 

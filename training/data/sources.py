@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from elm_ecg.training.data.arguments import METADATA_COLUMNS
 from elm_ecg.training.data.reference import to_messages
 from elm_ecg.training.data.schema import ROLES, SPLITS, as_list
 
@@ -29,8 +30,6 @@ RECORD_COLUMNS = ("record", "record_id", "ecg_id", "ecg_path", "path")
 CHAT_COLUMNS = ("messages", "conversation", "conversations")
 # columns of a question that have a meaning here; all others are taken over as they are
 QUESTION_COLUMNS = {*RECORD_COLUMNS, *CHAT_COLUMNS, "question", "answer", "split", "patient_id", "ecg", "start_second"}
-# taken over from a table about the records where it has them
-METADATA_COLUMNS = ("patient_id", "strat_fold", "age", "sex")
 PTBXL_TABLE = "ptbxl_database.csv"
 # superclass of PTB-XL's SCP-ECG statements -> what is asked
 SUPERCLASSES = {

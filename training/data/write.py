@@ -10,12 +10,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from huggingface_hub import DatasetCard, DatasetCardData
+from huggingface_hub import DatasetCardData
 
 from elm_ecg.training.data.arguments import BuildArguments
 from elm_ecg.training.data.build import ROW_GROUP_BYTES, Plan, make_plan, row_groups
 from elm_ecg.training.data.schema import as_list
-from elm_ecg.training.files import new_folder, resource
+from elm_ecg.training.files import new_folder
+from elm_ecg.training.sharing.card_templates import CARD, TAGS, citation, make_card, use_of
 
 # the Hub's names of sizes, by the number of rows that they end before
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
@@ -84,21 +85,20 @@ def write_card(path: Path, args: argparse.Namespace, plan: Plan, summaries: Mapp
         args: those of `build`.
         summaries: of the splits that have rows.
     """
-    from elm_ecg.training.sharing.cards import citation, use_of
-
     name = args.output_dir.resolve().name
     num_rows = sum(summary.rows for summary in summaries.values())
     lengths = sorted(set.union(*(summary.seconds for summary in summaries.values())))
     # no `configs`: files have the names of their splits, and with it `datasets` takes folders of one name for the same data
-    card = DatasetCard.from_template(
-        DatasetCardData(
-            pretty_name=args.name,
-            license=args.license,
-            task_categories=["question-answering"],
-            tags=["ecg", "electrocardiogram", "medical", "elm"],
-            size_categories=next((size for limit, size in SIZES.items() if num_rows < limit), "n>10M"),
-        ),
-        template_path=str(resource("model_cards/dataset.md")),
+    metadata = DatasetCardData(
+        pretty_name=args.name,
+        license=args.license,
+        task_categories=["question-answering"],
+        tags=[*TAGS, "medical", "elm"],
+        size_categories=next((size for limit, size in SIZES.items() if num_rows < limit), "n>10M"),
+    )
+    card = make_card(
+        "dataset.md",
+        metadata,
         title=args.name or name,
         args=args,
         plan=plan,
@@ -143,7 +143,7 @@ def build(args: argparse.Namespace) -> None:
             write_split(data, split, row_groups(summary.watch(plan.rows(split)), plan.schema), plan.schema)
         summaries = {split: summary for split, summary in summaries.items() if summary.rows}
         plan.check_rows(bool(summaries))
-        write_card(folder / "README.md", args, plan, summaries)
+        write_card(folder / CARD, args, plan, summaries)
         size = sum(file.stat().st_size for file in data.iterdir())
     for remark in plan.remarks():
         print(remark)

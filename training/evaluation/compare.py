@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from elm_ecg.training.command_line import CommandLineParser
 from elm_ecg.training.evaluation.bootstrap import (
     Difference,
     Estimate,
@@ -275,7 +276,7 @@ def _p(value: float | None) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     """The options of `elm compare`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLineParser(
         prog="elm compare", usage="elm compare A.json B.json [...] [options]", description=__doc__
     )
     parser.add_argument(

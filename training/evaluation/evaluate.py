@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import DataArguments, ELMParser, argument, json_fields
-from elm_ecg.training.build import load_elm
+from elm_ecg.training.build import limit_threads, load_elm
 from elm_ecg.training.data.loading import load_data
 from elm_ecg.training.evaluation.answers import Answerer, Progress
 from elm_ecg.training.evaluation.conditions import ASKED, BASELINE, CONDITIONS, ECG
@@ -459,6 +459,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if model is None or processor is None or name != args.model_name_or_path:
             model, processor = load_elm(name, revision=args.model_revision, dtype=args.dtype)
             model.to(state.device)  # type: ignore[arg-type]  # a wrapped method
+            limit_threads(model, state.device)
             if args.torch_compile:
                 model.compile(dynamic=True)
         runs += _evaluate_fold(args, fold, model, processor, name, folders[fold])

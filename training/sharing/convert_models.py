@@ -17,7 +17,7 @@ from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.tokenization_ecg_byte import FIRST_MERGE_ID, ECGByteTokenizer
 from elm_ecg.training.build import build_model, build_processor, resolve_llm
-from elm_ecg.training.sharing.cards import public_name
+from elm_ecg.training.sharing.card_templates import public_name
 from elm_ecg.training.sharing.checkpoint_keys import convert_part, count_indices, some_of
 from elm_ecg.training.sharing.checkpoints import Checkpoint, Conversion, merge_lora
 from elm_ecg.training.sharing.convert_arguments import ECG_TOKENS, ConvertArguments

@@ -30,21 +30,12 @@ from elm_ecg.ecg_utils import STANDARD_LEADS
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer
+from elm_ecg.training.command_line import CommandLineParser
 from elm_ecg.training.data.synthetic import Findings, simulate_ecg
 from elm_ecg.training.evaluation.results import REPORT_FILE, RESULTS_FILE
 from elm_ecg.training.files import resource
-from elm_ecg.training.sharing.cards import (
-    CARD,
-    CITATION,
-    PREPROCESSOR,
-    SAMPLE,
-    citation,
-    elm_card,
-    encoder_card,
-    on_hub,
-    replace_section,
-    use_of,
-)
+from elm_ecg.training.sharing.card_templates import CARD, CITATION, SAMPLE, citation, on_hub, replace_section, use_of
+from elm_ecg.training.sharing.cards import PREPROCESSOR, elm_card, encoder_card
 from elm_ecg.training.sharing.disclosure import (
     DATASET_FILES,
     PICKLES,
@@ -484,7 +475,7 @@ def push(args: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """The options of `elm push`."""
-    parser = argparse.ArgumentParser(prog="elm push", description=__doc__)
+    parser = CommandLineParser(prog="elm push", description=__doc__)
     parser.add_argument(
         "run", type=Path, metavar="RUN", help="folder of a model, adapter, encoder, tokenizer or dataset"
     )

@@ -1,0 +1,39 @@
+from dataclasses import fields
+
+import pytest
+
+from elm_ecg.training.data.arguments import BuildArguments
+from elm_ecg.training.data.commands import make_parser
+
+
+def test_defaults_of_the_command_are_those_of_python():
+    args = make_parser().parse_args(["build", "records", "--output_dir", "out"])
+    assert (
+        BuildArguments(**{option.name: getattr(args, option.name) for option in fields(BuildArguments)})
+        == BuildArguments()
+    )
+
+
+def test_options_of_the_command():
+    options = "--window 5 --stride 2.5 --resample 250 --sampling_rate 500 --lead_names I II --shares 0.5 0.25 0.25 --num_proc 2"
+    args = make_parser().parse_args(["build", "records", "--output_dir", "out", "--sort_answers", *options.split()])
+    assert [args.window, args.stride, args.resample, args.sampling_rate] == [5, 2.5, 250, 500]
+    assert [args.lead_names, args.shares, args.num_proc, args.sort_answers] == [["I", "II"], [0.5, 0.25, 0.25], 2, True]
+
+
+def test_one_spelling_of_the_rate_of_files(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        make_parser().parse_args(["build", "records", "--output_dir", "out", "--sampling_rate_of_files", "100"])
+    assert "unrecognized arguments: --sampling_rate_of_files 100" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["sampling_rate", "resample", "window", "stride"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_not_above_0(option, value):
+    with pytest.raises(ValueError, match=f"--{option} is {value:g}; expected a number above 0"):
+        BuildArguments(**{option: value})
+
+
+def test_stride_without_window():
+    with pytest.raises(ValueError, match="--stride is from one window to the next"):
+        BuildArguments(stride=1.0)
