@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .ecg_formats_common import MAX_SAMPLES, stated, to_number, to_sex
+from .ecg_formats_common import MAX_SAMPLES, REFERENCE_LEADS, stated, to_number, to_sex
 from .plain_pickle import Inert, load_plain_pickle
 
 # NumPy
@@ -98,7 +98,7 @@ def _read_reference_dict(content: bytes) -> dict[str, Any]:
     metadata = {name: plain.get(name) for name in ("report", "ecg_path", "npy_path", "original_sf", "segment_len")}
     record = {"array": array, "sampling_rate": plain.get("target_sf"), "unit": "mV"}
     if re.search("mimic|code[-_]?15", f"{metadata['ecg_path']} {metadata['npy_path']}", re.IGNORECASE):
-        record["lead_names"] = ["I", "II", "III", "aVL", "aVR", "aVF", "V1", "V2", "V3", "V4", "V5", "V6"]
+        record["lead_names"] = list(REFERENCE_LEADS)
         metadata["lead_order"] = "of the reference, as its ecg_path or npy_path names MIMIC or CODE-15"
     return {**record, "metadata": {"format": "NumPy, dict of the reference", **stated(**metadata)}}
 

@@ -60,9 +60,7 @@ def read_scp(content: bytes) -> dict[str, Any]:
     sections = _scp_sections(content)
     for number in (3, 6):
         if number not in sections:
-            raise ValueError(
-                f"The SCP-ECG record has the sections {sorted(sections)}; expected 3 (leads) and 6 (rhythm)."
-            )
+            raise ValueError(f"The record has the sections {sorted(sections)}; expected 3 (leads) and 6 (rhythm).")
     lead_names, first_sample, num_samples, subtracted = _scp_leads(sections[3])
     tables = _scp_tables(sections[2]) if 2 in sections else None
     nanovolts, interval, difference, bimodal, encoded = _scp_signals(sections[6], 6, len(lead_names))
@@ -72,9 +70,7 @@ def read_scp(content: bytes) -> dict[str, Any]:
     if subtracted or bimodal:
         for number in (4, 5):
             if number not in sections:
-                raise ValueError(
-                    f"The rhythm is stored without QRS complexes or decimated, but section {number} is missing."
-                )
+                raise ValueError(f"The rhythm lacks QRS complexes or is decimated, but section {number} is missing.")
         beats, protected, beat_milliseconds, fiducial = _scp_beats(sections[4])
         beat_nanovolts, beat_interval, beat_difference, _, beat_encoded = _scp_signals(sections[5], 5, len(lead_names))
         decimation, remainder = divmod(interval, beat_interval)
@@ -108,9 +104,7 @@ def read_scp(content: bytes) -> dict[str, Any]:
 def _unpack(layout: str, data: bytes, offset: int, what: str) -> tuple:
     size = struct.calcsize(layout)
     if offset + size > len(data):
-        raise ValueError(
-            f"{what} ends after {len(data)} bytes; expected at least {offset + size}. The file is cut short."
-        )
+        raise ValueError(f"{what} ends after {len(data)} bytes; expected at least {offset + size}. The file is cut.")
     return struct.unpack_from(layout, data, offset)
 
 
@@ -143,13 +137,9 @@ def _scp_sections(content: bytes) -> dict[int, bytes]:
         raise ValueError(f"Bytes 16 to 21 are {content[16:22]!r}; expected b'SCPECG', as in any SCP-ECG record.")
     crc, size = _unpack("<HI", content, 0, "The record")
     if size > MAX_SCP_BYTES:
-        raise ValueError(
-            f"The record says that it has {size} bytes; expected at most {MAX_SCP_BYTES}, as any resting ECG."
-        )
+        raise ValueError(f"The record says that it has {size} bytes; expected at most {MAX_SCP_BYTES}, as of any ECG.")
     if not 22 <= size <= len(content):
-        raise ValueError(
-            f"The record says that it has {size} bytes, and there are {len(content)}. The file is cut short."
-        )
+        raise ValueError(f"The record says that it has {size} bytes, and there are {len(content)}. The file is cut.")
     _check_crc(content[2:size], crc, "The record")
 
     def section(start: int, number: int) -> bytes:
@@ -181,9 +171,7 @@ def _scp_leads(section: bytes) -> tuple[list[str], int, int, bool]:
     first, last = spans[0]
     num_samples = last - first + 1
     if num_samples < 1 or num_samples * num_leads > MAX_SCP_SAMPLES:
-        raise ValueError(
-            f"The record has {num_leads} leads of {num_samples} samples; expected 1 to {MAX_SCP_SAMPLES} values."
-        )
+        raise ValueError(f"The record has {num_leads} leads of {num_samples} samples; expected 1 to {MAX_SCP_SAMPLES}.")
     return [SCP_LEADS.get(lead, f"SCP lead {lead}") for *_, lead in leads], first, num_samples, bool(flags & 1)
 
 
@@ -275,7 +263,7 @@ class _HuffmanTable:
             start, further = int(prefix.ljust(32, "0"), 2), bits - len(prefix)
             if start < end or not 0 <= further <= 16:
                 raise ValueError(
-                    f"The Huffman code {prefix} of {bits} bits starts like another one, or is too short or long."
+                    f"The Huffman code {prefix} of {bits} bits starts like another, or is too short or long."
                 )
             end = start + (1 << 32 - len(prefix))
             self.starts.append(start)
@@ -343,7 +331,7 @@ def _huffman_decode(data: bytes, num_samples: int, tables: list[_HuffmanTable]) 
         if switch:
             if switched or not 1 <= value <= len(tables):
                 raise ValueError(
-                    f"Huffman codes switch to table {value}; expected 1 to {len(tables)}, and a value between."
+                    f"Huffman codes switch to table {value}; expected 1 to {len(tables)}, and values between."
                 )
             table, switched = tables[value - 1], True
             continue

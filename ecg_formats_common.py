@@ -13,6 +13,8 @@ MAX_SAMPLES = 2**26
 UTF8_MARK = b"\xef\xbb\xbf"
 
 STANDARD_LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
+# the order of the reference system's checkpoints
+REFERENCE_LEADS = ("I", "II", "III", "aVL", "aVR", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 _STANDARD_NAMES = frozenset(map(str.casefold, STANDARD_LEADS))
 # casefold() makes the Greek letter of the micro sign
 _UNITS_PER_MILLIVOLT = {"mv": 1.0, "uv": 1e3, "\u03bcv": 1e3, "nv": 1e6, "v": 1e-3}

@@ -52,9 +52,7 @@ def _rate_of(times: np.ndarray, unit: str) -> float:
     seconds = times * _SECONDS[unit]
     span, steps = seconds[-1] - seconds[0], len(seconds) - 1
     if not 0 < span < math.inf:
-        raise ValueError(
-            "its times do not increase; leave the column out and give the sampling rate (--sampling_rate)."
-        )
+        raise ValueError("its times do not increase; leave the column out, and give the rate (--sampling_rate).")
     step = span / steps
     differences = np.diff(seconds)
     if not (differences.min() > 0.5 * step and differences.max() < 1.5 * step):

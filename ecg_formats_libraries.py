@@ -59,9 +59,7 @@ def _wfdb_signals(header: Path) -> tuple[float, list[dict[str, str]]]:
         content = file.read(_MAX_HEADER_BYTES + 1)
     lines = content_lines(content)
     if len(content) > _MAX_HEADER_BYTES or max(map(len, lines)) > _MAX_HEADER_LINE:
-        raise ValueError(
-            f"its header is longer than {_MAX_HEADER_BYTES} bytes, or a line of it than {_MAX_HEADER_LINE}."
-        )
+        raise ValueError(f"its header is longer than {_MAX_HEADER_BYTES} bytes, or a line than {_MAX_HEADER_LINE}.")
     if not all(line.isascii() for line in lines):  # wfdb drops the mu of "μV"
         raise ValueError("its header holds other characters than ASCII; write a unit as mV or uV.")
     if "::" in str(header.absolute()):  # fsspec, below wfdb, would take it for a chain of addresses
@@ -223,9 +221,7 @@ def read_dicom(content: bytes) -> dict[str, Any]:
     dtype = np.dtype(order + _DICOM_DTYPES[interpretation])
     size, data = num_channels * num_samples * dtype.itemsize, group.WaveformData
     if group.WaveformBitsAllocated != 8 * dtype.itemsize or not size <= len(data) <= size + 1:  # padded to be even
-        raise ValueError(
-            f"it holds {len(data)} bytes of waveform; {num_channels} channels of {num_samples} samples take {size}."
-        )
+        raise ValueError(f"it holds {len(data)} bytes; {num_channels} channels of {num_samples} samples take {size}.")
     counts = np.frombuffer(data[:size], dtype).reshape(num_samples, num_channels)
     channels = list(group.ChannelDefinitionSequence)
     if len(channels) != num_channels:

@@ -121,9 +121,7 @@ def _number(text: str, what: str, minimum: float = -math.inf, maximum: float = 1
     except ValueError:
         number = math.nan
     if not minimum <= number <= maximum:
-        raise ValueError(
-            f"{what} is {text[:100]!r}; expected a number of at least {minimum:g} and at most {maximum:g}."
-        )
+        raise ValueError(f"{what} is {text[:100]!r}; expected a number, at least {minimum:g} and at most {maximum:g}.")
     return number
 
 
@@ -328,13 +326,11 @@ def _muse_lead(lead: Element, name: str) -> np.ndarray:
         claimed = _integer(_text(lead, tag), f"{tag} of lead {name[:100]}")
         if claimed != actual:
             raise ValueError(
-                f"Lead {name[:100]} holds {actual:g} as its {tag}, and the file says {claimed}; it is damaged."
+                f"Lead {name[:100]} holds {actual:g} as its {tag}, the file says {claimed}; it is damaged."
             )
     crc = _text(lead, "LeadDataCRC32")
     if crc and _integer(crc, f"LeadDataCRC32 of lead {name[:100]}", minimum=0) != zlib.crc32(data):
-        raise ValueError(
-            f"Lead {name[:100]} has the CRC-32 {zlib.crc32(data)}, and the file says {crc}; it is damaged."
-        )
+        raise ValueError(f"Lead {name[:100]} has the CRC-32 {zlib.crc32(data)}, the file says {crc}; it is damaged.")
     return scale * np.frombuffer(data, "<i2")
 
 
@@ -347,9 +343,7 @@ def _read_philips(root: Element) -> tuple[np.ndarray, float, list[str], dict[str
     """
     version = _text(root, "documentinfo/documentversion")
     if version not in PHILIPS_VERSIONS:
-        raise ValueError(
-            f"The Sierra ECG is of version {version[:100]!r}; expected one of {', '.join(PHILIPS_VERSIONS)}."
-        )
+        raise ValueError(f"The file is of version {version[:100]!r}; expected one of {', '.join(PHILIPS_VERSIONS)}.")
     signal = _find(root, "dataacquisition/signalcharacteristics")
     waveforms = _find(root, "waveforms/parsedwaveforms")
     rate = _positive(_text(signal, "samplingrate"), "The sampling rate")
@@ -358,9 +352,7 @@ def _read_philips(root: Element) -> tuple[np.ndarray, float, list[str], dict[str
     bits = _text(signal, "bitspersample") or "16"
     offset = _text(signal, "signaloffset") or "0"
     if bits != "16" or offset != "0" or _text(signal, "signalsigned") == "False":
-        raise ValueError(
-            f"Samples have {bits[:100]!r} bits and offset {offset[:100]!r}; expected signed, 16 bits, offset 0."
-        )
+        raise ValueError(f"Samples have {bits[:100]!r} bits and offset {offset[:100]!r}; expected 16 bits, offset 0.")
 
     names = _philips_lead_names(signal, waveforms)
     duration = _positive(waveforms.get("durationperchannel", ""), "durationperchannel")
@@ -488,7 +480,7 @@ def _unpack_lzw(data: bytes, limit: int) -> bytes:
             string = previous + previous[:1]
         else:
             raise ValueError(
-                f"The packed waveform holds the code {code}, and only {len(strings)} are known; it is damaged."
+                f"The packed waveform holds the code {code}, only {len(strings)} are known; it is damaged."
             )
         if previous and len(strings) < 0x3FF:  # later the dictionary is full and stays as it is
             strings.append(previous + string[:1])
@@ -503,7 +495,7 @@ def _add_residuals(leads: dict[str, np.ndarray]) -> None:
     """Makes leads III, aVR, aVL and aVF out of what they differ from Einthoven's and Goldberger's laws, in place."""
     if "I" not in leads or "II" not in leads:
         raise ValueError(
-            f"The packed leads are {', '.join(leads)[:100]}; expected I and II, which the other limb leads refer to."
+            f"The packed leads are {', '.join(leads)[:100]}; expected I and II, of which others are residuals."
         )
     i, ii = leads["I"].astype(np.int64), leads["II"].astype(np.int64)
     iii = ii - i

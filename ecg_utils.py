@@ -13,10 +13,8 @@ import torch
 from torch.nn import functional as F
 
 from .ecg_formats import read_file
-
-STANDARD_LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
-# the order of the reference system's checkpoints
-REFERENCE_LEADS = ("I", "II", "III", "aVL", "aVR", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
+from .ecg_formats_common import REFERENCE_LEADS as REFERENCE_LEADS
+from .ecg_formats_common import STANDARD_LEADS
 
 # limb leads as sums of leads I and II (Einthoven 1912; Goldberger 1942)
 LIMB_LEADS = {"III": (-1.0, 1.0), "aVR": (-0.5, -0.5), "aVL": (1.0, -0.5), "aVF": (-0.5, 1.0)}

@@ -337,7 +337,7 @@ class TestSCP:
             ({3: b"\0\0", 6: rhythm}, "cover the samples []"),
             ({3: struct.pack("<BBIIBIIB", 2, 4, 1, 9, 1, 10, 18, 2), 6: rhythm}, "the samples [(1, 9), (10, 18)]"),
             ({3: struct.pack("<BBIIB", 1, 4, 9, 1, 1), 6: rhythm}, "1 leads of -7 samples"),
-            (huge | {6: rhythm}, "1 leads of 4294967295 samples; expected 1 to 4194304 values"),
+            (huge | {6: rhythm}, "1 leads of 4294967295 samples; expected 1 to 4194304"),
             ({3: b"\2\4" + lead, 6: rhythm}, "Section 3 ends after 12 bytes; expected at least 20"),
             (leads | {6: signals([bytes(16)], 1000, 2000, 0)}, "has 16 bytes; expected 9 samples of 2 bytes"),
             (leads | {6: signals([bytes(18)], 0, 2000, 0)}, "units of 0 nV"),
@@ -346,7 +346,7 @@ class TestSCP:
             (leads | {6: rhythm[:-4]}, "Section 6 has 22 bytes; expected 26 for its leads"),
             (leads | {2: table["long"], 6: rhythm}, "Huffman code 0 of 40 bits; expected 1 to 32"),
             (leads | {2: table["over"], 6: rhythm}, "Huffman code 2 of 1 bits"),
-            (leads | {2: table["ambiguous"], 6: rhythm}, "code 01 of 2 bits starts like another one"),
+            (leads | {2: table["ambiguous"], 6: rhythm}, "code 01 of 2 bits starts like another"),
             (leads | {2: table["short"], 6: rhythm}, "code 00 of 1 bits starts like"),
             (leads | {2: table["wide"], 6: rhythm}, "code 0 of 40 bits starts like"),
             (leads | {2: table["none"], 6: rhythm}, "Bit 0 of a lead starts no known Huffman code"),
@@ -404,13 +404,13 @@ class TestSCP:
     def test_truncation(self, shared: Path):
         content = (shared / "data/formats/scp_ecg/Example.scp").read_bytes()
         for length in np.random.default_rng(0).integers(0, len(content), 20):
-            with pytest.raises(ValueError, match=r"cut short|expected b'SCPECG'"):
+            with pytest.raises(ValueError, match=r"is cut\.|expected b'SCPECG'"):
                 read_scp(content[:length])
             check(read_scp, reseal(content[:length]))
 
     @pytest.mark.parametrize("content", [b"", b"\0", bytes(22), b"SCPECG" * 9, bytes(16) + b"SCPECG"])
     def test_no_scp(self, content: bytes):
-        with pytest.raises(ValueError, match=r"expected b'SCPECG'|cut short"):
+        with pytest.raises(ValueError, match=r"expected b'SCPECG'|is cut\.|cut short"):
             read_scp(content)
 
     def test_speed(self, shared: Path):
@@ -508,7 +508,9 @@ class TestISHNE:
     def test_truncation(self, shared: Path):
         content = (shared / "data/formats/ishne/ptbxl_00017.ecg").read_bytes()
         for length in [*range(0, 522, 40), *np.random.default_rng(0).integers(0, len(content), 20)]:
-            with pytest.raises(ValueError, match=r"expected b'ISHNE1.0'|header ends after|start at byte|cut short"):
+            with pytest.raises(
+                ValueError, match=r"expected b'ISHNE1.0'|header ends after|start at byte|is cut\.|cut short"
+            ):
                 read_ishne(content[:length])
 
     def test_memory(self):

@@ -125,7 +125,7 @@ class TestWFDB:
             (["r 1 100 50", "r.dat 16 200/µV 16 0 0 0 0 I"], "other characters than ASCII; write a unit as mV or uV"),
             (["r/2 1 100 100", "a 50", "b 50"], r"several segments \(a, b \.\.\.\); read them one by one"),
             (["r 3 100 5", "r.dat 16", "q.dat 16", "r.dat 16"], "one file in several places"),
-            (["r 1 100 5", f"{'a' * 2000} 16"], "or a line of it than 1000"),
+            (["r 1 100 5", f"{'a' * 2000} 16"], "or a line than 1000"),
         ],
     )
     def test_wrong_headers(self, lines, message, tmp_path):
@@ -278,7 +278,7 @@ class TestDICOM:
         [
             (
                 lambda group: group.add_new("WaveformData", "OW", bytes(2398)),
-                "2398 bytes of waveform; 12 channels of 100",
+                "2398 bytes; 12 channels of 100",
             ),
             (lambda group: setattr(group, "NumberOfWaveformSamples", 2**31), "2147483648 samples take 51539607552"),
             (

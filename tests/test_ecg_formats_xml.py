@@ -246,7 +246,7 @@ class TestHL7:
         [
             ((b'"RHYTHM"', b'"DERIVED"'), "expected one of the code 'RHYTHM'"),
             ((b'unit="ms"', b'unit="h"'), "time increment has the unit 'h'; expected one of s, ms, us"),
-            ((b'value="2" ', b'value="0" '), "time increment is '0'; expected a number of at least"),
+            ((b'value="2" ', b'value="0" '), "time increment is '0'; expected a number, at least"),
             ((b'unit="uV"', b'unit="mmHg"'), "scale of lead I has the unit 'mmHg'"),
             ((b'value="2.5"', b'value="nan"'), "scale of lead I is 'nan'"),
             ((b'<origin value="1" unit="mV"/>', b""), "<sequence> has no <value/origin>"),
@@ -287,10 +287,10 @@ class TestMuse:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"LeadSampleCountTotal": 4}, "holds 3 as its LeadSampleCountTotal, and the file says 4"),
+            ({"LeadSampleCountTotal": 4}, "holds 3 as its LeadSampleCountTotal, the file says 4"),
             ({"LeadByteCountTotal": "1e99"}, "LeadByteCountTotal of lead I is '1e99'; expected a number"),
             ({"LeadByteCountTotal": "6.5"}, "'6.5'; expected a whole number"),
-            ({"LeadDataCRC32": 1}, "and the file says 1; it is damaged"),
+            ({"LeadDataCRC32": 1}, "the file says 1; it is damaged"),
             ({"WaveFormData": "AAA"}, "no valid base64"),
             ({"WaveFormData": "A*AA"}, "no valid base64"),
             ({"LeadAmplitudeUnits": "INCHES"}, "has the unit 'INCHES'"),
@@ -352,7 +352,7 @@ class TestPhilips:
         tracemalloc.stop()
 
     def test_unknown_code(self):
-        with pytest.raises(ValueError, match="holds the code 300, and only 256 are known"):
+        with pytest.raises(ValueError, match="holds the code 300, only 256 are known"):
             read_xml(sierra(b"\2\0\0\0\0\0\0\0" + (300 << 6).to_bytes(2, "big"), "I II", 3))
 
     @pytest.mark.parametrize(

@@ -355,7 +355,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_data_options(command, required=True)
     command.add_argument("--output_dir", type=Path, required=True, help=f"where {FILE_NAME} and its card go")
     command.add_argument(
-        "--num_merges", type=whole_number, default=10_000, help="tokens beside the 26 amplitudes; default: %(default)s"
+        "--num_merges", type=whole_number, default=10_000, help="tokens to learn; default: %(default)s"
     )
     command.add_argument(
         "--millivolt_range",
@@ -365,9 +365,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="millivolts that the 26 amplitudes divide; default: the range of each record, as in the reference",
     )
     command.add_argument("--within_leads", action="store_true", help="no token runs from one lead into the next")
-    command.add_argument(
-        "--sampling_rate", type=float, default=250, help="Hz to which records are resampled; default: %(default)s"
-    )
+    command.add_argument("--sampling_rate", type=float, default=250, help="Hz to resample to; default: %(default)s")
     command.add_argument(
         "--lead_names",
         nargs="+",
@@ -378,7 +376,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--data_subset", type=float, help="share of the rows, in (0, 1], chosen at random by --seed")
     command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     command.add_argument(
-        "--min_frequency", type=whole_number, default=2, help="rarer pairs are not merged; default: %(default)s"
+        "--min_frequency", type=whole_number, default=2, help="rarer pairs stay apart; default: %(default)s"
     )
 
     command = commands.add_parser("inspect", help="settings of a tokenizer, and how it fares on ECGs, with a picture")

@@ -442,7 +442,7 @@ def test_vision_backbones(model_type, llm, tmp_path):
             expected = model.get_image_features(**pixels).pooler_output
             found = elm.get_ecg_features(**pixels)
         connector = elm.model.connector
-        torch.testing.assert_close(found.reshape(1, -1), connector(expected).reshape(1, -1), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.reshape(1, -1), connector(expected[:, None]).reshape(1, -1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -450,7 +450,7 @@ def test_vision_backbones(model_type, llm, tmp_path):
     [
         ([], r"--encoder is None; expected one of merl, mlae"),
         (["--encoder", "vit"], r"--encoder is vit; expected one of merl, mlae"),
-        (["--encoder", "st_mem"], r"no entry for embeddings\.lead_embeddings, .* which a st_mem encoder needs"),
+        (["--encoder", "st_mem"], r"no entry for embeddings\.lead_embeddings, .* of a st_mem encoder"),
         (["--encoder", "merl", "--llm", "nowhere"], "holds no language model.*leave --llm out"),
         (["--encoder", "merl", "--lead_names", "I", "II"], "are of 12 leads, and --lead_names are 2"),
         (["--encoder", "merl", "--representation", "rgb"], "holds no language model.*leave --representation rgb out"),
@@ -475,8 +475,8 @@ def test_segment_of_another_length(shapes, tmp_path):
     ("drop", "options", "message"),
     [
         (None, [], r"holds a language model.*--llm"),
-        ("project_layer.projection.bias", ["--llm"], r"no entry for projection\.bias, which the patch connector"),
-        ("llm.llm.lm_head.weight", ["--llm"], r"no entry for lm_head\.weight, which --llm"),
+        ("project_layer.projection.bias", ["--llm"], r"no entry for projection\.bias, of the patch connector"),
+        ("llm.llm.lm_head.weight", ["--llm"], r"no entry for lm_head\.weight, of --llm"),
         ("llm.llm.model.norm.weight", ["--llm"], r"no entry for model\.language_model\.norm\.weight"),
         (None, ["--llm", "--num_encoder_tokens", 4], "makes 5 tokens of 12 leads x 500 samples"),
         (None, ["--llm", "--segment_len", 550], r"makes 5\.5 tokens of 12 leads x 550 samples"),
@@ -498,7 +498,7 @@ def test_what_is_missing_is_an_error_and_nothing_is_written(drop, options, messa
 
 def test_a_language_model_of_another_size(llm, tmp_path):
     other = save_tiny_llm(tmp_path / "other", hidden_size=32)
-    with pytest.raises(ValueError, match=r"is \[64.*\] in the checkpoint and \[32.*\] in the model; check --llm"):
+    with pytest.raises(ValueError, match=r"is \[64.*\] in the checkpoint, \[32.*\] in the model; check --llm"):
         run(tmp_path / "elm.pt", fuyu(llm), "--llm", other, *FUYU)
     assert not (tmp_path / "out").exists()
 

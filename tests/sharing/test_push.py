@@ -526,7 +526,6 @@ def test_errors_of_the_hub(model, hub, monkeypatch, capsys):
     with pytest.raises(ValueError, match="does not know this token"):
         push(model, "model")
     monkeypatch.setattr("elm_ecg.training.sharing.push.get_token", lambda: None)
-    assert cli.COMMANDS.get("push", ("elm_ecg.training.sharing.push",))[0] == "elm_ecg.training.sharing.push"
     with pytest.raises(ValueError, match="Nobody is logged in"):
         push(model, "model")
 
@@ -641,7 +640,10 @@ def test_dataset(hub, tmp_path, capsys):
     push(tmp_path, "ecgs", "--pr")
     assert repo["refs/pr/1"]["data/test-1.parquet"] != before
     assert repo["main"]["data/test-1.parquet"] == before
-    for option, message in (("--space", r"holds a dataset\."), ("--base_repo_id=user/base", "of the base model")):
+    for option, message in (
+        ("--space", r"holds a dataset\."),
+        ("--base_repo_id=user/base", "for the base of an adapter"),
+    ):
         with pytest.raises(ValueError, match=message):
             push(tmp_path, "ecgs", option)
 

@@ -95,9 +95,7 @@ def count_indices(keys: Collection[str], pattern: str) -> int:
     """How many indices the first group of `pattern` runs through."""
     count = 1 + max((int(match[1]) for key in keys if (match := re.match(pattern, key))), default=-1)
     if count > len(keys):
-        raise ValueError(
-            f"An entry has the index {count - 1}, and there are {len(keys)} entries in all: others are missing."
-        )
+        raise ValueError(f"An entry has the index {count - 1}, and there are {len(keys)} entries: others are missing.")
     return count
 
 

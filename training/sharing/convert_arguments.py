@@ -72,6 +72,4 @@ class ConvertArguments(ModelArguments):
             raise ValueError(f"--added_tokens {ECG_TOKENS} is for symbolic ELMs; add --elm ecg_byte, or leave it out.")
         repeated = {token for token in self.added_tokens if self.added_tokens.count(token) > 1}
         if repeated:
-            raise ValueError(
-                f"--added_tokens has {', '.join(sorted(repeated))} more than once; each token has one row."
-            )
+            raise ValueError(f"--added_tokens has {', '.join(sorted(repeated))} more than once; each has one row.")

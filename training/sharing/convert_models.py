@@ -108,9 +108,7 @@ def encoder_fields(args: ConvertArguments, tensors: dict[str, Tensor]) -> dict[s
 def _check_missing(conversion: Conversion, what: str) -> None:
     if conversion.missing:
         left_over = f" Left over: {some_of(conversion.left_over)}." if conversion.left_over else ""
-        raise ValueError(
-            f"The checkpoint has no entry for {some_of(conversion.missing)}, which {what} needs.{left_over}"
-        )
+        raise ValueError(f"The checkpoint has no entry for {some_of(conversion.missing)}, of {what}.{left_over}")
 
 
 def _check_tensors(tensors: dict[str, Tensor], model: nn.Module, hint: str) -> None:
@@ -125,13 +123,13 @@ def _check_tensors(tensors: dict[str, Tensor], model: nn.Module, hint: str) -> N
         tensor = tensors[name]
         if tensor.shape != expected.shape:
             raise ValueError(
-                f"{name} is {list(tensor.shape)} in the checkpoint and {list(expected.shape)} in the model; check {hint}."
+                f"{name} is {list(tensor.shape)} in the checkpoint, {list(expected.shape)} in the model; check {hint}."
             )
         if expected.is_floating_point() and not tensor.is_floating_point():
             raise ValueError(f"{name} is of {tensor.dtype} in the checkpoint; expected floats, not quantized weights.")
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(
-                f"{name} has NaN or infinite values in the checkpoint: its training diverged, or it is damaged."
+                f"{name} has NaN or infinite values in the checkpoint: training diverged, or it is damaged."
             )
 
 
@@ -260,7 +258,7 @@ def _fit_vocabulary(
     if model.config.tie_word_embeddings:
         if name in part.tensors and head in part.tensors and not torch.equal(part.tensors[name], part.tensors[head]):
             raise ValueError(
-                f"The head of the checkpoint is not its embeddings, which --llm {args.llm} ties; check --llm."
+                f"The head of the checkpoint is not its embeddings, which --llm {args.llm} ties; check it."
             )
         present = [key for key in (name, head) if key in part.tensors]  # a checkpoint of tied weights may hold either
         if present:

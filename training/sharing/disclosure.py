@@ -192,9 +192,7 @@ def check_text(path: Path, text: str, own_names: Iterable[str] | None = None) ->
     for name in sorted(own_names or (), key=len, reverse=True):
         text = text.replace(name, " ")
     if match := TOKEN.search(text):
-        raise ValueError(
-            f"{path} has a token of the Hub, {match[0][:6]}...: take it out, and revoke it in your settings."
-        )
+        raise ValueError(f"{path} has a token of the Hub, {match[0][:6]}...: take it out, and revoke it.")
     if match := LOCAL_PATH.search(text):
         raise ValueError(f"{path} has {match[0]!r}, a folder of this machine: nothing was shared. Take it out.")
     if match := NAMES.search(text) or (None if own_names is None else DATES.search(text)):

@@ -426,13 +426,9 @@ def check_arguments(args: argparse.Namespace, kind: str) -> None:
     if args.space and kind not in ("model", "adapter"):
         raise ValueError(f"--space is a page that asks a model; {args.run} holds {a} {kind}.")
     if args.base_repo_id and kind != "adapter":
-        raise ValueError(
-            f"--base_repo_id is of the base model of an adapter; {args.run} holds {a} {kind}. Leave it out."
-        )
+        raise ValueError(f"--base_repo_id is for the base of an adapter; {args.run} holds {a} {kind}. Leave it out.")
     if args.base_repo_id == args.repo_id:
-        raise ValueError(
-            f"--base_repo_id and --repo_id are both {args.repo_id}; a base model has a repository of its own."
-        )
+        raise ValueError(f"--base_repo_id and --repo_id are both {args.repo_id}; a base model has its own repository.")
     if args.space and args.pr:
         raise ValueError("--space shows what is in the repo, and a pull request is not yet; leave one of them out.")
 
@@ -481,13 +477,11 @@ def make_parser() -> argparse.ArgumentParser:
     """The options of `elm push`."""
     parser = CommandLineParser(prog="elm push", description=__doc__)
     parser.add_argument(
-        "run", type=Path, metavar="RUN", help="folder of a model, LoRA adapter, encoder, ECG-Byte tokenizer or dataset"
+        "run", type=Path, metavar="RUN", help="folder of a model, adapter, encoder, tokenizer or dataset"
     )
     parser.add_argument("--repo_id", required=True, metavar="OWNER/NAME")
     parser.add_argument("--private", action="store_true", help="make a new repository that others cannot see")
-    parser.add_argument(
-        "--revision", metavar="BRANCH", help="branch to push to, made where it does not exist; default: main"
-    )
+    parser.add_argument("--revision", metavar="BRANCH", help="branch, made where it does not exist; default: main")
     parser.add_argument("--pr", action="store_true", help="propose the files as a pull request")
     parser.add_argument("--space", action="store_true", help="also a Space on which the model is asked")
     parser.add_argument(
