@@ -67,9 +67,7 @@ class ECGEncoder(PreTrainedModel):
     def check_num_samples(self, num_samples: int) -> None:
         """ValueError if the encoder does not admit records of this length."""
         if num_samples < 1:
-            raise ValueError(
-                f"{type(self).__name__} got empty records of 0 samples; expected at least 1: drop them from the batch."
-            )
+            raise ValueError(f"{type(self).__name__} got records of 0 samples; expected at least 1: drop them.")
 
     def encode(self, ecg_values: torch.Tensor, lead_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
         """Tokens [batch, tokens, output_size] of records as `prepare_ecg_values` gives them; `kwargs` are of the attention."""
@@ -88,6 +86,10 @@ class ECGEncoder(PreTrainedModel):
             `last_hidden_state` [batch, tokens, output_size], before pooling.
         """
         records = self.prepare_ecg_values(ecg_values, lead_mask)
+        if (
+            self.training and self.is_gradient_checkpointing
+        ):  # reentrant, it trains no block whose input needs no gradient
+            records = records.detach().requires_grad_()
         return BaseModelOutput(last_hidden_state=self.encode(records, lead_mask, **kwargs))
 
 
@@ -486,11 +488,6 @@ class STMEMEmbeddings(nn.Module):
         return hidden_states + self.positions[:, : hidden_states.shape[2]] + self.lead_embeddings[:, None]
 
 
-def tokens_of_leads(lead_mask: torch.Tensor | None, number: int) -> torch.Tensor | None:
-    """The mask [batch, leads] repeated for the `number` tokens of each lead, [batch, leads * number]."""
-    return None if lead_mask is None else lead_mask.bool().repeat_interleave(number, dim=1)
-
-
 class STMEMModel(ECGTransformer):
     """ST-MEM (Na et al. 2024, arXiv 2402.09450): patches of `patch_size` samples of each lead, all in one sequence.
 
@@ -506,14 +503,13 @@ class STMEMModel(ECGTransformer):
     def encode(self, ecg_values: torch.Tensor, lead_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
         """All patches of a lead before the next lead's, without SEP; zeros for those of missing leads."""
         hidden_states = self.embeddings(ecg_values)
-        tokens_of_lead = hidden_states.shape[2]
+        token_mask = None if lead_mask is None else lead_mask.bool().repeat_interleave(hidden_states.shape[2], dim=1)
         hidden_states = hidden_states.flatten(1, 2)
-        token_mask = tokens_of_leads(lead_mask, tokens_of_lead)
         attention_mask = create_bidirectional_mask(self.config, hidden_states, token_mask)
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask=attention_mask, **kwargs)
-        without_sep = hidden_states.unflatten(1, (self.config.num_leads, -1))[:, :, 1:-1].flatten(1, 2)
-        return zero_missing(self.norm(without_sep), tokens_of_leads(lead_mask, tokens_of_lead - 2))
+        hidden_states = zero_missing(self.norm(hidden_states), token_mask)
+        return hidden_states.unflatten(1, (self.config.num_leads, -1))[:, :, 1:-1].flatten(1, 2)
 
 
 ENCODER_MODELS: dict[str, type[ECGEncoder]] = {

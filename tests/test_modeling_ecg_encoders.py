@@ -329,6 +329,15 @@ def test_gradient_checkpointing_changes_nothing(kind, use_reentrant):
             torch.testing.assert_close(buffers[name], buffer, msg=name)
 
 
+def test_a_block_that_reads_the_record_itself_is_trained_with_reentrant_checkpointing():
+    model = tiny("merl", widths=(NUM_LEADS, 8), depths=(1, 1))
+    model.stem = nn.Identity()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    ecg_values = records()
+    assert all(gradient.any() for gradient in gradients(model, ecg_values).values())
+    assert not ecg_values.requires_grad  # the caller's own tensor stays as it is
+
+
 def test_checkpointing_can_be_switched_off_again():
     model, other = tiny("merl"), tiny("merl")
     model.gradient_checkpointing_enable()
