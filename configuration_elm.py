@@ -1,10 +1,56 @@
 """Configurations of the ELM and of the ECG encoders, each of which also stands alone."""
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+
+# what the processor makes of a record, and which of it are pictures, for vision backbones
+REPRESENTATIONS = ("signal", "symbolic", "stacked_signal", "rgb")
+IMAGE_REPRESENTATIONS = ("stacked_signal", "rgb")
+# what a connector reads of a vision backbone -> tokens that each ECG takes by default (CLIP's 7 x 7 patches, or its embedding)
+IMAGE_FEATURES = {"patches": 49, "embedding": 1}
+# an encoder and a connector; a connector that reads the record itself; no ECG features beside the text
+ARCHITECTURES = ("llava", "fuyu", "text")
+
+
+class ConnectorSpec(NamedTuple):
+    """What a connector belongs to and demands."""
+
+    architecture: str
+    num_ecg_tokens: int  # that it makes of an ECG by default
+    tokens: Literal["any", "one", "patches"] = (
+        "any"  # how many it can make; `patches`: such as cut the record into equal parts
+    )
+
+
+# the first of an architecture is its default
+CONNECTORS: dict[str, ConnectorSpec] = {
+    "linear": ConnectorSpec("llava", 12),
+    "mlp": ConnectorSpec("llava", 12),
+    "patch": ConnectorSpec("fuyu", 25, "patches"),
+    "conv": ConnectorSpec("fuyu", 25, "patches"),
+    "flat": ConnectorSpec("fuyu", 1, "one"),
+}
+
+
+def connectors_of(architecture: str) -> list[str | None]:
+    """The connectors of an architecture, its default first; `[None]` for `text`."""
+    return [name for name, spec in CONNECTORS.items() if spec.architecture == architecture] or [None]
+
+
+def default_num_ecg_tokens(
+    connector: str | None, representation: str = "signal", image_features: str = "patches"
+) -> int:
+    """Tokens that each ECG takes unless somebody says otherwise: of a picture as many as `IMAGE_FEATURES` says."""
+    if connector is None:
+        return 1
+    return (
+        IMAGE_FEATURES[image_features]
+        if representation in IMAGE_REPRESENTATIONS
+        else CONNECTORS[connector].num_ecg_tokens
+    )
 
 
 class ECGEncoderConfig(PreTrainedConfig):
@@ -13,8 +59,11 @@ class ECGEncoderConfig(PreTrainedConfig):
     Args:
         num_leads: leads of a record, in the order of the feature extractor's `lead_names`.
         num_samples: samples per lead; 2500 is 10 s at 250 Hz.
-        output_size: width of `last_hidden_state`, set by each encoder.
+        output_size: width of `last_hidden_state`; each encoder has it as a property or in its `attribute_map`.
+        paper: what the encoder is called in model cards, and where it is described.
     """
+
+    paper: ClassVar[tuple[str, str]]
 
     num_leads: int = 12
     num_samples: int = 2500
@@ -30,13 +79,10 @@ class ECGEncoderConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_input_shape(self) -> None:
+        """ValueError for a record without leads or samples."""
         for name in ("num_leads", "num_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{type(self).__name__}.{name} is {getattr(self, name)}; it must be at least 1.")
-
-    @property
-    def output_size(self) -> int:
-        raise AttributeError(f"{type(self).__name__} does not say the width of its tokens.")
 
 
 @strict
@@ -50,12 +96,14 @@ class MERLConfig(ECGEncoderConfig):
     """
 
     model_type = "merl"
+    paper = ("MERL, a 1-D ResNet", "https://arxiv.org/abs/2403.06659")
 
     block: Literal["bottleneck", "basic"] = "bottleneck"
     depths: list[int] | tuple[int, ...] = (3, 4, 23, 3)
     widths: list[int] | tuple[int, ...] = (64, 128, 256, 512)
 
     def validate_stages(self) -> None:
+        """ValueError if depths and widths are not of the same stages."""
         if not self.depths or len(self.depths) != len(self.widths) or min(*self.depths, *self.widths) < 1:
             raise ValueError(
                 f"MERLConfig has depths={list(self.depths)} and widths={list(self.widths)}; give one of each per stage, all at least 1."
@@ -63,11 +111,14 @@ class MERLConfig(ECGEncoderConfig):
 
     @property
     def output_size(self) -> int:
+        """Channels of the last stage, after expansion."""
         return self.widths[-1] * (4 if self.block == "bottleneck" else 1)
 
 
 class ECGTransformerConfig(ECGEncoderConfig):
     """The pre-norm transformer that MLAE, MTAE and ST-MEM share: head size 64, MLP ratio 4, exact GELU."""
+
+    attribute_map = {"output_size": "hidden_size"}
 
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -76,28 +127,23 @@ class ECGTransformerConfig(ECGEncoderConfig):
     mlp_ratio: int = 4
     layer_norm_eps: float = 1e-5
 
-    @property
-    def output_size(self) -> int:
-        return self.hidden_size
-
 
 class MaskedAutoencoderConfig(ECGTransformerConfig):
-    """MLAE and MTAE: the tokens are the states of the decoder, so `output_size` is `decoder_hidden_size`."""
+    """MLAE and MTAE: the tokens are the states of the decoder."""
+
+    attribute_map = {"output_size": "decoder_hidden_size"}
 
     decoder_hidden_size: int = 256
     decoder_num_hidden_layers: int = 4
     decoder_num_attention_heads: int = 4
 
     def validate_widths(self) -> None:
+        """ValueError if a width has no half for the sines of the positions."""
         for name in ("hidden_size", "decoder_hidden_size"):
             if getattr(self, name) % 2:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)}; half of it are sines and half cosines: choose an even one."
+                    f"{name} is {getattr(self, name)}; half of it are sines, half cosines: choose an even one."
                 )
-
-    @property
-    def output_size(self) -> int:
-        return self.decoder_hidden_size
 
 
 @strict
@@ -105,10 +151,12 @@ class MLAEConfig(MaskedAutoencoderConfig):
     """Masked lead autoencoder: one patch per `patch_size` leads, all of their samples in it."""
 
     model_type = "mlae"
+    paper = ("MaeFE, masked lead autoencoder", "https://doi.org/10.1109/TIM.2022.3228267")
 
     patch_size: int = 1
 
     def validate_patches(self) -> None:
+        """ValueError if the leads do not make whole patches."""
         if self.patch_size < 1 or self.num_leads % self.patch_size:
             raise ValueError(
                 f"MLAEConfig.patch_size is {self.patch_size} leads, which must divide num_leads={self.num_leads}."
@@ -129,46 +177,39 @@ def default_patch_size(num_samples: int) -> int:
     return num_samples // min(counts, key=lambda n: abs(n - 32))
 
 
-def _check_time_patches(config: "MTAEConfig | STMEMConfig") -> None:
-    size = config.patch_size
-    if size is None or size < 1 or config.num_samples % size:
-        raise ValueError(
-            f"{type(config).__name__}.patch_size is {size} samples, which must divide num_samples={config.num_samples}."
-        )
+class TimePatchConfig(ECGEncoderConfig):
+    """What MTAE and ST-MEM share: `patch_size` samples in a patch, a whole number, None for that of `default_patch_size`."""
+
+    patch_size: Any = None  # None is replaced at once, so `int | None` would be wrong for all who read it
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.patch_size is None:
+            self.patch_size = default_patch_size(self.num_samples)
+        super().__post_init__(**kwargs)
+
+    def validate_patches(self) -> None:
+        """ValueError if a record does not make whole patches."""
+        size = self.patch_size
+        if not isinstance(size, int) or size < 1 or self.num_samples % size:
+            raise ValueError(
+                f"{type(self).__name__}.patch_size is {size!r} samples, which must divide num_samples={self.num_samples}."
+            )
 
 
 @strict
-class MTAEConfig(MaskedAutoencoderConfig):
+class MTAEConfig(TimePatchConfig, MaskedAutoencoderConfig):
     """Masked time autoencoder: one patch per `patch_size` samples, all leads in it."""
 
     model_type = "mtae"
-
-    patch_size: int | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        if self.patch_size is None:
-            self.patch_size = default_patch_size(self.num_samples)
-        super().__post_init__(**kwargs)
-
-    def validate_patches(self) -> None:
-        _check_time_patches(self)
+    paper = ("MaeFE, masked time autoencoder", "https://doi.org/10.1109/TIM.2022.3228267")
 
 
 @strict
-class STMEMConfig(ECGTransformerConfig):
+class STMEMConfig(TimePatchConfig, ECGTransformerConfig):
     """ST-MEM (Na et al. 2024, arXiv 2402.09450): patches of `patch_size` samples of each lead, all in one sequence."""
 
     model_type = "st_mem"
-
-    patch_size: int | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        if self.patch_size is None:
-            self.patch_size = default_patch_size(self.num_samples)
-        super().__post_init__(**kwargs)
-
-    def validate_patches(self) -> None:
-        _check_time_patches(self)
+    paper = ("ST-MEM", "https://arxiv.org/abs/2402.09450")
 
 
 ENCODER_CONFIGS: dict[str, type[ECGEncoderConfig]] = {
@@ -180,6 +221,7 @@ class EncoderSpec(SubConfigSpec):
     """Resolves `encoder_config` by its `model_type`: an ECG encoder of this file or any Hugging Face vision model."""
 
     def get_config_class(self, model_type: str | None = None) -> type[PreTrainedConfig]:
+        """The class of that `model_type`; ValueError if there is none."""
         if model_type in ENCODER_CONFIGS:
             return ENCODER_CONFIGS[model_type]
         if model_type is not None and model_type in CONFIG_MAPPING:
@@ -190,15 +232,12 @@ class EncoderSpec(SubConfigSpec):
         )
 
 
-# what vision backbones read: the ECG as a picture
-IMAGE_REPRESENTATIONS = ("stacked_signal", "rgb")
-
-# connectors of each architecture; `None` stands for no ECG features beside the text
-CONNECTORS: dict[str, tuple[str | None, ...]] = {
-    "llava": ("linear", "mlp"),
-    "fuyu": ("flat", "patch", "conv"),
-    "text": (None,),
-}
+if (
+    TYPE_CHECKING
+):  # what a sub-configuration is once the base class has made it, of a class that only its model_type tells
+    SubConfig = Any
+else:  # what may be given
+    SubConfig = dict | PreTrainedConfig | None
 
 
 @strict
@@ -211,8 +250,8 @@ class ELMConfig(PreTrainedConfig):
             backbone for `stacked_signal` and `rgb`.
         architecture: `llava` (encoder tokens through the connector), `fuyu` (the record straight through the
             connector, no encoder) or `text` (no ECG features: the language model alone, or ECG-Byte tokens).
-        connector: `linear` or `mlp` for llava; `flat`, `patch` or `conv` for fuyu; None for text.
-        representation: what the processor makes of a record: `signal`, `symbolic`, `stacked_signal` or `rgb`.
+        connector: one of `CONNECTORS` for llava and fuyu; None for text.
+        representation: what the processor makes of a record, one of `REPRESENTATIONS`.
         num_ecg_tokens: placeholder tokens that each ECG takes in the text.
         image_features: what the connector reads of a vision backbone: `patches`, its patch tokens pooled to `num_ecg_tokens`;
             or `embedding`, its pooled vector as in the reference, which takes one token.
@@ -226,13 +265,13 @@ class ELMConfig(PreTrainedConfig):
         "encoder_config": EncoderSpec(config_class=AutoConfig, model_type="merl", optional=True),
     }
 
-    text_config: dict | PreTrainedConfig | None = None
-    encoder_config: dict | PreTrainedConfig | None = None
-    architecture: Literal["llava", "fuyu", "text"] = "llava"
-    connector: Literal["linear", "mlp", "flat", "patch", "conv"] | None = "linear"
-    representation: Literal["signal", "symbolic", "stacked_signal", "rgb"] = "signal"
+    text_config: SubConfig = None
+    encoder_config: SubConfig = None
+    architecture: str = "llava"
+    connector: str | None = "linear"
+    representation: str = "signal"
     num_ecg_tokens: int = 1
-    image_features: Literal["patches", "embedding"] = "patches"
+    image_features: str = "patches"
     ecg_token_id: int | None = None
     num_leads: int = 12
     num_samples: int = 2500
@@ -252,19 +291,29 @@ class ELMConfig(PreTrainedConfig):
             }
         }
         super().__post_init__(**kwargs)
-        text_config, encoder_config = self.text_config, self.encoder_config
-        assert isinstance(text_config, PreTrainedConfig)  # made of a dict or of None by the base class
-        self.tie_word_embeddings = text_config.tie_word_embeddings
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings
         # by name: classes loaded from a Hub repo are not these classes
-        if isinstance(encoder_config, PreTrainedConfig) and encoder_config.model_type in ENCODER_CONFIGS:
-            self.num_leads, self.num_samples = encoder_config.num_leads, encoder_config.num_samples
+        if self.encoder_config is not None and self.encoder_config.model_type in ENCODER_CONFIGS:
+            self.num_leads, self.num_samples = self.encoder_config.num_leads, self.encoder_config.num_samples
 
-    def validate_parts(self) -> None:
-        if self.connector not in CONNECTORS[self.architecture]:
-            expected = " or ".join(repr(name) for name in CONNECTORS[self.architecture])
+    def validate_choices(self) -> None:
+        """ValueError for a word that this module does not know."""
+        for name, choices in (
+            ("architecture", ARCHITECTURES),
+            ("representation", REPRESENTATIONS),
+            ("image_features", IMAGE_FEATURES),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}.")
+        connectors = connectors_of(self.architecture)
+        if self.connector not in connectors:
+            expected = " or ".join(map(repr, connectors))
             raise ValueError(
                 f"connector={self.connector!r} with architecture={self.architecture!r}; expected {expected}."
             )
+
+    def validate_parts(self) -> None:
+        """ValueError if architecture, representation and encoder do not go together."""
         if self.representation == "symbolic" and self.architecture != "text":
             raise ValueError(
                 f"architecture={self.architecture!r} with representation='symbolic'; symbolic ECGs are tokens of the text, "
@@ -272,19 +321,20 @@ class ELMConfig(PreTrainedConfig):
             )
         if (self.encoder_config is not None) != (self.architecture == "llava"):
             encoder = self.encoder_config
-            got = f"a {encoder.model_type} encoder" if isinstance(encoder, PreTrainedConfig) else "no encoder_config"
+            got = "no encoder_config" if encoder is None else f"a {encoder.model_type} encoder"
             raise ValueError(
                 f"architecture={self.architecture!r} with {got}; 'llava' needs an encoder_config, 'fuyu' and 'text' take none."
             )
 
     def validate_encoder(self) -> None:
+        """ValueError if the encoder cannot read the representation, or gives no such features."""
         encoder = self.encoder_config
         if self.image_features == "embedding" and self.representation not in IMAGE_REPRESENTATIONS:
             raise ValueError(
                 f"image_features='embedding' with representation={self.representation!r}; only vision backbones have an "
                 "embedding: expected 'patches'."
             )
-        if not isinstance(encoder, PreTrainedConfig):
+        if encoder is None:
             if self.representation in IMAGE_REPRESENTATIONS and self.architecture == "fuyu":
                 raise ValueError(
                     f"architecture={self.architecture!r} with representation={self.representation!r}; pictures of ECGs need a "
@@ -308,17 +358,19 @@ class ELMConfig(PreTrainedConfig):
             )
 
     def validate_tokens(self) -> None:
+        """ValueError if the connector cannot make that many tokens, or none has a place in the text."""
         if self.num_ecg_tokens < 1:
             raise ValueError(f"num_ecg_tokens is {self.num_ecg_tokens}; it must be at least 1.")
         if self.architecture != "text" and self.ecg_token_id is None:
             raise ValueError("ecg_token_id is None; give the id of the tokenizer's ECG placeholder token.")
         if self.image_features == "embedding" and self.num_ecg_tokens != 1:
             raise ValueError(f"image_features='embedding' is one token; num_ecg_tokens is {self.num_ecg_tokens}.")
-        if self.connector == "flat" and self.num_ecg_tokens != 1:
+        demanded = "any" if self.connector is None else CONNECTORS[self.connector].tokens
+        if demanded == "one" and self.num_ecg_tokens != 1:
             raise ValueError(
-                f"The flat connector makes one token of a record; num_ecg_tokens is {self.num_ecg_tokens}."
+                f"The {self.connector} connector makes one token of a record; num_ecg_tokens is {self.num_ecg_tokens}."
             )
-        if self.connector in ("patch", "conv") and self.num_samples % self.num_ecg_tokens:
+        if demanded == "patches" and self.num_samples % self.num_ecg_tokens:
             raise ValueError(
                 f"num_ecg_tokens={self.num_ecg_tokens} patches do not divide a record of {self.num_samples} samples."
             )

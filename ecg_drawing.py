@@ -131,10 +131,6 @@ def page_height(paper: ECGPaper, lead_names: Sequence[str]) -> float:
     return _num_rows(paper, lead_names) * ROW_HEIGHTS[paper.layout] + 2 * VERTICAL_MARGIN
 
 
-def _row_height(paper: ECGPaper, lead_names: Sequence[str], height_mm: float) -> float:
-    return (height_mm - 2 * VERTICAL_MARGIN) / _num_rows(paper, lead_names)
-
-
 def strips(paper: ECGPaper, lead_names: Sequence[str], seconds: float, height_mm: float) -> list[Strip]:
     """Where the leads stand on a page of that height.
 
@@ -146,11 +142,11 @@ def strips(paper: ECGPaper, lead_names: Sequence[str], seconds: float, height_mm
         ValueError: the record has not the rhythm leads.
     """
     leads = sorted(lead_names, key=STANDARD_LEADS.index)
-    rhythm = _rhythm_leads(paper, leads)
-    rows = _num_rows(paper, leads) - len(rhythm)
+    rhythm, all_rows = _rhythm_leads(paper, leads), _num_rows(paper, leads)
+    rows = all_rows - len(rhythm)
     columns = math.ceil(len(leads) / rows)
-    row_height = _row_height(paper, leads, height_mm)
-    middles = [VERTICAL_MARGIN + (row + 0.5) * row_height for row in range(rows + len(rhythm))]
+    row_height = (height_mm - 2 * VERTICAL_MARGIN) / all_rows
+    middles = [VERTICAL_MARGIN + (row + 0.5) * row_height for row in range(all_rows)]
     baselines = [math.floor(middle / MINOR_GRID + 0.5) * MINOR_GRID for middle in middles]
     page = []
     for index, lead in enumerate(leads):
@@ -256,8 +252,8 @@ def _grid(height: int, width: int, spacing: float, line_width: float, scale: flo
         return Image.new("L", (width, height))
 
     def covered(length: int) -> np.ndarray:
-        whole, rest = np.divmod(np.arange(length + 1) + line_width / 2, spacing)
-        return np.diff(whole * line_width + rest.clip(max=line_width))
+        lines, beyond = np.divmod(np.arange(length + 1) + line_width / 2, spacing)
+        return np.diff(lines * line_width + beyond.clip(max=line_width))
 
     free = np.outer(1 - covered(height), 1 - covered(width))
     return Image.fromarray(np.rint(255 * (1 - free)).astype(np.uint8))
@@ -290,7 +286,7 @@ def _page(
     text_size = max(MIN_TEXT_SIZE, TEXT_SIZE * scale)
     font, halo = ImageFont.load_default(text_size), max(1, round(text_size / 16))
     texts = [
-        *_labels(page, _row_height(paper, lead_names, height_mm), text_size / scale),
+        *_labels(page, (height_mm - 2 * VERTICAL_MARGIN) / rows, text_size / scale),
         (caption, MINOR_GRID, height_mm - MINOR_GRID),
     ]
     draw = ImageDraw.Draw(picture)

@@ -12,10 +12,9 @@ from transformers.models.auto.image_processing_auto import get_image_processor_c
 from transformers.models.siglip2.image_processing_pil_siglip2 import get_image_size_for_max_num_patches
 from transformers.utils import TensorType
 
+from .configuration_elm import IMAGE_REPRESENTATIONS
 from .ecg_drawing import ECGPaper, draw_ecg, page_height, page_width
 from .ecg_utils import ECGRecord
-
-IMAGE_REPRESENTATIONS = ("stacked_signal", "rgb")
 
 
 class ECGImageProcessor(BaseImageProcessor):
@@ -131,6 +130,7 @@ class ECGImageProcessor(BaseImageProcessor):
         return get_image_size_for_max_num_patches(height, width, *patches)  # which leaves its result as it is
 
     def to_dict(self) -> dict[str, Any]:
+        """What `preprocessor_config.json` holds: the arguments, the backbone's image processor as its own dict."""
         return {
             "auto_map": {"AutoImageProcessor": "image_processing_elm.ECGImageProcessor"},
             "image_processor_type": type(self).__name__,

@@ -12,6 +12,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.siglip.modeling_siglip import eager_attention_forward
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -28,7 +29,7 @@ from .configuration_elm import (
 
 
 class ECGEncoder(PreTrainedModel):
-    """What the encoders share: `forward(ecg_values)` of records [batch, leads, samples] gives tokens before pooling.
+    """What the encoders share; each says by `encode` what tokens it makes of records, and by `check_num_samples` of which.
 
     `lead_mask` [batch, leads] is False for leads that a record has not: what stands in their rows is never read. The convolutions
     of MERL and the time patches of MTAE read zeros there; MLAE and ST-MEM, whose tokens are leads or parts of them, attend to
@@ -36,6 +37,7 @@ class ECGEncoder(PreTrainedModel):
     """
 
     config: ECGEncoderConfig
+    config_class: type[ECGEncoderConfig]  # transformers sets it to what `config` is annotated with
     base_model_prefix = "encoder"
     main_input_name = "ecg_values"
     input_modalities = "ecg"
@@ -64,7 +66,31 @@ class ECGEncoder(PreTrainedModel):
 
     def check_num_samples(self, num_samples: int) -> None:
         """ValueError if the encoder does not admit records of this length."""
+        if num_samples < 1:
+            raise ValueError(f"{type(self).__name__} got records of 0 samples; expected at least 1: drop them.")
+
+    def encode(self, ecg_values: torch.Tensor, lead_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
+        """Tokens [batch, tokens, output_size] of records as `prepare_ecg_values` gives them; `kwargs` are of the attention."""
         raise NotImplementedError
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self, ecg_values: torch.Tensor, lead_mask: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutput:
+        """
+        Args:
+            ecg_values: float [batch, leads, samples].
+            lead_mask: [batch, leads], False for leads that a record has not; None where all are there.
+
+        Returns:
+            `last_hidden_state` [batch, tokens, output_size], before pooling.
+        """
+        records = self.prepare_ecg_values(ecg_values, lead_mask)
+        if (
+            self.training and self.is_gradient_checkpointing
+        ):  # reentrant, it trains no block whose input needs no gradient
+            records = records.detach().requires_grad_()
+        return BaseModelOutput(last_hidden_state=self.encode(records, lead_mask, **kwargs))
 
 
 def without_missing_leads(ecg_values: torch.Tensor, lead_mask: torch.Tensor | None) -> torch.Tensor:
@@ -91,10 +117,23 @@ class ResNetConv(nn.Module):
         self.norm = nn.BatchNorm1d(out_channels)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[batch, channels, length] -> [batch, out_channels, length / stride]."""
         return self.norm(self.conv(hidden_states))
 
 
-class ResNetBlock(GradientCheckpointingLayer):
+class BatchNormBlock(GradientCheckpointingLayer):
+    """A block with batch norm, whose running statistics are the same with gradient checkpointing as without."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # a checkpointed block runs twice: two steps of the smaller momentum move the statistics like one of 0.1
+        momentum = 1 - math.sqrt(0.9) if self.gradient_checkpointing else 0.1
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm1d):
+                module.momentum = momentum
+        return super().__call__(*args, **kwargs)
+
+
+class ResNetBlock(BatchNormBlock):
     """`bottleneck` (1x1, k3, 1x1) or `basic` (k3, k3) block; the stride is on the first k3 convolution."""
 
     def __init__(self, config: MERLConfig, in_channels: int, width: int, stride: int) -> None:
@@ -114,11 +153,7 @@ class ResNetBlock(GradientCheckpointingLayer):
         self.shortcut = nn.Identity() if same_shape else ResNetConv(in_channels, out_channels, 1, stride)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # a checkpointed block runs twice: two steps of the smaller momentum move the running statistics like one of 0.1
-        momentum = 1 - math.sqrt(0.9) if self.gradient_checkpointing else 0.1
-        for module in (*self.convs, self.shortcut):
-            if isinstance(module, ResNetConv):
-                module.norm.momentum = momentum
+        """As of `ResNetConv`."""
         residual = self.shortcut(hidden_states)
         for conv in self.convs[:-1]:
             hidden_states = conv(hidden_states).relu()
@@ -163,52 +198,20 @@ class MERLModel(ECGEncoder):
         if isinstance(module, nn.Conv1d):
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def check_num_samples(self, num_samples: int) -> None:
-        if num_samples < 1:
-            raise ValueError("MERLModel got empty records of 0 samples; expected at least 1: drop them from the batch.")
-
-    @capture_outputs(tie_last_hidden_states=False)
-    def forward(
-        self,
-        ecg_values: torch.Tensor,
-        lead_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutput:
-        """
-        Args:
-            ecg_values: float [batch, leads, samples].
-            lead_mask: [batch, leads], False for leads that a record has not, which are zeros here.
-
-        Returns:
-            `last_hidden_state` [batch, tokens, output_size].
-        """
-        hidden_states = self.stem(self.prepare_ecg_values(ecg_values, lead_mask)).relu()
+    def encode(self, ecg_values: torch.Tensor, lead_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
+        """A token for each place of the last stage; missing leads are zeros."""
+        hidden_states = self.stem(ecg_values).relu()
         for stage in self.stages:
             hidden_states = stage(hidden_states)
-        return BaseModelOutput(last_hidden_state=hidden_states.transpose(1, 2))
+        return hidden_states.transpose(1, 2)
 
 
 # The transformer of MLAE, MTAE and ST-MEM
 
 
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
-
-
 class ECGAttention(nn.Module):
+    """Self-attention by the attention implementation that the configuration names."""
+
     def __init__(self, config: ECGTransformerConfig, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.config = config
@@ -224,6 +227,7 @@ class ECGAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """States [batch, tokens, hidden_size], and the attention's weights where its implementation gives them."""
         query, key, value = self.qkv_proj(hidden_states).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -241,12 +245,15 @@ class ECGAttention(nn.Module):
 
 
 class ECGMLP(nn.Module):
+    """Linear, GELU, linear."""
+
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(hidden_size, intermediate_size)
         self.fc2 = nn.Linear(intermediate_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[..., hidden_size], token by token."""
         return self.fc2(nn.functional.gelu(self.fc1(hidden_states)))
 
 
@@ -261,6 +268,7 @@ class ECGTransformerLayer(GradientCheckpointingLayer):
         self.mlp = ECGMLP(hidden_size, config.mlp_ratio * hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        """[batch, tokens, hidden_size]; `kwargs` are of the attention."""
         hidden_states = hidden_states + self.attention(self.norm1(hidden_states), **kwargs)[0]
         return hidden_states + self.mlp(self.norm2(hidden_states))
 
@@ -275,6 +283,7 @@ class PatchEmbedding(nn.Module):
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """[..., patch_dim] -> [..., hidden_size]."""
         return self.norm2(self.projection(self.norm1(patches)))
 
 
@@ -282,16 +291,33 @@ class ECGTransformer(ECGEncoder):
     """Base of MLAE, MTAE and ST-MEM. `hidden_states` and `attentions` are those of the blocks in `layers`."""
 
     config: ECGTransformerConfig
+    # accelerate keeps each of these on one device: their forward uses parameters of their own
     _no_split_modules = ["ECGTransformerLayer", "MaskedAutoencoderEmbeddings", "DecoderEmbeddings", "STMEMEmbeddings"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # by the name of the list: the decoder's blocks have another width
+    # by the name of the list, as the decoder's blocks have another width
     _can_record_outputs = {
         "hidden_states": OutputRecorder(ECGTransformerLayer, index=0, layer_name="layers"),
         "attentions": OutputRecorder(ECGAttention, index=1, layer_name="layers"),
     }
+
+    def __init__(self, config: ECGTransformerConfig, embeddings: nn.Module) -> None:
+        super().__init__(config)
+        width, heads = config.hidden_size, config.num_attention_heads
+        self.embeddings = embeddings
+        self.layers = nn.ModuleList(ECGTransformerLayer(config, width, heads) for _ in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+
+    def check_num_samples(self, num_samples: int) -> None:
+        """ValueError if records of this length do not make whole patches, or more of them than there are positions."""
+        patch_size, most = self.config.patch_size, self.config.num_samples
+        if not 0 < num_samples <= most or num_samples % patch_size:
+            raise ValueError(
+                f"{type(self).__name__} got records of {num_samples} samples; expected a multiple of patch_size={patch_size}, "
+                f"{most} at most: cut or pad the records, or set num_samples in the configuration."
+            )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -307,25 +333,9 @@ class ECGTransformer(ECGEncoder):
                 init.trunc_normal_(parameter, std=std)
 
 
-def attention_mask_of(
-    config: ECGTransformerConfig, hidden_states: torch.Tensor, token_mask: torch.Tensor | None
-) -> Any:
-    """For attention to the tokens of which `token_mask` [batch, tokens] is True, as the attention implementation takes it."""
-    return None if token_mask is None else create_bidirectional_mask(config, hidden_states, token_mask)
-
-
 def zero_missing(hidden_states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
     """Zeros for the tokens of which `token_mask` [batch, tokens] is False."""
     return hidden_states if token_mask is None else hidden_states.masked_fill(~token_mask[..., None], 0)
-
-
-def check_time_patches(model: str, config: MTAEConfig | STMEMConfig, num_samples: int) -> None:
-    """ValueError if records of this length do not make whole patches, or more of them than there are positions."""
-    if not 0 < num_samples <= config.num_samples or num_samples % config.patch_size:
-        raise ValueError(
-            f"{model} got records of {num_samples} samples; expected a multiple of patch_size={config.patch_size}, "
-            f"{config.num_samples} at most: cut or pad the records, or set num_samples in the configuration."
-        )
 
 
 # MLAE and MTAE
@@ -353,6 +363,7 @@ class MaskedAutoencoderEmbeddings(nn.Module):
         self.register_buffer("positions", torch.zeros(1, 1 + num_patches, config.hidden_size))
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """[batch, patches, patch_dim] -> [batch, 1 + patches, hidden_size]; records may be shorter than `num_samples`."""
         hidden_states = self.patch_embedding(patches)
         cls_token = self.cls_token.expand(hidden_states.shape[0], 1, -1)
         hidden_states = torch.cat([cls_token, hidden_states], dim=1)
@@ -370,6 +381,7 @@ class DecoderEmbeddings(nn.Module):
         self.register_buffer("positions", torch.zeros(1, 1 + num_patches, config.decoder_hidden_size))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[batch, tokens, hidden_size] -> [batch, tokens, decoder_hidden_size]."""
         hidden_states = self.projection(hidden_states)
         return hidden_states + self.positions[:, : hidden_states.shape[1]]
 
@@ -383,11 +395,7 @@ class MaskedAutoencoderModel(ECGTransformer):
     config: MaskedAutoencoderConfig
 
     def __init__(self, config: MaskedAutoencoderConfig, num_patches: int) -> None:
-        super().__init__(config)
-        width, heads = config.hidden_size, config.num_attention_heads
-        self.embeddings = MaskedAutoencoderEmbeddings(config, num_patches)
-        self.layers = nn.ModuleList(ECGTransformerLayer(config, width, heads) for _ in range(config.num_hidden_layers))
-        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        super().__init__(config, MaskedAutoencoderEmbeddings(config, num_patches))
         width, heads = config.decoder_hidden_size, config.decoder_num_attention_heads
         self.decoder_embeddings = DecoderEmbeddings(config, num_patches)
         self.decoder_layers = nn.ModuleList(
@@ -403,30 +411,17 @@ class MaskedAutoencoderModel(ECGTransformer):
         """Which tokens [batch, 1 + patches] hold anything of the leads that are there; None for all."""
         return None
 
-    @capture_outputs(tie_last_hidden_states=False)
-    def forward(
-        self,
-        ecg_values: torch.Tensor,
-        lead_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutput:
-        """
-        Args:
-            ecg_values: float [batch, leads, samples].
-            lead_mask: [batch, leads], False for leads that a record has not: zeros in time patches, no patch of MLAE.
-
-        Returns:
-            `last_hidden_state` [batch, 1 + patches, output_size], CLS first; zeros for patches without a lead.
-        """
-        hidden_states = self.embeddings(self.make_patches(self.prepare_ecg_values(ecg_values, lead_mask)))
+    def encode(self, ecg_values: torch.Tensor, lead_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
+        """The decoder's states, CLS first. Missing leads are zeros in time patches; MLAE gives zeros for a patch of none."""
+        hidden_states = self.embeddings(self.make_patches(ecg_values))
         token_mask = None if lead_mask is None else self.make_token_mask(lead_mask)
-        attention_mask = attention_mask_of(self.config, hidden_states, token_mask)
+        attention_mask = create_bidirectional_mask(self.config, hidden_states, token_mask)
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask=attention_mask, **kwargs)
         hidden_states = self.decoder_embeddings(self.norm(hidden_states))
         for layer in self.decoder_layers:
             hidden_states = layer(hidden_states, attention_mask=attention_mask, **kwargs)
-        return BaseModelOutput(last_hidden_state=zero_missing(hidden_states, token_mask))
+        return zero_missing(hidden_states, token_mask)
 
 
 class MLAEModel(MaskedAutoencoderModel):
@@ -438,6 +433,7 @@ class MLAEModel(MaskedAutoencoderModel):
         super().__init__(config, num_patches=config.num_leads // config.patch_size)
 
     def check_num_samples(self, num_samples: int) -> None:
+        """ValueError for any length but that of the configuration."""
         if num_samples != self.config.num_samples:
             raise ValueError(
                 f"MLAEModel got records of {num_samples} samples; expected {self.config.num_samples}, as a patch is a "
@@ -445,9 +441,11 @@ class MLAEModel(MaskedAutoencoderModel):
             )
 
     def make_patches(self, ecg_values: torch.Tensor) -> torch.Tensor:
+        """[batch, leads / patch_size, patch_size * samples], lead after lead."""
         return ecg_values.unflatten(1, (-1, self.config.patch_size)).flatten(2)
 
     def make_token_mask(self, lead_mask: torch.Tensor) -> torch.Tensor:
+        """CLS, and the patches with at least one lead that is there."""
         patches = lead_mask.bool().unflatten(1, (-1, self.config.patch_size)).any(-1)
         return nn.functional.pad(patches, (1, 0), value=True)  # CLS
 
@@ -463,10 +461,8 @@ class MTAEModel(MaskedAutoencoderModel):
     def __init__(self, config: MTAEConfig) -> None:
         super().__init__(config, num_patches=config.num_samples // config.patch_size)
 
-    def check_num_samples(self, num_samples: int) -> None:
-        check_time_patches("MTAEModel", self.config, num_samples)
-
     def make_patches(self, ecg_values: torch.Tensor) -> torch.Tensor:
+        """[batch, samples / patch_size, patch_size * leads], sample after sample."""
         return ecg_values.transpose(1, 2).unflatten(1, (-1, self.config.patch_size)).flatten(2)
 
 
@@ -485,15 +481,11 @@ class STMEMEmbeddings(nn.Module):
         self.lead_embeddings = nn.Parameter(torch.zeros(config.num_leads, config.hidden_size))
 
     def forward(self, ecg_values: torch.Tensor) -> torch.Tensor:
+        """[batch, leads, samples] -> [batch, leads, 1 + patches + 1, hidden_size]."""
         hidden_states = self.patch_embedding(ecg_values.unflatten(-1, (-1, self.patch_size)))
         sep_tokens = self.sep_token.expand(*hidden_states.shape[:2], 1, -1)
         hidden_states = torch.cat([sep_tokens, hidden_states, sep_tokens], dim=2)
         return hidden_states + self.positions[:, : hidden_states.shape[2]] + self.lead_embeddings[:, None]
-
-
-def tokens_of_leads(lead_mask: torch.Tensor | None, number: int) -> torch.Tensor | None:
-    """The mask [batch, leads] repeated for the `number` tokens of each lead, [batch, leads * number]."""
-    return None if lead_mask is None else lead_mask.bool().repeat_interleave(number, dim=1)
 
 
 class STMEMModel(ECGTransformer):
@@ -505,48 +497,23 @@ class STMEMModel(ECGTransformer):
     config: STMEMConfig
 
     def __init__(self, config: STMEMConfig) -> None:
-        super().__init__(config)
-        width, heads = config.hidden_size, config.num_attention_heads
-        self.embeddings = STMEMEmbeddings(config)
-        self.layers = nn.ModuleList(ECGTransformerLayer(config, width, heads) for _ in range(config.num_hidden_layers))
-        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        super().__init__(config, STMEMEmbeddings(config))
         self.post_init()
 
-    def check_num_samples(self, num_samples: int) -> None:
-        check_time_patches("STMEMModel", self.config, num_samples)
-
-    @capture_outputs(tie_last_hidden_states=False)
-    def forward(
-        self,
-        ecg_values: torch.Tensor,
-        lead_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutput:
-        """
-        Args:
-            ecg_values: float [batch, leads, samples].
-            lead_mask: [batch, leads], False for leads that a record has not.
-
-        Returns:
-            `last_hidden_state` [batch, leads * patches, output_size], all patches of a lead before the next lead's; zeros for
-            those of missing leads.
-        """
-        hidden_states = self.embeddings(self.prepare_ecg_values(ecg_values, lead_mask))
-        tokens_of_lead = hidden_states.shape[2]
+    def encode(self, ecg_values: torch.Tensor, lead_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
+        """All patches of a lead before the next lead's, without SEP; zeros for those of missing leads."""
+        hidden_states = self.embeddings(ecg_values)
+        token_mask = None if lead_mask is None else lead_mask.bool().repeat_interleave(hidden_states.shape[2], dim=1)
         hidden_states = hidden_states.flatten(1, 2)
-        attention_mask = attention_mask_of(self.config, hidden_states, tokens_of_leads(lead_mask, tokens_of_lead))
+        attention_mask = create_bidirectional_mask(self.config, hidden_states, token_mask)
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask=attention_mask, **kwargs)
-        without_sep = hidden_states.unflatten(1, (self.config.num_leads, -1))[:, :, 1:-1].flatten(1, 2)
-        token_mask = tokens_of_leads(lead_mask, tokens_of_lead - 2)
-        return BaseModelOutput(last_hidden_state=zero_missing(self.norm(without_sep), token_mask))
+        hidden_states = zero_missing(self.norm(hidden_states), token_mask)
+        return hidden_states.unflatten(1, (self.config.num_leads, -1))[:, :, 1:-1].flatten(1, 2)
 
 
 ENCODER_MODELS: dict[str, type[ECGEncoder]] = {
-    "merl": MERLModel,
-    "mlae": MLAEModel,
-    "mtae": MTAEModel,
-    "st_mem": STMEMModel,
+    model.config_class.model_type: model for model in (MERLModel, MLAEModel, MTAEModel, STMEMModel)
 }
 for _model in ENCODER_MODELS.values():
     _model.register_for_auto_class("AutoModel")

@@ -23,6 +23,9 @@ from .modeling_vision_encoders import (
 )
 from .pipeline_elm import ECGQuestionAnsweringPipeline
 
+# the tensors of a batch that hold its ECGs, one row an ECG
+ECG_INPUTS = ("ecg_values", "ecg_lead_mask", "pixel_values", "pixel_attention_mask", "spatial_shapes")
+
 
 def encoder_output_size(config: ELMConfig) -> int:
     """Width of what the connector reads of the encoder."""
@@ -37,27 +40,57 @@ def make_encoder(config: ELMConfig) -> PreTrainedModel:
     return (encoder_class or vision_model_class(config.encoder_config, config.image_features))(config.encoder_config)
 
 
+def pool_tokens(tokens: torch.Tensor, num_tokens: int, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Adaptive average pooling of tokens [ECGs, tokens, width] to [ECGs, num_tokens, width].
+
+    Args:
+        mask: [ECGs, tokens], 1 for the tokens that are pooled, which come first, and 0 for padding.
+
+    Raises:
+        ValueError: there are fewer tokens than that.
+    """
+    if num_tokens > tokens.shape[1]:
+        raise ValueError(
+            f"num_ecg_tokens={num_tokens}, but the encoder makes {tokens.shape[1]} tokens of a record; choose at most that many."
+        )
+    if mask is None:
+        return nn.functional.adaptive_avg_pool1d(tokens.transpose(1, 2), num_tokens).transpose(1, 2)
+    # the same bins as torch's, of each ECG's own number of tokens
+    lengths = mask.sum(-1)[:, None]
+    bins = torch.arange(num_tokens, device=tokens.device)
+    starts, ends = bins * lengths // num_tokens, ((bins + 1) * lengths + num_tokens - 1) // num_tokens
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    inside = (places >= starts[..., None]) & (places < ends[..., None])  # [ECGs, num_tokens, tokens]
+    weights = inside.to(tokens.dtype) / (ends - starts)[..., None].to(tokens.dtype)
+    # what stands in padding may be anything, even NaN
+    return weights @ tokens.masked_fill(mask[..., None] == 0, 0)
+
+
 class LinearConnector(nn.Module):
-    """LLaVA's first connector: one linear map from encoder tokens to embeddings of the language model."""
+    """LLaVA's first connector: encoder tokens, averaged to `num_ecg_tokens`, and one linear map of each."""
 
     def __init__(self, config: ELMConfig):
         super().__init__()
+        self.num_ecg_tokens = config.num_ecg_tokens
         self.projection = nn.Linear(encoder_output_size(config), config.text_config.hidden_size)
 
-    def forward(self, encoder_tokens: torch.Tensor) -> torch.Tensor:
-        return self.projection(encoder_tokens)
+    def forward(self, encoder_tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """[ECGs, tokens, encoder width] -> [ECGs, num_ecg_tokens, width of the language model]; `mask` as of `pool_tokens`."""
+        return self.projection(pool_tokens(encoder_tokens, self.num_ecg_tokens, mask))
 
 
 class MLPConnector(nn.Module):
-    """LLaVA-1.5's connector: linear, GELU, linear."""
+    """LLaVA-1.5's connector: encoder tokens, averaged to `num_ecg_tokens`, then linear, GELU, linear."""
 
     def __init__(self, config: ELMConfig):
         super().__init__()
-        hidden_size = config.text_config.hidden_size
+        self.num_ecg_tokens, hidden_size = config.num_ecg_tokens, config.text_config.hidden_size
         self.linear_1 = nn.Linear(encoder_output_size(config), hidden_size)
         self.linear_2 = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, encoder_tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, encoder_tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """As of `LinearConnector`."""
+        encoder_tokens = pool_tokens(encoder_tokens, self.num_ecg_tokens, mask)
         return self.linear_2(nn.functional.gelu(self.linear_1(encoder_tokens)))
 
 
@@ -69,6 +102,7 @@ class FlatConnector(nn.Module):
         self.projection = nn.Linear(config.num_leads * config.num_samples, config.text_config.hidden_size)
 
     def forward(self, ecg_values: torch.Tensor) -> torch.Tensor:
+        """[ECGs, leads, samples] -> [ECGs, 1, width of the language model]."""
         return self.projection(ecg_values.flatten(1)).unsqueeze(1)
 
 
@@ -88,6 +122,7 @@ class PatchConnector(nn.Module):
         self.projection = nn.Linear(patch_values, config.text_config.hidden_size)
 
     def forward(self, ecg_values: torch.Tensor) -> torch.Tensor:
+        """[ECGs, leads, samples] -> [ECGs, num_ecg_tokens, width of the language model]."""
         return self.projection(time_patches(ecg_values, self.num_patches).flatten(2))
 
 
@@ -102,11 +137,13 @@ class ConvConnector(nn.Module):
         self.projection = nn.Linear(128, config.text_config.hidden_size)
 
     def forward(self, ecg_values: torch.Tensor) -> torch.Tensor:
+        """As of `PatchConnector`."""
         patches = time_patches(ecg_values, self.num_patches)
         states = self.conv2(self.conv1(patches.flatten(0, 1)).relu()).relu()
         return self.projection(states.mean(-1)).unflatten(0, patches.shape[:2])
 
 
+# the module of each of CONNECTORS; those of llava take encoder tokens and their mask, those of fuyu the records
 CONNECTOR_MODULES: dict[str, type[nn.Module]] = {
     "linear": LinearConnector,
     "mlp": MLPConnector,
@@ -116,30 +153,9 @@ CONNECTOR_MODULES: dict[str, type[nn.Module]] = {
 }
 
 
-# the tensors of a batch that hold its ECGs, one row an ECG
-ECG_INPUTS = ("ecg_values", "ecg_lead_mask", "pixel_values", "pixel_attention_mask", "spatial_shapes")
-
-
-def pool_tokens(tokens: torch.Tensor, num_tokens: int, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Adaptive average pooling of tokens [ECGs, tokens, width] to [ECGs, num_tokens, width].
-
-    Args:
-        mask: [ECGs, tokens], 1 for the tokens that are pooled, which come first, and 0 for padding.
-    """
-    if mask is None:
-        return nn.functional.adaptive_avg_pool1d(tokens.transpose(1, 2), num_tokens).transpose(1, 2)
-    # the same bins as torch's, of each ECG's own number of tokens
-    lengths = mask.sum(-1)[:, None]
-    bins = torch.arange(num_tokens, device=tokens.device)
-    starts, ends = bins * lengths // num_tokens, ((bins + 1) * lengths + num_tokens - 1) // num_tokens
-    places = torch.arange(tokens.shape[1], device=tokens.device)
-    inside = (places >= starts[..., None]) & (places < ends[..., None])  # [ECGs, num_tokens, tokens]
-    weights = inside.to(tokens.dtype) / (ends - starts)[..., None].to(tokens.dtype)
-    # what stands in padding may be anything, even NaN
-    return weights @ tokens.masked_fill(mask[..., None] == 0, 0)
-
-
 class ELMPreTrainedModel(PreTrainedModel):
+    """What the ELM is to transformers, with head and without."""
+
     config: ELMConfig
     base_model_prefix = "model"
     input_modalities = ["ecg", "text"]
@@ -196,9 +212,7 @@ class ELMModel(ELMPreTrainedModel):
 
         Args:
             ecg_values: [number of ECGs, leads, samples], as the feature extractor gives them.
-            pixel_values, pixel_attention_mask, spatial_shapes: in place of them for a vision backbone, as the image processor
-                gives them: [number of ECGs, channels, height, width], or of SigLIP2 [number of ECGs, patches, values of a
-                patch], [number of ECGs, patches] and [number of ECGs, 2].
+            pixel_values, pixel_attention_mask, spatial_shapes: in place of them for a vision backbone, see `encode_images`.
             ecg_lead_mask: [number of ECGs, leads], False for leads that an ECG has not, whose `ecg_values` are not read. Encoders
                 say what they do about them; fuyu connectors read zeros.
 
@@ -212,33 +226,25 @@ class ELMModel(ELMPreTrainedModel):
         if self.connector is None:
             raise ValueError("This ELM is text only (architecture='text'): it has no encoder or connector for an ECG.")
         reads_images = config.representation in IMAGE_REPRESENTATIONS
-        expected, given = ("pixel_values", pixel_values) if reads_images else ("ecg_values", ecg_values)
-        if given is None:
+        name, ecgs = ("pixel_values", pixel_values) if reads_images else ("ecg_values", ecg_values)
+        if ecgs is None:
             raise ValueError(
-                f"This ELM reads {config.representation!r} ECGs as {expected}, which are not given. Prepare ECGs with the "
+                f"This ELM reads {config.representation!r} ECGs as {name}, which are not given. Prepare ECGs with the "
                 "model's own processor."
             )
         if self.encoder is None:
             shape = (config.num_leads, config.num_samples)
-            if tuple(given.shape[1:]) != shape:
+            if tuple(ecgs.shape[1:]) != shape:
                 raise ValueError(
-                    f"ecg_values has shape {tuple(given.shape)}; the {config.connector} connector reads "
+                    f"ecg_values has shape {tuple(ecgs.shape)}; the {config.connector} connector reads "
                     f"[ECGs, {shape[0]} leads, {shape[1]} samples]. Prepare ECGs with the model's processor."
                 )
-            return self.connector(without_missing_leads(given, ecg_lead_mask).to(self.dtype))
-
-        if reads_images:
-            pictures = (given, pixel_attention_mask, spatial_shapes)
-            tokens = encode_images(self.encoder, config.image_features, *pictures)
-        else:
-            tokens = self.encoder(given, lead_mask=ecg_lead_mask).last_hidden_state
-        if config.num_ecg_tokens > tokens.shape[1]:
-            raise ValueError(
-                f"num_ecg_tokens={config.num_ecg_tokens}, but the {config.encoder_config.model_type} encoder makes "
-                f"{tokens.shape[1]} tokens of a record; choose at most that many."
-            )
-        mask = pixel_attention_mask if config.image_features == "patches" else None
-        return self.connector(pool_tokens(tokens, config.num_ecg_tokens, mask))
+            return self.connector(without_missing_leads(ecgs, ecg_lead_mask).to(self.dtype))
+        if not reads_images:
+            return self.connector(self.encoder(ecgs, lead_mask=ecg_lead_mask).last_hidden_state)
+        tokens = encode_images(self.encoder, config.image_features, ecgs, pixel_attention_mask, spatial_shapes)
+        # the embedding is one token, of which nothing is padding
+        return self.connector(tokens, pixel_attention_mask if config.image_features == "patches" else None)
 
     def _zero_of_ecg_path(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """A zero that depends on encoder and connector.
@@ -280,45 +286,26 @@ class ELMModel(ELMPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        ecg_values: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        pixel_attention_mask: torch.Tensor | None = None,
-        spatial_shapes: torch.Tensor | None = None,
-        ecg_lead_mask: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        **kwargs: Any,
+        self, input_ids: torch.Tensor | None = None, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPast:
         """
         Args:
             input_ids: [batch, tokens], with `num_ecg_tokens` placeholders where each ECG stands.
-            ecg_values, pixel_values, pixel_attention_mask, spatial_shapes, ecg_lead_mask: the ECGs of the batch in the order of
-                their placeholders, as [`get_ecg_features`] takes them; None when the batch has no ECG.
+            kwargs: `ECG_INPUTS`, the ECGs of the batch in the order of their placeholders, as [`get_ecg_features`] takes them; none,
+                or None, when the batch has no ECG. The others are the language model's.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        if ecg_values is not None or pixel_values is not None:
-            ecg_features = self.get_ecg_features(
-                ecg_values, pixel_values, pixel_attention_mask, spatial_shapes, ecg_lead_mask
-            )
-            ecg_features = ecg_features.to(inputs_embeds.device, inputs_embeds.dtype)
+        ecg_inputs = {name: kwargs.pop(name, None) for name in ECG_INPUTS}
+        if ecg_inputs["ecg_values"] is not None or ecg_inputs["pixel_values"] is not None:
+            ecg_features = self.get_ecg_features(**ecg_inputs).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, ecg_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, ecg_features)
         elif self.training and self.connector is not None:
             inputs_embeds = inputs_embeds + self._zero_of_ecg_path(inputs_embeds)
-        return self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
+        return self.language_model(inputs_embeds=inputs_embeds, **kwargs)
 
 
 class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
@@ -364,7 +351,7 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
             config_kwargs: the other arguments of [`ELMConfig`].
         """
         llm_model = AutoModelForCausalLM.from_pretrained(llm, **(llm_kwargs or {}))
-        encoder_model = None
+        encoder_model: PreTrainedModel | None = None
         if encoder is not None:
             encoder_type = PreTrainedConfig.get_config_dict(encoder)[0].get("model_type")
             if encoder_type in ENCODER_MODELS:
@@ -378,8 +365,8 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
                 f"{llm} holds a {llm_model.config.model_type!r} model, which reads more than text; expected a causal "
                 "language model of text alone."
             )
-        attn_implementation = {"text_config": text_config._attn_implementation}
-        config = ELMConfig(text_config=text_config, attn_implementation=attn_implementation, **config_kwargs)
+        config_kwargs["attn_implementation"] = {"text_config": text_config._attn_implementation}
+        config = ELMConfig(text_config=text_config, **config_kwargs)
         model = cls(config, encoder=encoder_model, llm=llm_model)
         new_parts: list[nn.Module | None] = [model.model.encoder, model.model.connector]
         for part in new_parts:  # not the language model, whose rotary frequencies stay in float32
@@ -400,9 +387,6 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
                 f"{type(llm).__name__} ({llm.config.model_type}) does more to its logits than a linear head without "
                 "bias and a soft cap, so an ELM around it would not answer as it does. Choose another language model."
             )
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
 
     def get_ecg_features(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """See [`ELMModel.get_ecg_features`]."""
@@ -469,12 +453,12 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
         use_cache: bool | None = True,
         **kwargs: Any,
     ) -> dict[str, Any]:
+        """As of transformers; the ECGs go with the prompt alone, as the cache holds them then."""
         ecg_inputs = {name: kwargs.pop(name) for name in ECG_INPUTS if name in kwargs}
         # transformers wants of `self` attributes that no model declares
         model_inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, use_cache=use_cache, **kwargs
         )
-        # the cache holds the ECGs once the prompt has been read
         if is_first_iteration or not use_cache:
             model_inputs.update(ecg_inputs)
         return model_inputs
@@ -493,8 +477,8 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
                 raise ValueError(
                     "Beams and several sequences need input_ids beside the ECGs, to know whose ECG is whose."
                 )
-            placeholders = (input_ids == self.config.ecg_token_id).sum(-1)
-            sizes = (placeholders // self.config.num_ecg_tokens).tolist()
+            placeholders: torch.Tensor = input_ids == self.config.ecg_token_id  # type: ignore[assignment]  # no bool
+            sizes = (placeholders.sum(-1) // self.config.num_ecg_tokens).tolist()
             for name, values in ecg_inputs.items():
                 ecg_inputs[name] = torch.cat([group for group in values.split(sizes) for _ in range(expand_size)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]

@@ -12,14 +12,14 @@ from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import logging
 
+from .configuration_elm import IMAGE_REPRESENTATIONS, REPRESENTATIONS
 from .ecg_utils import STANDARD_LEADS, ECGRecord, as_record, resample, select_leads
 from .feature_extraction_elm import ECGFeatureExtractor, as_batch
-from .image_processing_elm import IMAGE_REPRESENTATIONS, ECGImageProcessor
+from .image_processing_elm import ECGImageProcessor
 from .tokenization_ecg_byte import ECGByteTokenizer
 
 logger = logging.get_logger(__name__)
 
-REPRESENTATIONS = ("signal", "symbolic", *IMAGE_REPRESENTATIONS)
 OVERFLOWS = ("error", "downsample", "drop_leads")
 # leads that go first when room is short: sums of I and II, then the chest leads beside which another tells much the same
 DISPENSABLE_LEADS = ("aVR", "aVL", "aVF", "III", "V4", "V6", "V2", "V3", "I", "V5", "V1", "II")

@@ -169,9 +169,11 @@ class PythonTokenizer:
 
     @classmethod
     def from_json(cls, text: str) -> "PythonTokenizer":
+        """A tokenizer from the content of its file; ValueError says what is wrong with it."""
         return cls(**_parse(text))
 
     def encode(self, ecg: np.ndarray) -> np.ndarray:
+        """Token ids, uint32 [tokens], of float32 [leads, samples] in millivolts."""
         symbols = _quantize(ecg, self.millivolt_range)
         length = len(symbols) if self.across_leads else ecg.shape[1]
         parts = [symbols[start : start + length] for start in range(0, len(symbols), length)]
@@ -192,9 +194,11 @@ class PythonTokenizer:
         return ids
 
     def encode_batch(self, ecgs: Sequence[np.ndarray], num_threads: int | None = None) -> list[np.ndarray]:
+        """`encode` of each, one after the other whatever `num_threads` is."""
         return [self.encode(ecg) for ecg in ecgs]
 
     def decode(self, ids: np.ndarray, low: float, high: float) -> np.ndarray:
+        """float32 [samples of all leads] from uint32 [tokens]; ValueError for an id that is no token."""
         for place, token_id in enumerate(ids.tolist()):
             if token_id not in self._symbols:
                 raise ValueError(f"id {token_id} at {place} is no token; the last is {255 + len(self.merges)}")
@@ -289,6 +293,7 @@ class ECGByteTokenizer(PushToHubMixin):
 
     @property
     def vocab_size(self) -> int:
+        """Symbols and merges; ids are up to 230 more, as there are gaps below and above the symbols."""
         return len(ALPHABET) + len(self.merges)
 
     def __repr__(self) -> str:
@@ -451,9 +456,9 @@ class ECGByteTokenizer(PushToHubMixin):
         """
         path = Path(pretrained_model_name_or_path)
         if not path.is_file():
-            found = cached_file(pretrained_model_name_or_path, FILE_NAME, **kwargs)
-            assert found is not None  # cached_file raises
-            path = Path(found)
+            path = Path(
+                str(cached_file(pretrained_model_name_or_path, FILE_NAME, **kwargs))
+            )  # it raises, and gives no None
         backend = PythonTokenizer if ecg_byte is None else ecg_byte.Tokenizer
         tokenizer = cls.__new__(cls)
         try:

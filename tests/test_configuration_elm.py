@@ -5,6 +5,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPConfig, CLIPVisionConfig, Siglip2Config, ViTMAEConfig
 
 from elm_ecg.configuration_elm import (
+    CONNECTORS,
     ENCODER_CONFIGS,
     IMAGE_REPRESENTATIONS,
     ELMConfig,
@@ -12,7 +13,10 @@ from elm_ecg.configuration_elm import (
     MLAEConfig,
     MTAEConfig,
     STMEMConfig,
+    connectors_of,
+    default_num_ecg_tokens,
 )
+from elm_ecg.modeling_elm import CONNECTOR_MODULES
 from helpers import (
     TINY_ENCODERS,
     TINY_VISION,
@@ -24,7 +28,7 @@ from helpers import (
 )
 
 INVALID = (ValueError, StrictDataclassError)  # of the strict dataclass, where a field or a combination is wrong
-ECG_PARTS = [*TINY_ENCODERS, "flat", "patch", "conv", None]
+ECG_PARTS = [*TINY_ENCODERS, *connectors_of("fuyu"), None]
 VIT = tiny_vision_config("vit")
 
 
@@ -94,7 +98,7 @@ class TestELMConfig:
             ("merl", {"encoder_config": {"model_type": "resnext"}}, r"Unknown encoder model_type 'resnext'; expected one of merl, mlae, mtae, st_mem"),
             ("merl", {"connector": "flat"}, r"connector='flat' with architecture='llava'; expected 'linear' or 'mlp'"),
             ("merl", {"connector": None}, r"connector=None with architecture='llava'; expected 'linear' or 'mlp'"),
-            ("conv", {"connector": "linear"}, r"architecture='fuyu'; expected 'flat' or 'patch' or 'conv'"),
+            ("conv", {"connector": "linear"}, r"architecture='fuyu'; expected 'patch' or 'conv' or 'flat'"),
             (None, {"connector": "linear"}, r"connector='linear' with architecture='text'; expected None"),
             ("merl", {"encoder_config": None}, r"architecture='llava' with no encoder_config; 'llava' needs an encoder_config"),
             ("patch", {"encoder_config": MERLConfig()}, r"architecture='fuyu' with a merl encoder; .* 'fuyu' and 'text' take none"),
@@ -121,7 +125,9 @@ class TestELMConfig:
             ("merl", {"representation": "rgb", "encoder_config": VIT, "image_features": "embedding"}, r"image_features='embedding' is one token; num_ecg_tokens is 4"),
             ("merl", {"image_features": "embedding", "num_ecg_tokens": 1}, r"image_features='embedding' with representation='signal'; only vision backbones have"),
             ("flat", {"image_features": "embedding"}, r"image_features='embedding' with representation='signal'"),
-            ("merl", {"image_features": "pooled"}, r"(?s)image_features.*pooled"),
+            ("merl", {"image_features": "pooled"}, r"image_features is 'pooled'; expected one of patches, embedding"),
+            ("merl", {"text_config": "llama"}, r"(?s)text_config.*TypeError"),
+            ("merl", {"encoder_config": 3}, r"(?s)encoder_config.*TypeError"),
         ],
     )  # fmt: skip
     def test_invalid(self, ecg_part, changes, message):
@@ -129,12 +135,40 @@ class TestELMConfig:
             tiny_elm_config(ecg_part, **changes)
 
 
+class TestConnectors:
+    def test_each_has_a_module(self):
+        assert CONNECTOR_MODULES.keys() == CONNECTORS.keys()
+
+    @pytest.mark.parametrize(
+        ("architecture", "expected"),
+        [("llava", ["linear", "mlp"]), ("fuyu", ["patch", "conv", "flat"]), ("text", [None])],
+    )
+    def test_of_an_architecture(self, architecture, expected):
+        assert connectors_of(architecture) == expected
+
+    @pytest.mark.parametrize(
+        ("arguments", "expected"),
+        [
+            (["linear"], 12),
+            (["mlp", "signal", "patches"], 12),
+            (["mlp", "rgb"], 49),
+            (["linear", "stacked_signal", "embedding"], 1),
+            (["patch"], 25),
+            (["conv"], 25),
+            (["flat"], 1),
+            ([None, "symbolic"], 1),
+        ],
+    )
+    def test_default_number_of_tokens(self, arguments, expected):
+        assert default_num_ecg_tokens(*arguments) == expected
+
+
 class TestEncoderConfigs:
     def test_defaults_are_those_of_the_reference(self):
         for config in ENCODER_CONFIGS.values():
             assert (config().num_leads, config().num_samples) == (12, 2500)
-        widths = {name: config().output_size for name, config in ENCODER_CONFIGS.items()}
-        assert widths == {"merl": 2048, "mlae": 256, "mtae": 256, "st_mem": 768}
+        for name, width in {"merl": 2048, "mlae": 256, "mtae": 256, "st_mem": 768}.items():
+            assert ENCODER_CONFIGS[name]().output_size == width
 
     @pytest.mark.parametrize("config_class", [MTAEConfig, STMEMConfig])
     @pytest.mark.parametrize(("num_samples", "patch_size"), [(500, 20), (1250, 50), (2500, 100), (5000, 200)])
@@ -161,6 +195,7 @@ class TestEncoderConfigs:
             (MLAEConfig, {"patch_size": 5}, r"MLAEConfig\.patch_size is 5 leads, which must divide num_leads=12"),
             (MTAEConfig, {"patch_size": 99}, r"MTAEConfig\.patch_size is 99 samples, which must divide num_samples=2500"),
             (STMEMConfig, {"patch_size": 0}, r"STMEMConfig\.patch_size is 0 samples"),
+            (STMEMConfig, {"patch_size": "20"}, r"STMEMConfig\.patch_size is '20' samples"),
             (MTAEConfig, {"num_samples": 2503}, r"num_samples=2503 cannot be cut into 16 to 64 equal patches"),
         ],
     )  # fmt: skip

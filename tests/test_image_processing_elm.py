@@ -257,6 +257,7 @@ def test_saved_and_loaded(model_type, representation, tmp_path):
     assert saved["image_processor"] == json.loads(own.to_json_string())
     assert saved["paper"].items() >= paper.items()
     assert {path.name for path in tmp_path.glob("*.py")} == {
+        "configuration_elm.py",
         "image_processing_elm.py",
         "ecg_drawing.py",
         "ecg_formats.py",

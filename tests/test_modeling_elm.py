@@ -20,7 +20,7 @@ from transformers import (
     PhiConfig,
 )
 
-from elm_ecg.configuration_elm import ENCODER_CONFIGS, IMAGE_REPRESENTATIONS
+from elm_ecg.configuration_elm import ENCODER_CONFIGS, IMAGE_REPRESENTATIONS, connectors_of
 from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.modeling_elm import CONNECTOR_MODULES, ECG_INPUTS, ELMForConditionalGeneration
@@ -39,10 +39,10 @@ from helpers import (
 )
 
 FAMILIES = ["llama3", "qwen2_5", "gemma2"]
-FUYU = ["flat", "patch", "conv"]
+FUYU = connectors_of("fuyu")
 ECG_PARTS = [*TINY_ENCODERS, *FUYU]
 # every encoder with every connector of llava, the connectors of fuyu, and text only
-PAIRINGS = [(encoder, {"connector": name}) for encoder in TINY_ENCODERS for name in ("linear", "mlp")]
+PAIRINGS = [(encoder, {"connector": name}) for encoder in TINY_ENCODERS for name in connectors_of("llava")]
 PAIRINGS += [(ecg_part, {}) for ecg_part in [*FUYU, None]]
 # the vision backbones with every kind of picture, and two others of which anyone will do
 IMAGE_PAIRINGS = [
@@ -94,7 +94,7 @@ def tiny_elm(ecg_part="merl", family="llama3", **changes):
                 parameter.mul_(8)
         if ecg_part is not None:
             connector = model.model.connector
-            last = connector.linear_2 if hasattr(connector, "linear_2") else connector.projection
+            *_, last = (module for module in connector.modules() if isinstance(module, nn.Linear))
             features = model.get_ecg_features(**ecg_inputs(model))
             last.bias.sub_(features.mean((0, 1))).div_(features.std((0, 1)))
             last.weight.div_(features.std((0, 1))[:, None])
@@ -213,13 +213,13 @@ class TestPairings:
         torch.testing.assert_close(model.get_ecg_features(records(2)), model.model.connector(expected))
 
 
-@pytest.mark.parametrize("kind", CONNECTOR_MODULES)
+@pytest.mark.parametrize("kind", ["linear", "mlp", "flat", "patch", "conv"])
 def test_golden_parity_of_connectors(kind, shared):
     golden = shared / "golden"
     shapes = json.loads((golden / "connector_state_dicts.json").read_text())[kind]
     encoders = load_file(golden / "encoders.safetensors")
     changes = {"connector": kind} if kind in ("linear", "mlp") else {"num_samples": 2500}
-    changes |= {"num_ecg_tokens": 50} if kind in ("patch", "conv") else {}
+    changes |= {"num_ecg_tokens": {"flat": 1, "patch": 50, "conv": 50}.get(kind, 5)}
     config = tiny_elm_config("st_mem" if kind in ("linear", "mlp") else kind, **changes)
     config.text_config.hidden_size = 64
     if config.encoder_config is not None:
@@ -285,7 +285,7 @@ class TestPlacement:
             tiny_elm(None)(input_ids=torch.tensor([[1, PLACEHOLDER]]), ecg_values=records(1))
 
     def test_more_tokens_than_the_encoder_makes(self):
-        with pytest.raises(ValueError, match="num_ecg_tokens=14, but the mlae encoder makes 13 tokens"):
+        with pytest.raises(ValueError, match="num_ecg_tokens=14, but the encoder makes 13 tokens"):
             tiny_elm("mlae", num_ecg_tokens=14).get_ecg_features(records(1))
 
     def test_encoder_of_another_kind(self):

@@ -187,12 +187,12 @@ class TestPaddingOfSiglip2:
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=4), st.integers(1, 9))
 def test_pooling_is_that_of_torch_over_the_tokens_of_each_row(lengths, num_tokens):
-    tokens = randn(len(lengths), max(lengths), 3)
+    tokens = randn(len(lengths), max(*lengths, num_tokens), 3)
     expected = [
         nn.functional.adaptive_avg_pool1d(row[:length].T, num_tokens).T
         for row, length in zip(tokens, lengths, strict=True)
     ]
-    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    mask = (torch.arange(tokens.shape[1]) < torch.tensor(lengths)[:, None]).long()
     pooled = pool_tokens(tokens.masked_fill(mask[..., None] == 0, torch.nan), num_tokens, mask)
     torch.testing.assert_close(pooled, torch.stack(expected))
     torch.testing.assert_close(pool_tokens(tokens, num_tokens), pool_tokens(tokens, num_tokens, torch.ones_like(mask)))

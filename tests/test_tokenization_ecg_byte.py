@@ -616,7 +616,7 @@ print(ids.tolist())
         assert process.returncode == 0, process.stderr
         assert json.loads(process.stdout) == tokenizer.encode(walks[0]).tolist()
 
-    @pytest.mark.parametrize("broken", ["os.replace", "tokenization_ecg_byte.ECGByteTokenizer.to_json"])
+    @pytest.mark.parametrize("broken", ["os.replace", "elm_ecg.tokenization_ecg_byte.ECGByteTokenizer.to_json"])
     def test_a_failing_write_leaves_the_old_file(self, backend, tmp_path, monkeypatch, broken):
         old = ECGByteTokenizer(["aa"])
         old.save_pretrained(tmp_path)

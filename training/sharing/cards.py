@@ -33,12 +33,6 @@ EVALUATION = "What it says without the ECG"
 CITED = {"model": "an ECG-language model", "adapter": "an ECG-language model", "encoder": "an ECG encoder"}
 CITED |= {"tokenizer": "an ECG-Byte tokenizer", "dataset": "questions and answers about ECGs"}
 NOT_EVALUATED = "Not evaluated yet: run `elm evaluate` on it."
-PAPERS = {
-    "merl": ("MERL, a 1-D ResNet", "https://arxiv.org/abs/2403.06659"),
-    "mlae": ("MaeFE, masked lead autoencoder", "https://doi.org/10.1109/TIM.2022.3228267"),
-    "mtae": ("MaeFE, masked time autoencoder", "https://doi.org/10.1109/TIM.2022.3228267"),
-    "st_mem": ("ST-MEM", "https://arxiv.org/abs/2402.09450"),
-}
 # of TRL's and PEFT's arguments those that say most of a run
 TRAINING = ["num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio"]
 TRAINING += ["weight_decay", "max_grad_norm", "optim", "bf16", "fp16", "seed"]
@@ -386,7 +380,7 @@ def folder_card(
         with torch.device("meta"):
             encoder: PreTrainedModel = ENCODER_MODELS[config.model_type](config)
             tokens = encoder(torch.empty(1, config.num_leads, config.num_samples)).last_hidden_state
-        paper, url = PAPERS[config.model_type]
+        paper, url = config.paper
         prepares = (folder / PREPROCESSOR).is_file()
         ecg_input = f"{config.num_leads} leads, {config.num_samples} samples, in millivolts or as its training data were normalised"
         if prepares:
