@@ -1,0 +1,89 @@
+"""Runs the verbs of the installed `elm`, in the working directory, where `elm quickstart --output_dir quickstart` has run.
+
+Each in a process of its own, forked from this one, which has imported what takes most of the time of a command.
+"""
+
+import csv
+import os
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import datasets  # noqa: F401
+import numpy as np
+import peft  # noqa: F401
+import trl  # noqa: F401
+
+from elm_ecg.training.cli import main
+from elm_ecg.training.data.synthetic import make_record
+
+
+def elm(command: str, prints: str, typed: str = "") -> None:
+    """Ends the run if the command fails, or what it prints lacks the text `prints`; `typed` is its standard input."""
+    start = time.monotonic()
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as keyboard:
+        keyboard.write(typed.encode())
+        keyboard.seek(0)
+        process = os.fork()
+        if process == 0:
+            for file, descriptor in ((keyboard, 0), (output, 1), (output, 2)):
+                os.dup2(file.fileno(), descriptor)
+            status = 99
+            try:
+                status = main(command.split())
+            except SystemExit as end:  # of argparse
+                status = int(end.code or 0)
+            except Exception:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        output.seek(0)
+        text = output.read().decode()
+    if status or prints not in text:
+        sys.exit(f"{text}\nelm {command}: exit status {status}; expected 0 and the output {prints!r}")
+    print(f"elm {command}: {time.monotonic() - start:.1f} s", flush=True)
+
+
+def files_of(folder: str, *names: str) -> None:
+    """Ends the run if one of them is not there or empty."""
+    for path in (Path(folder, name) for name in names):
+        if not (path.is_file() and path.stat().st_size):
+            sys.exit(f"{path} is not there, or empty")
+
+
+Path("recordings").mkdir()
+with open("questions.csv", "w", newline="") as file:
+    table = csv.writer(file)
+    table.writerow(["record", "patient_id", "question", "answer"])
+    for index in range(12):
+        row = make_record(index, 0, sampling_rate=125)
+        np.savez(f"recordings/{index}.npz", **row["ecg"])
+        table.writerow([index, f"p{index}", *(turn["content"] for turn in row["messages"][:2])])
+
+files_of("quickstart", "report.html")
+files_of("quickstart/model", "model.safetensors", "README.md", "modeling_elm.py", "evaluation_results.json")
+elm("data list", "ecg-qa-ptbxl-250-2500")
+elm("data build recordings --questions questions.csv --output_dir my_data --shares 0.5 0.25 0.25", "my_data")
+elm("data check my_data", "train")
+options = "--data my_data --llm quickstart/llm --max_steps 2 --logging_steps 1"
+elm(f"sft --config quickstart {options} --output_dir model", "loss")
+files_of("model", "model.safetensors", "README.md", "modeling_elm.py")
+elm("evaluate model --data my_data --max_new_tokens 2", "ECG")
+files_of("model", "evaluation_results.json", "predictions.jsonl", "report.html")
+shutil.copytree("model", "other")
+elm("compare model/evaluation_results.json other/evaluation_results.json", "xact")
+elm("tokenizer train --data my_data --num_merges 30 --output_dir tokenizer", "tokenizer")
+elm("tokenizer inspect tokenizer --ecg recordings/0.npz", "merges")
+elm("plot recordings/0.npz --layout 3x4 --output ecg.png", "png")
+files_of(".", "tokenizer/ecg_byte.json", "tokenizer/README.md", "tokens.png", "ecg.png")
+elm("convert --help", "usage")
+elm("demo --help", "usage")
+elm("chat model --max_new_tokens 4", "leads", typed="/ecg recordings/0.npz\nWhat is the rhythm?\n/quit\n")
+elm("push model --repo_id user/model --license mit", "user/model")
+elm("chat user/model", "leads", typed="/quit\n")  # as others get it
