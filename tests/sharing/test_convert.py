@@ -442,7 +442,9 @@ def test_vision_backbones(model_type, llm, tmp_path):
             expected = model.get_image_features(**pixels).pooler_output
             found = elm.get_ecg_features(**pixels)
         connector = elm.model.connector
-        torch.testing.assert_close(found.reshape(1, -1), connector(expected[:, None]).reshape(1, -1), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            found.reshape(1, -1), connector(expected[:, None]).reshape(1, -1), rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize(
