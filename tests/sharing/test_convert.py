@@ -500,7 +500,7 @@ def test_what_is_missing_is_an_error_and_nothing_is_written(drop, options, messa
 
 def test_a_language_model_of_another_size(llm, tmp_path):
     other = save_tiny_llm(tmp_path / "other", hidden_size=32)
-    with pytest.raises(ValueError, match=r"is \[64.*\] in the checkpoint, \[32.*\] in the model; check --llm"):
+    with pytest.raises(ValueError, match=r"is \[64.*\] in the file, \[32.*\] in the model; check --llm"):
         run(tmp_path / "elm.pt", fuyu(llm), "--llm", other, *FUYU)
     assert not (tmp_path / "out").exists()
 
