@@ -201,7 +201,7 @@ print(inputs["ecg_values"].min().item(), round(inputs["ecg_values"].max().item()
 answer = model.generate(**inputs, max_new_tokens=3, do_sample=False)
 print(answer.shape[1] > inputs["input_ids"].shape[1])
 """
-    for folder, words in (("encoder/out", "`merl.pt`, a checkpoint"), ("out", "\n- 500 samples a lead")):
+    for folder, words in (("encoder/out", "`merl.pt`, a checkpoint"), ("out", "\n- 500 samples for each lead")):
         card = ModelCard.load(tmp_path / folder / "README.md")
         assert card_errors(str(card)) == []
         assert words in card.text
@@ -454,7 +454,7 @@ def test_vision_backbones(model_type, llm, tmp_path):
         (["--encoder", "vit"], r"--encoder is vit; expected one of merl, mlae"),
         (["--encoder", "st_mem"], r"no entry for embeddings\.lead_embeddings, .* of a st_mem encoder"),
         (["--encoder", "merl", "--llm", "nowhere"], "holds no language model.*leave --llm out"),
-        (["--encoder", "merl", "--lead_names", "I", "II"], "are of 12 leads, and --lead_names are 2"),
+        (["--encoder", "merl", "--lead_names", "I", "II"], "are of 12 leads, --lead_names are 2"),
         (["--encoder", "merl", "--representation", "rgb"], "holds no language model.*leave --representation rgb out"),
     ],
 )
