@@ -104,9 +104,7 @@ def read_file(path: str | os.PathLike) -> dict[str, Any]:
     if header is None:
         size = path.stat().st_size
         if not 0 < size <= MAX_FILE_BYTES:
-            raise ValueError(
-                f"{path} has {size} bytes; expected a recording of at most {MAX_FILE_BYTES / 2**20:g} MiB."
-            )
+            raise ValueError(f"{path} has {size} bytes; expected a recording, at most {MAX_FILE_BYTES / 2**20:g} MiB.")
         content = path.read_bytes()
         if is_wfdb_header(content):  # a header by itself, or with another suffix
             header = path

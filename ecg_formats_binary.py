@@ -262,9 +262,7 @@ class _HuffmanTable:
         for prefix, bits, switch, value in sorted(codes):
             start, further = int(prefix.ljust(32, "0"), 2), bits - len(prefix)
             if start < end or not 0 <= further <= 16:
-                raise ValueError(
-                    f"The Huffman code {prefix} of {bits} bits starts like another, or is too short or long."
-                )
+                raise ValueError(f"Huffman code {prefix} of {bits} bits starts like another, or is too short or long.")
             end = start + (1 << 32 - len(prefix))
             self.starts.append(start)
             self.codes.append((end, bits, further, switch, value))
@@ -330,9 +328,7 @@ def _huffman_decode(data: bytes, num_samples: int, tables: list[_HuffmanTable]) 
             raise ValueError(f"A lead ends after {len(values)} samples; expected {num_samples}.")
         if switch:
             if switched or not 1 <= value <= len(tables):
-                raise ValueError(
-                    f"Huffman codes switch to table {value}; expected 1 to {len(tables)}, and values between."
-                )
+                raise ValueError(f"Huffman codes switch to table {value}; expected 1 to {len(tables)}, then a value.")
             table, switched = tables[value - 1], True
             continue
         if further:

@@ -325,9 +325,7 @@ def _muse_lead(lead: Element, name: str) -> np.ndarray:
     for tag, actual in (("LeadByteCountTotal", len(data)), ("LeadSampleCountTotal", len(data) / 2)):
         claimed = _integer(_text(lead, tag), f"{tag} of lead {name[:100]}")
         if claimed != actual:
-            raise ValueError(
-                f"Lead {name[:100]} holds {actual:g} as its {tag}, the file says {claimed}; it is damaged."
-            )
+            raise ValueError(f"Lead {name[:100]} holds {actual:g} as its {tag}, the file says {claimed}: damaged.")
     crc = _text(lead, "LeadDataCRC32")
     if crc and _integer(crc, f"LeadDataCRC32 of lead {name[:100]}", minimum=0) != zlib.crc32(data):
         raise ValueError(f"Lead {name[:100]} has the CRC-32 {zlib.crc32(data)}, the file says {crc}; it is damaged.")
@@ -370,7 +368,7 @@ def _read_philips(root: Element) -> tuple[np.ndarray, float, list[str], dict[str
     elif packing == "Uncompressed":
         if len(data) < 2 * samples * len(names):
             raise ValueError(
-                f"The waveforms have {len(data)} bytes; expected {len(names)} leads of {samples} x 2 bytes."
+                f"The waveforms have {len(data)} bytes; expected {len(names)} leads x {samples} x 2 bytes."
             )
         leads = list(np.frombuffer(data, "<i2", samples * len(names)).reshape(len(names), samples))
     else:
@@ -479,9 +477,7 @@ def _unpack_lzw(data: bytes, limit: int) -> bytes:
         elif code == len(strings) and previous:
             string = previous + previous[:1]
         else:
-            raise ValueError(
-                f"The packed waveform holds the code {code}, only {len(strings)} are known; it is damaged."
-            )
+            raise ValueError(f"The packed waveform holds the code {code}, only {len(strings)} are known: damaged.")
         if previous and len(strings) < 0x3FF:  # later the dictionary is full and stays as it is
             strings.append(previous + string[:1])
         unpacked += string
@@ -494,9 +490,7 @@ def _unpack_lzw(data: bytes, limit: int) -> bytes:
 def _add_residuals(leads: dict[str, np.ndarray]) -> None:
     """Makes leads III, aVR, aVL and aVF out of what they differ from Einthoven's and Goldberger's laws, in place."""
     if "I" not in leads or "II" not in leads:
-        raise ValueError(
-            f"The packed leads are {', '.join(leads)[:100]}; expected I and II, of which others are residuals."
-        )
+        raise ValueError(f"The packed leads are {', '.join(leads)[:100]}; expected I and II, which others rest on.")
     i, ii = leads["I"].astype(np.int64), leads["II"].astype(np.int64)
     iii = ii - i
     if "III" in leads:

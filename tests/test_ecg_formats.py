@@ -69,7 +69,7 @@ class TestReadFile:
             read_file(path)
         monkeypatch.setattr(ecg_formats, "MAX_FILE_BYTES", 1000)
         path.write_bytes(WHOLE["edf"])
-        with pytest.raises(ValueError, match=rf"a\.edf has {len(WHOLE['edf'])} bytes; expected a recording of at most"):
+        with pytest.raises(ValueError, match=rf"a\.edf has {len(WHOLE['edf'])} bytes; expected a recording, at most"):
             read_file(path)
 
     @pytest.mark.parametrize("content", [b"no ecg", b"\x89PNG\r\n\x1a\n" + bytes(300), b"\xff" * 5000])

@@ -351,7 +351,7 @@ class TestSCP:
             (leads | {2: table["wide"], 6: rhythm}, "code 0 of 40 bits starts like"),
             (leads | {2: table["none"], 6: rhythm}, "Bit 0 of a lead starts no known Huffman code"),
             (leads | {2: table["switch"], 6: rhythm}, "switch to table 3; expected 1 to 1"),
-            (leads | {2: table["again"], 6: rhythm}, "expected 1 to 1, and a value between"),
+            (leads | {2: table["again"], 6: rhythm}, "expected 1 to 1, then a value"),
             (leads | {2: table["switch"][:8], 6: rhythm}, "Section 2 ends after 8 bytes"),
             (
                 leads | {2: struct.pack("<H", 19999), 6: signals([b"\0"], 1, 1, 0)},

@@ -360,7 +360,7 @@ class TestPhilips:
         [
             ({"version": "1.05"}, "version '1.05'; expected one of 1.03, 1.04"),
             ({"packing": 'compression="ZIP"'}, "packed by 'ZIP'; expected 'XLI'"),
-            ({"packing": ""}, "expected 3 leads of 20 x 2 bytes"),
+            ({"packing": ""}, "expected 3 leads x 20 x 2 bytes"),
             ({"leads": "V1 V2 V3"}, "expected I and II"),
             ({"leads": ""}, "names no leads and its acquisition type is ''"),
             ({"samples": 19}, "expected 19 x 2"),

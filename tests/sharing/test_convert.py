@@ -201,7 +201,7 @@ print(inputs["ecg_values"].min().item(), round(inputs["ecg_values"].max().item()
 answer = model.generate(**inputs, max_new_tokens=3, do_sample=False)
 print(answer.shape[1] > inputs["input_ids"].shape[1])
 """
-    for folder, words in (("encoder/out", "`merl.pt`, a checkpoint"), ("out", "\n- 500 samples a lead")):
+    for folder, words in (("encoder/out", "`merl.pt`, a checkpoint"), ("out", "\n- 500 samples for each lead")):
         card = ModelCard.load(tmp_path / folder / "README.md")
         assert card_errors(str(card)) == []
         assert words in card.text
@@ -442,7 +442,9 @@ def test_vision_backbones(model_type, llm, tmp_path):
             expected = model.get_image_features(**pixels).pooler_output
             found = elm.get_ecg_features(**pixels)
         connector = elm.model.connector
-        torch.testing.assert_close(found.reshape(1, -1), connector(expected[:, None]).reshape(1, -1), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            found.reshape(1, -1), connector(expected[:, None]).reshape(1, -1), rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize(
@@ -452,7 +454,7 @@ def test_vision_backbones(model_type, llm, tmp_path):
         (["--encoder", "vit"], r"--encoder is vit; expected one of merl, mlae"),
         (["--encoder", "st_mem"], r"no entry for embeddings\.lead_embeddings, .* of a st_mem encoder"),
         (["--encoder", "merl", "--llm", "nowhere"], "holds no language model.*leave --llm out"),
-        (["--encoder", "merl", "--lead_names", "I", "II"], "are of 12 leads, and --lead_names are 2"),
+        (["--encoder", "merl", "--lead_names", "I", "II"], "are of 12 leads, --lead_names are 2"),
         (["--encoder", "merl", "--representation", "rgb"], "holds no language model.*leave --representation rgb out"),
     ],
 )
@@ -464,7 +466,7 @@ def test_options_that_do_not_fit_an_encoder(options, message, tmp_path):
 
 def test_segment_of_another_length(shapes, tmp_path):
     for kind, message in (
-        ("st_mem", "of 2500 samples, and --num_samples is 1250"),
+        ("st_mem", "of 2500 samples, --num_samples is 1250"),
         ("mtae", "25 patches of 1200 values"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -498,7 +500,7 @@ def test_what_is_missing_is_an_error_and_nothing_is_written(drop, options, messa
 
 def test_a_language_model_of_another_size(llm, tmp_path):
     other = save_tiny_llm(tmp_path / "other", hidden_size=32)
-    with pytest.raises(ValueError, match=r"is \[64.*\] in the checkpoint, \[32.*\] in the model; check --llm"):
+    with pytest.raises(ValueError, match=r"is \[64.*\] in the file, \[32.*\] in the model; check --llm"):
         run(tmp_path / "elm.pt", fuyu(llm), "--llm", other, *FUYU)
     assert not (tmp_path / "out").exists()
 

@@ -95,13 +95,9 @@ def encoder_fields(args: ConvertArguments, tensors: dict[str, Tensor]) -> dict[s
                     f"all, which is not {num_leads} leads x {num_samples} samples; give --num_samples and --lead_names of the run."
                 )
     if num_leads != len(args.lead_names):
-        raise ValueError(
-            f"The {kind} weights are of {num_leads} leads, and --lead_names are {len(args.lead_names)}; name those of the run."
-        )
+        raise ValueError(f"The {kind} weights are of {num_leads} leads, --lead_names are {len(args.lead_names)}.")
     if num_samples != args.num_samples:
-        raise ValueError(
-            f"The {kind} weights are of {num_samples} samples, and --num_samples is {args.num_samples}; give {num_samples}."
-        )
+        raise ValueError(f"The {kind} weights are of {num_samples} samples, --num_samples is {args.num_samples}.")
     return {"num_leads": num_leads, "num_samples": num_samples, **sizes, **args.encoder_fields}
 
 
@@ -123,14 +119,12 @@ def _check_tensors(tensors: dict[str, Tensor], model: nn.Module, hint: str) -> N
         tensor = tensors[name]
         if tensor.shape != expected.shape:
             raise ValueError(
-                f"{name} is {list(tensor.shape)} in the checkpoint, {list(expected.shape)} in the model; check {hint}."
+                f"{name} is {list(tensor.shape)} in the file, {list(expected.shape)} in the model; check {hint}."
             )
         if expected.is_floating_point() and not tensor.is_floating_point():
             raise ValueError(f"{name} is of {tensor.dtype} in the checkpoint; expected floats, not quantized weights.")
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(
-                f"{name} has NaN or infinite values in the checkpoint: training diverged, or it is damaged."
-            )
+            raise ValueError(f"{name} has NaN or infinite values in the checkpoint: it diverged, or is damaged.")
 
 
 def _dtype(args: ConvertArguments, tensors: dict[str, Tensor]) -> torch.dtype:
@@ -159,9 +153,7 @@ def convert_encoder(
         )
     if args.llm or args.representation != "signal":
         option = "--llm" if args.llm else f"--representation {args.representation}"
-        raise ValueError(
-            f"The checkpoint holds no language model ({LLM_PREFIX}...); leave {option} out if it is an encoder alone."
-        )
+        raise ValueError(f"The checkpoint holds no language model ({LLM_PREFIX}...); leave {option} out.")
     conversion = convert_part(args.encoder, checkpoint.tensors)
     _check_missing(conversion, f"a {args.encoder} encoder")
     config = ENCODER_CONFIGS[args.encoder](**encoder_fields(args, conversion.tensors))
@@ -257,9 +249,7 @@ def _fit_vocabulary(
     name, head = f"{embeddings}.weight", "lm_head.weight"
     if model.config.tie_word_embeddings:
         if name in part.tensors and head in part.tensors and not torch.equal(part.tensors[name], part.tensors[head]):
-            raise ValueError(
-                f"The head of the checkpoint is not its embeddings, which --llm {args.llm} ties; check it."
-            )
+            raise ValueError(f"The checkpoint's head is not its embeddings, which --llm {args.llm} ties; check it.")
         present = [key for key in (name, head) if key in part.tensors]  # a checkpoint of tied weights may hold either
         if present:
             part.tensors[name] = part.tensors[head] = part.tensors[present[0]]

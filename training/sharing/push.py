@@ -476,9 +476,7 @@ def push(args: argparse.Namespace) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """The options of `elm push`."""
     parser = CommandLineParser(prog="elm push", description=__doc__)
-    parser.add_argument(
-        "run", type=Path, metavar="RUN", help="folder of a model, adapter, encoder, tokenizer or dataset"
-    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a model, adapter, encoder, tokenizer, dataset")
     parser.add_argument("--repo_id", required=True, metavar="OWNER/NAME")
     parser.add_argument("--private", action="store_true", help="make a new repository that others cannot see")
     parser.add_argument("--revision", metavar="BRANCH", help="branch, made where it does not exist; default: main")
