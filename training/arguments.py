@@ -211,8 +211,8 @@ class ModelArguments:
                 f"--normalization {self.normalization} with --representation {self.representation}: {does} millivolts; leave "
                 "the option out."
             )
-        of = {"ecg_tokenizer": ("symbolic",), "paper": ("rgb",), "image_processor": IMAGE_REPRESENTATIONS}
-        for name, representations in of.items():
+        special = {"ecg_tokenizer": ("symbolic",), "paper": ("rgb",), "image_processor": IMAGE_REPRESENTATIONS}
+        for name, representations in special.items():
             if getattr(self, name) and self.representation not in representations:
                 raise ValueError(
                     f"--{name} with --representation {self.representation}; it is for {' and '.join(representations)} ECGs."
@@ -272,19 +272,17 @@ class ELMArguments(AugmentationArguments, ModelArguments, DataArguments):
             part.__post_init__(self)
         if self.shuffle_buffer < 1:
             raise ValueError(f"--shuffle_buffer is {self.shuffle_buffer}; expected at least 1 row.")
-        if not set(self.update) <= set(PARTS):
-            raise ValueError(f"--update is {self.update}; expected some of {', '.join(PARTS)}.")
 
 
-def json_fields(name: str, given: Any) -> dict[str, Any]:
+def json_fields(name: str, value: Any) -> dict[str, Any]:
     """The names and values of the option `name`, which is JSON on the command line and a mapping in a YAML file."""
     try:
-        values = json.loads(given) if isinstance(given, str) else given or {}
+        mapping = json.loads(value) if isinstance(value, str) else value or {}
     except json.JSONDecodeError as error:
-        raise ValueError(f"--{name} is not JSON ({error}): {given!r}.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"--{name} is {given!r}; expected names and values of fields.")
-    return values
+        raise ValueError(f"--{name} is not JSON ({error}): {value!r}.") from error
+    if not isinstance(mapping, dict):
+        raise ValueError(f"--{name} is {value!r}; expected names and values of fields.")
+    return mapping
 
 
 def new_elm_options(args: ModelArguments) -> list[str]:
@@ -389,11 +387,7 @@ class ELMParser(CommandLineParser, TrlParser):
         return super().parse_args_and_config(words, *flags, **kwargs)
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
-        """Takes the values of a YAML file or of Python, which argparse does not check as it checks the command line's.
-
-        Raises:
-            ValueError: a name is no option, or a value none of its choices.
-        """
+        """Takes the values of a YAML file or of Python; argparse checks names and choices of the command line alone."""
         values: dict[str, Any] = {}
         for key, value in config.items():
             action = self._option_string_actions.get(f"--{key}")

@@ -77,14 +77,10 @@ def resolve_llm(llm: str) -> str:
 
 
 def find_model_file(name: str, filenames: Sequence[str], revision: str = "main", label: str = "The model") -> str:
-    """Which of the files a model has, the first that is there: in its folder, on the Hub, or in the Hub's cache.
-
-    Args:
-        name: local folder or Hub id.
-        label: what `name` is, for errors.
+    """The first of the files that a model has: in its local folder, or by its Hub id on the Hub or in the Hub's cache.
 
     Raises:
-        ValueError: there is no such model, or it cannot be read; says why, and what to do.
+        ValueError: there is no such model, or it cannot be read; says why and what to do, `label` being what `name` is.
     """
     label, local = f"{label} {name}", Path(name).exists()
     try:
@@ -137,8 +133,7 @@ def encoder_config(args: ModelArguments, num_leads: int) -> PreTrainedConfig:
             )
         config_class = ENCODER_CONFIGS[args.encoder]
         shape = {"num_leads": num_leads, "num_samples": args.num_samples}
-    unknown = args.encoder_fields.keys() - {field.name for field in fields(config_class)}
-    if unknown:
+    if unknown := args.encoder_fields.keys() - {field.name for field in fields(config_class)}:
         raise ValueError(f"--encoder_config: {config_class.__name__} has no field {', '.join(sorted(unknown))}.")
     return config_class(**{**shape, **args.encoder_fields})
 
@@ -158,17 +153,14 @@ def build_image_processor(args: ModelArguments, config: PreTrainedConfig) -> ECG
     if "size" in args.image_processor_fields:
         settings["do_center_crop"] = False  # else the size would be that of the crop
     settings = ECGImageProcessor(settings).image_processor.to_dict()  # with the defaults of its class
-    unknown = args.image_processor_fields.keys() - settings.keys()
-    if unknown:
+    if unknown := args.image_processor_fields.keys() - settings.keys():
         raise ValueError(
             f"--image_processor: {settings['image_processor_type']} has no field {', '.join(sorted(unknown))}; expected "
             f"{', '.join(settings)}."
         )
-    unknown = args.paper_fields.keys() - {field.name for field in fields(ECGPaper)}
-    if unknown:
-        raise ValueError(
-            f"--paper has no field {', '.join(sorted(unknown))}; expected {', '.join(field.name for field in fields(ECGPaper))}."
-        )
+    known = [field.name for field in fields(ECGPaper)]
+    if unknown := args.paper_fields.keys() - known:
+        raise ValueError(f"--paper has no field {', '.join(sorted(unknown))}; expected {', '.join(known)}.")
     return ECGImageProcessor(
         {**settings, **args.image_processor_fields},
         representation=args.representation,
@@ -260,16 +252,12 @@ def build_model(args: ModelArguments, processor: ELMProcessor, **llm_kwargs: Any
 def new_elm(
     llm: str, *, seed: int = 0, dtype: str = "float32", attn_implementation: str | None = None, **options: Any
 ) -> tuple[ELMForConditionalGeneration, ELMProcessor]:
-    """A new ELM around a pretrained language model, and its processor.
+    """A new ELM around a pretrained language model (a name of `LLMS`, Hub id or local folder), and its processor.
 
     Args:
-        llm: name (`LLMS`), Hub id or local folder.
         seed: of the new weights.
-        dtype, attn_implementation: of the model, as in `from_pretrained`.
-        options: the other fields of `ModelArguments`, such as `encoder="merl"`, `connector="mlp"`, `representation="signal"`.
-
-    Raises:
-        ValueError: an option is unknown, or does not go with the others.
+        options: the other fields of `ModelArguments`, such as `encoder="merl"`, `connector="mlp"`, `representation="signal"`;
+            a ValueError names one that is unknown, or does not go with the others.
     """
     parser = ELMParser(ModelArguments, prog="new_elm")
     parser.set_defaults_with_config(llm=llm, **options)

@@ -74,11 +74,7 @@ def make_parser(prog: str = "elm sft") -> ELMParser:
 
 
 def parse(argv: list[str] | None = None, prog: str = "elm sft") -> tuple[ELMArguments, SFTConfig, ModelConfig]:
-    """What the command line says, checked as far as it can be without data and model; writes nothing.
-
-    Raises:
-        ValueError: options that do not go together, or cannot be met.
-    """
+    """What the command line says, checked (ValueError) as far as it can be without data and model; writes nothing."""
     args, training_args, model_args = make_parser(prog).parse_args_and_config(argv)
     if args.distributed and training_args.world_size == 1:
         raise ValueError(
