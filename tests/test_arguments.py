@@ -1,3 +1,5 @@
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -7,9 +9,11 @@ from elm_ecg.training.arguments import (
     ALIASES,
     ELMS,
     VISION_BACKBONES,
+    AugmentationArguments,
     DataArguments,
     ELMArguments,
     ELMParser,
+    ModelArguments,
     new_elm_options,
 )
 from elm_ecg.training.evaluation.evaluate import parse as parse_evaluation
@@ -261,8 +265,9 @@ def test_yaml_of_pictures(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("bogus: 1\n", "Unknown arguments from config file.*bogus"),
-        ("perturb: nonsense\n", "perturb is 'nonsense' in the --config file; expected one of noise, zeros, only_text"),
+        ("bogus: 1\n", r"--config .*config\.yaml: there is no option bogus\."),
+        ("learning_rat: 1\n", r"there is no option learning_rat\. Did you mean learning_rate\?"),
+        ("perturb: nonsense\n", r"config\.yaml: perturb is 'nonsense'; expected one of noise, zeros, only_text"),
         ("architecture: clip\n", "architecture is 'clip'"),
         ("elm: clip\n", "elm is 'clip'"),
         ("update: [connector, head]\n", "update is 'head'"),
@@ -276,9 +281,16 @@ def test_wrong_yaml(tmp_path, text, message):
         parse([*BASE, *write_yaml(tmp_path, text)])
 
 
-def test_missing_yaml():
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
-        parse([*BASE, "--config", "nowhere.yaml"])
+@pytest.mark.parametrize("options", [["--config", "quickstart"], ["--config=quickstart"]])
+def test_recipe_by_name(options):
+    assert parse([*BASE, *options])[0].num_samples == 1250
+    assert parse([*BASE, *options, "--num_samples", "500"])[0].num_samples == 500
+
+
+@pytest.mark.parametrize("name", ["quikstart", "training/configs/quikstart.yaml"])
+def test_unknown_recipe(name):
+    with pytest.raises(ValueError, match=rf"--config {name} is no .*Did you mean quickstart\? Recipes: .*ptbxl_fuyu"):
+        parse([*BASE, "--config", name])
 
 
 @pytest.mark.parametrize(
@@ -295,7 +307,7 @@ def test_missing_yaml():
         (["--encoder_config", "{depths"], "--encoder_config is not JSON"),
         (["--encoder_config", "[1]"], r"--encoder_config is '\[1\]'; expected names and values"),
         (["--distributed"], "--distributed, but there is one process"),
-        (["--bogus", "1"], "bogus"),
+        (["--streaming"], "--streaming does not know .*; say --max_steps"),
     ],
 )
 def test_bad_values(options, message):
@@ -308,6 +320,48 @@ def test_bad_choices(options, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse([*BASE, *options])
     assert "invalid choice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("parse", "option", "meant"),
+    [
+        (parse, "--outputdir", "--output_dir"),
+        (parse, "--encodr=merl", "--encoder"),
+        (parse_evaluation, "--max_new_token_", "--max_new_tokens"),
+    ],
+)
+def test_unknown_option(parse, option, meant, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse(["--data", "x", option, "q"])
+    error = capsys.readouterr().err
+    assert f"there is no option {option.partition('=')[0]}. Did you mean {meant}?" in error
+    assert error.count("\n") == 2
+
+
+def test_help_shows_our_options_in_groups(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        parse(["--help"])
+    text = capsys.readouterr().out
+    groups = ["\ndata:", "--data DATA", "\na new model:", "--llm LLM", "\naugmentation:", "\ntraining:", "--output_dir"]
+    places = [text.index(words) for words in groups]
+    assert places == sorted(places)
+    assert "--learning_rate, --lr" in text
+    assert "qwen2_5_1_5b_merl_llava" in text
+    assert "--ddp_backend" not in text
+    with pytest.raises(SystemExit, match="0"):
+        parse(["--help-all"])
+    everything = capsys.readouterr().out
+    assert everything.startswith(text[: text.index("\ntraining:")])
+    assert {f"--{option.name}" for option in fields(SFTConfig) if option.init} <= set(re.split(r"[\s,]+", everything))
+
+
+def test_parts_of_the_arguments():
+    """What a new ELM is made of, needs no data."""
+    assert {option.name for option in fields(ModelArguments)} & {"data", "augment_ecg", "update"} == set()
+    args = ModelArguments(elm="mlp_llava", encoder="merl")
+    assert (args.architecture, args.connector, args.num_ecg_tokens) == ("llava", "mlp", 12)
+    with pytest.raises(ValueError, match="--gain_jitter is 2"):
+        AugmentationArguments(gain_jitter=2)
 
 
 def test_data_is_required(capsys):

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -15,16 +16,34 @@ def test_help(argv, capsys):
     assert all(f"  {command} " in output for command in cli.COMMANDS)
 
 
-def test_no_command(capsys):
-    assert cli.main([]) == 2
-    assert "usage: elm COMMAND" in capsys.readouterr().out
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"elm-ecg {version('elm-ecg')}\n"
 
 
-def test_unknown_command(capsys):
-    assert cli.main(["fly"]) == 2
-    captured = capsys.readouterr()
-    assert "no command 'fly'" in captured.err
-    assert "usage" in captured.err
+@pytest.mark.parametrize(
+    ("argv", "lines"),
+    [
+        ([], ["elm COMMAND [options]", "elm --help lists the commands."]),
+        (["evalute"], ["elm: there is no command 'evalute'. Did you mean evaluate?", "elm --help lists the commands."]),
+        (["fly"], ["elm: there is no command 'fly'.", "elm --help lists the commands."]),
+        (["sft"], ["usage: elm sft --data DATA --llm LLM --output_dir FOLDER", "elm sft --help lists the options."]),
+        (["chat"], ["usage: elm chat MODEL", "elm chat --help lists the options."]),
+    ],
+)
+def test_two_lines_say_how(argv, lines, capsys, monkeypatch):
+    monkeypatch.setattr(cli.importlib, "import_module", None)  # said before any import, which takes seconds
+    assert cli.main(argv) == 2
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == 2
+    assert all(expected in line for expected, line in zip(lines, printed, strict=True))
+
+
+def test_commands_import_and_help_without_torch():
+    """`elm --help` and `import elm_ecg` take a moment."""
+    code = "import sys, elm_ecg; from elm_ecg.training import cli; cli.main(['--help']); print({'torch', 'transformers', 'trl'} & {*sys.modules})"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.endswith("set()\n")
 
 
 @pytest.mark.parametrize(
@@ -33,7 +52,12 @@ def test_unknown_command(capsys):
         (["evaluate", "/nowhere/model", "--data", "x"], "/nowhere/model"),
         (["evaluate", "--data", "x"], "Which model?"),
         (["sft", "--data", "nowhere", "--use_cpu"], "No dataset 'nowhere'"),
-        (["sft", "--data", "x", "--use_cpu", "--bogus", "1"], "--bogus"),
+        (["sft", "--data", "x", "--use_cpu", "--shuffle_buffer", "0"], "--shuffle_buffer is 0"),
+        (
+            ["chat", "nowhere"],
+            "The model nowhere is no folder here and not in the Hub's cache, and the Hub cannot be asked",
+        ),
+        (["evaluate", "runs/a/typo", "--data", "x"], "The model runs/a/typo is no folder here, and no id of the Hub"),
         (["sft", "--config", "/nowhere.yaml"], "/nowhere.yaml"),
         (["tokenizer", "inspect", "/nowhere/tokenizer"], "/nowhere/tokenizer"),
         (["plot", "/nowhere.npz"], "/nowhere.npz"),
@@ -55,7 +79,13 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
 
     monkeypatch.setattr("elm_ecg.training.sft.main", broken)
     with pytest.raises(AttributeError, match="a bug"):
-        cli.main(["sft"])
+        cli.main(["sft", "--data", "x"])
+
+
+def test_debug_shows_the_traceback_of_any_error(monkeypatch):
+    monkeypatch.setenv("ELM_DEBUG", "1")
+    with pytest.raises(OSError, match=r"nowhere\.npz"):
+        cli.main(["plot", "/nowhere.npz"])
 
 
 def test_ctrl_c(monkeypatch, capsys):
@@ -63,7 +93,7 @@ def test_ctrl_c(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("elm_ecg.training.sft.main", wait)
-    assert cli.main(["sft"]) == 130
+    assert cli.main(["sft", "--data", "x"]) == 130
     assert capsys.readouterr().err == "\nelm sft: interrupted\n"
 
 

@@ -1,13 +1,18 @@
 """Command-line and YAML arguments of fine-tuning and evaluation, beside TRL's `SFTConfig` and `ModelConfig`."""
 
+import argparse
 import json
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+import sys
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
 
 from trl import TrlParser
 
 from elm_ecg.configuration_elm import IMAGE_REPRESENTATIONS
-from elm_ecg.training.command_line import read_system_prompt
+from elm_ecg.training.command_line import CommandLineParser, did_you_mean, read_system_prompt
+from elm_ecg.training.files import resource
 
 # what users of the reference type -> the option it stands for
 ALIASES = {
@@ -24,16 +29,22 @@ ALIASES = {
     "optimizer": "optim",
     "llm_input_len": "max_length",
 }
+# options of TRL that most runs say: `elm sft --help` shows these, and the others with `--help-all`
+COMMON = {*ALIASES.values(), "output_dir", "seed", "max_steps", "gradient_accumulation_steps", "eval_strategy"}
+COMMON |= {"logging_steps", "save_strategy", "resume_from_checkpoint", "report_to", "lora_r", "attn_implementation"}
 # pretrained values of --encoder
 VISION_BACKBONES = {
     "clip-vit-base-patch32": "openai/clip-vit-base-patch32",
     "siglip2-so400m-patch16-naflex": "google/siglip2-so400m-patch16-naflex",
     "vit-base-patch16-224-in21k": "google/vit-base-patch16-224-in21k",
 }
+PARTS = ["encoder", "connector", "llm"]
 # values of the reference's --optimizer
 OPTIMIZERS = {"adam": "adamw_torch", "adamw": "adamw_torch"}
-# values of the reference's --elm -> architecture, connector
-ELMS: dict[str, tuple[Literal["llava", "fuyu", "text"], str | None]] = {
+Architecture = Literal["llava", "fuyu", "text"]
+Connector = Literal["linear", "mlp", "flat", "patch", "conv"]
+# values of the reference's --elm
+ELMS: dict[str, tuple[Architecture, Connector | None]] = {
     "llava": ("llava", "linear"),
     "linear_llava": ("llava", "linear"),
     "mlp_llava": ("llava", "mlp"),
@@ -46,50 +57,46 @@ ELMS: dict[str, tuple[Literal["llava", "fuyu", "text"], str | None]] = {
 }
 
 
+def argument(default: Any, help_text: str, **metadata: Any) -> Any:
+    """A field of a command's arguments, with its help and for a list the `choices` of its items."""
+    of_list = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(metadata={"help": help_text, **metadata}, **of_list)
+
+
 @dataclass
 class DataArguments:
     """Which chats and ECGs, and what is done to them."""
 
-    data: list[str] = field(
-        metadata={
-            "help": "Datasets, one or several that are mixed: local folders (made by `elm data build` or `save_to_disk`, or of "
-            "parquet or JSON Lines files) or Hub ids, with the columns `messages` and `ecg`; or keys of the reference's, which "
-            "`elm data list` shows."
-        },
+    _argument_group_name = "data"
+
+    data: list[str] = argument(
+        MISSING,
+        "Datasets, of several a mixture: local folders (made by `elm data build` or `save_to_disk`, or of parquet or JSON "
+        "Lines files) or Hub ids, with the columns `messages` and `ecg`; or keys that `elm data list` shows.",
     )
-    data_weights: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "Share that each of --data has among the rows, drawn by --seed until all rows of each were there once. "
-            "Default: one dataset after the other."
-        },
+    data_weights: list[float] | None = argument(
+        None,
+        "Share that each of --data has among the rows, drawn by --seed until all rows of each were there once. "
+        "Default: one dataset after the other.",
     )
-    fold: int | None = field(
-        default=None, metadata={"help": "Fold of datasets that have splits such as fold1_train and fold1_test."}
+    fold: int | None = argument(None, "Fold of datasets that have splits such as fold1_train and fold1_test.")
+    ecg_root: str | None = argument(None, "Folder of the ECG files that a dataset names by relative paths.")
+    data_subset: float | None = argument(None, "Use this share of the rows, in (0, 1], chosen at random by --seed.")
+    perturb: Literal["noise", "zeros", "only_text"] | None = argument(
+        None, "Replace every ECG by Gaussian noise or by zeros, or leave it out of the text."
     )
-    ecg_root: str | None = field(
-        default=None, metadata={"help": "Folder of the ECG files that a dataset names by relative paths."}
-    )
-    data_subset: float | None = field(
-        default=None, metadata={"help": "Use this share of the rows, in (0, 1], chosen at random by --seed."}
-    )
-    perturb: Literal["noise", "zeros", "only_text"] | None = field(
-        default=None,
-        metadata={"help": "Replace every ECG by Gaussian noise or by zeros, or leave it out of the text."},
-    )
-    system_prompt: str | None = field(
-        default=None, metadata={"help": "System message, or a file that holds it, before each chat that has none."}
+    system_prompt: str | None = argument(
+        None, "System message, or a file that holds it, before each chat that has none."
     )
 
     def __post_init__(self) -> None:
         self.system_prompt = read_system_prompt(self.system_prompt)
         if self.data_subset is not None and not 0 < self.data_subset <= 1:
             raise ValueError(f"--data_subset is {self.data_subset}; expected a share of the rows in (0, 1].")
-        if self.data_weights is not None and not (
-            len(self.data_weights) == len(self.data) and all(weight > 0 for weight in self.data_weights)
-        ):
+        weights, count = self.data_weights, len(self.data)
+        if weights is not None and not (len(weights) == count and all(weight > 0 for weight in weights)):
             raise ValueError(
-                f"--data_weights is {self.data_weights}; expected a positive number for each of the {len(self.data)} of --data."
+                f"--data_weights is {weights}; expected a positive number for each of the {count} of --data."
             )
 
 
@@ -97,128 +104,76 @@ class DataArguments:
 class ModelArguments:
     """What a new ELM is made of."""
 
-    llm: str = field(
-        default="llama-3.2-1b-instruct",
-        metadata={
-            "help": "Language model: a name of the README's table, any Hub id of a causal LLM, or a local folder."
-        },
+    _argument_group_name = "a new model"
+
+    llm: str = argument(
+        "llama-3.2-1b-instruct", "Language model: a name of the README's table, a Hub id or a local folder."
     )
-    elm: str | None = field(
-        default=None,
-        metadata={"choices": list(ELMS), "help": "Short for --architecture and --connector, as in the reference."},
+    elm: str | None = argument(
+        None, "Short for --architecture and --connector, as in the reference.", choices=list(ELMS)
     )
-    architecture: Literal["llava", "fuyu", "text"] | None = field(
-        default=None,
-        metadata={
-            "help": "llava (default): an ECG encoder and a connector; fuyu: a connector alone; text: the language model "
-            "alone, for symbolic ECGs or none."
-        },
+    architecture: Architecture | None = argument(
+        None,
+        "llava (default): ECG encoder and connector; fuyu: connector alone; text: neither, for symbolic ECGs or none.",
     )
-    connector: str | None = field(
-        default=None,
-        metadata={
-            "choices": ["linear", "mlp", "flat", "patch", "conv"],
-            "help": "linear (default) or mlp for llava; patch (default), flat or conv for fuyu.",
-        },
+    connector: Connector | None = argument(
+        None, "linear (default) or mlp for llava; patch (default), flat or conv for fuyu."
     )
-    representation: Literal["signal", "symbolic", "stacked_signal", "rgb"] = field(
-        default="signal",
-        metadata={
-            "help": "What the model is shown of a record: signal, its samples; symbolic, ECG-Byte tokens of them in the text; "
-            "rgb, a drawing on ECG paper; stacked_signal, a grey picture of leads x samples."
-        },
+    representation: Literal["signal", "symbolic", "stacked_signal", "rgb"] = argument(
+        "signal",
+        "What the model reads of a record: signal: its samples; symbolic: ECG-Byte tokens in the text; rgb: a drawing on "
+        "ECG paper; stacked_signal: a grey picture of leads x samples.",
     )
-    ecg_tokenizer: str | None = field(
-        default=None,
-        metadata={
-            "help": "ECG-Byte tokenizer of the symbolic representation, made by `elm tokenizer`: local folder or Hub id. "
-            "Default: the one that comes with this package."
-        },
+    ecg_tokenizer: str | None = argument(
+        None,
+        "ECG-Byte tokenizer of symbolic ECGs: local folder or Hub id. Default: the one that comes with the package.",
     )
-    ecg_overflow: Literal["error", "downsample", "drop_leads"] = field(
-        default="error",
-        metadata={
-            "help": "Where symbolic ECGs and text exceed the context: an error, or halve the sampling rate of the ECGs, or "
-            "leave out some of their leads."
-        },
+    ecg_overflow: Literal["error", "downsample", "drop_leads"] = argument(
+        "error", "Where symbolic ECGs exceed the context: an error, half their sampling rate, or fewer of their leads."
     )
-    encoder: str | None = field(
-        default=None,
-        metadata={
-            "help": "Encoder of llava. With random weights: merl, mlae, mtae or st_mem (default) for signal; for rgb and "
-            "stacked_signal the model_type of a Hugging Face vision backbone, such as vit. Pretrained: "
-            "clip-vit-base-patch32 (their default), siglip2-so400m-patch16-naflex, vit-base-patch16-224-in21k, or any as "
-            "--encoder_name_or_path."
-        },
+    encoder: str | None = argument(
+        None,
+        "Encoder of llava. With random weights: merl, mlae, mtae or st_mem (default) for signal; for rgb and stacked_signal "
+        "the model_type of a vision backbone of transformers, such as vit. Pretrained: clip-vit-base-patch32 (their "
+        "default), siglip2-so400m-patch16-naflex, vit-base-patch16-224-in21k, or any as --encoder_name_or_path.",
     )
-    encoder_config: str | None = field(
-        default=None,
-        metadata={
-            "help": 'JSON with fields of the config of an encoder with random weights, such as {"num_hidden_layers": 4}.'
-        },
+    encoder_config: str | None = argument(
+        None, 'JSON with fields of the config of an encoder with random weights, such as {"num_hidden_layers": 4}.'
     )
-    encoder_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Pretrained ECG encoder or vision backbone, Hub id or local folder; default: what --encoder says."
-        },
+    encoder_name_or_path: str | None = argument(
+        None, "Pretrained ECG encoder or vision backbone, Hub id or local folder; default: what --encoder says."
     )
-    image_features: Literal["patches", "embedding"] = field(
-        default="patches",
-        metadata={
-            "help": "What the connector reads of a vision backbone: its patches, or its one pooled vector as the reference does."
-        },
+    image_features: Literal["patches", "embedding"] = argument(
+        "patches", "What the connector reads of a vision backbone: its patches, or its pooled vector (the reference)."
     )
-    paper: str | None = field(
-        default=None,
-        metadata={
-            "help": 'JSON with how rgb is drawn, such as {"layout": "3x4", "gain": 20, "line_width": 0.5}: the fields of '
-            "ECGPaper."
-        },
+    paper: str | None = argument(
+        None, 'JSON with fields of ECGPaper, which draws rgb, such as {"layout": "3x4", "gain": 20, "line_width": 0.5}.'
     )
-    image_processor: str | None = field(
-        default=None,
-        metadata={
-            "help": 'JSON with changes of the backbone\'s image processor, such as {"size": {"height": 384, "width": 384}} '
-            'or, of SigLIP2, {"max_num_patches": 512}.'
-        },
+    image_processor: str | None = argument(
+        None,
+        'JSON with changes of the backbone\'s image processor, such as {"size": {"height": 384, "width": 384}} or, '
+        'of SigLIP2, {"max_num_patches": 512}.',
     )
-    num_ecg_tokens: int | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens of the language model that each ECG takes. Default: 12 for llava (49 of a picture, 1 of its "
-            "embedding), 25 for patch and conv, 1 for flat."
-        },
+    num_ecg_tokens: int | None = argument(
+        None,
+        "Tokens of the language model that each ECG takes. Default: 12 for llava (49 of a picture, 1 of its "
+        "embedding), 25 for patch and conv, 1 for flat.",
     )
-    sampling_rate: int = field(default=250, metadata={"help": "Hz to which records are resampled."})
-    num_samples: int = field(default=2500, metadata={"help": "Samples per lead: records are padded to it."})
-    truncation: Literal["start", "center", "end"] | None = field(
-        default=None,
-        metadata={"help": "Which part of a longer record to keep. Default: a longer record is an error."},
+    sampling_rate: int = argument(250, "Hz to which records are resampled.")
+    num_samples: int = argument(2500, "Samples per lead: records are padded to it.")
+    truncation: Literal["start", "center", "end"] | None = argument(
+        None, "Which part of a longer record to keep. Default: a longer record is an error."
     )
-    lead_names: list[str] | None = field(
-        default=None, metadata={"help": "Leads and their order. Default: I II III aVR aVL aVF V1 ... V6."}
+    lead_names: list[str] | None = argument(None, "Leads and their order. Default: I II III aVR aVL aVF V1 ... V6.")
+    missing_leads: Literal["error", "zeros"] = argument(
+        "error", "Leads that a record lacks and I and II do not give: an error, or zeros that the model is told of."
     )
-    missing_leads: Literal["error", "zeros"] = field(
-        default="error",
-        metadata={
-            "help": "Leads that a record has not: an error, or zeros that the model is told of. Limb leads are derived where "
-            "I and II are there."
-        },
+    bandpass: list[float] | None = argument(
+        None, "Low and high frequency in Hz that pass, such as 0.5 40. Default: no filter."
     )
-    bandpass: list[float] | None = field(
-        default=None,
-        metadata={"help": "Low and high frequency in Hz that pass, such as 0.5 40. Default: no filter."},
-    )
-    notch: float | None = field(
-        default=None, metadata={"help": "Hz of the mains that is taken out, 50 or 60. Default: no filter."}
-    )
-    normalization: Literal["none", "zscore", "minmax"] | None = field(
-        default=None,
-        metadata={
-            "help": "none keeps millivolts (default); zscore and minmax (the reference's, default of stacked_signal) are of "
-            "each record."
-        },
+    notch: float | None = argument(None, "Hz of the mains that is taken out, 50 or 60. Default: no filter.")
+    normalization: Literal["none", "zscore", "minmax"] | None = argument(
+        None, "none keeps millivolts (default); zscore and minmax (default of stacked_signal) are of each record."
     )
 
     def __post_init__(self) -> None:
@@ -256,11 +211,8 @@ class ModelArguments:
                 f"--normalization {self.normalization} with --representation {self.representation}: {does} millivolts; leave "
                 "the option out."
             )
-        for name, representations in (
-            ("ecg_tokenizer", ("symbolic",)),
-            ("paper", ("rgb",)),
-            ("image_processor", IMAGE_REPRESENTATIONS),
-        ):
+        special = {"ecg_tokenizer": ("symbolic",), "paper": ("rgb",), "image_processor": IMAGE_REPRESENTATIONS}
+        for name, representations in special.items():
             if getattr(self, name) and self.representation not in representations:
                 raise ValueError(
                     f"--{name} with --representation {self.representation}; it is for {' and '.join(representations)} ECGs."
@@ -279,27 +231,14 @@ class ModelArguments:
 class AugmentationArguments:
     """Random changes of the ECGs in training."""
 
-    augment_ecg: bool = field(
-        default=False, metadata={"help": "In training, add noise and baseline wander to some of the ECGs."}
-    )
-    augment_rgb: bool = field(
-        default=False,
-        metadata={"help": "In training, change brightness, colour, angle and sharpness of some of the drawn ECGs."},
-    )
-    time_shift: float = field(
-        default=0.0,
-        metadata={"help": "In training, begin each recording up to so many seconds later, at most at its half."},
-    )
-    gain_jitter: float = field(
-        default=0.0,
-        metadata={"help": "In training, make each recording up to this share larger or smaller, such as 0.1."},
-    )
-    lead_dropout: float = field(
-        default=0.0,
-        metadata={
-            "help": "In training, lose each lead with this probability, but never all: it is zeros, or missing with "
-            "--missing_leads zeros."
-        },
+    _argument_group_name = "augmentation"
+
+    augment_ecg: bool = argument(False, "Add noise and baseline wander to some of the ECGs.")
+    augment_rgb: bool = argument(False, "Change brightness, colour, angle and sharpness of some of the drawn ECGs.")
+    time_shift: float = argument(0.0, "Begin each recording up to so many seconds later, at most at its half.")
+    gain_jitter: float = argument(0.0, "Make each recording up to this share larger or smaller, such as 0.1.")
+    lead_dropout: float = argument(
+        0.0, "Lose each lead with this probability, but never all: it is zeros, or missing with --missing_leads zeros."
     )
 
     def __post_init__(self) -> None:
@@ -314,45 +253,36 @@ class AugmentationArguments:
 class ELMArguments(AugmentationArguments, ModelArguments, DataArguments):
     """All of `elm sft` that TRL does not know."""
 
-    update: list[str] = field(
-        default_factory=list,
-        metadata={
-            "choices": ["encoder", "connector", "llm"],
-            "help": "Parts that are trained. Default: connector and llm, and an encoder that starts with random weights.",
-        },
+    _argument_group_name = "training"
+
+    update: list[str] = argument(
+        [], "Parts that are trained. Default: connector and llm, and an encoder with random weights.", choices=PARTS
     )
-    streaming: bool = field(
-        default=False,
-        metadata={"help": "Read the rows as they are needed instead of caching them first; say --max_steps."},
+    streaming: bool = argument(
+        False, "Read the rows as they are needed instead of caching them first; say --max_steps."
     )
-    shuffle_buffer: int = field(
-        default=1000,
-        metadata={"help": "Rows that --streaming holds in memory and shuffles, in each data loader worker."},
+    shuffle_buffer: int = argument(
+        1000, "Rows that --streaming holds in memory and shuffles, in each data loader worker."
     )
-    wandb: bool = field(default=False, metadata={"help": "Report to Weights & Biases, as --report_to wandb does."})
-    distributed: bool = field(
-        default=False,
-        metadata={"help": "Insist on several processes: start with `accelerate launch` or `torchrun`."},
-    )
+    wandb: bool = argument(False, "Report to Weights & Biases, as --report_to wandb does.")
+    distributed: bool = argument(False, "Insist on several processes: start with `accelerate launch` or `torchrun`.")
 
     def __post_init__(self) -> None:
         for part in (DataArguments, ModelArguments, AugmentationArguments):
             part.__post_init__(self)
         if self.shuffle_buffer < 1:
             raise ValueError(f"--shuffle_buffer is {self.shuffle_buffer}; expected at least 1 row.")
-        if not set(self.update) <= {"encoder", "connector", "llm"}:
-            raise ValueError(f"--update is {self.update}; expected some of encoder, connector, llm.")
 
 
-def json_fields(name: str, given: Any) -> dict[str, Any]:
+def json_fields(name: str, value: Any) -> dict[str, Any]:
     """The names and values of the option `name`, which is JSON on the command line and a mapping in a YAML file."""
     try:
-        values = json.loads(given) if isinstance(given, str) else given or {}
+        mapping = json.loads(value) if isinstance(value, str) else value or {}
     except json.JSONDecodeError as error:
-        raise ValueError(f"--{name} is not JSON ({error}): {given!r}.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"--{name} is {given!r}; expected names and values of fields.")
-    return values
+        raise ValueError(f"--{name} is not JSON ({error}): {value!r}.") from error
+    if not isinstance(mapping, dict):
+        raise ValueError(f"--{name} is {value!r}; expected names and values of fields.")
+    return mapping
 
 
 def new_elm_options(args: ModelArguments) -> list[str]:
@@ -362,11 +292,62 @@ def new_elm_options(args: ModelArguments) -> list[str]:
     return [name for name in names if getattr(args, name) != getattr(defaults, name)]
 
 
-class ELMParser(TrlParser):
-    """TRL's parser (dataclasses, `--config FILE.yaml`) that knows the reference's spellings too."""
+def recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    return {path.stem: path for path in sorted(resource("training/configs").glob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """The file that `--config` names: any YAML file by its path, or a recipe of this package by its name."""
+    path = Path(name) if Path(name).is_file() else recipes().get(name)
+    if path is None:
+        near = did_you_mean(Path(name).stem, recipes())
+        raise ValueError(f"--config {name} is no file and no recipe.{near} Recipes: {', '.join(recipes())}.")
+    return path
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows an option in its spellings with underscores, and its default where the help does not tell it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        told = "efault" in (action.help or "") or action.default is False or action.default in (None, "", [])
+        return action.help if told else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        names = [name for name in action.option_strings if "-" not in name[2:]]
+        if not names or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        value = action.dest.upper()
+        return (
+            f"{', '.join(names)} {value if len(list(action.choices or ())) > 10 else self._format_args(action, value)}"
+        )
+
+
+class HelpAllAction(argparse._HelpAction):
+    """`--help-all`: the help with all options of other libraries."""
+
+    def __call__(self, parser: Any, *args: Any, **kwargs: Any) -> None:
+        parser._action_groups += parser.foreign_groups
+        super().__call__(parser, *args, **kwargs)
+
+
+class ELMParser(CommandLineParser, TrlParser):
+    """TRL's parser of dataclasses and `--config FILE.yaml`. This one takes recipes by name and the reference's spellings, sorts
+    the options into groups, and hides most of those of other libraries until `--help-all`."""
 
     def __init__(self, dataclass_types: Any, **kwargs: Any):
+        self.groups: dict[str, Any] = {}
+        self.foreign_groups: list[Any] = []
+        self.source = ""  # of the values that are not the command line's, for errors
+        epilog = f"--config FILE.yaml or NAME reads options from a file, or from a recipe of this package: {', '.join(recipes())}."
+        kwargs = {
+            "usage": "%(prog)s [options]; --help lists them",
+            "formatter_class": HelpFormatter,
+            "epilog": epilog,
+        } | kwargs
         super().__init__(dataclass_types, **kwargs)
+        if self.foreign_groups:
+            self.add_argument("--help-all", action=HelpAllAction, help="show all options, TRL's too, and exit")
         for alias, name in ALIASES.items():
             action = self._option_string_actions.get(f"--{name}")
             if action is not None:
@@ -375,20 +356,50 @@ class ELMParser(TrlParser):
                 if alias == "optimizer":
                     action.type = lambda name: OPTIMIZERS.get(name, name)
 
+    def _add_dataclass_arguments(self, dtype: Any) -> None:
+        """Each option goes into the group of the class that declares it first: EvaluationArguments inherits `--data`."""
+        types = get_type_hints(dtype)
+        foreign = not dtype.__module__.startswith("elm_ecg.")
+        for option in fields(dtype):
+            if not option.init:
+                continue
+            owner = next(part for part in dtype.__mro__[::-1] if option.name in getattr(part, "__annotations__", ()))
+            title = f"{dtype.__name__} of TRL" if foreign else vars(owner).get("_argument_group_name", "this command")
+            if foreign and option.name in COMMON:
+                title = ELMArguments._argument_group_name
+            if title not in self.groups:
+                self.groups[title] = self.add_argument_group(title)
+                if foreign:  # what is not in this list is parsed, but not shown
+                    self._action_groups.remove(self.groups[title])
+                    self.foreign_groups.append(self.groups[title])
+            option.type = types[option.name]
+            self._parse_dataclass_field(self.groups[title], option)
+
+    def parse_args_and_config(self, args: Iterable[str] | None = None, *flags: Any, **kwargs: Any) -> Any:
+        """As TRL's; `--config` takes the name of a recipe too."""
+        words: list[str] = []
+        for word in sys.argv[1:] if args is None else args:
+            words += word.split("=", 1) if word.startswith("--config=") else [word]
+        if "--config" in words[:-1]:
+            place = words.index("--config") + 1
+            self.source = f"--config {words[place]}: "
+            words[place] = str(find_recipe(words[place]))
+        return super().parse_args_and_config(words, *flags, **kwargs)
+
     def set_defaults_with_config(self, **config: Any) -> list[str]:
-        """Takes the values of a YAML file, which argparse does not check as it checks the command line's."""
+        """Takes the values of a YAML file or of Python; argparse checks names and choices of the command line alone."""
         values: dict[str, Any] = {}
         for key, value in config.items():
             action = self._option_string_actions.get(f"--{key}")
             if action is None:
-                values[key] = value  # TRL's error
-                continue
-            if action.nargs == "+" and not isinstance(value, list):
-                value = [value]
+                near = did_you_mean(key, [name[2:] for name in self._option_string_actions if "-" not in name[2:]])
+                raise ValueError(f"{self.source}there is no option {key}.{near}")
+            if action.nargs == "+" and value is not None:
+                value = list(value) if isinstance(value, list | tuple) else [value]
             for item in value if isinstance(value, list) else [value]:
                 name = OPTIMIZERS.get(item, item) if action.dest == "optim" else item
                 if action.choices is not None and name is not None and name not in action.choices:
                     expected = ", ".join(map(str, action.choices))
-                    raise ValueError(f"{key} is {item!r} in the --config file; expected one of {expected}.")
+                    raise ValueError(f"{self.source}{key} is {item!r}; expected one of {expected}.")
             values[action.dest] = value
         return super().set_defaults_with_config(**values)

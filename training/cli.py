@@ -1,74 +1,88 @@
 """The `elm` command: one verb for each job."""
 
 import importlib
+import importlib.metadata
+import os
 import sys
 
-from huggingface_hub.errors import StrictDataclassError
+from elm_ecg.training.command_line import did_you_mean
 
-# verb -> module whose main(argv) does it, what it does
+# verb -> module below elm_ecg.training whose main(argv) does it, what it does, what it is given (nothing: it runs without)
 COMMANDS = {
-    "quickstart": (
-        "elm_ecg.training.quickstart",
-        "simulate ECGs, fine-tune a small ELM on them, evaluate it; minutes, offline",
-    ),
-    "sft": ("elm_ecg.training.sft", "fine-tune an ELM; every option of TRL's SFTConfig, and --config FILE.yaml"),
-    "evaluate": (
-        "elm_ecg.training.evaluation.evaluate",
-        "score an ELM with the ECG and without it: elm evaluate MODEL --data DATA",
-    ),
+    "quickstart": ("quickstart", "simulate ECGs, fine-tune a small ELM on them, evaluate it; minutes, offline", ""),
+    "sft": ("sft", "fine-tune an ELM; every option of TRL's SFTConfig", "--data DATA --llm LLM --output_dir FOLDER"),
+    "evaluate": ("evaluation.evaluate", "score an ELM with the ECG and without it", "MODEL --data DATA"),
     "compare": (
-        "elm_ecg.training.evaluation.compare",
-        "tell several models apart by their answers to the same questions: elm compare A.json B.json [...]",
+        "evaluation.compare",
+        "tell models apart by their answers to the same questions",
+        "A.json B.json [...]",
     ),
-    "chat": ("elm_ecg.training.apps.chat", "ask an ELM about ECGs in the terminal: elm chat MODEL"),
-    "demo": ("elm_ecg.training.apps.demo", "ask an ELM about ECGs on a page in the browser: elm demo MODEL"),
-    "push": (
-        "elm_ecg.training.sharing.push",
-        "share a model, adapter, encoder, tokenizer or dataset on the Hub: elm push FOLDER --repo_id OWNER/NAME",
-    ),
+    "chat": ("apps.chat", "ask an ELM about ECGs in the terminal", "MODEL"),
+    "demo": ("apps.demo", "ask an ELM about ECGs on a page in the browser", "MODEL"),
+    "push": ("sharing.push", "share a model, encoder, tokenizer or dataset on the Hub", "FOLDER --repo_id OWNER/NAME"),
     "convert": (
-        "elm_ecg.training.sharing.convert",
-        "a checkpoint of ELM-Research/ELM as a folder that from_pretrained loads: elm convert FILE.pt",
+        "sharing.convert",
+        "make a checkpoint of ELM-Research/ELM an ELM of ours",
+        "FILE.pt --output_dir FOLDER",
     ),
-    "data": (
-        "elm_ecg.training.data.commands",
-        "build, check or push a dataset of ECGs; list the reference's: elm data COMMAND",
-    ),
+    "data": ("data.commands", "build, check or push a dataset of ECGs; list the reference's", "COMMAND"),
     "tokenizer": (
-        "elm_ecg.training.tokenizer",
+        "tokenizer",
         "train, inspect or import an ECG-Byte tokenizer, which writes ECGs as tokens",
+        "COMMAND",
     ),
-    "plot": ("elm_ecg.training.apps.plot", "draw ECG files on ECG paper, as PNG or SVG: elm plot RECORD [RECORD ...]"),
+    "plot": ("apps.plot", "draw ECG files on ECG paper, as PNG or SVG", "RECORD [RECORD ...]"),
 }
+HELP = """\
+usage: elm COMMAND [options]
+
+{verbs}
+
+elm COMMAND --help lists the options of a command. ELM_DEBUG=1 shows the traceback of an error."""
 
 
-def usage() -> str:
-    verbs = "\n".join(f"  {name:<11} {text}" for name, (_, text) in COMMANDS.items())
-    return f"usage: elm COMMAND [options]\n\n{verbs}\n\nelm COMMAND --help lists the options of a command."
+def _usage_error(*lines: str) -> int:
+    print(*lines, sep="\n", file=sys.stderr)
+    return 2
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0; 1 where the input was at fault, 2 where the command was; 130 after Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
-        return 0 if argv else 2
-    command, *rest = argv
+    command, *options = (sys.argv[1:] if argv is None else argv) or [""]
+    if command in ("-h", "--help"):
+        print(HELP.format(verbs="\n".join(f"  {name:<11} {does}" for name, (_, does, _) in COMMANDS.items())))
+        return 0
+    if command == "--version":
+        print(f"elm-ecg {importlib.metadata.version('elm-ecg')}")
+        return 0
+    if not command:
+        return _usage_error(
+            "elm makes, trains, evaluates and shares ECG-language models: elm COMMAND [options]",
+            "elm --help lists the commands.",
+        )
     if command not in COMMANDS:
-        print(f"elm: no command {command!r}\n\n{usage()}", file=sys.stderr)
-        return 2
-    if command == "evaluate" and rest and not rest[0].startswith("-"):
-        rest.insert(0, "--model_name_or_path")
+        return _usage_error(
+            f"elm: there is no command {command!r}.{did_you_mean(command, COMMANDS)}", "elm --help lists the commands."
+        )
+    name, _, example = COMMANDS[command]
+    if example and not options:  # said before the imports, which take seconds
+        return _usage_error(f"usage: elm {command} {example}", f"elm {command} --help lists the options.")
+    if command == "evaluate" and not options[0].startswith("-"):
+        options.insert(0, "--model_name_or_path")
     try:
-        module = importlib.import_module(COMMANDS[command][0])  # late: --help need not wait for torch
-        try:
-            module.main(rest)
-        except (ValueError, OSError, ImportError, StrictDataclassError) as error:
-            print(f"elm {command}: {error}", file=sys.stderr)
-            return 1
+        # late: --help of all commands need not wait for torch
+        importlib.import_module(f"elm_ecg.training.{name}").main(options)
     except KeyboardInterrupt:
         print(f"\nelm {command}: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        from huggingface_hub.errors import StrictDataclassError  # a model's config that is not as its class says
+
+        of_input = isinstance(error, ValueError | OSError | ImportError | StrictDataclassError)
+        if not of_input or os.environ.get("ELM_DEBUG"):
+            raise
+        print(f"elm {command}: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

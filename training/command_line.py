@@ -1,6 +1,35 @@
 """What the command lines of all verbs share; the standard library alone, as it travels into Spaces."""
 
+import argparse
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, NoReturn
+
+
+class CommandLineParser(argparse.ArgumentParser):
+    """An argparse parser whose errors take two lines, and name the option that was probably meant."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As argparse's, but what is not known is an error: of a subcommand the parser that knows its options says so."""
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            wrong = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
+            options = [name for name in self._option_string_actions if "-" not in name[2:]]
+            self.error(f"there is no option {wrong}.{did_you_mean(wrong, options)}")
+        return namespace, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the command with exit status 2 and the usage, where that is no list of all options."""
+        usage = self.format_usage()
+        hint = usage if usage.count("\n") == 1 else f"usage: {self.prog} [options]; --help lists them\n"
+        self.exit(2, f"{self.prog}: {message}\n{hint}")
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """A sentence that suggests the nearest of `words`, after a space; nothing where none is near."""
+    near = difflib.get_close_matches(word, list(words), n=1)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def read_system_prompt(text: str | None) -> str | None:

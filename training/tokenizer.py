@@ -25,6 +25,7 @@ from elm_ecg.ecg_utils import (
 )
 from elm_ecg.tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer, ecg_byte
 from elm_ecg.training.arguments import DataArguments
+from elm_ecg.training.command_line import CommandLineParser
 from elm_ecg.training.data.loading import ecgs_of, load_ecgs
 from elm_ecg.training.figures import plot_tokens
 from elm_ecg.training.files import atomic_path
@@ -344,7 +345,7 @@ def add_data_options(command: argparse.ArgumentParser) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="elm tokenizer", description=__doc__)
+    parser = CommandLineParser(prog="elm tokenizer", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser("train", help="learn a tokenizer from the ECGs of datasets")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from elm_ecg.ecg_drawing import LAYOUTS, ECGPaper, draw_ecg, ecg_svg, page_height, page_width
 from elm_ecg.ecg_utils import ECGRecord, read_ecg, select_leads
+from elm_ecg.training.command_line import CommandLineParser
 from elm_ecg.training.files import atomic_path, write_text
 
 DEFAULT_WIDTH = 1600  # pixels
@@ -94,7 +95,7 @@ def pixels(text: str) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandLineParser(
         prog="elm plot",
         usage="elm plot RECORD [RECORD ...] [options]",
         description=__doc__,

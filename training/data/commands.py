@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from elm_ecg.training.command_line import CommandLineParser
+
 # PyTorch, `datasets` and TRL take seconds to import, so each command imports what it needs
 
 
@@ -46,7 +48,7 @@ def whole_number(text: str) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="elm data", description=__doc__)
+    parser = CommandLineParser(prog="elm data", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser("list", help="keys of the reference's datasets on the Hub")

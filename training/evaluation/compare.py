@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from elm_ecg.training.command_line import CommandLineParser
 from elm_ecg.training.evaluation.bootstrap import (
     Difference,
     Estimate,
@@ -323,7 +324,7 @@ def whole_number(text: str) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandLineParser(
         prog="elm compare", usage="elm compare A.json B.json [...] [options]", description=__doc__
     )
     parser.add_argument(

@@ -836,7 +836,7 @@ def parse(argv: list[str] | None = None) -> tuple[Path, ConvertArguments]:
         description="A checkpoint of ELM-Research/ELM as a folder that from_pretrained loads.",
     )
     parser.add_argument("checkpoint", type=Path, help=".pt or .safetensors of a whole ELM, or of an ECG encoder alone")
-    args, rest = parser.parse_args_into_dataclasses(argv)
+    args, rest = parser.parse_args_and_config(argv)
     return rest.checkpoint, args
 
 

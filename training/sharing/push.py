@@ -30,6 +30,7 @@ from elm_ecg.ecg_utils import STANDARD_LEADS
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer
+from elm_ecg.training.command_line import CommandLineParser
 from elm_ecg.training.data.synthetic import Findings, simulate_ecg
 from elm_ecg.training.files import resource
 from elm_ecg.training.sharing.cards import (
@@ -477,7 +478,7 @@ def push(args: argparse.Namespace) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="elm push", description=__doc__)
+    parser = CommandLineParser(prog="elm push", description=__doc__)
     parser.add_argument(
         "run", type=Path, metavar="RUN", help="folder of a model, LoRA adapter, encoder, ECG-Byte tokenizer or dataset"
     )
