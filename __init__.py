@@ -5,33 +5,37 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .configuration_elm import ELMConfig
-    from .ecg_utils import ECGRecord, read_ecg
-    from .feature_extraction_elm import ECGFeatureExtractor
-    from .modeling_elm import ELMForConditionalGeneration
-    from .processing_elm import ELMProcessor
-    from .tokenization_ecg_byte import ECGByteTokenizer
+    from .configuration_elm import ELMConfig as ELMConfig
+    from .ecg_drawing import draw_ecg as draw_ecg
+    from .ecg_utils import ECGRecord as ECGRecord
+    from .ecg_utils import read_ecg as read_ecg
+    from .feature_extraction_elm import ECGFeatureExtractor as ECGFeatureExtractor
+    from .modeling_elm import ELMForConditionalGeneration as ELMForConditionalGeneration
+    from .processing_elm import ELMProcessor as ELMProcessor
+    from .tokenization_ecg_byte import ECGByteTokenizer as ECGByteTokenizer
+    from .training.build import load_elm as load_elm
+    from .training.build import new_elm as new_elm
+    from .training.collator import ELMCollator as ELMCollator
+    from .training.data.build import build_dataset as build_dataset
+    from .training.evaluation.evaluate import evaluate as evaluate
 
 # name -> its module, imported when the name is first used: `import elm_ecg` need not wait for PyTorch
 _MODULES = {
     "ECGByteTokenizer": "tokenization_ecg_byte",
     "ECGFeatureExtractor": "feature_extraction_elm",
     "ECGRecord": "ecg_utils",
+    "ELMCollator": "training.collator",
     "ELMConfig": "configuration_elm",
     "ELMForConditionalGeneration": "modeling_elm",
     "ELMProcessor": "processing_elm",
+    "build_dataset": "training.data.build",
+    "draw_ecg": "ecg_drawing",
+    "evaluate": "training.evaluation.evaluate",
+    "load_elm": "training.build",
+    "new_elm": "training.build",
     "read_ecg": "ecg_utils",
 }
-
-__all__ = [
-    "ECGByteTokenizer",
-    "ECGFeatureExtractor",
-    "ECGRecord",
-    "ELMConfig",
-    "ELMForConditionalGeneration",
-    "ELMProcessor",
-    "read_ecg",
-]
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,19 +24,24 @@ from elm_ecg.ecg_drawing import ECGPaper, draw_ecg
 from elm_ecg.ecg_utils import as_record
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
+from elm_ecg.training import build as build_module
 from elm_ecg.training.arguments import ELMArguments
 from elm_ecg.training.build import (
     LLMS,
     build_model,
     build_processor,
     chat_template,
+    find_model_file,
     freeze,
+    limit_threads,
     load_elm,
     lora_config,
+    new_elm,
     resolve_llm,
 )
 from elm_ecg.training.data.synthetic import make_record
 from helpers import FAMILIES, TINY_ENCODERS, TINY_VISION, save_tiny_llm, tiny_ecg_byte, tiny_tokenizer
+from loopback_hub import LoopbackHub, run_on_hub
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +76,6 @@ def test_llm_by_id_or_folder(llm):
 def test_unknown_llm(name):
     with pytest.raises(ValueError, match=r"Unknown --llm .*llama-3\.2-1b-instruct.*local folder"):
         resolve_llm(name)
-
-
-def test_llm_folder_without_model(tmp_path):
-    with pytest.raises(ValueError, match=r"without config\.json"):
-        resolve_llm(str(tmp_path))
 
 
 def test_unknown_encoder(llm):
@@ -429,9 +430,109 @@ def test_what_does_not_go_with_pictures(llm, changes, message):
         build(arguments(llm, **defaults | changes))
 
 
-def test_load_elm_from_an_empty_folder(tmp_path):
-    with pytest.raises(ValueError, match=r"has no config\.json and no adapter_config\.json"):
-        load_elm(str(tmp_path))
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda folder: load_elm(folder), "The model .* has no adapter_config.json and no config.json"),
+        (lambda folder: new_elm(folder), "--llm .* has no config.json; expected the folder of a saved model"),
+        (
+            lambda folder: load_elm(f"{folder}/a/b"),
+            "The model .* is no folder here, and no id of the Hub such as owner",
+        ),
+    ],
+)
+def test_folder_without_a_model(function, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        function(str(tmp_path))
+
+
+def test_model_of_the_hub_that_cannot_be_read(monkeypatch):
+    def refuse(*_, **__):
+        raise GatedRepoError.__new__(GatedRepoError)  # it is made of a server's response
+
+    monkeypatch.setattr(build_module, "file_exists", refuse)
+    with pytest.raises(ValueError, match=r"--llm a/b is gated: accept its licence at .*/a/b, then run `hf auth login`"):
+        new_elm("a/b")
+    monkeypatch.setattr(build_module, "file_exists", lambda *_, **__: False)
+    with pytest.raises(ValueError, match="--encoder c/d is no folder here, and no model on the Hub with revision main"):
+        find_model_file("c/d", ["config.json"], label="--encoder")
+
+
+OFFLINE = """
+import sys
+from huggingface_hub import constants
+from elm_ecg.training.build import load_elm, new_elm
+from elm_ecg.training.cli import main
+sys.stderr = sys.stdout
+online, _ = load_elm("user/elm")
+constants.HF_HUB_OFFLINE = True
+offline, processor = load_elm("user/elm")
+print(processor.num_ecg_tokens, all((a == b).all() for a, b in zip(online.parameters(), offline.parameters())))
+main(["chat", "user/other"])
+try:
+    new_elm("nowhere/else")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_cached_model_offline(llm, tmp_path):
+    """It is found in the cache; of one that is not there one line says so."""
+    model, processor = new_elm(str(llm), architecture="fuyu", num_samples=500)
+    model.save_pretrained(tmp_path / "elm")
+    processor.save_pretrained(tmp_path / "elm")
+    with LoopbackHub() as hub:
+        hub.repos["models/user/elm"] = {}
+        hub.commit("models/user/elm", "main", {path.name: path.read_bytes() for path in (tmp_path / "elm").iterdir()})
+        printed = run_on_hub(OFFLINE, hub, tmp_path).splitlines()[-3:]
+    why = "is no folder here and not in the Hub's cache, and the Hub cannot be asked. Cannot reach http"
+    assert printed[0] == "25 True"
+    assert printed[1].startswith(f"elm chat: The model user/other {why}")
+    assert printed[2].startswith(f"--llm nowhere/else {why}")
+
+
+def test_new_elm(llm):
+    options = {"connector": "mlp", "num_samples": 500, "lead_names": ("I", "II"), "encoder": "merl"}
+    state = torch.get_rng_state()
+    (one, processor), (other, _), (third, _) = (
+        new_elm(str(llm), seed=seed, encoder_config=TINY_ENCODERS["merl"], **options) for seed in (0, 0, 1)
+    )
+    assert torch.equal(state, torch.get_rng_state())
+    assert (one.config.connector, one.config.encoder_config.model_type, one.dtype) == ("mlp", "merl", torch.float32)
+    assert processor.feature_extractor.lead_names == ["I", "II"]
+    weights = [model.model.connector.state_dict() for model in (one, other, third)]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    assert not all(torch.equal(tensor, weights[2][name]) for name, tensor in weights[0].items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"encodr": "merl"}, r"there is no option encodr\. Did you mean encoder\?"),
+        ({"data": ["x"]}, "there is no option data"),
+        ({"architecture": "lava"}, "architecture is 'lava'; expected one of llava, fuyu, text"),
+        ({"representation": "symbolic", "normalization": "minmax"}, "normalizes millivolts"),
+    ],
+)
+def test_options_that_new_elm_does_not_take(llm, options, message):
+    with pytest.raises(ValueError, match=message):
+        new_elm(str(llm), **options)
+
+
+@pytest.mark.parametrize(
+    ("device", "variable", "size", "threads"),
+    [("cpu", None, 10, 1), ("cpu", "2", 10, 2), ("cpu", None, 10**7, 2), ("cuda", None, 10, 2)],
+)
+def test_threads_of_a_small_model(device, variable, size, threads, monkeypatch, capsys):
+    calls: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", calls.append)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if variable is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    limit_threads(SimpleNamespace(num_parameters=lambda: size), torch.device(device))
+    assert calls == ([1] if threads == 1 else [])
+    assert ("one thread; OMP_NUM_THREADS sets" in capsys.readouterr().out) == (threads == 1)
 
 
 def test_load_elm(llm, tmp_path):

@@ -1,12 +1,15 @@
 """A new ELM and its processor from the command line's arguments."""
 
 import logging
+import os
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import file_exists
+from huggingface_hub import file_exists, try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError, HFValidationError
 from peft import LoraConfig, PeftConfig, PeftModel
 from tokenizers import AddedToken
 from torch import nn
@@ -19,6 +22,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
@@ -33,7 +37,7 @@ from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.modeling_vision_encoders import image_size, vision_config
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.tokenization_ecg_byte import ECGByteTokenizer
-from elm_ecg.training.arguments import VISION_BACKBONES, ELMArguments, ModelArguments
+from elm_ecg.training.arguments import VISION_BACKBONES, ELMArguments, ELMParser, ModelArguments
 from elm_ecg.training.files import resource
 
 logger = logging.getLogger(__name__)
@@ -55,27 +59,48 @@ LLMS = {
 }
 # values of a stacked record that are black and white, by its normalization: millivolts, deviations, or its own range
 VALUE_RANGES = {"none": (-2.0, 2.0), "zscore": (-4.0, 4.0), "minmax": (0.0, 1.0)}
+SMALL_MODEL = 5_000_000  # parameters
 DEFAULT_ECG_TOKENIZER = resource("training/tokenizers/ptbxl_250hz")
 # a token that only tokenizers of that family have -> its chat template
-TEMPLATES = {
-    "<|start_header_id|>": "llama3",
-    "<|im_start|>": "qwen2_5",
-    "<start_of_turn>": "gemma2",
-}
+TEMPLATES = {"<|start_header_id|>": "llama3", "<|im_start|>": "qwen2_5", "<start_of_turn>": "gemma2"}
 
 
 def resolve_llm(llm: str) -> str:
     """Hub id or local folder of a language model given by its name, id or folder."""
     if llm in LLMS:
         return LLMS[llm]
-    if Path(llm).is_dir():
-        if not (Path(llm) / "config.json").is_file():
-            raise ValueError(f"--llm {llm} is a folder without config.json; expected a saved causal language model.")
-        return llm
-    if llm.count("/") == 1 and not llm.startswith((".", "/", "~")):
+    if Path(llm).is_dir() or (llm.count("/") == 1 and not llm.startswith((".", "/", "~"))):
         return llm
     raise ValueError(
         f"Unknown --llm {llm!r}; expected {', '.join(LLMS)}, a Hub id such as owner/name, or a local folder."
+    )
+
+
+def find_model_file(name: str, filenames: Sequence[str], revision: str = "main", label: str = "The model") -> str:
+    """The first of the files that a model has: in its local folder, or by its Hub id on the Hub or in the Hub's cache.
+
+    Raises:
+        ValueError: there is no such model, or it cannot be read; says why and what to do, `label` being what `name` is.
+    """
+    label, local = f"{label} {name}", Path(name).exists()
+    try:
+        for filename in filenames:
+            if (Path(name) / filename).is_file() or (not local and file_exists(name, filename, revision=revision)):
+                return filename
+    except HFValidationError as error:
+        raise ValueError(f"{label} is no folder here, and no id of the Hub such as owner/name.") from error
+    except Exception as error:  # no network, no access, a server that fails: errors of several libraries
+        for filename in filenames:
+            if isinstance(try_to_load_from_cache(name, filename, revision=revision), str):
+                return filename
+        reason = f"is no folder here and not in the Hub's cache, and the Hub cannot be asked. {error}"
+        if isinstance(error, GatedRepoError):
+            reason = f"is gated: accept its licence at https://huggingface.co/{name}, then run `hf auth login`."
+        raise ValueError(f"{label} {reason}") from error
+    if local:
+        raise ValueError(f"{label} has no {' and no '.join(filenames)}; expected the folder of a saved model.")
+    raise ValueError(
+        f"{label} is no folder here, and no model on the Hub with revision {revision}; a private one needs `hf auth login`."
     )
 
 
@@ -108,8 +133,7 @@ def encoder_config(args: ModelArguments, num_leads: int) -> PreTrainedConfig:
             )
         config_class = ENCODER_CONFIGS[args.encoder]
         shape = {"num_leads": num_leads, "num_samples": args.num_samples}
-    unknown = args.encoder_fields.keys() - {field.name for field in fields(config_class)}
-    if unknown:
+    if unknown := args.encoder_fields.keys() - {field.name for field in fields(config_class)}:
         raise ValueError(f"--encoder_config: {config_class.__name__} has no field {', '.join(sorted(unknown))}.")
     return config_class(**{**shape, **args.encoder_fields})
 
@@ -129,17 +153,14 @@ def build_image_processor(args: ModelArguments, config: PreTrainedConfig) -> ECG
     if "size" in args.image_processor_fields:
         settings["do_center_crop"] = False  # else the size would be that of the crop
     settings = ECGImageProcessor(settings).image_processor.to_dict()  # with the defaults of its class
-    unknown = args.image_processor_fields.keys() - settings.keys()
-    if unknown:
+    if unknown := args.image_processor_fields.keys() - settings.keys():
         raise ValueError(
             f"--image_processor: {settings['image_processor_type']} has no field {', '.join(sorted(unknown))}; expected "
             f"{', '.join(settings)}."
         )
-    unknown = args.paper_fields.keys() - {field.name for field in fields(ECGPaper)}
-    if unknown:
-        raise ValueError(
-            f"--paper has no field {', '.join(sorted(unknown))}; expected {', '.join(field.name for field in fields(ECGPaper))}."
-        )
+    known = [field.name for field in fields(ECGPaper)]
+    if unknown := args.paper_fields.keys() - known:
+        raise ValueError(f"--paper has no field {', '.join(sorted(unknown))}; expected {', '.join(known)}.")
     return ECGImageProcessor(
         {**settings, **args.image_processor_fields},
         representation=args.representation,
@@ -152,6 +173,9 @@ def build_processor(args: ModelArguments) -> ELMProcessor:
     """The language model's tokenizer with the tokens of ECGs, its chat template, a feature extractor, and where ECGs are
     pictures an image processor."""
     llm = resolve_llm(args.llm)
+    find_model_file(llm, ["config.json"], label="--llm")
+    if args.encoder_name_or_path is not None:
+        find_model_file(args.encoder_name_or_path, ["config.json"], label="--encoder")
     tokenizer = AutoTokenizer.from_pretrained(llm, padding_side="left")
     tokenizer.add_tokens([ELMProcessor.ecg_token], special_tokens=True)
     ecg_byte = None
@@ -159,16 +183,12 @@ def build_processor(args: ModelArguments) -> ELMProcessor:
         ecg_byte = ECGByteTokenizer.from_pretrained(args.ecg_tokenizer or DEFAULT_ECG_TOKENIZER)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    leads: dict[str, Any] = {} if args.lead_names is None else {"lead_names": args.lead_names}
+    names = ("sampling_rate", "num_samples", "bandpass", "notch", "missing_leads")
+    settings: dict[str, Any] = {name: getattr(args, name) for name in names}
+    if args.lead_names is not None:
+        settings["lead_names"] = args.lead_names
     feature_extractor = ECGFeatureExtractor(
-        sampling_rate=args.sampling_rate,
-        num_samples=args.num_samples,
-        normalization=args.normalization or "none",
-        truncation=args.truncation or False,
-        bandpass=args.bandpass,
-        notch=args.notch,
-        missing_leads=args.missing_leads,
-        **leads,
+        normalization=args.normalization or "none", truncation=args.truncation or False, **settings
     )
     if ecg_byte is not None:
         if ecg_byte.sampling_rate not in (None, args.sampling_rate):
@@ -178,8 +198,8 @@ def build_processor(args: ModelArguments) -> ELMProcessor:
                 ecg_byte.sampling_rate,
                 args.sampling_rate,
             )
-        names = ELMProcessor.signal_tokens(ecg_byte, feature_extractor.lead_names)
-        tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in names])
+        signals = ELMProcessor.signal_tokens(ecg_byte, feature_extractor.lead_names)
+        tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in signals])
     image_processor = None
     if args.representation in IMAGE_REPRESENTATIONS and args.architecture == "llava":
         image_processor = build_image_processor(args, encoder_config(args, len(feature_extractor.lead_names)))
@@ -205,16 +225,9 @@ def build_model(args: ModelArguments, processor: ELMProcessor, **llm_kwargs: Any
         llm_kwargs: for `from_pretrained` of the language model (`dtype`, `attn_implementation`, `revision`, ...).
     """
     num_leads = len(processor.feature_extractor.lead_names)
-    config: dict[str, Any] = {
-        "architecture": args.architecture,
-        "connector": args.connector,
-        "representation": args.representation,
-        "num_ecg_tokens": args.num_ecg_tokens,
-        "image_features": args.image_features,
-        "ecg_token_id": processor.ecg_token_id,
-        "num_leads": num_leads,
-        "num_samples": args.num_samples,
-    }
+    names = ("architecture", "connector", "representation", "num_ecg_tokens", "image_features", "num_samples")
+    config: dict[str, Any] = {name: getattr(args, name) for name in names}
+    config |= {"ecg_token_id": processor.ecg_token_id, "num_leads": num_leads}
     if args.architecture == "llava" and args.encoder_name_or_path is None:
         config["encoder_config"] = encoder_config(args, num_leads)
     model = ELMForConditionalGeneration.from_encoder_llm_pretrained(
@@ -223,12 +236,46 @@ def build_model(args: ModelArguments, processor: ELMProcessor, **llm_kwargs: Any
         llm_kwargs=llm_kwargs,
         **config,
     )
-    if len(processor.tokenizer) > model.config.text_config.vocab_size:  # some models keep spare rows
+    text_config = model.config.get_text_config()
+    if len(processor.tokenizer) > text_config.vocab_size:  # some models keep spare rows
+        log = logging.getLogger("transformers.modeling_utils")  # it explains how it draws the new rows
+        level = log.level
+        log.setLevel(logging.ERROR)
         model.resize_token_embeddings(len(processor.tokenizer))
+        log.setLevel(level)
     if processor.ecg_tokenizer is not None:
         spread_embeddings(model, processor.signal_token_ids)
-    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    text_config.pad_token_id = model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     return model
+
+
+def new_elm(
+    llm: str, *, seed: int = 0, dtype: str = "float32", attn_implementation: str | None = None, **options: Any
+) -> tuple[ELMForConditionalGeneration, ELMProcessor]:
+    """A new ELM around a pretrained language model (a name of `LLMS`, Hub id or local folder), and its processor.
+
+    Args:
+        seed: of the new weights.
+        options: the other fields of `ModelArguments`, such as `encoder="merl"`, `connector="mlp"`, `representation="signal"`;
+            a ValueError names one that is unknown, or does not go with the others.
+    """
+    parser = ELMParser(ModelArguments, prog="new_elm")
+    parser.set_defaults_with_config(llm=llm, **options)
+    (args,) = parser.parse_args_into_dataclasses([], look_for_args_file=False)
+    processor = build_processor(args)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return build_model(args, processor, dtype=dtype, attn_implementation=attn_implementation), processor
+
+
+def limit_threads(model: PreTrainedModel, device: torch.device) -> None:
+    """One thread for a small model on the CPU, unless OMP_NUM_THREADS is set: its operations are so short that threads
+    wait for each other longer than they work."""
+    if device.type != "cpu" or "OMP_NUM_THREADS" in os.environ or model.num_parameters() >= SMALL_MODEL:
+        return
+    if torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+        print("A model this small runs on one thread; OMP_NUM_THREADS sets another number.", flush=True)
 
 
 @torch.no_grad()
@@ -302,23 +349,16 @@ def load_elm(
         model_kwargs: for `from_pretrained` (`dtype`, `attn_implementation`, `device_map`, ...).
 
     Raises:
-        ValueError: if a local folder holds neither.
+        ValueError: as `find_model_file`.
     """
-    path = Path(name_or_path)
-    if path.exists():
-        is_adapter = (path / "adapter_config.json").is_file()
-        if not is_adapter and not (path / "config.json").is_file():
-            raise ValueError(
-                f"{name_or_path} has no config.json and no adapter_config.json; expected the folder of a saved ELM or "
-                "adapter."
-            )
-    else:
-        is_adapter = file_exists(name_or_path, "adapter_config.json", revision=revision)
+    is_adapter = find_model_file(name_or_path, ["adapter_config.json", "config.json"], revision) != "config.json"
     processor = ELMProcessor.from_pretrained(name_or_path, revision=revision)
     if not is_adapter:
         return ELMForConditionalGeneration.from_pretrained(name_or_path, revision=revision, **model_kwargs), processor
     base_path = PeftConfig.from_pretrained(name_or_path, revision=revision).base_model_name_or_path
-    if not Path(base_path).exists() and (path / "base_model").is_dir():
-        base_path = path / "base_model"  # the folder was moved since it was trained
+    moved = Path(name_or_path) / "base_model"
+    if not Path(base_path).exists() and moved.is_dir():
+        base_path = str(moved)  # the folder is not where it was trained
+    find_model_file(base_path, ["config.json"], label="The adapter's base")
     base = ELMForConditionalGeneration.from_pretrained(base_path, **model_kwargs)
     return PeftModel.from_pretrained(base, name_or_path, revision=revision).merge_and_unload(), processor

@@ -1,0 +1,15 @@
+import pytest
+
+import elm_ecg
+
+
+@pytest.mark.parametrize("name", sorted({*elm_ecg.__all__} - {"build_dataset", "evaluate"}))
+def test_name(name):
+    assert getattr(elm_ecg, name).__name__ == name
+    assert name in dir(elm_ecg)
+
+
+def test_unknown_name():
+    with pytest.raises(AttributeError, match="has no attribute 'read_egc'"):
+        elm_ecg.read_egc  # noqa: B018
+    assert elm_ecg.__version__.count(".") == 2
