@@ -80,3 +80,20 @@ def test_card_has_the_scores(folder):
     assert "| left_out |" in card
     assert "Not evaluated yet" not in card
     assert str(folder) not in card
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--outputdir", "q"], "elm quickstart: there is no option --outputdir. Did you mean --output_dir?"),
+        (["--lr", "fast"], "invalid float value: 'fast'"),
+    ],
+)
+def test_a_typo_writes_nothing(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        quickstart.main(["--use_cpu", *options])
+    assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--shuffle_buffer is 0"):
+        quickstart.main(["--use_cpu", "--shuffle_buffer", "0"])
+    assert list(tmp_path.iterdir()) == []

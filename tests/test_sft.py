@@ -1,8 +1,10 @@
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,14 @@ from datasets import load_from_disk
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import warning_once
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.training import sft
 from elm_ecg.training.build import build_model, load_elm
 from helpers import (
     ROOT,
+    TINY_ENCODERS,
     TINY_VISION,
     free_port,
     losses,
@@ -87,6 +91,63 @@ def test_loss_falls(trained):
     values = losses(trained)
     assert len(values) == 12
     assert np.mean(values[-3:]) < np.mean(values[:3]) - 0.3
+
+
+def test_plain_trainer_of_trl(llm, data, tmp_path):
+    """Python's way, without `elm sft`: the README's twenty lines."""
+    from trl import SFTConfig, SFTTrainer
+
+    from elm_ecg import ELMCollator, load_elm, new_elm
+
+    model, processor = new_elm(
+        str(llm),
+        encoder="merl",
+        encoder_config=TINY_ENCODERS["merl"],
+        num_ecg_tokens=4,
+        sampling_rate=100,
+        num_samples=500,
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=str(tmp_path),
+            max_steps=8,
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            logging_steps=1,
+            max_length=None,
+            remove_unused_columns=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            use_cpu=True,
+            report_to="none",
+        ),
+        train_dataset=load_from_disk(str(data))["train"],
+        data_collator=ELMCollator(processor),
+        processing_class=processor,
+    )
+    trainer.train()
+    trainer.save_model()
+    values = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert np.mean(values[-3:]) < np.mean(values[:3]) - 0.3
+    assert_same(load_elm(str(tmp_path))[0].state_dict(), trainer.model.state_dict())
+
+
+def test_nothing_is_said_that_the_user_can_do_nothing_about(tied_llm, data, tmp_path, caplog):
+    """With the defaults of TRL, that are gradient checkpointing and pinned memory, and tied embeddings."""
+    options = ["--use_cpu", "false", "--gradient_checkpointing", "true", "--max_steps", "2", "--load_best_model_at_end"]
+    options += ["--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "steps", "--save_steps", "1"]
+    log = logging.getLogger("transformers")  # it does not propagate
+    warning_once.cache_clear()
+    log.addHandler(caplog.handler)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", FutureWarning)
+            warnings.simplefilter("always", UserWarning)
+            sft.main(tiny_sft(tied_llm, data, tmp_path, *options))
+    finally:
+        log.removeHandler(caplog.handler)
+    logged = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert logged + [str(warning.message) for warning in caught] == []
 
 
 def test_evaluates_while_training(trained):

@@ -57,25 +57,29 @@ def save_small_llm(folder: Path, chats: Iterable[list[dict[str, str]]], seed: in
 
 def simulate(folder: Path, num_records: int, seed: int) -> DatasetDict:
     """Simulated records with four or five questions each, in splits by patient, saved under `folder`."""
-    sizes = {"train": num_records, "validation": 96, "test": 192}
-    data = DatasetDict(
-        {
-            split: make_dataset(size, seed=seed, split=split, sampling_rate=125, num_proc=2)
-            for split, size in sizes.items()
-        }
-    )
+    data = DatasetDict()
+    for split, size in {"train": num_records, "validation": 96, "test": 192}.items():
+        data[split] = make_dataset(size, seed=seed, split=split, sampling_rate=125, num_proc=2)
     data.save_to_disk(folder)
     return data
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="elm quickstart", description=__doc__)
+    """Simulates, trains, evaluates and reports; what the command line says is checked before anything is written."""
+    parser = argparse.ArgumentParser(
+        prog="elm quickstart", description=__doc__, epilog="All options of `elm sft` are taken too."
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
     parser.add_argument("--num_records", type=int, default=1920, help="training records; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    args, options = parser.parse_known_args(argv)  # the rest goes to `elm sft`
+    args, options = parser.parse_known_args(argv)
     started = time.monotonic()
     folder = args.output_dir
+    if "--config" not in options:
+        options = ["--config", str(CONFIG), *options]
+    common = ["--data", str(folder / "data")]
+    parts = ["--llm", str(folder / "llm"), "--output_dir", str(folder / "model"), "--seed", str(args.seed)]
+    training = sft.parse([*options, *common, *parts], prog="elm quickstart")
     folder.mkdir(parents=True, exist_ok=True)
 
     print(f"[1/4] Simulating ECGs into {folder / 'data'}", flush=True)
@@ -83,9 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     save_small_llm(folder / "llm", data["train"]["messages"], args.seed)
 
     print(f"[2/4] Fine-tuning a small ELM into {folder / 'model'}", flush=True)
-    common = ["--data", str(folder / "data")]
-    parts = ["--llm", str(folder / "llm"), "--output_dir", str(folder / "model"), "--seed", str(args.seed)]
-    sft.main(["--config", str(CONFIG), *common, *parts, *options])
+    sft.train(*training)
 
     print("[3/4] Evaluating it with the ECG and without", flush=True)
     model = str(folder / "model")

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import warnings
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,8 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
-from elm_ecg.training.arguments import ELMArguments, ELMParser, new_elm_options
-from elm_ecg.training.build import build_model, build_processor, freeze, load_elm, lora_config
+from elm_ecg.training.arguments import PARTS, AugmentationArguments, ELMArguments, ELMParser, new_elm_options
+from elm_ecg.training.build import build_model, build_processor, freeze, limit_threads, load_elm, lora_config
 from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.data.loading import load_data, load_stream
 from elm_ecg.training.sharing.cards import write_model_card
@@ -32,6 +34,7 @@ class CountEpochs(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Called by the trainer."""
         self.collator.epoch = int(state.epoch or 0)
 
 
@@ -39,6 +42,7 @@ class ELMTrainer(SFTTrainer):
     """TRL's trainer, which augments the ECGs in training only."""
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As the trainer's, without augmentation."""
         collator = self.data_collator
         assert isinstance(collator, ELMCollator)
         self.data_collator = collator.without_augmentation()
@@ -47,32 +51,62 @@ class ELMTrainer(SFTTrainer):
         finally:
             self.data_collator = collator
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """A checkpoint holds tied weights once: those that it lacks are not missing."""
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result)
 
-def parse(argv: list[str] | None = None) -> tuple[ELMArguments, SFTConfig, ModelConfig]:
-    """Arguments of `elm sft`: ours, every one of TRL's SFTConfig and ModelConfig, and `--config FILE.yaml`."""
-    parser = ELMParser((ELMArguments, SFTConfig, ModelConfig), prog="elm sft")
+
+def make_parser(prog: str = "elm sft") -> ELMParser:
+    """The options of `elm sft`: ours, every one of TRL's SFTConfig and ModelConfig, and `--config`."""
+    # TRL and PEFT use a name that transformers is about to change
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing(_kwargs)?` is deprecated", FutureWarning)
+    parser = ELMParser((ELMArguments, SFTConfig, ModelConfig), prog=prog)
     parser.set_defaults(
         max_length=None,
         remove_unused_columns=False,
         ddp_find_unused_parameters=True,  # one process may have a batch without ECG
+        dataloader_pin_memory=torch.accelerator.is_available(),  # without one PyTorch warns of it
         bf16=None if torch.cuda.is_available() else False,  # bf16 on a CPU is slow
     )
-    args, training_args, model_args = parser.parse_args_and_config(argv)
+    return parser
+
+
+def parse(argv: list[str] | None = None, prog: str = "elm sft") -> tuple[ELMArguments, SFTConfig, ModelConfig]:
+    """What the command line says, checked (ValueError) as far as it can be without data and model; writes nothing."""
+    args, training_args, model_args = make_parser(prog).parse_args_and_config(argv)
     if args.distributed and training_args.world_size == 1:
         raise ValueError(
             "--distributed, but there is one process: start with `accelerate launch --multi_gpu training/sft.py ...` "
             "or `torchrun --nproc_per_node N training/sft.py ...`."
         )
+    if args.streaming and training_args.max_steps < 1:
+        raise ValueError("--streaming does not know when the data has been read once; say --max_steps.")
     if not args.update:
         pretrained = args.encoder_name_or_path is not None or model_args.model_name_or_path is not None
-        args.update = (
-            ["connector", "llm"] if pretrained or args.architecture != "llava" else ["encoder", "connector", "llm"]
-        )
-    if args.wandb and find_spec("wandb") is None:
-        raise ValueError("--wandb, but the package wandb is not installed: `pip install wandb`.")
+        args.update = PARTS[1:] if pretrained or args.architecture != "llava" else list(PARTS)
     if args.wandb:
+        if find_spec("wandb") is None:
+            raise ValueError("--wandb, but the package wandb is not installed: `pip install wandb`.")
         training_args.report_to = [*training_args.report_to, "wandb"]
     return args, training_args, model_args
+
+
+def load_splits(args: ELMArguments, training_args: SFTConfig) -> dict[str, Any]:
+    """The rows of `train`, and with `--eval_strategy` those of `validation`, else None."""
+    splits: dict[str, Any] = {"train": None, "validation": None}
+    seed, num_proc = training_args.seed, training_args.dataset_num_proc
+    for split in ["train"] if training_args.eval_strategy == "no" else ["train", "validation"]:
+        if args.streaming:
+            splits[split] = load_stream(args, split, seed, args.shuffle_buffer if split == "train" else None)
+        else:
+            with training_args.main_process_first(desc="preparing the data"):  # the others read what it has cached
+                splits[split] = load_data(args, split, seed, num_proc)
+        if splits[split] is None:
+            hint = "; leave --eval_strategy out" if split == "validation" else ""
+            raise ValueError(f"--data {' '.join(args.data)} has no split {split!r}{hint}.")
+    return splits
 
 
 def build_base(
@@ -82,114 +116,110 @@ def build_base(
 
     LoRA leaves its base as it is, and the adapter needs it again: a new one is saved under `output_dir/base_model`.
     """
-    if model_args.model_name_or_path is not None:
+    kwargs: dict[str, Any] = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+    name = model_args.model_name_or_path
+    if name is not None:
         if unused := new_elm_options(args):
             logger.warning(
                 "--model_name_or_path %s is a finished ELM: %s, of a new one, change nothing.",
-                model_args.model_name_or_path,
-                ", ".join(f"--{name}" for name in unused),
+                name,
+                ", ".join(f"--{option}" for option in unused),
             )
-        name = model_args.model_name_or_path
         if model_args.use_peft and os.path.isdir(name):
             name = os.path.abspath(name)  # the adapter names it, for any working directory
-        return load_elm(
-            name,
-            revision=model_args.model_revision,
-            dtype=model_args.dtype,
-            attn_implementation=model_args.attn_implementation,
-        )
+        return load_elm(name, revision=model_args.model_revision, **kwargs)
     processor = build_processor(args)
-    llm_kwargs = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
-    llm_kwargs["revision"] = model_args.model_revision
-    assert training_args.output_dir is not None  # TRL has a default
-    base = Path(training_args.output_dir).absolute() / "base_model"
     if not model_args.use_peft:
-        return build_model(args, processor, **llm_kwargs), processor
+        return build_model(args, processor, revision=model_args.model_revision, **kwargs), processor
+    base = Path(str(training_args.output_dir)).absolute() / "base_model"
     with training_args.main_process_first(desc="building the base model"):
         resumed = training_args.resume_from_checkpoint is not None and (base / "config.json").is_file()
         if training_args.process_index == 0 and not resumed:
-            build_model(args, processor, **llm_kwargs).save_pretrained(base)
+            model = build_model(args, processor, revision=model_args.model_revision, **kwargs)
+            model.save_pretrained(base)
             processor.save_pretrained(base)
             logger.info("Base model of the adapter: %s", base)
-    return load_elm(str(base), dtype=model_args.dtype, attn_implementation=model_args.attn_implementation)
+    return load_elm(str(base), **kwargs)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args, training_args, model_args = parse(argv)
-    torch.manual_seed(training_args.seed)
-    validate = training_args.eval_strategy != "no"
-    train_data: Any
-    eval_data: Any = None
-    if args.streaming:
-        if training_args.max_steps < 1:
-            raise ValueError("--streaming does not know when the data has been read once; say --max_steps.")
-        train_data = load_stream(args, "train", training_args.seed, args.shuffle_buffer)
-        eval_data = load_stream(args, "validation", training_args.seed) if validate else None
-    else:
-        num_proc = training_args.dataset_num_proc
-        with training_args.main_process_first(desc="preparing the data"):
-            train_data = load_data(args, "train", training_args.seed, num_proc)
-            eval_data = load_data(args, "validation", training_args.seed, num_proc) if validate else None
-    if train_data is None:
-        raise ValueError(f"--data {' '.join(args.data)} has no split 'train'.")
-    if validate and eval_data is None:
-        raise ValueError(f"--data {' '.join(args.data)} has no split 'validation'; leave --eval_strategy out.")
-
-    model, processor = build_base(args, training_args, model_args)
+def make_trainer(
+    args: ELMArguments,
+    training_args: SFTConfig,
+    model_args: ModelConfig,
+    model: ELMForConditionalGeneration,
+    processor: ELMProcessor,
+    splits: dict[str, Any],
+) -> ELMTrainer:
+    """TRL's trainer around the model, of which the parts of `--update` or a LoRA adapter are trained."""
     peft_config = lora_config(args, model_args, model, processor) if model_args.use_peft else None
     if peft_config is None:
         freeze(model, args.update)
-
+    changes = {option.name: getattr(args, option.name) for option in fields(AugmentationArguments)}
     collator = ELMCollator(
         processor,
         system_prompt=args.system_prompt,
         perturb=args.perturb,
-        augment_ecg=args.augment_ecg,
-        augment_rgb=args.augment_rgb,
-        time_shift=args.time_shift,
-        gain_jitter=args.gain_jitter,
-        lead_dropout=args.lead_dropout,
         max_length=training_args.max_length,
         seed=training_args.seed,
+        **changes,
     )
     training_args.max_length = None  # the collator's business
     training_args.dataset_kwargs = {"skip_prepare_dataset": True}
     trainer = ELMTrainer(
         model=model,
         args=training_args,
-        train_dataset=train_data.sources[0] if args.streaming else train_data,
-        eval_dataset=eval_data,
+        train_dataset=splits["train"].sources[0] if args.streaming else splits["train"],
+        eval_dataset=splits["validation"],
         data_collator=collator,
         processing_class=processor,
         peft_config=peft_config,
         callbacks=[CountEpochs(collator)],
     )
-    trainer.train_dataset = train_data  # of a stream TRL checks that it is of `datasets`
+    trainer.train_dataset = splits["train"]  # of a stream TRL checks that it is of `datasets`
     if peft_config is not None:
         model.lm_head.register_parameter("bias", None)  # TRL reads it, and PEFT's wrapper of the head has none
+    return trainer
+
+
+def checkpoint_to_resume(training_args: SFTConfig) -> str | None:
+    """The folder that `--resume_from_checkpoint` names, `last` and `true` being the newest of `--output_dir`."""
+    name = training_args.resume_from_checkpoint
+    if str(name).lower() not in ("true", "last"):  # YAML's true is a bool
+        return name
+    folder = get_last_checkpoint(training_args.output_dir)
+    if folder is None:
+        raise ValueError(f"--resume_from_checkpoint: no checkpoint in {training_args.output_dir}.")
+    return folder
+
+
+def train(args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
+    """Trains an ELM and saves it, its processor and its card to `output_dir`."""
+    torch.manual_seed(training_args.seed)
+    splits = load_splits(args, training_args)
+    model, processor = build_base(args, training_args, model_args)
+    limit_threads(model, training_args.device)
+    trainer = make_trainer(args, training_args, model_args, model, processor, splits)
     if trainer.is_world_process_zero():
         assert trainer.model is not None
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in trainer.model.parameters()]
         total, trainable = sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
-        chats = "streamed" if args.streaming else len(train_data)
+        chats = "streamed" if args.streaming else len(splits["train"])
         print(f"{chats} chats; {trainable:,} of {total:,} parameters trained", flush=True)
 
-    resume = training_args.resume_from_checkpoint
-    if str(resume).lower() in ("true", "last"):  # YAML's true is a bool
-        resume = get_last_checkpoint(training_args.output_dir)
-        if resume is None:
-            raise ValueError(f"--resume_from_checkpoint: no checkpoint in {training_args.output_dir}.")
-    result = trainer.train(resume_from_checkpoint=resume)
+    result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
     trainer.save_model()
     if trainer.is_world_process_zero():
-        assert training_args.output_dir is not None
-        splits = {"train": train_data, "validation": eval_data}
-        folder = Path(training_args.output_dir)
+        folder = Path(str(training_args.output_dir)).absolute()
         write_model_card(folder, args, training_args, model_args, model.config, processor, splits)
-        print(f"Saved model, processor and card to {os.path.abspath(training_args.output_dir)}", flush=True)
+        print(f"Saved model, processor and card to {folder}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs `elm sft`."""
+    train(*parse(argv))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from elm_ecg.training.apps.conversation import (
     user_turn,
 )
 from elm_ecg.training.apps.plot import save_picture
-from elm_ecg.training.command_line import read_system_prompt
+from elm_ecg.training.command_line import CommandLineParser, read_system_prompt
 from elm_ecg.training.files import write_text
 
 try:
@@ -260,9 +260,7 @@ def run(chat: Chat) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="elm chat", usage="elm chat MODEL [options]", description=f"{__doc__} {DISCLAIMER}"
-    )
+    parser = CommandLineParser(prog="elm chat", usage="elm chat MODEL [options]", description=f"{__doc__} {DISCLAIMER}")
     add_arguments(parser)
     return parser
 
@@ -270,11 +268,12 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     system_prompt = read_system_prompt(args.system_prompt)
-    from elm_ecg.training.build import load_elm  # late: --help need not wait for it
+    from elm_ecg.training.build import limit_threads, load_elm  # late: --help need not wait for it
 
     set_seed(args.seed)
     model, processor = load_elm(args.model, args.revision, dtype=args.dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]  # a wrapped method
+    limit_threads(model, model.device)
     extractor = processor.feature_extractor
     seconds, leads = extractor.num_samples / extractor.sampling_rate, len(extractor.lead_names)
     reads = f"It reads ECGs of {leads} leads and {seconds:g} s." if processor.takes_ecgs else "It reads no ECG."

@@ -29,7 +29,7 @@ from elm_ecg.training.apps.conversation import (
     user_turn,
     zeroed,
 )
-from elm_ecg.training.command_line import read_system_prompt
+from elm_ecg.training.command_line import CommandLineParser, read_system_prompt
 
 TITLE = "Ask an ECG-language model"
 GRADIO_VERSION = "6.31.0"  # of Spaces
@@ -403,9 +403,7 @@ def _requirements(adapter: bool) -> list[str]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="elm demo", usage="elm demo MODEL [options]", description=f"{__doc__} {DISCLAIMER}"
-    )
+    parser = CommandLineParser(prog="elm demo", usage="elm demo MODEL [options]", description=f"{__doc__} {DISCLAIMER}")
     add_arguments(parser)
     parser.add_argument(
         "--host",
@@ -427,11 +425,12 @@ def main(argv: list[str] | None = None) -> None:
     for path in args.records:
         if not path.is_file():
             raise ValueError(f"--records: there is no file {path}.")
-    from elm_ecg.training.build import load_elm  # not in a Space
+    from elm_ecg.training.build import limit_threads, load_elm  # not in a Space
 
     set_seed(args.seed)
     model, processor = load_elm(args.model, args.revision, dtype=args.dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]  # a wrapped method
+    limit_threads(model, model.device)
     name = Path(args.model).name if Path(args.model).exists() else args.model
     with tempfile.TemporaryDirectory() as folder:
         examples = example_files(args.records or write_examples(Path(folder)))

@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import DataArguments, ELMParser, json_fields
-from elm_ecg.training.build import load_elm
+from elm_ecg.training.build import limit_threads, load_elm
 from elm_ecg.training.data.loading import load_data
 from elm_ecg.training.evaluation.answers import CONDITIONS, RANDOM_CONDITIONS, Answerer, Progress
 from elm_ecg.training.evaluation.questions import (
@@ -388,6 +388,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if model is None or processor is None or name != args.model_name_or_path:
             model, processor = load_elm(name, revision=args.model_revision, dtype=args.dtype)
             model.to(state.device)  # type: ignore[arg-type]  # a wrapped method
+            limit_threads(model, state.device)
             model.eval()
             if args.torch_compile:
                 model.compile(dynamic=True)
