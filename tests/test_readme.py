@@ -34,7 +34,7 @@ def blocks(language: str, text: str = README) -> list[str]:
     return [block for name, block in found if name == language]
 
 
-INFERENCE, RECORDINGS, ECG_BYTE = blocks("python")
+INFERENCE, RECORDINGS, IN_PYTHON, ECG_BYTE = blocks("python")
 COMMANDS = [
     line for block in blocks("bash", DOCUMENTS) for line in block.splitlines() if line and not line.startswith("#")
 ]
@@ -61,8 +61,9 @@ def test_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         launch = get_args_parser().parse_args(words)
         program, words = launch.training_script, launch.training_script_args
         monkeypatch.setattr(SFTConfig, "world_size", property(lambda args: int(launch.nproc_per_node)))
-    if program in ("training/sft.py", "training/evaluation.py"):
-        program, words = "elm", [{"sft": "sft", "evaluation": "evaluate"}[Path(program).stem], *words]
+    verbs = {"training/sft.py": "sft", "elm_ecg.training.evaluation.evaluate": "evaluate"}
+    if program in verbs:
+        program, words = "elm", [verbs[program], *words]
 
     if program == "elm":
         parsed: list[Any] = []
@@ -92,7 +93,7 @@ def test_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
             ["data", "build"],
             ["data", "check"],
         )
-        if words in names or words[1:] == ["--help"]:  # the name of a command in a sentence
+        if words in names or words[1:] in (["--help"], ["--help-all"]):  # the name of a command in a sentence
             return
         assert cli.main(words) == 0, f"does not parse: {command}"
         assert len(parsed) == 1
@@ -155,6 +156,23 @@ def test_ecg_byte(monkeypatch: pytest.MonkeyPatch) -> None:
     assert abs(names["again"] - names["ecg"]).max() <= (names["high"] - names["low"]) / 26 + 1e-6
     assert 0 <= names["first_sample"] <= names["last_sample"] < 2500
     assert 0 <= names["lead"] < 12
+
+
+def test_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The Python API as printed, with a tiny language model in place of the one that would be downloaded."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for number in (1, 2, 3):
+        record = Path("recordings") / "2024" / f"{number:04d}.npz"
+        record.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(record, array=rng.normal(0, 0.1, (12, 5000)).astype(np.float32), sampling_rate=500, unit="mV")
+    llm = save_tiny_llm(tmp_path / "llm", "qwen2_5")
+    small = """"merl", encoder_config='{"block": "basic", "depths": [1, 1], "widths": [8, 16]}'"""
+    names: dict[str, Any] = {}
+    exec(IN_PYTHON.replace("qwen2.5-0.5b-instruct", str(llm)).replace('"merl"', small), names)
+    assert names["results"]["verdict"] in capsys.readouterr().out
+    assert {split: len(rows) for split, rows in names["data"].items()} == {"train": 1, "validation": 1, "test": 1}
+    assert (tmp_path / "runs" / "in_python" / "processor_config.json").is_file()
 
 
 def test_own_data_to_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
