@@ -173,7 +173,7 @@ def reseal_ishne(content: bytes) -> bytes:
 
 def check(read, content: bytes) -> None:
     """Reads or refuses within a second."""
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         result = read(content)
     except ValueError:
@@ -182,7 +182,7 @@ def check(read, content: bytes) -> None:
         assert result["array"].shape[0] == len(result["lead_names"])
         assert result["array"].dtype == np.float32
         assert np.isfinite(result["array"]).all()
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 class TestSCP:
@@ -416,9 +416,9 @@ class TestSCP:
     def test_speed(self, shared: Path):
         """12 leads of 5000 samples take some 50 ms; 2 s also on a busy machine."""
         content = (shared / "data/formats/scp_ecg/Example.scp").read_bytes()
-        start = time.perf_counter()
+        start = time.process_time()
         read_scp(content)
-        assert time.perf_counter() - start < 2
+        assert time.process_time() - start < 2
 
     @given(st.data())
     def test_damaged_bytes_with_right_checksums(self, data: st.DataObject):

@@ -138,7 +138,7 @@ def small_files() -> dict[str, bytes]:
 
 def check(content: bytes) -> None:
     """Reads or refuses within a second."""
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         read = read_xml(content)
     except ValueError:
@@ -147,7 +147,7 @@ def check(content: bytes) -> None:
         assert read["array"].shape[0] == len(read["lead_names"])
         assert read["sampling_rate"] > 0
         assert np.isfinite(read["array"]).all()
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 class TestRealFiles:
@@ -344,10 +344,10 @@ class TestPhilips:
             (sierra(len(body).to_bytes(4, "little") + bytes(4) + body, "I II", 100), "expected 100 x 2"),
             (sierra(bytes(99), "I II", 10**9), "at most 16777216 in all"),
         ]:
-            start = time.perf_counter()
+            start = time.process_time()
             with pytest.raises(ValueError, match=message):
                 read_xml(content)
-            assert time.perf_counter() - start < 1
+            assert time.process_time() - start < 1
         assert tracemalloc.get_traced_memory()[1] < 10e6
         tracemalloc.stop()
 
