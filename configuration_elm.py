@@ -20,9 +20,8 @@ class ConnectorSpec(NamedTuple):
 
     architecture: str
     num_ecg_tokens: int  # that it makes of an ECG by default
-    tokens: Literal["any", "one", "patches"] = (
-        "any"  # how many it can make; `patches`: such as cut the record into equal parts
-    )
+    # how many it can make; `patches`: such as cut the record into equal parts
+    tokens: Literal["any", "one", "patches"] = "any"
 
 
 # the first of an architecture is its default
@@ -44,13 +43,9 @@ def default_num_ecg_tokens(
     connector: str | None, representation: str = "signal", image_features: str = "patches"
 ) -> int:
     """Tokens that each ECG takes unless somebody says otherwise: of a picture as many as `IMAGE_FEATURES` says."""
-    if connector is None:
-        return 1
-    return (
-        IMAGE_FEATURES[image_features]
-        if representation in IMAGE_REPRESENTATIONS
-        else CONNECTORS[connector].num_ecg_tokens
-    )
+    if representation in IMAGE_REPRESENTATIONS:
+        return IMAGE_FEATURES[image_features]
+    return 1 if connector is None else CONNECTORS[connector].num_ecg_tokens
 
 
 class ECGEncoderConfig(PreTrainedConfig):

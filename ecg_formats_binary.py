@@ -188,13 +188,7 @@ def _scp_signals(section: bytes, number: int, num_leads: int) -> tuple[int, int,
     ends = np.cumsum([6 + 2 * num_leads, *lengths]).tolist()
     if ends[-1] > len(section):
         raise ValueError(f"{what} has {len(section)} bytes; expected {ends[-1]} for its leads.")
-    return (
-        nanovolts,
-        interval,
-        difference,
-        bool(flags & 1),
-        [section[a:b] for a, b in pairwise(ends)],
-    )
+    return (nanovolts, interval, difference, bool(flags & 1), [section[a:b] for a, b in pairwise(ends)])
 
 
 def _scp_beats(section: bytes) -> tuple[np.ndarray, np.ndarray, int, int]:

@@ -9,8 +9,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
-from torch.nn import functional as F
 
 from .ecg_formats import read_file
 from .ecg_formats_common import REFERENCE_LEADS as REFERENCE_LEADS
@@ -132,10 +130,7 @@ def _units_per_millivolt(unit: str) -> float:
 
 
 def as_record(
-    ecg: Any,
-    sampling_rate: float | None = None,
-    lead_names: Sequence[str] | None = None,
-    unit: str | None = None,
+    ecg: Any, sampling_rate: float | None = None, lead_names: Sequence[str] | None = None, unit: str | None = None
 ) -> ECGRecord:
     """Any form of one ECG as a checked `ECGRecord` in millivolts.
 
@@ -210,7 +205,7 @@ def as_record(
 
 
 def _numeric_array(ecg: Any) -> np.ndarray:
-    if isinstance(ecg, torch.Tensor):
+    if hasattr(ecg, "detach"):  # a tensor; torch itself need not be imported for those who have none
         ecg = ecg.detach().cpu()
         ecg = (ecg.float() if ecg.is_floating_point() else ecg).numpy()  # NumPy has no bfloat16
     try:
@@ -385,7 +380,7 @@ def resampling_ratio(source_rate: float, target_rate: float) -> Fraction:
 
 
 @lru_cache(maxsize=16)
-def _polyphase_filter(up: int, down: int) -> tuple[torch.Tensor, int]:
+def _polyphase_filter(up: int, down: int) -> tuple[np.ndarray, int]:
     """Filters [up, 1, taps] of the `up` output samples that `down` input samples make, and the samples read before."""
     half_length = ZERO_CROSSINGS * max(up, down)
     n = np.arange(-half_length, half_length + 1)
@@ -396,7 +391,7 @@ def _polyphase_filter(up: int, down: int) -> tuple[torch.Tensor, int]:
     after = ((up - 1) * down + half_length) // up
     offset = np.arange(up)[:, None] * down - np.arange(-before, after + 1) * up
     weight = np.where(np.abs(offset) <= half_length, taps.take(offset + half_length, mode="clip"), 0.0)
-    return torch.from_numpy(weight[:, None].astype(np.float32)), before
+    return weight[:, None].astype(np.float32), before
 
 
 def resample(array: np.ndarray, source_rate: float, target_rate: float) -> np.ndarray:
@@ -425,8 +420,12 @@ def resample(array: np.ndarray, source_rate: float, target_rate: float) -> np.nd
     num_blocks = math.ceil(num_outputs / up)
     after = max(0, (num_blocks - 1) * down + weight.shape[2] - before - num_samples)
     offset = array[:, :1]
-    signal = F.pad(torch.from_numpy(array - offset)[:, None], (before, after), mode="replicate")
-    blocks = F.conv1d(signal, weight, stride=down)  # [leads, up, blocks]
+    import torch  # late: reading and checking records need not wait for it
+
+    signal = np.pad(array - offset, ((0, 0), (before, after)), mode="edge")[:, None]
+    blocks = torch.nn.functional.conv1d(
+        torch.from_numpy(signal), torch.from_numpy(weight), stride=down
+    )  # [leads, up, blocks]
     return blocks.transpose(1, 2).flatten(1)[:, :num_outputs].numpy() + offset
 
 

@@ -180,10 +180,7 @@ class ELMModel(ELMPreTrainedModel):
     """Encoder, connector and language model, without the head that predicts tokens."""
 
     def __init__(
-        self,
-        config: ELMConfig,
-        encoder: PreTrainedModel | None = None,
-        language_model: nn.Module | None = None,
+        self, config: ELMConfig, encoder: PreTrainedModel | None = None, language_model: nn.Module | None = None
     ):
         super().__init__(config)
         if encoder is None and config.encoder_config is not None:

@@ -7,13 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ecg_files import (
-    COUNTS,
-    WHOLE,
-    npy_bytes,
-    npz_bytes,
-    write_wfdb,
-)
+from ecg_files import COUNTS, WHOLE, npy_bytes, npz_bytes, write_wfdb
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -276,10 +276,7 @@ class TestDICOM:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (
-                lambda group: group.add_new("WaveformData", "OW", bytes(2398)),
-                "2398 bytes; 12 channels of 100",
-            ),
+            (lambda group: group.add_new("WaveformData", "OW", bytes(2398)), "2398 bytes; 12 channels of 100"),
             (lambda group: setattr(group, "NumberOfWaveformSamples", 2**31), "2147483648 samples take 51539607552"),
             (
                 lambda group: setattr(group, "WaveformSampleInterpretation", "MB"),

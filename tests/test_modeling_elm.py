@@ -363,8 +363,7 @@ class TestGeneration:
             new_tokens(model, only_embeddings, num_beams=3)
 
     @pytest.mark.parametrize(
-        "kwargs",
-        [{}, {"num_beams": 2}, {"do_sample": True}, {"generation_config": GenerationConfig(max_new_tokens=5)}],
+        "kwargs", [{}, {"num_beams": 2}, {"do_sample": True}, {"generation_config": GenerationConfig(max_new_tokens=5)}]
     )
     def test_the_placeholder_is_never_written(self, kwargs, tmp_path):
         model = tiny_elm()

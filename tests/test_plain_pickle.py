@@ -68,11 +68,7 @@ def test_plain_values_of_every_binary_protocol(protocol):
         pickler.fast = True  # what stands twice is written out twice
         pickler.dump(PLAIN)
         assert load_plain_pickle(file.getvalue(), int) == PLAIN
-    value = {
-        "text": "ä",
-        "numbers": [1, 2.5, 2**70, -3],
-        "others": (None, True, False, (), (1,), (1, 2, 3, 4)),
-    }
+    value = {"text": "ä", "numbers": [1, 2.5, 2**70, -3], "others": (None, True, False, (), (1,), (1, 2, 3, 4))}
     value["again"] = value["numbers"]
     if protocol > 2:  # in which bytes call a function
         value["bytes"] = b"bytes"

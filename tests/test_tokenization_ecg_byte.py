@@ -420,12 +420,7 @@ class TestOffsets:
 
 
 class TestTrain:
-    @given(
-        st.lists(leads_of_symbols(), min_size=1, max_size=4),
-        st.integers(1, 30),
-        st.integers(1, 4),
-        st.booleans(),
-    )
+    @given(st.lists(leads_of_symbols(), min_size=1, max_size=4), st.integers(1, 30), st.integers(1, 4), st.booleans())
     def test_merges(self, backend, records, num_merges, min_frequency, across_leads):
         arrays = [ecg_of(*leads) for leads in records]
         parts = ["".join(leads) for leads in records] if across_leads else [lead for leads in records for lead in leads]

@@ -10,7 +10,16 @@ from typing import Any, Literal, get_type_hints
 
 from trl import TrlParser
 
-from elm_ecg.configuration_elm import IMAGE_REPRESENTATIONS
+from elm_ecg.configuration_elm import (
+    ARCHITECTURES,
+    CONNECTORS,
+    ENCODER_CONFIGS,
+    IMAGE_FEATURES,
+    IMAGE_REPRESENTATIONS,
+    REPRESENTATIONS,
+    connectors_of,
+    default_num_ecg_tokens,
+)
 from elm_ecg.training.command_line import CommandLineParser, did_you_mean, read_system_prompt
 from elm_ecg.training.files import resource
 
@@ -41,10 +50,8 @@ VISION_BACKBONES = {
 PARTS = ["encoder", "connector", "llm"]
 # values of the reference's --optimizer
 OPTIMIZERS = {"adam": "adamw_torch", "adamw": "adamw_torch"}
-Architecture = Literal["llava", "fuyu", "text"]
-Connector = Literal["linear", "mlp", "flat", "patch", "conv"]
 # values of the reference's --elm
-ELMS: dict[str, tuple[Architecture, Connector | None]] = {
+ELMS: dict[str, tuple[str, str | None]] = {
     "llava": ("llava", "linear"),
     "linear_llava": ("llava", "linear"),
     "mlp_llava": ("llava", "mlp"),
@@ -112,17 +119,22 @@ class ModelArguments:
     elm: str | None = argument(
         None, "Short for --architecture and --connector, as in the reference.", choices=list(ELMS)
     )
-    architecture: Architecture | None = argument(
+    architecture: str | None = argument(
         None,
         "llava (default): ECG encoder and connector; fuyu: connector alone; text: neither, for symbolic ECGs or none.",
+        choices=ARCHITECTURES,
     )
-    connector: Connector | None = argument(
-        None, "linear (default) or mlp for llava; patch (default), flat or conv for fuyu."
+    connector: str | None = argument(
+        None,
+        f"{' or '.join(map(str, connectors_of('llava')))} for llava, {' or '.join(map(str, connectors_of('fuyu')))} for fuyu. "
+        "Default: the first.",
+        choices=list(CONNECTORS),
     )
-    representation: Literal["signal", "symbolic", "stacked_signal", "rgb"] = argument(
+    representation: str = argument(
         "signal",
         "What the model reads of a record: signal: its samples; symbolic: ECG-Byte tokens in the text; rgb: a drawing on "
         "ECG paper; stacked_signal: a grey picture of leads x samples.",
+        choices=REPRESENTATIONS,
     )
     ecg_tokenizer: str | None = argument(
         None,
@@ -133,8 +145,8 @@ class ModelArguments:
     )
     encoder: str | None = argument(
         None,
-        "Encoder of llava. With random weights: merl, mlae, mtae or st_mem (default) for signal; for rgb and stacked_signal "
-        "the model_type of a vision backbone of transformers, such as vit. Pretrained: clip-vit-base-patch32 (their "
+        f"Encoder of llava. With random weights: {', '.join(ENCODER_CONFIGS)} (default: st_mem) for signal; for rgb and "
+        "stacked_signal the model_type of a vision backbone of transformers, such as vit. Pretrained: clip-vit-base-patch32 (their "
         "default), siglip2-so400m-patch16-naflex, vit-base-patch16-224-in21k, or any as --encoder_name_or_path.",
     )
     encoder_config: str | None = argument(
@@ -143,8 +155,10 @@ class ModelArguments:
     encoder_name_or_path: str | None = argument(
         None, "Pretrained ECG encoder or vision backbone, Hub id or local folder; default: what --encoder says."
     )
-    image_features: Literal["patches", "embedding"] = argument(
-        "patches", "What the connector reads of a vision backbone: its patches, or its pooled vector (the reference)."
+    image_features: str = argument(
+        "patches",
+        "What the connector reads of a vision backbone: its patches, or its pooled vector (the reference).",
+        choices=list(IMAGE_FEATURES),
     )
     paper: str | None = argument(
         None, 'JSON with fields of ECGPaper, which draws rgb, such as {"layout": "3x4", "gain": 20, "line_width": 0.5}.'
@@ -185,7 +199,7 @@ class ModelArguments:
         if self.architecture is None:
             self.architecture = "text" if self.representation == "symbolic" else "llava"
         if self.connector is None:
-            self.connector = {"llava": "linear", "fuyu": "patch", "text": None}[self.architecture]
+            self.connector = connectors_of(self.architecture)[0]
         of_images = self.representation in IMAGE_REPRESENTATIONS
         if of_images and self.architecture != "llava":
             raise ValueError(
@@ -200,9 +214,7 @@ class ModelArguments:
             elif of_images:
                 self.encoder_name_or_path = VISION_BACKBONES.get(self.encoder)
         if self.num_ecg_tokens is None:
-            of_encoder = (1 if self.image_features == "embedding" else 49) if of_images else 12
-            defaults: dict[str | None, int] = {"linear": of_encoder, "mlp": of_encoder, "patch": 25, "conv": 25}
-            self.num_ecg_tokens = defaults.get(self.connector, 1)
+            self.num_ecg_tokens = default_num_ecg_tokens(self.connector, self.representation, self.image_features)
         if self.normalization is None:
             self.normalization = "minmax" if self.representation == "stacked_signal" else "none"
         elif self.representation in ("symbolic", "rgb") and self.normalization != "none":

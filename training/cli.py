@@ -20,17 +20,9 @@ COMMANDS = {
     "chat": ("apps.chat", "ask an ELM about ECGs in the terminal", "MODEL"),
     "demo": ("apps.demo", "ask an ELM about ECGs on a page in the browser", "MODEL"),
     "push": ("sharing.push", "share a model, encoder, tokenizer or dataset on the Hub", "FOLDER --repo_id OWNER/NAME"),
-    "convert": (
-        "sharing.convert",
-        "make a checkpoint of ELM-Research/ELM an ELM of ours",
-        "FILE.pt --output_dir FOLDER",
-    ),
+    "convert": ("sharing.convert", "convert a checkpoint of ELM-Research/ELM", "FILE.pt --output_dir FOLDER"),
     "data": ("data.commands", "build, check or push a dataset of ECGs; list the reference's", "COMMAND"),
-    "tokenizer": (
-        "tokenizer",
-        "train, inspect or import an ECG-Byte tokenizer, which writes ECGs as tokens",
-        "COMMAND",
-    ),
+    "tokenizer": ("tokenizer", "train, inspect or import an ECG-Byte tokenizer: ECGs as tokens", "COMMAND"),
     "plot": ("apps.plot", "draw ECG files on ECG paper, as PNG or SVG", "RECORD [RECORD ...]"),
 }
 HELP = """\

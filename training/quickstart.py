@@ -108,7 +108,3 @@ def main(argv: list[str] | None = None) -> None:
     )
     print(f"Done in {minutes:.1f} minutes. Report: {(folder / 'report.html').resolve()}")
     print(f'Load it anywhere: AutoModelForCausalLM.from_pretrained("{folder / "model"}", trust_remote_code=True)')
-
-
-if __name__ == "__main__":
-    main()

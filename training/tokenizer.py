@@ -407,7 +407,3 @@ def main(argv: list[str] | None = None) -> None:
     """Runs `elm tokenizer`."""
     args = make_parser().parse_args(argv)
     args.work(args)
-
-
-if __name__ == "__main__":
-    main()

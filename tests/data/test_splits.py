@@ -55,11 +55,7 @@ def test_default():
             {"by": "given"},
             r"1 of 2 .* patient p \(test, train\)",
         ),
-        (
-            [("a", None, "train"), ("a", None, "test")],
-            {"by": "given"},
-            r"record a \(test, train\).*choose --split_by",
-        ),
+        ([("a", None, "train"), ("a", None, "test")], {"by": "given"}, r"record a \(test, train\).*choose --split_by"),
         ([("a", "p", None)], {"by": "given"}, "about the record a has no split"),
         ([("a", "p", None)], {"by": "fold"}, "record a has strat_fold None"),
         ([("a", "p", None)], {"by": "fold", "metadata": {"a": {"strat_fold": 11}}}, "record a has strat_fold 11"),

@@ -337,13 +337,7 @@ def test_rouge_l_of_lins_example():
 
 
 # in each group words that METEOR matches: the same, of one stem, or synonyms
-MATCHING = [
-    ["big", "vast"],
-    ["quick", "fast"],
-    ["fault", "defect"],
-    ["beat", "beats", "beating"],
-    ["block", "blocked"],
-]
+MATCHING = [["big", "vast"], ["quick", "fast"], ["fault", "defect"], ["beat", "beats", "beating"], ["block", "blocked"]]
 MATCHING += [
     ["wave", "WAVES"],
     ["rhythm"],

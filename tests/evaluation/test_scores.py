@@ -6,13 +6,7 @@ from scipy.stats import rankdata
 
 from elm_ecg.training.evaluation.questions import Question
 from elm_ecg.training.evaluation.results import main_metric
-from elm_ecg.training.evaluation.scores import (
-    METRIC_NAMES,
-    Scorer,
-    closed_types,
-    load_metrics,
-    part_of,
-)
+from elm_ecg.training.evaluation.scores import METRIC_NAMES, Scorer, closed_types, load_metrics, part_of
 from intervals import bootstrap, paired_difference
 
 

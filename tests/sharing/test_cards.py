@@ -22,10 +22,7 @@ from loopback_hub import card_errors
 
 FINISHED = list((ROOT / "model_cards").glob("*_*.md"))
 TRAINING = SFTConfig(output_dir="unused", learning_rate=3e-4, per_device_train_batch_size=4, use_cpu=True, bf16=False)
-SPLITS = {
-    "train": Dataset.from_dict({"patient_id": ["a", "a", "b"], "record_id": ["1", "2", "3"]}),
-    "validation": None,
-}
+SPLITS = {"train": Dataset.from_dict({"patient_id": ["a", "a", "b"], "record_id": ["1", "2", "3"]}), "validation": None}
 
 
 def write(folder: Path, part: str | None = "merl", model: dict | None = None, **options) -> ModelCard:
@@ -63,10 +60,7 @@ def test_what_a_card_says(tmp_path):
 
 @pytest.mark.parametrize(
     ("part", "words", "trained"),
-    [
-        ("patch", "`patch` connector, no encoder", "connector, llm"),
-        (None, "none: the model reads no ECG", "llm"),
-    ],
+    [("patch", "`patch` connector, no encoder", "connector, llm"), (None, "none: the model reads no ECG", "llm")],
 )
 def test_other_architectures(tmp_path, part, words, trained):
     text = write(tmp_path, part).text

@@ -465,10 +465,7 @@ def test_options_that_do_not_fit_an_encoder(options, message, tmp_path):
 
 
 def test_segment_of_another_length(shapes, tmp_path):
-    for kind, message in (
-        ("st_mem", "of 2500 samples, --num_samples is 1250"),
-        ("mtae", "25 patches of 1200 values"),
-    ):
+    for kind, message in (("st_mem", "of 2500 samples, --num_samples is 1250"), ("mtae", "25 patches of 1200 values")):
         with pytest.raises(ValueError, match=message):
             run(tmp_path / "e.pt", shrunk(shapes[kind]), "--encoder", kind, "--segment_len", 1250)
 

@@ -74,12 +74,7 @@ class Chat:
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        processor: Any,
-        name: str,
-        system_prompt: str | None = None,
-        **generation: Any,
+        self, model: PreTrainedModel, processor: Any, name: str, system_prompt: str | None = None, **generation: Any
     ) -> None:
         self.model, self.processor, self.name = model, processor, name
         self.system_prompt, self.generation = system_prompt, generation
@@ -272,7 +267,3 @@ def main(argv: list[str] | None = None) -> None:
     chat = Chat(model, processor, name, system_prompt, max_new_tokens=args.max_new_tokens, temperature=args.temperature)
     with _history():
         run(chat)
-
-
-if __name__ == "__main__":
-    main()

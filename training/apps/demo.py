@@ -397,7 +397,3 @@ def main(argv: list[str] | None = None) -> None:
         demo = build_demo(page, name, args.questions)
         print(f"{name} answers at {serve(demo, args.host, args.port)} until Ctrl-C.\n{DISCLAIMER}", flush=True)
         demo.block_thread()
-
-
-if __name__ == "__main__":
-    main()

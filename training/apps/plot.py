@@ -19,12 +19,7 @@ DEFAULT_SECONDS = 10.0
 
 
 def save_picture(
-    path: Path,
-    record: ECGRecord,
-    paper: ECGPaper,
-    caption: str,
-    width: int = DEFAULT_WIDTH,
-    height: int | None = None,
+    path: Path, record: ECGRecord, paper: ECGPaper, caption: str, width: int = DEFAULT_WIDTH, height: int | None = None
 ) -> None:
     """Draws a record into a .svg, else into a PNG, which has the resolution that prints it in millimetres of paper.
 
@@ -155,7 +150,3 @@ def main(argv: list[str] | None = None) -> None:
         )
     for path, output in zip(args.records, outputs, strict=True):
         plot(path, output, args, paper)
-
-
-if __name__ == "__main__":
-    main()

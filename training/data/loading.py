@@ -291,11 +291,7 @@ class RowStream(torch.utils.data.IterableDataset):
     """
 
     def __init__(
-        self,
-        sources: list[IterableDataset],
-        weights: list[float] | None,
-        shuffle_buffer: int | None,
-        seed: int,
+        self, sources: list[IterableDataset], weights: list[float] | None, shuffle_buffer: int | None, seed: int
     ) -> None:
         self.sources = [source.reshard() for source in sources]
         self.weights = weights

@@ -342,7 +342,3 @@ def main(argv: list[str] | None = None) -> None:
     }
     write_json(args.output, output)
     print(f"\nComparison in {args.output.resolve()}", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -207,8 +207,7 @@ class Scorer:
         for kind in self.closed:
             rows = np.flatnonzero(self.kinds == kind)
             scores: Any = module.compute(
-                predictions=[texts[row] for row in rows],
-                references=[self.references[row] for row in rows],
+                predictions=[texts[row] for row in rows], references=[self.references[row] for row in rows]
             )
             right, answered = zip(*scores["samples"], strict=True)
             counts = np.zeros((len(texts), 3 * len(scores["labels"])))

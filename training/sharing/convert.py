@@ -93,7 +93,3 @@ def main(argv: list[str] | None = None) -> None:
         for line in lines:
             print(f"{title}: {line}")
     print(f"Saved to {output_dir}; every key is in its conversion.json", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from elm_ecg.configuration_elm import IMAGE_REPRESENTATIONS
+from elm_ecg.configuration_elm import IMAGE_FEATURES, IMAGE_REPRESENTATIONS
 from elm_ecg.ecg_utils import REFERENCE_LEADS
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import ModelArguments, argument
@@ -22,8 +22,8 @@ class ConvertArguments(ModelArguments):
         "Leads and their order that the model was trained on. Default: I II III aVL aVR aVF V1 ... V6, the reference's "
         "of MIMIC-IV and CODE-15; its PTB-XL has aVR before aVL.",
     )
-    image_features: Literal["patches", "embedding"] = argument(
-        "embedding", "What the connector reads of a vision backbone."
+    image_features: str = argument(
+        "embedding", "What the connector reads of a vision backbone.", choices=list(IMAGE_FEATURES)
     )
     ecg_tokenizer: str | None = argument(
         None,

@@ -346,12 +346,7 @@ def commit(
 
 
 def with_base(
-    folder: Path,
-    files: dict[str, bytes | Path],
-    card: RepoCard,
-    args: argparse.Namespace,
-    api: HfApi,
-    repos: ExitStack,
+    folder: Path, files: dict[str, bytes | Path], card: RepoCard, args: argparse.Namespace, api: HfApi, repos: ExitStack
 ) -> None:
     """Makes the adapter name a base model of the Hub, and pushes the local one there first, into a repository of `repos`."""
     config = read_json(folder / "adapter_config.json")
@@ -503,7 +498,3 @@ def main(argv: list[str] | None = None) -> None:
         if isinstance(error, OSError) and not isinstance(error, HfHubHTTPError):
             raise  # of a file
         raise ValueError(refusal(error, args.repo_id, args.revision)) from error
-
-
-if __name__ == "__main__":
-    main()
