@@ -595,7 +595,7 @@ tokenizer = ECGByteTokenizer.from_pretrained(".")
 with open("pickled", "rb") as file:
     pickled = pickle.load(file)
 assert pickled.to_json() == tokenizer.to_json()
-assert type(tokenizer._backend).__module__ == ("tokenization_ecg_byte" if sys.argv[1] == "python" else "ecg_byte")
+assert type(tokenizer._backend).__module__ == ("elm_ecg.tokenization_ecg_byte" if sys.argv[1] == "python" else "ecg_byte")
 ids = tokenizer.encode(np.load("ecg.npy"))
 assert (pickled.encode(np.load("ecg.npy")) == ids).all()
 print(ids.tolist())

@@ -208,7 +208,7 @@ def test_input_at_fault(argv, message, record, folder, capsys):
 def test_faulty_options(argv, record, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(argv)
-    assert capsys.readouterr().err.endswith("elm plot --help lists the options.\n")
+    assert capsys.readouterr().err.endswith("\nusage: elm plot RECORD [RECORD ...] [options]\n")
 
 
 def test_ctrl_c_keeps_the_old_picture(record, folder, monkeypatch, capsys):
