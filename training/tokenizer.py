@@ -24,8 +24,8 @@ from elm_ecg.training.command_line import CommandLineParser, whole_number
 from elm_ecg.training.data.loading import ecgs_of, load_ecgs
 from elm_ecg.training.figures import plot_tokens
 from elm_ecg.training.files import atomic_path
+from elm_ecg.training.markdown import CARD, TAGS, citation, environment, make_card, on_hub, public_name, use_of
 from elm_ecg.training.sharing.ecg_byte_import import read_ecg_byte_pickle
-from elm_ecg.training.sharing.markdown import CARD, TAGS, citation, environment, make_card, on_hub, public_name, use_of
 
 try:
     import resource

@@ -3,7 +3,7 @@ from dataclasses import fields
 import pytest
 
 from elm_ecg.training.data.arguments import BuildArguments
-from elm_ecg.training.data.commands import make_parser
+from elm_ecg.training.dataset_commands import make_parser
 
 
 def test_defaults_of_the_command_are_those_of_python():

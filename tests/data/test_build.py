@@ -14,8 +14,8 @@ from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord
 from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.data import build as data_build
 from elm_ecg.training.data.build import build_dataset
-from elm_ecg.training.data.commands import main
 from elm_ecg.training.data.sources import QuestionRow, Records
+from elm_ecg.training.dataset_commands import main
 from helpers import tiny_processor
 
 ASKED = {"question": "Is it?", "answer": "yes"}

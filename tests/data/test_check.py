@@ -11,7 +11,7 @@ from elm_ecg.ecg_utils import as_record
 from elm_ecg.training import cli
 from elm_ecg.training.data import check as data_check
 from elm_ecg.training.data.check import Checker
-from elm_ecg.training.data.commands import main
+from elm_ecg.training.dataset_commands import main
 
 LEADS = ["I", "II"]
 

@@ -15,9 +15,9 @@ from elm_ecg.ecg_utils import STANDARD_LEADS
 from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.data import build as data_build
 from elm_ecg.training.data import write as data_write
-from elm_ecg.training.data.commands import main
 from elm_ecg.training.data.loading import to_chat
 from elm_ecg.training.data.splits import FOLDS
+from elm_ecg.training.dataset_commands import main
 from helpers import tiny_processor
 
 ASKED = {"question": "Is it?", "answer": "yes"}

@@ -7,8 +7,9 @@ from jinja2 import UndefinedError
 from trl import ModelConfig, SFTConfig
 
 from elm_ecg.training.arguments import ELMArguments
-from elm_ecg.training.sharing.cards import add_evaluation, elm_card, write_model_card
-from elm_ecg.training.sharing.markdown import make_card
+from elm_ecg.training.evaluation.card import add_evaluation
+from elm_ecg.training.markdown import make_card
+from elm_ecg.training.sharing.cards import elm_card, write_model_card
 from helpers import (
     RESULTS,
     ROOT,
@@ -183,14 +184,6 @@ def test_training_again_drops_old_scores(tmp_path):
     write(tmp_path)
     add_evaluation(tmp_path, RESULTS)
     assert "Not evaluated yet" in write(tmp_path).text
-
-
-def test_no_card_or_no_place_in_it(tmp_path):
-    add_evaluation(tmp_path, RESULTS)
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "README.md").write_text("# Mine\n")
-    add_evaluation(tmp_path, RESULTS)
-    assert (tmp_path / "README.md").read_text() == "# Mine\n"
 
 
 @pytest.mark.parametrize("path", sorted(FINISHED), ids=lambda path: path.stem)

@@ -16,7 +16,7 @@ from elm_ecg.training.data.arguments import BuildArguments
 from elm_ecg.training.data.build import ROW_GROUP_BYTES, Plan, make_plan, row_groups
 from elm_ecg.training.data.schema import as_list
 from elm_ecg.training.files import new_folder
-from elm_ecg.training.sharing.markdown import CARD, TAGS, citation, make_card, use_of
+from elm_ecg.training.markdown import CARD, TAGS, citation, make_card, use_of
 
 # the Hub's names of sizes, by the number of rows that they end before
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}

@@ -22,6 +22,7 @@ from elm_ecg.training.arguments import DataArguments, ELMParser, argument, json_
 from elm_ecg.training.build import limit_threads, load_elm
 from elm_ecg.training.data.loading import load_data
 from elm_ecg.training.evaluation.answers import Answerer, Progress
+from elm_ecg.training.evaluation.card import add_evaluation
 from elm_ecg.training.evaluation.conditions import ASKED, BASELINE, CONDITIONS, ECG
 from elm_ecg.training.evaluation.questions import (
     Question,
@@ -42,7 +43,6 @@ from elm_ecg.training.evaluation.results import (
     write_json,
 )
 from elm_ecg.training.evaluation.scores import METRIC_NAMES, Scorer, load_metrics
-from elm_ecg.training.sharing.cards import add_evaluation
 
 logger = logging.getLogger(__name__)
 

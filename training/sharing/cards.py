@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel
 from trl import ModelConfig, SFTConfig
 
@@ -16,24 +16,11 @@ from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import ELMArguments
 from elm_ecg.training.build import resolve_llm
-from elm_ecg.training.evaluation.conditions import BASELINE, CONDITIONS, ECG
-from elm_ecg.training.evaluation.results import RESULTS_FILE, read_results, title_of
-from elm_ecg.training.files import write_text
-from elm_ecg.training.sharing.markdown import (
-    CARD,
-    TAGS,
-    TEMPLATES,
-    citation,
-    environment,
-    make_card,
-    on_hub,
-    public_name,
-    replace_section,
-    use_of,
-)
+from elm_ecg.training.evaluation.card import with_evaluation
+from elm_ecg.training.evaluation.results import RESULTS_FILE, read_results
+from elm_ecg.training.markdown import CARD, TAGS, citation, environment, make_card, on_hub, public_name, use_of
 
 PREPROCESSOR = "preprocessor_config.json"
-EVALUATION = "What it says without the ECG"
 # the arguments of TRL and PEFT that matter most to a run
 TRAINING = ["num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio"]
 TRAINING += ["weight_decay", "max_grad_norm", "optim", "bf16", "fp16", "seed"]
@@ -60,50 +47,6 @@ def count(data: Any) -> tuple[Any, Any, Any]:
         return f"{len({value for row in values for value in row if value not in (None, '')}):,}"
 
     return f"{len(data):,}", distinct("record_id"), distinct("patient_id")
-
-
-def add_evaluation(folder: Path, results: Mapping[str, Any]) -> None:
-    """Writes the scores with and without the ECG into the card of `folder`, if it has one with a place for them.
-
-    Args:
-        results: as `read_results` gives them.
-    """
-    path = folder / CARD
-    if path.is_file():
-        write_text(path, with_evaluation(path.read_text(encoding="utf-8"), results, folder.resolve().name))
-
-
-def with_evaluation(text: str, results: Mapping[str, Any], model_name: str) -> str:
-    """A card with the scores, in its text and its metadata; as it was if it has no place for them."""
-    if f"## {EVALUATION}\n" not in text:
-        return text
-    conditions, data = results["conditions"], results["data"]
-    metrics = list(dict.fromkeys(name for row in conditions.values() for name in row["metrics"]))
-    section = TEMPLATES.get_template("evaluation.md").render(
-        results=results, metrics=metrics, baseline=CONDITIONS[BASELINE]
-    )
-    card = ModelCard(replace_section(text, EVALUATION, section.strip()))
-    name = " + ".join(data["names"])
-    metadata: Any = card.data
-    metadata.model_name = metadata.model_name or model_name
-    metadata.metrics = metrics
-    # what the Hub shows beside the card: the scores with the ECG
-    metadata.eval_results = [
-        EvalResult(
-            task_type="question-answering",
-            task_name="ECG question answering",
-            dataset_type=name.replace(" ", ""),  # the Hub takes no blanks here
-            dataset_name=name,
-            dataset_split=data["split"],
-            dataset_args=None if data.get("fold") is None else {"fold": data["fold"]},
-            metric_type=metric,
-            metric_name=title_of(metric),
-            metric_value=row["value"],
-        )
-        for metric, row in conditions[ECG]["metrics"].items()
-        if row["value"] is not None
-    ]
-    return str(card)
 
 
 def _training_rows(args: SFTConfig, model_args: ModelConfig) -> list[tuple[str, Any]]:

@@ -12,12 +12,12 @@ from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import ELMParser
 from elm_ecg.training.build import resolve_llm
 from elm_ecg.training.files import new_folder, write_text
+from elm_ecg.training.markdown import CARD
 from elm_ecg.training.sharing.cards import elm_card, encoder_card
 from elm_ecg.training.sharing.checkpoint_keys import convert_state_dict as convert_state_dict
 from elm_ecg.training.sharing.checkpoints import read_checkpoint
 from elm_ecg.training.sharing.convert_arguments import ConvertArguments
 from elm_ecg.training.sharing.convert_models import LLM_PREFIX, convert_elm, convert_encoder
-from elm_ecg.training.sharing.markdown import CARD
 
 
 def card_of(

@@ -17,10 +17,10 @@ from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.tokenization_ecg_byte import FIRST_MERGE_ID, ECGByteTokenizer
 from elm_ecg.training.build import build_model, build_processor, resolve_llm
+from elm_ecg.training.markdown import public_name
 from elm_ecg.training.sharing.checkpoint_keys import convert_part, count_indices, some_of
 from elm_ecg.training.sharing.checkpoints import Checkpoint, Conversion, merge_lora
 from elm_ecg.training.sharing.convert_arguments import ECG_TOKENS, ConvertArguments
-from elm_ecg.training.sharing.markdown import public_name
 
 # of the names of weights in a whole ELM of the reference
 LLM_PREFIX, PEFT_PREFIX, ENCODER_PREFIX = "llm.llm.", "base_model.model.", "encoder."

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from elm_ecg.ecg_formats import format_of
 from elm_ecg.training.evaluation.results import REPORT_FILE
-from elm_ecg.training.sharing.markdown import CARD, on_hub
+from elm_ecg.training.markdown import CARD, on_hub
 
 # what a run leaves in its folder and nobody needs: states of training, logs, and answers, which quote the data
 NOT_SHARED = ["training_args.bin", "trainer_state.json", "*_results.json", "predictions*.jsonl", REPORT_FILE, "*.log"]

@@ -34,6 +34,7 @@ from elm_ecg.training.command_line import CommandLineParser
 from elm_ecg.training.data.synthetic import Findings, simulate_ecg
 from elm_ecg.training.evaluation.results import REPORT_FILE, RESULTS_FILE
 from elm_ecg.training.files import resource
+from elm_ecg.training.markdown import CARD, CITATION, SAMPLE, citation, on_hub, replace_section, use_of
 from elm_ecg.training.sharing.cards import PREPROCESSOR, elm_card, encoder_card
 from elm_ecg.training.sharing.disclosure import (
     DATASET_FILES,
@@ -49,7 +50,6 @@ from elm_ecg.training.sharing.disclosure import (
     without_local_paths,
 )
 from elm_ecg.training.sharing.hub import NETWORK_ERRORS, refusal, repo_for
-from elm_ecg.training.sharing.markdown import CARD, CITATION, SAMPLE, citation, on_hub, replace_section, use_of
 
 MODULES = {path.name for path in resource("").glob("[!_]*.py")}  # that travel with models
 # what a repo is made of beside its code, its card and the sample

@@ -1,4 +1,4 @@
-"""Datasets of ECGs: `elm data list`, `build`, `check` and `push`."""
+"""Datasets of ECGs: `elm data list`, `build`, `check` and `push`. Outside the room `data`, which knows nothing of sharing."""
 
 import argparse
 from dataclasses import fields

@@ -7,8 +7,8 @@ import pytest
 from datasets import load_dataset
 
 from elm_ecg.training import cli
-from elm_ecg.training.data.commands import main
 from elm_ecg.training.data.reference import DATASETS
+from elm_ecg.training.dataset_commands import main
 from helpers import environment_of
 from loopback_hub import LoopbackHub, run_on_hub
 
@@ -18,7 +18,7 @@ ROWS = [
 ]
 
 PUSH = """
-from elm_ecg.training.data.commands import main
+from elm_ecg.training.dataset_commands import main
 
 for _ in range(2):
     main(["push", {data!r}, "--repo_id", "user/ecgs"])

@@ -8,7 +8,6 @@ from typing import Any
 from huggingface_hub import CardData, ModelCard
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from elm_ecg.training.evaluation.results import title_of, with_interval
 from elm_ecg.training.files import resource
 
 CARD = "README.md"
@@ -27,7 +26,7 @@ def table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
 TEMPLATES = Environment(  # noqa: S701 - Markdown, in which nothing is to be escaped
     loader=FileSystemLoader(resource("model_cards")), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
-TEMPLATES.globals |= {"table": table, "with_interval": with_interval, "title_of": title_of, "sample": SAMPLE}
+TEMPLATES.globals |= {"table": table, "sample": SAMPLE}
 
 
 def make_card(template: str, metadata: CardData, **facts: Any) -> ModelCard:
