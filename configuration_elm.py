@@ -1,4 +1,4 @@
-"""Configurations of the ELM and of the ECG encoders, each of which also stands alone."""
+"""Configurations of the ELM and of the ECG encoders, which can also be used alone."""
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -6,21 +6,21 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-# what the processor makes of a record, and which of it are pictures, for vision backbones
+# what the processor makes of a record; the latter two are pictures, for vision backbones
 REPRESENTATIONS = ("signal", "symbolic", "stacked_signal", "rgb")
 IMAGE_REPRESENTATIONS = ("stacked_signal", "rgb")
-# what a connector reads of a vision backbone -> tokens that each ECG takes by default (CLIP's 7 x 7 patches, or its embedding)
+# what a connector reads of a vision backbone -> the default number of tokens of an ECG (CLIP's 7 x 7 patches, or its embedding)
 IMAGE_FEATURES = {"patches": 49, "embedding": 1}
 # an encoder and a connector; a connector that reads the record itself; no ECG features beside the text
 ARCHITECTURES = ("llava", "fuyu", "text")
 
 
 class ConnectorSpec(NamedTuple):
-    """What a connector belongs to and demands."""
+    """The architecture of a connector, and how many tokens it makes of an ECG."""
 
     architecture: str
-    num_ecg_tokens: int  # that it makes of an ECG by default
-    # how many it can make; `patches`: such as cut the record into equal parts
+    num_ecg_tokens: int  # by default
+    # which numbers it can make; `patches`: those that cut the record into equal parts
     tokens: Literal["any", "one", "patches"] = "any"
 
 
@@ -42,7 +42,7 @@ def connectors_of(architecture: str) -> list[str | None]:
 def default_num_ecg_tokens(
     connector: str | None, representation: str = "signal", image_features: str = "patches"
 ) -> int:
-    """Tokens that each ECG takes unless somebody says otherwise: of a picture as many as `IMAGE_FEATURES` says."""
+    """The default number of tokens of an ECG; of a picture it depends on `image_features`."""
     if representation in IMAGE_REPRESENTATIONS:
         return IMAGE_FEATURES[image_features]
     return 1 if connector is None else CONNECTORS[connector].num_ecg_tokens
@@ -62,11 +62,11 @@ class ECGEncoderConfig(PreTrainedConfig):
 
     num_leads: int = 12
     num_samples: int = 2500
-    initializer_range: float = 0.02
+    initializer_range: float = 0.02  # standard deviation of new weights
 
     def __post_init__(self, **kwargs: Any) -> None:
         # written into config.json, so that Auto classes find the code that is saved beside the weights
-        name = type(self).__name__
+        name = type(self).__name__  # MERLConfig belongs to MERLModel
         kwargs["auto_map"] = {
             "AutoConfig": f"configuration_elm.{name}",
             "AutoModel": f"modeling_ecg_encoders.{name.removesuffix('Config')}Model",
@@ -98,7 +98,7 @@ class MERLConfig(ECGEncoderConfig):
     widths: list[int] | tuple[int, ...] = (64, 128, 256, 512)
 
     def validate_stages(self) -> None:
-        """ValueError if depths and widths are not of the same stages."""
+        """ValueError if depths and widths are empty, not as many, or not positive."""
         if not self.depths or len(self.depths) != len(self.widths) or min(*self.depths, *self.widths) < 1:
             raise ValueError(
                 f"MERLConfig has depths={list(self.depths)} and widths={list(self.widths)}; give one of each per stage, all at least 1."
@@ -133,7 +133,7 @@ class MaskedAutoencoderConfig(ECGTransformerConfig):
     decoder_num_attention_heads: int = 4
 
     def validate_widths(self) -> None:
-        """ValueError if a width has no half for the sines of the positions."""
+        """ValueError if a width is odd: half of a position embedding are sines, half cosines."""
         for name in ("hidden_size", "decoder_hidden_size"):
             if getattr(self, name) % 2:
                 raise ValueError(
@@ -173,7 +173,7 @@ def default_patch_size(num_samples: int) -> int:
 
 
 class TimePatchConfig(ECGEncoderConfig):
-    """What MTAE and ST-MEM share: `patch_size` samples in a patch, a whole number, None for that of `default_patch_size`."""
+    """What MTAE and ST-MEM share: patches of `patch_size` samples; None takes `default_patch_size`."""
 
     patch_size: Any = None  # None is replaced at once, so `int | None` would be wrong for all who read it
 
@@ -227,11 +227,9 @@ class EncoderSpec(SubConfigSpec):
         )
 
 
-if (
-    TYPE_CHECKING
-):  # what a sub-configuration is once the base class has made it, of a class that only its model_type tells
-    SubConfig = Any
-else:  # what may be given
+if TYPE_CHECKING:
+    SubConfig = Any  # once the base class has made it: its class depends on its model_type
+else:  # what a caller may pass
     SubConfig = dict | PreTrainedConfig | None
 
 
@@ -286,13 +284,13 @@ class ELMConfig(PreTrainedConfig):
             }
         }
         super().__post_init__(**kwargs)
-        self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings  # transformers reads it of the outer config
         # by name: classes loaded from a Hub repo are not these classes
         if self.encoder_config is not None and self.encoder_config.model_type in ENCODER_CONFIGS:
             self.num_leads, self.num_samples = self.encoder_config.num_leads, self.encoder_config.num_samples
 
     def validate_choices(self) -> None:
-        """ValueError for a word that this module does not know."""
+        """ValueError for an unknown architecture, representation, image feature or connector."""
         for name, choices in (
             ("architecture", ARCHITECTURES),
             ("representation", REPRESENTATIONS),

@@ -1,4 +1,4 @@
-"""ECG files of every common format: what kind a file is, by its content, and what it says.
+"""ECG files of every common format: the content tells the format.
 
 `read_file` gives what the file holds and nothing else; `ecg_utils.read_ecg` makes a checked record of it.
 """
@@ -62,7 +62,7 @@ _FORMATS: list[tuple[str, Callable[[bytes], bool], Callable[[bytes], dict[str, A
 
 
 def format_of(content: bytes) -> str | None:
-    """The name of the format that a file which begins so is of, if it is a known one; last CSV, which much text may be."""
+    """The format of a file that begins with `content`, None if unknown. CSV comes last, as much text looks like it."""
     if is_wfdb_header(content):
         return "WFDB"
     return next((name for name, is_format, _ in _FORMATS if is_format(content)), None)
@@ -77,7 +77,7 @@ def _checked(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_file(path: str | os.PathLike) -> dict[str, Any]:
-    """What an ECG file says, whatever its format, which is told by its content.
+    """What an ECG file states, in any known format.
 
     NumPy (`.npy`, `.npz`), WFDB (its `.hea`, one of its signal files, or its name without suffix), EDF, EDF+ and BDF,
     DICOM, HL7 aECG, GE MUSE XML, Philips Sierra XML, SCP-ECG, ISHNE, MATLAB 5 (CPSC 2018, CODE-15), and CSV.

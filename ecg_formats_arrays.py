@@ -36,7 +36,7 @@ def _npy_array(content: bytes) -> np.ndarray:
         )
     count, present = math.prod(shape), (len(content) - start) // max(1, dtype.itemsize)
     if not 0 <= count <= present:
-        raise ValueError(f"it is cut: its shape is {list(shape)}, but only {present} values are there.")
+        raise ValueError(f"it is cut: its shape is {list(shape)}, but it holds only {present} values.")
     return np.frombuffer(content, dtype, count, start).reshape(shape, order="F" if fortran_order else "C")
 
 

@@ -16,8 +16,9 @@ STANDARD_LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4",
 # the order of the reference system's checkpoints
 REFERENCE_LEADS = ("I", "II", "III", "aVL", "aVR", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 _STANDARD_NAMES = frozenset(map(str.casefold, STANDARD_LEADS))
-# casefold() makes the Greek letter of the micro sign
-_UNITS_PER_MILLIVOLT = {"mv": 1.0, "uv": 1e3, "\u03bcv": 1e3, "nv": 1e6, "v": 1e-3}
+# how many of a unit make one millivolt; the micro sign (b5) and the Greek letter mu (3bc) look alike
+UNITS_PER_MILLIVOLT = {"mV": 1.0, "uV": 1e3, "\u00b5V": 1e3, "\u03bcV": 1e3, "nV": 1e6, "V": 1e-3}
+PER_MILLIVOLT_IN_ANY_CASE = {unit.casefold(): number for unit, number in UNITS_PER_MILLIVOLT.items()}
 
 
 def library(name: str) -> Any:
@@ -64,7 +65,7 @@ def content_lines(content: bytes) -> list[bytes]:
 
 def in_millivolts(values: np.ndarray, unit: str) -> np.ndarray:
     """Values of a known unit as float32 in millivolts."""
-    return (values / _UNITS_PER_MILLIVOLT[unit.casefold()]).astype(np.float32)
+    return (values / PER_MILLIVOLT_IN_ANY_CASE[unit.casefold()]).astype(np.float32)
 
 
 def select_signals(
@@ -81,9 +82,9 @@ def select_signals(
     left_out = {
         name: f"unit {unit!r}"
         for name, unit in zip(names, units, strict=True)
-        if unit.casefold() not in _UNITS_PER_MILLIVOLT
+        if unit.casefold() not in PER_MILLIVOLT_IN_ANY_CASE
     }
-    electrical = [row for row, unit in enumerate(units) if unit.casefold() in _UNITS_PER_MILLIVOLT]
+    electrical = [row for row, unit in enumerate(units) if unit.casefold() in PER_MILLIVOLT_IN_ANY_CASE]
     if not electrical:
         raise ValueError(f"it holds no signal in volts, but {left_out or 'none at all'}.")
     leads = [row for row in electrical if names[row].casefold() in _STANDARD_NAMES]

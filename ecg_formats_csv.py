@@ -12,7 +12,7 @@ import numpy as np
 from .ecg_formats_common import UTF8_MARK, content_lines, in_millivolts, select_signals, stated, to_number
 
 _DELIMITERS = (b",", b";", b"\t")
-_INDEX_COLUMNS = ("", "index", "sample", "sample #", "unnamed: 0")
+_INDEX_COLUMNS = ("", "index", "sample", "sample #", "unnamed: 0")  # of pandas and WFDB's rdsamp
 _TIME_COLUMNS = {"time": "", "t": "", "elapsed time": "", "seconds": "s", "time_s": "s", "ms": "ms", "time_ms": "ms"}
 _SECONDS = {"": 1.0, "s": 1.0, "sec": 1.0, "seconds": 1.0, "ms": 1e-3, "msec": 1e-3, "milliseconds": 1e-3}
 # no ECG is sampled slower, in hertz
@@ -41,7 +41,7 @@ def _is_number(cell: str) -> bool:
 
 
 def is_csv(content: bytes) -> bool:
-    """Text in whose first or second row, comments apart, stands a number."""
+    """Whether the content is text with a number in its first or second row, comments apart."""
     head = content[:65536]
     rows = content_lines(head.removeprefix(UTF8_MARK))[:2]
     return b"\0" not in head and any(_is_number(cell) for row in rows for cell in _csv_cells(row)[1])
@@ -111,7 +111,7 @@ def read_csv(content: bytes) -> dict[str, Any]:
             unit = unit.lower() or _TIME_COLUMNS[name.lower()]
             if unit not in _SECONDS:
                 raise ValueError(f"its times are in {unit!r}; expected s or ms.")
-            record["sampling_rate"] = _rate_of(column, unit)
+            record["sampling_rate"] = _rate_of(column, unit)  # counts more than that of a comment
         elif name.lower() not in _INDEX_COLUMNS:
             names.append(name)
             units.append(unit or stated_unit)
@@ -120,7 +120,7 @@ def read_csv(content: bytes) -> dict[str, Any]:
         raise ValueError(f"it holds no column of a lead, but {', '.join(cells)}.")
     if not any(units):
         return {**record, "array": _counts_as_integers(np.stack(columns)), "lead_names": names, "metadata": metadata}
-    rows, left_out = select_signals(names, units, [0] * len(names))
+    rows, left_out = select_signals(names, units, [0] * len(names))  # all columns have one rate
     return {
         **record,
         "array": np.stack([in_millivolts(columns[row], units[row]) for row in rows]),
@@ -131,6 +131,6 @@ def read_csv(content: bytes) -> dict[str, Any]:
 
 
 def _counts_as_integers(array: np.ndarray) -> np.ndarray:
-    """Whole numbers as integers, whose unit the caller has to give; all else are millivolts, as in any array."""
+    """Whole numbers as integers, so that the caller has to give a unit; others are millivolts, as in any array."""
     is_counts = array.any() and np.abs(array).max() < 2**31 and (array == np.rint(array)).all()
     return array.astype(np.int32) if is_counts else array

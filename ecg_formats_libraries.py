@@ -29,9 +29,10 @@ from .ecg_formats_common import (
 _MAX_HEADER_BYTES = 2**18
 # the standard says 255; wfdb's patterns take time with the square of a line
 _MAX_HEADER_LINE = 1000
+# by format; 212 packs two samples into three bytes, 310 and 311 three into four
 _BITS_PER_SAMPLE = {"8": 8, "16": 16, "24": 24, "32": 32, "61": 16, "80": 8, "160": 16, "212": 12, "310": 32 / 3}
 _BITS_PER_SAMPLE["311"] = _BITS_PER_SAMPLE["310"]
-_FLAC_FORMATS = ("508", "516", "524")
+_FLAC_FORMATS = ("508", "516", "524")  # compressed: their size says nothing about the number of samples
 
 
 def is_wfdb_header(content: bytes) -> bool:
@@ -54,7 +55,7 @@ def wfdb_header(path: Path) -> Path | None:
 
 
 def _wfdb_signals(header: Path) -> tuple[float, list[dict[str, str]]]:
-    """Frames per second and the fields of the signal lines of a header, whose claims the signal files bear out."""
+    """Frames per second and the fields of a header's signal lines, checked against the signal files."""
     with header.open("rb") as file:
         content = file.read(_MAX_HEADER_BYTES + 1)
     lines = content_lines(content)
@@ -110,7 +111,7 @@ def _wfdb_signals(header: Path) -> tuple[float, list[dict[str, str]]]:
 
 
 def read_wfdb(header: Path) -> dict[str, Any]:
-    """A WFDB record by its header, whose claims are checked before the library wfdb reads the signal files."""
+    """A WFDB record; its header is checked before the library wfdb reads the signal files."""
     frame_rate, signals = _wfdb_signals(header)
     names = [signal["sig_name"].strip() for signal in signals]
     units = [signal["units"] or "mV" for signal in signals]
@@ -144,11 +145,11 @@ def read_wfdb(header: Path) -> dict[str, Any]:
 def read_edf(content: bytes) -> dict[str, Any]:
     """EDF, continuous EDF+ and BDF; annotations, and signals that are not in volts, are left out."""
     edfio = library("edfio")
-    is_bdf = content[:1] == b"\xff"
-    kind = content[192:197].decode("latin-1")
+    is_bdf = content[:1] == b"\xff"  # the same with 24 bits a sample
+    kind = content[192:197].decode("latin-1")  # "EDF+C" continuous, "EDF+D" with pauses, blank for EDF
     if kind[3:] == "+D":
         raise ValueError(f"it is discontinuous ({kind}), with pauses within; save its continuous parts one by one.")
-    claimed = int(content[236:244])
+    claimed = int(content[236:244])  # number of data records
     edf = (edfio.read_bdf if is_bdf else edfio.read_edf)(content, header_encoding="latin-1")
     if claimed not in (-1, edf.num_data_records):  # edfio reads what is there, and -1 says that nobody counted
         raise ValueError(f"it holds {edf.num_data_records} data records, its header claims {claimed}; it is cut.")
@@ -214,7 +215,7 @@ def read_dicom(content: bytes) -> dict[str, Any]:
     groups = [group for group in groups if group.get("WaveformOriginality") != "DERIVED"] or groups
     group = max(groups, key=lambda group: group.NumberOfWaveformSamples / float(group.SamplingFrequency))
     num_channels, num_samples = int(group.NumberOfWaveformChannels), int(group.NumberOfWaveformSamples)
-    order = "<" if dataset.original_encoding[1] else ">"
+    order = "<" if dataset.original_encoding[1] else ">"  # little or big endian
     interpretation = str(group.WaveformSampleInterpretation)
     if interpretation not in _DICOM_DTYPES:
         raise ValueError(f"its samples are {interpretation!r}; expected one of {', '.join(_DICOM_DTYPES)}.")

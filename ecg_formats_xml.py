@@ -10,7 +10,7 @@ from xml.etree.ElementTree import Element, ParseError, TreeBuilder
 
 import numpy as np
 
-from .ecg_formats_common import STANDARD_LEADS, stated
+from .ecg_formats_common import PER_MILLIVOLT_IN_ANY_CASE, STANDARD_LEADS, library, stated
 
 # far beyond real files (20 levels, 4,000 elements and attributes); an element takes 30 times the memory of its text
 MAX_DEPTH = 100
@@ -18,7 +18,8 @@ MAX_NODES = 200_000
 # leads x samples that compressed waveforms may unpack to: 12 leads over 46 minutes at 500 Hz
 MAX_UNPACKED_SAMPLES = 1 << 24
 
-MICROVOLTS = {"uv": 1.0, "\u00b5v": 1.0, "\u03bcv": 1.0, "microvolts": 1.0, "mv": 1e3, "millivolts": 1e3, "v": 1e6}
+MICROVOLTS = {unit: 1e3 / number for unit, number in PER_MILLIVOLT_IN_ANY_CASE.items()}  # in one of the unit
+MICROVOLTS |= {"microvolts": 1.0, "millivolts": 1e3}
 SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 SEXES = {"m": "male", "male": "male", "f": "female", "female": "female"}
 
@@ -81,19 +82,13 @@ def _local_name(name: str) -> str:
 
 
 def _parse(content: bytes) -> Element:
-    try:
-        from defusedxml.common import DefusedXmlException
-        from defusedxml.ElementTree import DefusedXMLParser
-    except ImportError as error:
-        raise ImportError('ECG files in XML need defusedxml: pip install "elm-ecg[formats]".') from error
+    parser_class = library("defusedxml.ElementTree").DefusedXMLParser
     # a DTD may be named, as by MUSE, but none is fetched, and any entity is refused
-    parser = DefusedXMLParser(
-        target=_BoundedTreeBuilder(), forbid_dtd=False, forbid_entities=True, forbid_external=True
-    )
+    parser = parser_class(target=_BoundedTreeBuilder(), forbid_dtd=False, forbid_entities=True, forbid_external=True)
     try:
         parser.feed(content)
         return parser.close()
-    except DefusedXmlException as error:
+    except library("defusedxml.common").DefusedXmlException as error:
         raise ValueError(f"The XML declares entities, which are not read as they can be harmful: {error}") from error
     except (ParseError, LookupError, ValueError) as error:  # the last two from encodings, the last from the bounds too
         raise ValueError(f"Cannot read the XML: {error}") from error
@@ -137,9 +132,10 @@ def _integer(text: str, what: str, minimum: int = 1) -> int:
 
 
 def _factor(unit: str, units: dict[str, float], what: str) -> float:
-    if unit.strip().lower() not in units:
+    name = unit.strip().casefold()  # makes the Greek letter of the micro sign
+    if name not in units:
         raise ValueError(f"{what} has the unit {unit[:100]!r}; expected one of {', '.join(units)}, in any case.")
-    return units[unit.strip().lower()]
+    return units[name]
 
 
 def _base64(text: str | None, what: str) -> bytes:
@@ -201,7 +197,7 @@ def _read_hl7(root: Element) -> tuple[np.ndarray, float, list[str], dict[str, An
             seconds = _factor(increment.get("unit", ""), SECONDS, "The time increment")
             rates.append(1 / (_positive(increment.get("value", ""), "The time increment") * seconds))
         else:
-            name = code.removeprefix("MDC_ECG_LEAD_")
+            name = code.removeprefix("MDC_ECG_LEAD_")  # ISO 11073-10101, in capitals: AVR
             leads.append((f"aV{name[2:]}" if name in ("AVR", "AVL", "AVF") else name, _hl7_lead(name, sequence)))
     if len(rates) != 1:
         raise ValueError(f"The sequence set has {len(rates)} time sequences; expected one.")
@@ -329,7 +325,7 @@ def _muse_lead(lead: Element, name: str) -> np.ndarray:
     crc = _text(lead, "LeadDataCRC32")
     if crc and _integer(crc, f"LeadDataCRC32 of lead {name[:100]}", minimum=0) != zlib.crc32(data):
         raise ValueError(f"Lead {name[:100]} has the CRC-32 {zlib.crc32(data)}, the file says {crc}; it is damaged.")
-    return scale * np.frombuffer(data, "<i2")
+    return scale * np.frombuffer(data, "<i2")  # microvolts
 
 
 def _read_philips(root: Element) -> tuple[np.ndarray, float, list[str], dict[str, Any]]:
@@ -347,7 +343,7 @@ def _read_philips(root: Element) -> tuple[np.ndarray, float, list[str], dict[str
     rate = _positive(_text(signal, "samplingrate"), "The sampling rate")
     # microvolts per bit, named differently in 1.03
     scale = _positive(_text(signal, "resolution") or _text(signal, "signalresolution"), "The resolution")
-    bits = _text(signal, "bitspersample") or "16"
+    bits = _text(signal, "bitspersample") or "16"  # where the file does not state it
     offset = _text(signal, "signaloffset") or "0"
     if bits != "16" or offset != "0" or _text(signal, "signalsigned") == "False":
         raise ValueError(f"Samples have {bits[:100]!r} bits and offset {offset[:100]!r}; expected 16 bits, offset 0.")
@@ -464,7 +460,7 @@ def _unpack_lzw(data: bytes, limit: int) -> bytes:
     previous = b""
     buffer = held = 0
     for byte in data:
-        buffer = (buffer << 8 | byte) & 0xFFFFF
+        buffer = (buffer << 8 | byte) & 0xFFFFF  # no more than 17 bits are needed
         held += 8
         if held < 10:
             continue

@@ -12,13 +12,10 @@ import numpy as np
 
 from .ecg_formats import read_file
 from .ecg_formats_common import REFERENCE_LEADS as REFERENCE_LEADS
-from .ecg_formats_common import STANDARD_LEADS
+from .ecg_formats_common import STANDARD_LEADS, UNITS_PER_MILLIVOLT
 
 # limb leads as sums of leads I and II (Einthoven 1912; Goldberger 1942)
 LIMB_LEADS = {"III": (-1.0, 1.0), "aVR": (-0.5, -0.5), "aVL": (1.0, -0.5), "aVF": (-0.5, 1.0)}
-
-# how many of a unit make one millivolt; the micro sign and the Greek letter mu look alike
-UNITS_PER_MILLIVOLT = {"mV": 1.0, "uV": 1e3, "\u00b5V": 1e3, "\u03bcV": 1e3, "V": 1e-3}
 
 # one millimetre of ECG paper at 25 mm/s: shorter than any wave, so that filling it neither hides nor invents a beat
 MAX_GAP_SECONDS = 0.04
@@ -296,7 +293,7 @@ def select_leads(record: ECGRecord, lead_names: Sequence[str], allow_missing: bo
     if missing and not (allow_missing and len(missing) < len(wanted)):
         raise ValueError(
             f"The ECG has no lead {', '.join(missing)}: it has {', '.join(record.lead_names)}. III, aVR, aVL "
-            "and aVF can be derived where I and II are there; other leads have to be recorded."
+            "and aVF can be derived from I and II; other leads have to be recorded."
         )
     names = tuple(name for name in wanted if name in rows)
     derived = [name for name in names if name not in record.lead_names]
@@ -403,7 +400,7 @@ def resample(array: np.ndarray, source_rate: float, target_rate: float) -> np.nd
 
     Args:
         array: float32 [leads, samples].
-        source_rate, target_rate: in hertz. `resampling_ratio` up/down is exact for integer rates of which one is at most 1000 Hz,
+        source_rate, target_rate: in hertz. `resampling_ratio` up/down is exact for integer rates if one is at most 1000 Hz,
             and within 0.05 % for any other.
 
     Returns:

@@ -26,9 +26,9 @@ from .ecg_utils import (
 )
 
 NORMALIZATIONS = ("none", "zscore", "minmax")
-TRUNCATIONS = (False, "start", "center", "end")
+TRUNCATIONS = (False, "start", "center", "end")  # False: a longer ECG is an error
 MISSING_LEADS = ("error", "zeros")
-EPSILON = 1e-6
+EPSILON = 1e-6  # a constant record becomes zeros, not NaN
 
 
 class ECGFeatureExtractor(FeatureExtractionMixin):
@@ -52,8 +52,8 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
             Less than one output sample too long is rounding, and cut in any case.
         bandpass: low and high frequency in hertz that pass, such as [0.5, 40]; see `filter_ecg`.
         notch: frequency of the mains in hertz that is taken out, 50 or 60.
-        missing_leads: leads that an ECG has not, and that cannot be derived, are an `error`, or `zeros`: rows of zeros as in
-            padding, which do not enter the normalisation, and `ecg_lead_mask` says which are there. One lead has to be.
+        missing_leads: leads that an ECG lacks and that cannot be derived are an `error`, or `zeros`: rows of zeros as in padding,
+            which do not enter the normalisation, and are False in `ecg_lead_mask`. At least one lead has to be recorded.
 
     Raises:
         ValueError: an argument is impossible.
@@ -119,7 +119,7 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
 
         Returns:
             `ecg_values`: float32 [n, leads, samples]; without padding a list of [leads, its own samples].
-            `ecg_lead_mask`: bool [n, leads], True for leads that are there, recorded or derived; with missing_leads="zeros" only.
+            `ecg_lead_mask`: bool [n, leads], True for leads that are recorded or derived; with missing_leads="zeros" only.
 
         Raises:
             ValueError: there is no ECG, or as `prepare`.
@@ -160,7 +160,7 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
             normalize: False keeps millivolts, for people to look at.
 
         Returns:
-            A record of the leads of `lead_names` that are there, in that order, at `self.sampling_rate` and of at most
+            A record of those leads of `lead_names` that are not missing, in that order, at `self.sampling_rate` and of at most
             `num_samples`. `start_second` of its metadata says where in the ECG it begins; its `notices` tell too which leads are
             derived, missing or not read, what is cut off, and whether it is shorter than what the model reads.
 
@@ -179,11 +179,12 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
         seconds, duration = self.num_samples / rate, record.array.shape[1] / record.sampling_rate
         unread = [name for name in recorded.lead_names if name not in self.lead_names]
         span = f"{first / rate:.4g} to {(first + num_samples) / rate:.4g} s of {duration:.4g} s"
-        sentences = {
+        sentences = {  # -> whether they apply; a sample more or less is rounding
             f"Not read: {', '.join(unread)}.": unread,
             f"The model reads {span}.": first or (duration - seconds) * rate >= 1,
             f"Shorter than the {seconds:g} s that the model reads.": num_samples < self.num_samples - 1,
         }
+        # without `start`: a record that is prepared twice must not be cut twice
         metadata = {name: value for name, value in record.metadata.items() if name != "start"}
         metadata["start_second"] = first / rate
         prepared = replace(record, array=array, sampling_rate=rate, metadata=metadata)
@@ -209,7 +210,7 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
         """Where the part that is kept begins, in samples of the output."""
         truncation = self.truncation if truncation is None else _check_truncation(truncation)
         rate, length = self.sampling_rate, record.array.shape[1] * self.sampling_rate / record.sampling_rate
-        num_samples = math.ceil(record.array.shape[1] * resampling_ratio(record.sampling_rate, rate))
+        num_samples = math.ceil(record.array.shape[1] * resampling_ratio(record.sampling_rate, rate))  # of `resample`
         if start is not None:
             if not 0 <= start < length / rate:
                 raise ValueError(f"start is {start:g} s; expected a second of the ECG, which has {length / rate:g} s.")
@@ -262,7 +263,7 @@ def as_batch(ecgs: Any) -> list:
         ValueError: there is none.
     """
     is_sequence = isinstance(ecgs, Sequence) and not isinstance(ecgs, str)
-    depth, inner = 0, ecgs
+    depth, inner = 0, ecgs  # of lists, and below of the array inside
     while isinstance(inner, Sequence) and not isinstance(inner, str) and len(inner):
         depth, inner = depth + 1, inner[0]
     depth += getattr(inner, "ndim", 0)

@@ -29,11 +29,11 @@ from .configuration_elm import (
 
 
 class ECGEncoder(PreTrainedModel):
-    """What the encoders share; each says by `encode` what tokens it makes of records, and by `check_num_samples` of which.
+    """The base of all encoders. Each implements `encode`, and `check_num_samples` if it does not read records of any length.
 
-    `lead_mask` [batch, leads] is False for leads that a record has not: what stands in their rows is never read. The convolutions
-    of MERL and the time patches of MTAE read zeros there; MLAE and ST-MEM, whose tokens are leads or parts of them, attend to
-    no token of a missing lead and give zeros for it.
+    `lead_mask` [batch, leads] is False for missing leads: the values in their rows are never read. The convolutions of MERL and
+    the time patches of MTAE read zeros there. The tokens of MLAE and ST-MEM are leads or parts of them: those of a missing lead
+    are not attended to, and are zeros in the output.
     """
 
     config: ECGEncoderConfig
@@ -80,21 +80,20 @@ class ECGEncoder(PreTrainedModel):
         """
         Args:
             ecg_values: float [batch, leads, samples].
-            lead_mask: [batch, leads], False for leads that a record has not; None where all are there.
+            lead_mask: [batch, leads], False for missing leads; None if none is missing.
 
         Returns:
             `last_hidden_state` [batch, tokens, output_size], before pooling.
         """
         records = self.prepare_ecg_values(ecg_values, lead_mask)
-        if (
-            self.training and self.is_gradient_checkpointing
-        ):  # reentrant, it trains no block whose input needs no gradient
+        # reentrant checkpointing trains a block only if its input needs a gradient
+        if self.training and self.is_gradient_checkpointing:
             records = records.detach().requires_grad_()
         return BaseModelOutput(last_hidden_state=self.encode(records, lead_mask, **kwargs))
 
 
 def without_missing_leads(ecg_values: torch.Tensor, lead_mask: torch.Tensor | None) -> torch.Tensor:
-    """The records [batch, leads, samples] with zeros for the leads of which `lead_mask` [batch, leads] is False."""
+    """The records [batch, leads, samples] with zeros where `lead_mask` [batch, leads] is False."""
     if lead_mask is None:
         return ecg_values
     if lead_mask.shape != ecg_values.shape[:2]:
@@ -334,7 +333,7 @@ class ECGTransformer(ECGEncoder):
 
 
 def zero_missing(hidden_states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
-    """Zeros for the tokens of which `token_mask` [batch, tokens] is False."""
+    """The states [batch, tokens, width] with zeros where `token_mask` [batch, tokens] is False."""
     return hidden_states if token_mask is None else hidden_states.masked_fill(~token_mask[..., None], 0)
 
 
@@ -408,7 +407,7 @@ class MaskedAutoencoderModel(ECGTransformer):
         raise NotImplementedError
 
     def make_token_mask(self, lead_mask: torch.Tensor) -> torch.Tensor | None:
-        """Which tokens [batch, 1 + patches] hold anything of the leads that are there; None for all."""
+        """Which tokens [batch, 1 + patches] hold a lead that is not missing; None for all."""
         return None
 
     def encode(self, ecg_values: torch.Tensor, lead_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:

@@ -35,7 +35,7 @@ def encoder_output_size(config: ELMConfig) -> int:
 
 
 def make_encoder(config: ELMConfig) -> PreTrainedModel:
-    """The encoder that the config says, with random weights."""
+    """The encoder of the config, with random weights."""
     encoder_class = ENCODER_MODELS.get(config.encoder_config.model_type)
     return (encoder_class or vision_model_class(config.encoder_config, config.image_features))(config.encoder_config)
 
@@ -56,7 +56,7 @@ def pool_tokens(tokens: torch.Tensor, num_tokens: int, mask: torch.Tensor | None
     if mask is None:
         return nn.functional.adaptive_avg_pool1d(tokens.transpose(1, 2), num_tokens).transpose(1, 2)
     # the same bins as torch's, of each ECG's own number of tokens
-    lengths = mask.sum(-1)[:, None]
+    lengths = mask.sum(-1)[:, None]  # [ECGs, 1], tokens that are no padding
     bins = torch.arange(num_tokens, device=tokens.device)
     starts, ends = bins * lengths // num_tokens, ((bins + 1) * lengths + num_tokens - 1) // num_tokens
     places = torch.arange(tokens.shape[1], device=tokens.device)
@@ -118,7 +118,7 @@ class PatchConnector(nn.Module):
     def __init__(self, config: ELMConfig):
         super().__init__()
         self.num_patches = config.num_ecg_tokens
-        patch_values = config.num_leads * config.num_samples // self.num_patches
+        patch_values = config.num_leads * config.num_samples // self.num_patches  # leads x samples of a patch
         self.projection = nn.Linear(patch_values, config.text_config.hidden_size)
 
     def forward(self, ecg_values: torch.Tensor) -> torch.Tensor:
@@ -132,7 +132,7 @@ class ConvConnector(nn.Module):
     def __init__(self, config: ELMConfig):
         super().__init__()
         self.num_patches = config.num_ecg_tokens
-        self.conv1 = nn.Conv1d(config.num_leads, 64, kernel_size=3, padding=1)
+        self.conv1 = nn.Conv1d(config.num_leads, 64, kernel_size=3, padding=1)  # sizes of the reference
         self.conv2 = nn.Conv1d(64, 128, kernel_size=7, padding=3)
         self.projection = nn.Linear(128, config.text_config.hidden_size)
 
@@ -140,7 +140,7 @@ class ConvConnector(nn.Module):
         """As of `PatchConnector`."""
         patches = time_patches(ecg_values, self.num_patches)
         states = self.conv2(self.conv1(patches.flatten(0, 1)).relu()).relu()
-        return self.projection(states.mean(-1)).unflatten(0, patches.shape[:2])
+        return self.projection(states.mean(-1)).unflatten(0, patches.shape[:2])  # [ECGs, patches, width]
 
 
 # the module of each of CONNECTORS; those of llava take encoder tokens and their mask, those of fuyu the records
@@ -154,13 +154,13 @@ CONNECTOR_MODULES: dict[str, type[nn.Module]] = {
 
 
 class ELMPreTrainedModel(PreTrainedModel):
-    """What the ELM is to transformers, with head and without."""
+    """What transformers has to know of an ELM, with its head and without."""
 
     config: ELMConfig
     base_model_prefix = "model"
     input_modalities = ["ecg", "text"]
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values"]  # accelerate leaves the cache where it is
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -187,7 +187,7 @@ class ELMModel(ELMPreTrainedModel):
             encoder = make_encoder(config)
         self.encoder = encoder
         self.connector = CONNECTOR_MODULES[config.connector](config) if config.connector is not None else None
-        self.language_model = language_model or AutoModel.from_config(config.text_config)
+        self.language_model = language_model or AutoModel.from_config(config.text_config)  # without its head
         self.post_init()
 
     def train(self, mode: bool = True) -> "ELMModel":
@@ -210,8 +210,8 @@ class ELMModel(ELMPreTrainedModel):
         Args:
             ecg_values: [number of ECGs, leads, samples], as the feature extractor gives them.
             pixel_values, pixel_attention_mask, spatial_shapes: in place of them for a vision backbone, see `encode_images`.
-            ecg_lead_mask: [number of ECGs, leads], False for leads that an ECG has not, whose `ecg_values` are not read. Encoders
-                say what they do about them; fuyu connectors read zeros.
+            ecg_lead_mask: [number of ECGs, leads], False for missing leads. Their `ecg_values` are ignored: `ECGEncoder` tells what
+                each encoder does instead; fuyu connectors read zeros.
 
         Returns:
             [number of ECGs, num_ecg_tokens, width of the language model]
@@ -240,7 +240,7 @@ class ELMModel(ELMPreTrainedModel):
         if not reads_images:
             return self.connector(self.encoder(ecgs, lead_mask=ecg_lead_mask).last_hidden_state)
         tokens = encode_images(self.encoder, config.image_features, ecgs, pixel_attention_mask, spatial_shapes)
-        # the embedding is one token, of which nothing is padding
+        # an embedding is one token without padding
         return self.connector(tokens, pixel_attention_mask if config.image_features == "patches" else None)
 
     def _zero_of_ecg_path(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
@@ -265,7 +265,7 @@ class ELMModel(ELMPreTrainedModel):
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, ecg_features: torch.Tensor
     ) -> torch.Tensor:
         """Where the ECG features go: a mask [batch, tokens, 1] with as many places as there are features."""
-        if input_ids is None:
+        if input_ids is None:  # placeholders are known by their embedding
             ecg_token = torch.tensor(self.config.ecg_token_id, device=inputs_embeds.device)
             mask = (inputs_embeds == self.get_input_embeddings()(ecg_token)).all(-1)
         else:
@@ -299,7 +299,7 @@ class ELMModel(ELMPreTrainedModel):
         if ecg_inputs["ecg_values"] is not None or ecg_inputs["pixel_values"] is not None:
             ecg_features = self.get_ecg_features(**ecg_inputs).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, ecg_features)
-            inputs_embeds = inputs_embeds.masked_scatter(mask, ecg_features)
+            inputs_embeds = inputs_embeds.masked_scatter(mask, ecg_features)  # the n-th place gets the n-th token
         elif self.training and self.connector is not None:
             inputs_embeds = inputs_embeds + self._zero_of_ecg_path(inputs_embeds)
         return self.language_model(inputs_embeds=inputs_embeds, **kwargs)
@@ -357,7 +357,7 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
                 encoder_model = load_vision_model(encoder, config_kwargs.get("image_features", "patches"))
             config_kwargs["encoder_config"] = encoder_model.config
         text_config = llm_model.config.get_text_config()
-        if text_config is not llm_model.config:
+        if text_config is not llm_model.config:  # a model of several modalities keeps it within
             raise ValueError(
                 f"{llm} holds a {llm_model.config.model_type!r} model, which reads more than text; expected a causal "
                 "language model of text alone."
@@ -376,7 +376,7 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def _check_same_logits(self, llm: PreTrainedModel) -> None:
         """Without an ECG the ELM is its language model: some have a head with a bias or a scale that ours lacks."""
-        input_ids = torch.arange(8, device=llm.device).unsqueeze(0) % self.config.text_config.vocab_size
+        input_ids = torch.arange(8, device=llm.device).unsqueeze(0) % self.config.text_config.vocab_size  # any text
         ours, theirs = self.eval()(input_ids=input_ids).logits, llm.eval()(input_ids=input_ids).logits
         has_bias = getattr(self.lm_head, "bias", None) is not None  # theirs, so the logits agree until it is saved
         if has_bias or not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
@@ -427,7 +427,7 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         softcap = getattr(self.config.text_config, "final_logit_softcapping", None)
-        if softcap is not None:
+        if softcap is not None:  # Gemma 2
             logits = softcap * torch.tanh(logits / softcap)
         loss = None
         if labels is not None:
@@ -456,7 +456,7 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
         model_inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, use_cache=use_cache, **kwargs
         )
-        if is_first_iteration or not use_cache:
+        if is_first_iteration or not use_cache:  # without a cache every step reads the whole prompt
             model_inputs.update(ecg_inputs)
         return model_inputs
 
@@ -472,10 +472,10 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
         if ecg_inputs and expand_size > 1:
             if input_ids is None or input_ids.shape[1] == 0:  # empty beside inputs_embeds
                 raise ValueError(
-                    "Beams and several sequences need input_ids beside the ECGs, to know whose ECG is whose."
+                    "Beams and several sequences need input_ids beside the ECGs, to tell which ECGs belong to which text."
                 )
             placeholders: torch.Tensor = input_ids == self.config.ecg_token_id  # type: ignore[assignment]  # no bool
-            sizes = (placeholders.sum(-1) // self.config.num_ecg_tokens).tolist()
+            sizes = (placeholders.sum(-1) // self.config.num_ecg_tokens).tolist()  # ECGs of each sample
             for name, values in ecg_inputs.items():
                 ecg_inputs[name] = torch.cat([group for group in values.split(sizes) for _ in range(expand_size)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]

@@ -24,7 +24,9 @@ OVERFLOWS = ("error", "downsample", "drop_leads")
 # in the order in which they are left out: sums of I and II, then chest leads that resemble a neighbour, the rhythm strip last
 DISPENSABLE_LEADS = ("aVR", "aVL", "aVF", "III", "V4", "V6", "V2", "V3", "I", "V5", "V1", "II")
 MIN_SAMPLING_RATE = 30  # hertz; below it a QRS complex is a sample or two
+# of the tokenizer; held back until the tokens of the ECGs are in the text
 PADDING_KWARGS = ("padding", "max_length", "pad_to_multiple_of", "padding_side", "return_attention_mask")
+# of from_pretrained; the ECG-Byte tokenizer is fetched from the same place
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -50,7 +52,7 @@ class ELMProcessor(ProcessorMixin):
     """
 
     ecg_token = "<signal>"
-    text_kwargs = {"padding": True}
+    text_kwargs = {"padding": True}  # of `__call__`, where it gets nothing else
 
     def __init__(
         self,
@@ -91,7 +93,7 @@ class ELMProcessor(ProcessorMixin):
         if ecg_byte is not None and ecg_byte.across_leads and feature_extractor.missing_leads != "error":
             raise ValueError(
                 f"missing_leads is {feature_extractor.missing_leads!r}, but this ECG-Byte tokenizer makes one sequence of all leads "
-                "without their names, of which none can be left out: take missing_leads='error', or a tokenizer that keeps within "
+                "without their names, so that none can be left out: take missing_leads='error', or a tokenizer that keeps within "
                 "leads."
             )
         self.num_ecg_tokens = num_ecg_tokens
@@ -112,7 +114,7 @@ class ELMProcessor(ProcessorMixin):
                 )
             ids = [vocabulary[name] for name in names]
             # ids of the language model by ids of ECG-Byte, and by leads
-            self._signal_ids = np.full(len(ecg_byte.token_lengths), -1)
+            self._signal_ids = np.full(len(ecg_byte.token_lengths), -1)  # -1: no token has this id
             self._signal_ids[ecg_byte.token_ids] = ids[: ecg_byte.vocab_size]
             self._lead_ids = dict(zip(feature_extractor.lead_names, ids[ecg_byte.vocab_size :], strict=False))
 
@@ -269,15 +271,16 @@ class ELMProcessor(ProcessorMixin):
             tokens = [[ecg_token_id] * self.num_ecg_tokens] * len(values)
         else:
             tokens = self._symbolic(values)
-        first = 0
+        first = 0  # ECG of this sample, among those of the batch
         for sample, (row, count) in enumerate(zip(encoded, counts, strict=True)):
             own = slice(first, first + count)
             num_text_tokens = len(row["input_ids"]) - count
-            room = None if self.max_length is None else self.max_length - num_text_tokens
+            room = None if self.max_length is None else self.max_length - num_text_tokens  # for the ECGs
             if room is not None and sum(map(len, tokens[own])) > room:
                 tokens[own] = self._fit(values[own], tokens[own], room, f"Text {sample} of {len(texts)}")
             places = [place for place, token_id in enumerate(row["input_ids"]) if token_id == ecg_token_id]
             for name, column in row.items():
+                # from the last place on: those before it stay where they are
                 for place, ids in reversed(list(zip(places, tokens[own], strict=True))):
                     column[place : place + 1] = ids if name == "input_ids" else [column[place]] * len(ids)
             first += count
@@ -291,8 +294,8 @@ class ELMProcessor(ProcessorMixin):
         for record, ids in zip(records, encoded, strict=True):
             tokens = self._signal_ids[ids]
             if self._lead_ids:
-                leads = self.ecg_tokenizer.offsets(ids, record.array.shape[1])[:, 0]
-                starts = np.searchsorted(leads, np.arange(len(record.array)))
+                leads = self.ecg_tokenizer.offsets(ids, record.array.shape[1])[:, 0]  # the lead of each token
+                starts = np.searchsorted(leads, np.arange(len(record.array)))  # the first token of each lead
                 tokens = np.insert(tokens, starts, [self._lead_ids[name] for name in record.lead_names])
             batch.append(tokens.tolist())
         return batch
@@ -303,6 +306,7 @@ class ELMProcessor(ProcessorMixin):
             f"{name} has {sum(map(len, tokens))} tokens of {len(tokens)} ECGs and room for {max(room, 0)} beside its words "
             f"(max_length={self.max_length})"
         )
+        # placeholders are as many for any record: only symbolic ECGs can become shorter
         for smaller, change in self._smaller(records if self.ecg_tokenizer is not None else []):
             tokens = self._symbolic(smaller)
             if sum(map(len, tokens)) <= room:
@@ -319,7 +323,7 @@ class ELMProcessor(ProcessorMixin):
         rate = self.feature_extractor.sampling_rate
         leads = {lead for record in records for lead in record.lead_names}
         if self.overflow == "downsample" and records:
-            for power in range(1, int(math.log2(rate / MIN_SAMPLING_RATE)) + 1):
+            for power in range(1, int(math.log2(rate / MIN_SAMPLING_RATE)) + 1):  # halvings
                 lower = rate / 2**power
                 slower = [replace(record, array=resample(record.array, rate, lower)) for record in records]
                 yield slower, f"they are resampled from {rate:g} to {lower:g} Hz"
@@ -408,7 +412,7 @@ class ELMProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """As of transformers; the ECG-Byte tokenizer stands beside as `ecg_byte.json`."""
-        files = super().save_pretrained(save_directory)
+        files = super().save_pretrained(save_directory)  # without push_to_hub: all files go together, below
         if self.ecg_tokenizer is not None:
             files += self.ecg_tokenizer.save_pretrained(save_directory)
         if push_to_hub:
@@ -449,7 +453,7 @@ class ELMProcessor(ProcessorMixin):
                 f"{len(ecgs) - len(with_data)} of {len(ecgs)} ECGs of the chat have no data; give each its 'ecg' or 'path', "
                 'or none and all of them as processor_kwargs={"ecgs": [...]}.'
             )
-        return [], [], [], {"ecgs": with_data}
+        return [], [], [], {"ecgs": with_data}  # no images, videos or audio
 
     @staticmethod
     def _ecg_of(part: dict[str, Any]) -> Any:

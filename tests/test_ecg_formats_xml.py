@@ -437,7 +437,7 @@ class TestHostileXML:
             read_xml(content)
 
     def test_without_defusedxml(self, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setitem(sys.modules, "defusedxml.common", None)
+        monkeypatch.setitem(sys.modules, "defusedxml.ElementTree", None)
         with pytest.raises(ImportError, match=re.escape('pip install "elm-ecg[formats]"')):
             read_xml(aecg({"MDC_ECG_LEAD_I": "1 2 3"}))
 

@@ -175,6 +175,11 @@ class TestAsRecord:
         with pytest.raises(ValueError, match=message):
             as_record(noise(3, 5), 500, names)
 
+    def test_the_units_of_files(self):
+        """One table for arrays and files: nanovolts, which EDF files have, are a unit of arrays too."""
+        array = 1e6 * noise(12, 5)
+        np.testing.assert_allclose(as_record(array, 500, unit="nV").array, noise(12, 5), rtol=1e-6)
+
     @pytest.mark.parametrize("unit", ["kV", "MV", "", "microvolt"])
     def test_bad_unit(self, unit):
         with pytest.raises(ValueError, match=f"Unknown unit '{unit}'; expected one of mV, uV"):

@@ -261,7 +261,7 @@ class TestMissingLeads:
         array = processor.decode_ecg(ids, -1, 1)[0]["array"]
         assert (~np.isnan(array).any(1)).tolist() == self.THERE
         with pytest.raises(
-            ValueError, match="one sequence of all leads without their names, of which none can be left out"
+            ValueError, match="one sequence of all leads without their names, so that none can be left out"
         ):
             tiny_symbolic_processor(ecg_byte=tiny_ecg_byte(across_leads=True), extractor=extractor)
 

@@ -98,7 +98,7 @@ def test_what_training_says(data, tmp_path, capsys):
     captured = capsys.readouterr()
     # 200, 350 and 200 samples of each of two leads
     assert "3 records of 2 leads at 250 Hz, 1,500 samples in all" in captured.out
-    assert "No pair was left that is 50 times there" in captured.out
+    assert "No other pair occurs 50 times" in captured.out
     assert "samples for each token" in captured.out
     assert str(tmp_path / "tokenizer") in captured.out
     assert "Reading: 100%" in captured.err

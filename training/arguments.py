@@ -20,6 +20,8 @@ from elm_ecg.configuration_elm import (
     connectors_of,
     default_num_ecg_tokens,
 )
+from elm_ecg.feature_extraction_elm import MISSING_LEADS, NORMALIZATIONS, TRUNCATIONS
+from elm_ecg.processing_elm import OVERFLOWS
 from elm_ecg.training.command_line import CommandLineParser, did_you_mean, read_system_prompt
 from elm_ecg.training.files import resource
 
@@ -41,7 +43,7 @@ ALIASES = {
 # options of TRL that most runs say: `elm sft --help` shows these, and the others with `--help-all`
 COMMON = {*ALIASES.values(), "output_dir", "seed", "max_steps", "gradient_accumulation_steps", "eval_strategy"}
 COMMON |= {"logging_steps", "save_strategy", "resume_from_checkpoint", "report_to", "lora_r", "attn_implementation"}
-# pretrained values of --encoder
+# pretrained values of --encoder, the default for pictures first
 VISION_BACKBONES = {
     "clip-vit-base-patch32": "openai/clip-vit-base-patch32",
     "siglip2-so400m-patch16-naflex": "google/siglip2-so400m-patch16-naflex",
@@ -140,14 +142,16 @@ class ModelArguments:
         None,
         "ECG-Byte tokenizer of symbolic ECGs: local folder or Hub id. Default: the one that comes with the package.",
     )
-    ecg_overflow: Literal["error", "downsample", "drop_leads"] = argument(
-        "error", "Where symbolic ECGs exceed the context: an error, half their sampling rate, or fewer of their leads."
+    ecg_overflow: str = argument(
+        "error",
+        "Where symbolic ECGs exceed the context: an error, half their sampling rate, or fewer of their leads.",
+        choices=OVERFLOWS,
     )
     encoder: str | None = argument(
         None,
         f"Encoder of llava. With random weights: {', '.join(ENCODER_CONFIGS)} (default: st_mem) for signal; for rgb and "
-        "stacked_signal the model_type of a vision backbone of transformers, such as vit. Pretrained: clip-vit-base-patch32 (their "
-        "default), siglip2-so400m-patch16-naflex, vit-base-patch16-224-in21k, or any as --encoder_name_or_path.",
+        "stacked_signal the model_type of a vision backbone of transformers, such as vit. Pretrained: "
+        f"{', '.join(VISION_BACKBONES)} (default: the first), or any as --encoder_name_or_path.",
     )
     encoder_config: str | None = argument(
         None, 'JSON with fields of the config of an encoder with random weights, such as {"num_hidden_layers": 4}.'
@@ -170,24 +174,29 @@ class ModelArguments:
     )
     num_ecg_tokens: int | None = argument(
         None,
-        "Tokens of the language model that each ECG takes. Default: 12 for llava (49 of a picture, 1 of its "
-        "embedding), 25 for patch and conv, 1 for flat.",
+        "Tokens of the language model that each ECG takes. Default: of a picture "
+        f"{IMAGE_FEATURES['patches']}, or {IMAGE_FEATURES['embedding']} of its embedding; else "
+        f"{', '.join(f'{spec.num_ecg_tokens} for {name}' for name, spec in CONNECTORS.items())}.",
     )
     sampling_rate: int = argument(250, "Hz to which records are resampled.")
     num_samples: int = argument(2500, "Samples per lead: records are padded to it.")
-    truncation: Literal["start", "center", "end"] | None = argument(
-        None, "Which part of a longer record to keep. Default: a longer record is an error."
+    truncation: str | None = argument(
+        None, "Which part of a longer record to keep. Default: a longer record is an error.", choices=TRUNCATIONS[1:]
     )
     lead_names: list[str] | None = argument(None, "Leads and their order. Default: I II III aVR aVL aVF V1 ... V6.")
-    missing_leads: Literal["error", "zeros"] = argument(
-        "error", "Leads that a record lacks and I and II do not give: an error, or zeros that the model is told of."
+    missing_leads: str = argument(
+        "error",
+        "Leads that a record lacks and I and II do not give: an error, or zeros that the model is told of.",
+        choices=MISSING_LEADS,
     )
     bandpass: list[float] | None = argument(
         None, "Low and high frequency in Hz that pass, such as 0.5 40. Default: no filter."
     )
     notch: float | None = argument(None, "Hz of the mains that is taken out, 50 or 60. Default: no filter.")
-    normalization: Literal["none", "zscore", "minmax"] | None = argument(
-        None, "none keeps millivolts (default); zscore and minmax (default of stacked_signal) are of each record."
+    normalization: str | None = argument(
+        None,
+        "none keeps millivolts (default); zscore and minmax (default of stacked_signal) are of each record.",
+        choices=NORMALIZATIONS,
     )
 
     def __post_init__(self) -> None:
@@ -207,7 +216,7 @@ class ModelArguments:
                 "backbone: leave the option out, or --elm."
             )
         if self.encoder is None:
-            self.encoder = "clip-vit-base-patch32" if of_images else "st_mem"
+            self.encoder = next(iter(VISION_BACKBONES)) if of_images else "st_mem"
         if self.architecture == "llava" and self.encoder_name_or_path is None:
             if "/" in self.encoder:
                 self.encoder_name_or_path = self.encoder

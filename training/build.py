@@ -182,7 +182,7 @@ def build_processor(args: ModelArguments) -> ELMProcessor:
     if args.representation == "symbolic":
         ecg_byte = ECGByteTokenizer.from_pretrained(args.ecg_tokenizer or DEFAULT_ECG_TOKENIZER)
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token  # Llama has none; labels do not depend on it
     names = ("sampling_rate", "num_samples", "bandpass", "notch", "missing_leads")
     settings: dict[str, Any] = {name: getattr(args, name) for name in names}
     if args.lead_names is not None:
@@ -199,6 +199,7 @@ def build_processor(args: ModelArguments) -> ELMProcessor:
                 args.sampling_rate,
             )
         signals = ELMProcessor.signal_tokens(ecg_byte, feature_extractor.lead_names)
+        # not special: what a model writes of them stays in the decoded text
         tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in signals])
     image_processor = None
     if args.representation in IMAGE_REPRESENTATIONS and args.architecture == "llava":
@@ -287,7 +288,7 @@ def spread_embeddings(model: ELMForConditionalGeneration, token_ids: list[int]) 
     """
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, torch.Tensor)
-    words = weight[: min(token_ids)].float()
+    words = weight[: min(token_ids)].float()  # the language model's own rows
     means, deviations = (row.expand(len(token_ids), -1) for row in (words.mean(0), words.std(0)))
     weight[token_ids] = torch.normal(means, deviations).to(weight.dtype)
 

@@ -7,7 +7,7 @@ import sys
 
 from elm_ecg.training.command_line import did_you_mean
 
-# verb -> module below elm_ecg.training whose main(argv) does it, what it does, what it is given (nothing: it runs without)
+# verb -> module below elm_ecg.training whose main(argv) does it, what it does, example arguments (empty: it runs without)
 COMMANDS = {
     "quickstart": ("quickstart", "simulate ECGs, fine-tune a small ELM on them, evaluate it; minutes, offline", ""),
     "sft": ("sft", "fine-tune an ELM; every option of TRL's SFTConfig", "--data DATA --llm LLM --output_dir FOLDER"),

@@ -5,7 +5,7 @@ import logging
 import math
 import zlib
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import compress
 from typing import Any
 
@@ -16,19 +16,14 @@ from torchvision.transforms import v2
 
 from elm_ecg.ecg_utils import ECGRecord, as_record
 from elm_ecg.processing_elm import ELMProcessor
+from elm_ecg.training.arguments import AugmentationArguments
 from elm_ecg.training.data.loading import ecgs_of, to_chat
 from elm_ecg.training.evaluation.conditions import noise, zeros
 
 logger = logging.getLogger(__name__)
 
-# options of the collator that change ECGs in training alone, and what they are outside of it
-NO_AUGMENTATION: dict[str, Any] = {
-    "augment_ecg": False,
-    "augment_rgb": False,
-    "time_shift": 0.0,
-    "gain_jitter": 0.0,
-    "lead_dropout": 0.0,
-}
+# options of the collator that change ECGs in training alone, and their values outside of it
+NO_AUGMENTATION: dict[str, Any] = {option.name: option.default for option in fields(AugmentationArguments)}
 
 
 @dataclass
@@ -95,9 +90,9 @@ class ELMCollator:
             chats,
             tokenize=True,
             return_dict=True,
-            return_assistant_tokens_mask=True,
+            return_assistant_tokens_mask=True,  # of what the template has within {% generation %}
             return_tensors=None,  # the mask is found token by token, which takes 50 times as long in tensors
-            processor_kwargs={"padding": True, "padding_side": "right"},
+            processor_kwargs={"padding": True, "padding_side": "right"},  # left is for generation
         )
         batch.convert_to_tensors("pt")
         answers = batch.pop("assistant_masks").bool()
@@ -107,7 +102,7 @@ class ELMCollator:
                 f"The chat {row['messages']} has no assistant turn to learn from, or the chat template does not mark it "
                 "with {% generation %}."
             )
-        batch["labels"] = batch["input_ids"].masked_fill(~answers, -100)
+        batch["labels"] = batch["input_ids"].masked_fill(~answers, -100)  # no loss there
         return dict(batch)
 
     def _ecgs(self, row: dict[str, Any]) -> list[Any]:
@@ -125,6 +120,7 @@ class ELMCollator:
             # by content: neither the order of the rows nor that of the options changes what is drawn
             rng = np.random.default_rng([self.seed, epoch, words, zlib.crc32(record.array.tobytes())])
             array = perturbed(record.array, self.perturb, rng)
+            # before the shift: noise and wander are relative to the whole recording
             array = augmented_ecg(array, rng) if self.augment_ecg else array
             array = time_shifted(array, record.sampling_rate, self.time_shift, rng) if self.time_shift else array
             if self.gain_jitter:
@@ -154,7 +150,7 @@ def augmented_ecg(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 0.5:
         changed += np.float32(0.05 * array.std()) * rng.standard_normal(array.shape, dtype=np.float32)
     if rng.random() < 0.5:
-        half_periods = rng.integers(1, 6)
+        half_periods = rng.integers(1, 6)  # over the whole recording
         wander = np.sin(math.pi * half_periods * np.linspace(0, 1, array.shape[1]))
         changed += (0.07 * np.abs(array).max() * wander).astype(np.float32)
     return changed
@@ -169,7 +165,7 @@ def time_shifted(array: np.ndarray, sampling_rate: float, seconds: float, rng: n
 def with_lost_leads(
     record: ECGRecord, probability: float, rng: np.random.Generator, as_missing: bool = False
 ) -> ECGRecord:
-    """A record of which each lead is lost with this probability, but never all.
+    """The record with each of its leads lost at this probability, but never all.
 
     Args:
         as_missing: leave lost leads out, for a model that knows missing leads; limb leads come back where they can be derived.
@@ -196,7 +192,7 @@ def augmented_rgb(picture: Image.Image, rng: np.random.Generator) -> Image.Image
     changes = (
         v2.ColorJitter(brightness=0.2),
         v2.RandomRotation(5, interpolation=v2.InterpolationMode.BILINEAR, fill=background),
-        v2.GaussianBlur(5, sigma=(1e-3, 1.5)),  # 0 it does not take
+        v2.GaussianBlur(5, sigma=(1e-3, 1.5)),  # torchvision refuses 0
         v2.ColorJitter(hue=0.08, saturation=0.3),
     )
     with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator

@@ -18,7 +18,7 @@ def show_keys(args: argparse.Namespace) -> None:
     width = max(map(len, DATASETS))
     for key, description in DATASETS.items():
         print(f"{key:<{width}}  {description}")
-    print(f"\nKeys for --data, of which * stands for any suffix; the datasets are {OWNER}/KEY.")
+    print(f"\nKeys for --data; * stands for any suffix. The datasets are {OWNER}/KEY.")
 
 
 def build(args: argparse.Namespace) -> None:

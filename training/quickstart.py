@@ -95,12 +95,11 @@ def main(argv: list[str] | None = None) -> None:
 
     print("[4/4] Writing the report", flush=True)
     history = json.loads((folder / "model" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    lines = (folder / "model" / "predictions.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     minutes = (time.monotonic() - started) / 60
     write_report(
         folder / "report.html",
         results,
-        [json.loads(line) for line in lines],
+        results.predictions,
         data["test"],
         title="ELM quickstart",
         notice=f"The model was trained from scratch in {minutes:.1f} minutes on simulated ECGs, which are no evidence about real ones.",

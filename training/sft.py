@@ -64,8 +64,8 @@ def make_parser(prog: str = "elm sft") -> ELMParser:
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing(_kwargs)?` is deprecated", FutureWarning)
     parser = ELMParser((ELMArguments, SFTConfig, ModelConfig), prog=prog)
     parser.set_defaults(
-        max_length=None,
-        remove_unused_columns=False,
+        max_length=None,  # TRL would cut chats at 1024 tokens
+        remove_unused_columns=False,  # the collator reads them
         ddp_find_unused_parameters=True,  # one process may have a batch without ECG
         dataloader_pin_memory=torch.accelerator.is_available(),  # without one PyTorch warns of it
         bf16=None if torch.cuda.is_available() else False,  # bf16 on a CPU is slow
@@ -82,7 +82,7 @@ def parse(argv: list[str] | None = None, prog: str = "elm sft") -> tuple[ELMArgu
             "or `torchrun --nproc_per_node N training/sft.py ...`."
         )
     if args.streaming and training_args.max_steps < 1:
-        raise ValueError("--streaming does not know when the data has been read once; say --max_steps.")
+        raise ValueError("--streaming does not know the number of rows; set --max_steps.")
     if not args.update:
         pretrained = args.encoder_name_or_path is not None or model_args.model_name_or_path is not None
         args.update = PARTS[1:] if pretrained or args.architecture != "llava" else list(PARTS)
@@ -150,7 +150,7 @@ def make_trainer(
     processor: ELMProcessor,
     splits: dict[str, Any],
 ) -> ELMTrainer:
-    """TRL's trainer around the model, of which the parts of `--update` or a LoRA adapter are trained."""
+    """TRL's trainer, which trains the parts of `--update` or a LoRA adapter."""
     peft_config = lora_config(args, model_args, model, processor) if model_args.use_peft else None
     if peft_config is None:
         freeze(model, args.update)
@@ -163,8 +163,8 @@ def make_trainer(
         seed=training_args.seed,
         **changes,
     )
-    training_args.max_length = None  # the collator's business
-    training_args.dataset_kwargs = {"skip_prepare_dataset": True}
+    training_args.max_length = None  # the collator keeps to it
+    training_args.dataset_kwargs = {"skip_prepare_dataset": True}  # TRL would tokenize the chats, without their ECGs
     trainer = ELMTrainer(
         model=model,
         args=training_args,
@@ -194,7 +194,7 @@ def checkpoint_to_resume(training_args: SFTConfig) -> str | None:
 
 def train(args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
     """Trains an ELM and saves it, its processor and its card to `output_dir`."""
-    torch.manual_seed(training_args.seed)
+    torch.manual_seed(training_args.seed)  # of the new weights; the trainer seeds again
     splits = load_splits(args, training_args)
     model, processor = build_base(args, training_args, model_args)
     limit_threads(model, training_args.device)

@@ -122,7 +122,7 @@ def train(args: argparse.Namespace) -> None:
         [*records, *flat], num_merges=args.num_merges, min_frequency=args.min_frequency, **settings
     )
     if len(tokenizer.merges) < args.num_merges:
-        print(f"No pair was left that is {args.min_frequency} times there: {len(tokenizer.merges):,} merges.")
+        print(f"No other pair occurs {args.min_frequency} times: {len(tokenizer.merges):,} merges.")
     compression = num_samples / sum(map(len, tokenizer.encode_batch(records)))
     names = ", ".join(f"`{public_name(name)}`" for name in args.data)
     _save(
@@ -354,7 +354,9 @@ def make_parser() -> argparse.ArgumentParser:
     command.set_defaults(work=train)
     _add_data_options(command, required=True)
     command.add_argument("--output_dir", type=Path, required=True, help=f"where {FILE_NAME} and its card go")
-    command.add_argument("--num_merges", type=whole_number, default=10_000, help="to learn; default: %(default)s")
+    command.add_argument(
+        "--num_merges", type=whole_number, default=10_000, help="how many to learn; default: %(default)s"
+    )
     command.add_argument(
         "--millivolt_range",
         type=float,
@@ -373,7 +375,9 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--split", nargs="+", default=["train"], help="splits of the data; default: train")
     command.add_argument("--data_subset", type=float, help="share of the rows, in (0, 1], chosen at random by --seed")
     command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    command.add_argument("--min_frequency", type=whole_number, default=2, help="of pairs; default: %(default)s")
+    command.add_argument(
+        "--min_frequency", type=whole_number, default=2, help="rarer pairs are not merged; default: %(default)s"
+    )
 
     command = commands.add_parser("inspect", help="settings of a tokenizer, and how it fares on ECGs, with a picture")
     command.set_defaults(work=inspect)

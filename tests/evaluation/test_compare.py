@@ -325,7 +325,7 @@ def test_auroc_needs_likelihoods(tmp_path):
     questions = likelihoods(0, 1.0)
     written = [{name: question[name] for name in question if name != "candidates"} for question in questions]
     paths = [str(save(tmp_path / "a", questions)), str(save(tmp_path / "b", written))]
-    with pytest.raises(ValueError, match=r"b/evaluation_results\.json has no likelihoods, of which auroc is made"):
+    with pytest.raises(ValueError, match=r"b/evaluation_results\.json has no likelihoods, which auroc is made of"):
         main([*paths, "--metric", "auroc"])
 
 

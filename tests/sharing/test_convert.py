@@ -452,9 +452,9 @@ def test_vision_backbones(model_type, llm, tmp_path):
     [
         ([], r"--encoder is None; expected one of merl, mlae"),
         (["--encoder", "vit"], r"--encoder is vit; expected one of merl, mlae"),
-        (["--encoder", "st_mem"], r"no entry for embeddings\.lead_embeddings, .* of a st_mem encoder"),
+        (["--encoder", "st_mem"], r"no entry for embeddings\.lead_embeddings, .* which a st_mem encoder needs"),
         (["--encoder", "merl", "--llm", "nowhere"], "holds no language model.*leave --llm out"),
-        (["--encoder", "merl", "--lead_names", "I", "II"], "are of 12 leads, --lead_names are 2"),
+        (["--encoder", "merl", "--lead_names", "I", "II"], "are of 12 leads, --lead_names are 2: name those"),
         (["--encoder", "merl", "--representation", "rgb"], "holds no language model.*leave --representation rgb out"),
     ],
 )
@@ -474,8 +474,12 @@ def test_segment_of_another_length(shapes, tmp_path):
     ("drop", "options", "message"),
     [
         (None, [], r"holds a language model.*--llm"),
-        ("project_layer.projection.bias", ["--llm"], r"no entry for projection\.bias, of the patch connector"),
-        ("llm.llm.lm_head.weight", ["--llm"], r"no entry for lm_head\.weight, of --llm"),
+        (
+            "project_layer.projection.bias",
+            ["--llm"],
+            r"no entry for projection\.bias, which the patch connector .* needs",
+        ),
+        ("llm.llm.lm_head.weight", ["--llm"], r"no entry for lm_head\.weight, which --llm .* needs"),
         ("llm.llm.model.norm.weight", ["--llm"], r"no entry for model\.language_model\.norm\.weight"),
         (None, ["--llm", "--num_encoder_tokens", 4], "makes 5 tokens of 12 leads x 500 samples"),
         (None, ["--llm", "--segment_len", 550], r"makes 5\.5 tokens of 12 leads x 550 samples"),

@@ -30,7 +30,7 @@ class ChatECG:
 
     Args:
         name: of its file.
-        record: the whole record, whose metadata may name the `start` of the part that the model reads.
+        record: the whole record; its metadata may name the `start` of the part that the model reads.
         prepared: that part, in millivolts: for people to look at.
         facts: sentences about the record and what the model reads of it.
     """

@@ -42,7 +42,7 @@ WARNINGS = {
 }
 TEMPLATE = resource("training/data/check.jinja")  # of what is printed
 MAX_EXAMPLES = 5
-SAMPLED_ROWS = 100  # of each split, whose files are read without --read_files
+SAMPLED_ROWS = 100  # of each split; their files are read even without --read_files
 ANSWER_CHARACTERS = 200  # by which answers are told apart
 
 
@@ -118,7 +118,7 @@ class Checker:
 
         Args:
             index: of the row in its split.
-            read_files: if its ECGs are files, read them rather than look only whether they are there.
+            read_files: read ECGs that are files; False only checks that the files exist.
         """
         where = f"{split} {index}"
         report = self.splits[split]

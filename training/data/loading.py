@@ -102,7 +102,7 @@ def _mix(loaded: list[Dataset | None], args: "DataArguments", seed: int, weighte
         data = datasets.concatenate_datasets(parts)
     else:
         weights = _weights_of(args, [part is not None for part in loaded])
-        data = datasets.interleave_datasets(parts, weights, seed, stopping_strategy="all_exhausted")
+        data = datasets.interleave_datasets(parts, weights, seed, stopping_strategy="all_exhausted")  # no row is lost
     if args.data_subset is not None:
         data = data.shuffle(seed=seed).select(range(max(1, round(args.data_subset * len(data)))))
     return with_arrays(data)
@@ -293,7 +293,7 @@ class RowStream(torch.utils.data.IterableDataset):
     def __init__(
         self, sources: list[IterableDataset], weights: list[float] | None, shuffle_buffer: int | None, seed: int
     ) -> None:
-        self.sources = [source.reshard() for source in sources]
+        self.sources = [source.reshard() for source in sources]  # row groups, not files, so that workers share a file
         self.weights = weights
         self.shuffle_buffer = shuffle_buffer
         self.seed = seed
@@ -309,7 +309,7 @@ class RowStream(torch.utils.data.IterableDataset):
         streams = [self._passes([source], place, places) for source in self.sources]
         rng = np.random.default_rng([self.seed, place])
         while True:
-            for choice in rng.choice(len(streams), size=1000, p=self.weights):
+            for choice in rng.choice(len(streams), size=1000, p=self.weights):  # many at once are drawn faster
                 if (row := next(streams[choice], None)) is None:
                     return  # it has no rows for this worker
                 yield row
@@ -374,7 +374,7 @@ def _resolved(ecg: Any, row: dict[str, Any]) -> Any:
         ecg = ecg["path"] if ecg["path"] is not None else {key: value for key, value in ecg.items() if key != "path"}
     if not (isinstance(ecg, str) and ecg in LITERALS):
         return ecg
-    shape = (len(STANDARD_LEADS), int(row.get("num_samples") or 2500))
+    shape = (len(STANDARD_LEADS), int(row.get("num_samples") or 2500))  # 10 s at the reference's 250 Hz
     rng = np.random.default_rng(zlib.crc32(str(row.get("record_id")).encode()))
     array = rng.standard_normal(shape, np.float32) if ecg == "noise" else np.zeros(shape, np.float32)
     return {"array": array, "sampling_rate": SAMPLING_RATE, "lead_names": list(STANDARD_LEADS), "unit": "mV"}

@@ -130,7 +130,7 @@ def share_out(num_patients: int, shares: Sequence[float]) -> list[int]:
 
 
 def without_patients(questions: list[QuestionRow], shares: Sequence[float]) -> str | None:
-    """A sentence about the splits that get no patients, though they have a share; None where there are none."""
+    """A sentence about the splits that get no patients, though they have a share; None if there are no such splits."""
     patients = {patient for question in questions for patient in question.patients}
     numbers = share_out(len(patients), shares)
     empty = [split for split, share, number in zip(SPLITS, shares, numbers, strict=True) if share > 0 and number == 0]

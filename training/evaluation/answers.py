@@ -108,7 +108,7 @@ class Answerer:
     """Asks an ELM questions about the rows of `data`.
 
     Args:
-        candidates: [questions] answers whose likelihood is asked for, in place of what the model writes.
+        candidates: [questions] answers to choose from by likelihood; None: the model writes its answers.
         batch_size: conversations at once.
         generation: options of `generate`; greedy where they say nothing else.
         seed: of random conditions and of sampled answers. Batches are seeded one by one: their answers do not depend on
@@ -210,7 +210,7 @@ class Answerer:
             return [], failures[0]
         answers: list[Any] = [None] * len(self.questions)
         for batch, conversations in enumerate(batches):
-            indices = [index for conversation in conversations for index in conversation]
+            indices = [index for conversation in conversations for index in conversation]  # as `_answer` returns them
             for index, answer in zip(indices, done[batch], strict=True):
                 answers[index] = answer
         return answers, None
@@ -334,7 +334,7 @@ class Answerer:
         for turn in range(num_turns):
             active = [place for place in places if len(rows[place].prompts) > turn]
             if cache is not None and len(active) < len(input_ids):
-                cache.batch_select_indices(torch.arange(len(active), device=device))
+                cache.batch_select_indices(torch.arange(len(active), device=device))  # conversations that go on
             input_ids, mask = input_ids[: len(active)], mask[: len(active)]
             new_ids, ecgs = [], []
             for place in active:
@@ -419,7 +419,7 @@ class Answerer:
             ids = torch.tensor([row + [0] * (width - len(row)) for row in tokens], device=mask.device)
             real = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in tokens], device=mask.device)
             where = torch.tensor(rows, device=mask.device)
-            scores_of_tokens = first[where].gather(1, ids[:, :1])
+            scores_of_tokens = first[where].gather(1, ids[:, :1])  # the prompt itself predicts the first token
             if width > 1:
                 prefix = copy.deepcopy(cache)  # the model writes the candidate into it
                 if len(rows) < len(options):
@@ -433,7 +433,7 @@ class Answerer:
                     use_cache=True,
                 )
                 following = output.logits.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-                scores_of_tokens = torch.cat([scores_of_tokens, following * real[:, 1:]], dim=1)
+                scores_of_tokens = torch.cat([scores_of_tokens, following * real[:, 1:]], dim=1)  # padding adds 0
             for row, value in zip(rows, scores_of_tokens.double().sum(1).tolist(), strict=True):
                 scores[row][place] = value
         return scores
@@ -454,6 +454,7 @@ def _tokens_of(prompt: str, text: str, offsets: list[tuple[int, int]]) -> int | 
     if not text.startswith(prompt):
         return None
     ends = [end for _, end in offsets]
+    # some tokenizers give (0, 0) for added tokens, so the ends are made to increase
     number = int(np.searchsorted(np.maximum.accumulate(ends), len(prompt), side="right"))
     aligned = ends[number - 1] == len(prompt) and (number == len(offsets) or offsets[number][0] >= len(prompt))
     return number if aligned else None

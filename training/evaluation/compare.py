@@ -131,7 +131,7 @@ def auroc(models: list[EvaluatedModel], num_resamples: int, seed: int) -> list[t
     for model in models:
         if any("candidates" not in row for row in model.predictions):
             raise ValueError(
-                f"{model.path} has no likelihoods, of which auroc is made; evaluate with --score likelihood."
+                f"{model.path} has no likelihoods, which auroc is made of; evaluate with --score likelihood."
             )
         if model.column("candidates") != models[0].column("candidates"):
             raise ValueError(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ from elm_ecg.training.evaluation.scores import METRIC_NAMES, Scorer, load_metric
 
 logger = logging.getLogger(__name__)
 
+ScoredBy = Literal["generation", "likelihood"]
 METRICS = ("normalized_match", "token_f1", "closed_set")  # by default, beside exact_match
 PACKAGES = ("elm-ecg", "torch", "transformers", "accelerate", "datasets", "evaluate", "peft")
 # fields of a generation config that would give other than one text to a prompt, or have an option of their own
@@ -66,7 +67,7 @@ def evaluate(
     conditions: Sequence[str] = ASKED,
     metrics: Sequence[str] = METRICS,
     bert_score_model: str | None = None,
-    score: Literal["generation", "likelihood"] = "generation",
+    score: ScoredBy = "generation",
     candidates: Sequence[str] | None = None,
     training_dataset: Dataset | list[dict[str, Any]] | None = None,
     batch_size: int = 32,
@@ -95,7 +96,7 @@ def evaluate(
         bert_score_model: encoder of the metric bert_score.
         score: `generation`, what the model writes; `likelihood`, which of the candidate answers it finds likeliest.
         candidates: answers for `likelihood`. None: those that a type of question has here and in `training_dataset`.
-        training_dataset: rows whose most frequent answers are scored too, as what can be known without any model.
+        training_dataset: its most frequent answers are scored too, as a baseline without any model.
         batch_size, max_new_tokens: conversations answered at once, and the longest answer.
         generation: other options of `generate`; greedy decoding where they say nothing else.
         seed, num_resamples: of random conditions, sampled answers and the bootstrap; and its resamples of patients.
@@ -144,7 +145,7 @@ def _check(settings: Mapping[str, Any], prefix: str = "") -> None:
     """Refuses settings before anything is asked.
 
     Args:
-        settings: arguments of `evaluate`, or options of the command, whose names have the `prefix`.
+        settings: arguments of `evaluate`, or options of the command, named with the `prefix`.
 
     Raises:
         ValueError: one is not as expected, or does not go with another.
@@ -152,7 +153,7 @@ def _check(settings: Mapping[str, Any], prefix: str = "") -> None:
     for name in ("batch_size", "max_new_tokens", "num_resamples"):
         if settings[name] < 1:
             raise ValueError(f"{prefix}{name} is {settings[name]}; it must be at least 1.")
-    known = {"conditions": ASKED, "metrics": METRIC_NAMES, "score": ("generation", "likelihood")}
+    known = {"conditions": ASKED, "metrics": METRIC_NAMES, "score": get_args(ScoredBy)}
     for name, expected in known.items():
         values = [settings[name]] if name == "score" else settings[name]
         unknown = [value for value in values if value not in expected]
@@ -216,7 +217,7 @@ def _summarise(
     training: list[Question],
     settings: dict[str, Any],
 ) -> Results:
-    """The results of the answers, or where there are candidates of their log-likelihoods."""
+    """The results of the answers; with candidates, of their log-likelihoods."""
     answers, likelihoods, candidates, questions = asked, {}, scorer.candidates, scorer.questions
     if candidates is not None:
         likelihoods = asked
@@ -267,7 +268,7 @@ class EvaluationArguments(DataArguments):
         None, "Folds of datasets that have splits such as fold1_train and fold1_test; each is a run."
     )
     output_dir: str | None = argument(None, "Where the results go. Default: the model's folder, or ./evaluation.")
-    score: Literal["generation", "likelihood"] = argument(
+    score: ScoredBy = argument(
         "generation",
         "generation: what the model writes. likelihood: which of the candidate answers it finds likeliest, with the "
         "AUROC of their shares.",
@@ -317,7 +318,7 @@ class EvaluationArguments(DataArguments):
         return bool(self.generation.get("do_sample", False))
 
     def load(self, fold: int | None, split: str, **changes: Any) -> Dataset | None:
-        """A split of the data, of one fold where there are some; None where they do not have it."""
+        """A split of the data, of one `fold` if it has folds; None if it has no such split."""
         values = {option.name: getattr(self, option.name) for option in fields(DataArguments)}
         arguments = DataArguments(**values | {"fold": fold} | changes)
         return load_data(arguments, split, self.seed[0], self.dataset_num_proc)
@@ -401,6 +402,7 @@ def _evaluate_fold(
         raise ValueError(f"--data {' '.join(args.data)} has no split {args.split!r}.")
     revision = revision_of(model, name)
     folder.mkdir(parents=True, exist_ok=True)
+    # answers of an interrupted run count only for the same facts, and settings of `evaluate`
     facts = [SCHEMA_VERSION, revision, args.dtype, args.torch_compile, args.data, args.ecg_root]
     progress = Progress(folder, facts, state.process_index)
     runs = []
@@ -441,8 +443,8 @@ def _write(folder: Path, results: Results, data: Dataset) -> None:
     print(f"Results, predictions and report in {folder.resolve()}", flush=True)
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Returns the results of a single run, of several the figures over them; on processes other than the first nothing."""
+def main(argv: list[str] | None = None) -> Results:
+    """Returns the results of a single run, or the figures over several; on processes other than the first nothing."""
     args = parse(argv)
     load_metrics(args.metrics)  # what they lack should be known before the model is loaded
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -464,16 +466,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             model.to(state.device)  # type: ignore[arg-type]  # a wrapped method
             limit_threads(model, state.device)
             if args.torch_compile:
-                model.compile(dynamic=True)
+                model.compile(dynamic=True)  # batches differ in length
         runs += _evaluate_fold(args, fold, model, processor, name, folders[fold])
     if not state.is_main_process:
-        return {}
+        return Results()
     # only now: an evaluation that is interrupted in a later fold keeps the answers of the earlier ones
     for fold_folder in folders.values():
         Progress(fold_folder, None).remove()
     if len(runs) == 1:
         return runs[0]
-    summary = over_runs(runs, args.seed, args.samples)
+    summary = Results(over_runs(runs, args.seed, args.samples))
     write_json(folder / SUMMARY_FILE, summary)
     for condition, metrics in summary["conditions"].items():
         row = metrics["exact_match"]

@@ -1,4 +1,4 @@
-"""What an evaluation asks of a split: each assistant turn, its patient, its candidate answers, whose ECG is swapped in."""
+"""The questions of an evaluation: each assistant turn, its patient, its candidate answers, and the ECG swapped in."""
 
 import hashlib
 import json
@@ -103,7 +103,7 @@ def candidate_answers(
     """The answers among which each question is to be decided, sorted.
 
     Args:
-        training: questions whose answers are candidates for the questions of their type, beside the right ones.
+        training: their answers are candidates too, for the questions of the same type.
         for_all: candidates for every question instead.
 
     Raises:
@@ -161,7 +161,7 @@ def other_patients(patients: list[tuple[str, ...]], seed: int) -> np.ndarray:
 
 
 def rows_to_swap(data: Dataset, seed: int) -> np.ndarray:
-    """For each row the index of the one whose ECGs are swapped in: of other patients, and as many; of rows without ECG itself.
+    """For each row the row that it takes ECGs from: of other patients, and as many ECGs. A row without ECG takes its own.
 
     Raises:
         ValueError: a row has no such other.

@@ -1,4 +1,4 @@
-"""The report of an evaluation: one HTML file with its pictures inside, every number of which is in the results."""
+"""The report of an evaluation: one HTML file with its pictures inside. All of its numbers are in the results."""
 
 import base64
 import io
@@ -50,7 +50,7 @@ def wrong_answers(predictions: list[dict[str, Any]]) -> list[tuple[str, str, str
 
 
 def examples(predictions: list[dict[str, Any]], number: int = NUM_EXAMPLES) -> list[dict[str, Any]]:
-    """Predictions of different types and rows, right and wrong ones in turn, as far as there are."""
+    """Predictions of different types and rows, if there are enough, right and wrong ones in turn."""
     groups: dict[tuple[str, bool], list[dict[str, Any]]] = defaultdict(list)
     for row in predictions:
         groups[row["question_type"], row[ECG] != row["answer"]].append(row)

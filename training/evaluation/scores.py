@@ -20,9 +20,8 @@ from elm_ecg.training.evaluation.bootstrap import (
 )
 from elm_ecg.training.files import resource
 
-if (
-    TYPE_CHECKING
-):  # `elm compare`, which needs the metrics' names alone, would wait 15 seconds for PyTorch and 3 for `datasets`
+# `elm compare` needs only the metrics' names: these imports would take 15 seconds (PyTorch) and 3 (`datasets`)
+if TYPE_CHECKING:
     from evaluate import Metric
 
     from elm_ecg.training.evaluation.questions import Question
@@ -68,7 +67,7 @@ def load_metrics(names: Sequence[str]) -> "dict[str, Metric]":
 
 
 def closed_types(questions: "Sequence[Question]") -> list[str]:
-    """The types of questions whose right answers are a few, each given twice or more in the mean."""
+    """The types of questions with 2 to `MAX_CLASSES` different right answers, each right twice or more on average."""
     answers: dict[str, Counter[str]] = {}
     for question in questions:
         answers.setdefault(question.question_type, Counter())[question.answer.casefold()] += 1

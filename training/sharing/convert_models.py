@@ -95,16 +95,22 @@ def encoder_fields(args: ConvertArguments, tensors: dict[str, Tensor]) -> dict[s
                     f"all, which is not {num_leads} leads x {num_samples} samples; give --num_samples and --lead_names of the run."
                 )
     if num_leads != len(args.lead_names):
-        raise ValueError(f"The {kind} weights are of {num_leads} leads, --lead_names are {len(args.lead_names)}.")
+        raise ValueError(
+            f"The {kind} weights are of {num_leads} leads, --lead_names are {len(args.lead_names)}: name those of the run."
+        )
     if num_samples != args.num_samples:
-        raise ValueError(f"The {kind} weights are of {num_samples} samples, --num_samples is {args.num_samples}.")
+        raise ValueError(
+            f"The {kind} weights are of {num_samples} samples, --num_samples is {args.num_samples}: give {num_samples}."
+        )
     return {"num_leads": num_leads, "num_samples": num_samples, **sizes, **args.encoder_fields}
 
 
 def _check_missing(conversion: Conversion, what: str) -> None:
     if conversion.missing:
         left_over = f" Left over: {some_of(conversion.left_over)}." if conversion.left_over else ""
-        raise ValueError(f"The checkpoint has no entry for {some_of(conversion.missing)}, of {what}.{left_over}")
+        raise ValueError(
+            f"The checkpoint has no entry for {some_of(conversion.missing)}, which {what} needs.{left_over}"
+        )
 
 
 def _check_tensors(tensors: dict[str, Tensor], model: nn.Module, hint: str) -> None:
@@ -249,7 +255,7 @@ def _fit_vocabulary(
     name, head = f"{embeddings}.weight", "lm_head.weight"
     if model.config.tie_word_embeddings:
         if name in part.tensors and head in part.tensors and not torch.equal(part.tensors[name], part.tensors[head]):
-            raise ValueError(f"The checkpoint's head is not its embeddings, which --llm {args.llm} ties; check it.")
+            raise ValueError(f"The checkpoint's head is not its embeddings, which --llm {args.llm} ties; check --llm.")
         present = [key for key in (name, head) if key in part.tensors]  # a checkpoint of tied weights may hold either
         if present:
             part.tensors[name] = part.tensors[head] = part.tensors[present[0]]

@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import CommitOperationCopy, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-# of the HTTP library that huggingface_hub has, whose lost connections are no OSError
+# the first is the HTTP library's base class: a lost connection of huggingface_hub is no OSError
 NETWORK_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], OSError)
 
 

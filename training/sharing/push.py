@@ -144,7 +144,7 @@ def code_of(folder: Path, kind: str) -> dict[str, bytes]:
 
 def sample_ecg(sampling_rate: float, num_samples: int, num_leads: int = 12) -> bytes:
     """A simulated normal record as an .npz file, the same each time; of 100 Hz at least, which lasts as long."""
-    rate = max(100, round(sampling_rate))
+    rate = max(100, round(sampling_rate))  # below it a QRS complex is a few samples
     num_samples = round(num_samples * rate / sampling_rate)
     findings, rng = Findings(noise=0.002, wander=0.02), np.random.default_rng(0)
     ecg = simulate_ecg(findings, rng, sampling_rate=rate, seconds=max(5.0, num_samples / rate))
@@ -257,9 +257,9 @@ def set_licence(card: RepoCard, kind: str, args: argparse.Namespace, api: HfApi)
             if of_base is not None and of_base.get(name):
                 setattr(metadata, name, of_base.get(name))
     if metadata.license in (None, "unknown"):
-        whose = "the language model within" if kind in ("model", "adapter") else "what it was made of"
+        origin = "the language model within" if kind in ("model", "adapter") else "what it was made of"
         raise ValueError(
-            f"The card names no licence{why_not_of_base}. A {kind} is shared under that of {whose}: find it out, and give it as --license, such "
+            f"The card names no licence{why_not_of_base}. A {kind} is shared under that of {origin}: find it out, and give it as --license, such "
             "as apache-2.0, llama3.2 or cc-by-4.0 (and --license_link)."
         )
     if metadata.license == "other" and not (metadata.get("license_name") or metadata.get("license_link")):
@@ -318,7 +318,7 @@ def commit(
         pushed = {name for name in old_files if re.fullmatch(DATASET_FILES, name)}
     else:
         pushed = {name for name in old_files if "/" not in name and (matches(name, FILES) or name in MODULES)}
-    stale = sorted(pushed - new_files.keys())
+    stale = sorted(pushed - new_files.keys())  # an earlier push made them
     made = api.create_commit(
         repo_id,
         [
