@@ -305,13 +305,13 @@ def _huffman_decode(data: bytes, num_samples: int, tables: list[_HuffmanTable]) 
     num_bits = 8 * len(data)
     if num_samples > num_bits:
         raise ValueError(f"A lead has {len(data)} bytes; expected {num_samples} samples of at least one bit.")
-    padded = data + bytes(8)
+    padded = data + bytes(8)  # of the last window
     values: list[int] = []
     position = 0
     table, switched = tables[0], False
     while len(values) < num_samples:
         start = position >> 3
-        # the next 64 bits, of which the first 32 choose the code; eight bytes of padding end the last window
+        # the next 64 bits, of which the first 32 choose the code
         window = int.from_bytes(padded[start : start + 8], "big") << (position & 7) & 0xFFFFFFFFFFFFFFFF
         code = bisect_right(table.starts, window >> 32) - 1
         if code < 0 or window >> 32 >= table.codes[code][0]:
@@ -350,13 +350,14 @@ def _scp_header(sections: dict[int, bytes]) -> dict[str, Any]:
         return struct.unpack(layout, data) if len(data) == struct.calcsize(layout) else None
 
     metadata: dict[str, Any] = {"patient_id": _string(tags.get(2, b""))}
+    # tags of EN 1064: 4 age, 8 sex, 25 and 26 date and time, 14 device, 27 and 28 filters
     if (age := fields(4, "<HB")) and age[1] in SCP_YEARS:
         metadata["age"] = round(age[0] * SCP_YEARS[age[1]], 3)
     if sex := fields(8, "<B"):
         metadata["sex"] = SEXES.get(sex[0])
     if day := fields(25, "<HBB"):
         metadata["date"] = _date(day, fields(26, "<BBB"))
-    metadata["device"] = _string(tags.get(14, b"")[8:14])
+    metadata["device"] = _string(tags.get(14, b"")[8:14])  # the model within the description
     (high_pass,), (low_pass,) = fields(27, "<H") or (0,), fields(28, "<H") or (0,)
     filters = {"high_pass": f"{high_pass / 100:g} Hz", "low_pass": f"{low_pass} Hz"}
     metadata["filters"] = {name: value for name, value in filters.items() if value != "0 Hz"}

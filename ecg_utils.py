@@ -187,7 +187,7 @@ def as_record(
     with np.errstate(over="ignore"):  # reported below as infinite
         array = array.astype(np.float32, copy=False)
         if scale != 1.0:
-            array = array / np.float32(scale)
+            array = array / np.float32(scale)  # not in place: the input is never written to
     if not np.isfinite(array).all():
         array = _fill_gaps(array, rate, leads)
     peak = max(array.max(), -array.min())
@@ -282,7 +282,7 @@ def select_leads(record: ECGRecord, lead_names: Sequence[str], allow_missing: bo
         ValueError: a lead is unknown, named twice, or missing and not derivable; or all are missing.
     """
     wanted = canonical_lead_names(lead_names)
-    if wanted == record.lead_names:
+    if wanted == record.lead_names:  # nothing to do, and no copy
         return record
     rows = dict(zip(record.lead_names, record.array, strict=True))
     if "I" in rows and "II" in rows:
@@ -420,9 +420,8 @@ def resample(array: np.ndarray, source_rate: float, target_rate: float) -> np.nd
     import torch  # late: reading and checking records need not wait for it
 
     signal = np.pad(array - offset, ((0, 0), (before, after)), mode="edge")[:, None]
-    blocks = torch.nn.functional.conv1d(
-        torch.from_numpy(signal), torch.from_numpy(weight), stride=down
-    )  # [leads, up, blocks]
+    # [leads, up, blocks]
+    blocks = torch.nn.functional.conv1d(torch.from_numpy(signal), torch.from_numpy(weight), stride=down)
     return blocks.transpose(1, 2).flatten(1)[:, :num_outputs].numpy() + offset
 
 

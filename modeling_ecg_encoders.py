@@ -138,7 +138,7 @@ class ResNetBlock(BatchNormBlock):
     def __init__(self, config: MERLConfig, in_channels: int, width: int, stride: int) -> None:
         super().__init__()
         if config.block == "bottleneck":
-            out_channels = 4 * width
+            out_channels = 4 * width  # the expansion of ResNet
             convs = [
                 ResNetConv(in_channels, width, 1),
                 ResNetConv(width, width, 3, stride),
@@ -160,7 +160,7 @@ class ResNetBlock(BatchNormBlock):
 
 
 class ResNetStage(nn.Sequential):
-    """Blocks of one width, the first of which may halve the length."""
+    """Blocks of one width; the first may halve the length."""
 
     def __init__(self, config: MERLConfig, in_channels: int, width: int, depth: int, stride: int) -> None:
         out_channels = 4 * width if config.block == "bottleneck" else width
@@ -202,7 +202,7 @@ class MERLModel(ECGEncoder):
         hidden_states = self.stem(ecg_values).relu()
         for stage in self.stages:
             hidden_states = stage(hidden_states)
-        return hidden_states.transpose(1, 2)
+        return hidden_states.transpose(1, 2)  # [batch, tokens, channels]
 
 
 # The transformer of MLAE, MTAE and ST-MEM
@@ -216,7 +216,7 @@ class ECGAttention(nn.Module):
         self.config = config
         self.head_dim = config.head_dim
         self.scaling = config.head_dim**-0.5
-        self.is_causal = False
+        self.is_causal = False  # read by the attention implementations
         self.qkv_proj = nn.Linear(hidden_size, 3 * num_heads * config.head_dim)
         self.out_proj = nn.Linear(num_heads * config.head_dim, hidden_size)
 
@@ -240,7 +240,7 @@ class ECGAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.out_proj(hidden_states.flatten(2)), weights
+        return self.out_proj(hidden_states.flatten(2)), weights  # heads side by side
 
 
 class ECGMLP(nn.Module):

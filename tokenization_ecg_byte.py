@@ -27,8 +27,8 @@ FILE_NAME = "ecg_byte.json"
 VERSION = 1
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 FIRST_SYMBOL_ID = ord("a")  # a symbol's id is its byte
-FIRST_MERGE_ID = 256
-EPSILON = np.float32(1e-6)
+FIRST_MERGE_ID = 256  # behind all bytes
+EPSILON = np.float32(1e-6)  # of the reference; a flat record becomes the symbol a
 KEYS = ("format", "version", "alphabet", "normalization", "millivolt_range", "across_leads", "sampling_rate", "merges")
 
 
@@ -140,7 +140,7 @@ def _quantize(ecg: np.ndarray, millivolt_range: tuple[float, float] | None) -> b
         if not np.isfinite(width):
             raise ValueError(f"The range from {low} to {high} mV overflows float32; expected millivolts.")
         normalized = np.clip((ecg - low) / width, 0, 1)  # infinite far beyond a fixed range
-    indices = np.minimum(np.floor(normalized * np.float32(26)), 25).astype(np.uint8)
+    indices = np.minimum(np.floor(normalized * np.float32(26)), 25).astype(np.uint8)  # 1.0 belongs to z
     return (indices + np.uint8(FIRST_SYMBOL_ID)).tobytes()
 
 
@@ -182,12 +182,12 @@ class PythonTokenizer:
     def _longest_matches(self, symbols: bytes) -> list[int]:
         ids, start = [], 0
         while start < len(symbols):
-            node, token_id, end = self._trie[symbols[start]], symbols[start], start + 1
+            node, token_id, end = self._trie[symbols[start]], symbols[start], start + 1  # a symbol is a token
             for place in range(start + 1, len(symbols)):
                 node = node.get(symbols[place])
                 if node is None:
                     break
-                if None in node:
+                if None in node:  # a longer token ends here
                     token_id, end = node[None], place + 1
             ids.append(token_id)
             start = end
@@ -203,7 +203,7 @@ class PythonTokenizer:
             if token_id not in self._symbols:
                 raise ValueError(f"id {token_id} at {place} is no token; the last is {255 + len(self.merges)}")
         symbols = "".join([self._symbols[token_id] for token_id in ids.tolist()]).encode()
-        levels = np.arange(26, dtype=np.float32) / np.float32(25)
+        levels = np.arange(26, dtype=np.float32) / np.float32(25)  # a is the lowest value, z the highest
         levels = levels * (np.float32(high) - np.float32(low)) + np.float32(low)
         return levels[np.frombuffer(symbols, np.uint8) - np.uint8(FIRST_SYMBOL_ID)]
 
@@ -227,7 +227,7 @@ def train_in_python(
     merges: list[str] = []
     while len(merges) < num_merges:
         inside = (tokens[:-1] != border) & (tokens[1:] != border)
-        pairs, counts = np.unique((tokens[:-1] << 32 | tokens[1:])[inside], return_counts=True)
+        pairs, counts = np.unique((tokens[:-1] << 32 | tokens[1:])[inside], return_counts=True)  # a pair in one number
         if not len(counts) or counts.max() < min_frequency:
             break
         best = int(counts.argmax())  # the first of equals, which is the smallest pair
@@ -456,9 +456,7 @@ class ECGByteTokenizer(PushToHubMixin):
         """
         path = Path(pretrained_model_name_or_path)
         if not path.is_file():
-            path = Path(
-                str(cached_file(pretrained_model_name_or_path, FILE_NAME, **kwargs))
-            )  # it raises, and gives no None
+            path = Path(str(cached_file(pretrained_model_name_or_path, FILE_NAME, **kwargs)))  # no None: it raises
         backend = PythonTokenizer if ecg_byte is None else ecg_byte.Tokenizer
         tokenizer = cls.__new__(cls)
         try:

@@ -307,7 +307,7 @@ def test_unknown_recipe(name):
         (["--encoder_config", "{depths"], "--encoder_config is not JSON"),
         (["--encoder_config", "[1]"], r"--encoder_config is '\[1\]'; expected names and values"),
         (["--distributed"], "--distributed, but there is one process"),
-        (["--streaming"], "--streaming does not know .*; say --max_steps"),
+        (["--streaming"], "--streaming does not know .*; set --max_steps"),
     ],
 )
 def test_bad_values(options, message):

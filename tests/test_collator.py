@@ -138,6 +138,15 @@ def test_perturb_lists_and_files(perturb, tmp_path):
     assert float(batch["ecg_values"].std()) == pytest.approx({"noise": 1.0, "zeros": 0.0}[perturb], abs=0.05)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"perturb": "noize"}, "perturb is 'noize'; expected noise, zeros"), ({"gain_jitter": 2.0}, "gain_jitter is 2.0")],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        ELMCollator(tiny_processor("llama3"), **options)
+
+
 def test_text_only_processor_leaves_the_ecg_out():
     processor = tiny_processor(num_ecg_tokens=0)
     batch = ELMCollator(processor)([row("Is it?", "yes")])

@@ -293,7 +293,7 @@ class TestSelectLeads:
 
     def test_missing(self):
         record = as_record(noise(2, 5), 500, ["I", "V1"])
-        with pytest.raises(ValueError, match=r"has no lead II, aVF, V2: it has I, V1\. .* where I and II are there"):
+        with pytest.raises(ValueError, match=r"has no lead II, aVF, V2: it has I, V1\. .* from I and II"):
             select_leads(record, ["I", "II", "aVF", "V1", "V2"])
         with pytest.raises(ValueError, match="Lead I is named more than once"):
             select_leads(record, ["I", "i"])

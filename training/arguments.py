@@ -143,9 +143,7 @@ class ModelArguments:
         "ECG-Byte tokenizer of symbolic ECGs: local folder or Hub id. Default: the one that comes with the package.",
     )
     ecg_overflow: str = argument(
-        "error",
-        "Where symbolic ECGs exceed the context: an error, half their sampling rate, or fewer of their leads.",
-        choices=OVERFLOWS,
+        "error", "Symbolic ECGs that exceed the context: an error, half their rate, or fewer leads.", choices=OVERFLOWS
     )
     encoder: str | None = argument(
         None,

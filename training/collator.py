@@ -60,6 +60,9 @@ class ELMCollator:
     told: set[str] = field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:
+        if self.perturb not in (None, "noise", "zeros", "only_text"):
+            raise ValueError(f"perturb is {self.perturb!r}; expected noise, zeros, only_text or None.")
+        AugmentationArguments(**{name: getattr(self, name) for name in NO_AUGMENTATION})  # checks their values
         if self.augment_rgb and self.processor.representation != "rgb":
             raise ValueError(
                 f"--augment_rgb with a model of {self.processor.representation!r} ECGs; only 'rgb' ones are drawn."

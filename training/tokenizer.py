@@ -63,7 +63,7 @@ def read_records(
     seen: set[str | bytes] = set()
     for index, row in enumerate(rows):
         for ecg in ecgs_of(row):
-            if isinstance(ecg, str):  # once is enough to read a file
+            if isinstance(ecg, str):  # a path: once is enough to read the file
                 if ecg in seen:
                     continue
                 seen.add(ecg)

@@ -198,12 +198,12 @@ def stream_answer(
     try:
         started = False
         for piece in streamer:
-            piece = piece if started else piece.lstrip()
+            piece = piece if started else piece.lstrip()  # no blanks before the answer
             if piece:
                 started = True
                 yield piece
     finally:
-        stopped.set()
+        stopped.set()  # of a reader who closed the iterator
         thread.join()
     if errors:
         raise errors[0]

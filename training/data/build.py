@@ -294,7 +294,7 @@ def _types(columns: Mapping[str, list[Any]]) -> dict[str, pa.DataType]:
         except pa.ArrowException as error:
             kinds = ", ".join(sorted({type(value).__name__ for value in values}))
             raise ValueError(f"The column {name!r} holds {kinds}; make all of its values of one type.") from error
-        if kind not in (pa.null(), pa.list_(pa.null())):
+        if kind not in (pa.null(), pa.list_(pa.null())):  # no row has a value
             types[name] = kind
     return types
 
@@ -307,6 +307,7 @@ def read_ecgs(location: Any, options: BuildArguments) -> list[dict[str, Any]] | 
     try:
         record = as_record(location, options.sampling_rate, options.lead_names, options.unit)
         rate = record.sampling_rate if options.resample is None else options.resample
+        # filters and normalisation are the model's business: a dataset keeps what was recorded
         microvolts = np.rint(1000 * resample(record.array, record.sampling_rate, rate))
         limits = np.iinfo(np.int16)
         if microvolts.min() < limits.min or microvolts.max() > limits.max:

@@ -3,9 +3,9 @@
 import argparse
 import hashlib
 import json
-import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from elm_ecg.ecg_utils import MAX_LIMB_LEAD_ERROR, as_record, lead_quality, limb_lead_error
-from elm_ecg.training.data.loading import ecgs_of, load_split, load_splits, to_chat, with_arrays
+from elm_ecg.training.data.loading import FOLD_SPLIT, ecgs_of, load_split, load_splits, to_chat, with_arrays
 from elm_ecg.training.data.reference import LITERALS
 from elm_ecg.training.data.schema import ROLES, as_list
 from elm_ecg.training.files import resource, write_text
@@ -255,12 +255,10 @@ def check(args: argparse.Namespace) -> None:
         ValueError: it has one of `ERRORS`, or cannot be loaded.
     """
     keys = [str(key) for key in load_splits(args.data)]
+    folds = [FOLD_SPLIT.fullmatch(key) for key in keys]
     # nothing is read of other folds than that of --fold
-    names = [
-        re.sub(r"^fold\d+_", "", key)
-        for key in keys
-        if args.fold is None or re.match(rf"fold{args.fold}_|(?!fold\d)", key)
-    ]
+    of_fold = [fold is None or args.fold in (None, int(fold[1])) for fold in folds]
+    names = [fold[2] if fold else key for key, fold in compress(zip(keys, folds, strict=True), of_fold)]
     missing = [split for split in args.splits or () if split not in names]
     if missing:
         raise ValueError(f"{args.data} has no split {', '.join(missing)}; it has {', '.join(keys)}.")

@@ -43,6 +43,7 @@ _FORMS = pa.schema(
         "num_samples": pa.int32(),  # of the reference's ECGs that are no files
     }
 )
+FOLD_SPLIT = re.compile(r"fold(\d+)_(\w+)")  # names of the splits of datasets with folds
 STREAMED_ROWS = 100  # that are read at once; as many as `elm data build` writes into a row group
 
 
@@ -171,7 +172,7 @@ def load_split(
         fold, ecg_root: as of `DataArguments`.
     """
     splits = load_splits(name, streaming)
-    folds = sorted({match.group(1) for key in splits if (match := re.fullmatch(r"fold(\d+)_\w+", str(key)))}, key=int)
+    folds = sorted({match[1] for key in splits if (match := FOLD_SPLIT.fullmatch(str(key)))}, key=int)
     if folds and fold is None:
         raise ValueError(f"{name} has the folds {', '.join(folds)}; choose one with --fold.")
     if folds and str(fold) not in folds:

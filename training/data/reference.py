@@ -115,7 +115,7 @@ def from_reference(
     if path is not None and not (Path(ecg_root or "") / path).is_file():
         raise FileNotFoundError(f"{name} has the ECG {path!r}, but there is no such file under --ecg_root {ecg_root}.")
     length = re.search(r"-250-(\d+)$", name)
-    num_samples = int(length.group(1)) if length else 2500
+    num_samples = int(length.group(1)) if length else 2500  # at 250 Hz
     names = {"record_id": pa.string(), "question_type": pa.string(), "num_samples": pa.int32()}
     features = Features.from_arrow_schema(pa.schema({"messages": MESSAGES, "ecg": pa.string(), **names}))
     map_options: dict[str, Any] = {"fn_kwargs": {"root": ecg_root, "num_samples": num_samples}}
@@ -130,7 +130,7 @@ def _from_row(row: dict[str, Any], index: int, root: str | None, num_samples: in
         messages, question_type = to_messages(row["text"])
     except ValueError as error:
         raise ValueError(f"Row {index}: {error}") from error
-    literal = path in LITERALS
+    literal = path in LITERALS  # each row has a recording of its own
     return {
         "messages": messages,
         "ecg": path if literal else str(Path(root or "") / path),

@@ -94,7 +94,7 @@ def _draws(num_patients: int, num_resamples: int, seed: int, width: int) -> Iter
     for start in range(0, num_resamples, at_once):
         num = min(at_once, num_resamples - start)
         drawn = rng.integers(num_patients, size=(num, num_patients))
-        drawn += num_patients * np.arange(num)[:, None]
+        drawn += num_patients * np.arange(num)[:, None]  # numbers of their own for each resample, for bincount
         counts = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
         yield slice(start, start + num), counts.astype(float)
 
@@ -124,7 +124,7 @@ def resampled_sums(
     sums = np.add.reduceat(np.round(columns[order] * steps) / steps, starts)
     resampled = np.empty((_num_drawn(num_patients, num_resamples), sums.shape[1]))
     for where, counts in _draws(num_patients, len(resampled), seed, width=num_patients):
-        resampled[where] = counts @ sums
+        resampled[where] = counts @ sums  # exact, so independent of how BLAS orders it
     return resampled
 
 
@@ -135,7 +135,7 @@ def estimate(value: float, replicates: np.ndarray) -> Estimate:
     defined = _defined(replicates)
     if defined is None:
         return Estimate(float(value), None, None)
-    low, high = np.quantile(defined, [0.025, 0.975])
+    low, high = np.quantile(defined, [0.025, 0.975])  # percentile bootstrap
     return Estimate(float(value), float(low), float(high))
 
 

@@ -406,24 +406,18 @@ def _evaluate_fold(
     facts = [SCHEMA_VERSION, revision, args.dtype, args.torch_compile, args.data, args.ecg_root]
     progress = Progress(folder, facts, state.process_index)
     runs = []
+    names = ("conditions", "metrics", "bert_score_model", "score", "candidates", "batch_size", "max_new_tokens")
+    options: dict[str, Any] = {name: getattr(args, name) for name in (*names, "system_prompt", "num_resamples")}
     for seed in args.seed:
         results = evaluate(
             model,
             processor,
             data,
-            conditions=args.conditions,
-            metrics=args.metrics,
-            bert_score_model=args.bert_score_model,
-            score=args.score,
-            candidates=args.candidates,
             training_dataset=training_data,
-            batch_size=args.batch_size,
-            max_new_tokens=args.max_new_tokens,
             generation=args.generation,
-            system_prompt=args.system_prompt,
             seed=seed,
-            num_resamples=args.num_resamples,
             progress=progress,
+            **options,
         )
         runs.append(results)
         if state.is_main_process:

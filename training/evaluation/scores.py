@@ -173,11 +173,11 @@ class Scorer:
             figures[None, name, "value"] = whole
             for kind in self.types:
                 of_kind = (self.kinds == kind)[:, None]
-                figures[kind, name, "value"] = Figure(whole.samples * of_kind, whole.statistic)
+                figures[kind, name, "value"] = Figure(whole.samples * of_kind, whole.statistic)  # others add 0
             for part in PARTS:
                 rows = [i for i, reference in enumerate(self.references) if f"<{part}>" in reference]
                 right = [part_of(self.references[i], part) for i in rows]
-                if not rows or not all(right):
+                if not rows or not all(right):  # no metric takes an empty reference
                     continue
                 of_part = self._figure(module, [part_of(texts[i], part) for i in rows], right, name)
                 samples = np.zeros((len(texts), of_part.samples.shape[1]))
@@ -194,9 +194,9 @@ class Scorer:
             for key in ("missed", "extra"):
                 counts = Counter(statement for pair in scores["pairs"] for statement in pair[key])
                 details[key] = dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:NUM_STATEMENTS])
-        if hasattr(module, "statistic"):  # no mean over the answers
+        if hasattr(module, "statistic"):  # no mean over the answers, such as BLEU
             return Figure(samples, module.statistic)
-        return Figure(np.stack([samples, np.ones_like(samples)], axis=1), _mean, details)
+        return Figure(np.stack([samples, np.ones_like(samples)], axis=1), _mean, details)  # scores, and their number
 
     def _closed(self, module: "Metric", texts: list[str]) -> dict[Key, Figure]:
         """Accuracy, balanced accuracy and macro F1 of each type of closed questions, and of all types together."""

@@ -85,13 +85,11 @@ def encoder_fields(args: ConvertArguments, tensors: dict[str, Tensor]) -> dict[s
             heads = shape["decoder_layers.0.attention.out_proj.weight"][1] // head_dim
             sizes["decoder_num_attention_heads"] = heads
             parts = num_leads if kind == "mlae" else num_samples
-            sizes["patch_size"] = max(1, parts // (positions - 1))
-            if (
-                sizes["patch_size"] * (positions - 1) != parts
-                or patch_values * (positions - 1) != num_leads * num_samples
-            ):
+            patches = positions - 1  # the first is of CLS
+            sizes["patch_size"] = max(1, parts // patches)
+            if sizes["patch_size"] * patches != parts or patch_values * patches != num_leads * num_samples:
                 raise ValueError(
-                    f"The {kind} weights have {positions - 1} patches of {patch_values} values, {patch_values * (positions - 1)} in "
+                    f"The {kind} weights have {patches} patches of {patch_values} values, {patch_values * patches} in "
                     f"all, which is not {num_leads} leads x {num_samples} samples; give --num_samples and --lead_names of the run."
                 )
     if num_leads != len(args.lead_names):
@@ -174,13 +172,8 @@ def convert_encoder(
     }
     model.load_state_dict(weights, assign=True)
     assert args.lead_names is not None  # set with the arguments, as is the normalization
-    feature_extractor = ECGFeatureExtractor(
-        sampling_rate=args.sampling_rate,
-        num_samples=args.num_samples,
-        lead_names=args.lead_names,
-        normalization=args.normalization or "none",
-    )
-    return model.eval(), feature_extractor, conversion
+    settings = (args.sampling_rate, args.num_samples, args.lead_names, args.normalization or "none")
+    return model.eval(), ECGFeatureExtractor(*settings), conversion
 
 
 def _convert_vision(tower: PreTrainedModel, state_dict: dict[str, Tensor]) -> Conversion:
@@ -237,7 +230,7 @@ def _convert_llm(
 
 
 def _names_of_rows(added_tokens: list[str], ecg_byte: ECGByteTokenizer | None) -> list[str]:
-    """The tokens that a run added, one a row. The reference's have a row for each of the 256 bytes, of which ECGs take 26."""
+    """The tokens that a run added, one a row. The reference adds all 256 bytes, though ECGs use 26."""
     num_signals = 0 if ecg_byte is None else FIRST_MERGE_ID + len(ecg_byte.merges)
     signals = [f"signal_{token_id}" for token_id in range(num_signals)]
     return [name for token in added_tokens for name in (signals if token == ECG_TOKENS else [token])]
@@ -279,13 +272,13 @@ def _fit_vocabulary(
                 f"{expected}; check --llm{' and --ecg_tokenizer' if symbolic else ''}, or name all tokens that the run added, in "
                 "order, as --added_tokens."
             )
-        fitted = ours.clone()
+        fitted = ours.clone()  # rows that the checkpoint lacks stay as they are
         fitted[: min(rows, len(ours))] = theirs[: len(ours)].to(ours.dtype)
         for place, token_id in enumerate(ids, start=first_added):
             if place < rows and token_id is not None:
                 fitted[token_id] = theirs[place].to(ours.dtype)
         part.tensors[key] = fitted
-        if rows < len(ours) and key == name:
+        if rows < len(ours) and key == name:  # told once, not of the head too
             args.assumed.append(
                 f"the vocabulary of the checkpoint has {rows} rows; the other {len(ours) - rows} of {len(ours)} are those of {public_name(args.llm)}"
             )
@@ -324,7 +317,7 @@ def _convert_connector(args: ConvertArguments, kind: str, state_dict: dict[str, 
 
 
 def _processor_of(args: ConvertArguments) -> ELMProcessor:
-    """The processor, whose tokenizer has the tokens that the run added."""
+    """The processor; its tokenizer has the tokens that the run added."""
     processor = build_processor(args)
     others = [token for token in args.added_tokens if token != ECG_TOKENS]
     vocabulary = AutoTokenizer.from_pretrained(resolve_llm(args.llm)).get_vocab()

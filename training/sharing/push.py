@@ -73,13 +73,8 @@ def _kind_of_files(files: Collection[str], config: Callable[[], Path | str]) -> 
         return "adapter"
     if "config.json" in files:
         model_type = read_json(Path(config())).get("model_type")
-        return (
-            "model"
-            if model_type == ELMConfig.model_type
-            else "encoder"
-            if model_type in ENCODER_CONFIGS
-            else f"{model_type} model"
-        )
+        kinds = {ELMConfig.model_type: "model"} | dict.fromkeys(ENCODER_CONFIGS, "encoder")
+        return kinds.get(model_type, f"{model_type} model")
     return "tokenizer" if FILE_NAME in files else None
 
 
@@ -375,9 +370,8 @@ def with_base(
         )
     config["base_model_name_or_path"] = base
     metadata.base_model = base
-    metadata.tags = [
-        tag for tag in metadata.get("tags") or [] if not tag.startswith("base_model:")
-    ]  # PEFT's, of a folder
+    # PEFT adds a tag with the folder of the base
+    metadata.tags = [tag for tag in metadata.get("tags") or [] if not tag.startswith("base_model:")]
     files["adapter_config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 
 
@@ -391,7 +385,7 @@ def check_space(api: HfApi, repo_id: str) -> None:
 
 def push_space(api: HfApi, repo_id: str, revision: str, adapter: bool, private: bool) -> str:
     """A page on which the model is asked; returns its address."""
-    from elm_ecg.training.apps.demo import write_space
+    from elm_ecg.training.apps.demo import write_space  # late: most pushes make no page
 
     with tempfile.TemporaryDirectory() as folder, repo_for(api, repo_id, "space", None, private, space_sdk="gradio"):
         write_space(Path(folder), repo_id, revision, adapter)
@@ -438,11 +432,8 @@ def push(args: argparse.Namespace) -> None:
     kind = kind_of(args.run)
     check_arguments(args, kind)
     files = gather(args.run, kind)
-    left_out = (
-        []
-        if kind == "dataset"
-        else check_folder(args.run, {*files, CARD, *(path.name for path in args.run.glob("*.py"))})
-    )
+    shared = {*files, CARD, *(path.name for path in args.run.glob("*.py"))}
+    left_out = [] if kind == "dataset" else check_folder(args.run, shared)
     api = HfApi()
     card = read_card(args.run, kind, args.repo_id.split("/")[-1])
     if get_token() is None:
