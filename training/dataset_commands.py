@@ -1,4 +1,4 @@
-"""Datasets of ECGs: `elm data list`, `build`, `check` and `push`. Outside the room `data`, which knows nothing of sharing."""
+"""Datasets of ECGs: `elm data list`, `build`, `check` and `push`."""
 
 import argparse
 from dataclasses import fields
@@ -8,7 +8,8 @@ from typing import Any
 from elm_ecg.training.command_line import CommandLineParser
 from elm_ecg.training.data.arguments import BuildArguments
 
-# PyTorch, `datasets` and TRL take seconds to import, so each command imports what it needs
+# PyTorch, `datasets` and TRL take seconds to import, so each command imports what it needs. Not in the room `data`, which
+# does not know that of sharing.
 
 
 def show_keys(args: argparse.Namespace) -> None:

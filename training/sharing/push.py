@@ -74,7 +74,7 @@ def _kind_of_files(files: Collection[str], config: Callable[[], Path | str]) -> 
     if "config.json" in files:
         model_type = read_json(Path(config())).get("model_type")
         kinds = {ELMConfig.model_type: "model"} | dict.fromkeys(ENCODER_CONFIGS, "encoder")
-        return kinds.get(model_type, f"{model_type} model")
+        return kinds.get(str(model_type), f"{model_type} model")
     return "tokenizer" if FILE_NAME in files else None
 
 
