@@ -406,7 +406,7 @@ class ELMParser(CommandLineParser, TrlParser):
         return super().parse_args_and_config(words, *flags, **kwargs)
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
-        """Takes the values of a YAML file or of Python; argparse checks names and choices of the command line alone."""
+        """Takes the values of a YAML file or of Python; argparse itself checks only those of the command line."""
         values: dict[str, Any] = {}
         for key, value in config.items():
             action = self._option_string_actions.get(f"--{key}")

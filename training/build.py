@@ -105,7 +105,7 @@ def find_model_file(name: str, filenames: Sequence[str], revision: str = "main",
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template of the tokenizer's family, with markers round what is learnt."""
+    """The chat template of the tokenizer's family, with `{% generation %}` round what is learnt."""
     vocabulary = tokenizer.get_vocab()
     name = next((name for token, name in TEMPLATES.items() if token in vocabulary), "default")
     return resource(f"training/templates/{name}.jinja").read_text()

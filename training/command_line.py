@@ -11,7 +11,7 @@ class CommandLineParser(argparse.ArgumentParser):
     """An argparse parser whose errors take two lines, and name the option that was probably meant."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """As argparse's, but what is not known is an error: of a subcommand the parser that knows its options says so."""
+        """As argparse's, but an unknown word is an error; a subcommand's own parser raises it, as it knows the options."""
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             wrong = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]

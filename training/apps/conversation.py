@@ -105,7 +105,7 @@ class PromptCache:
         self.values: DynamicCache | None = None
 
     def begin(self, model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The inputs of `generate` that go on from what is cached: ECGs that it holds are left out."""
+        """The inputs of `generate` that continue from the cache, without the ECGs that it holds."""
         ids = inputs["input_ids"][0].tolist()
         # without the last token: the model has to read one to go on
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.ids, ids[:-1], strict=False)))

@@ -114,7 +114,7 @@ def _error(error: Exception) -> str:
 
 
 class Page:
-    """What the page does; `build_demo` makes what it looks like.
+    """What the page does. `build_demo` makes its looks.
 
     Args:
         examples: names and files of records to pick.
@@ -140,7 +140,7 @@ class Page:
         lead_names: str | None = None,
         start: float | None = None,
     ) -> tuple[list[ChatECG], str]:
-        """ECGs and their pictures, or none and what is wrong, as HTML; empty boxes count as None."""
+        """ECGs and their pictures as HTML, or no ECGs and the error; empty boxes count as None."""
         if not files:
             return [], NO_ECG
         described = {
@@ -186,7 +186,7 @@ class Page:
                 yield turns_now, [*compared, *asked, {"role": "assistant", "content": without}]
 
     def _answers(self, question: str, ecgs: list[ChatECG], turns: Turns) -> Iterator[str]:
-        """The answer as far as it is written, again and again."""
+        """The growing answer: each time all of it that is written so far."""
         chat = system_messages(self.system_prompt)
         for turn in [*turns, {"role": "user", "content": question}]:
             chat.append(as_message(turn["role"], turn["content"], ecgs))

@@ -41,7 +41,7 @@ def save_picture(
 
 
 def time_span(record: ECGRecord, start: float, seconds: float | None) -> slice:
-    """The samples from `start` on, in seconds; as far as there are any.
+    """The samples from `start` on, in seconds, up to the end of the record.
 
     Args:
         seconds: None for all that follow, or for `DEFAULT_SECONDS` where these are more than `MAX_SECONDS`.
@@ -62,7 +62,7 @@ def time_span(record: ECGRecord, start: float, seconds: float | None) -> slice:
 
 
 def plot(path: Path, output: Path, args: argparse.Namespace, paper: ECGPaper) -> None:
-    """Draws the record of a file, and prints what was done and what is to be known about the record.
+    """Draws the record of a file, and prints where the picture is, and the notices about the record.
 
     Raises:
         ValueError: the file is no ECG, or the options do not suit it.

@@ -148,7 +148,7 @@ def load_splits(name: str, streaming: bool = False, revision: str | None = None)
 
 
 def _cache_of(path: Path) -> str:
-    """A cache for these files and no others: `datasets` knows a folder whose card has `configs` by its name alone, and would give the
+    """A cache for these files and no others: `datasets` tells folders whose cards have `configs` apart only by name, and would give the
     rows of another folder of that name, or of one that has changed."""
     files = sorted(file for file in path.rglob("*") if file.is_file())
     stats = [(str(file.resolve()), file.stat().st_mtime_ns, file.stat().st_size) for file in files]

@@ -152,7 +152,7 @@ def _folder(folder: Path) -> Records:
 
 
 def _archive(path: Path) -> dict[str, Any] | None:
-    """The ECGs of an archive; None where it holds one alone."""
+    """The ECGs of an archive; None if it holds a single record."""
     try:
         with np.load(path, allow_pickle=False) as content:
             arrays = {name: content[name] for name in content.files}

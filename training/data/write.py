@@ -74,7 +74,7 @@ class Summary:
 
     @property
     def num_patients(self) -> str:
-        """How many patients there are; `unknown` if that of a record is."""
+        """How many patients there are; `unknown` if the patient of a record is."""
         return "unknown" if None in self.patients else f"{len(self.patients):,}"
 
 

@@ -77,7 +77,7 @@ def clusters(patients: Sequence[Any]) -> tuple[np.ndarray, int]:
 
 
 def _num_drawn(num_patients: int, num_resamples: int) -> int:
-    """0 for one patient alone, who says nothing of how patients differ."""
+    """0 for a single patient, as one does not show how patients differ."""
     if num_resamples < 1:
         raise ValueError(f"num_resamples is {num_resamples}; it must be at least 1.")
     return num_resamples if num_patients > 1 else 0
@@ -129,7 +129,7 @@ def resampled_sums(
 
 
 def estimate(value: float, replicates: np.ndarray) -> Estimate:
-    """A score with the percentile interval of what it is in each resample, [num_resamples]."""
+    """A score with the percentile interval of its values in the resamples, [num_resamples]."""
     if not np.isfinite(value):
         return Estimate(None, None, None)
     defined = _defined(replicates)

@@ -86,8 +86,8 @@ def _text(content: str | list[dict[str, Any]]) -> str:
 
 
 def most_frequent_answers(questions: list[Question], training: list[Question]) -> list[str]:
-    """For each question the answer that its template had most often in training; for templates that were never asked that of
-    questions of their type, or of all. Of answers that are as frequent it is the first in alphabetical order."""
+    """For each question the answer that its template had most often in training; a template that was never asked
+    takes that of its question type, or of all questions. Of equally frequent answers the first in the alphabet counts."""
     counts: dict[Any, Counter[str]] = defaultdict(Counter)
     for question in training:
         for key in ((question.question_type, question.template), question.question_type, None):

@@ -1,4 +1,4 @@
-"""The scores of an evaluation: each metric under each condition with its interval by patient, and what is lost without the ECG."""
+"""The scores of an evaluation: each metric under each condition with its interval by patient, and the difference that the ECG makes."""
 
 import re
 from collections import Counter
@@ -76,7 +76,7 @@ def closed_types(questions: "Sequence[Question]") -> list[str]:
 
 
 def part_of(text: str, part: str) -> str:
-    """What stands in the tags of `part` (`think` or `answer`); an answer without tags is what follows the thinking."""
+    """The text within the tags of `part` (`think` or `answer`); without tags the answer is what follows the thinking."""
     inside = re.search(rf"<{part}>(.*?)(?:</{part}>|$)", text, re.DOTALL)
     if inside:
         return inside[1].strip()

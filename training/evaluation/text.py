@@ -25,8 +25,8 @@ OUTSIDE_NUMBERS = re.compile(r"(?<!\d)[.,]|[.,](?!\d)|(?<=\S)-|-(?!\d)")
 
 # abstract, as `evaluate.load` takes the first class in a module's namespace that is not for its metric
 class TextMetric(evaluate.Metric, ABC):
-    """A metric of answers and their references. The docstring of its module describes it; `INPUTS` and `CITATION` of the module,
-    where there are any, are what it takes and where it is from."""
+    """A metric of answers and their references. The docstring of its module describes it; The module's `INPUTS` and `CITATION`,
+    if it has them, say what it takes and where it is from."""
 
     def _info(self) -> evaluate.MetricInfo:
         module, text = sys.modules[type(self).__module__], datasets.Value("string")

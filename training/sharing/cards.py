@@ -72,7 +72,7 @@ def _elm_card(
     datasets: list[str] | None = None,
     **facts: Any,
 ) -> ModelCard:
-    """The card of a `model` or an `adapter`; `base` is the Hub id or folder of what it is built on, where that is known."""
+    """The card of a `model` or an `adapter`; `base` is the Hub id or folder of what it is built on, if known."""
     base_on_hub = base is not None and on_hub(base)
     metadata = ModelCardData(
         license=None if base is None or base_on_hub else licence_of(base),

@@ -184,7 +184,7 @@ def check_text(path: Path, text: str, own_names: Iterable[str] | None = None) ->
 
     Args:
         path: names the text in messages.
-        own_names: of a text that quotes records, whose dates must not be shared either: what in it is not of records.
+        own_names: for a text that quotes records, its parts that are not from records. Dates are then refused too.
 
     Raises:
         ValueError: the text names somebody, a date of a record, a folder of this machine or a token of the Hub.
