@@ -14,10 +14,10 @@ from torch.distributed.run import get_args_parser
 from trl import SFTConfig
 
 from elm_ecg.training import cli, quickstart, sft, tokenizer
+from elm_ecg.training import dataset_commands as data_tool
 from elm_ecg.training.apps import chat, demo, plot
 from elm_ecg.training.arguments import ALIASES, ELMS, VISION_BACKBONES, DataArguments
 from elm_ecg.training.build import LLMS
-from elm_ecg.training.data import commands as data_tool
 from elm_ecg.training.data.loading import load_data
 from elm_ecg.training.evaluation import compare
 from elm_ecg.training.evaluation import evaluate as evaluation

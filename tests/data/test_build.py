@@ -21,11 +21,11 @@ from helpers import tiny_processor
 ASKED = {"question": "Is it?", "answer": "yes"}
 ALONE = """
 import sys
-from elm_ecg.training.data import commands
+from elm_ecg.training import dataset_commands
 
-commands.make_parser()
+dataset_commands.make_parser()
 assert not {"torch", "pyarrow", "datasets", "transformers", "trl"} & set(sys.modules)
-commands.main(sys.argv[1:])
+dataset_commands.main(sys.argv[1:])
 assert not {"datasets", "transformers", "trl"} & set(sys.modules)
 """
 
