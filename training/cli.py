@@ -68,12 +68,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\nelm {command}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        from huggingface_hub.errors import StrictDataclassError  # a model's config that is not as its class says
+        # a model's config that is not as its class says
+        from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassError
 
         of_input = isinstance(error, ValueError | OSError | ImportError | StrictDataclassError)
         if not of_input or os.environ.get("ELM_DEBUG"):
             raise
-        print(f"elm {command}: {error}", file=sys.stderr)
+        of_class = isinstance(error, StrictDataclassClassValidationError)  # its own text takes two lines
+        print(f"elm {command}: {error.__cause__ if of_class else error}", file=sys.stderr)
         return 1
     return 0
 
