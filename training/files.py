@@ -16,15 +16,11 @@ def resource(name: str) -> Path:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends well, and goes when it does not.
-
-    Raises:
-        OSError: `path` cannot be written; it names this, not the temporary file.
-    """
+    """A temporary file beside `path` that takes its place when the block ends well, and goes when it does not."""
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(error.errno, error.strerror, str(path)) from error  # of what was asked for
     os.close(handle)
     temporary = Path(name)
     try:

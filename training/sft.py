@@ -70,12 +70,9 @@ def make_parser(prog: str = "elm sft") -> ELMParser:
         dataloader_pin_memory=torch.accelerator.is_available(),  # without one PyTorch warns of it
         bf16=None if torch.cuda.is_available() else False,  # bf16 on a CPU is slow
     )
-    # TRL's own text says that longer ones are cut
-    limit = "Tokens that a chat may have; a longer one is an error. Default: the context of the language model."
-    parser._option_string_actions["--max_length"].help = limit
-    parser._option_string_actions[
-        "--resume_from_checkpoint"
-    ].help = "Folder of a checkpoint, or last: the newest in --output_dir."
+    options = parser._option_string_actions  # TRL's own texts are not true here: nothing is cut
+    options["--max_length"].help = "Tokens that a chat may have; a longer one is an error. Default: what the LLM reads."
+    options["--resume_from_checkpoint"].help = "Folder of a checkpoint, or last: the newest in --output_dir."
     return parser
 
 

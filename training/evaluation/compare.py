@@ -1,4 +1,4 @@
-"""Which of several ELMs is better on the same questions: `elm compare A.json B.json [...]`."""
+"""Which of several ELMs is better on the same questions: `elm compare A.json B.json ...`."""
 
 import argparse
 import inspect
@@ -276,9 +276,7 @@ def _p(value: float | None) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     """The options of `elm compare`."""
-    parser = CommandLineParser(
-        prog="elm compare", usage="elm compare A.json B.json [...] [options]", description=__doc__
-    )
+    parser = CommandLineParser(prog="elm compare", usage="elm compare A.json B.json ... [options]", description=__doc__)
     parser.add_argument(
         "results",
         type=Path,
