@@ -225,6 +225,13 @@ def test_ecg_tokenizer_of_another_rate(symbolic_args, llm, caplog):
     assert not caplog.records
 
 
+def test_no_ecg_tokenizer(llm, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("/nowhere/tokenizer", "runs/typo"):
+        with pytest.raises(ValueError, match=f"^--ecg_tokenizer {name} is no folder here"):
+            build_processor(arguments(llm, representation="symbolic", ecg_tokenizer=name))
+
+
 def test_default_ecg_tokenizer(llm):
     processor = build_processor(arguments(llm, representation="symbolic"))
     assert processor.ecg_tokenizer.vocab_size == 10_026

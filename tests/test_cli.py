@@ -59,7 +59,8 @@ def test_commands_import_and_help_without_torch():
         ),
         (["evaluate", "runs/a/typo", "--data", "x"], "The model runs/a/typo is no folder here, and no id of the Hub"),
         (["sft", "--config", "/nowhere.yaml"], "/nowhere.yaml"),
-        (["tokenizer", "inspect", "/nowhere/tokenizer"], "/nowhere/tokenizer"),
+        (["tokenizer", "inspect", "/nowhere/tokenizer"], "The tokenizer /nowhere/tokenizer is no folder here"),
+        (["tokenizer", "inspect", "runs/typo"], "The tokenizer runs/typo is no folder here and not in the Hub's cache"),
         (["plot", "/nowhere.npz"], "/nowhere.npz"),
         (["compare", "/nowhere/a.json", "/nowhere/b.json"], "/nowhere/a.json"),
     ],
@@ -71,6 +72,22 @@ def test_input_at_fault(argv, message, capsys, monkeypatch):
     assert f"elm {argv[0]}: " in error
     assert message in error
     assert "Traceback" not in error
+
+
+def test_parts_that_do_not_go_together_take_one_line(monkeypatch, capsys):
+    from elm_ecg import ELMConfig
+
+    monkeypatch.setattr("elm_ecg.training.sft.main", lambda argv: ELMConfig(architecture="fuyu", connector="mlp"))
+    assert cli.main(["sft", "--data", "x"]) == 1
+    expected = "connector='mlp' with architecture='fuyu'; expected 'patch' or 'conv' or 'flat'."
+    assert capsys.readouterr().err == f"elm sft: {expected}\n"
+
+
+def test_dashes_alone_make_no_option_near(capsys):
+    for option, near in (("--bandpas", ""), ("--layot", " Did you mean --layout?")):
+        with pytest.raises(SystemExit):
+            cli.main(["plot", "record.csv", option, "1"])
+        assert capsys.readouterr().err.startswith(f"elm plot: there is no option {option}.{near}\n")
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):

@@ -27,6 +27,13 @@ def test_a_failure_leaves_the_old_file(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
 
 
+def test_an_error_names_the_file_that_was_asked_for(tmp_path):
+    path = tmp_path / "nowhere" / "a.txt"
+    with pytest.raises(FileNotFoundError) as raised:
+        write_text(path, "text")
+    assert raised.value.filename == str(path)
+
+
 def test_the_temporary_file_keeps_the_suffix(tmp_path):
     with atomic_path(tmp_path / "a.png") as temporary:
         assert temporary.suffix == ".png"  # Matplotlib goes by it

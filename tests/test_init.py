@@ -15,3 +15,7 @@ def test_unknown_name():
     with pytest.raises(AttributeError, match="has no attribute 'read_egc'"):
         elm_ecg.read_egc  # noqa: B018
     assert elm_ecg.__version__.count(".") == 2
+
+
+def test_completion_shows_the_api_alone():
+    assert {name for name in dir(elm_ecg) if not name.startswith("__")} == set(elm_ecg.__all__)

@@ -365,6 +365,14 @@ def test_symbolic_trains(symbolic):
     assert "ECG-Byte tokens in the text, 86 of them" in (symbolic / "README.md").read_text()
 
 
+def test_a_saved_model_loads_without_warnings(symbolic):
+    """Adapters too, in whose loading PEFT uses what transformers is about to rename."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_elm(str(symbolic))
+    assert [str(warning.message) for warning in caught] == []
+
+
 def test_symbolic_rows_are_trained(symbolic, llm, tied_llm, ecg_byte, mixed_data, tmp_path):
     """The rows of ECG tokens that the data hold, and with LoRA of words none."""
     model, processor = load_elm(str(symbolic))
@@ -819,3 +827,10 @@ def test_lora_does_not_take_an_old_base(llm, data, tmp_path):
 def test_lora_needs_the_llm(llm, data, tmp_path):
     with pytest.raises(ValueError, match="--peft adapts the language model"):
         sft.main(tiny_sft(llm, data, tmp_path, "--peft", "--update", "connector"))
+
+
+def test_help_says_what_ours_does_with_options_of_trl():
+    text = " ".join(sft.make_parser().format_help().split())
+    assert "a longer one is an error" in text
+    assert "truncated" not in text
+    assert "or last: the newest in --output_dir" in text

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -36,7 +37,7 @@ from elm_ecg.image_processing_elm import ECGImageProcessor
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.modeling_vision_encoders import image_size, vision_config
 from elm_ecg.processing_elm import ELMProcessor
-from elm_ecg.tokenization_ecg_byte import ECGByteTokenizer
+from elm_ecg.tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer
 from elm_ecg.training.arguments import VISION_BACKBONES, ELMArguments, ELMParser, ModelArguments
 from elm_ecg.training.files import resource
 
@@ -180,6 +181,8 @@ def build_processor(args: ModelArguments) -> ELMProcessor:
     tokenizer.add_tokens([ELMProcessor.ecg_token], special_tokens=True)
     ecg_byte = None
     if args.representation == "symbolic":
+        if args.ecg_tokenizer is not None and not Path(args.ecg_tokenizer).exists():
+            find_model_file(args.ecg_tokenizer, [FILE_NAME], label="--ecg_tokenizer")
         ecg_byte = ECGByteTokenizer.from_pretrained(args.ecg_tokenizer or DEFAULT_ECG_TOKENIZER)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # Llama has none; labels do not depend on it
@@ -362,4 +365,6 @@ def load_elm(
         base_path = str(moved)  # the folder is not where it was trained
     find_model_file(base_path, ["config.json"], label="The adapter's base")
     base = ELMForConditionalGeneration.from_pretrained(base_path, **model_kwargs)
+    # PEFT uses a name that transformers is about to change
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     return PeftModel.from_pretrained(base, name_or_path, revision=revision).merge_and_unload(), processor

@@ -12,11 +12,7 @@ COMMANDS = {
     "quickstart": ("quickstart", "simulate ECGs, fine-tune a small ELM on them, evaluate it; minutes, offline", ""),
     "sft": ("sft", "fine-tune an ELM; every option of TRL's SFTConfig", "--data DATA --llm LLM --output_dir FOLDER"),
     "evaluate": ("evaluation.evaluate", "score an ELM with the ECG and without it", "MODEL --data DATA"),
-    "compare": (
-        "evaluation.compare",
-        "tell models apart by their answers to the same questions",
-        "A.json B.json [...]",
-    ),
+    "compare": ("evaluation.compare", "tell models apart by their answers to the same questions", "A.json B.json ..."),
     "chat": ("apps.chat", "ask an ELM about ECGs in the terminal", "MODEL"),
     "demo": ("apps.demo", "ask an ELM about ECGs on a page in the browser", "MODEL"),
     "push": ("sharing.push", "share a model, encoder, tokenizer or dataset on the Hub", "FOLDER --repo_id OWNER/NAME"),
@@ -68,12 +64,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\nelm {command}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        from huggingface_hub.errors import StrictDataclassError  # a model's config that is not as its class says
+        from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassError
 
         of_input = isinstance(error, ValueError | OSError | ImportError | StrictDataclassError)
         if not of_input or os.environ.get("ELM_DEBUG"):
             raise
-        print(f"elm {command}: {error}", file=sys.stderr)
+        of_class = isinstance(error, StrictDataclassClassValidationError)  # of a model's config; its text is two lines
+        print(f"elm {command}: {error.__cause__ if of_class else error}", file=sys.stderr)
         return 1
     return 0
 

@@ -28,8 +28,9 @@ class CommandLineParser(argparse.ArgumentParser):
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
     """A sentence that suggests the nearest of `words`, after a space; nothing where none is near."""
-    near = difflib.get_close_matches(word, list(words), n=1)
-    return f" Did you mean {near[0]}?" if near else ""
+    names = {name.lstrip("-"): name for name in words}  # dashes alone make no option near
+    near = difflib.get_close_matches(word.lstrip("-"), names, n=1)
+    return f" Did you mean {names[near[0]]}?" if near else ""
 
 
 def read_system_prompt(text: str | None) -> str | None:

@@ -70,6 +70,9 @@ def make_parser(prog: str = "elm sft") -> ELMParser:
         dataloader_pin_memory=torch.accelerator.is_available(),  # without one PyTorch warns of it
         bf16=None if torch.cuda.is_available() else False,  # bf16 on a CPU is slow
     )
+    options = parser._option_string_actions  # TRL's own texts are not true here: nothing is cut
+    options["--max_length"].help = "Tokens that a chat may have; a longer one is an error. Default: what the LLM reads."
+    options["--resume_from_checkpoint"].help = "Folder of a checkpoint, or last: the newest in --output_dir."
     return parser
 
 

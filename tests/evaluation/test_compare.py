@@ -269,6 +269,13 @@ def test_answers_with_other_line_separators(tmp_path):
     assert [question["ecg"] for question in read_model(path).predictions] == ["sinus\u2028rhythm\x85", "yes"]
 
 
+def test_folders(paths, capsys):
+    main(paths)
+    expected = capsys.readouterr().out
+    main([str(Path(path).parent) for path in paths])
+    assert capsys.readouterr().out == expected
+
+
 def test_bad_arguments(paths, tmp_path):
     for files in (paths[:1], [paths[0], paths[0]]):
         with pytest.raises(ValueError, match="expected at least two, all different"):

@@ -1,4 +1,4 @@
-"""Which of several ELMs is better on the same questions: `elm compare A.json B.json [...]`."""
+"""Which of several ELMs is better on the same questions: `elm compare A.json B.json ...`."""
 
 import argparse
 import inspect
@@ -276,15 +276,13 @@ def _p(value: float | None) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     """The options of `elm compare`."""
-    parser = CommandLineParser(
-        prog="elm compare", usage="elm compare A.json B.json [...] [options]", description=__doc__
-    )
+    parser = CommandLineParser(prog="elm compare", usage="elm compare A.json B.json ... [options]", description=__doc__)
     parser.add_argument(
         "results",
         type=Path,
         nargs="+",
         metavar="FILE.json",
-        help=f"{RESULTS_FILE} of `elm evaluate`, with {PREDICTIONS_FILE} beside it",
+        help=f"{RESULTS_FILE} of `elm evaluate`, with {PREDICTIONS_FILE} beside it; or the folder of both",
     )
     parser.add_argument(
         "--metric",
@@ -312,6 +310,7 @@ def main(argv: list[str] | None = None) -> None:
         ValueError: an option is not as expected; as `read_model` and `compare`.
     """
     args = make_parser().parse_args(argv)
+    args.results = [path / RESULTS_FILE if path.is_dir() else path for path in args.results]
     paths = [path.resolve() for path in args.results]
     if len(set(paths)) < len(paths) or len(paths) < 2:
         raise ValueError(f"The files are {', '.join(map(str, args.results))}; expected at least two, all different.")
