@@ -34,7 +34,7 @@ ALIASES = {
     "segment_len": "num_samples",
     "leads": "lead_names",
     "peft": "use_peft",
-    "batch_size": "per_device_train_batch_size",
+    "batch_size": "per_device_train_batch_size",  # of each process, not of all together
     "epochs": "num_train_epochs",
     "lr": "learning_rate",
     "optimizer": "optim",
@@ -51,7 +51,7 @@ VISION_BACKBONES = {
 }
 PARTS = ["encoder", "connector", "llm"]
 # values of the reference's --optimizer
-OPTIMIZERS = {"adam": "adamw_torch", "adamw": "adamw_torch"}
+OPTIMIZERS = {"adam": "adamw_torch", "adamw": "adamw_torch"}  # transformers has no plain Adam; alike at weight_decay 0
 # values of the reference's --elm
 ELMS: dict[str, tuple[str, str | None]] = {
     "llava": ("llava", "linear"),
@@ -79,7 +79,7 @@ class DataArguments:
     _argument_group_name = "data"
 
     data: list[str] = argument(
-        MISSING,
+        MISSING,  # no default: HfArgumentParser makes the option required
         "Datasets, of several a mixture: local folders (made by `elm data build` or `save_to_disk`, or of parquet or JSON "
         "Lines files) or Hub ids, with the columns `messages` and `ecg`; or keys that `elm data list` shows.",
     )
@@ -100,7 +100,7 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         self.system_prompt = read_system_prompt(self.system_prompt)
-        if self.data_subset is not None and not 0 < self.data_subset <= 1:
+        if self.data_subset is not None and not 0 < self.data_subset <= 1:  # `not` round it all refuses NaN too
             raise ValueError(f"--data_subset is {self.data_subset}; expected a share of the rows in (0, 1].")
         weights, count = self.data_weights, len(self.data)
         if weights is not None and not (len(weights) == count and all(weight > 0 for weight in weights)):
@@ -151,7 +151,7 @@ class ModelArguments:
         "stacked_signal the model_type of a vision backbone of transformers, such as vit. Pretrained: "
         f"{', '.join(VISION_BACKBONES)} (default: the first), or any as --encoder_name_or_path.",
     )
-    encoder_config: str | None = argument(
+    encoder_config: str | None = argument(  # a YAML file may also hold a mapping, see `json_fields`
         None, 'JSON with fields of the config of an encoder with random weights, such as {"num_hidden_layers": 4}.'
     )
     encoder_name_or_path: str | None = argument(
@@ -199,7 +199,7 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         if self.elm is not None:
-            self.architecture, connector = ELMS[self.elm]
+            self.architecture, connector = ELMS[self.elm]  # --elm wins over --architecture, but not over --connector
             self.connector = self.connector or connector
             if self.elm == "ecg_byte":
                 self.representation = "symbolic"
@@ -213,13 +213,13 @@ class ModelArguments:
                 f"--representation {self.representation} with --architecture {self.architecture}; pictures of ECGs need a vision "
                 "backbone: leave the option out, or --elm."
             )
-        if self.encoder is None:
+        if self.encoder is None:  # llava alone has one
             self.encoder = next(iter(VISION_BACKBONES)) if of_images else "st_mem"
         if self.architecture == "llava" and self.encoder_name_or_path is None:
-            if "/" in self.encoder:
+            if "/" in self.encoder:  # a Hub id or a path: no model_type has one
                 self.encoder_name_or_path = self.encoder
             elif of_images:
-                self.encoder_name_or_path = VISION_BACKBONES.get(self.encoder)
+                self.encoder_name_or_path = VISION_BACKBONES.get(self.encoder)  # None for a model_type
         if self.num_ecg_tokens is None:
             self.num_ecg_tokens = default_num_ecg_tokens(self.connector, self.representation, self.image_features)
         if self.normalization is None:
@@ -236,7 +236,7 @@ class ModelArguments:
                 raise ValueError(
                     f"--{name} with --representation {self.representation}; it is for {' and '.join(representations)} ECGs."
                 )
-        self.encoder_fields = json_fields("encoder_config", self.encoder_config)
+        self.encoder_fields = json_fields("encoder_config", self.encoder_config)  # no dataclass field, so no option
         if self.encoder_fields and self.encoder_name_or_path is not None:
             raise ValueError(
                 f"--encoder_config with the pretrained encoder {self.encoder_name_or_path}, whose own config stands; leave it "
@@ -261,14 +261,14 @@ class AugmentationArguments:
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.time_shift < float("inf"):
+        if not 0 <= self.time_shift < float("inf"):  # NaN fails too
             raise ValueError(f"--time_shift is {self.time_shift}; expected seconds, at least 0.")
         for name in ("gain_jitter", "lead_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; expected a share in [0, 1).")
 
 
-@dataclass
+@dataclass  # fields stand from the last base to the first: --data, which has no default, must lead
 class ELMArguments(AugmentationArguments, ModelArguments, DataArguments):
     """All of `elm sft` that TRL does not know."""
 
@@ -287,7 +287,7 @@ class ELMArguments(AugmentationArguments, ModelArguments, DataArguments):
     distributed: bool = argument(False, "Insist on several processes: start with `accelerate launch` or `torchrun`.")
 
     def __post_init__(self) -> None:
-        for part in (DataArguments, ModelArguments, AugmentationArguments):
+        for part in (DataArguments, ModelArguments, AugmentationArguments):  # super() would call one alone
             part.__post_init__(self)
         if self.shuffle_buffer < 1:
             raise ValueError(f"--shuffle_buffer is {self.shuffle_buffer}; expected at least 1 row.")
@@ -296,7 +296,7 @@ class ELMArguments(AugmentationArguments, ModelArguments, DataArguments):
 def json_fields(name: str, value: Any) -> dict[str, Any]:
     """The names and values of the option `name`, which is JSON on the command line and a mapping in a YAML file."""
     try:
-        mapping = json.loads(value) if isinstance(value, str) else value or {}
+        mapping = json.loads(value) if isinstance(value, str) else value or {}  # an empty key of YAML is None
     except json.JSONDecodeError as error:
         raise ValueError(f"--{name} is not JSON ({error}): {value!r}.") from error
     if not isinstance(mapping, dict):
@@ -306,7 +306,7 @@ def json_fields(name: str, value: Any) -> dict[str, Any]:
 
 def new_elm_options(args: ModelArguments) -> list[str]:
     """The options that differ from their defaults and say what a new ELM is made of."""
-    defaults = ModelArguments()
+    defaults = ModelArguments()  # after its `__post_init__`, as `args`: None has become a value in both
     names = [option.name for option in fields(ModelArguments)]
     return [name for name in names if getattr(args, name) != getattr(defaults, name)]
 
@@ -318,7 +318,7 @@ def recipes() -> dict[str, Path]:
 
 def find_recipe(name: str) -> Path:
     """The file that `--config` names: any YAML file by its path, or a recipe of this package by its name."""
-    path = Path(name) if Path(name).is_file() else recipes().get(name)
+    path = Path(name) if Path(name).is_file() else recipes().get(name)  # a file here wins over a recipe
     if path is None:
         near = did_you_mean(Path(name).stem, recipes())
         raise ValueError(f"--config {name} is no file and no recipe.{near} Recipes: {', '.join(recipes())}.")
@@ -329,12 +329,12 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows an option in its spellings with underscores, and its default where the help does not tell it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        told = "efault" in (action.help or "") or action.default is False or action.default in (None, "", [])
+        told = "efault" in (action.help or "") or action.default is False or action.default in (None, "", [])  # D, d
         return action.help if told else super()._get_help_string(action)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        names = [name for name in action.option_strings if "-" not in name[2:]]
-        if not names or action.nargs == 0:
+        names = [name for name in action.option_strings if "-" not in name[2:]]  # HfArgumentParser adds --a-b to --a_b
+        if not names or action.nargs == 0:  # flags that take no value, such as --help
             return super()._format_action_invocation(action)
         value = action.dest.upper()
         return (
@@ -346,7 +346,7 @@ class HelpAllAction(argparse._HelpAction):
     """`--help-all`: the help with all options of other libraries."""
 
     def __call__(self, parser: Any, *args: Any, **kwargs: Any) -> None:
-        parser._action_groups += parser.foreign_groups
+        parser._action_groups += parser.foreign_groups  # argparse writes the help from this list
         super().__call__(parser, *args, **kwargs)
 
 
@@ -368,16 +368,16 @@ class ELMParser(CommandLineParser, TrlParser):
         if self.foreign_groups:
             self.add_argument("--help-all", action=HelpAllAction, help="show all options, TRL's too, and exit")
         for alias, name in ALIASES.items():
-            action = self._option_string_actions.get(f"--{name}")
+            action = self._option_string_actions.get(f"--{name}")  # None where the command has no such option
             if action is not None:
-                self._option_string_actions[f"--{alias}"] = action
+                self._option_string_actions[f"--{alias}"] = action  # argparse cannot add a name to an option
                 action.option_strings = [*action.option_strings, f"--{alias}"]
                 if alias == "optimizer":
-                    action.type = lambda name: OPTIMIZERS.get(name, name)
+                    action.type = lambda name: OPTIMIZERS.get(name, name)  # argparse applies it before `choices`
 
     def _add_dataclass_arguments(self, dtype: Any) -> None:
         """Each option goes into the group of the class that declares it first: EvaluationArguments inherits `--data`."""
-        types = get_type_hints(dtype)
+        types = get_type_hints(dtype)  # HfArgumentParser refuses types that are strings
         foreign = not dtype.__module__.startswith("elm_ecg.")
         for option in fields(dtype):
             if not option.init:
@@ -398,7 +398,7 @@ class ELMParser(CommandLineParser, TrlParser):
         """As TRL's; `--config` takes the name of a recipe too."""
         words: list[str] = []
         for word in sys.argv[1:] if args is None else args:
-            words += word.split("=", 1) if word.startswith("--config=") else [word]
+            words += word.split("=", 1) if word.startswith("--config=") else [word]  # TRL knows it as two words alone
         if "--config" in words[:-1]:
             place = words.index("--config") + 1
             self.source = f"--config {words[place]}: "
@@ -409,11 +409,11 @@ class ELMParser(CommandLineParser, TrlParser):
         """Takes the values of a YAML file or of Python; argparse itself checks only those of the command line."""
         values: dict[str, Any] = {}
         for key, value in config.items():
-            action = self._option_string_actions.get(f"--{key}")
+            action = self._option_string_actions.get(f"--{key}")  # aliases too, while TRL knows names of fields alone
             if action is None:
                 near = did_you_mean(key, [name[2:] for name in self._option_string_actions if "-" not in name[2:]])
                 raise ValueError(f"{self.source}there is no option {key}.{near}")
-            if action.nargs == "+" and value is not None:
+            if action.nargs == "+" and value is not None:  # YAML may give one item without brackets
                 value = list(value) if isinstance(value, list | tuple) else [value]
             for item in value if isinstance(value, list) else [value]:
                 name = OPTIMIZERS.get(item, item) if action.dest == "optim" else item

@@ -83,7 +83,7 @@ def find_model_file(name: str, filenames: Sequence[str], revision: str = "main",
     Raises:
         ValueError: there is no such model, or it cannot be read; says why and what to do, `label` being what `name` is.
     """
-    label, local = f"{label} {name}", Path(name).exists()
+    label, local = f"{label} {name}", Path(name).exists()  # what is here is never looked for on the Hub
     try:
         for filename in filenames:
             if (Path(name) / filename).is_file() or (not local and file_exists(name, filename, revision=revision)):
@@ -92,7 +92,7 @@ def find_model_file(name: str, filenames: Sequence[str], revision: str = "main",
         raise ValueError(f"{label} is no folder here, and no id of the Hub such as owner/name.") from error
     except Exception as error:  # no network, no access, a server that fails: errors of several libraries
         for filename in filenames:
-            if isinstance(try_to_load_from_cache(name, filename, revision=revision), str):
+            if isinstance(try_to_load_from_cache(name, filename, revision=revision), str):  # may be _CACHED_NO_EXIST
                 return filename
         reason = f"is no folder here and not in the Hub's cache, and the Hub cannot be asked. {error}"
         if isinstance(error, GatedRepoError):
@@ -145,12 +145,12 @@ def build_image_processor(args: ModelArguments, config: PreTrainedConfig) -> ECG
         settings = AutoImageProcessor.from_pretrained(args.encoder_name_or_path, backend="pil").to_dict()
     else:
         names = IMAGE_PROCESSOR_MAPPING_NAMES.get(config.model_type.removesuffix("_vision_model"), {})
-        settings = {"image_processor_type": names.get("torchvision", "ViTImageProcessor")}
+        settings = {"image_processor_type": names.get("torchvision", "ViTImageProcessor")}  # later its Pillow variant
         height, width = image_size(config)
         settings |= {"size": {"height": height, "width": width}, "do_center_crop": False}
     if hasattr(config, "num_patches"):  # of pictures of any shape
         settings.setdefault("max_num_patches", config.num_patches)
-        settings["patch_size"] = config.patch_size
+        settings["patch_size"] = config.patch_size  # pixels; the processor cuts the picture, not the backbone
     if "size" in args.image_processor_fields:
         settings["do_center_crop"] = False  # else the size would be that of the crop
     settings = ECGImageProcessor(settings).image_processor.to_dict()  # with the defaults of its class
@@ -177,8 +177,8 @@ def build_processor(args: ModelArguments) -> ELMProcessor:
     find_model_file(llm, ["config.json"], label="--llm")
     if args.encoder_name_or_path is not None:
         find_model_file(args.encoder_name_or_path, ["config.json"], label="--encoder")
-    tokenizer = AutoTokenizer.from_pretrained(llm, padding_side="left")
-    tokenizer.add_tokens([ELMProcessor.ecg_token], special_tokens=True)
+    tokenizer = AutoTokenizer.from_pretrained(llm, padding_side="left")  # for `generate`; the collator pads right
+    tokenizer.add_tokens([ELMProcessor.ecg_token], special_tokens=True)  # as a special one, decoding leaves it out
     ecg_byte = None
     if args.representation == "symbolic":
         if args.ecg_tokenizer is not None and not Path(args.ecg_tokenizer).exists():
@@ -190,7 +190,7 @@ def build_processor(args: ModelArguments) -> ELMProcessor:
     settings: dict[str, Any] = {name: getattr(args, name) for name in names}
     if args.lead_names is not None:
         settings["lead_names"] = args.lead_names
-    feature_extractor = ECGFeatureExtractor(
+    feature_extractor = ECGFeatureExtractor(  # truncation False: a longer record is an error
         normalization=args.normalization or "none", truncation=args.truncation or False, **settings
     )
     if ecg_byte is not None:
@@ -217,7 +217,7 @@ def build_processor(args: ModelArguments) -> ELMProcessor:
         representation=args.representation,
         image_processor=image_processor,
         ecg_byte=ecg_byte,
-        max_length=getattr(AutoConfig.from_pretrained(llm), "max_position_embeddings", None),
+        max_length=getattr(AutoConfig.from_pretrained(llm), "max_position_embeddings", None),  # tokens; None: any
         overflow=args.ecg_overflow,
     )
 
@@ -233,7 +233,7 @@ def build_model(args: ModelArguments, processor: ELMProcessor, **llm_kwargs: Any
     config: dict[str, Any] = {name: getattr(args, name) for name in names}
     config |= {"ecg_token_id": processor.ecg_token_id, "num_leads": num_leads}
     if args.architecture == "llava" and args.encoder_name_or_path is None:
-        config["encoder_config"] = encoder_config(args, num_leads)
+        config["encoder_config"] = encoder_config(args, num_leads)  # a pretrained one brings its own
     model = ELMForConditionalGeneration.from_encoder_llm_pretrained(
         resolve_llm(args.llm),
         encoder=args.encoder_name_or_path if args.architecture == "llava" else None,
@@ -245,7 +245,7 @@ def build_model(args: ModelArguments, processor: ELMProcessor, **llm_kwargs: Any
         log = logging.getLogger("transformers.modeling_utils")  # it explains how it draws the new rows
         level = log.level
         log.setLevel(logging.ERROR)
-        model.resize_token_embeddings(len(processor.tokenizer))
+        model.resize_token_embeddings(len(processor.tokenizer))  # new rows near the mean, see `spread_embeddings`
         log.setLevel(level)
     if processor.ecg_tokenizer is not None:
         spread_embeddings(model, processor.signal_token_ids)
@@ -264,11 +264,11 @@ def new_elm(
             a ValueError names one that is unknown, or does not go with the others.
     """
     parser = ELMParser(ModelArguments, prog="new_elm")
-    parser.set_defaults_with_config(llm=llm, **options)
-    (args,) = parser.parse_args_into_dataclasses([], look_for_args_file=False)
+    parser.set_defaults_with_config(llm=llm, **options)  # checks names and values as those of a YAML file
+    (args,) = parser.parse_args_into_dataclasses([], look_for_args_file=False)  # reads no NAME.args beside the script
     processor = build_processor(args)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # the caller's random state stays; weights are drawn on the CPU
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed those of GPUs too
         return build_model(args, processor, dtype=dtype, attn_implementation=attn_implementation), processor
 
 
@@ -300,7 +300,7 @@ def freeze(model: ELMForConditionalGeneration, update: list[str]) -> None:
     """Leaves only the named parts (`encoder`, `connector`, `llm`) to be trained."""
     if "encoder" in update and model.model.encoder is None:
         raise ValueError(f"--update encoder: a {model.config.architecture} ELM has no encoder.")
-    model.requires_grad_("llm" in update)
+    model.requires_grad_("llm" in update)  # the head too; encoder and connector follow
     for name in ("encoder", "connector"):
         part = getattr(model.model, name)
         if part is not None:
@@ -317,17 +317,17 @@ def lora_config(
     if "llm" not in args.update:
         raise ValueError(f"--peft adapts the language model, but --update is {' '.join(args.update)}; add llm to it.")
     targets: str | list[str] | None = model_args.lora_target_modules
-    if targets is None:
+    if targets is None:  # Conv1D is the linear layer of GPT-2
         layers = model.model.language_model.named_modules()
         names = {name.rsplit(".", 1)[-1] for name, layer in layers if isinstance(layer, nn.Linear | Conv1D)}
-        targets = rf".*language_model\..*\.({'|'.join(sorted(names))})"
+        targets = rf".*language_model\..*\.({'|'.join(sorted(names))})"  # a regex: the encoder may have such names too
     parts = [
         name for name in ("encoder", "connector") if name in args.update and getattr(model.model, name) is not None
     ]
     embeddings = model.get_input_embeddings()
-    name = next(name for name, module in model.named_modules() if module is embeddings)
+    name = next(name for name, module in model.named_modules() if module is embeddings)  # embed_tokens, wte, ...
     added = [processor.ecg_token_id, *processor.signal_token_ids]
-    rows = {name.rsplit(".", 1)[-1]: added}
+    rows = {name.rsplit(".", 1)[-1]: added}  # PEFT compares the end of a module's name
     if not model.config.tie_word_embeddings:  # else PEFT ties them
         rows["lm_head"] = added
     return LoraConfig(
@@ -338,7 +338,7 @@ def lora_config(
         use_rslora=model_args.use_rslora,
         use_dora=model_args.use_dora,
         target_modules=targets,
-        modules_to_save=parts + (model_args.lora_modules_to_save or []) or None,
+        modules_to_save=parts + (model_args.lora_modules_to_save or []) or None,  # `or` binds last: None for no module
         trainable_token_indices=rows,
     )
 
@@ -356,7 +356,7 @@ def load_elm(
         ValueError: as `find_model_file`.
     """
     is_adapter = find_model_file(name_or_path, ["adapter_config.json", "config.json"], revision) != "config.json"
-    processor = ELMProcessor.from_pretrained(name_or_path, revision=revision)
+    processor = ELMProcessor.from_pretrained(name_or_path, revision=revision)  # an adapter's folder has one too
     if not is_adapter:
         return ELMForConditionalGeneration.from_pretrained(name_or_path, revision=revision, **model_kwargs), processor
     base_path = PeftConfig.from_pretrained(name_or_path, revision=revision).base_model_name_or_path
@@ -364,7 +364,7 @@ def load_elm(
     if not Path(base_path).exists() and moved.is_dir():
         base_path = str(moved)  # the folder is not where it was trained
     find_model_file(base_path, ["config.json"], label="The adapter's base")
-    base = ELMForConditionalGeneration.from_pretrained(base_path, **model_kwargs)
+    base = ELMForConditionalGeneration.from_pretrained(base_path, **model_kwargs)  # `revision` is of the adapter's repo
     # PEFT uses a name that transformers is about to change
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     return PeftModel.from_pretrained(base, name_or_path, revision=revision).merge_and_unload(), processor

@@ -55,20 +55,20 @@ def main(argv: list[str] | None = None) -> int:
     name, _, example = COMMANDS[command]
     if example and not options:  # said before the imports, which take seconds
         return _usage_error(f"usage: elm {command} {example}", f"elm {command} --help lists the options.")
-    if command == "evaluate" and not options[0].startswith("-"):
+    if command == "evaluate" and not options[0].startswith("-"):  # TRL's parser takes no word without its option
         options.insert(0, "--model_name_or_path")
     try:
         # late: --help of all commands need not wait for torch
         importlib.import_module(f"elm_ecg.training.{name}").main(options)
     except KeyboardInterrupt:
         print(f"\nelm {command}: interrupted", file=sys.stderr)
-        return 130
+        return 130  # 128 + SIGINT, as shells have it
     except Exception as error:
         from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassError
 
         of_input = isinstance(error, ValueError | OSError | ImportError | StrictDataclassError)
         if not of_input or os.environ.get("ELM_DEBUG"):
-            raise
+            raise  # a fault of the program: its traceback tells more
         of_class = isinstance(error, StrictDataclassClassValidationError)  # of a model's config; its text is two lines
         print(f"elm {command}: {error.__cause__ if of_class else error}", file=sys.stderr)
         return 1

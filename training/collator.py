@@ -97,8 +97,8 @@ class ELMCollator:
             return_tensors=None,  # the mask is found token by token, which takes 50 times as long in tensors
             processor_kwargs={"padding": True, "padding_side": "right"},  # left is for generation
         )
-        batch.convert_to_tensors("pt")
-        answers = batch.pop("assistant_masks").bool()
+        batch.convert_to_tensors("pt")  # of texts [batch, tokens], of ECGs [all ECGs of the batch, ...]
+        answers = batch.pop("assistant_masks").bool()  # [batch, tokens], True where the model answers
         if not answers.any(-1).all():
             row = rows[int(answers.any(-1).logical_not().nonzero()[0])]
             raise ValueError(
@@ -119,7 +119,7 @@ class ELMCollator:
             return records
         epoch, words = row.get("epoch", self.epoch), zlib.crc32(json.dumps(row["messages"], default=str).encode())
         ecgs: list[Any] = []
-        for record in records:
+        for record in records:  # crc32, as `hash` of a text differs between processes
             # by content: neither the order of the rows nor that of the options changes what is drawn
             rng = np.random.default_rng([self.seed, epoch, words, zlib.crc32(record.array.tobytes())])
             array = perturbed(record.array, self.perturb, rng)
@@ -174,7 +174,7 @@ def with_lost_leads(
         as_missing: leave lost leads out, for a model that knows missing leads; limb leads come back where they can be derived.
             Else they are zeros.
     """
-    kept = rng.random(len(record.array)) >= probability
+    kept = rng.random(len(record.array)) >= probability  # [leads]
     if not kept.any():
         kept[rng.integers(len(kept))] = True
     if as_missing:
@@ -201,5 +201,5 @@ def augmented_rgb(picture: Image.Image, rng: np.random.Generator) -> Image.Image
     with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator
         torch.default_generator.manual_seed(int(rng.integers(2**63)))  # torch.manual_seed would seed those of GPUs too
         for change in changes:
-            picture = v2.RandomApply([change])(picture)
+            picture = v2.RandomApply([change])(picture)  # at probability 0.5, its default
     return picture

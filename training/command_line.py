@@ -13,9 +13,9 @@ class CommandLineParser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """As argparse's, but an unknown word is an error; a subcommand's own parser raises it, as it knows the options."""
         namespace, unknown = super().parse_known_args(args, namespace)
-        if unknown:
+        if unknown:  # the option before all else: what follows a wrong one is unknown too
             wrong = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
-            options = [name for name in self._option_string_actions if "-" not in name[2:]]
+            options = [name for name in self._option_string_actions if "-" not in name[2:]]  # not those with dashes
             self.error(f"there is no option {wrong}.{did_you_mean(wrong, options)}")
         return namespace, unknown
 

@@ -44,7 +44,7 @@ def push(args: argparse.Namespace) -> None:
 
     values = {name: value for name in ("revision", "license", "license_link") if (value := getattr(args, name))}
     options = [f"--{name}" for name in ("private", "pr") if getattr(args, name)]
-    options += [f"--{name}={value}" for name, value in values.items()]
+    options += [f"--{name}={value}" for name, value in values.items()]  # one word: a value may begin with a dash
     push.main([str(args.data), "--repo_id", args.repo_id, *options])
 
 
@@ -64,7 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--questions", type=Path, nargs="+", metavar="FILE", help=questions)
     add("--output_dir", type=Path, required=True, help="new folder of the dataset and its card")
     for option in fields(BuildArguments):
-        add(f"--{option.name}", default=option.default, **option.metadata)
+        add(f"--{option.name}", default=option.default, **option.metadata)  # metadata: keywords of argparse
     add("--name", help="title of the card; default: the folder's name")
     add("--license", metavar="ID", help="as the Hub spells it, such as cc-by-4.0")
     source = "for the card: where the data are from, and how to cite them"

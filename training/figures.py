@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-matplotlib.use("Agg")
+matplotlib.use("Agg")  # draws without a display; before pyplot chooses a backend
 import matplotlib.pyplot as plt
 
 from elm_ecg.training.evaluation.conditions import CONDITIONS
@@ -27,7 +27,7 @@ def _save(figure: Any, path: Path) -> None:
 def _svg(figure: Any) -> bytes:
     """A figure as SVG, the same bytes each time."""
     content = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "elm"}):
+    with matplotlib.rc_context({"svg.hashsalt": "elm"}):  # else the ids within an SVG are random
         figure.savefig(content, format="svg", bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)
     return content.getvalue()
@@ -39,7 +39,7 @@ def _bars(row: Mapping[str, Any], key: str = "value") -> tuple[float, list[list[
         return float("nan"), [[0.0], [0.0]]
     value = 100 * row[key]
     low, high = (value, value) if row["interval_95"] is None else (100 * end for end in row["interval_95"])
-    return value, [[max(0.0, value - low)], [max(0.0, high - value)]]
+    return value, [[max(0.0, value - low)], [max(0.0, high - value)]]  # errorbar refuses lengths below 0
 
 
 def scores_plot(results: Mapping[str, Any], metric: str) -> bytes:
@@ -58,7 +58,7 @@ def scores_plot(results: Mapping[str, Any], metric: str) -> bytes:
             axes.errorbar(value, y, xerr=reach, color="black", capsize=1.5, linewidth=0.8)
     labels = [f"{title_of(kind)} ({number})" for kind, number in kinds]
     axes.set_yticks(range(len(kinds)), labels)
-    axes.set_ylim(len(kinds) - 0.5, -0.5)
+    axes.set_ylim(len(kinds) - 0.5, -0.5)  # the first at the top
     axes.set_xlim(0, 105)
     axes.set_xlabel(f"{title_of(metric)}, %")
     axes.spines[["top", "right"]].set_visible(False)
@@ -84,14 +84,14 @@ def differences_plot(results: Mapping[str, Any], metric: str) -> bytes:
 def confusion_plot(closed: dict[str, Any]) -> bytes:
     """SVG of a confusion matrix with its counts, rows shaded by their share."""
     labels, counts = closed["labels"], np.array(closed["confusion_matrix"])
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # no 0 / 0 for a label without question
     rows, columns = counts.shape
     figure, axes = plt.subplots(figsize=(1.5 + 0.7 * columns, 1.2 + 0.45 * rows))
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for row, column in np.ndindex(rows, columns):
         shade = "white" if shares[row, column] > 0.6 else "black"
         axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=shade)
-    axes.set_xticks(range(columns), [*labels, "other"], rotation=35, ha="right")
+    axes.set_xticks(range(columns), [*labels, "other"], rotation=35, ha="right")  # answers that are no label
     axes.set_yticks(range(rows), labels)
     axes.set_xlabel("answer given")
     axes.set_ylabel("right answer")
@@ -132,15 +132,15 @@ def plot_tokens(
     """
     num_leads, num_samples = array.shape
     seconds = num_samples / sampling_rate
-    starts = offsets[:, 0] * num_samples + offsets[:, 1]
+    starts = offsets[:, 0] * num_samples + offsets[:, 1]  # in samples of all leads, one after the other
     # pieces of tokens: one that runs on into the next lead is drawn in both
     edges = np.union1d(starts, num_samples * np.arange(num_leads + 1))
-    shades = (np.searchsorted(starts, edges, side="right") - 1) % 2
+    shades = (np.searchsorted(starts, edges, side="right") - 1) % 2  # by the number of the token a piece belongs to
     lows, highs = np.minimum(array, decoded).min(axis=1), np.maximum(array, decoded).max(axis=1)
     heights = 1.1 * np.maximum(highs - lows, max(1e-3, 0.15 * (highs - lows).max()))  # a flat lead is seen too
-    centers = heights / 2 - np.cumsum(heights + 0.1 * heights.mean())
+    centers = heights / 2 - np.cumsum(heights + 0.1 * heights.mean())  # in millivolts, from 0 at the top down
 
-    size = (np.clip(2 * seconds, 9, 60), 0.9 * num_leads + 1.2)
+    size = (np.clip(2 * seconds, 9, 60), 0.9 * num_leads + 1.2)  # inches
     figure, axes = plt.subplots(figsize=size, layout="constrained")
     # a sample stands in the middle of its interval, so that the borders of tokens lie between samples
     times = (np.arange(num_samples) + 0.5) / sampling_rate

@@ -22,10 +22,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error  # of what was asked for
     os.close(handle)
-    temporary = Path(name)
+    temporary = Path(name)  # it has the suffix of `path`, by which savefig chooses the format
     try:
         yield temporary
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, 0o644)  # mkstemp gives 0600, which a web server or a colleague cannot read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -53,9 +53,9 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise ValueError(f"--output_dir {path} cannot be written: {error.strerror}. Name another.") from error
     try:
         yield temporary
-        temporary.chmod(0o755)
+        temporary.chmod(0o755)  # mkdtemp gives 0700
         if path.exists():
-            path.rmdir()
+            path.rmdir()  # empty; Windows replaces no folder, not even such a one
         os.replace(temporary, path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # it is no longer there if all went well

@@ -81,6 +81,6 @@ def environment(packages: tuple[str, ...] = PACKAGES) -> str:
 def replace_section(text: str, heading: str, body: str) -> str:
     """The card's text with another body of the section `## heading`; as it was where it has none."""
     section = re.compile(rf"^## {re.escape(heading)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
-    if not section.search(text):
+    if not section.search(text):  # below, a function keeps the backslashes of `body` as they are
         return text
     return section.sub(lambda _: f"## {heading}\n\n{body}\n\n", text, count=1).rstrip("\n") + "\n"

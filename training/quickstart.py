@@ -29,7 +29,7 @@ def save_small_llm(folder: Path, chats: Iterable[list[dict[str, str]]], seed: in
     trainer = trainers.BpeTrainer(
         vocab_size=512,
         special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes, so that no text is unknown
         show_progress=False,
     )
     # as the default chat template writes them, so that what every turn begins with is a token
@@ -58,15 +58,15 @@ def save_small_llm(folder: Path, chats: Iterable[list[dict[str, str]]], seed: in
 def simulate(folder: Path, num_records: int, seed: int) -> DatasetDict:
     """Simulated records with four or five questions each, in splits by patient, saved under `folder`."""
     data = DatasetDict()
-    for split, size in {"train": num_records, "validation": 96, "test": 192}.items():
-        data[split] = make_dataset(size, seed=seed, split=split, sampling_rate=125, num_proc=2)
+    for split, size in {"train": num_records, "validation": 96, "test": 192}.items():  # multiples of 48 balance answers
+        data[split] = make_dataset(size, seed=seed, split=split, sampling_rate=125, num_proc=2)  # Hz of quickstart.yaml
     data.save_to_disk(folder)
     return data
 
 
 def main(argv: list[str] | None = None) -> None:
     """Simulates, trains, evaluates and reports; what the command line says is checked before anything is written."""
-    parser = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(  # no CommandLineParser: what it does not know is for `elm sft`
         prog="elm quickstart", description=__doc__, epilog="All options of `elm sft` are taken too."
     )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         options = ["--config", str(CONFIG), *options]
     common = ["--data", str(folder / "data")]
     parts = ["--llm", str(folder / "llm"), "--output_dir", str(folder / "model"), "--seed", str(args.seed)]
-    training = sft.parse([*options, *common, *parts], prog="elm quickstart")
+    training = sft.parse([*options, *common, *parts], prog="elm quickstart")  # ours come last and count
     folder.mkdir(parents=True, exist_ok=True)
 
     print(f"[1/4] Simulating ECGs into {folder / 'data'}", flush=True)

@@ -35,7 +35,7 @@ class CountEpochs(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Called by the trainer."""
-        self.collator.epoch = int(state.epoch or 0)
+        self.collator.epoch = int(state.epoch or 0)  # None at first; a fraction where a run resumes within an epoch
 
 
 class ELMTrainer(SFTTrainer):
@@ -45,7 +45,7 @@ class ELMTrainer(SFTTrainer):
         """As the trainer's, without augmentation."""
         collator = self.data_collator
         assert isinstance(collator, ELMCollator)
-        self.data_collator = collator.without_augmentation()
+        self.data_collator = collator.without_augmentation()  # the base class reads it as it makes the loader
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
@@ -54,7 +54,7 @@ class ELMTrainer(SFTTrainer):
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """A checkpoint holds tied weights once: those that it lacks are not missing."""
         tied = getattr(self.model, "all_tied_weights_keys", {})
-        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]  # a namedtuple
         super()._issue_warnings_after_load(load_result)
 
 
@@ -92,7 +92,7 @@ def parse(argv: list[str] | None = None, prog: str = "elm sft") -> tuple[ELMArgu
     if args.wandb:
         if find_spec("wandb") is None:
             raise ValueError("--wandb, but the package wandb is not installed: `pip install wandb`.")
-        training_args.report_to = [*training_args.report_to, "wandb"]
+        training_args.report_to = [*training_args.report_to, "wandb"]  # a list by now, whatever was said
     return args, training_args, model_args
 
 
@@ -137,12 +137,12 @@ def build_base(
     base = Path(str(training_args.output_dir)).absolute() / "base_model"
     with training_args.main_process_first(desc="building the base model"):
         resumed = training_args.resume_from_checkpoint is not None and (base / "config.json").is_file()
-        if training_args.process_index == 0 and not resumed:
+        if training_args.process_index == 0 and not resumed:  # a resumed adapter goes with the base that is there
             model = build_model(args, processor, revision=model_args.model_revision, **kwargs)
             model.save_pretrained(base)
             processor.save_pretrained(base)
             logger.info("Base model of the adapter: %s", base)
-    return load_elm(str(base), **kwargs)
+    return load_elm(str(base), **kwargs)  # so that all processes have the same weights
 
 
 def make_trainer(
@@ -155,7 +155,7 @@ def make_trainer(
 ) -> ELMTrainer:
     """TRL's trainer, which trains the parts of `--update` or a LoRA adapter."""
     peft_config = lora_config(args, model_args, model, processor) if model_args.use_peft else None
-    if peft_config is None:
+    if peft_config is None:  # PEFT itself freezes all that the adapter does not train
         freeze(model, args.update)
     changes = {option.name: getattr(args, option.name) for option in fields(AugmentationArguments)}
     collator = ELMCollator(
@@ -212,8 +212,8 @@ def train(args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig)
     result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
-    trainer.save_state()
-    trainer.save_model()
+    trainer.save_state()  # trainer_state.json, with the losses that quickstart plots
+    trainer.save_model()  # and the processor, which is its processing_class
     if trainer.is_world_process_zero():
         folder = Path(str(training_args.output_dir)).absolute()
         write_model_card(folder, args, training_args, model_args, model.config, processor, splits)

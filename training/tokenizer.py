@@ -45,7 +45,7 @@ def load_splits(args: argparse.Namespace, splits: Sequence[str], subset: float |
     data_args = DataArguments(data=args.data, data_subset=subset, fold=args.fold, ecg_root=args.ecg_root)
     parts = []
     for split in splits:
-        data = load_ecgs(data_args, split, args.seed if subset else 0)
+        data = load_ecgs(data_args, split, args.seed if subset else 0)  # `inspect` has no --seed, and takes all rows
         if data is None:
             raise ValueError(f"--data {' '.join(args.data)} has no split {split!r}.")
         parts.append(data)
@@ -70,7 +70,7 @@ def read_records(
             try:
                 record = as_record(ecg)
                 content = repr((record.sampling_rate, record.lead_names)).encode() + record.array.tobytes()
-                key = hashlib.sha256(content).digest()
+                key = hashlib.sha256(content).digest()  # the same samples at another rate are another record
                 if key in seen:
                     continue
                 seen.add(key)
@@ -89,8 +89,8 @@ def prepare(record: ECGRecord, lead_names: Sequence[str] | None, sampling_rate: 
     """
     lead_names = lead_names or [name for name in STANDARD_LEADS if name in record.lead_names]
     rate = sampling_rate or record.sampling_rate
-    whole = math.ceil(record.array.shape[1] * resampling_ratio(record.sampling_rate, rate))
-    return ECGFeatureExtractor(rate, whole, lead_names).prepare(record)
+    whole = math.ceil(record.array.shape[1] * resampling_ratio(record.sampling_rate, rate))  # exact: a Fraction
+    return ECGFeatureExtractor(rate, whole, lead_names).prepare(record)  # so long that it cuts nothing
 
 
 def train(args: argparse.Namespace) -> None:
@@ -180,7 +180,7 @@ def _save(folder: Path, tokenizer: ECGByteTokenizer, datasets: list[str], **part
 
 def _rights(parts: list[Dataset]) -> str:
     """Licences and citations of the datasets, each once."""
-    licences = dict.fromkeys(part.info.license.strip() for part in parts if part.info.license)
+    licences = dict.fromkeys(part.info.license.strip() for part in parts if part.info.license)  # a set has no order
     citations = dict.fromkeys(part.info.citation.strip() for part in parts if part.info.citation)
     texts = [*licences, *(f"```\n{citation}\n```" for citation in citations)]
     return "\n\n".join(texts) or "The datasets name neither."
@@ -204,7 +204,7 @@ def _size(num_bytes: float) -> str:
 def _peak_memory() -> int:
     """Bytes that the process has held at most."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    return peak if sys.platform == "darwin" else 1024 * peak  # bytes on macOS, KiB on Linux
 
 
 @dataclass
@@ -227,22 +227,22 @@ class Usage:
 
 def measure(tokenizer: ECGByteTokenizer, records: Iterable[np.ndarray]) -> Usage:
     """Encodes and decodes records, float32 [leads, samples] in millivolts."""
-    counts = np.zeros(len(tokenizer.token_lengths), dtype=np.int64)
+    counts = np.zeros(len(tokenizer.token_lengths), dtype=np.int64)  # also of ids that are no token
     num_symbols, num_tokens, squares, worst = [], [], 0.0, 0.0
     for record in records:
         ids, decoded = _there_and_back(tokenizer, record)
-        error = np.abs(decoded - record)
+        error = np.abs(decoded - record)  # [leads, samples] in millivolts
         counts += np.bincount(ids, minlength=len(counts))
         num_symbols.append(record.size)
         num_tokens.append(len(ids))
-        squares += float(np.square(error, dtype=np.float64).sum())
+        squares += float(np.square(error, dtype=np.float64).sum())  # float32 would lose digits
         worst = max(worst, float(error.max()))
     return Usage(np.array(num_symbols), np.array(num_tokens), counts, squares / sum(num_symbols), worst)
 
 
 def _there_and_back(tokenizer: ECGByteTokenizer, record: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     ids = tokenizer.encode(record)
-    return ids, tokenizer.decode(ids, *tokenizer.value_range(record), num_leads=len(record))
+    return ids, tokenizer.decode(ids, *tokenizer.value_range(record), num_leads=len(record))  # minmax: ids lack it
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -264,7 +264,7 @@ def inspect(args: argparse.Namespace) -> None:
             "normalisation": _normalization(tokenizer),
             "tokens": _borders(tokenizer),
             "sampling rate": "unknown, so records are taken at their own" if rate is None else f"{rate:g} Hz",
-            "token length": _lengths(tokenizer.token_lengths[tokenizer.token_ids], rate),
+            "token length": _lengths(tokenizer.token_lengths[tokenizer.token_ids], rate),  # other ids have length 0
         }
     )
     records = []
@@ -275,7 +275,7 @@ def inspect(args: argparse.Namespace) -> None:
             print(f"  {notice}")
     if args.data is not None:
         rows = chain.from_iterable(load_splits(args, [args.split]))
-        some = islice(read_records(rows, None, rate), args.max_records)
+        some = islice(read_records(rows, None, rate), args.max_records)  # distinct records, not rows
         records += tqdm(some, total=args.max_records, desc="Reading", unit="record")
         if not records:
             raise ValueError(f"--data {' '.join(args.data)} ({args.split}) has no ECG.")
@@ -303,7 +303,7 @@ def _print_usage(tokenizer: ECGByteTokenizer, usage: Usage) -> None:
         }
     )
     print("  commonest tokens")
-    for token_id in used[np.argsort(-usage.counts[used], kind="stable")][:10]:
+    for token_id in used[np.argsort(-usage.counts[used], kind="stable")][:10]:  # of equals the smallest id first
         share = usage.counts[token_id] / usage.counts.sum()
         print(
             f"    {token_id:>6} {usage.counts[token_id]:>9,} {share:>6.1%}  {_runs(tokenizer.symbols(int(token_id)))}"
@@ -331,7 +331,7 @@ def _lengths(lengths: np.ndarray, sampling_rate: float | None) -> str:
     figures = np.array([lengths.mean(), np.median(lengths), lengths.max()])
     text = "mean {:.1f}, median {:.0f}, longest {:,.0f} symbols".format(*figures)
     if sampling_rate is not None:
-        text += " ({:,.0f}, {:,.0f}, {:,.0f} ms)".format(*(1000 * figures / sampling_rate))
+        text += " ({:,.0f}, {:,.0f}, {:,.0f} ms)".format(*(1000 * figures / sampling_rate))  # a symbol is a sample
     return text
 
 

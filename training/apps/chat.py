@@ -58,7 +58,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def _ecg_parser() -> CommandParser:
-    parser = CommandParser(prog="/ecg", add_help=False, allow_abbrev=False)
+    parser = CommandParser(prog="/ecg", add_help=False, allow_abbrev=False)  # -h would end the process
     parser.add_argument("files", type=Path, nargs="*", metavar="FILE")
     parser.add_argument("--start", type=float)
     add_file_options(parser)
@@ -85,13 +85,13 @@ class Chat:
         self.messages = system_messages(self.system_prompt)
         self.ecgs: list[ChatECG] = []
         self.num_asked = 0  # of the ECGs that stand in the messages
-        self.cache = PromptCache()
+        self.cache = PromptCache()  # the old one does not tell other ECGs from its own
 
     def ask(self, question: str) -> Generator[str, None, None]:
         """The answer, piece by piece. It is remembered as far as it came; without one, the question is not."""
-        turn = as_message("user", question, self.ecgs[self.num_asked :])
+        turn = as_message("user", question, self.ecgs[self.num_asked :])  # those that no question was about yet
         answer = ""
-        with contextlib.closing(
+        with contextlib.closing(  # else the model would write on when the reader stops
             stream_answer(self.model, self.processor, [*self.messages, turn], cache=self.cache, **self.generation)
         ) as pieces:
             try:
@@ -108,13 +108,13 @@ class Chat:
         ecgs = []
         for ecg in self.ecgs[: self.num_asked]:
             record, prepared = ecg.record, ecg.prepared
-            first = round(prepared.metadata["start_second"] * record.sampling_rate)
+            first = round(prepared.metadata["start_second"] * record.sampling_rate)  # samples at the record's rate
             length = round(prepared.array.shape[1] / prepared.sampling_rate * record.sampling_rate)
             # the shortest numbers that are these float32
             array = record.array[:, first : first + length].astype(str).astype(np.float64).tolist()
             described = {"sampling_rate": record.sampling_rate, "lead_names": list(record.lead_names), "unit": "mV"}
             ecgs.append({"array": array, **described})
-        messages = []
+        messages = []  # without the records, which stand in `ecg`
         for turn in self.messages:
             parts = [{"type": "ecg"} if part["type"] == "ecg" else part for part in turn["content"]]
             messages.append({"role": turn["role"], "content": parts})
@@ -126,7 +126,7 @@ class Chat:
         Raises:
             ValueError, OSError, ImportError: the command is unknown or cannot be done.
         """
-        verb, *arguments = shlex.split(line)
+        verb, *arguments = shlex.split(line)  # quotes hold the blanks of a file's name, as in a shell
         if verb == "/ecg":
             self._ecg(arguments)
         elif verb == "/plot":
@@ -198,7 +198,7 @@ def history_path() -> Path:
 @contextlib.contextmanager
 def _history() -> Iterator[None]:
     """Lines of earlier chats at the arrow keys, and file names at the tab key."""
-    if readline is None or not sys.stdin.isatty():
+    if readline is None or not sys.stdin.isatty():  # lines of a script are not kept
         yield
         return
     readline.parse_and_bind("tab: complete")
@@ -211,8 +211,8 @@ def _history() -> Iterator[None]:
     finally:
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
-            path.chmod(0o600)
+            os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))  # others can never read it, not even at first
+            path.chmod(0o600)  # a file of an earlier chat may be open to others
             readline.set_history_length(HISTORY_LENGTH)
             readline.write_history_file(path)
             path.chmod(0o600)

@@ -56,13 +56,13 @@ def read_for_model(processor: Any, path: Path, start: float | None = None, **des
     if not processor.takes_ecgs:
         raise ValueError("This model is text-only: it takes no ECG.")
     extractor = processor.feature_extractor
-    if not hasattr(extractor, "prepare"):
+    if not hasattr(extractor, "prepare"):  # a Space runs the processor's code of the model's repo
         raise ValueError("The model's code is older than this program: save it again with the present elm-ecg.")
     record = read_ecg(path, **described)
-    if start is None and not extractor.truncation:
+    if start is None and not extractor.truncation:  # where a longer record would be an error
         start = 0.0
     if start is not None:
-        record = replace(record, metadata={**record.metadata, "start": start})
+        record = replace(record, metadata={**record.metadata, "start": start})  # the processor prepares it from there
     try:
         prepared = extractor.prepare(record, normalize=False)
     except ValueError as error:
@@ -79,7 +79,7 @@ def read_for_model(processor: Any, path: Path, start: float | None = None, **des
 
 def zeroed(ecg: ChatECG) -> ChatECG:
     """The ECG with every sample 0 mV."""
-    return replace(ecg, record=replace(ecg.record, array=np.zeros_like(ecg.record.array)))
+    return replace(ecg, record=replace(ecg.record, array=np.zeros_like(ecg.record.array)))  # what people look at stays
 
 
 def as_message(role: str, text: str, ecgs: Sequence[ChatECG] = ()) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class PromptCache:
 
     def begin(self, model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs of `generate` that continue from the cache, without the ECGs that it holds."""
-        ids = inputs["input_ids"][0].tolist()
+        ids = inputs["input_ids"][0].tolist()  # a batch of one
         # without the last token: the model has to read one to go on
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.ids, ids[:-1], strict=False)))
         held, self.ids = self._cut(same, ids[:same].count(model.config.ecg_token_id), model), []
@@ -115,17 +115,17 @@ class PromptCache:
             held = 0
         if held:
             ecg_names = [name for name in inputs if name not in ("input_ids", "attention_mask")]
-            new = {name: inputs[name][held:] for name in ecg_names}
+            new = {name: inputs[name][held:] for name in ecg_names}  # one row an ECG, in the order of the chat
             inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
             inputs |= {name: values for name, values in new.items() if len(values)}
-        return {**inputs, "past_key_values": self.values}
+        return {**inputs, "past_key_values": self.values}  # no ids until `end`: after a failure all is read anew
 
     def _cut(self, same: int, num_placeholders: int, model: PreTrainedModel) -> int:
         """Cuts the cache to its first `same` tokens, or drops it; returns the ECGs that it holds."""
         held, partial = divmod(num_placeholders, model.config.num_ecg_tokens or 1)
         if self.values is not None:
             try:
-                self.values.crop(same - self.values.get_seq_length())
+                self.values.crop(same - self.values.get_seq_length())  # below 0: tokens to take away
             except RuntimeError:  # a sliding window has forgotten what would come back
                 self.values = None
         if partial or not same:  # an ECG is in the cache as a whole or not at all
@@ -135,7 +135,7 @@ class PromptCache:
     def end(self, sequence: list[int]) -> None:
         """Remembers which tokens the cache holds, of those of a whole generation."""
         assert self.values is not None
-        self.ids = sequence[: self.values.get_seq_length()]
+        self.ids = sequence[: self.values.get_seq_length()]  # the last token was written, but not read
 
 
 def stream_answer(
@@ -171,7 +171,7 @@ def stream_answer(
         inputs = cache.begin(model, inputs)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    stopped = Event()
+    stopped = Event()  # stopping criteria are asked after each token, in the other thread
     errors: list[BaseException] = []
 
     # the model writes in a thread of its own, and the streamer is the queue between it and the reader
@@ -191,9 +191,9 @@ def stream_answer(
         except BaseException as error:  # raised again below, where the reader is
             errors.append(error)
         finally:
-            streamer.text_queue.put(streamer.stop_signal)
+            streamer.text_queue.put(streamer.stop_signal)  # after an error too: the reader waits for it
 
-    thread = Thread(target=generate, daemon=True)
+    thread = Thread(target=generate, daemon=True)  # does not hold up the end of the process
     thread.start()
     try:
         started = False
@@ -204,7 +204,7 @@ def stream_answer(
                 yield piece
     finally:
         stopped.set()  # of a reader who closed the iterator
-        thread.join()
+        thread.join()  # it stops after the next token
     if errors:
         raise errors[0]
 
@@ -216,7 +216,7 @@ class _Stop:
         self.event = event
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)  # [batch]
 
 
 def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, Any, str]:

@@ -82,7 +82,7 @@ def draw(ecg: ChatECG) -> str:
     paper = ECGPaper(layout="3x4" if len(record.lead_names) > 6 and seconds >= 8 else "12x1")
     caption = f"{paper.speed:g} mm/s, {paper.gain:g} mm/mV, {record.sampling_rate:g} Hz"
     facts = f"<b>{html.escape(ecg.name)}</b>: {html.escape(ecg.facts)}"
-    width = page_width(paper, seconds)
+    width = page_width(paper, seconds)  # millimetres, by which the style sheet scales: 2.1 to 5 pixels each
     svg = ecg_svg(record, paper, caption)
     return f'<figure><div class="paper" style="--mm: {width:g}">{svg}</div><figcaption>{facts}</figcaption></figure>'
 
@@ -100,13 +100,13 @@ def read_uploads(processor: Any, paths: Sequence[Path], **described: Any) -> lis
     with tempfile.TemporaryDirectory() as folder:
         # the parts of a WFDB record name each other, and Gradio gives each a folder of its own
         files = [Path(shutil.copy(path, Path(folder) / path.name)) for path in paths]
-        headers = [file for file in files if file.suffix == ".hea"]
+        headers = [file for file in files if file.suffix == ".hea"]  # WFDB: a line for each signal, its file first
         parts = {line.split()[0] for header in headers for line in header.read_bytes().splitlines()[1:] if line.split()}
         records = [file for file in files if os.fsencode(file.name) not in parts]
         try:
             return [read_for_model(processor, record, **described) for record in records]
         except (ValueError, OSError, ImportError) as error:
-            raise ValueError(str(error).replace(f"{folder}{os.sep}", "")) from error
+            raise ValueError(str(error).replace(f"{folder}{os.sep}", "")) from error  # visitors have no such folder
 
 
 def _error(error: Exception) -> str:
@@ -147,7 +147,7 @@ class Page:
             "sampling_rate": sampling_rate or None,
             "unit": unit or None,
             "lead_names": (lead_names or "").replace(",", " ").split() or None,
-            "start": start,
+            "start": start,  # 0 is a second too
         }
         try:
             ecgs = read_uploads(self.processor, [Path(file) for file in files], **described)
@@ -174,7 +174,7 @@ class Page:
         Raises:
             ValueError: the model cannot read the question.
         """
-        question = question.strip()[:MAX_QUESTION]
+        question = question.strip()[:MAX_QUESTION]  # programs that call the page pass by its box
         if not question:
             return
         asked: Turns = [{"role": "user", "content": question}]
@@ -213,7 +213,7 @@ def build_demo(page: Page, name: str, questions: Sequence[str] = QUESTIONS) -> A
             for turns_now, compared_now in page.ask(question, ecgs, turns, compare, compared):
                 yield "", turns_now, turns_now, compared_now, compared_now
         except Exception as error:  # whatever it is, the visitor sees it and the page goes on
-            gr.Warning(html.escape(str(error)))
+            gr.Warning(html.escape(str(error)))  # Gradio shows it as HTML
             yield question, turns, turns, compared, compared
 
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as demo:
@@ -250,7 +250,7 @@ def build_demo(page: Page, name: str, questions: Sequence[str] = QUESTIONS) -> A
 
         chats, private = [turns, chatbot, compared, chatbot_zeroed], {"api_visibility": "private"}
         upload = {"fn": page.upload, "inputs": [files, *described], "outputs": [ecgs, pictures]}
-        for event, other in (
+        for event, other in (  # what visitors do: `change` would also fire where the other choice is emptied
             (gr.on([files.upload, files.delete, files.clear], **upload, api_name="upload"), picked),
             (again.click(**upload, **private), picked),
             (picked.input(page.pick, picked, [ecgs, pictures], api_name="pick"), files),
@@ -262,8 +262,8 @@ def build_demo(page: Page, name: str, questions: Sequence[str] = QUESTIONS) -> A
             [question, ecgs, turns, compare, compared],
             [question, *chats],
             api_name="ask",
-            concurrency_limit=1,
-            trigger_mode="once",
+            concurrency_limit=1,  # one model: other questions wait, MAX_WAITING of them
+            trigger_mode="once",  # another click while it answers does nothing
             show_progress="minimal",
         )
         stop.click(None, None, None, cancels=[answering], **private)
@@ -300,14 +300,14 @@ def serve(demo: Any, host: str | None = None, port: int | None = None) -> str:
     _, address, _ = demo.queue(max_size=MAX_WAITING).launch(
         server_name=host,
         server_port=port,
-        share=False,
+        share=False,  # no tunnel through a server of Gradio's makers
         max_file_size=MAX_FILE_SIZE,
-        ssr_mode=False,
+        ssr_mode=False,  # rendering on the server needs Node
         footer_links=[],
-        theme=theme,
+        theme=theme,  # since Gradio 6 here, no longer in `Blocks`
         css=CSS,
         quiet=True,
-        prevent_thread_lock=True,
+        prevent_thread_lock=True,  # returns at once, with the address
     )
     return address
 
@@ -325,7 +325,7 @@ def write_examples(folder: Path) -> list[Path]:
     for seed, rhythm in enumerate(RHYTHMS):
         findings = Findings(rhythm=rhythm, wide_qrs=rhythm == "sinus rhythm")
         array = simulate_ecg(findings, np.random.default_rng(seed), sampling_rate=500)
-        microvolts = np.rint(1000 * array).astype(np.int16)
+        microvolts = np.rint(1000 * array).astype(np.int16)  # half the size of float32
         described: dict[str, Any] = {"sampling_rate": 500, "lead_names": ecg_utils.STANDARD_LEADS, "unit": "uV"}
         paths.append(folder / f"Simulated_{rhythm.replace(' ', '_')}.npz")
         np.savez_compressed(paths[-1], array=microvolts, **described)
@@ -344,7 +344,7 @@ def write_space(folder: Path, repo_id: str, revision: str = "main", adapter: boo
     root = Path(ecg_utils.__file__).parent
     (folder / "elm_ecg" / "training" / "apps").mkdir(parents=True)
     (folder / "examples").mkdir()
-    readers = [Path(path).name for path in get_relative_import_files(root / "ecg_drawing.py")]
+    readers = [Path(path).name for path in get_relative_import_files(root / "ecg_drawing.py")]  # all that it imports
     for name in {*SPACE_MODULES, *readers}:
         shutil.copyfile(root / name, folder / "elm_ecg" / name)
     shutil.copyfile(SPACE_FOLDER / "app.py", folder / "app.py")
@@ -363,7 +363,7 @@ def _requirements(adapter: bool) -> list[str]:
     lines = []
     for line in importlib.metadata.requires("elm-ecg") or []:
         requirement = Requirement(line)
-        marker = str(requirement.marker or "")
+        marker = str(requirement.marker or "")  # which is written with double quotes, whatever pyproject.toml has
         if (not marker and requirement.name in wanted) or marker == 'extra == "formats"':
             lines.append(f"{requirement.name}{requirement.specifier}")
     return sorted(lines)

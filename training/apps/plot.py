@@ -32,12 +32,12 @@ def save_picture(
     if path.suffix.lower() == ".svg":
         write_text(path, ecg_svg(record, paper, caption))
         return
-    scale = width / page_width(paper, record.array.shape[1] / record.sampling_rate)
+    scale = width / page_width(paper, record.array.shape[1] / record.sampling_rate)  # pixels for a millimetre of paper
     if height is None:
         height = max(1, round(scale * page_height(paper, record.lead_names)))
     picture = draw_ecg(record, height, width, paper, caption)
     with atomic_path(path) as temporary:
-        picture.save(temporary, "PNG", dpi=(25.4 * scale, 25.4 * scale))
+        picture.save(temporary, "PNG", dpi=(25.4 * scale, 25.4 * scale))  # 25.4 mm are an inch
 
 
 def time_span(record: ECGRecord, start: float, seconds: float | None) -> slice:
@@ -55,10 +55,10 @@ def time_span(record: ECGRecord, start: float, seconds: float | None) -> slice:
         raise ValueError(f"--start is {start:g}; the record lasts {duration:g} s, and the drawing begins within it.")
     if seconds is None:
         seconds = math.inf if duration - start <= MAX_SECONDS else DEFAULT_SECONDS
-    if not seconds * rate >= 1:
+    if not seconds * rate >= 1:  # NaN fails too
         raise ValueError(f"--seconds is {seconds:g}; expected at least one sample, which takes {1 / rate:g} s.")
-    first = min(round(start * rate), num_samples - 1)
-    return slice(first, min(num_samples, first + round(min(seconds * rate, num_samples))))
+    first = min(round(start * rate), num_samples - 1)  # a start just before the end would be rounded to it
+    return slice(first, min(num_samples, first + round(min(seconds * rate, num_samples))))  # infinity cannot be rounded
 
 
 def plot(path: Path, output: Path, args: argparse.Namespace, paper: ECGPaper) -> None:
@@ -74,7 +74,7 @@ def plot(path: Path, output: Path, args: argparse.Namespace, paper: ECGPaper) ->
         span = time_span(record, args.start, args.seconds)
         part = replace(record, array=record.array[:, span])
         if args.leads is not None:
-            part = select_leads(part, args.leads)
+            part = select_leads(part, args.leads)  # derives limb leads that the record lacks from I and II
         rate, duration = record.sampling_rate, record.array.shape[1] / record.sampling_rate
         facts = [args.title or path.stem, f"{paper.speed:g} mm/s", f"{paper.gain:g} mm/mV", f"{rate:g} Hz"]
         done = f"Picture of {path.name} in {output.resolve()}"

@@ -10,7 +10,7 @@ from elm_ecg.training.apps.demo import Page, build_demo, example_files, serve
 
 HERE = Path(__file__).parent
 space = json.loads((HERE / "space.json").read_text(encoding="utf-8"))
-where = {"revision": space["revision"], "trust_remote_code": True}
+where = {"revision": space["revision"], "trust_remote_code": True}  # best a commit: its code stays as it is
 processor = AutoProcessor.from_pretrained(space["model"], **where)
 if space["adapter"]:
     from peft import AutoPeftModelForCausalLM
