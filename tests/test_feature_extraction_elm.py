@@ -323,6 +323,8 @@ class TestPrepare:
             )
         for num_samples in (49, 50):
             assert small().prepare(noise(12, num_samples), 100).metadata["notices"] == ()
+        hours = small().prepare(np.zeros((12, 86_400)), 1, start=40_000.25)
+        assert hours.metadata["notices"] == ("The model reads 40000.25 to 40000.75 s of 86400 s.",)
 
 
 class TestMissingLeads:
