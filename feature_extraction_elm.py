@@ -236,7 +236,7 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
         # cut between blocks: where one of `denominator` samples of the record begins, one of `numerator` of the output does
         blocks = max(0, first - margin) // ratio.numerator
         stop = math.ceil((first + self.num_samples + margin) / ratio)
-        signal = resample(record.array[:, blocks * ratio.denominator : stop], *rates)
+        signal = resample(record.array[:, blocks * ratio.denominator : stop], *rates, offset=record.array[:, :1])
         signal = filter_ecg(signal, self.sampling_rate, self.bandpass, self.notch)
         first -= blocks * ratio.numerator
         return signal[:, first : first + self.num_samples]
