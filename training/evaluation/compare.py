@@ -201,12 +201,12 @@ def compare(
         for pair in combinations(names, 2)  # each pair once, in the order of the models
         for metric in metrics
     }
-    # of one patient alone, none has a p-value
+    # there is no p-value for one patient, nor for an AUROC of too few patients with one of the answers
     p_values = [row.p_value for row in differences.values() if row.p_value is not None]
-    adjusted = holm(p_values) if p_values else [None] * len(differences)
+    adjusted = iter(holm(p_values) if p_values else [])
     return scores, [
-        Comparison(pair, metric, row, p_value)
-        for ((pair, metric), row), p_value in zip(differences.items(), adjusted, strict=True)
+        Comparison(pair, metric, row, None if row.p_value is None else next(adjusted))
+        for (pair, metric), row in differences.items()
     ]
 
 
@@ -217,7 +217,7 @@ def in_words(comparisons: list[Comparison]) -> str:
     for row in comparisons:
         metric, gain = title_of(row.metric), row.difference.value or 0.0
         if row.adjusted_p_value is None:
-            parts.append(f"nothing can be said of {metric}: all questions are about one patient")
+            parts.append(f"nothing can be said of {metric}: the questions are about too few patients")
         elif row.adjusted_p_value < LEVEL:
             better, worse = (first, second) if gain > 0 else (second, first)
             parts.append(f"{better} is better than {worse} by {as_percent(abs(gain))} points of {metric}")
