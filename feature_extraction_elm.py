@@ -178,10 +178,12 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
         rate, num_samples = self.sampling_rate, array.shape[1]
         seconds, duration = self.num_samples / rate, record.array.shape[1] / record.sampling_rate
         unread = [name for name in recorded.lead_names if name not in self.lead_names]
-        span = f"{first / rate:.4g} to {(first + num_samples) / rate:.4g} s of {duration:.4g} s"
+        begin, end, length = (
+            f"{round(value, 3):.12g}" for value in (first / rate, (first + num_samples) / rate, duration)
+        )
         sentences = {  # -> whether they apply; a sample more or less is rounding
             f"Not read: {', '.join(unread)}.": unread,
-            f"The model reads {span}.": first or (duration - seconds) * rate >= 1,
+            f"The model reads {begin} to {end} s of {length} s.": first or (duration - seconds) * rate >= 1,
             f"Shorter than the {seconds:g} s that the model reads.": num_samples < self.num_samples - 1,
         }
         # without `start`: a record that is prepared twice must not be cut twice
@@ -234,7 +236,7 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
         # cut between blocks: where one of `denominator` samples of the record begins, one of `numerator` of the output does
         blocks = max(0, first - margin) // ratio.numerator
         stop = math.ceil((first + self.num_samples + margin) / ratio)  # samples of the record; may lie beyond its end
-        signal = resample(record.array[:, blocks * ratio.denominator : stop], *rates)
+        signal = resample(record.array[:, blocks * ratio.denominator : stop], *rates, offset=record.array[:, :1])
         signal = filter_ecg(signal, self.sampling_rate, self.bandpass, self.notch)
         first -= blocks * ratio.numerator  # from here on in samples of the cut
         return signal[:, first : first + self.num_samples]

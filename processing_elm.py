@@ -420,6 +420,12 @@ class ELMProcessor(ProcessorMixin):
         return files
 
     @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        """The parts, the feature extractor of the class here: transformers would ask to trust the code saved with it."""
+        extractor = ECGFeatureExtractor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return [extractor, cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs)]
+
+    @classmethod
     def get_processor_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:

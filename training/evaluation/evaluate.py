@@ -153,6 +153,8 @@ def _check(settings: Mapping[str, Any], prefix: str = "") -> None:
     for name in ("batch_size", "max_new_tokens", "num_resamples"):
         if settings[name] < 1:
             raise ValueError(f"{prefix}{name} is {settings[name]}; it must be at least 1.")
+    if min(np.atleast_1d(settings["seed"])) < 0:
+        raise ValueError(f"{prefix}seed is {settings['seed']}; it must be at least 0.")
     known = {"conditions": ASKED, "metrics": METRIC_NAMES, "score": get_args(ScoredBy)}
     for name, expected in known.items():
         values = [settings[name]] if name == "score" else settings[name]
@@ -234,7 +236,12 @@ def _summarise(
         "schema_version": SCHEMA_VERSION,
         "model": Path(model.name_or_path or "").name,
         "model_revision": getattr(model.config, "_commit_hash", None),
-        "data": {"names": [], "split": str(data.split), "fold": None, "fingerprint": fingerprint_of(questions)},
+        "data": {
+            "names": [],
+            "split": data.split and str(data.split),
+            "fold": None,
+            "fingerprint": fingerprint_of(questions),
+        },
         "settings": settings,
         "packages": {name: version(name) for name in PACKAGES},
         **scorer.summarise(answers, likelihoods),
