@@ -124,7 +124,7 @@ def as_chat(question: Any, system_prompt: str | None = None) -> list[dict[str, A
         raise ValueError('The pipeline got an empty list of ECGs; leave "ecg" out of a question that is about none.')
     for ecg in ecg_list:
         if isinstance(ecg, (list, tuple)):
-            ecg = np.asarray(ecg, dtype=np.float32)
+            ecg = np.asarray(ecg)  # integers stay integers, which need a unit
         place = "path" if isinstance(ecg, (str, os.PathLike)) else "ecg"
         parts.append({"type": "ecg", place: ecg, **described})
     return [*system, {"role": "user", "content": [*parts, {"type": "text", "text": question["question"]}]}]

@@ -282,6 +282,11 @@ class TestPrepare:
             expected = replace(record, metadata={"start": start})
             np.testing.assert_array_equal(extractor(expected, padding=False).ecg_values[0], prepared.array)
 
+    def test_zero_is_no_truncation(self):
+        """0 equals False, so it is taken as False: a longer record is an error, not cut in silence."""
+        with pytest.raises(ValueError, match="the model"):
+            small().prepare(noise(12, 5000), 500, truncation=0)
+
     def test_only_what_matters_is_resampled(self, monkeypatch):
         """The memory that a record takes depends on the part of it that is read."""
         sizes = []
