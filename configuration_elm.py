@@ -58,7 +58,7 @@ class ECGEncoderConfig(PreTrainedConfig):
         paper: what the encoder is called in model cards, and where it is described.
     """
 
-    paper: ClassVar[tuple[str, str]]
+    paper: ClassVar[tuple[str, str]]  # no field, so not in config.json
 
     num_leads: int = 12
     num_samples: int = 2500
@@ -80,7 +80,7 @@ class ECGEncoderConfig(PreTrainedConfig):
                 raise ValueError(f"{type(self).__name__}.{name} is {getattr(self, name)}; it must be at least 1.")
 
 
-@strict
+@strict  # checks the fields' types and calls each `validate_...` after `__init__`
 class MERLConfig(ECGEncoderConfig):
     """1-D ResNet of MERL (Liu et al. 2024, arXiv 2403.06659); the default is its ResNet-101.
 
@@ -94,7 +94,7 @@ class MERLConfig(ECGEncoderConfig):
     paper = ("MERL, a 1-D ResNet", "https://arxiv.org/abs/2403.06659")
 
     block: Literal["bottleneck", "basic"] = "bottleneck"
-    depths: list[int] | tuple[int, ...] = (3, 4, 23, 3)
+    depths: list[int] | tuple[int, ...] = (3, 4, 23, 3)  # JSON has no tuples: loaded ones are lists
     widths: list[int] | tuple[int, ...] = (64, 128, 256, 512)
 
     def validate_stages(self) -> None:
@@ -113,12 +113,12 @@ class MERLConfig(ECGEncoderConfig):
 class ECGTransformerConfig(ECGEncoderConfig):
     """The pre-norm transformer that MLAE, MTAE and ST-MEM share: head size 64, MLP ratio 4, exact GELU."""
 
-    attribute_map = {"output_size": "hidden_size"}
+    attribute_map = {"output_size": "hidden_size"}  # config.output_size is config.hidden_size
 
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
-    head_dim: int = 64
+    head_dim: int = 64  # not hidden_size / heads: the two may differ
     mlp_ratio: int = 4
     layer_norm_eps: float = 1e-5
 
@@ -169,7 +169,7 @@ def default_patch_size(num_samples: int) -> int:
             f"num_samples={num_samples} cannot be cut into 16 to 64 equal patches; choose another length "
             "or set patch_size yourself."
         )
-    return num_samples // min(counts, key=lambda n: abs(n - 32))
+    return num_samples // min(counts, key=lambda n: abs(n - 32))  # of two counts as near, the lower
 
 
 class TimePatchConfig(ECGEncoderConfig):
@@ -185,7 +185,7 @@ class TimePatchConfig(ECGEncoderConfig):
     def validate_patches(self) -> None:
         """ValueError if a record does not make whole patches."""
         size = self.patch_size
-        if not isinstance(size, int) or size < 1 or self.num_samples % size:
+        if not isinstance(size, int) or size < 1 or self.num_samples % size:  # typed Any above, so unchecked
             raise ValueError(
                 f"{type(self).__name__}.patch_size is {size!r} samples, which must divide num_samples={self.num_samples}."
             )
@@ -254,7 +254,7 @@ class ELMConfig(PreTrainedConfig):
 
     model_type = "elm"
     sub_configs_defaults = {
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),  # where no model_type is given
         "encoder_config": EncoderSpec(config_class=AutoConfig, model_type="merl", optional=True),
     }
 
@@ -263,20 +263,20 @@ class ELMConfig(PreTrainedConfig):
     architecture: str = "llava"
     connector: str | None = "linear"
     representation: str = "signal"
-    num_ecg_tokens: int = 1
+    num_ecg_tokens: int = 1  # the trainer fills in the connector's own, of `default_num_ecg_tokens`
     image_features: str = "patches"
     ecg_token_id: int | None = None
     num_leads: int = 12
     num_samples: int = 2500
-    tie_word_embeddings: bool = False
+    tie_word_embeddings: bool = False  # any value is replaced below by that of text_config
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs["auto_map"] = {
             "AutoConfig": "configuration_elm.ELMConfig",
             "AutoModelForCausalLM": "modeling_elm.ELMForConditionalGeneration",
-            "AutoModelForImageTextToText": "modeling_elm.ELMForConditionalGeneration",
+            "AutoModelForImageTextToText": "modeling_elm.ELMForConditionalGeneration",  # TRL tries it first
         }
-        kwargs["custom_pipelines"] = {
+        kwargs["custom_pipelines"] = {  # read by `pipeline()` from the config.json of a Hub repo
             "ecg-question-answering": {
                 "impl": "pipeline_elm.ECGQuestionAnsweringPipeline",
                 "pt": ["AutoModelForCausalLM"],
@@ -334,7 +334,7 @@ class ELMConfig(PreTrainedConfig):
                     "vision backbone: expected 'llava'."
                 )
             return
-        if hasattr(encoder, "vision_config"):
+        if hasattr(encoder, "vision_config"):  # CLIP as a whole, not its tower
             raise ValueError(
                 f"encoder_config is of a {encoder.model_type!r} model, which reads text too; give its vision_config alone."
             )

@@ -76,7 +76,7 @@ class ECGPaper:
             object.__setattr__(self, "rhythm_leads", leads)  # a list where it comes from JSON
         for name, example in (("speed", "25 mm/s"), ("gain", "10 mm/mV"), ("line_width", "0.35 mm")):
             value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)  # True is an int
             if not (number and math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} is {value!r}; expected a positive number, such as {example}.")
         for name in ("trace_color", "major_color", "minor_color", "background_color", "text_color"):
@@ -144,10 +144,10 @@ def strips(paper: ECGPaper, lead_names: Sequence[str], seconds: float, height_mm
     leads = sorted(lead_names, key=STANDARD_LEADS.index)
     rhythm, all_rows = _rhythm_leads(paper, leads), _num_rows(paper, leads)
     rows = all_rows - len(rhythm)
-    columns = math.ceil(len(leads) / rows)
+    columns = math.ceil(len(leads) / rows)  # 5 leads in 3x4: 2 rows, 3 columns
     row_height = (height_mm - 2 * VERTICAL_MARGIN) / all_rows
     middles = [VERTICAL_MARGIN + (row + 0.5) * row_height for row in range(all_rows)]
-    baselines = [math.floor(middle / MINOR_GRID + 0.5) * MINOR_GRID for middle in middles]
+    baselines = [math.floor(middle / MINOR_GRID + 0.5) * MINOR_GRID for middle in middles]  # halves up; round(): even
     page = []
     for index, lead in enumerate(leads):
         column, row = divmod(index, rows)
@@ -168,7 +168,7 @@ def _traces(record: ECGRecord, paper: ECGPaper, page: Iterable[Strip]) -> Iterat
             if not column:
                 continue
             leads = record.array[[record.lead_names.index(strip.lead) for strip in column]]
-            baselines = np.array([[strip.y] for strip in column])
+            baselines = np.array([[strip.y] for strip in column])  # [strips, 1]; a lead's median stands there
             y = baselines - paper.gain * (leads[:, first:last] - np.median(leads, axis=1, keepdims=True))
             yield column, (x + (np.arange(first, last) / rate - start) * paper.speed, y)
 
@@ -176,7 +176,7 @@ def _traces(record: ECGRecord, paper: ECGPaper, page: Iterable[Strip]) -> Iterat
 def _pulses(paper: ECGPaper, page: Iterable[Strip]) -> Lines:
     """The calibration pulse of each row, in mm."""
     rows = np.array(sorted({strip.y for strip in page}))
-    return np.array(PULSE_X), rows[:, None] - paper.gain * np.array(PULSE_MILLIVOLTS)
+    return np.array(PULSE_X), rows[:, None] - paper.gain * np.array(PULSE_MILLIVOLTS)  # minus, as y runs down
 
 
 def _separators(page: Iterable[Strip]) -> list[Lines]:
@@ -205,13 +205,13 @@ def _pen(lines: Iterable[Lines], height: int, width: int, line_width: float, sca
         scale: pixels per mm.
     """
     radius = max(MIN_LINE_WIDTH, line_width * scale) / 2
-    parts = 5
+    parts = 5  # a divisor of 255: a pixel that is all covered gets exactly 255
     ink = 255 // parts  # of a pixel that is covered in one part
     reach = max(0, round(radius * parts - 0.5))  # parts that the pen covers on each side of its own
     beside = np.sqrt((radius**2 - ((np.arange(reach) + 1.5) / parts) ** 2).clip(min=0))  # where it leaves these
     half_heights = np.concatenate([beside[::-1], [radius], beside])
     # how much more ink a pixel has than the one above
-    steps = np.zeros((height + 2) * width, dtype=np.int16)
+    steps = np.zeros((height + 2) * width, dtype=np.int16)  # two more rows: ink at the lower edge goes there
     for x, y in lines:
         x, y = x * scale, y * scale
         part = np.floor(x * parts).astype(np.intp)
@@ -219,30 +219,30 @@ def _pen(lines: Iterable[Lines], height: int, width: int, line_width: float, sca
         borders = np.arange(part[0], part[-1] + 2) / parts
         ends = np.stack([np.interp(borders, x, line) for line in y])
         top, bottom = np.minimum(ends[:, :-1], ends[:, 1:]), np.maximum(ends[:, :-1], ends[:, 1:])
-        filled, starts = np.unique(part - part[0], return_index=True)
+        filled, starts = np.unique(part - part[0], return_index=True)  # x never falls: parts are in one piece
         top[:, filled] = np.minimum(top[:, filled], np.minimum.reduceat(y, starts, axis=1))
         bottom[:, filled] = np.maximum(bottom[:, filled], np.maximum.reduceat(y, starts, axis=1))
         # what the pen spans there
         first, last = part[0] - reach, part[-1] + reach + 1
         tops = np.full((len(y), last - first), np.inf)
         bottoms = -tops
-        for shift, half in enumerate(half_heights):
+        for shift, half in enumerate(half_heights):  # the pen's outline from left to right
             under = slice(shift, shift + top.shape[1])
             np.minimum(tops[:, under], top - half, out=tops[:, under])
             np.maximum(bottoms[:, under], bottom + half, out=bottoms[:, under])
         column = np.arange(first, last) // parts
         inside = (column >= 0) & (column < width)
-        for edges, sign in ((tops, 1), (bottoms, -1)):
+        for edges, sign in ((tops, 1), (bottoms, -1)):  # ink begins at the top and ends at the bottom
             depth = np.rint(edges[:, inside].clip(0, height) * ink).astype(np.intp)
             row, below = np.divmod(depth, ink)
             cell = (row * width + column[inside]).ravel()
             below = below.ravel().astype(np.int16)
-            np.add.at(steps, cell, sign * (ink - below))
+            np.add.at(steps, cell, sign * (ink - below))  # `+=` counts a cell that occurs twice once
             np.add.at(steps, cell + width, sign * below)
     rows = steps[: height * width].reshape(height, width)
     for above, row in pairwise(rows):
-        row += above
-    return Image.fromarray(np.minimum(rows, 255).astype(np.uint8))
+        row += above  # in place: a running sum of `steps` down the picture
+    return Image.fromarray(np.minimum(rows, 255).astype(np.uint8))  # more where lines cross
 
 
 def _grid(height: int, width: int, spacing: float, line_width: float, scale: float) -> Image.Image:
@@ -251,15 +251,15 @@ def _grid(height: int, width: int, spacing: float, line_width: float, scale: flo
     if spacing < MIN_GRID_SPACING:
         return Image.new("L", (width, height))
 
-    def covered(length: int) -> np.ndarray:
+    def covered(length: int) -> np.ndarray:  # share of each pixel; lines are centred on multiples of `spacing`
         lines, beyond = np.divmod(np.arange(length + 1) + line_width / 2, spacing)
-        return np.diff(lines * line_width + beyond.clip(max=line_width))
+        return np.diff(lines * line_width + beyond.clip(max=line_width))  # of the length covered so far
 
     free = np.outer(1 - covered(height), 1 - covered(width))
     return Image.fromarray(np.rint(255 * (1 - free)).astype(np.uint8))
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=8)  # records of one shape share a page
 def _page(
     paper: ECGPaper, lead_names: tuple[str, ...], seconds: float, height: int, width: int, caption: str
 ) -> tuple[list[Strip], Image.Image]:
@@ -284,23 +284,23 @@ def _page(
     picture.paste(paper.trace_color, mask=_pen([_pulses(paper, page)], height, width, paper.line_width, scale))
 
     text_size = max(MIN_TEXT_SIZE, TEXT_SIZE * scale)
-    font, halo = ImageFont.load_default(text_size), max(1, round(text_size / 16))
+    font, halo = ImageFont.load_default(text_size), max(1, round(text_size / 16))  # Pillow's own, none of the system
     texts = [
-        *_labels(page, (height_mm - 2 * VERTICAL_MARGIN) / rows, text_size / scale),
+        *_labels(page, (height_mm - 2 * VERTICAL_MARGIN) / rows, text_size / scale),  # in mm
         (caption, MINOR_GRID, height_mm - MINOR_GRID),
     ]
     draw = ImageDraw.Draw(picture)
     for text, x, y in texts:
-        place = (x * scale, y * scale)
+        place = (x * scale, y * scale)  # where the line of writing begins: anchor 'ls'
         draw.text(place, text, paper.text_color, font, "ls", stroke_width=halo, stroke_fill=paper.background_color)
-    return page, picture
+    return page, picture  # cached: not to be painted on
 
 
 def draw_ecg(
     record: ECGRecord,
     height: int,
     width: int,
-    paper: ECGPaper = ECGPaper(),
+    paper: ECGPaper = ECGPaper(),  # frozen, so it may be a default
     caption: str = "",
     lead_names: tuple[str, ...] | None = None,
 ) -> Image.Image:
@@ -341,19 +341,19 @@ def ecg_svg(record: ECGRecord, paper: ECGPaper = ECGPaper(), caption: str = "") 
     seconds = record.array.shape[1] / record.sampling_rate
     width, height = page_width(paper, seconds), page_height(paper, record.lead_names)
     page = strips(paper, record.lead_names, seconds, height)
-    size = {"width": f"{width:g}mm", "height": f"{height:g}mm", "viewBox": f"0 0 {width:g} {height:g}"}
+    size = {"width": f"{width:g}mm", "height": f"{height:g}mm", "viewBox": f"0 0 {width:g} {height:g}"}  # unit: mm
     svg = ElementTree.Element("svg", {"xmlns": "http://www.w3.org/2000/svg", **size})
-    ElementTree.SubElement(svg, "title").text = caption or "ECG"
+    ElementTree.SubElement(svg, "title").text = caption or "ECG"  # read aloud by screen readers
     ElementTree.SubElement(svg, "rect", {"width": "100%", "height": "100%", "fill": paper.background_color})
 
     def path(steps: str, color: str, line_width: float, lead: str = "") -> None:
         style = {"fill": "none", "stroke": color, "stroke-width": f"{line_width:g}", "stroke-linejoin": "round"}
         element = ElementTree.SubElement(svg, "path", {"d": steps, **style})
         if lead:
-            ElementTree.SubElement(element, "title").text = lead
+            ElementTree.SubElement(element, "title").text = lead  # shown under the mouse
 
     def polyline(x: np.ndarray, y: np.ndarray) -> str:
-        return "M" + "L".join(f"{a:.3f},{b:.3f}" for a, b in zip(x.tolist(), y.tolist(), strict=True))
+        return "M" + "L".join(f"{a:.3f},{b:.3f}" for a, b in zip(x.tolist(), y.tolist(), strict=True))  # to 1 um
 
     for spacing, color, line_width in (
         (MINOR_GRID, paper.minor_color, MINOR_WIDTH),

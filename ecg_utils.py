@@ -391,17 +391,18 @@ def _polyphase_filter(up: int, down: int) -> tuple[np.ndarray, int]:
     return weight[:, None].astype(np.float32), before
 
 
-def resample(array: np.ndarray, source_rate: float, target_rate: float) -> np.ndarray:
+def resample(array: np.ndarray, source_rate: float, target_rate: float, offset: np.ndarray | None = None) -> np.ndarray:
     """Resamples to another sampling rate, with an anti-aliasing filter and without delay.
 
     The polyphase FIR filter (a sinc in a Kaiser window, beta 5, over ten zero crossings on each side) is that of
-    `scipy.signal.resample_poly(..., padtype="edge")`. Each lead's first sample is subtracted before and added after:
-    a constant stays exactly constant, and an offset makes no ripple.
+    `scipy.signal.resample_poly(..., padtype="edge")`. Each lead's `offset` is subtracted before and added after: a constant
+    stays exactly constant, and an offset makes no ripple.
 
     Args:
         array: float32 [leads, samples].
         source_rate, target_rate: in hertz. `resampling_ratio` up/down is exact for integer rates if one is at most 1000 Hz,
             and within 0.05 % for any other.
+        offset: [leads, 1], the first sample of each lead by default. A part of a record takes that of the whole.
 
     Returns:
         float32 [leads, ceil(samples * up / down)]; `array` itself where the rates are equal.
@@ -416,7 +417,7 @@ def resample(array: np.ndarray, source_rate: float, target_rate: float) -> np.nd
     num_outputs = math.ceil(num_samples * ratio)
     num_blocks = math.ceil(num_outputs / up)
     after = max(0, (num_blocks - 1) * down + weight.shape[2] - before - num_samples)
-    offset = array[:, :1]
+    offset = array[:, :1] if offset is None else offset
     import torch  # late: reading and checking records need not wait for it
 
     signal = np.pad(array - offset, ((0, 0), (before, after)), mode="edge")[:, None]

@@ -130,7 +130,7 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
         mask = np.zeros(values.shape[:2], dtype=bool)
         for index, record in enumerate(records):
             mask[index] = [name in record.lead_names for name in self.lead_names]
-            values[index, mask[index], : record.array.shape[1]] = record.array
+            values[index, mask[index], : record.array.shape[1]] = record.array  # both in the order of `lead_names`
         features: dict[str, Any] = {"ecg_values": values}
         if not padding:
             lengths = [record.array.shape[1] for record in records]
@@ -170,7 +170,7 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
         """
         recorded = as_record(ecg, sampling_rate, lead_names, unit)
         record = select_leads(recorded, self.lead_names, allow_missing=self.missing_leads == "zeros")
-        start = record.metadata.get("start") if start is None else start
+        start = record.metadata.get("start") if start is None else start  # no `or`: 0 is a start
         first = self._first_sample(record, start, truncation)
         array = self._part(record, first)
         array = self._normalize(array) if normalize else array
@@ -178,10 +178,12 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
         rate, num_samples = self.sampling_rate, array.shape[1]
         seconds, duration = self.num_samples / rate, record.array.shape[1] / record.sampling_rate
         unread = [name for name in recorded.lead_names if name not in self.lead_names]
-        span = f"{first / rate:.4g} to {(first + num_samples) / rate:.4g} s of {duration:.4g} s"
+        begin, end, length = (
+            f"{round(value, 3):.12g}" for value in (first / rate, (first + num_samples) / rate, duration)
+        )
         sentences = {  # -> whether they apply; a sample more or less is rounding
             f"Not read: {', '.join(unread)}.": unread,
-            f"The model reads {span}.": first or (duration - seconds) * rate >= 1,
+            f"The model reads {begin} to {end} s of {length} s.": first or (duration - seconds) * rate >= 1,
             f"Shorter than the {seconds:g} s that the model reads.": num_samples < self.num_samples - 1,
         }
         # without `start`: a record that is prepared twice must not be cut twice
@@ -214,7 +216,7 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
         if start is not None:
             if not 0 <= start < length / rate:
                 raise ValueError(f"start is {start:g} s; expected a second of the ECG, which has {length / rate:g} s.")
-            return min(round(start * rate), num_samples - 1)
+            return min(round(start * rate), num_samples - 1)  # rounding may reach the end
         if truncation is False and length >= self.num_samples + 1:
             raise ValueError(
                 f"The ECG is {length / rate:.4g} s long ({length:.6g} samples at {rate:g} Hz), the model takes "
@@ -229,14 +231,14 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
         rates = record.sampling_rate, self.sampling_rate
         ratio = resampling_ratio(*rates)
         # what lies beyond this margin does not change the part: a long record takes no more time and memory than its part
-        seconds = settling_seconds(self.bandpass, self.notch) + ZERO_CROSSINGS / min(rates)
+        seconds = settling_seconds(self.bandpass, self.notch) + ZERO_CROSSINGS / min(rates)  # of both filters
         margin = math.ceil(seconds * self.sampling_rate)
         # cut between blocks: where one of `denominator` samples of the record begins, one of `numerator` of the output does
         blocks = max(0, first - margin) // ratio.numerator
-        stop = math.ceil((first + self.num_samples + margin) / ratio)
-        signal = resample(record.array[:, blocks * ratio.denominator : stop], *rates)
+        stop = math.ceil((first + self.num_samples + margin) / ratio)  # samples of the record; may lie beyond its end
+        signal = resample(record.array[:, blocks * ratio.denominator : stop], *rates, offset=record.array[:, :1])
         signal = filter_ecg(signal, self.sampling_rate, self.bandpass, self.notch)
-        first -= blocks * ratio.numerator
+        first -= blocks * ratio.numerator  # from here on in samples of the cut
         return signal[:, first : first + self.num_samples]
 
     def _normalize(self, signal: np.ndarray) -> np.ndarray:
@@ -246,14 +248,14 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
             return centred / np.float32(centred.std(dtype=np.float64) + EPSILON)
         if self.normalization == "minmax":
             low = signal.min()
-            return (signal - low) / (signal.max() - low + EPSILON)
+            return (signal - low) / (signal.max() - low + EPSILON)  # stays float32, as EPSILON is a Python float
         return signal
 
 
 def _check_truncation(truncation: bool | str) -> bool | str:
     if truncation not in TRUNCATIONS:
         raise ValueError(f"truncation is {truncation!r}; expected one of {TRUNCATIONS}.")
-    return truncation
+    return truncation or False  # 0 equals False, so it passes the test above
 
 
 def as_batch(ecgs: Any) -> list:
@@ -262,10 +264,10 @@ def as_batch(ecgs: Any) -> list:
     Raises:
         ValueError: there is none.
     """
-    is_sequence = isinstance(ecgs, Sequence) and not isinstance(ecgs, str)
+    is_sequence = isinstance(ecgs, Sequence) and not isinstance(ecgs, str)  # a str is a path
     depth, inner = 0, ecgs  # of lists, and below of the array inside
     while isinstance(inner, Sequence) and not isinstance(inner, str) and len(inner):
-        depth, inner = depth + 1, inner[0]
+        depth, inner = depth + 1, inner[0]  # of the first items; `as_record` finds ragged ones
     depth += getattr(inner, "ndim", 0)
     batch = list(ecgs) if depth == 3 or (is_sequence and depth != 2) else [ecgs]
     if not batch:

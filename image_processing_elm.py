@@ -81,12 +81,12 @@ class ECGImageProcessor(BaseImageProcessor):
         if not ecgs:
             raise ValueError("There is no ECG; give at least one.")
         pictures = [ecg if isinstance(ecg, Image.Image) else self.draw(ecg, seconds, lead_names) for ecg in ecgs]
-        rows = [self._pixels(picture.convert("RGB")) for picture in pictures]
-        columns = {name: np.ascontiguousarray([row[name][0] for row in rows]) for name in rows[0]}
+        rows = [self._pixels(picture.convert("RGB")) for picture in pictures]  # scans may be grey or have alpha
+        columns = {name: np.ascontiguousarray([row[name][0] for row in rows]) for name in rows[0]}  # batches of one
         return BatchFeature(columns, tensor_type=return_tensors)
 
     def _pixels(self, picture: Image.Image) -> BatchFeature:
-        if self._size is None:
+        if self._size is None:  # SigLIP2, which itself resizes to its number of patches
             return self.image_processor(picture)
         height, width = self._size
         if picture.size != (width, height):
@@ -111,21 +111,21 @@ class ECGImageProcessor(BaseImageProcessor):
             height, width = self.image_size(leads, seconds)
             # millimetres of paper that the picture shows at least: rows half as high as on a page of natural size
             least = page_height(self.paper, leads) / 2
-            scale = min(width / page_width(self.paper, seconds), height / least)
+            scale = min(width / page_width(self.paper, seconds), height / least)  # pixels per millimetre
             own_width = round(scale * page_width(self.paper, own_seconds))
             picture = Image.new("RGB", (width, height), self.paper.background_color)
-            picture.paste(draw_ecg(record, height, own_width, self.paper, lead_names=leads))
+            picture.paste(draw_ecg(record, height, own_width, self.paper, lead_names=leads))  # at the left
             return picture
         low, high = self.value_range
         grey = ((record.array - low) * (255 / (high - low))).clip(0, 255)
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")  # leads high, samples wide
 
     def image_size(self, lead_names: Sequence[str], seconds: float) -> tuple[int, int]:
         """Height and width in pixels of a drawing."""
         if self._size is not None:
             return self._size
         height: Any = page_height(self.paper, lead_names)
-        width: Any = page_width(self.paper, seconds)
+        width: Any = page_width(self.paper, seconds)  # millimetres: only the ratio counts
         patches = self.image_processor.patch_size, self.image_processor.max_num_patches
         return get_image_size_for_max_num_patches(height, width, *patches)  # which leaves its result as it is
 
@@ -143,7 +143,7 @@ class ECGImageProcessor(BaseImageProcessor):
 
 def _pil_image_processor(image_processor: BaseImageProcessor | Mapping[str, Any]) -> Any:
     fields = dict(image_processor if isinstance(image_processor, Mapping) else image_processor.to_dict())
-    name = fields.pop("image_processor_type", "").removesuffix("Fast").removesuffix("Pil")
+    name = fields.pop("image_processor_type", "").removesuffix("Fast").removesuffix("Pil")  # as any variant saves it
     for class_name in (f"{name}Pil", name):
         image_processor_class = get_image_processor_class_from_name(class_name)
         if image_processor_class is not None:
@@ -160,7 +160,7 @@ def _target_size(image_processor: Any) -> tuple[int, int] | None:
     size = image_processor.crop_size if getattr(image_processor, "do_center_crop", False) else image_processor.size
     if size is not None and size.height and size.width:
         return size.height, size.width
-    if size is not None and size.shortest_edge:
+    if size is not None and size.shortest_edge:  # only one side is fixed: a square
         return size.shortest_edge, size.shortest_edge
     raise ValueError(f"The image processor's size is {size}; expected a height and a width in pixels.")
 

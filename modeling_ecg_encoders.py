@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers import initialization as init
+from transformers import initialization as init  # leaves alone what a checkpoint has filled
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
@@ -39,14 +39,14 @@ class ECGEncoder(PreTrainedModel):
     config: ECGEncoderConfig
     config_class: type[ECGEncoderConfig]  # transformers sets it to what `config` is annotated with
     base_model_prefix = "encoder"
-    main_input_name = "ecg_values"
+    main_input_name = "ecg_values"  # transformers would look for input_ids
     input_modalities = "ecg"
     supports_gradient_checkpointing = True
 
     def prepare_ecg_values(self, ecg_values: torch.Tensor, lead_mask: torch.Tensor | None = None) -> torch.Tensor:
         """The records in the model's dtype, zeros for missing leads; ValueError if they do not fit the configuration."""
         name, leads = type(self).__name__, self.config.num_leads
-        if not ecg_values.is_floating_point():
+        if not ecg_values.is_floating_point():  # integers are a recorder's counts, not millivolts
             raise ValueError(
                 f"{name} got ecg_values of dtype {ecg_values.dtype}; expected floating point values: "
                 "convert them with ecg_values.float()."
@@ -73,7 +73,7 @@ class ECGEncoder(PreTrainedModel):
         """Tokens [batch, tokens, output_size] of records as `prepare_ecg_values` gives them; `kwargs` are of the attention."""
         raise NotImplementedError
 
-    @capture_outputs(tie_last_hidden_states=False)
+    @capture_outputs(tie_last_hidden_states=False)  # else the last block's state becomes last_hidden_state
     def forward(
         self, ecg_values: torch.Tensor, lead_mask: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutput:
@@ -101,7 +101,7 @@ def without_missing_leads(ecg_values: torch.Tensor, lead_mask: torch.Tensor | No
             f"The lead mask has shape {list(lead_mask.shape)}; expected {list(ecg_values.shape[:2])}, one value for each lead of each "
             "record: take ecg_lead_mask as the feature extractor gives it."
         )
-    return ecg_values.masked_fill(~lead_mask.bool()[..., None], 0)
+    return ecg_values.masked_fill(~lead_mask.bool()[..., None], 0)  # not a product: 0 * NaN is NaN
 
 
 # MERL
@@ -113,7 +113,7 @@ class ResNetConv(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> None:
         super().__init__()
         self.conv = nn.Conv1d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
-        self.norm = nn.BatchNorm1d(out_channels)
+        self.norm = nn.BatchNorm1d(out_channels)  # its shift makes a bias before it useless
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[batch, channels, length] -> [batch, out_channels, length / stride]."""
@@ -128,7 +128,7 @@ class BatchNormBlock(GradientCheckpointingLayer):
         momentum = 1 - math.sqrt(0.9) if self.gradient_checkpointing else 0.1
         for module in self.modules():
             if isinstance(module, nn.BatchNorm1d):
-                module.momentum = momentum
+                module.momentum = momentum  # the weight of the newest batch, as PyTorch defines it
         return super().__call__(*args, **kwargs)
 
 
@@ -141,7 +141,7 @@ class ResNetBlock(BatchNormBlock):
             out_channels = 4 * width  # the expansion of ResNet
             convs = [
                 ResNetConv(in_channels, width, 1),
-                ResNetConv(width, width, 3, stride),
+                ResNetConv(width, width, 3, stride),  # here as in torchvision; ResNet's paper strides one before
                 ResNetConv(width, out_channels, 1),
             ]
         else:
@@ -178,14 +178,14 @@ class MERLModel(ECGEncoder):
     """
 
     config: MERLConfig
-    _no_split_modules = ["ResNetConv", "ResNetBlock"]
-    _can_record_outputs = {"hidden_states": ResNetStage}
+    _no_split_modules = ["ResNetConv", "ResNetBlock"]  # accelerate keeps each on one device
+    _can_record_outputs = {"hidden_states": ResNetStage}  # and the first one's input, which is the stem's output
 
     def __init__(self, config: MERLConfig) -> None:
         super().__init__(config)
         channels = config.widths[0]
         self.stem = ResNetConv(config.num_leads, channels, kernel_size=7, stride=2)
-        self.stages = nn.ModuleList()
+        self.stages = nn.ModuleList()  # all but the first halve the length, as the stem does
         for index, (width, depth) in enumerate(zip(config.widths, config.depths, strict=True)):
             self.stages.append(ResNetStage(config, channels, width, depth, stride=1 if index == 0 else 2))
             channels = 4 * width if config.block == "bottleneck" else width
@@ -195,7 +195,7 @@ class MERLModel(ECGEncoder):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, nn.Conv1d):
-            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's ResNets
 
     def encode(self, ecg_values: torch.Tensor, lead_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
         """A token for each place of the last stage; missing leads are zeros."""
@@ -228,12 +228,12 @@ class ECGAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """States [batch, tokens, hidden_size], and the attention's weights where its implementation gives them."""
         query, key, value = self.qkv_proj(hidden_states).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(  # the table has no eager: each model has its own
             self.config._attn_implementation, eager_attention_forward
         )
         hidden_states, weights = attention(
             self,
-            query.transpose(1, 2),
+            query.transpose(1, 2),  # [batch, heads, tokens, head_dim]
             key.transpose(1, 2),
             value.transpose(1, 2),
             attention_mask=attention_mask,
@@ -324,7 +324,7 @@ class ECGTransformer(ECGEncoder):
         std = self.config.initializer_range
         if isinstance(module, (MaskedAutoencoderEmbeddings, DecoderEmbeddings)):
             _, tokens, width = module.positions.shape
-            init.copy_(module.positions, sincos_positions(tokens - 1, width))
+            init.copy_(module.positions, sincos_positions(tokens - 1, width))  # CLS is not in the table
         if isinstance(module, MaskedAutoencoderEmbeddings):
             init.trunc_normal_(module.cls_token, std=std)
         elif isinstance(module, STMEMEmbeddings):
@@ -342,10 +342,10 @@ def zero_missing(hidden_states: torch.Tensor, token_mask: torch.Tensor | None) -
 
 def sincos_positions(num_patches: int, width: int) -> torch.Tensor:
     """Fixed positions [1, 1 + num_patches, width]: zero for CLS, then sines, then cosines (MAE, arXiv 2111.06377)."""
-    frequencies = 10000 ** -(torch.arange(width // 2, dtype=torch.float64) / (width // 2))
+    frequencies = 10000 ** -(torch.arange(width // 2, dtype=torch.float64) / (width // 2))  # float64 as in MAE
     angles = torch.arange(num_patches, dtype=torch.float64)[:, None] * frequencies
     table = torch.cat([angles.sin(), angles.cos()], dim=1)
-    return nn.functional.pad(table, (0, 0, 1, 0))[None].float()
+    return nn.functional.pad(table, (0, 0, 1, 0))[None].float()  # CLS is a row of zeros
 
 
 class MaskedAutoencoderEmbeddings(nn.Module):
@@ -366,7 +366,7 @@ class MaskedAutoencoderEmbeddings(nn.Module):
         hidden_states = self.patch_embedding(patches)
         cls_token = self.cls_token.expand(hidden_states.shape[0], 1, -1)
         hidden_states = torch.cat([cls_token, hidden_states], dim=1)
-        return hidden_states + self.positions[:, : hidden_states.shape[1]]
+        return hidden_states + self.positions[:, : hidden_states.shape[1]]  # short records: the first
 
 
 class DecoderEmbeddings(nn.Module):
@@ -413,12 +413,12 @@ class MaskedAutoencoderModel(ECGTransformer):
     def encode(self, ecg_values: torch.Tensor, lead_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
         """The decoder's states, CLS first. Missing leads are zeros in time patches; MLAE gives zeros for a patch of none."""
         hidden_states = self.embeddings(self.make_patches(ecg_values))
-        token_mask = None if lead_mask is None else self.make_token_mask(lead_mask)
-        attention_mask = create_bidirectional_mask(self.config, hidden_states, token_mask)
+        token_mask = None if lead_mask is None else self.make_token_mask(lead_mask)  # None for MTAE: all leads in each
+        attention_mask = create_bidirectional_mask(self.config, hidden_states, token_mask)  # hides them as keys only
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask=attention_mask, **kwargs)
         hidden_states = self.decoder_embeddings(self.norm(hidden_states))
-        for layer in self.decoder_layers:
+        for layer in self.decoder_layers:  # the same mask: without masking, its tokens are the encoder's
             hidden_states = layer(hidden_states, attention_mask=attention_mask, **kwargs)
         return zero_missing(hidden_states, token_mask)
 
@@ -477,7 +477,7 @@ class STMEMEmbeddings(nn.Module):
         self.patch_embedding = PatchEmbedding(config, config.patch_size)
         self.positions = nn.Parameter(torch.zeros(1, config.num_samples // config.patch_size + 2, config.hidden_size))
         self.sep_token = nn.Parameter(torch.zeros(config.hidden_size))
-        self.lead_embeddings = nn.Parameter(torch.zeros(config.num_leads, config.hidden_size))
+        self.lead_embeddings = nn.Parameter(torch.zeros(config.num_leads, config.hidden_size))  # by a lead's row
 
     def forward(self, ecg_values: torch.Tensor) -> torch.Tensor:
         """[batch, leads, samples] -> [batch, leads, 1 + patches + 1, hidden_size]."""
@@ -503,7 +503,7 @@ class STMEMModel(ECGTransformer):
         """All patches of a lead before the next lead's, without SEP; zeros for those of missing leads."""
         hidden_states = self.embeddings(ecg_values)
         token_mask = None if lead_mask is None else lead_mask.bool().repeat_interleave(hidden_states.shape[2], dim=1)
-        hidden_states = hidden_states.flatten(1, 2)
+        hidden_states = hidden_states.flatten(1, 2)  # [batch, leads x (patches + 2), hidden_size]
         attention_mask = create_bidirectional_mask(self.config, hidden_states, token_mask)
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask=attention_mask, **kwargs)

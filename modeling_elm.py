@@ -57,11 +57,11 @@ def pool_tokens(tokens: torch.Tensor, num_tokens: int, mask: torch.Tensor | None
         return nn.functional.adaptive_avg_pool1d(tokens.transpose(1, 2), num_tokens).transpose(1, 2)
     # the same bins as torch's, of each ECG's own number of tokens
     lengths = mask.sum(-1)[:, None]  # [ECGs, 1], tokens that are no padding
-    bins = torch.arange(num_tokens, device=tokens.device)
-    starts, ends = bins * lengths // num_tokens, ((bins + 1) * lengths + num_tokens - 1) // num_tokens
+    bins = torch.arange(num_tokens, device=tokens.device)  # neighbours share a token where `lengths` is no multiple
+    starts, ends = bins * lengths // num_tokens, ((bins + 1) * lengths + num_tokens - 1) // num_tokens  # floor, ceil
     places = torch.arange(tokens.shape[1], device=tokens.device)
     inside = (places >= starts[..., None]) & (places < ends[..., None])  # [ECGs, num_tokens, tokens]
-    weights = inside.to(tokens.dtype) / (ends - starts)[..., None].to(tokens.dtype)
+    weights = inside.to(tokens.dtype) / (ends - starts)[..., None].to(tokens.dtype)  # each row sums to 1
     # what stands in padding may be anything, even NaN
     return weights @ tokens.masked_fill(mask[..., None] == 0, 0)
 
@@ -108,7 +108,7 @@ class FlatConnector(nn.Module):
 
 def time_patches(ecg_values: torch.Tensor, num_patches: int) -> torch.Tensor:
     """[ECGs, leads, samples] -> [ECGs, patches, leads, samples of a patch]."""
-    num_ecgs, num_leads, _ = ecg_values.shape
+    num_ecgs, num_leads, _ = ecg_values.shape  # the config makes sure that patches divide the samples
     return ecg_values.reshape(num_ecgs, num_leads, num_patches, -1).transpose(1, 2)
 
 
@@ -139,7 +139,7 @@ class ConvConnector(nn.Module):
     def forward(self, ecg_values: torch.Tensor) -> torch.Tensor:
         """As of `PatchConnector`."""
         patches = time_patches(ecg_values, self.num_patches)
-        states = self.conv2(self.conv1(patches.flatten(0, 1)).relu()).relu()
+        states = self.conv2(self.conv1(patches.flatten(0, 1)).relu()).relu()  # zeros round each patch: each by itself
         return self.projection(states.mean(-1)).unflatten(0, patches.shape[:2])  # [ECGs, patches, width]
 
 
@@ -157,7 +157,7 @@ class ELMPreTrainedModel(PreTrainedModel):
     """What transformers has to know of an ELM, with its head and without."""
 
     config: ELMConfig
-    base_model_prefix = "model"
+    base_model_prefix = "model"  # the attribute of the model with a head that holds the one without
     input_modalities = ["ecg", "text"]
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]  # accelerate leaves the cache where it is
@@ -183,7 +183,7 @@ class ELMModel(ELMPreTrainedModel):
         self, config: ELMConfig, encoder: PreTrainedModel | None = None, language_model: nn.Module | None = None
     ):
         super().__init__(config)
-        if encoder is None and config.encoder_config is not None:
+        if encoder is None and config.encoder_config is not None:  # fuyu and text have no encoder
             encoder = make_encoder(config)
         self.encoder = encoder
         self.connector = CONNECTOR_MODULES[config.connector](config) if config.connector is not None else None
@@ -231,7 +231,7 @@ class ELMModel(ELMPreTrainedModel):
             )
         if self.encoder is None:
             shape = (config.num_leads, config.num_samples)
-            if tuple(ecgs.shape[1:]) != shape:
+            if tuple(ecgs.shape[1:]) != shape:  # the flat connector would take a transposed record in silence
                 raise ValueError(
                     f"ecg_values has shape {tuple(ecgs.shape)}; the {config.connector} connector reads "
                     f"[ECGs, {shape[0]} leads, {shape[1]} samples]. Prepare ECGs with the model's processor."
@@ -267,11 +267,11 @@ class ELMModel(ELMPreTrainedModel):
         """Where the ECG features go: a mask [batch, tokens, 1] with as many places as there are features."""
         if input_ids is None:  # placeholders are known by their embedding
             ecg_token = torch.tensor(self.config.ecg_token_id, device=inputs_embeds.device)
-            mask = (inputs_embeds == self.get_input_embeddings()(ecg_token)).all(-1)
+            mask = (inputs_embeds == self.get_input_embeddings()(ecg_token)).all(-1)  # bit by bit
         else:
             mask = input_ids == self.config.ecg_token_id
         num_ecgs, tokens_per_ecg = ecg_features.shape[:2]
-        torch_compilable_check(
+        torch_compilable_check(  # an `if` on a tensor's value breaks torch.compile's graph
             mask.sum() == num_ecgs * tokens_per_ecg,
             lambda: (
                 f"The text has {mask.sum()} ECG placeholder tokens, but {num_ecgs} ECGs of {tokens_per_ecg} tokens "
@@ -279,7 +279,7 @@ class ELMModel(ELMPreTrainedModel):
                 "and do not truncate the text after it."
             ),
         )
-        return mask.unsqueeze(-1)
+        return mask.unsqueeze(-1)  # `masked_scatter` repeats it over the width
 
     @can_return_tuple
     def forward(
@@ -302,7 +302,7 @@ class ELMModel(ELMPreTrainedModel):
             inputs_embeds = inputs_embeds.masked_scatter(mask, ecg_features)  # the n-th place gets the n-th token
         elif self.training and self.connector is not None:
             inputs_embeds = inputs_embeds + self._zero_of_ecg_path(inputs_embeds)
-        return self.language_model(inputs_embeds=inputs_embeds, **kwargs)
+        return self.language_model(inputs_embeds=inputs_embeds, **kwargs)  # never input_ids: they lack the ECGs
 
 
 class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
@@ -319,7 +319,7 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
         if llm is None:
             self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         else:
-            self.lm_head = llm.get_output_embeddings()
+            self.lm_head = llm.get_output_embeddings()  # with its weight, which may be that of the embeddings
             self.generation_config = llm.generation_config
         if config.ecg_token_id is not None:  # a placeholder stands for an ECG that was given, so none is written
             suppressed = self.generation_config.suppress_tokens or []
@@ -327,7 +327,7 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
         # every language model has its own name for its embeddings
         embeddings = self.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embeddings)
-        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}  # used where tie_word_embeddings is set
         self.post_init()
 
     @classmethod
@@ -350,7 +350,7 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
         llm_model = AutoModelForCausalLM.from_pretrained(llm, **(llm_kwargs or {}))
         encoder_model: PreTrainedModel | None = None
         if encoder is not None:
-            encoder_type = PreTrainedConfig.get_config_dict(encoder)[0].get("model_type")
+            encoder_type = PreTrainedConfig.get_config_dict(encoder)[0].get("model_type")  # AutoConfig may lack ours
             if encoder_type in ENCODER_MODELS:
                 encoder_model = ENCODER_MODELS[encoder_type].from_pretrained(encoder)
             else:
@@ -362,7 +362,7 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
                 f"{llm} holds a {llm_model.config.model_type!r} model, which reads more than text; expected a causal "
                 "language model of text alone."
             )
-        config_kwargs["attn_implementation"] = {"text_config": text_config._attn_implementation}
+        config_kwargs["attn_implementation"] = {"text_config": text_config._attn_implementation}  # None would unset it
         config = ELMConfig(text_config=text_config, **config_kwargs)
         model = cls(config, encoder=encoder_model, llm=llm_model)
         new_parts: list[nn.Module | None] = [model.model.encoder, model.model.connector]
@@ -373,7 +373,7 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
             model._check_same_logits(llm_model)
         return model
 
-    @torch.no_grad()
+    @torch.no_grad()  # leaves both in eval mode, as `from_pretrained` does
     def _check_same_logits(self, llm: PreTrainedModel) -> None:
         """Without an ECG the ELM is its language model: some have a head with a bias or a scale that ours lacks."""
         input_ids = torch.arange(8, device=llm.device).unsqueeze(0) % self.config.text_config.vocab_size  # any text
@@ -404,7 +404,7 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Any,
+        **kwargs: Any,  # the trainer's num_items_in_batch among them
     ) -> CausalLMOutputWithPast:
         """As [`ELMModel.forward`], and
 
@@ -431,7 +431,7 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
             logits = softcap * torch.tanh(logits / softcap)
         loss = None
         if labels is not None:
-            loss = self.loss_function(
+            loss = self.loss_function(  # shifts the labels itself: a token is scored at the place before it
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
         return CausalLMOutputWithPast(
@@ -451,7 +451,7 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As of transformers; the ECGs go with the prompt alone, as the cache holds them then."""
-        ecg_inputs = {name: kwargs.pop(name) for name in ECG_INPUTS if name in kwargs}
+        ecg_inputs = {name: kwargs.pop(name) for name in ECG_INPUTS if name in kwargs}  # transformers forwards the rest
         # transformers wants of `self` attributes that no model declares
         model_inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, use_cache=use_cache, **kwargs
@@ -476,7 +476,7 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
                 )
             placeholders: torch.Tensor = input_ids == self.config.ecg_token_id  # type: ignore[assignment]  # no bool
             sizes = (placeholders.sum(-1) // self.config.num_ecg_tokens).tolist()  # ECGs of each sample
-            for name, values in ecg_inputs.items():
+            for name, values in ecg_inputs.items():  # in the order of repeat_interleave, which expands the texts
                 ecg_inputs[name] = torch.cat([group for group in values.split(sizes) for _ in range(expand_size)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
@@ -484,7 +484,7 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
         return input_ids, {**model_kwargs, **ecg_inputs}
 
 
-ELMForConditionalGeneration.register_for_auto_class("AutoModelForCausalLM")
+ELMForConditionalGeneration.register_for_auto_class("AutoModelForCausalLM")  # the code is saved beside the weights
 
 # the pipeline travels to the Hub with what this file imports
 __all__ = ["ECGQuestionAnsweringPipeline", "ELMForConditionalGeneration", "ELMModel", "ELMPreTrainedModel"]

@@ -24,7 +24,7 @@ def vision_model_class(config: PreTrainedConfig, image_features: str) -> type[Pr
     if config.model_type == "clip_vision_model" and image_features == "embedding":
         return CLIPVisionModelWithProjection  # into the space that CLIP's images share with its texts
     model_class: Any = MODEL_MAPPING.get(type(config), None)
-    if model_class is None or model_class.main_input_name != "pixel_values":
+    if model_class is None or model_class.main_input_name != "pixel_values":  # text and audio models stand there too
         raise ValueError(
             f"A {config.model_type!r} model reads no images; expected a vision backbone of transformers, such as clip, siglip2, "
             "vit, dinov2, convnext or resnet."
@@ -57,7 +57,7 @@ def vision_output_size(config: PreTrainedConfig, image_features: str) -> int:
 
 
 def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
+    return (size, size) if isinstance(size, int) else tuple(size)  # a list where it comes from JSON
 
 
 def image_size(config: PreTrainedConfig) -> tuple[int, int]:
@@ -67,9 +67,9 @@ def image_size(config: PreTrainedConfig) -> tuple[int, int]:
 
 def blank_images(config: PreTrainedConfig, like: torch.Tensor) -> dict[str, torch.Tensor]:
     """One picture of zeros as inputs of the tower, of the device and the dtype of `like`."""
-    if not hasattr(config, "num_patches"):
+    if not hasattr(config, "num_patches"):  # SigLIP2 states it, and reads patches in place of pictures
         return {"pixel_values": like.new_zeros(1, config.num_channels, *image_size(config))}
-    side = math.isqrt(config.num_patches)
+    side = math.isqrt(config.num_patches)  # its table of positions is a square
     return {
         "pixel_values": like.new_zeros(1, side**2, config.num_channels * config.patch_size**2),
         "pixel_attention_mask": torch.ones(1, side**2, dtype=torch.long, device=like.device),
@@ -106,7 +106,7 @@ def encode_images(
     takes = inspect.signature(vision_model_class(config, image_features).forward).parameters
     if spatial_shapes is not None:
         kwargs = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
-    elif "interpolate_pos_encoding" in takes:
+    elif "interpolate_pos_encoding" in takes:  # without it ViT and others admit their own size only
         kwargs["interpolate_pos_encoding"] = tuple(pixel_values.shape[-2:]) != image_size(config)
     mean_of_layers = image_features == "embedding" and config.model_type == "vit"  # its pooler was not pretrained
     outputs = model(pixel_values.to(model.dtype), output_hidden_states=mean_of_layers, **kwargs)
@@ -114,16 +114,16 @@ def encode_images(
     def patches(states: torch.Tensor) -> torch.Tensor:
         if states.ndim == 4:  # of a convolutional backbone: [pictures, width, rows, columns]
             return states.flatten(2).transpose(1, 2)
-        if spatial_shapes is not None or not hasattr(config, "patch_size"):
+        if spatial_shapes is not None or not hasattr(config, "patch_size"):  # SigLIP2 has no token but patches
             return states
         rows, columns = (a // b for a, b in zip(pixel_values.shape[-2:], _pair(config.patch_size), strict=True))
         return states[:, max(0, states.shape[1] - rows * columns) :]  # class and register tokens come first
 
     if image_features == "patches":
         return patches(outputs.last_hidden_state)
-    if mean_of_layers:
+    if mean_of_layers:  # of [1:], as [0] comes before the first layer
         return torch.stack([patches(states).mean(1) for states in outputs.hidden_states[1:]]).mean(0)[:, None]
-    embedding = outputs.get("image_embeds", outputs.get("pooler_output"))
+    embedding = outputs.get("image_embeds", outputs.get("pooler_output"))  # the former of CLIP with its projection
     if embedding is None:
         raise ValueError(f"A {config.model_type} model makes no pooled vector; give image_features='patches'.")
-    return embedding.flatten(1)[:, None]
+    return embedding.flatten(1)[:, None]  # ResNet's pooler leaves [pictures, width, 1, 1]

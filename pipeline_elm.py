@@ -29,12 +29,12 @@ class ECGQuestionAnsweringPipeline(Pipeline):
 
     model: Any
     processor: Any
-    _load_processor: Any = True
+    _load_processor: Any = True  # True: must be there; False: never loaded
     _load_tokenizer: Any = False
     _load_feature_extractor: Any = False
     _load_image_processor: Any = False
     _pipeline_calls_generate = True
-    _default_generation_config = GenerationConfig(max_new_tokens=128)
+    _default_generation_config = GenerationConfig(max_new_tokens=128)  # where neither caller nor model sets one
 
     def _sanitize_parameters(
         self,
@@ -58,7 +58,7 @@ class ECGQuestionAnsweringPipeline(Pipeline):
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left"},
+            processor_kwargs={"padding": True, "padding_side": "left"},  # left: answers go on at the right end
         )
         # token ids stay integers
         return {
@@ -68,7 +68,7 @@ class ECGQuestionAnsweringPipeline(Pipeline):
     def _forward(self, input_tensors: Any, **forward_parameters: Any) -> Any:
         prompt = input_tensors["input_ids"]
         output = self.model.generate(**input_tensors, **self._prepare_generate_kwargs(forward_parameters))
-        return {"answers": output[:, prompt.shape[1] :], "num_inputs": len(prompt)}
+        return {"answers": output[:, prompt.shape[1] :], "num_inputs": len(prompt)}  # without the prompt
 
     def postprocess(self, model_outputs: Any, **postprocess_parameters: Any) -> list[list[dict[str, str]]]:
         """The answers to each input: one, or `num_return_sequences`."""
@@ -79,7 +79,7 @@ class ECGQuestionAnsweringPipeline(Pipeline):
 
     def run_single(self, inputs: Any, *params: dict[str, Any]) -> list[dict[str, str]]:
         """The answers to one input."""
-        return next(self.get_iterator([inputs], 0, 1, *params))
+        return next(self.get_iterator([inputs], 0, 1, *params))  # no workers, a batch of one
 
     def get_iterator(
         self,
@@ -93,7 +93,7 @@ class ECGQuestionAnsweringPipeline(Pipeline):
         """Batches are made by the processor, which pads the texts and keeps the ECGs of each in order."""
         # a dataset of PyTorch ends where its length says
         items = (inputs[index] for index in range(len(inputs))) if hasattr(inputs, "__getitem__") else iter(inputs)  # type: ignore[arg-type,index]
-        while batch := list(itertools.islice(items, batch_size)):
+        while batch := list(itertools.islice(items, batch_size)):  # batch by batch, as inputs may be a generator
             outputs = self.forward(self.preprocess(batch, **preprocess_params), **forward_params)
             yield from self.postprocess(outputs, **postprocess_params)
 
@@ -124,7 +124,7 @@ def as_chat(question: Any, system_prompt: str | None = None) -> list[dict[str, A
         raise ValueError('The pipeline got an empty list of ECGs; leave "ecg" out of a question that is about none.')
     for ecg in ecg_list:
         if isinstance(ecg, (list, tuple)):
-            ecg = np.asarray(ecg, dtype=np.float32)
+            ecg = np.asarray(ecg)  # integers stay integers, which need a unit
         place = "path" if isinstance(ecg, (str, os.PathLike)) else "ecg"
         parts.append({"type": "ecg", place: ecg, **described})
     return [*system, {"role": "user", "content": [*parts, {"type": "text", "text": question["question"]}]}]

@@ -83,7 +83,7 @@ class ELMProcessor(ProcessorMixin):
             )
         if overflow not in OVERFLOWS:
             raise ValueError(f"overflow is {overflow!r}; expected one of {OVERFLOWS}.")
-        vocabulary = tokenizer.get_vocab()
+        vocabulary = tokenizer.get_vocab()  # made anew at each call, so taken once
         if self.ecg_token not in vocabulary:
             raise ValueError(
                 f"The tokenizer has no token {self.ecg_token!r}. Add it, "
@@ -112,7 +112,7 @@ class ELMProcessor(ProcessorMixin):
                     "tokenizer.add_tokens(ELMProcessor.signal_tokens(ecg_byte, lead_names)), and resize the model's "
                     "embeddings."
                 )
-            ids = [vocabulary[name] for name in names]
+            ids = [vocabulary[name] for name in names]  # ECG-Byte's, then those of leads, if any
             # ids of the language model by ids of ECG-Byte, and by leads
             self._signal_ids = np.full(len(ecg_byte.token_lengths), -1)  # -1: no token has this id
             self._signal_ids[ecg_byte.token_ids] = ids[: ecg_byte.vocab_size]
@@ -150,7 +150,7 @@ class ELMProcessor(ProcessorMixin):
         """Names of what `__call__` returns: first those of the ECGs, then those of the texts."""
         if self.ecg_tokenizer is not None or not self.takes_ecgs:
             return self.tokenizer.model_input_names
-        of_ecgs = self.image_processor or self.feature_extractor
+        of_ecgs = self.image_processor or self.feature_extractor  # pictures replace the extractor's values
         return [*of_ecgs.model_input_names, *self.tokenizer.model_input_names]
 
     @property
@@ -193,7 +193,7 @@ class ELMProcessor(ProcessorMixin):
             )
         merged_kwargs = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         text_kwargs = merged_kwargs["text_kwargs"]
-        return_tensors = text_kwargs.pop("return_tensors", None)
+        return_tensors = text_kwargs.pop("return_tensors", None)  # applied last, as rows still differ in length
         # placeholders are expanded after the text is tokenized, so no offsets have to be corrected
         text_kwargs.pop("return_text_replacement_offsets", None)
         text_kwargs.pop("return_mm_token_type_ids", None)
@@ -204,11 +204,11 @@ class ELMProcessor(ProcessorMixin):
             if not self.takes_ecgs:
                 raise ValueError("This processor belongs to a text-only model (num_ecg_tokens=0), which takes no ECG.")
             described = {"sampling_rate": sampling_rate, "lead_names": lead_names, "unit": unit}
-            if self.image_processor is not None or self.ecg_tokenizer is not None:
+            if self.image_processor is not None or self.ecg_tokenizer is not None:  # from records, not padded arrays
                 values = self._records(ecgs, **described)
             else:
                 data.update(self.feature_extractor(self._as_batch(ecgs), **described))
-                values = data["ecg_values"]
+                values = data["ecg_values"]  # only counted below
             if self.image_processor is not None:
                 data.update(self.image_processor(values, self._seconds, self.feature_extractor.lead_names))
         if text is not None:
@@ -268,18 +268,18 @@ class ELMProcessor(ProcessorMixin):
         encoded = [{name: column[sample] for name, column in columns.items()} for sample in range(len(texts))]
         ecg_token_id = self.ecg_token_id
         if self.ecg_tokenizer is None:
-            tokens = [[ecg_token_id] * self.num_ecg_tokens] * len(values)
+            tokens = [[ecg_token_id] * self.num_ecg_tokens] * len(values)  # one list many times: nothing writes to it
         else:
             tokens = self._symbolic(values)
         first = 0  # ECG of this sample, among those of the batch
         for sample, (row, count) in enumerate(zip(encoded, counts, strict=True)):
             own = slice(first, first + count)
-            num_text_tokens = len(row["input_ids"]) - count
+            num_text_tokens = len(row["input_ids"]) - count  # placeholders give way to ECGs
             room = None if self.max_length is None else self.max_length - num_text_tokens  # for the ECGs
             if room is not None and sum(map(len, tokens[own])) > room:
                 tokens[own] = self._fit(values[own], tokens[own], room, f"Text {sample} of {len(texts)}")
             places = [place for place, token_id in enumerate(row["input_ids"]) if token_id == ecg_token_id]
-            for name, column in row.items():
+            for name, column in row.items():  # masks and offsets grow with the ids
                 # from the last place on: those before it stay where they are
                 for place, ids in reversed(list(zip(places, tokens[own], strict=True))):
                     column[place : place + 1] = ids if name == "input_ids" else [column[place]] * len(ids)
@@ -290,10 +290,10 @@ class ELMProcessor(ProcessorMixin):
         """Ids of the language model for each ECG."""
         assert self.ecg_tokenizer is not None
         batch = []
-        encoded = self.ecg_tokenizer.encode_batch([record.array for record in records])
+        encoded = self.ecg_tokenizer.encode_batch([record.array for record in records])  # in parallel with Rust
         for record, ids in zip(records, encoded, strict=True):
             tokens = self._signal_ids[ids]
-            if self._lead_ids:
+            if self._lead_ids:  # the name of each lead before its samples
                 leads = self.ecg_tokenizer.offsets(ids, record.array.shape[1])[:, 0]  # the lead of each token
                 starts = np.searchsorted(leads, np.arange(len(record.array)))  # the first token of each lead
                 tokens = np.insert(tokens, starts, [self._lead_ids[name] for name in record.lead_names])
@@ -324,12 +324,12 @@ class ELMProcessor(ProcessorMixin):
         leads = {lead for record in records for lead in record.lead_names}
         if self.overflow == "downsample" and records:
             for power in range(1, int(math.log2(rate / MIN_SAMPLING_RATE)) + 1):  # halvings
-                lower = rate / 2**power
+                lower = rate / 2**power  # from the full rate each time: losses do not add up
                 slower = [replace(record, array=resample(record.array, rate, lower)) for record in records]
-                yield slower, f"they are resampled from {rate:g} to {lower:g} Hz"
+                yield slower, f"they are resampled from {rate:g} to {lower:g} Hz"  # `sampling_rate` is stale, unread
         elif self.overflow == "drop_leads":
             order = [lead for lead in DISPENSABLE_LEADS if lead in leads]
-            for number in range(1, len(order)):
+            for number in range(1, len(order)):  # one lead stays
                 kept = [[lead for lead in record.lead_names if lead not in order[:number]] for record in records]
                 # a record that has no other leads keeps them
                 fewer = [select_leads(one, own or one.lead_names) for one, own in zip(records, kept, strict=True)]
@@ -341,7 +341,7 @@ class ELMProcessor(ProcessorMixin):
         offsets = columns.pop("offset_mapping", None)
         # the tokenizer would warn that its own padding is faster, but the ECGs come after it
         warnings, key = self.tokenizer.deprecation_warnings, "Asking-to-pad-a-fast-tokenizer"
-        warned, warnings[key] = warnings.get(key, False), True
+        warned, warnings[key] = warnings.get(key, False), True  # True: as if it had been given
         padded = dict(self.tokenizer.pad(columns, **padding))
         warnings[key] = warned
         if offsets is not None:
@@ -392,8 +392,8 @@ class ELMProcessor(ProcessorMixin):
                 else:
                     raise ValueError(f"ECG {len(ecgs)} begins without the token of a lead; expected one of {names}.")
             for lead, ids in pieces:
-                values = self.ecg_tokenizer.decode(np.array(ids, dtype=np.int64), low, high)
-                place = array.reshape(-1) if not leads else array[lead]
+                values = self.ecg_tokenizer.decode(np.array(ids, dtype=np.int64), low, high)  # [] alone is float64
+                place = array.reshape(-1) if not leads else array[lead]  # a view: fills `array`
                 if len(values) > len(place):
                     raise ValueError(
                         f"ECG {len(ecgs)} has {len(values)} samples in {names[lead] if leads else 'all its leads'}; expected at "
@@ -418,6 +418,12 @@ class ELMProcessor(ProcessorMixin):
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **kwargs)
         return files
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        """The parts, the feature extractor of the class here: transformers would ask to trust the code saved with it."""
+        extractor = ECGFeatureExtractor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return [extractor, cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs)]
 
     @classmethod
     def get_processor_dict(
@@ -446,7 +452,7 @@ class ELMProcessor(ProcessorMixin):
         ecg_parts = [part for part in parts if part["type"] == "ecg"]
         ecgs = [self._ecg_of(part) for part in ecg_parts]
         with_data = [ecg for ecg in ecgs if ecg is not None]
-        if not with_data:
+        if not with_data:  # text alone, or ECGs among the kwargs
             return [], [], [], {}
         if len(with_data) < len(ecgs):
             raise ValueError(
@@ -457,7 +463,7 @@ class ELMProcessor(ProcessorMixin):
 
     @staticmethod
     def _ecg_of(part: dict[str, Any]) -> Any:
-        ecg = part.get("path") if part.get("ecg") is None else part["ecg"]
+        ecg = part.get("path") if part.get("ecg") is None else part["ecg"]  # no `or`: an array has no truth value
         described = {key: part[key] for key in ("sampling_rate", "lead_names", "unit") if part.get(key) is not None}
         if ecg is None or not described:
             return ecg

@@ -34,7 +34,7 @@ KEYS = ("format", "version", "alphabet", "normalization", "millivolt_range", "ac
 
 def _as_float(value: Any) -> float:
     """NaN for what is no number, or more than a float holds."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, Real):  # bool is a Real to Python
         return math.nan
     try:
         return float(value)
@@ -45,7 +45,7 @@ def _as_float(value: Any) -> float:
 def _check_merges(merges: Sequence[str]) -> None:
     places: dict[str, int] = {}
     for place, merge in enumerate(merges):
-        unknown = merge.strip(ALPHABET)
+        unknown = merge.strip(ALPHABET)  # from the first unknown symbol on
         if unknown:
             raise ValueError(f"merge {place} ({merge!r}) holds {unknown[0]!r}; symbols are a to z")
         if len(merge) < 2:
@@ -65,7 +65,7 @@ def _check_range(millivolt_range: Any) -> tuple[float, float]:
         raise ValueError(
             f"millivolt_range is {millivolt_range!r}; expected two finite numbers, low < high, with normalization 'millivolt'"
         )
-    return pair[0], pair[1]
+    return pair[0], pair[1]  # as written, so that saving and loading change nothing
 
 
 def _check_rate(sampling_rate: Any) -> float:
@@ -86,7 +86,7 @@ def _parse(text: str) -> dict[str, Any]:
     """The arguments of a tokenizer from its file; ValueError says what is wrong with it."""
     try:
         content = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # the latter for lists nested too deeply
         raise ValueError(f"not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError("expected a JSON object")
@@ -98,7 +98,7 @@ def _parse(text: str) -> dict[str, Any]:
             raise ValueError(f"unknown key {key!r}")
     if content["format"] != "ecg_byte":
         raise ValueError(f"format is {content['format']!r}; expected 'ecg_byte'")
-    if type(content["version"]) is not int or content["version"] != VERSION:
+    if type(content["version"]) is not int or content["version"] != VERSION:  # true == 1 and 1.0 == 1
         raise ValueError(f"version is {content['version']!r}; this code reads version {VERSION}")
     if content["alphabet"] != ALPHABET:
         raise ValueError(f"alphabet is {content['alphabet']!r}; expected {ALPHABET!r}")
@@ -128,7 +128,7 @@ def _parse(text: str) -> dict[str, Any]:
 
 def _quantize(ecg: np.ndarray, millivolt_range: tuple[float, float] | None) -> bytes:
     """Symbols of float32 [leads, samples], lead after lead."""
-    low, high = ecg.min(), ecg.max()
+    low, high = ecg.min(), ecg.max()  # of all leads; NaN shows in them
     if not np.isfinite([low, high]).all():
         raise ValueError("The ECG holds NaN or infinite values; expected finite millivolts.")
     with np.errstate(over="ignore"):
@@ -175,7 +175,7 @@ class PythonTokenizer:
     def encode(self, ecg: np.ndarray) -> np.ndarray:
         """Token ids, uint32 [tokens], of float32 [leads, samples] in millivolts."""
         symbols = _quantize(ecg, self.millivolt_range)
-        length = len(symbols) if self.across_leads else ecg.shape[1]
+        length = len(symbols) if self.across_leads else ecg.shape[1]  # of a piece that no token leaves
         parts = [symbols[start : start + length] for start in range(0, len(symbols), length)]
         return np.array([token_id for part in parts for token_id in self._longest_matches(part)], dtype=np.uint32)
 
@@ -238,11 +238,11 @@ def train_in_python(
         merges.append(symbols_of[token_id])
         starts = np.flatnonzero((tokens[:-1] == left) & (tokens[1:] == right))
         if left == right:  # "aaa" holds the pair twice: take every second place of a run
-            run_starts = np.flatnonzero(np.diff(starts, prepend=-2) != 1)
+            run_starts = np.flatnonzero(np.diff(starts, prepend=-2) != 1)  # -2: a run may begin at 0
             run_lengths = np.diff(run_starts, append=len(starts))
             starts = starts[(np.arange(len(starts)) - np.repeat(run_starts, run_lengths)) % 2 == 0]
         tokens[starts] = token_id
-        tokens = np.delete(tokens, starts + 1)
+        tokens = np.delete(tokens, starts + 1)  # the right halves of the pairs
         if progress is not None:
             progress(len(merges), int(counts[best]))
     return merges
@@ -372,11 +372,11 @@ class ECGByteTokenizer(PushToHubMixin):
                 )
             low, high = self.millivolt_range
         ids = np.asarray(ids)
-        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):  # an empty list becomes float64
             raise ValueError(
                 f"The ids have shape {list(ids.shape)} and dtype {ids.dtype}; expected whole numbers [tokens]."
             )
-        if ids.size and not 0 <= ids.min() <= ids.max() < 2**32:
+        if ids.size and not 0 <= ids.min() <= ids.max() < 2**32:  # else uint32 would wrap round
             raise ValueError(
                 f"The ids lie in [{ids.min()}, {ids.max()}]; the largest token is {len(self.token_lengths) - 1}."
             )
@@ -394,7 +394,7 @@ class ECGByteTokenizer(PushToHubMixin):
             int64 [tokens, 3]: the number of its lead, and its first and last sample in that lead. A token that runs on
             into the next lead has a last sample of `num_samples` or more.
         """
-        ends = np.cumsum(self.token_lengths[ids])
+        ends = np.cumsum(self.token_lengths[ids])  # in symbols from the record's first, lead after lead
         starts = ends - self.token_lengths[ids]
         first_of_lead = starts - starts % num_samples
         return np.stack([starts // num_samples, starts - first_of_lead, ends - 1 - first_of_lead], axis=1)
@@ -435,11 +435,11 @@ class ECGByteTokenizer(PushToHubMixin):
         with tqdm(total=num_merges, desc="Merging", unit="merge", disable=not show_progress) as bar:
 
             def report(done: int, frequency: int) -> None:
-                bar.update(done - bar.n)
+                bar.update(done - bar.n)  # `done` counts from the start, `update` adds
                 bar.set_postfix(frequency=frequency, refresh=False)
 
             merges = train(arrays, num_merges, millivolt_range, across_leads, min_frequency, report)
-            bar.update(len(merges) - bar.n)
+            bar.update(len(merges) - bar.n)  # Rust reports a few times a second
         return cls(merges, millivolt_range, across_leads, sampling_rate)
 
     @classmethod
@@ -458,7 +458,7 @@ class ECGByteTokenizer(PushToHubMixin):
         if not path.is_file():
             path = Path(str(cached_file(pretrained_model_name_or_path, FILE_NAME, **kwargs)))  # no None: it raises
         backend = PythonTokenizer if ecg_byte is None else ecg_byte.Tokenizer
-        tokenizer = cls.__new__(cls)
+        tokenizer = cls.__new__(cls)  # `__init__` would make a second backend
         try:
             tokenizer._set(backend.from_json(path.read_text(encoding="utf-8")))
         except ValueError as error:
@@ -474,13 +474,13 @@ class ECGByteTokenizer(PushToHubMixin):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / FILE_NAME
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{FILE_NAME}-")
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{FILE_NAME}-")  # `os.replace` needs one file system
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(self.to_json())
-            os.chmod(temporary, 0o644)
+            os.chmod(temporary, 0o644)  # mkstemp's are the owner's alone
             os.replace(temporary, path)
-        except BaseException:
+        except BaseException:  # Ctrl+C too
             os.unlink(temporary)
             raise
         if push_to_hub:
@@ -500,7 +500,7 @@ class ECGByteTokenizer(PushToHubMixin):
             "sampling_rate": self.sampling_rate,
         }
         lines = ",\n".join(f'["{merge}", {FIRST_MERGE_ID + place}]' for place, merge in enumerate(self.merges))
-        return f'{json.dumps(head, indent=1)[:-2]},\n "merges": [\n{lines}\n]}}\n'
+        return f'{json.dumps(head, indent=1)[:-2]},\n "merges": [\n{lines}\n]}}\n'  # [:-2]: less newline and brace
 
 
 def _as_millivolts(ecg: Any) -> np.ndarray:

@@ -277,18 +277,23 @@ class TestPrepare:
         extractor = ECGFeatureExtractor(num_samples=1000, lead_names=["I", "II"], truncation="center", **filters)
         for start, first in ((None, 14500), (0, 0), (0.1, 25), (40.3, 10075), (118, 29500)):
             prepared = extractor.prepare(record, start=start)
-            np.testing.assert_allclose(prepared.array, whole[:, first : first + 1000], atol=4e-3)
+            np.testing.assert_allclose(prepared.array, whole[:, first : first + 1000], atol=2e-5)
             assert prepared.metadata["start_second"] == first / 250
             expected = replace(record, metadata={"start": start})
             np.testing.assert_array_equal(extractor(expected, padding=False).ecg_values[0], prepared.array)
+
+    def test_zero_is_no_truncation(self):
+        """0 equals False, so it is taken as False: a longer record is an error, not cut in silence."""
+        with pytest.raises(ValueError, match="the model"):
+            small().prepare(noise(12, 5000), 500, truncation=0)
 
     def test_only_what_matters_is_resampled(self, monkeypatch):
         """The memory that a record takes depends on the part of it that is read."""
         sizes = []
 
-        def watched(array, *rates):
+        def watched(array, *rates, **offset):
             sizes.append(array.shape[1])
-            return resample(array, *rates)
+            return resample(array, *rates, **offset)
 
         monkeypatch.setattr(feature_extraction_elm, "resample", watched)
         extractor = ECGFeatureExtractor(truncation="start", bandpass=[0.5, 40])
@@ -323,6 +328,8 @@ class TestPrepare:
             )
         for num_samples in (49, 50):
             assert small().prepare(noise(12, num_samples), 100).metadata["notices"] == ()
+        hours = small().prepare(np.zeros((12, 86_400)), 1, start=40_000.25)
+        assert hours.metadata["notices"] == ("The model reads 40000.25 to 40000.75 s of 86400 s.",)
 
 
 class TestMissingLeads:

@@ -1,6 +1,6 @@
 import pytest
 
-from elm_ecg.training.files import atomic_path, write_text
+from elm_ecg.training.files import atomic_path, new_folder, write_text
 
 
 def test_write_text(tmp_path):
@@ -43,3 +43,16 @@ def test_the_temporary_file_keeps_the_suffix(tmp_path):
 def test_missing_folder(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_text(tmp_path / "nowhere" / "a.txt", "text")
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_new_folder_through_a_link(tmp_path, exists):
+    """What is written is not lost when the work is done."""
+    target, link = tmp_path / "disk", tmp_path / "link"
+    if exists:
+        target.mkdir()
+    link.symlink_to(target)
+    with new_folder(link) as folder:
+        write_text(folder / "a.txt", "text")
+    assert link.is_symlink()
+    assert [path.name for path in target.iterdir()] == ["a.txt"]

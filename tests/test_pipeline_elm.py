@@ -75,6 +75,7 @@ def test_as_generate_says(pipe):
         ({"ecg": ECG}, "got a dict of ecg; expected"),
         ({"question": "a", "picture": 1}, "got picture beside a question"),
         ({"ecg": ECG, "question": "Rhythm?"}, "sampling"),
+        ({"ecg": [[3] * 500] * 12, "question": "Rhythm?", "sampling_rate": 250}, "integers .* without a unit"),
         ({"ecg": [], "question": "Rhythm?"}, 'an empty list of ECGs; leave "ecg" out'),
     ],
 )

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoFeatureExtractor
 
 from elm_ecg.ecg_drawing import ECGPaper, draw_ecg
 from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord, as_record, resample
@@ -404,6 +405,19 @@ for name in {list(of_pictures)}:
     assert names >= {"chat_template.jinja", "processing_elm.py", "feature_extraction_elm.py", "ecg_utils.py"}
     for name in names - {"tokenizer_config.json"}:  # it names the folder's classes in another order
         assert (first / name).read_text() == (second / name).read_text(), name
+
+
+def test_loads_without_the_registry(processor, tmp_path, monkeypatch):
+    """`from elm_ecg import ELMProcessor` alone registers nothing, and AutoFeatureExtractor would ask to run the saved code."""
+
+    def ask(*args, **kwargs):
+        raise AssertionError("AutoFeatureExtractor is asked")
+
+    processor.save_pretrained(tmp_path)
+    monkeypatch.setattr(AutoFeatureExtractor, "from_pretrained", ask)
+    loaded = ELMProcessor.from_pretrained(tmp_path)
+    assert type(loaded.feature_extractor) is ECGFeatureExtractor
+    assert loaded.feature_extractor.to_dict() == processor.feature_extractor.to_dict()
 
 
 def test_a_real_record(shared):

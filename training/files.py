@@ -44,6 +44,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         ValueError: `path` is there and not empty, or cannot be written.
     """
+    path = path.resolve()  # a link stays, and what it leads to is replaced
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"--output_dir {path} is there and not empty; name another, or remove it.")
     try:

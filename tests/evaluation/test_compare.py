@@ -132,7 +132,7 @@ def test_one_patient(tmp_path, capsys):
     (row,) = json.loads((tmp_path / "out.json").read_text())["comparisons"]
     assert (row["difference"], row["interval_95"], row["p_value"], row["adjusted_p_value"]) == (0.5, None, None, None)
     printed = capsys.readouterr().out
-    assert "nothing can be said of exact match: all questions are about one patient" in printed
+    assert "nothing can be said of exact match: the questions are about too few patients" in printed
     assert r"| a\|b  | 100.0 " in printed
 
 
@@ -326,6 +326,18 @@ def test_auroc(tmp_path, capsys):
         assert compared["models"][name]["auroc"]["value"] == pytest.approx(single.value)
         assert compared["models"][name]["auroc"]["interval_95"] == pytest.approx([single.low, single.high])
     assert "good is better than poor by" in capsys.readouterr().out
+
+
+def test_auroc_of_too_few_patients(tmp_path, capsys):
+    """One question has the other answer: its patient is in some resamples only, so there is an exact match and no AUROC."""
+    paths = []
+    for seed in (0, 1):
+        questions = likelihoods(seed, skill=0)[:12]
+        for place, question in enumerate(questions):
+            question["answer"] = "yes" if place == 0 else "no"
+        paths.append(str(save(tmp_path / str(seed), questions)))
+    compare.main([*paths, "--metric", "exact_match", "auroc"])
+    assert "nothing can be said of AUROC: the questions are about too few patients" in capsys.readouterr().out
 
 
 def test_auroc_needs_likelihoods(tmp_path):

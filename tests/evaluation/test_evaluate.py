@@ -108,6 +108,7 @@ def test_in_memory_of_a_list_without_training_data(evaluated, elm, data, tmp_pat
     options = {"conditions": ["swapped"], "metrics": [], "max_new_tokens": 6, "batch_size": 2, "num_resamples": 50}
     results = evaluation.evaluate(*elm, rows, **options)
     assert list(results["conditions"]) == ["ecg", "swapped"]
+    assert results["data"]["split"] is None
     assert list(results["conditions"]["ecg"]["metrics"]) == ["exact_match"]
     predictions = [row for row in evaluated[1].predictions if row["row"] < 3]
     assert [row["ecg"] for row in results.predictions] == [row["ecg"] for row in predictions]
@@ -128,6 +129,7 @@ def test_in_memory_of_a_list_without_training_data(evaluated, elm, data, tmp_pat
         ({"metrics": ["accuracy"]}, "^metrics has accuracy; expected some of bert_score"),
         ({"score": "guess"}, "^score has guess; expected some of generation, likelihood"),
         ({"num_resamples": 0}, "^num_resamples is 0; it must be at least 1"),
+        ({"seed": -1}, "^seed is -1; it must be at least 0"),
         ({"metrics": ["bert_score"]}, "^metrics bert_score .* name it with bert_score_model"),
         ({"generation": {"beams": 2}}, "^generation has beams; expected options of `generate`"),
         ({"candidates": ["yes", "no"]}, "^candidates are what score likelihood decides among"),
@@ -363,6 +365,7 @@ def test_compare(evaluated, model, data, tmp_path, capsys):
         (["--split", "validation"], "has no split 'validation'"),
         (["--perturb", "noise"], "leave --perturb out"),
         (["--batch_size", "0"], "--batch_size is 0; it must be at least 1"),
+        (["--seed", "3", "-1"], r"--seed is \[3, -1\]; it must be at least 0"),
         (["--num_resamples", "-1"], "--num_resamples is -1"),
         (["--data_subset", "2"], "--data_subset is 2.0"),
         (["--metrics", "bert_score"], "name it with --bert_score_model"),

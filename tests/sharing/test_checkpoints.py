@@ -130,6 +130,18 @@ def test_damaged_files(tmp_path):
         read_checkpoint(tmp_path / "nowhere.pt")
 
 
+def test_archive_of_several_disks(tmp_path):
+    """Of which zipfile has an error of its own."""
+    path = tmp_path / "a.pt"
+    torch.save({"a": torch.zeros(2)}, path)
+    content = bytearray(path.read_bytes())
+    locator = content.rindex(b"PK\x06\x07")
+    content[locator + 16] = 2
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged: zipfiles that span multiple disks"):
+        read_checkpoint(path)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("new_format", [True, False])
 def test_flipped_bytes(new_format, tmp_path):

@@ -15,7 +15,7 @@ METADATA_COLUMNS = ("patient_id", "strat_fold", "age", "sex")  # that are kept o
 
 def _option(default: Any, text: str, **parsing: Any) -> Any:
     """A field with its help, and what else `argparse` has to know of it."""
-    parsing |= {"action": "store_true"} if default is False else {}
+    parsing |= {"action": "store_true"} if default is False else {}  # `is`, as the default 0 of `seed` == False
     return field(default=default, metadata={"help": text, **parsing})
 
 
@@ -58,9 +58,9 @@ class BuildArguments:
     num_proc: int = _option(1, "processes that read; default: %(default)s", type=whole_number)
 
     def __post_init__(self) -> None:
-        for option in ("sampling_rate", "resample", "window", "stride"):
+        for option in ("sampling_rate", "resample", "window", "stride"):  # all may be fractions
             value = getattr(self, option)
-            if value is not None and not 0 < value < math.inf:
+            if value is not None and not 0 < value < math.inf:  # `not` refuses NaN too
                 raise ValueError(f"--{option} is {value:g}; expected a number above 0.")
         if self.stride is not None and self.window is None:
             raise ValueError("--stride is from one window to the next; say with --window how long they are.")

@@ -66,7 +66,7 @@ def build_dataset(
     from datasets import Dataset, DatasetDict, NamedSplit  # seconds to import, which `elm data build` does not need
 
     plan = make_plan(records, questions, BuildArguments(**options))
-    groups = {split: list(row_groups(plan.rows(split), plan.schema)) for split in plan.questions}
+    groups = {split: list(row_groups(plan.rows(split), plan.schema)) for split in plan.questions}  # held in memory
     splits = {
         split: Dataset(pa.concat_tables(tables), split=NamedSplit(split)) for split, tables in groups.items() if tables
     }
@@ -100,29 +100,29 @@ class Plan:
         Raises:
             ValueError: a record cannot be read, and `skip_unreadable` is not set.
         """
-        several = pa.types.is_list(self.schema.field("ecg").type)
+        several = pa.types.is_list(self.schema.field("ecg").type)  # one comparing question makes it a list in all rows
         questions = in_order(self.questions[split], self.options.seed)
         read = read_records(questions, self.records, partial(read_ecgs, options=self.options), self.options.num_proc)
         for question, ecgs_of_records in tqdm(read, total=len(questions), desc=split, unit="question"):
             failed = False
             for record, ecgs in zip(question.records, ecgs_of_records, strict=True):
-                if isinstance(ecgs, ValueError):
+                if isinstance(ecgs, ValueError):  # `read_ecgs` returns errors in place of raising them
                     if not self.options.skip_unreadable:
                         raise ValueError(
                             f"Cannot read the record {record}: {ecgs} (--skip_unreadable leaves such out.)"
                         )
                     self.unreadable[record], failed = str(ecgs), True
                     continue
-                for notice in ecgs[0]["notices"]:
+                for notice in ecgs[0]["notices"]:  # its windows share them
                     self.notices[notice].add(record)
-            for ecgs in zip(*ecgs_of_records, strict=True) if not failed else ():
+            for ecgs in zip(*ecgs_of_records, strict=True) if not failed else ():  # one row a window
                 about_ecgs = [
                     {**self.metadata.get(record, {}), "record_id": record, "patient_id": patient, **ecg}
                     for record, patient, ecg in zip(question.records, question.patients, ecgs, strict=True)
                 ]
                 row: dict[str, Any] = {"messages": question.messages, **question.columns}
                 for name in self.schema.names:
-                    if name not in row:
+                    if name not in row:  # these two are not about single records
                         values = [about.get(name) for about in about_ecgs]
                         row[name] = values if several else values[0]
                 yield row
@@ -160,7 +160,7 @@ def make_plan(
     tables = [path for path in (table if is_ptbxl else None, options.metadata) if path is not None]
     if options.metadata_columns and not tables:
         raise ValueError("--metadata_columns are those of a table about the records; name it with --metadata.")
-    records = find_records(source, options.resample)
+    records = find_records(source, options.resample)  # PTB-XL has files of 100 and of 500 Hz
     left_out: dict[str, int] = {}
     if questions is not None:
         rows: Iterable[QuestionRow] = read_questions(questions, options.sort_answers)
@@ -176,10 +176,10 @@ def make_plan(
     for path in tables:
         # --metadata_columns are of the last table: the user's own, or PTB-XL's where there is no other
         for record, row in read_metadata(path, records, options.metadata_columns if path is tables[-1] else ()).items():
-            metadata[record] |= row
+            metadata[record] |= row  # later tables win
     chosen = with_patients(chosen, metadata)
     split_by = options.split_by or default_split(chosen, metadata)
-    parts, number = split_questions(chosen, split_by, metadata, options.shares, options.seed)
+    parts, number = split_questions(chosen, split_by, metadata, options.shares, options.seed)  # number: those left out
     if not parts:
         raise ValueError(f"No question is left: all {number} are about records of different splits.")
     left_out["questions whose records are in different splits"] = number
@@ -209,7 +209,7 @@ def choose_questions(
     if question_types is not None:
         by_type = defaultdict(list)
         for question in questions:
-            by_type[str(question.columns.get("question_type"))].append(question)
+            by_type[str(question.columns.get("question_type"))].append(question)  # "None" where it has none
         types = [name for name in by_type if any(fnmatchcase(name, pattern) for pattern in question_types)]
         if not types:
             raise ValueError(f"--question_types {' '.join(question_types)} fits none of {', '.join(sorted(by_type))}.")
@@ -237,7 +237,7 @@ def join_questions(questions: list[QuestionRow]) -> list[QuestionRow]:
     """
     groups: dict[Any, list[QuestionRow]] = {}
     for index, question in enumerate(questions):
-        single = [turn["role"] for turn in question.messages] == ["user", "assistant"]
+        single = [turn["role"] for turn in question.messages] == ["user", "assistant"]  # other chats stay alone
         groups.setdefault(question.records if single else index, []).append(question)
     joined = []
     for group in groups.values():
@@ -270,13 +270,13 @@ def make_schema(
     Raises:
         ValueError: a column has values of different types.
     """
-    names = dict.fromkeys(name for question in questions for name in question.columns)
+    names = dict.fromkeys(name for question in questions for name in question.columns)  # a dict keeps their order
     of_questions = {name: [question.columns.get(name) for question in questions] for name in names}
     rows = {record: metadata.get(record, {}) for question in questions for record in question.records}
     names = dict.fromkeys(name for row in rows.values() for name in row if name not in of_questions)
     of_records: dict[str, list[Any]] = {
         "record_id": list(rows),
-        **({"start_second": [0.0]} if windows else {}),
+        **({"start_second": [0.0]} if windows else {}),  # only its type matters here
         "patient_id": [patient for question in questions for patient in question.patients],
         **{name: [row.get(name) for row in rows.values()] for name in names if name != "patient_id"},
     }
@@ -290,7 +290,7 @@ def _types(columns: Mapping[str, list[Any]]) -> dict[str, pa.DataType]:
     types = {}
     for name, values in columns.items():
         try:
-            kind = pa.array(values).type
+            kind = pa.array(values).type  # Arrow infers it, and refuses a mix such as text and numbers
         except pa.ArrowException as error:
             kinds = ", ".join(sorted({type(value).__name__ for value in values}))
             raise ValueError(f"The column {name!r} holds {kinds}; make all of its values of one type.") from error
@@ -308,8 +308,8 @@ def read_ecgs(location: Any, options: BuildArguments) -> list[dict[str, Any]] | 
         record = as_record(location, options.sampling_rate, options.lead_names, options.unit)
         rate = record.sampling_rate if options.resample is None else options.resample
         # filters and normalisation are the model's business: a dataset keeps what was recorded
-        microvolts = np.rint(1000 * resample(record.array, record.sampling_rate, rate))
-        limits = np.iinfo(np.int16)
+        microvolts = np.rint(1000 * resample(record.array, record.sampling_rate, rate))  # from millivolts
+        limits = np.iinfo(np.int16)  # beyond them, `astype(np.int16)` would wrap around
         if microvolts.min() < limits.min or microvolts.max() > limits.max:
             raise ValueError(
                 f"It reaches {abs(microvolts).max() / 1000:.6g} mV, and 16-bit microvolts hold at most 32.767 mV; is its "
@@ -318,7 +318,7 @@ def read_ecgs(location: Any, options: BuildArguments) -> list[dict[str, Any]] | 
         record = replace(record, array=microvolts.astype(np.int16), sampling_rate=rate)
         windows = [record] if options.window is None else cut_windows(record, options.window, options.stride)
     except (ValueError, OSError) as error:
-        return ValueError(str(error))
+        return ValueError(str(error))  # of one type, which `Plan.rows` looks for
     about = {"sampling_rate": rate, "lead_names": list(record.lead_names), "unit": "uV"}
     return [
         {
@@ -343,12 +343,12 @@ def read_records(
     chunk = 8 * num_proc if num_proc > 1 else 1  # questions: enough that no process waits for another
     pool = ProcessPoolExecutor(num_proc, initializer=_start_process) if num_proc > 1 else None
     with pool or nullcontext():
-        read: Any = pool.map if pool else map
+        read: Any = pool.map if pool else map  # both keep the order
         for start in range(0, len(questions), chunk):
             part = questions[start : start + chunk]
             needed = dict.fromkeys(record for question in part for record in question.records)
             new = [record for record in needed if record not in held]
-            held = {record: held[record] for record in needed if record in held}
+            held = {record: held[record] for record in needed if record in held}  # read for the chunk before
             held |= zip(new, read(reader, [records.locations[record] for record in new]), strict=True)
             yield from ((question, [held[record] for record in question.records]) for question in part)
 

@@ -134,7 +134,7 @@ class Checker:
         if isinstance(row.get("ecg"), str) and row["ecg"] in LITERALS:
             ecgs = []  # it is made for the row, and equal in others
         records = _present(row.get("record_id")) or [ecg for ecg in ecgs if isinstance(ecg, str)]
-        for record in records if ecgs else ():
+        for record in records if ecgs else ():  # noise and flatline are no records
             report.records += self._is_new("records", record, split)
         names = records if len(records) == len(ecgs) else [""] * len(ecgs)
         keys = []
@@ -159,14 +159,14 @@ class Checker:
         return first
 
     def _file(self, path: str, name: str, split: str, where: str, read: bool) -> bytes | None:
-        if path not in self.files:
+        if path not in self.files:  # many rows may name one file: it is read once
             if not Path(path).is_file():
                 self.findings["missing_files"].add(f"{where}: {path}")
                 self.files[path] = None
-            elif read:
+            elif read:  # else not noted, so that a later row may still read it
                 self.files[path] = self._ecg(path, name, split, where)
         signal = self.files.get(path)
-        if signal in self.splits_of["signals"]:
+        if signal in self.splits_of["signals"]:  # None is not, nor are flat ECGs
             self._is_new("signals", signal, split)
         return signal
 
@@ -180,8 +180,8 @@ class Checker:
         rate, leads = f"{record.sampling_rate:g} Hz", f"{len(record.lead_names)}: {' '.join(record.lead_names)}"
         # to a microvolt, as some hold floats and others integers
         microvolts = np.rint(1000 * record.array).astype(np.int32)
-        signal = _digest(f"{rate} {leads} ".encode() + microvolts.tobytes())
-        if signal not in self.facts:
+        signal = _digest(f"{rate} {leads} ".encode() + microvolts.tobytes())  # another rate or lead makes another ECG
+        if signal not in self.facts:  # each different ECG is judged once, however many rows have it
             self.facts[signal] = rate, leads, record.array.shape[1] / record.sampling_rate
             self.notices.update(record.metadata.get("notices", ()))
             flags = lead_quality(record)
@@ -194,7 +194,7 @@ class Checker:
         if np.ptp(microvolts):  # all flat ECGs are equal, and no copies of each other
             self._is_new("signals", signal, split)
             first = self.names.setdefault(signal, name)
-            if name != first and name not in self.copies:
+            if name != first and name not in self.copies:  # a record of several rows is no copy of itself
                 self.copies.add(name)
                 self.findings["copied_signals"].add(f"{first} and {name}")
         return signal
@@ -218,13 +218,13 @@ class Checker:
             self.findings["empty_questions"].add(where)
         kinds = _present(row.get("question_type")) or ["all"]
         for number, answer in enumerate(answers):
-            kind = kinds[number] if len(kinds) == len(answers) else kinds[0]
+            kind = kinds[number] if len(kinds) == len(answers) else kinds[0]  # one for each answer, or for all
             words = " ".join(answer.split())
             words = words if len(words) <= ANSWER_CHARACTERS else f"{words[:ANSWER_CHARACTERS]}..."
             report.answers[str(kind)][words] += 1
         question = _digest(ecgs + json.dumps(texts["user"]).encode())
         answered = _digest(json.dumps(answers).encode())
-        if ecgs and question in self.answers:
+        if ecgs and question in self.answers:  # rows without ECGs may well ask the same
             self.findings["repeated_questions"].add(where)
             if self.answers[question] != answered:
                 self.findings["contradictory_answers"].add(where)
@@ -240,7 +240,7 @@ class Checker:
 
 
 def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()
+    return hashlib.blake2b(content, digest_size=16).digest()  # 128 bits: no two of millions are equal by chance
 
 
 def _present(value: Any) -> list[Any]:
@@ -265,7 +265,7 @@ def check(args: argparse.Namespace) -> None:
     checker = Checker()
     for split in args.splits or names:
         data = with_arrays(load_split(args.data, split, "messages", args.fold, args.ecg_root))
-        step = 1 if args.read_files else max(1, len(data) // SAMPLED_ROWS)
+        step = 1 if args.read_files else max(1, len(data) // SAMPLED_ROWS)  # 1: the files of all rows
         for index, row in enumerate(tqdm(data, desc=split, unit="row")):
             checker.add(row, split, index, read_files=index % step == 0)
     checker.finish()
@@ -287,7 +287,7 @@ def check(args: argparse.Namespace) -> None:
             "splits": splits,
         }
         write_text(args.output, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    if errors:
+    if errors:  # last, when all that was found is printed and written
         counts = "; ".join(f"{ERRORS[kind]} ({finding.count:,})" for kind, finding in errors.items())
         raise ValueError(f"{args.data} has errors: {counts}.")
     print(f"{args.data}: no errors, {len(findings)} kinds of warnings.", flush=True)

@@ -57,7 +57,7 @@ class ArrayFormatter(NumpyFormatter):
         return value if isinstance(value, str | bytes | np.number) or value is None else np.asarray(value)
 
 
-_register_formatter(ArrayFormatter, "elm_ecg_arrays")
+_register_formatter(ArrayFormatter, "elm_ecg_arrays")  # private: `datasets` has no public way to add a format
 
 
 def with_arrays(data: Dataset) -> Dataset:
@@ -104,7 +104,7 @@ def _mix(loaded: list[Dataset | None], args: "DataArguments", seed: int, weighte
     else:
         weights = _weights_of(args, [part is not None for part in loaded])
         data = datasets.interleave_datasets(parts, weights, seed, stopping_strategy="all_exhausted")  # no row is lost
-    if args.data_subset is not None:
+    if args.data_subset is not None:  # a share of the rows, in (0, 1]
         data = data.shuffle(seed=seed).select(range(max(1, round(args.data_subset * len(data)))))
     return with_arrays(data)
 
@@ -122,12 +122,12 @@ def load_splits(name: str, streaming: bool = False, revision: str | None = None)
         ValueError: `name` is none of these.
     """
     path = Path(name).expanduser()
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():  # of `save_to_disk`
         try:
             loaded = datasets.load_from_disk(path)
         except IndexError as error:  # of `datasets`, where no shard was saved
             raise ValueError(f"{name} holds an empty split, which `datasets` cannot read; save it without.") from error
-        splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
+        splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)  # as `load_dataset` names it
         if not streaming:
             return splits
         shards = {split: max(1, len(data) // STREAMED_ROWS) for split, data in splits.items()}
@@ -138,7 +138,7 @@ def load_splits(name: str, streaming: bool = False, revision: str | None = None)
         )
     if path.exists():
         return datasets.load_dataset(str(path), streaming=streaming, cache_dir=_cache_of(path))
-    if is_key(name):
+    if is_key(name):  # after folders: a local one of that name goes first
         name = f"{OWNER}/{name}"
     if name.count("/") != 1:
         raise ValueError(
@@ -152,7 +152,7 @@ def _cache_of(path: Path) -> str:
     rows of another folder of that name, or of one that has changed."""
     files = sorted(file for file in path.rglob("*") if file.is_file())
     stats = [(str(file.resolve()), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
-    digest = hashlib.sha256(repr(stats).encode()).hexdigest()[:32]
+    digest = hashlib.sha256(repr(stats).encode()).hexdigest()[:32]  # no contents, which would take long to read
     return str(Path(datasets.config.HF_DATASETS_CACHE) / "local" / digest)
 
 
@@ -180,7 +180,7 @@ def load_split(
     key = f"fold{fold}_{split}" if folds else split
     if key not in splits:
         logger.info("%s has no split %r; it has %s", name, key, ", ".join(map(str, splits)))
-        return None
+        return None  # another of --data may have it
     data = _plain_types(splits[key])
     if is_reference(data):
         return from_reference(data, name, ecg_root, num_proc)
@@ -195,18 +195,18 @@ def load_split(
 
 def _plain_types(data: Any) -> Any:
     """Arrow's large strings and lists, as Polars writes them, as plain ones."""
-    if data.features is None:
+    if data.features is None:  # of a stream, not known before it is read
         return data
 
     def plain(feature: Any) -> Any:
         if isinstance(feature, dict):
             return {name: plain(value) for name, value in feature.items()}
         if isinstance(feature, List | datasets.LargeList):
-            return List(plain(feature.feature), length=getattr(feature, "length", -1))
+            return List(plain(feature.feature), length=getattr(feature, "length", -1))  # -1: any length
         return Value("string") if feature == Value("large_string") else feature
 
     features = Features({name: plain(feature) for name, feature in data.features.items()})
-    return data if features == data.features else data.cast(features)
+    return data if features == data.features else data.cast(features)  # a cast writes all rows anew
 
 
 def _under_root(row: dict[str, Any], root: str) -> dict[str, Any]:
@@ -242,13 +242,13 @@ def _in_form(column: pa.ChunkedArray, name: str) -> pa.Array:
     else:
         counts, values = values.is_valid().to_numpy(zero_copy_only=False), values.drop_null()  # null: an empty list
     if name == "ecg":
-        is_path = pa.types.is_string(values.type)
+        is_path = pa.types.is_string(values.type)  # else all are structs with an array
         members = {"path": values} if is_path else dict(zip(values.type.names, values.flatten(), strict=True))
         arrays = [members.get(member.name, pa.nulls(len(values))).cast(member.type) for member in _ECG]
         values = pa.StructArray.from_arrays(arrays, fields=list(_ECG))
     else:
         values = values.cast(pa.string())
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)  # where each list begins, and the last one ends
     return pa.ListArray.from_arrays(offsets, values)
 
 
@@ -308,7 +308,7 @@ class RowStream(torch.utils.data.IterableDataset):
             yield from self._passes(self.sources, place, places)
             return
         streams = [self._passes([source], place, places) for source in self.sources]
-        rng = np.random.default_rng([self.seed, place])
+        rng = np.random.default_rng([self.seed, place])  # workers draw independently of each other
         while True:
             for choice in rng.choice(len(streams), size=1000, p=self.weights):  # many at once are drawn faster
                 if (row := next(streams[choice], None)) is None:
@@ -320,20 +320,20 @@ class RowStream(torch.utils.data.IterableDataset):
             row = None
             for row in self._pass(sources, epoch, place, places):
                 yield {**row, "epoch": epoch}
-            if row is None:
+            if row is None:  # nothing for this worker: an endless stream would spin here
                 return
 
     def _pass(self, sources: list[IterableDataset], epoch: int, place: int, places: int) -> Iterator[dict[str, Any]]:
         pieces = [(source, piece) for source in sources for piece in range(source.num_shards)]
         if self.shuffle_buffer is not None:
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(pieces))
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(pieces))  # alike in all workers
             pieces = [pieces[index] for index in order]
         by_piece = len(pieces) >= places  # else every worker reads all, and takes its share of the rows
         if by_piece:
             pieces = pieces[place::places]
         rng = np.random.default_rng([self.seed, epoch, place])
-        turn = cycle(range(places))
-        held: list[tuple[Dataset, int]] = []
+        turn = cycle(range(places))  # deals out the rows where pieces are too few
+        held: list[tuple[Dataset, int]] = []  # tables and row numbers: a row is decoded only when it is yielded
         for source, piece in pieces:
             for block in _blocks(source.shard(source.num_shards, piece)):
                 held += [(block, row) for row in range(len(block)) if by_piece or next(turn) == place]
@@ -352,7 +352,7 @@ class RowStream(torch.utils.data.IterableDataset):
 def _blocks(source: IterableDataset) -> Iterator[Dataset]:
     """The rows as small tables that are read as those of a whole dataset are."""
     for table in source.with_format("arrow").iter(STREAMED_ROWS):
-        features = source.features or Features.from_arrow_schema(table.schema)
+        features = source.features or Features.from_arrow_schema(table.schema)  # JSON and CSV may not say
         yield with_arrays(Dataset(table, datasets.DatasetInfo(features=features)))
 
 
@@ -376,7 +376,7 @@ def _resolved(ecg: Any, row: dict[str, Any]) -> Any:
     if not (isinstance(ecg, str) and ecg in LITERALS):
         return ecg
     shape = (len(STANDARD_LEADS), int(row.get("num_samples") or 2500))  # 10 s at the reference's 250 Hz
-    rng = np.random.default_rng(zlib.crc32(str(row.get("record_id")).encode()))
+    rng = np.random.default_rng(zlib.crc32(str(row.get("record_id")).encode()))  # same at each reading
     array = rng.standard_normal(shape, np.float32) if ecg == "noise" else np.zeros(shape, np.float32)
     return {"array": array, "sampling_rate": SAMPLING_RATE, "lead_names": list(STANDARD_LEADS), "unit": "mV"}
 
@@ -395,7 +395,7 @@ def to_chat(row: dict[str, Any], system_prompt: str | None = None, with_ecg: boo
     """
     ecgs = ecgs_of(row)
     messages = row["messages"]
-    if messages is None or isinstance(messages, str) or not len(messages):
+    if messages is None or isinstance(messages, str) or not len(messages):  # `len`: the truth of an array is ambiguous
         raise ValueError(f"{_name(row)} has no messages, but {messages!r}.")
     for message in messages:
         turn = message if isinstance(message, dict) else {}
@@ -413,13 +413,13 @@ def to_chat(row: dict[str, Any], system_prompt: str | None = None, with_ecg: boo
         first_user = next((message for message in chat if message["role"] == "user"), None)
         if ecgs and first_user is None:
             raise ValueError(f"{_name(row)} has no user message to put its ECG in.")
-        places = [{"type": "ecg"} for _ in ecgs]
+        places = [{"type": "ecg"} for _ in ecgs]  # a dict for each, which the ECG is put into below
         if first_user is not None:
             first_user["content"][:0] = places
     if len(places) != len(ecgs):
         raise ValueError(f"The messages have {len(places)} places for ECGs, but the row has {len(ecgs)} ECGs.")
     for place, ecg in zip(places, ecgs, strict=True):
-        place["path" if isinstance(ecg, str) else "ecg"] = ecg
+        place["path" if isinstance(ecg, str) else "ecg"] = ecg  # the keys that `ELMProcessor` looks for
     if not with_ecg:
         for message in chat:
             message["content"] = [part for part in message["content"] if part["type"] != "ecg"]
@@ -429,4 +429,4 @@ def to_chat(row: dict[str, Any], system_prompt: str | None = None, with_ecg: boo
 def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
-    return [dict(part) for part in content]
+    return [dict(part) for part in content]  # copies, as `to_chat` writes into them

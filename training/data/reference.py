@@ -34,7 +34,7 @@ DATASETS = {
     "rl-ecg-r1": "ECG-R1, reinforcement learning",
     "ecg-instruct-ecg-r1": "ECG-R1, instructions",
 }
-SAMPLING_RATE = 250
+SAMPLING_RATE = 250  # hertz; the 250 of the keys
 # as the turns of its chats spell the roles
 ROLE_NAMES = {"human": "user", "gpt": "assistant", **{role: role for role in ROLES}}
 LITERALS = ("noise", "flatline")  # an `ecg_path` that is no file: the ECG is made when its row is read
@@ -52,7 +52,7 @@ def is_reference(data: "Dataset | IterableDataset") -> bool:
 
 def clean(text: str) -> str:
     """Text without `<ecg>` and `<image>`, the word image replaced by signal, without a leading "user:", "Q:" and the like."""
-    text = re.sub(r"<(?:ecg|image)>", "", text, flags=re.IGNORECASE).strip()
+    text = re.sub(r"<(?:ecg|image)>", "", text, flags=re.IGNORECASE).strip()  # `to_chat` puts the ECG in
     text = re.sub(r"^(?:user|assistant|human|gpt|q|a):\s*", "", text, flags=re.IGNORECASE)
     return re.sub(r"\bimage(?=s?\b)", _signal, text, flags=re.IGNORECASE)
 
@@ -74,12 +74,12 @@ def to_messages(text: str) -> tuple[list[dict[str, str]], str | None]:
     try:
         content = json.loads(text)
     except json.JSONDecodeError:
-        content = text
+        content = text  # plain text, no JSON: an answer as it stands
     if isinstance(content, str):
         return _chat([("user", ""), ("assistant", content)]), None
     match content:
         case [str(question_type), str(question), answers] if isinstance(answers, str | list):
-            answer = answers if isinstance(answers, str) else "; ".join(map(str, answers))
+            answer = answers if isinstance(answers, str) else "; ".join(map(str, answers))  # `set_f1` parts them again
             return _chat([("user", question), ("assistant", answer)]), question_type
         case [dict(), *_] if all(isinstance(turn, dict) for turn in content):
             turns = [(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in content]
@@ -112,9 +112,9 @@ def from_reference(
         raise ValueError(
             f"{name} names its ECGs as files, such as {path!r}; say under which folder they are with --ecg_root."
         )
-    if path is not None and not (Path(ecg_root or "") / path).is_file():
+    if path is not None and not (Path(ecg_root or "") / path).is_file():  # one file stands for all of them
         raise FileNotFoundError(f"{name} has the ECG {path!r}, but there is no such file under --ecg_root {ecg_root}.")
-    length = re.search(r"-250-(\d+)$", name)
+    length = re.search(r"-250-(\d+)$", name)  # the keys end in rate and samples
     num_samples = int(length.group(1)) if length else 2500  # at 250 Hz
     names = {"record_id": pa.string(), "question_type": pa.string(), "num_samples": pa.int32()}
     features = Features.from_arrow_schema(pa.schema({"messages": MESSAGES, "ecg": pa.string(), **names}))

@@ -11,8 +11,8 @@ MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
 # microvolts as integers take half the space of floats, and are what most recorders store
 ECG = pa.struct(
     {
-        "array": pa.list_(pa.list_(pa.int16())),
-        "sampling_rate": pa.float32(),
+        "array": pa.list_(pa.list_(pa.int16())),  # [leads][samples]
+        "sampling_rate": pa.float32(),  # hertz; devices may have fractions
         "lead_names": pa.list_(pa.string()),
         "unit": pa.string(),
     }

@@ -113,13 +113,13 @@ def find_records(source: str | Path | Mapping[Any, Any], resample: float | None 
     path = Path(source)
     if path.is_file():
         archive = _archive(path) if path.suffix.lower() == ".npz" else None
-        return Records(archive or {path.stem: path})
+        return Records(archive or {path.stem: path})  # None: a single record, read when it is needed
     if not path.is_dir():
         raise ValueError(f"No records at {path}: expected a folder of ECG files, or an .npz archive.")
     if (path / PTBXL_TABLE).is_file():
-        column = "filename_lr" if resample == 100 else "filename_hr"
+        column = "filename_lr" if resample == 100 else "filename_hr"  # PTB-XL's low and high rate, 100 and 500 Hz
         rows = read_table(path / PTBXL_TABLE, {"ecg_id", column})
-        return Records({identifier(row["ecg_id"]): path / f"{row[column]}.hea" for row in rows})
+        return Records({identifier(row["ecg_id"]): path / f"{row[column]}.hea" for row in rows})  # names have no suffix
     return _folder(path)
 
 
@@ -134,7 +134,7 @@ def _by_id(names: Collection[Any], ecgs: Iterable[Any], where: str) -> dict[str,
 
 def _folder(folder: Path) -> Records:
     files = defaultdict(list)
-    for file in sorted(folder.rglob("*")):
+    for file in sorted(folder.rglob("*")):  # sorted, as the order of the disk differs by machine
         inside = file.relative_to(folder)
         if file.is_file() and not any(part.startswith(".") for part in inside.parts):
             files[inside.with_suffix("").as_posix()].append(inside)
@@ -144,7 +144,7 @@ def _folder(folder: Path) -> Records:
         for file in records:
             record = stem if len(records) == 1 else file.as_posix()
             locations[record] = folder / file
-            for name in (file.as_posix(), stem, file.name, file.stem, file.stem.lstrip("0")):
+            for name in (file.as_posix(), stem, file.name, file.stem, file.stem.lstrip("0")):  # tables say 17 for 00017
                 names[name].add(record)
     if not locations:
         raise ValueError(f"The folder {folder} holds no files; expected those of ECGs.")
@@ -154,7 +154,7 @@ def _folder(folder: Path) -> Records:
 def _archive(path: Path) -> dict[str, Any] | None:
     """The ECGs of an archive; None if it holds a single record."""
     try:
-        with np.load(path, allow_pickle=False) as content:
+        with np.load(path, allow_pickle=False) as content:  # pickles can run code
             arrays = {name: content[name] for name in content.files}
     except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
@@ -164,7 +164,7 @@ def _archive(path: Path) -> dict[str, Any] | None:
     ecgs = next((arrays[name] for name in ("ecg", "array") if name in arrays), None)
     if ecgs is None:
         return {name: {"array": array, **shared} for name, array in arrays.items()}
-    if ecgs.ndim == 2:
+    if ecgs.ndim == 2:  # [leads, samples]
         return None
     ids = [array.tolist() for array in arrays.values() if array.ndim == 1 and len(array) == len(ecgs)]
     if ecgs.ndim != 3 or len(ids) != 1:
@@ -194,13 +194,13 @@ def read_table(path: Path, columns: Iterable[str] = ()) -> list[dict[str, Any]]:
         ValueError: the file is none of these, damaged, empty, has a column twice, or lacks one of `columns`.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")  # drops the byte order mark that Excel writes
         if path.suffix.lower() == ".csv":
             rows = _read_csv(text)
         elif text.lstrip().startswith("["):
             rows = json.loads(text)
         else:
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]  # `splitlines` cuts at U+2028
         if not rows or not all(isinstance(row, dict) for row in rows):
             raise ValueError("it has no rows, or rows other than objects")
     except (ValueError, csv.Error) as error:
@@ -233,7 +233,7 @@ def _read_csv(text: str) -> list[dict[str, Any]]:
     columns: dict[str, list[Any]] = {}
     for name, *cells in zip(header, *lines, strict=True):
         texts = [cell.strip() or None for cell in cells]
-        columns[name] = texts if name in QUESTION_COLUMNS else _numbers(texts)
+        columns[name] = texts if name in QUESTION_COLUMNS else _numbers(texts)  # an answer 1 stays a text
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
@@ -295,7 +295,7 @@ def _question(row: Mapping[str, Any], split: str | None, sort_answers: bool) -> 
             f"It has the columns {', '.join(row)}; expected its record in one of {', '.join(RECORD_COLUMNS)}."
         )
     records, patients = _listed(record), _listed(row.get("patient_id"))
-    if len(patients) not in (1, len(records)):
+    if len(patients) not in (1, len(records)):  # one patient may stand for all of its records
         raise ValueError(f"It has {len(patients)} patients and {len(records)} records; expected a patient for each.")
     split = row.get("split") or split
     if split is not None and str(split).lower() not in SPLIT_NAMES:
@@ -305,7 +305,7 @@ def _question(row: Mapping[str, Any], split: str | None, sort_answers: bool) -> 
         records=tuple(map(identifier, records)),
         messages=_messages(row, sort_answers),
         split=None if split is None else SPLIT_NAMES[str(split).lower()],
-        patients=patient_ids if len(patient_ids) == len(records) else patient_ids * len(records),
+        patients=patient_ids if len(patient_ids) == len(records) else patient_ids * len(records),  # one for all
         columns={name: value for name, value in row.items() if name not in QUESTION_COLUMNS},
     )
 
@@ -323,7 +323,7 @@ def _messages(row: Mapping[str, Any], sort_answers: bool = False) -> list[dict[s
     if column == "messages":
         turns = _listed(row[column])
     elif column is not None:
-        turns = to_messages(json.dumps(_listed(row[column])))[0]
+        turns = to_messages(json.dumps(_listed(row[column])))[0]  # in the reference's own form
     else:
         answer = row.get("answer")
         if isinstance(answer, list):
@@ -333,7 +333,7 @@ def _messages(row: Mapping[str, Any], sort_answers: bool = False) -> list[dict[s
     for turn in turns:
         if not isinstance(turn, dict) or turn.get("role") not in ROLES:
             raise ValueError(f"{turn!r} is no turn; expected a role ({', '.join(ROLES)}) and its content.")
-        content = turn.get("content")
+        content = turn.get("content")  # numbers may be answers, JSON's true and false not
         if isinstance(content, bool) or not isinstance(content, str | int | float) or not str(content).strip():
             raise ValueError(f"What the {turn['role']} says is {content!r}; expected a text.")
     if not {"user", "assistant"} <= {turn["role"] for turn in turns}:
@@ -353,11 +353,11 @@ def superclass_questions(folder: Path) -> tuple[list[QuestionRow], int]:
     """
     # the column of the codes has an empty name
     statements = read_table(folder / "scp_statements.csv", ("", "diagnostic", "diagnostic_class"))
-    classes = {row[""]: row["diagnostic_class"] for row in statements if row["diagnostic"]}
+    classes = {row[""]: row["diagnostic_class"] for row in statements if row["diagnostic"]}  # not of form or rhythm
     questions, without = [], 0
     for row in read_table(folder / PTBXL_TABLE, ("ecg_id", "scp_codes")):
         try:
-            codes = dict(ast.literal_eval(row["scp_codes"]))
+            codes = dict(ast.literal_eval(row["scp_codes"]))  # written by Python with single quotes, so no JSON
         except (ValueError, SyntaxError, TypeError) as error:
             raise ValueError(
                 f"The scp_codes of ecg_id {row['ecg_id']} are {row['scp_codes']!r}; expected a dict."
@@ -393,7 +393,7 @@ def read_metadata(
     names = [name for name in (*METADATA_COLUMNS, *columns) if name in first]
     metadata: dict[str, dict[str, Any]] = {}
     for row in rows:
-        record = records.find(identifier(row[key]))
+        record = records.find(identifier(row[key]))  # the table may have rows of records that are not there
         values = {name: row.get(name) for name in names}
         if record is not None and metadata.setdefault(record, values) != values:
             raise ValueError(

@@ -94,7 +94,7 @@ def by_fold(records: Iterable[str], metadata: Metadata) -> dict[str, str]:
     """Record -> split, by PTB-XL's `strat_fold`."""
     folds = {record: metadata.get(record, {}).get("strat_fold") for record in records}
     for record, fold in folds.items():
-        if fold not in FOLDS:
+        if fold not in FOLDS:  # 9.0 is found as 9: equal numbers have equal hashes
             raise ValueError(
                 f"The record {record} has strat_fold {fold}; --split_by fold expects 1-8 (train), 9 (validation) or 10 (test) "
                 "in the table of --metadata."
@@ -108,7 +108,7 @@ def by_patient(patients: Mapping[str, str | None], shares: Sequence[float], seed
     Args:
         patients: record -> patient.
     """
-    if len(shares) != len(SPLITS) or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+    if len(shares) != len(SPLITS) or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:  # 0.7 + 0.2 + 0.1 < 1
         raise ValueError(f"--shares is {' '.join(f'{share:g}' for share in shares)}; expected three that sum to 1.")
     unknown = [record for record, patient in patients.items() if patient is None]
     if unknown:
@@ -118,14 +118,14 @@ def by_patient(patients: Mapping[str, str | None], shares: Sequence[float], seed
             "has two records, it may repeat their names."
         )
     names = np.random.default_rng(seed).permutation(sorted({str(patient) for patient in patients.values()})).tolist()
-    ends = np.cumsum(share_out(len(names), shares))
+    ends = np.cumsum(share_out(len(names), shares))  # where each split ends among the names
     split_of = {name: SPLITS[np.searchsorted(ends, index, side="right")] for index, name in enumerate(names)}
     return {record: split_of[str(patient)] for record, patient in patients.items()}
 
 
 def share_out(num_patients: int, shares: Sequence[float]) -> list[int]:
     """How many of the patients each split has; few may leave one with none."""
-    ends = [round(end * num_patients) for end in np.cumsum(shares)]
+    ends = [round(end * num_patients) for end in np.cumsum(shares)]  # ends are rounded, so that the parts sum to all
     return np.diff(ends, prepend=0).tolist()
 
 

@@ -108,7 +108,7 @@ class Findings:
         if self.rhythm == "premature ventricular complexes" and self.heart_rate > 110:
             raise ValueError(f"heart_rate={self.heart_rate} with {self.rhythm}; expected at most 110 beats per minute.")
         for name in ("noise", "wander"):
-            if not getattr(self, name) >= 0:
+            if not getattr(self, name) >= 0:  # `not` refuses NaN too
                 raise ValueError(f"{name}={getattr(self, name)}; expected millivolts, 0 or more.")
 
 
@@ -133,20 +133,20 @@ def sample_findings(rng: np.random.Generator, **fixed: Any) -> Findings:
 def _beats(findings: Findings, rng: np.random.Generator, seconds: float) -> tuple[np.ndarray, np.ndarray]:
     """Times of the R peaks, from the last one before 0 to the second one after `seconds`, and which of them are
     ectopic."""
-    mean_rr = 60 / findings.heart_rate
+    mean_rr = 60 / findings.heart_rate  # seconds
     count = round(seconds / mean_rr)
-    num_intervals = 2 * count + 4
+    num_intervals = 2 * count + 4  # more than enough to pass `seconds`
     if findings.rhythm == "atrial fibrillation":
-        rr = rng.uniform(0.6, 1.6, num_intervals)
+        rr = rng.uniform(0.6, 1.6, num_intervals)  # shares of the mean, each independent: no pattern
     else:  # respiratory sinus arrhythmia
         breath = 2 * np.pi * (rng.uniform(0.2, 0.3) * mean_rr * np.arange(num_intervals) + rng.uniform())
         rr = 1 + rng.uniform(0.01, 0.05) * np.sin(breath) + 0.005 * rng.standard_normal(num_intervals)
-    rr *= mean_rr / rr[:count].mean()
-    peaks = np.concatenate([[0.0], np.cumsum(rr)]) - rng.uniform() * rr[0]
+    rr *= mean_rr / rr[:count].mean()  # the record itself has the rate, as a count of its beats shows
+    peaks = np.concatenate([[0.0], np.cumsum(rr)]) - rng.uniform() * rr[0]  # 0 is at a random phase
     peaks = peaks[: np.searchsorted(peaks, seconds) + 2]
     ectopic = np.zeros(len(peaks), dtype=bool)
     if findings.rhythm == "premature ventricular complexes":
-        candidates = np.flatnonzero((peaks > 1) & (peaks < seconds))[:-1]
+        candidates = np.flatnonzero((peaks > 1) & (peaks < seconds))[:-1]  # not the last: its pause would be cut off
         num_ectopic = min(int(rng.integers(2, 5)), (len(candidates) + 1) // 2)
         # a choice without neighbours: choose from a shorter row, then spread
         chosen = np.sort(rng.choice(len(candidates) - num_ectopic + 1, num_ectopic, replace=False))
@@ -159,7 +159,7 @@ def _beats(findings: Findings, rng: np.random.Generator, seconds: float) -> tupl
 
 def _rotation(rng: np.random.Generator, degrees: float) -> np.ndarray:
     """A rotation about a random axis by up to `degrees`, first order (good to 0.02 at 12 degrees)."""
-    x, y, z = np.radians(degrees) * rng.uniform(-1, 1, 3) / np.sqrt(3)
+    x, y, z = np.radians(degrees) * rng.uniform(-1, 1, 3) / np.sqrt(3)  # by at most `degrees`, as the norm is
     return np.eye(3) + np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
 
 
@@ -170,7 +170,7 @@ def _waves(findings: Findings, rng: np.random.Generator) -> tuple[np.ndarray, ..
     turn = _rotation(rng, 12).T
 
     def vary(dipoles: list[list[float]]) -> np.ndarray:
-        return np.array(dipoles) * rng.lognormal(0, 0.12, (len(dipoles), 3)) @ turn
+        return np.array(dipoles) * rng.lognormal(0, 0.12, (len(dipoles), 3)) @ turn  # patients differ by about 12%
 
     # QRS: centres and widths are fractions of its duration
     if findings.wide_qrs:
@@ -183,36 +183,36 @@ def _waves(findings: Findings, rng: np.random.Generator) -> tuple[np.ndarray, ..
         qrs = vary([[-0.16, -0.05, -0.26], [0.95, 0.95, 0.22], [-0.15, -0.2, 0.58]])
     qrs *= rng.uniform(0.8, 1.2)
     # turn the net QRS area in the frontal plane to the wanted axis
-    across, down, _ = FRONTAL @ (widths @ qrs)
+    across, down, _ = FRONTAL @ (widths @ qrs)  # the area of a Gaussian goes with width times amplitude
     angle = np.radians(rng.uniform(*AXIS_DEGREES[findings.axis])) - np.arctan2(down, across)
     frontal_turn = np.eye(3)
     frontal_turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
-    qrs = qrs @ (np.linalg.inv(FRONTAL) @ frontal_turn @ FRONTAL).T
+    qrs = qrs @ (np.linalg.inv(FRONTAL) @ frontal_turn @ FRONTAL).T  # turned in units of the frontal plane, then back
 
     (t_wave,) = vary([[0.36, 0.2, -0.17]]) * rng.uniform(0.8, 1.2)
     if findings.wide_qrs:  # secondary repolarisation: T against the QRS
         t_wave = -0.35 * (widths @ qrs) / widths.sum()
-    st = rng.uniform(0.12, 0.17) * np.array(ST_DIPOLES[findings.st_elevation])
+    st = rng.uniform(0.12, 0.17) * np.array(ST_DIPOLES[findings.st_elevation])  # lifts its leads by 0.12 mV or more
     p = vary([[0.04, 0.09, -0.05], [0.07, 0.07, 0.05]]) * rng.uniform(0.9, 1.3)
     if findings.rhythm == "atrial fibrillation":
-        p[:] = 0
+        p[:] = 0  # fibrillating atria have no P; `simulate_ecg` adds their waves
     ectopic = ECTOPIC_DIPOLES[rng.integers(len(ECTOPIC_DIPOLES))] @ turn * rng.uniform(1.1, 1.4)
     ectopic_duration = rng.uniform(0.15, 0.18)
 
     scale = rr**0.4  # repolarisation is faster in a fast rhythm
     end = duration / 2
-    p_centre = -end - rng.uniform(0.07, 0.09) - 0.04 * rr
+    p_centre = -end - rng.uniform(0.07, 0.09) - 0.04 * rr  # PR is shorter in a fast rhythm
     t_centre = 0.25 * scale
     t_width = rng.uniform(0.045, 0.055) * scale
     waves = [
         (p_centre - 0.012, 0.016, p[0]),  # right atrium
         (p_centre + 0.018, 0.018, p[1]),  # left atrium
         *zip(centres * duration, widths * duration, qrs, strict=True),
-        (end + 0.05, 0.035, st),
-        (end + 0.12 * scale, 0.045 * scale, st),
+        (end + 0.05, 0.035, st),  # just after the J point
+        (end + 0.12 * scale, 0.045 * scale, st),  # holds the level up to the T wave
         (end + t_centre - 0.05 * scale, t_width, 0.3 * t_wave),  # slow rise, fast fall
         (end + t_centre, 0.85 * t_width, 0.85 * t_wave),
-        (-0.15 * ectopic_duration, 0.14 * ectopic_duration, ectopic),
+        (-0.15 * ectopic_duration, 0.14 * ectopic_duration, ectopic),  # the last three are of ectopic beats
         (0.18 * ectopic_duration, 0.15 * ectopic_duration, 0.7 * ectopic),
         (ectopic_duration / 2 + t_centre, 1.2 * t_width, -0.3 * ectopic),
     ]
@@ -232,37 +232,37 @@ def simulate_ecg(
         raise ValueError(f"seconds={seconds}; a rhythm needs at least 5 seconds to be seen.")
     if sampling_rate < 100:
         raise ValueError(f"sampling_rate={sampling_rate} Hz; a QRS needs at least 100 Hz.")
-    time = np.arange(round(seconds * sampling_rate)) / sampling_rate
+    time = np.arange(round(seconds * sampling_rate)) / sampling_rate  # seconds, [samples]
     peaks, ectopic = _beats(findings, rng, seconds)
     centres, widths, dipoles = _waves(findings, rng)
 
-    breath = 2 * np.pi * (rng.uniform(0.2, 0.3) * peaks + rng.uniform())
-    gain = ectopic[:, None] == (np.arange(len(centres)) >= len(centres) - 3)
-    gain = gain * (1 + rng.uniform(0, 0.06) * np.sin(breath))[:, None]
+    breath = 2 * np.pi * (rng.uniform(0.2, 0.3) * peaks + rng.uniform())  # 0.2 to 0.3 Hz
+    gain = ectopic[:, None] == (np.arange(len(centres)) >= len(centres) - 3)  # an ectopic beat has the last 3
+    gain = gain * (1 + rng.uniform(0, 0.06) * np.sin(breath))[:, None]  # breathing moves the amplitudes
     # at any time only the beat before, the one before that and the next one matter
     beat = np.searchsorted(peaks, time, side="right") - 1
-    beat = np.maximum(beat + np.array([[-1], [0], [1]]), 0)
-    since = (time - peaks[beat]).astype(np.float32)
+    beat = np.maximum(beat + np.array([[-1], [0], [1]]), 0)  # [3, samples]
+    since = (time - peaks[beat]).astype(np.float32)  # seconds from the R peak, [3, samples]
     since[0, beat[0] == beat[1]] = np.inf  # there is no beat before the first
     distance = (since - centres.astype(np.float32)[:, None, None]) / widths.astype(np.float32)[:, None, None]
-    waves = gain.astype(np.float32).T[:, beat] * np.exp(-0.5 * distance**2)
-    dipole = dipoles.T @ waves.sum(1)
+    waves = gain.astype(np.float32).T[:, beat] * np.exp(-0.5 * distance**2)  # [waves, 3, samples]
+    dipole = dipoles.T @ waves.sum(1)  # [directions, samples]
 
     if findings.rhythm == "atrial fibrillation":
         slow = np.sin(2 * np.pi * (rng.uniform(0.4, 1, (2, 1)) * time + rng.uniform(size=(2, 1))))
-        phase = 2 * np.pi * rng.uniform(5, 8) * time + 1.2 * slow[0]
+        phase = 2 * np.pi * rng.uniform(5, 8) * time + 1.2 * slow[0]  # f waves, 300 to 480 per minute
         flutter = (1 + 0.4 * slow[1]) * (np.sin(phase) + 0.3 * np.sin(2 * phase))
-        dipole += rng.uniform(0.07, 0.12) * np.outer([-0.3, 0.6, -0.75], flutter)
+        dipole += rng.uniform(0.07, 0.12) * np.outer([-0.3, 0.6, -0.75], flutter)  # largest in V1, V2
 
     electrode = findings.noise * rng.standard_normal((9, len(time)), dtype=np.float32)
     for low, high in ((0.05, 0.15), (0.2, 0.35)):  # drift of the electrode, breathing
         swing = rng.uniform(low, high) * time + rng.uniform(size=(9, 1))
         electrode += findings.wander * rng.uniform(0.3, 1, (9, 1)) * np.sin((2 * np.pi * swing).astype(np.float32))
-    return derive_leads(DOWER @ dipole + ELECTRODES @ electrode).astype(np.float32)
+    return derive_leads(DOWER @ dipole + ELECTRODES @ electrode).astype(np.float32)  # [8, samples] to [12, samples]
 
 
 # gaps at the borders, so that no rate is a matter of opinion
-RATES = {"bradycardia": (40, 52), "normal rate": (65, 95), "tachycardia": (110, 150)}
+RATES = {"bradycardia": (40, 52), "normal rate": (65, 95), "tachycardia": (110, 150)}  # beats per minute
 YES_NO = ("yes", "no")
 # question type -> its answers
 ANSWERS: dict[str, tuple[str, ...]] = {
@@ -301,11 +301,11 @@ def _ask(rng: np.random.Generator, position: int) -> list[tuple[str, str, str, T
         answers, wordings = ANSWERS[question_type], WORDINGS[question_type]
         territories = TERRITORIES if question_type == "st_elevation" else TERRITORIES[:1]
         choices = [(answer, territory) for answer in answers for territory in territories]
-        wording = wordings[rng.integers(len(wordings))]
-        slots = rng.permutation(len(asked))
+        wording = wordings[rng.integers(len(wordings))]  # one for all records of a cycle, as `rng` is
+        slots = rng.permutation(len(asked))  # drawn even if not used: all records of a cycle draw alike
         place = order_of_st[position] if question_type.startswith("st_") else position
         if place in asked:
-            answer, territory = choices[slots[place - asked.start] % len(choices)]
+            answer, territory = choices[slots[place - asked.start] % len(choices)]  # divides len(asked)
             questions.append((question_type, wording, answer, territory))
     return [questions[i] for i in rng.permutation(len(questions))]
 
@@ -313,7 +313,7 @@ def _ask(rng: np.random.Generator, position: int) -> list[tuple[str, str, str, T
 def _findings(questions: list[tuple[str, str, str, Territory]], rng: np.random.Generator) -> Findings:
     """Findings that make the answers true, and are drawn alike for all answers in everything else."""
     fixed: dict[str, Any] = {}
-    not_premature = RHYTHMS[rng.integers(2)]
+    not_premature = RHYTHMS[rng.integers(2)]  # sinus rhythm or atrial fibrillation
     for question_type, _, answer, territory in questions:
         if question_type == "rate":
             fixed["heart_rate"] = rng.uniform(*RATES[answer])
@@ -346,10 +346,10 @@ def make_record(
         raise ValueError(f"split={split!r}; expected one of {', '.join(map(repr, SPLITS))}.")
     cycle, position = divmod(index, CYCLE)
     stream = SPLITS.index(split)
-    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(stream, 0, cycle)))
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(stream, 0, cycle)))  # 0: plan of the cycle
     questions = _ask(rng, int(rng.permutation(CYCLE)[position]))
 
-    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(stream, 1, index)))
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(stream, 1, index)))  # 1: the record
     ecg = simulate_ecg(_findings(questions, rng), rng, sampling_rate=sampling_rate, seconds=seconds)
     messages = []
     for _, wording, answer, territory in questions:
@@ -357,7 +357,7 @@ def make_record(
         messages.append({"role": "assistant", "content": answer})
     return {
         "ecg": {
-            "array": np.rint(1000 * ecg).astype(np.int16),
+            "array": np.rint(1000 * ecg).astype(np.int16),  # microvolts; `astype` alone cuts towards 0
             "sampling_rate": sampling_rate,
             "lead_names": STANDARD_LEADS,
             "unit": "uV",

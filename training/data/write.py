@@ -29,15 +29,15 @@ def write_split(folder: Path, split: str, groups: Iterator[pa.Table], schema: pa
     The bytes of the amplitudes are separated before they are compressed, which makes files a quarter smaller; Arrow reads
     that from version 17 on.
     """
-    ecg = "ecg.list.element" if pa.types.is_list(schema.field("ecg").type) else "ecg"
+    ecg = "ecg.list.element" if pa.types.is_list(schema.field("ecg").type) else "ecg"  # Parquet's path of it
     options: dict[str, Any] = {
         "compression": "zstd",
         "compression_level": 3,
-        "use_dictionary": False,
+        "use_dictionary": False,  # pyarrow takes no `column_encoding` beside dictionaries
         "column_encoding": {f"{ecg}.array.list.element.list.element": "BYTE_STREAM_SPLIT"},
         "data_page_size": ROW_GROUP_BYTES,  # compression sees the repetitions of a page
     }
-    group = next(groups, None)
+    group = next(groups, None)  # before any file is opened: a split without rows has none
     paths: list[Path] = []
     while group is not None:
         paths.append(folder / f"{split}-{len(paths):05d}.parquet")
@@ -46,7 +46,7 @@ def write_split(folder: Path, split: str, groups: Iterator[pa.Table], schema: pa
                 writer.write_table(group)
                 group = next(groups, None)
     for path in paths:
-        path.rename(path.with_stem(f"{path.stem}-of-{len(paths):05d}"))
+        path.rename(path.with_stem(f"{path.stem}-of-{len(paths):05d}"))  # N is known only now
 
 
 @dataclass
@@ -136,7 +136,7 @@ def build(args: argparse.Namespace) -> None:
     options = BuildArguments(**{option.name: getattr(args, option.name) for option in fields(BuildArguments)})
     plan = make_plan(args.records, args.questions, options)
     summaries = {split: Summary() for split in plan.questions}
-    with new_folder(args.output_dir) as folder:
+    with new_folder(args.output_dir) as folder:  # replaces `output_dir` if all goes well
         data = folder / "data"
         data.mkdir()
         for split, summary in summaries.items():

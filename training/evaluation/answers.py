@@ -48,7 +48,7 @@ class Progress:
         self.key = digest([self.facts, settings])
         state = PartialState()
         with state.main_process_first():  # it takes over all files before the other processes replace theirs
-            answers = self.read() if state.is_main_process else {}
+            answers = self.read() if state.is_main_process else {}  # one process takes over all
             write_text(
                 self.path, "".join([f"{self.key}\n", *(self._line(*place, answers[place]) for place in answers)])
             )
@@ -58,7 +58,7 @@ class Progress:
         done = {}
         for path in sorted(self.folder.glob(f"{PARTIAL}.*.jsonl")):
             head, *lines = path.read_text(encoding="utf-8").split("\n")
-            if head != self.key:
+            if head != self.key:  # answers of another model, data or settings
                 continue
             for line in lines[:-1]:  # what follows the last line end is nothing, or cut
                 name, batch, answers = json.loads(line)
@@ -67,7 +67,7 @@ class Progress:
 
     def add(self, name: str, batch: int, answers: list[Any]) -> None:
         """Keeps the answers of a batch."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with self.path.open("a", encoding="utf-8") as file:  # closed after each batch, so a crash loses no other
             file.write(self._line(name, batch, answers))
 
     def remove(self) -> None:
@@ -142,7 +142,7 @@ class Answerer:
             "pad_token_id": self.processor.tokenizer.pad_token_id,
             **(self.generation or {}),
         }
-        self._suffixes: dict[str, list[int]] = {}
+        self._suffixes: dict[str, list[int]] = {}  # candidate -> its tokens
         self.notices: dict[str, set[tuple[int, int]]] = {}
         self._others: np.ndarray | None = None  # for each row the one whose ECGs are swapped in
         rows: dict[int, list[int]] = {}
@@ -193,15 +193,15 @@ class Answerer:
                 try:
                     answered[batch] = self._answer(batches[batch], condition, batch)
                 except ValueError as error:
-                    if condition.change is None:
+                    if condition.change is None or not condition.random:  # a fault of ours or of the data
                         raise
                     failure = str(error)  # noise cannot be compressed: as ECG-Byte tokens it may be too long
                     break
                 if progress is not None:
                     progress.add(name, batch, answered[batch])
-                bar.update(len(answered[batch]) * state.num_processes)
+                bar.update(len(answered[batch]) * state.num_processes)  # the others are about as far
         failures = []
-        for part, reason, notices in gather_object([(answered, failure, self.notices)]):
+        for part, reason, notices in gather_object([(answered, failure, self.notices)]):  # to all processes
             done |= part
             for notice, records in notices.items():
                 self.notices[notice] = self.notices.get(notice, set()) | records
@@ -224,7 +224,7 @@ class Answerer:
         window = getattr(self.model.config.text_config, "sliding_window", None)
         if reuse and window is not None:
             # padding between turns would push earlier turns out of the window
-            reuse = max(len(row.prompts[-1].input_ids) for row in read) <= window // 2
+            reuse = max(len(row.prompts[-1].input_ids) for row in read) <= window // 2  # half leaves room for it
         with torch.inference_mode():
             if reuse:
                 return self._of_conversations(read)
@@ -247,7 +247,7 @@ class Answerer:
             return row
         records = [as_record(ecg) for ecg in ecgs_of(row)]
         if condition.change is not None:
-            rng = np.random.default_rng([self.seed, place])
+            rng = np.random.default_rng([self.seed, place])  # the same in whatever batch or process
             records = [replace(record, array=condition.change(record.array, rng)) for record in records]
         if condition.name == ECG:  # the others read the same records again
             for index, record in enumerate(records):
@@ -264,7 +264,7 @@ class Answerer:
             chat = to_chat(row, self.system_prompt, with_ecg)
             offset = len(chat) - len(row["messages"])  # a system prompt may come first
             turns.append([self.questions[i].turn + offset for i in indices])
-            chats.append(chat[: turns[-1][-1]])
+            chats.append(chat[: turns[-1][-1]])  # without the last answer
         texts = [
             self.processor.apply_chat_template(
                 [chat[:turn] for turn in asked], add_generation_prompt=True, tokenize=False
@@ -272,13 +272,13 @@ class Answerer:
             for chat, asked in zip(chats, turns, strict=True)
         ]
         columns = self._process(chats)
-        places = np.cumsum([0, *(_num_ecgs(chat) for chat in chats)])
+        places = np.cumsum([0, *(_num_ecgs(chat) for chat in chats)])  # where each chat's ECGs begin in the batch
         read = []
         for place, (chat, asked, prompts) in enumerate(zip(chats, turns, texts, strict=True)):
             own = slice(places[place], places[place + 1])
             ecgs = {name: columns[name][own] for name in ECG_INPUTS if name in columns and own.stop > own.start}
             input_ids, offsets = columns["input_ids"][place], columns["offset_mapping"][place]
-            ends = [_tokens_of(prompt, prompts[-1], offsets) for prompt in prompts]
+            ends = [_tokens_of(prompt, prompts[-1], offsets) for prompt in prompts]  # None where tokens do not fit
             nested = all(end is not None for end in ends)
             if nested:
                 tokens = [input_ids[:end] for end in ends]
@@ -299,8 +299,8 @@ class Answerer:
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
-            return_tensors=None,
-            processor_kwargs={"padding": False, "return_offsets_mapping": True},
+            return_tensors=None,  # prompts of different lengths make no tensor
+            processor_kwargs={"padding": False, "return_offsets_mapping": True},  # offsets need a fast tokenizer
         )
         for name in ECG_INPUTS:
             if name in columns:
@@ -309,7 +309,7 @@ class Answerer:
 
     def _suffix(self, answer: str, chat: list[dict[str, Any]], prompt: str) -> list[int]:
         """The tokens that the template writes for an answer, its end of turn included."""
-        if answer not in self._suffixes:
+        if answer not in self._suffixes:  # taken to be the same behind every prompt
             turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
             text: Any = self.processor.apply_chat_template([*chat, turn], tokenize=False)
             if not text.startswith(prompt):
@@ -317,7 +317,7 @@ class Answerer:
                     "The chat template does not write an answer behind its generation prompt, so its likelihood cannot be told; "
                     "use --score generation."
                 )
-            suffix = text[len(prompt) :].rstrip("\n")
+            suffix = text[len(prompt) :].rstrip("\n")  # ChatML writes one after its end-of-turn token
             self._suffixes[answer] = self.processor.tokenizer(suffix, add_special_tokens=False)["input_ids"]
         return self._suffixes[answer]
 
@@ -327,7 +327,7 @@ class Answerer:
         places = sorted(range(len(rows)), key=lambda place: -len(rows[place].prompts))
         answers: list[list[Any]] = [[] for _ in rows]
         device, pad = self.model.device, self.processor.tokenizer.pad_token_id
-        input_ids = torch.empty((len(rows), 0), dtype=torch.long, device=device)
+        input_ids = torch.empty((len(rows), 0), dtype=torch.long, device=device)  # [rows, tokens], longer by each turn
         mask = torch.empty_like(input_ids)
         cache: DynamicCache | None = None
         num_turns = len(rows[places[0]].prompts)
@@ -344,7 +344,7 @@ class Answerer:
                 ecgs.append({name: values[before.num_ecgs : prompt.num_ecgs] for name, values in row.ecgs.items()})
             width = max(map(len, new_ids))
             # padding stands between the turns, where the mask hides it
-            padded = [[pad] * (width - len(ids)) + ids for ids in new_ids]
+            padded = [[pad] * (width - len(ids)) + ids for ids in new_ids]  # left: all rows end in a token
             real = [[0] * (width - len(ids)) + [1] * len(ids) for ids in new_ids]
             input_ids = torch.cat([input_ids, torch.tensor(padded, device=device)], dim=1)
             mask = torch.cat([mask, torch.tensor(real, device=device)], dim=1)
@@ -377,15 +377,15 @@ class Answerer:
     ) -> tuple[torch.Tensor, DynamicCache]:
         """Reads the tokens that the cache does not hold yet, up to `until`; the logits after the last of them."""
         if cache is None:
-            cache = DynamicCache(config=self.model.config.get_text_config())
+            cache = DynamicCache(config=self.model.config.get_text_config())  # which layers have a window
         start = cache.get_seq_length()
         output = self.model(
             input_ids=input_ids[:, start:until],
             attention_mask=mask[:, :until],
-            position_ids=_positions(mask)[:, start:until],
+            position_ids=_positions(mask)[:, start:until],  # without, the model counts padding too
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=1,  # [rows, 1, vocabulary]; for all tokens this would be gigabytes
             **ecg_inputs,
         )
         return output.logits[:, -1], output.past_key_values
@@ -403,7 +403,7 @@ class Answerer:
         output: Any = self.model.generate(  # type: ignore[misc]  # wants attributes that no model declares
             input_ids=input_ids, attention_mask=mask, **options
         )
-        new_tokens = output[:, input_ids.shape[1] :]
+        new_tokens = output[:, input_ids.shape[1] :]  # `generate` gives the prompt back too
         return [text.strip() for text in self.processor.batch_decode(new_tokens, skip_special_tokens=True)]
 
     def _likelihoods(
@@ -411,8 +411,8 @@ class Answerer:
     ) -> list[list[float]]:
         """The log-likelihood of each candidate of each row, summed over its tokens."""
         scores = [[0.0] * len(candidates) for candidates in options]
-        first = logits.float().log_softmax(-1)
-        for place in range(max(map(len, options))):
+        first = logits.float().log_softmax(-1)  # float32: bfloat16 has 3 digits
+        for place in range(max(map(len, options))):  # the same candidate of all rows at once, the next after it
             rows = [row for row, candidates in enumerate(options) if len(candidates) > place]
             tokens = [options[row][place] for row in rows]
             width = max(map(len, tokens))
@@ -424,7 +424,7 @@ class Answerer:
                 prefix = copy.deepcopy(cache)  # the model writes the candidate into it
                 if len(rows) < len(options):
                     prefix.batch_select_indices(where)
-                whole = torch.cat([mask[where], real[:, :-1]], dim=1)
+                whole = torch.cat([mask[where], real[:, :-1]], dim=1)  # the last token is only predicted, never read
                 output = self.model(
                     input_ids=ids[:, :-1],
                     attention_mask=whole,
@@ -441,7 +441,7 @@ class Answerer:
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:
     """Positions of the tokens [batch, tokens] that are not padding."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
+    return (mask.cumsum(-1) - 1).clamp(min=0)  # -1 where padding stands in front
 
 
 def _num_ecgs(chat: list[dict[str, Any]]) -> int:

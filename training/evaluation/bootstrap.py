@@ -93,10 +93,10 @@ def _draws(num_patients: int, num_resamples: int, seed: int, width: int) -> Iter
     at_once = max(1, CHUNK_SIZE // width)
     for start in range(0, num_resamples, at_once):
         num = min(at_once, num_resamples - start)
-        drawn = rng.integers(num_patients, size=(num, num_patients))
+        drawn = rng.integers(num_patients, size=(num, num_patients))  # by row: equal in chunks of any size
         drawn += num_patients * np.arange(num)[:, None]  # numbers of their own for each resample, for bincount
         counts = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
-        yield slice(start, start + num), counts.astype(float)
+        yield slice(start, start + num), counts.astype(float)  # BLAS multiplies no integers
 
 
 def resampled_sums(
@@ -117,10 +117,10 @@ def resampled_sums(
     columns = _as_columns(samples, patients)
     numbers, num_patients = clusters(patients)
     order = np.argsort(numbers, kind="stable")
-    starts = np.searchsorted(numbers[order], np.arange(num_patients))
+    starts = np.searchsorted(numbers[order], np.arange(num_patients))  # first row of each patient, as `reduceat` wants
     # on so fine a grid that sums are exact: they must not hang on their order, which is another with more threads
     largest = num_patients * np.add.reduceat(np.abs(columns[order]), starts).max(axis=0)
-    steps = 2.0 ** (52 - np.ceil(np.log2(np.maximum(largest, 1))))
+    steps = 2.0 ** (52 - np.ceil(np.log2(np.maximum(largest, 1))))  # float64 has 53 bits of mantissa
     sums = np.add.reduceat(np.round(columns[order] * steps) / steps, starts)
     resampled = np.empty((_num_drawn(num_patients, num_resamples), sums.shape[1]))
     for where, counts in _draws(num_patients, len(resampled), seed, width=num_patients):
@@ -150,7 +150,7 @@ def difference(value: float, replicates: np.ndarray) -> Difference:
     score, defined = estimate(value, replicates), _defined(replicates)
     if score.value is None or defined is None:
         return Difference(*score, None)
-    fewer = min((defined <= ROUNDING_ERROR).sum(), (defined >= -ROUNDING_ERROR).sum())
+    fewer = min((defined <= ROUNDING_ERROR).sum(), (defined >= -ROUNDING_ERROR).sum())  # ties count on both sides
     return Difference(*score, min(1.0, 2 * (int(fewer) + 1) / (len(defined) + 1)))
 
 
@@ -207,7 +207,7 @@ def macro_f1(counts: np.ndarray) -> np.ndarray:
 
 
 def _mean_where(occurs: np.ndarray, numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    return (numerator / np.where(occurs, denominator, 1)).sum(axis=-1) / occurs.sum(axis=-1)
+    return (numerator / np.where(occurs, denominator, 1)).sum(axis=-1) / occurs.sum(axis=-1)  # absent classes: 0 / 1
 
 
 def resampled_auroc(
@@ -249,10 +249,10 @@ def resampled_auroc(
         _auroc_by_weight(score[about], label[about], numbers[about])
         for score, label, about in zip(scores.T, labels.T, asked.T, strict=True)
     ]
-    value = np.concatenate([function(np.ones((num_patients, 1))) for function in functions])
+    value = np.concatenate([function(np.ones((num_patients, 1))) for function in functions])  # each patient once
     replicates = np.empty((_num_drawn(num_patients, num_resamples), len(functions)))
     for where, counts in _draws(num_patients, len(replicates), seed, width=len(scores)):
-        weights = np.ascontiguousarray(counts.T)
+        weights = np.ascontiguousarray(counts.T)  # [patients, resamples]: rows of it are picked
         for column, function in enumerate(functions):
             replicates[where, column] = function(weights)
     return value, replicates
@@ -282,16 +282,16 @@ def auroc_of_candidates(
     columns: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]] = []
     for kind in sorted(set(types)):
         rows = np.array([row for row, other in enumerate(types) if other == kind])
-        names = candidates[rows[0]]
+        names = candidates[rows[0]]  # all questions of a type have the same
         logs = np.array([likelihoods[row] for row in rows])
         # of two candidates one says all
         for place in range(len(names))[len(names) == 2 :]:
             labels = np.array([references[row] == names[place] for row in rows])
-            if labels.any() and not labels.all():
+            if labels.any() and not labels.all():  # else there is no AUROC
                 scores, truth, asked = (np.zeros(len(types)) for _ in range(3))
                 # log-odds tell apart what rounds to the same share; equal inputs differ by rounding errors alone
                 others = np.delete(logs, place, axis=1)
-                top = others.max(axis=1)
+                top = others.max(axis=1)  # taken out before `exp`, which would underflow
                 odds = logs[:, place] - top - np.log(np.exp(others - top[:, None]).sum(axis=1))
                 scores[rows] = np.round(odds, ODDS_DECIMALS)
                 truth[rows], asked[rows] = labels, 1
@@ -319,15 +319,15 @@ def _auroc_by_weight(scores: np.ndarray, labels: np.ndarray, numbers: np.ndarray
     negative_scores = np.sort(scores[~labels])
     negatives = numbers[~labels][np.argsort(scores[~labels])]
     positives = numbers[labels]
-    below = np.searchsorted(negative_scores, scores[labels], side="left")
-    not_above = np.searchsorted(negative_scores, scores[labels], side="right")
+    below = np.searchsorted(negative_scores, scores[labels], side="left")  # negatives below each positive
+    not_above = np.searchsorted(negative_scores, scores[labels], side="right")  # or equal to it: ties count half
 
     def auroc(weights: np.ndarray) -> np.ndarray:
-        cumulated = np.zeros((len(negatives) + 1, weights.shape[1]))
+        cumulated = np.zeros((len(negatives) + 1, weights.shape[1]))  # row i: of the i lowest negatives
         np.cumsum(weights[negatives], axis=0, out=cumulated[1:])
         of_positives = weights[positives]
         wins = (of_positives * (cumulated[below] + cumulated[not_above])).sum(axis=0) / 2
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore"):  # 0 / 0, so NaN, where a class was not drawn
             return wins / (of_positives.sum(axis=0) * cumulated[-1])
 
     return auroc
@@ -342,9 +342,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
         ValueError: one is not within 0 and 1.
     """
     p = np.asarray(p_values, dtype=float)
-    if not ((p >= 0) & (p <= 1)).all():
+    if not ((p >= 0) & (p <= 1)).all():  # `not` refuses NaN too
         raise ValueError(f"The p-values are {p.tolist()}; expected numbers from 0 to 1.")
     order = np.argsort(p, kind="stable")
     adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))  # times m, ..., 1
     return adjusted.tolist()

@@ -37,7 +37,7 @@ def with_evaluation(text: str, results: Mapping[str, Any], model_name: str) -> s
     card = ModelCard(replace_section(text, SECTION, section.strip()))
     name = " + ".join(data["names"])
     metadata: Any = card.data
-    metadata.model_name = metadata.model_name or model_name
+    metadata.model_name = metadata.model_name or model_name  # else `eval_results` cannot become the Hub's `model-index`
     metadata.metrics = metrics
     # what the Hub shows beside the card: the scores with the ECG
     metadata.eval_results = [

@@ -82,7 +82,7 @@ def require_same_questions(first: EvaluatedModel, other: EvaluatedModel) -> None
         ValueError: the models were evaluated on different data; it says what differs.
     """
     problem = f"{first.path} and {other.path} are not about the same questions"
-    for key in DATA_FIELDS:
+    for key in DATA_FIELDS:  # not `names`: copies of a dataset have the same questions
         one, two = first.results["data"][key], other.results["data"][key]
         if one != two:
             raise ValueError(f"{problem}: the {key} of the data is {one!r} and {two!r}.")
@@ -103,20 +103,20 @@ def score(metric: str, predictions: list[str], references: list[str]) -> np.ndar
     """
     if metric == "exact_match":
         # as the module of that name, which takes seconds to load
-        pairs = zip(predictions, references, strict=True)
+        pairs = zip(predictions, references, strict=True)  # an empty reference is matched by no answer
         return np.array([answer.strip() == right.strip() != "" for answer, right in pairs], dtype=float)
     if metric not in METRIC_NAMES:
         known = ", ".join(sorted(["auroc", *METRIC_NAMES]))
         raise ValueError(f"There is no metric {metric!r}; expected one of {known}.")
     module = load_metrics([metric])[metric]
-    parameters = inspect.signature(module._compute).parameters.values()
+    parameters = inspect.signature(module._compute).parameters.values()  # `compute` itself takes **kwargs
     needed = {parameter.name for parameter in parameters if parameter.default is parameter.empty}
     needed -= {"predictions", "references"}
     if needed:
         raise ValueError(f"{metric} needs a {', '.join(sorted(needed))}; compare by another metric.")
     scores: Any = module.compute(predictions=predictions, references=references)
     samples = np.asarray(scores["samples"])
-    if samples.ndim != 1 or samples.dtype.kind not in "bif":
+    if samples.ndim != 1 or samples.dtype.kind not in "bif":  # bleu4 has counts, closed_set pairs of labels
         raise ValueError(f"{metric} is not a mean over the answers, so it cannot be compared answer by answer.")
     return samples.astype(float)
 
@@ -133,7 +133,7 @@ def auroc(models: list[EvaluatedModel], num_resamples: int, seed: int) -> list[t
             raise ValueError(
                 f"{model.path} has no likelihoods, which auroc is made of; evaluate with --score likelihood."
             )
-        if model.column("candidates") != models[0].column("candidates"):
+        if model.column("candidates") != models[0].column("candidates"):  # other candidates make another AUROC
             raise ValueError(
                 f"{models[0].path} and {model.path} decide among different candidates; give both the same --candidates."
             )
@@ -148,7 +148,7 @@ def auroc(models: list[EvaluatedModel], num_resamples: int, seed: int) -> list[t
         )
         if not scores_by_type:
             raise ValueError(f"{model.path}: each type of questions has one right answer, so there is no AUROC.")
-        scores.append(scores_by_type[None])
+        scores.append(scores_by_type[None])  # None: mean over the types
     return scores
 
 
@@ -186,7 +186,7 @@ def compare(
     samples = np.column_stack([*columns.values(), np.ones(len(references))])
     sums = resampled_sums(samples, models[0].column("patient_id"), num_resamples, seed)
     values = dict(zip(columns, samples[:, :-1].mean(axis=0), strict=True))
-    replicates = dict(zip(columns, (sums[:, :-1] / sums[:, -1:]).T, strict=True))
+    replicates = dict(zip(columns, (sums[:, :-1] / sums[:, -1:]).T, strict=True))  # divided by what was drawn
     if "auroc" in metrics:
         for name, value_and_replicates in zip(names, auroc(models, num_resamples, seed), strict=True):
             values[name, "auroc"], replicates[name, "auroc"] = value_and_replicates
@@ -198,15 +198,15 @@ def compare(
         (pair, metric): difference(
             values[pair[0], metric] - values[pair[1], metric], replicates[pair[0], metric] - replicates[pair[1], metric]
         )
-        for pair in combinations(names, 2)
+        for pair in combinations(names, 2)  # each pair once, in the order of the models
         for metric in metrics
     }
-    # of one patient alone, none has a p-value
+    # there is no p-value for one patient, nor for an AUROC of too few patients with one of the answers
     p_values = [row.p_value for row in differences.values() if row.p_value is not None]
-    adjusted = holm(p_values) if p_values else [None] * len(differences)
+    adjusted = iter(holm(p_values) if p_values else [])
     return scores, [
-        Comparison(pair, metric, row, p_value)
-        for ((pair, metric), row), p_value in zip(differences.items(), adjusted, strict=True)
+        Comparison(pair, metric, row, None if row.p_value is None else next(adjusted))
+        for (pair, metric), row in differences.items()
     ]
 
 
@@ -217,7 +217,7 @@ def in_words(comparisons: list[Comparison]) -> str:
     for row in comparisons:
         metric, gain = title_of(row.metric), row.difference.value or 0.0
         if row.adjusted_p_value is None:
-            parts.append(f"nothing can be said of {metric}: all questions are about one patient")
+            parts.append(f"nothing can be said of {metric}: the questions are about too few patients")
         elif row.adjusted_p_value < LEVEL:
             better, worse = (first, second) if gain > 0 else (second, first)
             parts.append(f"{better} is better than {worse} by {as_percent(abs(gain))} points of {metric}")

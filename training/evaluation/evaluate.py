@@ -135,7 +135,7 @@ def evaluate(
         model.eval(), processor, data, questions, choices, batch_size, settings["generation"], system_prompt, seed
     )
     answers, not_scored = _ask(answerer, [name for name in ASKED if name == ECG or name in conditions], progress)
-    if not PartialState().is_main_process:
+    if not PartialState().is_main_process:  # one process scores and writes
         return Results()
     scorer = Scorer(questions, modules, num_resamples, seed, {"bert_score": {"model": bert_score_model}}, choices)
     return _summarise(answerer, scorer, answers, not_scored, training, settings)
@@ -153,6 +153,8 @@ def _check(settings: Mapping[str, Any], prefix: str = "") -> None:
     for name in ("batch_size", "max_new_tokens", "num_resamples"):
         if settings[name] < 1:
             raise ValueError(f"{prefix}{name} is {settings[name]}; it must be at least 1.")
+    if min(np.atleast_1d(settings["seed"])) < 0:
+        raise ValueError(f"{prefix}seed is {settings['seed']}; it must be at least 0.")
     known = {"conditions": ASKED, "metrics": METRIC_NAMES, "score": get_args(ScoredBy)}
     for name, expected in known.items():
         values = [settings[name]] if name == "score" else settings[name]
@@ -234,7 +236,12 @@ def _summarise(
         "schema_version": SCHEMA_VERSION,
         "model": Path(model.name_or_path or "").name,
         "model_revision": getattr(model.config, "_commit_hash", None),
-        "data": {"names": [], "split": str(data.split), "fold": None, "fingerprint": fingerprint_of(questions)},
+        "data": {
+            "names": [],
+            "split": data.split and str(data.split),
+            "fold": None,
+            "fingerprint": fingerprint_of(questions),
+        },
         "settings": settings,
         "packages": {name: version(name) for name in PACKAGES},
         **scorer.summarise(answers, likelihoods),
@@ -320,8 +327,8 @@ class EvaluationArguments(DataArguments):
     def load(self, fold: int | None, split: str, **changes: Any) -> Dataset | None:
         """A split of the data, of one `fold` if it has folds; None if it has no such split."""
         values = {option.name: getattr(self, option.name) for option in fields(DataArguments)}
-        arguments = DataArguments(**values | {"fold": fold} | changes)
-        return load_data(arguments, split, self.seed[0], self.dataset_num_proc)
+        arguments = DataArguments(**values | {"fold": fold} | changes)  # one fold, where `self.fold` may list several
+        return load_data(arguments, split, self.seed[0], self.dataset_num_proc)  # one subset for all seeds
 
 
 def revision_of(model: ELMForConditionalGeneration, name_or_path: str) -> str:
@@ -329,7 +336,7 @@ def revision_of(model: ELMForConditionalGeneration, name_or_path: str) -> str:
     if not Path(name_or_path).is_dir():
         return str(getattr(model.config, "_commit_hash", None))
     digest = hashlib.sha256()
-    for path in sorted(Path(name_or_path).glob("*.safetensors")):
+    for path in sorted(Path(name_or_path).glob("*.safetensors")):  # weights alone: this command writes the card itself
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return f"sha256:{digest.hexdigest()}"
@@ -367,12 +374,12 @@ def over_runs(runs: Sequence[dict[str, Any]], seeds: list[int], samples: bool) -
         for metric in runs[0]["conditions"][condition]["metrics"]:
             of_runs = [run["conditions"].get(condition, {}).get("metrics", {}).get(metric, {}) for run in counted]
             values = [row["value"] for row in of_runs if row.get("value") is not None]
-            if not values:
+            if not values:  # undefined in every run
                 continue
             mean, row = statistics.fmean(values), scores.setdefault(condition, {})
             row[metric] = {"mean": mean, "std": None, "interval_95": None, "num_runs": len(values)}
-            if len(values) > 1:
-                deviation = statistics.stdev(values)
+            if len(values) > 1:  # runs are taken as independent, though folds share training data
+                deviation = statistics.stdev(values)  # of a sample: by n - 1
                 half = float(student_t.ppf(0.975, len(values) - 1)) * deviation / len(values) ** 0.5
                 row[metric] |= {"std": deviation, "interval_95": [mean - half, mean + half]}
     return {
@@ -395,7 +402,7 @@ def _evaluate_fold(
 ) -> list[Results]:
     """The results of each seed, written into `folder`."""
     state = PartialState()
-    with state.main_process_first():
+    with state.main_process_first():  # it fills the cache of `datasets`, which the others then read
         data = args.load(fold, args.split)
         training_data = None if args.split == "train" else args.load(fold, "train", data_subset=None)
     if data is None:
@@ -441,7 +448,7 @@ def main(argv: list[str] | None = None) -> Results:
     """Returns the results of a single run, or the figures over several; on processes other than the first nothing."""
     args = parse(argv)
     load_metrics(args.metrics)  # what they lack should be known before the model is loaded
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=not torch.cuda.is_available())  # no MPS, which accelerate would take
     folder = output_folder(args)
     folds: list[int | None] = [None] if args.fold is None else [*args.fold]
     folders = {fold: folder / f"fold{fold}" if len(folds) > 1 else folder for fold in folds}
@@ -455,7 +462,7 @@ def main(argv: list[str] | None = None) -> Results:
     model = processor = None
     for fold in folds:
         name = args.model_name_or_path.replace("{fold}", str(fold))
-        if model is None or processor is None or name != args.model_name_or_path:
+        if model is None or processor is None or name != args.model_name_or_path:  # else it is kept
             model, processor = load_elm(name, revision=args.model_revision, dtype=args.dtype)
             model.to(state.device)  # type: ignore[arg-type]  # a wrapped method
             limit_threads(model, state.device)
@@ -466,7 +473,7 @@ def main(argv: list[str] | None = None) -> Results:
         return Results()
     # only now: an evaluation that is interrupted in a later fold keeps the answers of the earlier ones
     for fold_folder in folders.values():
-        Progress(fold_folder, None).remove()
+        Progress(fold_folder, None).remove()  # facts do not matter here
     if len(runs) == 1:
         return runs[0]
     summary = Results(over_runs(runs, args.seed, args.samples))

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, List
 
-MAX_CANDIDATES = 50
+MAX_CANDIDATES = 50  # each is read by the model after every question
 
 
 @dataclass
@@ -47,13 +47,13 @@ def list_questions(data: Dataset) -> list[Question]:
     columns = [name for name in ("messages", "question_type", "template_id") if name in data.column_names]
     patients = patients_of(data)
     questions = []
-    for index, row in enumerate(data.with_format(None).select_columns(columns)):
+    for index, row in enumerate(data.with_format(None).select_columns(columns)):  # lists, not arrays
         kinds = row.get("question_type") or "all"
         kinds = kinds if isinstance(kinds, list) else [kinds]
         if not row["messages"]:
             raise ValueError(f"Row {index} has no messages.")
         answered = sum(message["role"] == "assistant" for message in row["messages"])
-        types = iter(kinds if len(kinds) == answered else kinds[:1] * answered)
+        types = iter(kinds if len(kinds) == answered else kinds[:1] * answered)  # one for each answer, or for all
         template = row.get("template_id")
         chat = [{**message, "content": _text(message["content"])} for message in row["messages"]]
         for turn, message in enumerate(chat):
@@ -76,7 +76,7 @@ def digest(facts: Any) -> str:
 
 def fingerprint_of(questions: list[Question]) -> str:
     """A digest by which the same questions, with the same right answers, are known again."""
-    return digest([list(vars(question).values()) for question in questions])
+    return digest([list(vars(question).values()) for question in questions])  # a new field changes all digests
 
 
 def _text(content: str | list[dict[str, Any]]) -> str:
@@ -149,8 +149,8 @@ def other_patients(patients: list[tuple[str, ...]], seed: int) -> np.ndarray:
     """
     order = np.random.default_rng(seed).permutation(len(patients))
     others = np.empty(len(patients), dtype=int)
-    for place, row in enumerate(order):
-        following = (order[(place + step) % len(order)] for step in range(1, len(order)))
+    for place, row in enumerate(order):  # the next of other patients, round a random circle
+        following = (order[(place + step) % len(order)] for step in range(1, len(order)))  # round to the start
         other = next((other for other in following if not set(patients[other]) & set(patients[row])), None)
         if other is None:
             raise ValueError(
@@ -168,7 +168,7 @@ def rows_to_swap(data: Dataset, seed: int) -> np.ndarray:
     """
     others = np.arange(len(data))
     patients, num_ecgs = patients_of(data), _num_ecgs(data)
-    for number in set(num_ecgs.tolist()) - {0}:
+    for number in set(num_ecgs.tolist()) - {0}:  # rows without ECGs keep their own index
         rows = np.flatnonzero(num_ecgs == number)
         others[rows] = rows[other_patients([patients[row] for row in rows], seed)]
     return others
@@ -177,7 +177,7 @@ def rows_to_swap(data: Dataset, seed: int) -> np.ndarray:
 def _num_ecgs(data: Dataset) -> np.ndarray:
     if "ecg" not in data.column_names:
         return np.zeros(len(data), dtype=int)
-    tables = data.select_columns("ecg").with_format("arrow").iter(1000)
+    tables = data.select_columns("ecg").with_format("arrow").iter(1000)  # as Arrow, no signal is decoded
     columns = [table["ecg"] for table in tables]
     if isinstance(data.features["ecg"], List):
         return np.concatenate([pc.list_value_length(column).fill_null(0) for column in columns])

@@ -51,14 +51,14 @@ def wrong_answers(predictions: list[dict[str, Any]]) -> list[tuple[str, str, str
 
 def examples(predictions: list[dict[str, Any]], number: int = NUM_EXAMPLES) -> list[dict[str, Any]]:
     """Predictions of different types and rows, if there are enough, right and wrong ones in turn."""
-    groups: dict[tuple[str, bool], list[dict[str, Any]]] = defaultdict(list)
+    groups: dict[tuple[str, bool], list[dict[str, Any]]] = defaultdict(list)  # (type, wrong) -> them
     for row in predictions:
         groups[row["question_type"], row[ECG] != row["answer"]].append(row)
     chosen: list[dict[str, Any]] = []
-    queues = [groups[key] for key in sorted(groups)]
+    queues = [groups[key] for key in sorted(groups)]  # False sorts first: right before wrong
     while len(chosen) < number and any(queues):
         for queue in queues:
-            rows = {row["row"] for row in chosen}
+            rows = {row["row"] for row in chosen}  # rows that were shown already come last
             if queue and len(chosen) < number:
                 fresh = next((place for place, row in enumerate(queue) if row["row"] not in rows), 0)
                 chosen.append(queue.pop(fresh))
@@ -138,7 +138,7 @@ def write_report(
         pictures: SVG and what it shows, put before the examples.
     """
     loader = jinja2.FileSystemLoader(resource("training/templates"))
-    environment = jinja2.Environment(loader=loader, autoescape=True)
+    environment = jinja2.Environment(loader=loader, autoescape=True)  # questions and answers may hold < and &
     environment.filters |= {"title_of": title_of, "with_interval": with_interval}
     environment.filters["condition_label"] = lambda name: CONDITIONS[name].label
     metric = main_metric(results)

@@ -49,7 +49,7 @@ class Results(dict[str, Any]):
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Writes an object of results, which holds no NaN."""
-    write_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")  # JSON has no NaN
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -140,13 +140,13 @@ def verdict(results: Mapping[str, Any]) -> str:
     score = f"{title[0].upper()}{title[1:]} {with_interval(results['conditions'][ECG]['metrics'][metric])}%"
     gains = {name: rows[metric] for name, rows in results["ecg_minus"].items() if metric in rows}
     intervals = {name: row["interval_95"] for name, row in gains.items()}
-    if not gains or None in intervals.values():
+    if not gains or None in intervals.values():  # None: one patient alone, or undefined in too many resamples
         return f"{score}: nothing can be said of what the ECG adds; too few patients, or nothing to compare with."
-    if set(gains) <= {BASELINE}:
+    if set(gains) <= {BASELINE}:  # the model itself was not asked without its ECG
         return f"{score}: it was asked with its ECG alone, so nothing can be said of whether it looks at it."
     phrases = {name: CONDITIONS[name].phrase for name in gains}
     listed = ", ".join(f"{with_interval(row, 'difference', '+')} over {phrases[name]}" for name, row in gains.items())
-    not_better = [phrases[name] for name, (low, _) in intervals.items() if low <= 0]
+    not_better = [phrases[name] for name, (low, _) in intervals.items() if low <= 0]  # not surely above 0
     if not_better:
         conclusion = f"not shown to be better than with {' or '.join(not_better)}: the model may not look at the ECG"
     else:

@@ -63,7 +63,7 @@ def load_metrics(names: Sequence[str]) -> "dict[str, Metric]":
             raise ValueError(f"There is no metric {name!r}; expected some of {', '.join(METRIC_NAMES)}.")
     import evaluate
 
-    return {name: evaluate.load(str(METRICS / name), keep_in_memory=True) for name in names}
+    return {name: evaluate.load(str(METRICS / name), keep_in_memory=True) for name in names}  # no cache files
 
 
 def closed_types(questions: "Sequence[Question]") -> list[str]:
@@ -77,7 +77,7 @@ def closed_types(questions: "Sequence[Question]") -> list[str]:
 
 def part_of(text: str, part: str) -> str:
     """The text within the tags of `part` (`think` or `answer`); without tags the answer is what follows the thinking."""
-    inside = re.search(rf"<{part}>(.*?)(?:</{part}>|$)", text, re.DOTALL)
+    inside = re.search(rf"<{part}>(.*?)(?:</{part}>|$)", text, re.DOTALL)  # `$`: cut off by max_new_tokens
     if inside:
         return inside[1].strip()
     return text.rpartition("</think>")[2].strip() if part == "answer" else ""
@@ -130,7 +130,7 @@ class Scorer:
                 score = estimate(value, replicates).to_dict()
                 row = rows.setdefault(scope, {}).setdefault(metric, {})
                 row |= score if name == "value" else {name: score}
-                if key in figures:
+                if key in figures:  # AUROC has none
                     row |= figures[key].details
             conditions[condition] = {
                 "metrics": rows[None],
@@ -144,7 +144,7 @@ class Scorer:
                 for scope, metric, name in scores
                 if scope is None and name == "value"
             }
-        first, *others = answers
+        first, *others = answers  # `ecg`, and what it is compared with
         differences = {
             other: {
                 metric: difference(
@@ -209,7 +209,7 @@ class Scorer:
                 predictions=[texts[row] for row in rows], references=[self.references[row] for row in rows]
             )
             right, answered = zip(*scores["samples"], strict=True)
-            counts = np.zeros((len(texts), 3 * len(scores["labels"])))
+            counts = np.zeros((len(texts), 3 * len(scores["labels"])))  # as `class_counts` has them
             counts[rows] = class_counts(right, answered, scores["labels"])
             all_counts.append(counts)
             hits = np.zeros((len(texts), 2))
@@ -220,7 +220,7 @@ class Scorer:
             figures[kind, "closed_set", "balanced_accuracy"] = Figure(counts, balanced_accuracy)
             figures[kind, "closed_set", "macro_f1"] = Figure(counts, macro_f1)
         if figures:
-            ends = np.cumsum([counts.shape[1] for counts in all_counts])[:-1]
+            ends = np.cumsum([counts.shape[1] for counts in all_counts])[:-1]  # `hstack` below loses where types end
             joint = np.hstack(all_counts)
             figures[None, "closed_set", "value"] = Figure(right_and_all, _mean)
             for name, function in (("balanced_accuracy", balanced_accuracy), ("macro_f1", macro_f1)):

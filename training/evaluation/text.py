@@ -20,7 +20,7 @@ Returns:
     samples: [n], the score of each pair.
 """
 ARTICLES = {"a", "an", "the"}
-OUTSIDE_NUMBERS = re.compile(r"(?<!\d)[.,]|[.,](?!\d)|(?<=\S)-|-(?!\d)")
+OUTSIDE_NUMBERS = re.compile(r"(?<!\d)[.,]|[.,](?!\d)|(?<=\S)-|-(?!\d)")  # 1.2 and -30 stay
 
 
 # abstract, as `evaluate.load` takes the first class in a module's namespace that is not for its metric
@@ -67,7 +67,7 @@ def require_references(references: list[str]) -> None:
 
 def folded(text: str) -> str:
     """A text without differences of case and of Unicode's ways to write the same character."""
-    return unicodedata.normalize("NFKC", text).casefold()
+    return unicodedata.normalize("NFKC", text).casefold()  # NFKC: ligatures and full-width letters become plain ones
 
 
 def trimmed(text: str) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 STATE_DICT = "model_state_dict"
 # what torch and safetensors raise on damaged files
 DAMAGE: tuple[type[Exception], ...] = (SafetensorError, struct.error, ArithmeticError, AssertionError, AttributeError)
-DAMAGE += (EOFError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+DAMAGE += (EOFError, LookupError, MemoryError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile)
 
 
 @dataclass

@@ -61,8 +61,8 @@ def load_scorer(model: str, num_layers: int | None, device: str | None) -> bert_
     # its own puts no space before RoBERTa's first word, and cuts nothing where the saved one does not say at what
     # length; positions of RoBERTa begin at 2
     positions = getattr(config, "max_position_embeddings", 514) - 2
-    tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
-    scorer._tokenizer = tokenizer
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions)  # 1e30 where it is not saved
+    scorer._tokenizer = tokenizer  # private: BERTScorer takes none
     return scorer
 
 
@@ -84,7 +84,7 @@ class BERTScore(TextMetric):
         answered = [index for index, prediction in enumerate(predictions) if prediction.strip()]
         if answered:
             pairs = ([texts[index] for index in answered] for texts in (predictions, references))
-            _, _, f1 = scorer.score(*pairs, batch_size=batch_size)
+            _, _, f1 = scorer.score(*pairs, batch_size=batch_size)  # precision, recall, F1
             for index, value in zip(answered, f1.tolist(), strict=True):
                 samples[index] = value
         return {"bert_score": sum(samples) / len(samples), "samples": samples}

@@ -46,8 +46,8 @@ def counts(prediction: str, reference: str) -> list[float]:
         runs, right_runs = (
             Counter(zip(*(words[i:] for i in range(order)), strict=False)) for words in (answered, right)
         )
-        matches.append((runs & right_runs).total())
-        totals.append(max(1, runs.total()))
+        matches.append((runs & right_runs).total())  # clipped: none counts more often than in the reference
+        totals.append(max(1, runs.total()))  # as nltk, so that nothing is divided by 0
     return [float(count) for count in (*matches, *totals, len(answered), len(right))]
 
 
@@ -60,7 +60,7 @@ class BLEU4(TextMetric):
         matches, totals = sums[..., :MAX_ORDER], sums[..., MAX_ORDER : 2 * MAX_ORDER]
         length, right_length = sums[..., -2], sums[..., -1]
         precisions = np.where(matches > 0, matches, SMOOTHING) / totals
-        brevity = np.exp(np.minimum(0, 1 - right_length / np.maximum(length, 1)))
+        brevity = np.exp(np.minimum(0, 1 - right_length / np.maximum(length, 1)))  # 1 for longer answers
         return np.where(matches[..., 0] > 0, brevity * np.exp(np.log(precisions).mean(axis=-1)), 0.0)
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, Any]:

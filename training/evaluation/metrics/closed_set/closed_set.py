@@ -34,7 +34,7 @@ OTHER = "(other)"
 
 def normalize(text: str) -> str:
     """A label or answer as they are compared."""
-    return trimmed(folded(text))
+    return trimmed(folded(text))  # unlike `normalized_words`, keeps articles and punctuation
 
 
 def ratio(part: float, whole: float) -> float | None:
@@ -75,7 +75,7 @@ class ClosedSet(TextMetric):
             label: {
                 "precision": ratio(pairs[label, label], answered[label]),
                 "recall": ratio(pairs[label, label], occurs[label]),
-                "f1": ratio(2 * pairs[label, label], answered[label] + occurs[label]),
+                "f1": ratio(2 * pairs[label, label], answered[label] + occurs[label]),  # 2 TP / (2 TP + FP + FN)
                 "support": occurs[label],
             }
             for label in labels

@@ -38,7 +38,7 @@ class Meteor(PairMetric):
             FileNotFoundError: nltk has no WordNet.
         """
         try:
-            nltk.corpus.wordnet.ensure_loaded()
+            nltk.corpus.wordnet.ensure_loaded()  # loads lazily: would fail only at the first answer
         except LookupError as error:
             raise FileNotFoundError(
                 "METEOR needs WordNet, which is in none of nltk's folders "
@@ -46,5 +46,5 @@ class Meteor(PairMetric):
             ) from error
 
     def _score(self, prediction: str, reference: str) -> float:
-        words = wordpunct_tokenize(reference), wordpunct_tokenize(prediction)
+        words = wordpunct_tokenize(reference), wordpunct_tokenize(prediction)  # nltk wants the reference first
         return single_meteor_score(*words, wordnet=nltk.corpus.wordnet)

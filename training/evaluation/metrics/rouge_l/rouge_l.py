@@ -34,7 +34,7 @@ class StemTokenizer(Tokenizer):
 
     def tokenize(self, text: str) -> list[str]:
         """Words of more than three letters as their stems, as `rouge_score` has it."""
-        words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).lower())
+        words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).lower())  # `\w` without underscore
         return [self.stemmer.stem(word) if len(word) > 3 else word for word in words]
 
 
@@ -44,4 +44,4 @@ class RougeL(PairMetric):
     scorer = RougeScorer(["rougeL"], tokenizer=StemTokenizer())
 
     def _score(self, prediction: str, reference: str) -> float:
-        return self.scorer.score(reference, prediction)["rougeL"].fmeasure
+        return self.scorer.score(reference, prediction)["rougeL"].fmeasure  # target first

@@ -36,7 +36,7 @@ def compare(prediction: str, reference: str) -> dict[str, Any]:
     return {
         "precision": hits / len(answered) if answered else 0.0,
         "recall": hits / len(right),
-        "f1": 2 * hits / (len(answered) + len(right)),
+        "f1": 2 * hits / (len(answered) + len(right)),  # 2 P R / (P + R), but never 0 / 0
         "missed": sorted(right - answered),
         "extra": sorted(answered - right),
     }

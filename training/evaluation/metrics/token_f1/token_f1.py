@@ -17,4 +17,4 @@ class TokenF1(PairMetric):
 
     def _score(self, prediction: str, reference: str) -> float:
         answered, right = Counter(normalized_words(prediction)), Counter(normalized_words(reference))
-        return 2 * (answered & right).total() / (answered.total() + right.total())
+        return 2 * (answered & right).total() / (answered.total() + right.total())  # as above, never 0 / 0
