@@ -40,19 +40,19 @@ def _reading(path: Path, name: str) -> Iterator[None]:
 
 def _is_xml(content: bytes) -> bool:
     head = content[:256]
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):  # byte order marks of UTF-16
         head = head[2:]
-    return head.removeprefix(UTF8_MARK).lstrip(b" \t\r\n\0").startswith(b"<")
+    return head.removeprefix(UTF8_MARK).lstrip(b" \t\r\n\0").startswith(b"<")  # \0: half of a letter in UTF-16
 
 
 # name, whether content is of this kind, its reader; the first that fits
 _FORMATS: list[tuple[str, Callable[[bytes], bool], Callable[[bytes], dict[str, Any]]]] = [
     ("NumPy .npy", lambda content: content.startswith(b"\x93NUMPY"), read_npy),
-    ("NumPy .npz", lambda content: content.startswith((b"PK\x03\x04", b"PK\x05\x06")), read_npz),
+    ("NumPy .npz", lambda content: content.startswith((b"PK\x03\x04", b"PK\x05\x06")), read_npz),  # PK 5 6: empty
     ("EDF", lambda content: content.startswith((b"0       ", b"\xffBIOSEMI")), read_edf),
-    ("DICOM", lambda content: content[128:132] == b"DICM", read_dicom),
+    ("DICOM", lambda content: content[128:132] == b"DICM", read_dicom),  # behind a preamble of any content
     ("SCP-ECG", lambda content: content[16:22] == b"SCPECG", read_scp),
-    ("ISHNE", lambda content: content.startswith((b"ISHNE1.0", b"ANN  1.0")), read_ishne),
+    ("ISHNE", lambda content: content.startswith((b"ISHNE1.0", b"ANN  1.0")), read_ishne),  # ANN: refused by the reader
     ("MATLAB", lambda content: content.startswith(b"MATLAB 5.0 MAT-file"), read_mat),
     ("MATLAB 7.3", lambda content: content.startswith((b"MATLAB 7.3", b"\x89HDF\r\n")), read_hdf5),
     ("MATLAB 4", is_mat_4, read_mat_4),
@@ -71,7 +71,7 @@ def format_of(content: bytes) -> str | None:
 def _checked(record: dict[str, Any]) -> dict[str, Any]:
     rate = record.get("sampling_rate")
     low, high = SAMPLING_RATES
-    if isinstance(rate, (int, float)) and not low <= rate <= high:
+    if isinstance(rate, (int, float)) and not low <= rate <= high:  # as_record judges anything else
         raise ValueError(f"its sampling rate is {rate:g} Hz; expected {low:g} to {high:g}.")
     return record
 
@@ -98,11 +98,11 @@ def read_file(path: str | os.PathLike) -> dict[str, Any]:
         ImportError: the format needs a library of the extra `formats`.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
+    if path.exists() and not path.is_file():  # one that is not there may name a WFDB record
         raise ValueError(f"{path} is a folder or no regular file; give the path of one recording.")
-    header = wfdb_header(path)
+    header = wfdb_header(path)  # before the content: signal files have no mark, or that of MATLAB 4
     if header is None:
-        size = path.stat().st_size
+        size = path.stat().st_size  # FileNotFoundError where there is none
         if not 0 < size <= MAX_FILE_BYTES:
             raise ValueError(f"{path} has {size} bytes; expected a recording, at most {MAX_FILE_BYTES / 2**20:g} MiB.")
         content = path.read_bytes()

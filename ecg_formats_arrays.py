@@ -34,8 +34,8 @@ def _npy_array(content: bytes) -> np.ndarray:
             "it holds pickled objects, which are not read as loading them runs code. Save the array itself, or an .npz "
             "with array, sampling_rate, lead_names and unit."
         )
-    count, present = math.prod(shape), (len(content) - start) // max(1, dtype.itemsize)
-    if not 0 <= count <= present:
+    count, present = math.prod(shape), (len(content) - start) // max(1, dtype.itemsize)  # cannot overflow
+    if not 0 <= count <= present:  # NumPy's header may hold negative sizes
         raise ValueError(f"it is cut: its shape is {list(shape)}, but it holds only {present} values.")
     return np.frombuffer(content, dtype, count, start).reshape(shape, order="F" if fortran_order else "C")
 
@@ -43,13 +43,13 @@ def _npy_array(content: bytes) -> np.ndarray:
 def read_npy(content: bytes) -> dict[str, Any]:
     """An array of NumPy, or the dict that the reference saves in its place."""
     dtype, shape, _, start = _npy_header(content)
-    if dtype.kind == "O" and shape == ():
+    if dtype.kind == "O" and shape == ():  # what np.save makes of a dict
         return _read_reference_dict(content[start:])
     return {"array": _npy_array(content), "metadata": {"format": "NumPy"}}
 
 
 # what NumPy's arrays and scalars name in a pickle
-_NUMPY_FUNCTIONS = {"numpy dtype", "numpy ndarray"} | {
+_NUMPY_FUNCTIONS = {"numpy dtype", "numpy ndarray"} | {  # the core is _core since NumPy 2
     f"numpy.{core}.multiarray {name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")
 }
 # the reference's dict takes about a hundred
@@ -57,7 +57,7 @@ _MAX_OPCODES = 10_000
 
 
 def _pickled_dtype(value: Inert) -> np.dtype:
-    code, order = value.arguments[0], value.state[1]
+    code, order = value.arguments[0], value.state[1]  # state: version, byte order, ...
     if not (re.fullmatch("f[248]|[iu][1248]", code) and order in ("<", ">", "|", "=")):
         raise ValueError(f"it holds an array of dtype {code[:20]!r}; expected real numbers.")
     return np.dtype(code).newbyteorder(order)
@@ -66,7 +66,7 @@ def _pickled_dtype(value: Inert) -> np.dtype:
 def _pickled_array(value: Any) -> np.ndarray:
     if not (isinstance(value, Inert) and value.name == "_reconstruct"):
         raise ValueError("its 'ecg' is no NumPy array.")
-    _, shape, dtype, fortran_order, data = value.state
+    _, shape, dtype, fortran_order, data = value.state  # as ndarray.__reduce__ gives it
     return np.frombuffer(data, _pickled_dtype(dtype)).reshape(shape, order="F" if fortran_order else "C")
 
 
@@ -86,7 +86,7 @@ def _read_reference_dict(content: bytes) -> dict[str, Any]:
     """
     try:
         outer = load_plain_pickle(content, str, _NUMPY_FUNCTIONS, _MAX_OPCODES)
-        (facts,) = outer.state[4]
+        (facts,) = outer.state[4]  # of an ndarray: version, shape, dtype, order, list of its objects
         array = _pickled_array(facts["ecg"])
         plain = {name: _pickled_fact(value) for name, value in facts.items()}
     except Exception as error:
@@ -96,7 +96,7 @@ def _read_reference_dict(content: bytes) -> dict[str, Any]:
             f"({error})"
         ) from error
     metadata = {name: plain.get(name) for name in ("report", "ecg_path", "npy_path", "original_sf", "segment_len")}
-    record = {"array": array, "sampling_rate": plain.get("target_sf"), "unit": "mV"}
+    record = {"array": array, "sampling_rate": plain.get("target_sf"), "unit": "mV"}  # after the reference resampled
     if re.search("mimic|code[-_]?15", f"{metadata['ecg_path']} {metadata['npy_path']}", re.IGNORECASE):
         record["lead_names"] = list(REFERENCE_LEADS)
         metadata["lead_order"] = "of the reference, as its ecg_path or npy_path names MIMIC or CODE-15"
@@ -114,7 +114,7 @@ def read_npz(content: bytes) -> dict[str, Any]:
             # zipfile unpacks the others at one go, however large
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise ValueError(f"{key!r} is compressed in another way than np.savez_compressed does.")
-            if info.file_size > 8 * MAX_SAMPLES:
+            if info.file_size > 8 * MAX_SAMPLES:  # 8: bytes of a float64
                 raise ValueError(f"{key!r} unpacks to {info.file_size} bytes; at most {8 * MAX_SAMPLES} are read.")
             return _npy_array(archive.read(info))
 
@@ -139,7 +139,7 @@ _MAT_DTYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9:
 _MAT_TEXTS = {4: "utf-16", 16: "utf-8", 17: "utf-16"}
 _MAT_COMPRESSED, _MAT_MATRIX = 15, 14
 _MAT_STRUCT, _MAT_CHAR = 2, 4
-_MAT_NUMBERS = range(6, 16)
+_MAT_NUMBERS = range(6, 16)  # mxDOUBLE_CLASS to mxUINT64_CLASS
 _MAX_MAT_FIELD_NAMES = 2**16  # bytes
 
 
@@ -149,7 +149,7 @@ def _mat_elements(content: memoryview, order: str) -> Iterator[tuple[int, memory
     while position < len(content):
         kind, size = struct.unpack_from(f"{order}II", content, position)
         start = position + 8
-        padded = size if kind == _MAT_COMPRESSED else -(-size // 8) * 8
+        padded = size if kind == _MAT_COMPRESSED else -(-size // 8) * 8  # to whole 8 bytes, unless packed
         if kind >> 16:  # up to four bytes stand in the tag
             kind, size, start, padded = kind & 0xFFFF, kind >> 16, position + 4, 4
         if start + size > len(content):
@@ -167,13 +167,13 @@ def _mat_matrix(content: memoryview, order: str) -> tuple[str, Any]:
     value: Any = None
     if matrix_class & 0xFF in _MAT_NUMBERS and not matrix_class & 0x800:  # complex numbers are no ECG
         kind, data = next(elements)
-        value = np.frombuffer(data, order + _MAT_DTYPES[kind]).reshape(shape, order="F")
-    elif matrix_class & 0xFF == _MAT_CHAR:
+        value = np.frombuffer(data, order + _MAT_DTYPES[kind]).reshape(shape, order="F")  # kind: as stored
+    elif matrix_class & 0xFF == _MAT_CHAR:  # utf-16 alone would take this machine's byte order
         kind, data = next(elements)
         value = str(data, _MAT_TEXTS[kind] + ("" if kind == 16 else "-le" if order == "<" else "-be"))
     elif matrix_class & 0xFF == _MAT_STRUCT and math.prod(shape) == 1:
         (_, length), (_, names) = next(elements), next(elements)
-        width = int(np.frombuffer(length, f"{order}i4")[0])
+        width = int(np.frombuffer(length, f"{order}i4")[0])  # of each name, filled up with zeros
         if len(names) > _MAX_MAT_FIELD_NAMES:
             raise ValueError(f"it holds a struct with {len(names)} bytes of field names.")
         fields = [bytes(names[start : start + width]).split(b"\0")[0] for start in range(0, len(names), width)]
@@ -186,7 +186,7 @@ def _mat_matrix(content: memoryview, order: str) -> tuple[str, Any]:
 
 def read_mat(content: bytes) -> dict[str, Any]:
     """MATLAB 5, as CPSC 2018 and CODE-15 use it."""
-    order = {b"IM": "<", b"MI": ">"}[content[126:128]]
+    order = {b"IM": "<", b"MI": ">"}[content[126:128]]  # the letters MI as a 16-bit number of the file
     limit = 8 * MAX_SAMPLES
     variables: dict[str, Any] = {}
     for kind, data in _mat_elements(memoryview(content)[128:], order):
@@ -195,7 +195,7 @@ def read_mat(content: bytes) -> dict[str, Any]:
             unpacked = unpacker.decompress(data, max(1, limit))  # 0 would be no limit
             if not unpacker.eof:
                 raise ValueError(f"a variable is cut, or unpacks to more than {8 * MAX_SAMPLES} bytes.")
-            limit -= len(unpacked)
+            limit -= len(unpacked)  # of all variables together
             kind, data = next(_mat_elements(memoryview(unpacked), order))
         if kind == _MAT_MATRIX:
             name, value = _mat_matrix(data, order)
@@ -222,7 +222,7 @@ def read_mat(content: bytes) -> dict[str, Any]:
             "sampling_rate": rate.item() if isinstance(rate, np.ndarray) and rate.size == 1 else None,
             "metadata": {"format": "MATLAB, CODE-15"},
         }
-    if "val" in variables:
+    if "val" in variables:  # as WFDB's wfdb2mat names it
         raise ValueError(_NO_HEADER)
     raise ValueError(
         f"it holds the variables {sorted(variables)[:8]}; expected the struct ECG of CPSC 2018, or feats and "
@@ -240,8 +240,13 @@ def is_mat_4(content: bytes) -> bool:
     """Five whole numbers (type, rows, columns, complex, length of the name), and a name that ends with 0."""
     if len(content) < 24:
         return False
-    kind, _, _, is_complex, length = struct.unpack("<5I", content[:20])
-    return kind in (0, 10, 20, 30, 40, 50) and is_complex < 2 and 1 < length <= 64 and content[19 + length] == 0
+    kind, _, _, is_complex, length = struct.unpack("<5I", content[:20])  # 1000 M + 100 O + 10 P + T, of which P varies
+    return (
+        kind in (0, 10, 20, 30, 40, 50)
+        and is_complex < 2
+        and 1 < length <= 64
+        and content.startswith(b"\0", 19 + length)
+    )
 
 
 def read_mat_4(content: bytes) -> dict[str, Any]:

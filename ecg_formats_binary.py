@@ -12,7 +12,7 @@ import numpy as np
 
 from .ecg_formats_common import stated
 
-SEXES = {1: "male", 2: "female"}
+SEXES = {1: "male", 2: "female"}  # the codes of both formats
 
 # a record of ten seconds has 30 kB
 MAX_SCP_BYTES = 1 << 22
@@ -27,7 +27,7 @@ SCP_LEADS = {
     **{11: "V3R", 12: "V4R", 13: "V5R", 14: "V6R", 15: "V7R", 16: "X", 17: "Y", 18: "Z"},
     **{61: "III", 62: "aVR", 63: "aVL", 64: "aVF", 65: "-aVR", 66: "V8", 67: "V9", 68: "V8R", 69: "V9R"},
 }
-SCP_YEARS = {1: 1.0, 2: 1 / 12, 3: 1 / 52.18, 4: 1 / 365.25, 5: 1 / 8766}
+SCP_YEARS = {1: 1.0, 2: 1 / 12, 3: 1 / 52.18, 4: 1 / 365.25, 5: 1 / 8766}  # in a year, a month, a week, a day, an hour
 # prefix (in the order its bits are sent), bits with those of a number that follows, value: EN 1064, annex C
 SCP_DEFAULT_CODES = [
     ("0", 1, 0),
@@ -62,7 +62,7 @@ def read_scp(content: bytes) -> dict[str, Any]:
         if number not in sections:
             raise ValueError(f"The record has the sections {sorted(sections)}; expected 3 (leads) and 6 (rhythm).")
     lead_names, first_sample, num_samples, subtracted = _scp_leads(sections[3])
-    tables = _scp_tables(sections[2]) if 2 in sections else None
+    tables = _scp_tables(sections[2]) if 2 in sections else None  # without it nothing is Huffman coded
     nanovolts, interval, difference, bimodal, encoded = _scp_signals(sections[6], 6, len(lead_names))
 
     index = np.arange(num_samples)
@@ -73,16 +73,16 @@ def read_scp(content: bytes) -> dict[str, Any]:
                 raise ValueError(f"The rhythm lacks QRS complexes or is decimated, but section {number} is missing.")
         beats, protected, beat_milliseconds, fiducial = _scp_beats(sections[4])
         beat_nanovolts, beat_interval, beat_difference, _, beat_encoded = _scp_signals(sections[5], 5, len(lead_names))
-        decimation, remainder = divmod(interval, beat_interval)
+        decimation, remainder = divmod(interval, beat_interval)  # the rhythm's is that after decimation
         if remainder or not 1 <= decimation <= MAX_SCP_DECIMATION:
             raise ValueError(
                 f"The sample interval of the rhythm is {interval} us, that of the reference beat {beat_interval} us; "
                 f"expected 1 to {MAX_SCP_DECIMATION} times as much."
             )
-        interval = beat_interval
+        interval = beat_interval  # from here on that of the record as it was
         group = _scp_groups(num_samples, decimation, protected - first_sample if bimodal else protected[:0])
 
-    times = np.bincount(group, weights=index) / np.bincount(group)
+    times = np.bincount(group, weights=index) / np.bincount(group)  # mean place of what each stored value stands for
     array = np.empty((len(lead_names), num_samples), np.float32)
     for row, data in zip(array, encoded, strict=True):
         stored = _scp_decode(data, len(times), difference, tables) * (nanovolts / 1000)
@@ -90,11 +90,11 @@ def read_scp(content: bytes) -> dict[str, Any]:
     if subtracted:
         beat_samples = beat_milliseconds * 1000 // beat_interval
         reference = np.stack([_scp_decode(data, beat_samples, beat_difference, tables) for data in beat_encoded])
-        _scp_add_beats(array, reference * (beat_nanovolts / 1000), beats - first_sample, fiducial - 1)
+        _scp_add_beats(array, reference * (beat_nanovolts / 1000), beats - first_sample, fiducial - 1)  # counted from 1
 
     return {
         "array": array,
-        "sampling_rate": 1e6 / interval,
+        "sampling_rate": 1e6 / interval,  # microseconds
         "lead_names": lead_names,
         "unit": "uV",
         "metadata": {"format": "SCP-ECG", **_scp_header(sections), **_scp_statements(sections)},
@@ -109,7 +109,7 @@ def _unpack(layout: str, data: bytes, offset: int, what: str) -> tuple:
 
 
 def _check_crc(data: bytes, crc: int, what: str) -> None:
-    actual = binascii.crc_hqx(data, 0xFFFF)
+    actual = binascii.crc_hqx(data, 0xFFFF)  # CRC-CCITT, in both formats
     if actual != crc:
         raise ValueError(f"{what} has the checksum {actual:#06x}, and the file says {crc:#06x}; the file is damaged.")
 
@@ -152,12 +152,12 @@ def _scp_sections(content: bytes) -> dict[int, bytes]:
         _check_crc(content[start + 2 : start + length], crc, f"Section {number}")
         return content[start + 16 : start + length]
 
-    pointers = section(6, 0)
+    pointers = section(6, 0)  # behind the record's checksum and size
     sections = {}
     for offset in range(0, len(pointers) - 9, 10):
         number, length, start = _unpack("<HII", pointers, offset, "Section 0")
-        if 0 < number < 12 and length and start:
-            sections[number] = section(start - 1, number)
+        if 0 < number < 12 and length and start:  # length 0: not there; higher numbers are reserved, or the maker's
+            sections[number] = section(start - 1, number)  # the file counts bytes from 1
     return sections
 
 
@@ -201,11 +201,11 @@ def _scp_beats(section: bytes) -> tuple[np.ndarray, np.ndarray, int, int]:
     """
     milliseconds, fiducial, num_beats = _unpack("<HHH", section, 0, "Section 4")
     beats = [_unpack("<HIII", section, 6 + 14 * beat, "Section 4") for beat in range(num_beats)]
-    offset = 6 + 14 * num_beats
+    offset = 6 + 14 * num_beats  # of each: type, first sample, fiducial point, last sample
     protected = []
     if offset + 8 * num_beats <= len(section):
         protected = [_unpack("<II", section, offset + 8 * beat, "Section 4") for beat in range(num_beats)]
-    subtracted = [(first, last, point) for kind, first, point, last in beats if kind == 0]
+    subtracted = [(first, last, point) for kind, first, point, last in beats if kind == 0]  # type 0: like the reference
     return (
         np.array(subtracted, np.int64).reshape(-1, 3),
         np.array(protected, np.int64).reshape(-1, 2),
@@ -222,8 +222,8 @@ def _scp_groups(num_samples: int, decimation: int, protected: np.ndarray) -> np.
     index = np.arange(num_samples)
     own = np.zeros(num_samples, bool)
     for first, last in protected.tolist():
-        own[max(first, 0) : max(last + 1, 0)] = True
-    run_start = np.maximum.accumulate(np.where(np.diff(own, prepend=own[0]), index, 0))
+        own[max(first, 0) : max(last + 1, 0)] = True  # a negative index would count from the end
+    run_start = np.maximum.accumulate(np.where(np.diff(own, prepend=own[0]), index, 0))  # index of the last change
     return np.cumsum(own | ((index - run_start) % decimation == 0)) - 1
 
 
@@ -253,7 +253,7 @@ class _HuffmanTable:
         self.starts: list[int] = []
         self.codes: list[tuple[int, int, int, bool, int]] = []
         end = 0
-        for prefix, bits, switch, value in sorted(codes):
+        for prefix, bits, switch, value in sorted(codes):  # as text in the order of their intervals
             start, further = int(prefix.ljust(32, "0"), 2), bits - len(prefix)
             if start < end or not 0 <= further <= 16:
                 raise ValueError(f"Huffman code {prefix} of {bits} bits starts like another, or is too short or long.")
@@ -323,9 +323,9 @@ def _huffman_decode(data: bytes, num_samples: int, tables: list[_HuffmanTable]) 
         if switch:
             if switched or not 1 <= value <= len(tables):
                 raise ValueError(f"Huffman codes switch to table {value}; expected 1 to {len(tables)}, then a value.")
-            table, switched = tables[value - 1], True
+            table, switched = tables[value - 1], True  # for all that follows, until the next switch
             continue
-        if further:
+        if further:  # prefix and these are 48 bits at most, and the window has 57 at least
             value = window >> (64 - bits) & ((1 << further) - 1)
             value -= (value >> (further - 1)) << further  # two's complement
         values.append(value)
@@ -338,7 +338,7 @@ def _scp_header(sections: dict[int, bytes]) -> dict[str, Any]:
     section = sections.get(1, b"")
     tags: dict[int, bytes] = {}
     offset = 0
-    while offset < len(section) and section[offset] != 255:
+    while offset < len(section) and section[offset] != 255:  # tag 255 ends the section
         tag, length = _unpack("<BH", section, offset, "Section 1")
         if offset + 3 + length > len(section):
             raise ValueError(f"Tag {tag} of section 1 has {length} bytes, beyond the section's end.")
@@ -359,7 +359,7 @@ def _scp_header(sections: dict[int, bytes]) -> dict[str, Any]:
         metadata["date"] = _date(day, fields(26, "<BBB"))
     metadata["device"] = _string(tags.get(14, b"")[8:14])  # the model within the description
     (high_pass,), (low_pass,) = fields(27, "<H") or (0,), fields(28, "<H") or (0,)
-    filters = {"high_pass": f"{high_pass / 100:g} Hz", "low_pass": f"{low_pass} Hz"}
+    filters = {"high_pass": f"{high_pass / 100:g} Hz", "low_pass": f"{low_pass} Hz"}  # high-pass in 0.01 Hz
     metadata["filters"] = {name: value for name, value in filters.items() if value != "0 Hz"}
     return stated(**metadata)
 
@@ -368,7 +368,7 @@ def _scp_statements(sections: dict[int, bytes]) -> dict[str, Any]:
     """The interpretation as text, section 8."""
     section = sections.get(8, b"")
     statements = []
-    offset = 9
+    offset = 9  # behind status, date and time, and the number of statements
     for _ in range(section[8] if len(section) > 8 else 0):
         _, length = _unpack("<BH", section, offset, "Section 8")
         statements.append(_string(section[offset + 3 : offset + 3 + length]))
@@ -396,11 +396,11 @@ def read_ishne(content: bytes) -> dict[str, Any]:
     day, month, year = _unpack("<hhh", content, 138, "The header")
     time = _unpack("<hhh", content, 150, "The header")
     (num_leads,) = _unpack("<h", content, 156, "The header")
-    codes, _, resolutions = np.array(_unpack("<36h", content, 158, "The header")).reshape(3, 12)
+    codes, _, resolutions = np.array(_unpack("<36h", content, 158, "The header")).reshape(3, 12)  # _: quality
     recorder, rate = _unpack("<40sh", content, 232, "The header")
     if not 522 <= start <= len(content):
         raise ValueError(f"The samples are said to start at byte {start}; expected 522 to {len(content)}.")
-    _check_crc(content[10:start], crc, "The header")
+    _check_crc(content[10:start], crc, "The header")  # behind the magic number and the checksum itself
     if not 1 <= num_leads <= 12 or rate < 1:
         raise ValueError(f"The header says {num_leads} leads at {rate} Hz; expected 1 to 12 leads at 1 Hz or more.")
 
@@ -411,10 +411,10 @@ def read_ishne(content: bytes) -> dict[str, Any]:
             f"The file holds {len(content) - start} bytes of samples; expected {size} samples of 2 bytes, in all or "
             f"for each of {num_leads} leads. It is damaged or cut short."
         )
-    available = [lead for lead in range(num_leads) if codes[lead] != -9 and resolutions[lead] != -9]
+    available = [lead for lead in range(num_leads) if codes[lead] != -9 and resolutions[lead] != -9]  # -9: not there
     if not available or resolutions[available].min() < 1:
         raise ValueError(f"The leads have resolutions of {resolutions[:num_leads].tolist()} nV; expected above 0.")
-    samples = np.frombuffer(content, "<i2", num_values, start).reshape(-1, num_leads).T[available]
+    samples = np.frombuffer(content, "<i2", num_values, start).reshape(-1, num_leads).T[available]  # interleaved
     metadata = stated(
         format="ISHNE",
         patient_id=_string(patient_id),

@@ -18,7 +18,7 @@ REFERENCE_LEADS = ("I", "II", "III", "aVL", "aVR", "aVF", "V1", "V2", "V3", "V4"
 _STANDARD_NAMES = frozenset(map(str.casefold, STANDARD_LEADS))
 # how many of a unit make one millivolt; the micro sign (b5) and the Greek letter mu (3bc) look alike
 UNITS_PER_MILLIVOLT = {"mV": 1.0, "uV": 1e3, "\u00b5V": 1e3, "\u03bcV": 1e3, "nV": 1e6, "V": 1e-3}
-PER_MILLIVOLT_IN_ANY_CASE = {unit.casefold(): number for unit, number in UNITS_PER_MILLIVOLT.items()}
+PER_MILLIVOLT_IN_ANY_CASE = {unit.casefold(): number for unit, number in UNITS_PER_MILLIVOLT.items()}  # MV is mV too
 
 
 def library(name: str) -> Any:
@@ -39,7 +39,7 @@ def stated(**facts: Any) -> dict[str, Any]:
             }
         elif isinstance(value, list):
             value = [part for part in map(kept, value) if part is not None]
-        return None if value in ("", [], {}) else value
+        return None if value in ("", [], {}) else value  # 0 and False stay
 
     return kept(facts) or {}
 
@@ -88,6 +88,6 @@ def select_signals(
     if not electrical:
         raise ValueError(f"it holds no signal in volts, but {left_out or 'none at all'}.")
     leads = [row for row in electrical if names[row].casefold() in _STANDARD_NAMES]
-    rate = max(rates[row] for row in leads or electrical)
+    rate = max(rates[row] for row in leads or electrical)  # of any signal where no lead has a standard name
     left_out |= {names[row]: f"rate {rates[row]:g} Hz" for row in electrical if rates[row] != rate}
     return [row for row in electrical if rates[row] == rate], left_out

@@ -23,7 +23,7 @@ def _text(line: bytes) -> str:
     try:
         return line.decode().strip()
     except UnicodeDecodeError:
-        return line.decode("latin-1").strip()
+        return line.decode("latin-1").strip()  # fails on no byte
 
 
 def _csv_cells(line: bytes) -> tuple[str, list[str]]:
@@ -53,9 +53,9 @@ def _rate_of(times: np.ndarray, unit: str) -> float:
     span, steps = seconds[-1] - seconds[0], len(seconds) - 1
     if not 0 < span < math.inf:
         raise ValueError("its times do not increase; leave the column out, and give the rate (--sampling_rate).")
-    step = span / steps
+    step = span / steps  # the mean: rounding of single times averages out
     differences = np.diff(seconds)
-    if not (differences.min() > 0.5 * step and differences.max() < 1.5 * step):
+    if not (differences.min() > 0.5 * step and differences.max() < 1.5 * step):  # a missing sample is a step of 2
         raise ValueError(
             f"its times are not even: steps of {differences.min():g} to {differences.max():g} s. Resample it, or leave "
             "the column out and give the sampling rate (--sampling_rate)."
@@ -81,7 +81,7 @@ def read_csv(content: bytes) -> dict[str, Any]:
     delimiter, cells = _csv_cells(line)
     has_header = not all(map(_is_number, cells))
     if not has_header:
-        stream.seek(-len(line), os.SEEK_CUR)
+        stream.seek(-len(line), os.SEEK_CUR)  # the first row is data too
     try:
         table = np.loadtxt(stream, delimiter=delimiter, encoding="latin-1", ndmin=2, quotechar='"')
     except ValueError as error:
@@ -105,7 +105,7 @@ def read_csv(content: bytes) -> dict[str, Any]:
 
     names, units, columns = [], [], []
     for cell, column in zip(cells, table.T, strict=True):
-        parts = re.fullmatch(r"([^(\[]*)[(\[]([^)\]]*)[)\]]", cell)
+        parts = re.fullmatch(r"([^(\[]*)[(\[]([^)\]]*)[)\]]", cell)  # NAME (UNIT) or NAME [UNIT]
         name, unit = (parts[1].strip(), parts[2].strip()) if parts else (cell, "")
         if name.lower() in _TIME_COLUMNS:
             unit = unit.lower() or _TIME_COLUMNS[name.lower()]
@@ -132,5 +132,5 @@ def read_csv(content: bytes) -> dict[str, Any]:
 
 def _counts_as_integers(array: np.ndarray) -> np.ndarray:
     """Whole numbers as integers, so that the caller has to give a unit; others are millivolts, as in any array."""
-    is_counts = array.any() and np.abs(array).max() < 2**31 and (array == np.rint(array)).all()
+    is_counts = array.any() and np.abs(array).max() < 2**31 and (array == np.rint(array)).all()  # 0 is 0 in any unit
     return array.astype(np.int32) if is_counts else array

@@ -48,16 +48,16 @@ def wfdb_header(path: Path) -> Path | None:
     """The header of the WFDB record that `path` stands for: itself, its name without suffix, or one of its signals."""
     header = path.with_name(f"{path.name}.hea") if not path.exists() else path.with_suffix(".hea")
     if header == path or not header.is_file() or header.stat().st_size > _MAX_HEADER_BYTES:
-        return None
+        return None  # a header itself is told by its content
     content = header.read_bytes()
-    signals = [line.split()[0] for line in content_lines(content)[1:]]
+    signals = [line.split()[0] for line in content_lines(content)[1:]]  # the name of its file stands first
     return header if is_wfdb_header(content) and (not path.exists() or os.fsencode(path.name) in signals) else None
 
 
 def _wfdb_signals(header: Path) -> tuple[float, list[dict[str, str]]]:
     """Frames per second and the fields of a header's signal lines, checked against the signal files."""
     with header.open("rb") as file:
-        content = file.read(_MAX_HEADER_BYTES + 1)
+        content = file.read(_MAX_HEADER_BYTES + 1)  # one more shows that it is longer
     lines = content_lines(content)
     if len(content) > _MAX_HEADER_BYTES or max(map(len, lines)) > _MAX_HEADER_LINE:
         raise ValueError(f"its header is longer than {_MAX_HEADER_BYTES} bytes, or a line than {_MAX_HEADER_LINE}.")
@@ -65,7 +65,7 @@ def _wfdb_signals(header: Path) -> tuple[float, list[dict[str, str]]]:
         raise ValueError("its header holds other characters than ASCII; write a unit as mV or uV.")
     if "::" in str(header.absolute()):  # fsspec, below wfdb, would take it for a chain of addresses
         raise ValueError("its path holds '::'; rename the folder.")
-    patterns = library("wfdb.io.header")
+    patterns = library("wfdb.io.header")  # wfdb's own, so that it reads what was checked here
     record = patterns.rx_record.match(lines[0].decode())
     if record["n_seg"]:
         segments = [line.split()[0].decode() for line in lines[1:6]]
@@ -83,7 +83,7 @@ def _wfdb_signals(header: Path) -> tuple[float, list[dict[str, str]]]:
         raise ValueError(f"its header announces {record['n_sig']} signals and describes {len(signals)}; it is cut.")
     if not content.endswith(b"\n") and len(lines[-1].split()) < len(lines[1].split()):
         raise ValueError("its header is cut in the last line.")
-    frames = int(record["sig_len"] or 0)
+    frames = int(record["sig_len"] or 0)  # 0: not stated
     groups = [(name, list(parts)) for name, parts in groupby(signals, key=lambda signal: signal["file_name"])]
     if len({name for name, _ in groups}) < len(groups):  # wfdb would take one signal for another
         raise ValueError("its header describes the signals of one file in several places.")
@@ -94,7 +94,7 @@ def _wfdb_signals(header: Path) -> tuple[float, list[dict[str, str]]]:
         size, wfdb_format = file.stat().st_size, parts[0]["fmt"]
         if size > MAX_FILE_BYTES:
             raise ValueError(f"{name} has {size} bytes; expected at most {MAX_FILE_BYTES / 2**20:g} MiB.")
-        per_frame = sum(int(signal["samps_per_frame"] or 1) for signal in parts)
+        per_frame = sum(int(signal["samps_per_frame"] or 1) for signal in parts)  # a fast signal has several
         skew = max(int(signal["skew"] or 0) for signal in parts)
         if wfdb_format in _BITS_PER_SAMPLE:
             required = math.ceil(frames * per_frame * _BITS_PER_SAMPLE[wfdb_format] / 8)
@@ -114,7 +114,7 @@ def read_wfdb(header: Path) -> dict[str, Any]:
     """A WFDB record; its header is checked before the library wfdb reads the signal files."""
     frame_rate, signals = _wfdb_signals(header)
     names = [signal["sig_name"].strip() for signal in signals]
-    units = [signal["units"] or "mV" for signal in signals]
+    units = [signal["units"] or "mV" for signal in signals]  # the standard's default
     rates = [frame_rate * int(signal["samps_per_frame"] or 1) for signal in signals]
     rows, left_out = select_signals(names, units, rates)
     record = library("wfdb").rdrecord(str(header.absolute().with_suffix("")), channels=rows, smooth_frames=False)
@@ -150,7 +150,7 @@ def read_edf(content: bytes) -> dict[str, Any]:
     if kind[3:] == "+D":
         raise ValueError(f"it is discontinuous ({kind}), with pauses within; save its continuous parts one by one.")
     claimed = int(content[236:244])  # number of data records
-    edf = (edfio.read_bdf if is_bdf else edfio.read_edf)(content, header_encoding="latin-1")
+    edf = (edfio.read_bdf if is_bdf else edfio.read_edf)(content, header_encoding="latin-1")  # fails on no byte
     if claimed not in (-1, edf.num_data_records):  # edfio reads what is there, and -1 says that nobody counted
         raise ValueError(f"it holds {edf.num_data_records} data records, its header claims {claimed}; it is cut.")
     # of signals without a range edfio gives bare counts
@@ -200,13 +200,13 @@ def _dicom_lead(channel: Any) -> str:
         lead = SCP_LEADS.get(int(number[1] or int(number[2]) - 328))
         if lead:
             return lead
-    name = re.sub(r"[(,].*", "", meaning or str(channel.get("ChannelLabel", "")))
+    name = re.sub(r"[(,].*", "", meaning or str(channel.get("ChannelLabel", "")))  # "Lead I (Einthoven)"
     return re.sub(r"^lead\b", "", name.strip(), flags=re.IGNORECASE).strip() or code
 
 
 def read_dicom(content: bytes) -> dict[str, Any]:
     """The longest group of waveforms of a DICOM file that was recorded, not derived, such as a median beat."""
-    if _DEFLATED in content:
+    if _DEFLATED in content:  # pydicom unpacks it at one go, however large
         raise ValueError("it is deflated (transfer syntax 1.2.840.10008.1.2.1.99); save it uncompressed.")
     dataset = library("pydicom").dcmread(io.BytesIO(content))
     if not dataset.get("WaveformSequence"):
@@ -223,7 +223,7 @@ def read_dicom(content: bytes) -> dict[str, Any]:
     size, data = num_channels * num_samples * dtype.itemsize, group.WaveformData
     if group.WaveformBitsAllocated != 8 * dtype.itemsize or not size <= len(data) <= size + 1:  # padded to be even
         raise ValueError(f"it holds {len(data)} bytes; {num_channels} channels of {num_samples} samples take {size}.")
-    counts = np.frombuffer(data[:size], dtype).reshape(num_samples, num_channels)
+    counts = np.frombuffer(data[:size], dtype).reshape(num_samples, num_channels)  # interleaved
     channels = list(group.ChannelDefinitionSequence)
     if len(channels) != num_channels:
         raise ValueError(f"it holds {num_channels} channels and describes {len(channels)}.")
@@ -240,17 +240,17 @@ def read_dicom(content: bytes) -> dict[str, Any]:
     padding = group.get("WaveformPaddingValue")
     leads = []
     for row in rows:
-        channel = channels[row]
+        channel = channels[row]  # the baseline is in the channel's unit, not in counts (PS3.3 C.10.9)
         gain = float(channel.ChannelSensitivity) * float(channel.get("ChannelSensitivityCorrectionFactor") or 1)
         lead = in_millivolts(counts[:, row] * gain + float(channel.get("ChannelBaseline") or 0), units[row])
         if padding:
-            lead[counts[:, row] == np.frombuffer(padding[: dtype.itemsize], dtype)[0]] = np.nan
+            lead[counts[:, row] == np.frombuffer(padding[: dtype.itemsize], dtype)[0]] = np.nan  # a gap
         leads.append(lead)
 
     def text(keyword: str) -> str:
         return str(dataset.get(keyword) or "")
 
-    age = re.fullmatch(r"(\d{3})Y", text("PatientAge"))
+    age = re.fullmatch(r"(\d{3})Y", text("PatientAge"))  # DICOM's 045Y; ages in months, weeks or days are left out
     date = re.sub(r"^(\d{4})(\d\d)(\d\d)", r"\1-\2-\3", text("AcquisitionDateTime") or text("StudyDate"))
     keywords = {"high_pass": "FilterLowFrequency", "low_pass": "FilterHighFrequency", "notch": "NotchFilterFrequency"}
     filters = {name: float(channels[rows[0]].get(keyword) or 0) for name, keyword in keywords.items()}

@@ -78,7 +78,7 @@ class _BoundedTreeBuilder(TreeBuilder):
 
 
 def _local_name(name: str) -> str:
-    return name.rpartition("}")[2]
+    return name.rpartition("}")[2]  # ElementTree writes {namespace}name
 
 
 def _parse(content: bytes) -> Element:
@@ -86,7 +86,7 @@ def _parse(content: bytes) -> Element:
     # a DTD may be named, as by MUSE, but none is fetched, and any entity is refused
     parser = parser_class(target=_BoundedTreeBuilder(), forbid_dtd=False, forbid_entities=True, forbid_external=True)
     try:
-        parser.feed(content)
+        parser.feed(content)  # bytes, as it finds the encoding itself
         return parser.close()
     except library("defusedxml.common").DefusedXmlException as error:
         raise ValueError(f"The XML declares entities, which are not read as they can be harmful: {error}") from error
@@ -114,7 +114,7 @@ def _number(text: str, what: str, minimum: float = -math.inf, maximum: float = 1
     try:
         number = float(text)
     except ValueError:
-        number = math.nan
+        number = math.nan  # fails the comparison below
     if not minimum <= number <= maximum:
         raise ValueError(f"{what} is {text[:100]!r}; expected a number, at least {minimum:g} and at most {maximum:g}.")
     return number
@@ -140,7 +140,7 @@ def _factor(unit: str, units: dict[str, float], what: str) -> float:
 
 def _base64(text: str | None, what: str) -> bytes:
     try:
-        return base64.b64decode(re.sub(r"\s+", "", text or ""), validate=True)
+        return base64.b64decode(re.sub(r"\s+", "", text or ""), validate=True)  # else it skips stray bytes
     except ValueError as error:
         raise ValueError(f"{what} is no valid base64: {error}") from error
 
@@ -148,7 +148,7 @@ def _base64(text: str | None, what: str) -> bytes:
 def _age(text: str, unit: str = "years") -> float | None:
     """In years, or None where the file gives no number."""
     years = {"": 1.0, "a": 1.0, "year": 1.0, "month": 1 / 12, "mo": 1 / 12, "week": 1 / 52.18, "wk": 1 / 52.18}
-    years |= {"day": 1 / 365.25, "d": 1 / 365.25}
+    years |= {"day": 1 / 365.25, "d": 1 / 365.25}  # a, mo, wk and d are UCUM's, as HL7 writes them
     factor = years.get(unit.lower().removesuffix("s"))
     return None if factor is None or not re.fullmatch(r"\d{1,5}(\.\d+)?", text) else round(float(text) * factor, 3)
 
@@ -164,7 +164,7 @@ def _stack(leads: Iterable[tuple[str, np.ndarray]]) -> tuple[np.ndarray, list[st
     lengths = sorted({len(lead) for _, lead in leads})
     if len(lengths) > 1 or not lengths[0]:
         raise ValueError(f"The leads have {lengths[:12]} samples; expected the same number, above 0, in each.")
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore"):  # float64 beyond float32, reported below as not finite
         array = np.stack([lead for _, lead in leads]).astype(np.float32)
     if not np.isfinite(array).all():
         raise ValueError("The leads hold samples that are not finite.")
@@ -192,7 +192,7 @@ def _read_hl7(root: Element) -> tuple[np.ndarray, float, list[str], dict[str, An
         )
     rates, leads = [], []
     for code, sequence in sequence_sets[0]:
-        if code.startswith("TIME_"):
+        if code.startswith("TIME_"):  # TIME_ABSOLUTE or TIME_RELATIVE
             increment = _find(sequence, "value/increment")
             seconds = _factor(increment.get("unit", ""), SECONDS, "The time increment")
             rates.append(1 / (_positive(increment.get("value", ""), "The time increment") * seconds))
@@ -239,7 +239,7 @@ def _read_hl7(root: Element) -> tuple[np.ndarray, float, list[str], dict[str, An
             "date": _iso_date(date),
             "device": " ".join(filter(None, names)),
             "filters": filters,
-            "statements": list(dict.fromkeys(statements)),
+            "statements": list(dict.fromkeys(statements)),  # several annotations may hold the same
         },
     )
 
@@ -283,10 +283,10 @@ def _read_muse(root: Element) -> tuple[np.ndarray, float, list[str], dict[str, A
         (_text(lead, "LeadID"), _muse_lead(lead, _text(lead, "LeadID"))) for lead in rhythm.iterfind("LeadData")
     )
     patient, test = "PatientDemographics", "TestDemographics"
-    date = re.sub(r"^(\d\d)-(\d\d)-(\d{4})$", r"\3-\1-\2", _text(root, f"{test}/AcquisitionDate"))
+    date = re.sub(r"^(\d\d)-(\d\d)-(\d{4})$", r"\3-\1-\2", _text(root, f"{test}/AcquisitionDate"))  # month first
     time = _text(root, f"{test}/AcquisitionTime")
     filters = {"high_pass": "HighPassFilter", "low_pass": "LowPassFilter", "notch": "ACFilter"}
-    statements, line = [], []
+    statements, line = [], []  # a statement comes in parts, the last of which is flagged ENDSLINE
     for statement in root.iterfind("Diagnosis/DiagnosisStatement"):
         line.append(_text(statement, "StmtText"))
         if "ENDSLINE" in (flag.text for flag in statement.iterfind("StmtFlag")):
@@ -311,7 +311,7 @@ def _read_muse(root: Element) -> tuple[np.ndarray, float, list[str], dict[str, A
 
 
 def _muse_lead(lead: Element, name: str) -> np.ndarray:
-    size = _text(lead, "LeadSampleSize") or "2"
+    size = _text(lead, "LeadSampleSize") or "2"  # bytes
     if size != "2":
         raise ValueError(f"Lead {name[:100]} has samples of {size[:100]} bytes; expected 2.")
     what = f"The scale of lead {name[:100]}"
@@ -349,7 +349,7 @@ def _read_philips(root: Element) -> tuple[np.ndarray, float, list[str], dict[str
         raise ValueError(f"Samples have {bits[:100]!r} bits and offset {offset[:100]!r}; expected 16 bits, offset 0.")
 
     names = _philips_lead_names(signal, waveforms)
-    duration = _positive(waveforms.get("durationperchannel", ""), "durationperchannel")
+    duration = _positive(waveforms.get("durationperchannel", ""), "durationperchannel")  # milliseconds
     samples = _integer(str(duration * rate / 1000), "durationperchannel * samplingrate / 1000")
     encoding = waveforms.get("dataencoding", "")
     if encoding != "Base64":
@@ -360,9 +360,9 @@ def _read_philips(root: Element) -> tuple[np.ndarray, float, list[str], dict[str
         packing = "Uncompressed"
     if packing == "XLI":
         leads = _unpack_xli(data, len(names), samples)
-        _add_residuals(dict(zip(names, leads, strict=True)))
+        _add_residuals(dict(zip(names, leads, strict=True)))  # in place
     elif packing == "Uncompressed":
-        if len(data) < 2 * samples * len(names):
+        if len(data) < 2 * samples * len(names):  # more are channels that are not in use
             raise ValueError(
                 f"The waveforms have {len(data)} bytes; expected {len(names)} leads x {samples} x 2 bytes."
             )
@@ -382,7 +382,7 @@ def _read_philips(root: Element) -> tuple[np.ndarray, float, list[str], dict[str
             statements.append(_text(statement, "leftstatement"))
         statements.append(_text(interpretation, "severity").strip("- "))
     return (
-        array[:, : mark or None],
+        array[:, : mark or None],  # 0 would leave no sample
         rate,
         lead_names,
         {
@@ -403,7 +403,7 @@ def _philips_lead_names(signal: Element, waveforms: Element) -> list[str]:
     """The leads in use; files of standard acquisition types may leave their names out."""
     names = waveforms.get("leadlabels", "").split(maxsplit=99)[:99]
     if names:
-        return names[: _integer(waveforms.get("numberofleads", str(len(names))), "numberofleads")]
+        return names[: _integer(waveforms.get("numberofleads", str(len(names))), "numberofleads")]  # in use
     acquisition_type = _text(signal, "acquisitiontype")
     if acquisition_type not in ("STD-12", "10-WIRE"):
         raise ValueError(
@@ -418,7 +418,7 @@ def _calibration_start(array: np.ndarray) -> int:
     # from the last sample on in which two leads differ, all leads are the same mark
     differ = np.flatnonzero((array != array[0]).any(axis=0))
     start = int(differ[-1]) + 1 if len(differ) else 0
-    return start if start < array.shape[1] and np.ptp(array[0, start:]) == 1000 else 0
+    return start if start < array.shape[1] and np.ptp(array[0, start:]) == 1000 else 0  # microvolts
 
 
 def _unpack_xli(data: bytes, num_leads: int, samples: int) -> list[np.ndarray]:
@@ -438,7 +438,7 @@ def _unpack_xli(data: bytes, num_leads: int, samples: int) -> list[np.ndarray]:
         end = start + 8 + size
         if size <= 0 or end > len(data):
             raise ValueError(f"Packed lead {number} has {size} bytes; expected 1 to {max(0, len(data) - start - 8)}.")
-        unpacked = _unpack_lzw(data[start + 8 : end], 2 * samples + 1)
+        unpacked = _unpack_lzw(data[start + 8 : end], 2 * samples + 1)  # one more shows that it is too long
         if len(unpacked) not in (2 * samples - 1, 2 * samples):  # a last low byte of 0 may be missing
             raise ValueError(f"Packed lead {number} unpacks to {len(unpacked)} bytes; expected {samples} x 2.")
         high, low = np.frombuffer(unpacked.ljust(2 * samples, b"\0"), np.uint8).reshape(2, samples).astype(np.int64)
@@ -470,7 +470,7 @@ def _unpack_lzw(data: bytes, limit: int) -> bytes:
             break
         if code < len(strings):
             string = strings[code]
-        elif code == len(strings) and previous:
+        elif code == len(strings) and previous:  # the string that this code is about to define, as in any LZW
             string = previous + previous[:1]
         else:
             raise ValueError(f"The packed waveform holds the code {code}, only {len(strings)} are known: damaged.")
@@ -487,7 +487,7 @@ def _add_residuals(leads: dict[str, np.ndarray]) -> None:
     """Makes leads III, aVR, aVL and aVF out of what they differ from Einthoven's and Goldberger's laws, in place."""
     if "I" not in leads or "II" not in leads:
         raise ValueError(f"The packed leads are {', '.join(leads)[:100]}; expected I and II, which others rest on.")
-    i, ii = leads["I"].astype(np.int64), leads["II"].astype(np.int64)
+    i, ii = leads["I"].astype(np.int64), leads["II"].astype(np.int64)  # sums of int16 would wrap
     iii = ii - i
     if "III" in leads:
         leads["III"][:] = iii = (iii - leads["III"]).astype(np.int16).astype(np.int64)

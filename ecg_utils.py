@@ -40,7 +40,7 @@ _CANONICAL_LEADS = {name.lower(): name for name in STANDARD_LEADS}
 _RECORD_KEYS = ("array", "sampling_rate", "lead_names", "unit", "metadata")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)  # == of arrays gives an array, no truth value
 class ECGRecord:
     """One ECG. `as_record` makes it and checks it.
 
@@ -99,7 +99,7 @@ def canonical_lead_names(names: Iterable[str], others: bool = False) -> tuple[st
     )
     if not leads:
         raise ValueError("lead_names is empty; name at least one lead.")
-    twice = [name for name in STANDARD_LEADS if leads.count(name) > 1]
+    twice = [name for name in STANDARD_LEADS if leads.count(name) > 1]  # other names may: their rows are left out
     if twice:
         raise ValueError(f"Lead {', '.join(twice)} is named more than once in {list(leads)}; a lead stands once.")
     return leads
@@ -161,7 +161,7 @@ def as_record(
 
     def member(name: str, argument: Any, parse: Any) -> Any:
         values = [parse(value) for value in (ecg.get(name), argument) if value is not None]
-        if len(values) == 2 and values[0] != values[1]:
+        if len(values) == 2 and values[0] != values[1]:  # stated twice is no harm where both agree
             raise ValueError(
                 f"The ECG states its {name}, {ecg[name]!r}, and {argument!r} is given too: leave {name} out (for a file: "
                 f"--{name})."
@@ -176,7 +176,7 @@ def as_record(
 
     array = _numeric_array(ecg["array"])
     names = _names_of_rows(array, leads)
-    array, leads = _standard_rows(array, names)
+    array, leads = _standard_rows(array, names)  # before the checks: rows of other signals may hold anything
     if scale is None:
         if array.dtype.kind != "f":
             raise ValueError(
@@ -209,7 +209,7 @@ def _numeric_array(ecg: Any) -> np.ndarray:
         array = np.asarray(ecg)
     except ValueError as error:
         raise ValueError("The ECG's leads are not of one length; give a rectangular [leads, samples] array.") from error
-    if array.dtype.kind not in "fiu":
+    if array.dtype.kind not in "fiu":  # floats, signed and unsigned: no booleans, complex numbers or objects
         raise ValueError(f"The ECG ({type(ecg).__name__}) is of {array.dtype}; expected real numbers [leads, samples].")
     if array.ndim != 2:
         raise ValueError(
@@ -251,7 +251,7 @@ def _standard_rows(array: np.ndarray, names: tuple[str, ...]) -> tuple[np.ndarra
 
 
 def _fill_gaps(array: np.ndarray, sampling_rate: float, lead_names: tuple[str, ...]) -> np.ndarray:
-    array = array.copy()
+    array = array.copy()  # the rows below are views, which are written to
     for name, lead in zip(lead_names, array, strict=True):
         if np.isinf(lead).any():
             raise ValueError(f"Lead {name} holds infinite values; expected finite millivolts.")
@@ -259,7 +259,7 @@ def _fill_gaps(array: np.ndarray, sampling_rate: float, lead_names: tuple[str, .
         if missing.all():
             raise ValueError(f"Lead {name} is NaN throughout; leave the lead out or give its signal.")
         edges = np.flatnonzero(np.diff(np.pad(missing, 1)))  # start, end, start, end, ...
-        gap = np.diff(edges)[::2].max(initial=0) / sampling_rate
+        gap = np.diff(edges)[::2].max(initial=0) / sampling_rate  # every other difference lies between gaps
         if gap > MAX_GAP_SECONDS:
             raise ValueError(
                 f"Lead {name} has a gap (NaN) of {gap:.3g} s; only gaps of at most {MAX_GAP_SECONDS} s are filled. "
@@ -335,8 +335,8 @@ def lead_quality(record: ECGRecord) -> dict[str, list[str]]:
     """
     array, rate = record.array, record.sampling_rate
     peaks = np.stack([array.max(axis=1), array.min(axis=1)])
-    middle = np.median(array, axis=1)
-    held = np.stack([(array == peak[:, None]).sum(axis=1) for peak in peaks]) / rate
+    middle = np.median(array, axis=1)  # an offset alone is no saturation
+    held = np.stack([(array == peak[:, None]).sum(axis=1) for peak in peaks]) / rate  # seconds, [2, leads]
     flags = {
         "flat": (peaks[0] - peaks[1] < FLAT_MILLIVOLTS) | (_longest_hold(array) >= FLAT_SECONDS * rate),
         "saturated": ((held >= SATURATED_SECONDS) & (abs(peaks - middle) >= SATURATED_MILLIVOLTS)).any(axis=0),
@@ -351,7 +351,7 @@ def lead_quality(record: ECGRecord) -> dict[str, list[str]]:
 def _longest_hold(array: np.ndarray) -> np.ndarray:
     """Samples of the longest stretch of each lead without a change."""
     changes = np.pad(np.diff(array, axis=1) != 0, ((0, 0), (1, 1)), constant_values=True)
-    return np.array([np.diff(np.flatnonzero(lead)).max() for lead in changes])
+    return np.array([np.diff(np.flatnonzero(lead)).max() for lead in changes])  # never empty: the padded ends count
 
 
 def _stretches(array: np.ndarray, sampling_rate: float, seconds: float) -> np.ndarray:
@@ -362,16 +362,16 @@ def _stretches(array: np.ndarray, sampling_rate: float, seconds: float) -> np.nd
 
 
 def _noise(array: np.ndarray, sampling_rate: float) -> np.ndarray:
-    low, high = NOISE_BAND[0], min(NOISE_BAND[1], 0.45 * sampling_rate)
+    low, high = NOISE_BAND[0], min(NOISE_BAND[1], 0.45 * sampling_rate)  # filter_ecg wants less than half
     if low >= high:
-        return np.zeros(len(array))
+        return np.zeros(len(array))  # sampled too slowly to show any
     stretches = _stretches(filter_ecg(array, sampling_rate, (low, high)), sampling_rate, NOISE_SECONDS)
-    return np.quantile(np.sqrt(np.square(stretches).mean(axis=2)), 0.25, axis=1)
+    return np.quantile(np.sqrt(np.square(stretches).mean(axis=2)), 0.25, axis=1)  # exceeded by three quarters
 
 
 def resampling_ratio(source_rate: float, target_rate: float) -> Fraction:
     """Samples that `resample` makes of one: `target_rate / source_rate` as a fraction whose smaller term is at most 1000."""
-    ratio = Fraction(check_sampling_rate(target_rate)) / Fraction(check_sampling_rate(source_rate))
+    ratio = Fraction(check_sampling_rate(target_rate)) / Fraction(check_sampling_rate(source_rate))  # exact
     # by its smaller term, as the nearest fraction to 1/4000 with a small denominator is 0
     return ratio.limit_denominator(1000) if ratio > 1 else 1 / (1 / ratio).limit_denominator(1000)
 
@@ -381,8 +381,8 @@ def _polyphase_filter(up: int, down: int) -> tuple[np.ndarray, int]:
     """Filters [up, 1, taps] of the `up` output samples that `down` input samples make, and the samples read before."""
     half_length = ZERO_CROSSINGS * max(up, down)
     n = np.arange(-half_length, half_length + 1)
-    taps = np.sinc(n / max(up, down)) * np.kaiser(len(n), 5.0)
-    taps *= up / taps.sum()
+    taps = np.sinc(n / max(up, down)) * np.kaiser(len(n), 5.0)  # cuts off at the lower Nyquist frequency
+    taps *= up / taps.sum()  # makes up for the zeros between the samples
     # output p stands at p * down, input j at j * up, on the grid of the upsampled signal
     before = half_length // up
     after = ((up - 1) * down + half_length) // up
@@ -414,13 +414,13 @@ def resample(array: np.ndarray, source_rate: float, target_rate: float, offset: 
     up, down = ratio.numerator, ratio.denominator
     weight, before = _polyphase_filter(up, down)
     num_samples = array.shape[1]
-    num_outputs = math.ceil(num_samples * ratio)
+    num_outputs = math.ceil(num_samples * ratio)  # exact, of a Fraction
     num_blocks = math.ceil(num_outputs / up)
     after = max(0, (num_blocks - 1) * down + weight.shape[2] - before - num_samples)
     offset = array[:, :1] if offset is None else offset
     import torch  # late: reading and checking records need not wait for it
 
-    signal = np.pad(array - offset, ((0, 0), (before, after)), mode="edge")[:, None]
+    signal = np.pad(array - offset, ((0, 0), (before, after)), mode="edge")[:, None]  # [leads, 1, samples]
     # [leads, up, blocks]
     blocks = torch.nn.functional.conv1d(torch.from_numpy(signal), torch.from_numpy(weight), stride=down)
     return blocks.transpose(1, 2).flatten(1)[:, :num_outputs].numpy() + offset
@@ -474,23 +474,23 @@ def filter_ecg(
     offset = array[:, :1]
     mirrored = np.concatenate([array - offset, (array - offset)[:, ::-1]], axis=1)
     filtered = np.fft.irfft(np.fft.rfft(mirrored) * gain, 2 * num_samples)[:, :num_samples]
-    return (filtered + offset * gain[0]).astype(np.float32, copy=False)
+    return (filtered + offset * gain[0]).astype(np.float32, copy=False)  # gain[0] is that of a constant
 
 
 def settling_seconds(bandpass: Sequence[float] | None, notch: float | None) -> float:
     """Seconds after which nothing is left, to a millionth, of what `filter_ecg` makes of an end of the record."""
-    widths = [] if bandpass is None else [bandpass[0], bandpass[1] - bandpass[0]]
+    widths = [] if bandpass is None else [bandpass[0], bandpass[1] - bandpass[0]]  # hertz; the narrowest fades last
     widths += [] if notch is None else [notch / NOTCH_QUALITY]
     # it fades by exp(-k * width * seconds), and k is 2.2 to 4.4
     return 6 / min(widths, default=math.inf)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=16)  # bandpass is a tuple, as the cache hashes it
 def _filter_gain(
     num_samples: int, sampling_rate: float, bandpass: tuple[float, float] | None, notch: float | None
 ) -> np.ndarray:
     """Gains [num_samples + 1] of the spectrum of a lead and its mirror image: squares of those of one direction."""
-    angle = np.pi * np.arange(num_samples + 1) / num_samples
+    angle = np.pi * np.arange(num_samples + 1) / num_samples  # of the bins of rfft, in radians a sample
     gain = np.ones(num_samples + 1)
     if bandpass is not None:
         # the bilinear transform maps an angle to the tangent of its half; at 0 and pi the gain is 0
@@ -501,7 +501,7 @@ def _filter_gain(
         gain[[0, -1]] = 0
     if notch is not None:
         center = 2 * np.pi * notch / sampling_rate
-        width = np.tan(center / NOTCH_QUALITY / 2)
+        width = np.tan(center / NOTCH_QUALITY / 2)  # as SciPy's iirnotch: its bandwidth is center / quality
         distance = (np.cos(angle) - np.cos(center)) ** 2
         gain *= distance / (distance + (width * np.sin(angle)) ** 2)
     return gain.astype(np.float32)
@@ -527,9 +527,9 @@ def cut_windows(record: ECGRecord, seconds: float, stride: float | None = None) 
                 f"{name} is {length!r}; expected a positive number of seconds, at least a sample of "
                 f"{1 / record.sampling_rate:g} s."
             )
-    size, step = round(seconds * record.sampling_rate), stride * record.sampling_rate
+    size, step = round(seconds * record.sampling_rate), stride * record.sampling_rate  # a rounded step would drift
     number = max(0, record.array.shape[1] - size) / step
-    starts = [round(index * step) for index in range(math.floor(number + 1e-9) + 1)]
+    starts = [round(index * step) for index in range(math.floor(number + 1e-9) + 1)]  # rounding may fall short
     return [
         replace(
             record,

@@ -37,19 +37,19 @@ class _Machine:
         self.key_type, self.functions = key_type, functions
         self.stack: list[Any] = []
         self.marks: list[int] = []
-        self.memo: dict[int, Any] | None = {} if refers_back else None
+        self.memo: dict[int, Any] | None = {} if refers_back else None  # None: nothing may stand twice
 
     def run(self, opcode: str, argument: Any) -> None:
         """Does what one opcode says; IndexError or KeyError where nothing is there to do it with."""
         stack = self.stack
-        match opcode:
+        match opcode:  # PROTO and FRAME describe the file alone: nothing to do
             case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
                 stack.append(argument)  # genops has decoded it
             case "SHORT_BINUNICODE" | "BINUNICODE" | "BINUNICODE8" | "SHORT_BINBYTES" | "BINBYTES" | "BINBYTES8":
                 stack.append(argument)
             case "MEMOIZE" | "BINPUT" | "LONG_BINPUT":
                 if self.memo is not None:
-                    self.memo[len(self.memo) if argument is None else argument] = stack[-1]
+                    self.memo[len(self.memo) if argument is None else argument] = stack[-1]  # MEMOIZE: the next number
             case "BINGET" | "LONG_BINGET":
                 stack.append((self.memo or {})[argument])
             case "NONE" | "NEWTRUE" | "NEWFALSE" | "EMPTY_TUPLE":
@@ -69,7 +69,7 @@ class _Machine:
             case "GLOBAL":
                 self.push_function(argument)
             case "STACK_GLOBAL":
-                module, name = self.pop(2)
+                module, name = self.pop(2)  # on the stack, where GLOBAL has both as its argument
                 self.push_function(f"{module} {name}" if type(module) is type(name) is str else "no name")
             case "REDUCE":
                 function, arguments = self.pop(2)
@@ -83,7 +83,7 @@ class _Machine:
                 stack[-1].state = state
 
     def pop(self, count: int) -> list[Any]:
-        return [self.stack.pop() for _ in range(count)][::-1]
+        return [self.stack.pop() for _ in range(count)][::-1]  # no slice: IndexError where there are too few
 
     def pop_marked(self) -> list[Any]:
         start = self.marks.pop()
@@ -97,7 +97,7 @@ class _Machine:
         self.stack.append(Inert(name.split()[1]))
 
     def set_items(self, items: list[Any]) -> None:
-        target, keys = self.stack[-1], items[::2]
+        target, keys = self.stack[-1], items[::2]  # exact types below: True is an int to isinstance
         if type(target) is not dict or len(items) % 2 or any(type(key) is not self.key_type for key in keys):
             words = "whole numbers" if self.key_type is int else "strings"
             raise ValueError(f"it sets items of what is no dict, or whose keys are no {words}")
@@ -128,7 +128,7 @@ def load_plain_pickle(
     admitted = frozenset((_BASIC if max_opcodes is None else _BOUNDED).split())
     machine = _Machine(key_type, functions, refers_back=max_opcodes is not None)
     try:
-        for number, (opcode, argument, position) in enumerate(pickletools.genops(content)):
+        for number, (opcode, argument, position) in enumerate(pickletools.genops(content)):  # ValueError if cut
             if max_opcodes is not None and number >= max_opcodes:
                 raise ValueError(f"it holds more than {max_opcodes} opcodes")
             if opcode.name not in admitted:
@@ -139,6 +139,6 @@ def load_plain_pickle(
                 )
             if opcode.name != "STOP":
                 machine.run(opcode.name, argument)
-        return machine.stack.pop()
+        return machine.stack.pop()  # what stands behind STOP is never read
     except (IndexError, KeyError) as error:
         raise ValueError("its opcodes do not fit together") from error

@@ -293,6 +293,12 @@ def test_unknown_recipe(name):
         parse([*BASE, "--config", name])
 
 
+def test_config_without_a_name(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse([*BASE, "--config"])
+    assert "--config needs a YAML file, or the name of a recipe" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -390,4 +396,5 @@ def test_evaluation_knows_the_aliases_and_its_own_batch_size():
 def test_system_prompt_is_text_or_a_file(tmp_path):
     (tmp_path / "prompt.txt").write_text("You read ECGs.\n", encoding="utf-8")
     assert DataArguments(data=["d"], system_prompt=str(tmp_path / "prompt.txt")).system_prompt == "You read ECGs."
-    assert DataArguments(data=["d"], system_prompt="Be brief.").system_prompt == "Be brief."
+    for text in ("Be brief.", "Be brief. " * 100):  # longer than a file's name may be
+        assert DataArguments(data=["d"], system_prompt=text).system_prompt == text

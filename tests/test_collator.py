@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from elm_ecg.ecg_utils import STANDARD_LEADS
 from elm_ecg.training import collator as collator_module
@@ -308,6 +309,19 @@ def test_what_is_random_depends_on_seed_epoch_and_row_alone(representation):
     for changes in ({"epoch": 1}, {"seed": 4}):
         other = replace(collator, **changes)(rows)
         assert other[key].shape != together[key].shape or not torch.equal(other[key], together[key])
+
+
+def test_persistent_workers_see_the_epoch():
+    """They keep the collator that they were started with, so the epoch is in memory that they share."""
+    collator = ELMCollator(PROCESSORS["signal"](), augment_ecg=True)
+    loader = DataLoader([row("Is it?", "yes")], collate_fn=collator, num_workers=1, persistent_workers=True)
+    epochs = []
+    for epoch in (0, 1):
+        collator.epoch.fill_(epoch)
+        (batch,) = loader
+        epochs.append(batch["ecg_values"])
+        assert torch.equal(epochs[-1], collator([row("Is it?", "yes")])["ecg_values"])
+    assert not torch.equal(*epochs)
 
 
 @pytest.fixture(scope="module")

@@ -107,6 +107,13 @@ class TestNumPy:
 
 
 class TestMATLAB:
+    def test_cut_in_the_name_of_version_4(self, tmp_path):
+        (tmp_path / "a.mat").write_bytes(
+            struct.pack("<5I", 0, 1, 1, 0, 60) + b"abcd"
+        )  # a name of 60 bytes, of which 4 are there
+        with pytest.raises(ValueError, match="of no known format"):
+            read_file(tmp_path / "a.mat")
+
     def test_cpsc(self, shared):
         folder = shared / "data/other_12lead/cpsc2018"
         record = read_file(folder / "A1980.mat")

@@ -297,7 +297,7 @@ def test_augments_anew_in_each_epoch_and_never_in_evaluation(llm, data, tmp_path
     collate = sft.ELMCollator.__call__
 
     def watch(collator, rows):
-        seen.append((len(rows), collator.augment_ecg, collator.augment_rgb, collator.epoch))
+        seen.append((len(rows), collator.augment_ecg, collator.augment_rgb, int(collator.epoch)))
         return collate(collator, rows)
 
     monkeypatch.setattr(sft.ELMCollator, "__call__", watch)

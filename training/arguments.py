@@ -399,7 +399,9 @@ class ELMParser(CommandLineParser, TrlParser):
         words: list[str] = []
         for word in sys.argv[1:] if args is None else args:
             words += word.split("=", 1) if word.startswith("--config=") else [word]  # TRL knows it as two words alone
-        if "--config" in words[:-1]:
+        if words[-1:] == ["--config"]:
+            self.error("--config needs a YAML file, or the name of a recipe")
+        if "--config" in words:
             place = words.index("--config") + 1
             self.source = f"--config {words[place]}: "
             words[place] = str(find_recipe(words[place]))

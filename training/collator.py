@@ -42,7 +42,7 @@ class ELMCollator:
         gain_jitter: share by which the amplitude of a recording is larger or smaller at most.
         lead_dropout: probability of each lead to be lost, see `with_lost_leads`.
         max_length: tokens that a chat may have at most; the processor may allow fewer.
-        epoch: the trainer counts it up.
+        epoch: the trainer counts it up, in memory that data loader workers share, those that persist too.
         told: the notices that were logged.
     """
 
@@ -56,12 +56,13 @@ class ELMCollator:
     lead_dropout: float = 0.0
     max_length: int | None = None
     seed: int = 0
-    epoch: int = 0
+    epoch: Any = 0
     told: set[str] = field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:
         if self.perturb not in (None, "noise", "zeros", "only_text"):
             raise ValueError(f"perturb is {self.perturb!r}; expected noise, zeros, only_text or None.")
+        self.epoch = torch.tensor(int(self.epoch)).share_memory_()
         AugmentationArguments(**{name: getattr(self, name) for name in NO_AUGMENTATION})  # checks their values
         if self.augment_rgb and self.processor.representation != "rgb":
             raise ValueError(
@@ -117,7 +118,7 @@ class ELMCollator:
                 logger.warning("%s (record %s; not told again)", notice, row.get("record_id") or "without id")
         if not (self.perturb or any(getattr(self, name) for name in NO_AUGMENTATION)):
             return records
-        epoch, words = row.get("epoch", self.epoch), zlib.crc32(json.dumps(row["messages"], default=str).encode())
+        epoch, words = row.get("epoch", int(self.epoch)), zlib.crc32(json.dumps(row["messages"], default=str).encode())
         ecgs: list[Any] = []
         for record in records:  # crc32, as `hash` of a text differs between processes
             # by content: neither the order of the rows nor that of the options changes what is drawn

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,12 +35,8 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
 
 
 def read_system_prompt(text: str | None) -> str | None:
-    """The text of `--system_prompt`, which may name a file that holds it.
-
-    Raises:
-        ValueError: the file is no text.
-    """
-    if text is None or not Path(text).is_file():
+    """The text of `--system_prompt`, which may name a file that holds it (ValueError: it is no text)."""
+    if text is None or not os.path.isfile(text):  # False for a text that is too long for a name, where pathlib raises
         return text
     return Path(text).read_text(encoding="utf-8").strip()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
@@ -31,11 +31,9 @@ class CountEpochs(TrainerCallback):
     def __init__(self, collator: ELMCollator):
         self.collator = collator
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Called by the trainer."""
-        self.collator.epoch = int(state.epoch or 0)  # None at first; a fraction where a run resumes within an epoch
+        self.collator.epoch.fill_(int(state.epoch or 0))  # None at first, a fraction after a resume
 
 
 class ELMTrainer(SFTTrainer):

@@ -23,7 +23,7 @@ from elm_ecg.training.markdown import CARD, TAGS, citation, environment, make_ca
 PREPROCESSOR = "preprocessor_config.json"
 # the arguments of TRL and PEFT that matter most to a run
 TRAINING = ["num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio"]
-TRAINING += ["weight_decay", "max_grad_norm", "optim", "bf16", "fp16", "seed"]
+TRAINING += ["weight_decay", "max_grad_norm", "optim", "bf16", "fp16", "seed"]  # not all are in every version
 LORA = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
 
 
@@ -36,7 +36,7 @@ def licence_of(folder: str) -> str | None:
 
 def count(data: Any) -> tuple[Any, Any, Any]:
     """Rows, records and patients of a split, as far as they can be known."""
-    if not isinstance(data, Dataset):
+    if not isinstance(data, Dataset):  # an IterableDataset has no length
         return "streamed", "unknown", "unknown"
 
     def distinct(column: str) -> str:
@@ -112,8 +112,8 @@ def write_model_card(
     Args:
         splits: the data of each split, None where there was none.
     """
-    encoder = args.encoder_name_or_path if model_args.model_name_or_path is None else None
-    parts = [part for part in args.update if part != "connector" or config.connector is not None]
+    encoder = args.encoder_name_or_path if model_args.model_name_or_path is None else None  # else it is in the ELM
+    parts = [part for part in args.update if part != "connector" or config.connector is not None]  # some ELMs lack it
     card = _elm_card(
         "adapter" if model_args.use_peft else "model",
         folder.resolve().name,
@@ -121,7 +121,7 @@ def write_model_card(
         processor,
         model_args.model_name_or_path or resolve_llm(args.llm),
         ("trl", "sft", "lora") if model_args.use_peft else ("trl", "sft"),
-        datasets=[name for name in args.data if on_hub(name)] or None,
+        datasets=[name for name in args.data if on_hub(name)] or None,  # the card links to the Hub alone
         pretrained_encoder=None if encoder is None else public_name(encoder),
         trained=", ".join(parts) + (" (LoRA on the language model)" if model_args.use_peft else ""),
         data=", ".join(f"`{public_name(name)}`" for name in args.data),
@@ -159,7 +159,7 @@ def encoder_card(
     assert isinstance(config.num_leads, int)
     with torch.device("meta"):  # shapes alone; nothing is computed
         encoder: PreTrainedModel = ENCODER_MODELS[config.model_type](config)
-        tokens = encoder(torch.empty(1, config.num_leads, config.num_samples)).last_hidden_state
+        tokens = encoder(torch.empty(1, config.num_leads, config.num_samples)).last_hidden_state  # [1, tokens, width]
     prepares = (folder / PREPROCESSOR).is_file()
     tags = [*TAGS, "ecg-encoder", config.model_type]
     return make_card(

@@ -23,14 +23,14 @@ def _layers(reference: str, ours: str) -> list[Rule]:
         r"attn\.fn\.to_out\.0": "attention.out_proj",
         r"ff\.norm": "norm2",
         r"ff\.fn\.net\.0": "mlp.fc1",
-        r"ff\.fn\.net\.3": "mlp.fc2",
+        r"ff\.fn\.net\.3": "mlp.fc2",  # between them activation and dropout, without weights
     }
     return [(rf"{reference}(\d+)\.{part}\.", rf"{ours}.\1.{name}.") for part, name in parts.items()]
 
 
 def _patch_embedding(reference: str) -> list[Rule]:
     return [
-        (rf"{reference}\.1\.", "embeddings.patch_embedding.norm1."),
+        (rf"{reference}\.1\.", "embeddings.patch_embedding.norm1."),  # 0 cuts the patches, and has no weights
         (rf"{reference}\.2\.", "embeddings.patch_embedding.projection."),
         (rf"{reference}\.3\.", "embeddings.patch_embedding.norm2."),
     ]
@@ -84,7 +84,7 @@ RULES: dict[str, list[Rule]] = {
     "mtae": _MASKED_AUTOENCODER,
     "st_mem": _ST_MEM,
     "linear": [(r"projection\.", "projection.")],
-    "mlp": [(r"projection\.0\.", "linear_1."), (r"projection\.2\.", "linear_2.")],
+    "mlp": [(r"projection\.0\.", "linear_1."), (r"projection\.2\.", "linear_2.")],  # 1 is the activation
     "flat": [(r"projection\.", "projection.")],
     "patch": [(r"projection\.", "projection.")],
     "conv": [(r"conv1\.", "conv1."), (r"conv2\.", "conv2."), (r"fc\.", "projection.")],
@@ -94,7 +94,7 @@ RULES: dict[str, list[Rule]] = {
 def count_indices(keys: Collection[str], pattern: str) -> int:
     """How many indices the first group of `pattern` runs through."""
     count = 1 + max((int(match[1]) for key in keys if (match := re.match(pattern, key))), default=-1)
-    if count > len(keys):
+    if count > len(keys):  # else one huge index would build as many layers
         raise ValueError(f"An entry has the index {count - 1}, and there are {len(keys)} entries: others are missing.")
     return count
 
@@ -109,13 +109,13 @@ def _expected_keys(kind: str, keys: Collection[str]) -> set[str]:
         sizes = {
             "block": "bottleneck" if any(".convs.2." in key for key in keys) else "basic",
             "depths": [max(1, count_indices(keys, rf"stages\.{stage}\.(\d+)\.")) for stage in range(num_stages)],
-            "widths": [64 * 2**stage for stage in range(num_stages)],
+            "widths": [64 * 2**stage for stage in range(num_stages)],  # any would do: only names are compared
         }
     else:
-        sizes = {"num_hidden_layers": count_indices(keys, r"layers\.(\d+)\.") or 1}
+        sizes = {"num_hidden_layers": count_indices(keys, r"layers\.(\d+)\.") or 1}  # none: one layer is missing
         if kind != "st_mem":
             sizes["decoder_num_hidden_layers"] = count_indices(keys, r"decoder_layers\.(\d+)\.") or 1
-    with torch.device("meta"):
+    with torch.device("meta"):  # names alone, no memory
         return set(ENCODER_MODELS[kind](ENCODER_CONFIGS[kind](**sizes)).state_dict())
 
 
@@ -151,7 +151,7 @@ def convert_part(kind: str, state_dict: dict[str, Tensor]) -> Conversion:
         name = "embeddings.lead_embeddings"
         leads = [f"{name}.{lead}" for lead in range(count_indices(part.tensors, rf"{re.escape(name)}\.(\d+)$"))]
         if leads and part.tensors.keys() >= set(leads):
-            part.tensors[name] = torch.stack([part.tensors.pop(lead) for lead in leads])
+            part.tensors[name] = torch.stack([part.tensors.pop(lead) for lead in leads])  # [leads, width]
             part.used = {entry: name if ours in leads else ours for entry, ours in part.used.items()}
     expected = _expected_keys(kind, part.tensors)
     part.missing = sorted(expected - part.tensors.keys())

@@ -96,7 +96,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         key = plain_key(name)
         if key in tensors:
             raise ValueError(f"{path} has two entries for {key}: {names[key]} and {name}.")
-        tensors[key], names[key] = tensor.detach(), name
+        tensors[key], names[key] = tensor.detach(), name  # a Parameter becomes a tensor
     return Checkpoint(tensors, names, others)
 
 
@@ -145,11 +145,11 @@ def merge_lora(state_dict: dict[str, Tensor], alpha: float, use_rslora: bool = F
     adapters: dict[str, dict[str, str]] = {}  # weight -> A or B -> entry
     for key, tensor in state_dict.items():
         if match := re.fullmatch(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.(?!weight$)[^.]+)?(?:\.weight)?", key):
-            halves = adapters.setdefault(f"{match[1]}.weight", {})
+            halves = adapters.setdefault(f"{match[1]}.weight", {})  # PEFT: NAME.lora_A.ADAPTER.weight
             if match[2] in halves:
                 raise ValueError(f"{match[1]} has several adapters ({halves[match[2]]}, {key}); expected one.")
             halves[match[2]] = key
-        elif ".lora_" in key or ".trainable_tokens_" in key:
+        elif ".lora_" in key or ".trainable_tokens_" in key:  # DoRA's magnitudes, biases of LoRA
             raise ValueError(f"{key}: no adapter that can be merged; expected lora_A and lora_B.")
         elif re.search(r"\.original_module\.", key):
             merged.ignored[key] = "PEFT trained a copy of this module, which is used"
@@ -164,14 +164,14 @@ def merge_lora(state_dict: dict[str, Tensor], alpha: float, use_rslora: bool = F
         a, b, weight = state_dict[halves["A"]], state_dict[halves["B"]], merged.tensors[name]
         update = b.float() @ a.float() if a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] else a.new_empty(0)
         if "lora_embedding_A" in halves["A"]:
-            update = update.T
-        if update.shape != weight.shape or not a.numel():
+            update = update.T  # A of an embedding is [rank, vocabulary], its weight [vocabulary, width]
+        if update.shape != weight.shape or not a.numel():  # a rank of 0 has no scale
             raise ValueError(
                 f"{halves['A']} {list(a.shape)} and {halves['B']} {list(b.shape)} do not fit {name} {list(weight.shape)}."
             )
         rank = a.shape[0]
         scale = alpha / (rank**0.5 if use_rslora else rank)
-        merged.tensors[name] = (weight.float() + scale * update).to(weight.dtype)
+        merged.tensors[name] = (weight.float() + scale * update).to(weight.dtype)  # bfloat16 rounds updates away
         merged.used |= dict.fromkeys(halves.values(), f"{name} (merged)")
         ranks.add(rank)
     return merged, ranks

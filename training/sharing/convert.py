@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     """Runs `elm convert`."""
     path, args = parse(argv)
     output_dir = Path(args.output_dir).absolute()
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):  # else it would fail at the end
         raise ValueError(f"--output_dir {args.output_dir} is not empty; name a new folder.")
     checkpoint = read_checkpoint(path)
     model: PreTrainedModel
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         model, preparation, conversion = convert_elm(args, checkpoint)
     else:
         model, preparation, conversion = convert_encoder(args, checkpoint)
-    missing = sorted(model.state_dict().keys() - conversion.tensors.keys())
+    missing = sorted(model.state_dict().keys() - conversion.tensors.keys())  # any that is needed has raised before
     names = checkpoint.names
     left_over = sorted(names[key] for key in conversion.left_over)
     report = {
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         "ignored": {names[key]: why for key, why in conversion.ignored.items()},
         "used": {names[key]: ours for key, ours in conversion.used.items()},
     }
-    with new_folder(output_dir) as folder:
+    with new_folder(output_dir) as folder:  # takes its place only when all is written
         model.save_pretrained(folder)
         preparation.save_pretrained(folder)
         card_of(folder, args, path.name, model.config, preparation).save(folder / CARD)

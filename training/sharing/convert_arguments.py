@@ -52,13 +52,13 @@ class ConvertArguments(ModelArguments):
                 "--lead_names I II III aVR aVL aVF V1 V2 V3 V4 V5 V6"
             )
         if self.normalization is None and self.representation == "signal" and self.elm != "ecg_byte":
-            self.normalization = "minmax"
+            self.normalization = "minmax"  # the reference's; super would take none
         if self.representation not in IMAGE_REPRESENTATIONS:
             self.image_features = "patches"
-        self.names_encoder = self.encoder is not None or self.encoder_name_or_path is not None
+        self.names_encoder = self.encoder is not None or self.encoder_name_or_path is not None  # before the defaults
         self.gives_num_ecg_tokens = self.num_ecg_tokens is not None
         super().__post_init__()
-        symbolic = self.representation == "symbolic"
+        symbolic = self.representation == "symbolic"  # of --elm too, now that super has read it
         if symbolic and (self.ecg_tokenizer is None or ECG_TOKENS not in self.added_tokens):
             raise ValueError(
                 "A checkpoint of a symbolic ELM does not say which of its rows is which token. Give the run's tokenizer as "

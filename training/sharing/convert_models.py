@@ -48,7 +48,7 @@ def encoder_fields(args: ConvertArguments, tensors: dict[str, Tensor]) -> dict[s
     """
     kind, shape = str(args.encoder), {name: tensor.shape for name, tensor in tensors.items()}
     with torch.device("meta"):
-        default = ENCODER_MODELS[kind](ENCODER_CONFIGS[kind]()).state_dict()
+        default = ENCODER_MODELS[kind](ENCODER_CONFIGS[kind]()).state_dict()  # only numbers of dimensions count here
     for name in shape.keys() & default.keys():
         if len(shape[name]) != default[name].ndim or 0 in shape[name]:
             raise ValueError(
@@ -58,7 +58,7 @@ def encoder_fields(args: ConvertArguments, tensors: dict[str, Tensor]) -> dict[s
     num_leads, num_samples = len(args.lead_names), args.num_samples
     sizes: dict[str, Any]
     if kind == "merl":
-        num_leads = shape["stem.conv.weight"][1]
+        num_leads = shape["stem.conv.weight"][1]  # [width, leads, kernel]
         stages = range(count_indices(shape, r"stages\.(\d+)\."))
         sizes = {
             "block": "bottleneck" if "stages.0.0.convs.2.conv.weight" in shape else "basic",
@@ -66,9 +66,9 @@ def encoder_fields(args: ConvertArguments, tensors: dict[str, Tensor]) -> dict[s
             "widths": [shape[f"stages.{stage}.0.convs.0.conv.weight"][0] for stage in stages],
         }
     else:
-        head_dim = args.encoder_fields.get("head_dim", 64)
-        width, patch_values = shape["embeddings.patch_embedding.projection.weight"]
-        positions = shape["embeddings.positions"][1]
+        head_dim = args.encoder_fields.get("head_dim", 64)  # shapes tell heads x head_dim alone
+        width, patch_values = shape["embeddings.patch_embedding.projection.weight"]  # Linear: [out, in]
+        positions = shape["embeddings.positions"][1]  # [1, positions, width]
         sizes = {
             "hidden_size": width,
             "num_hidden_layers": count_indices(shape, r"layers\.(\d+)\."),
@@ -84,7 +84,7 @@ def encoder_fields(args: ConvertArguments, tensors: dict[str, Tensor]) -> dict[s
             sizes["decoder_num_hidden_layers"] = count_indices(shape, r"decoder_layers\.(\d+)\.")
             heads = shape["decoder_layers.0.attention.out_proj.weight"][1] // head_dim
             sizes["decoder_num_attention_heads"] = heads
-            parts = num_leads if kind == "mlae" else num_samples
+            parts = num_leads if kind == "mlae" else num_samples  # mlae cuts leads, mtae time
             patches = positions - 1  # the first is of CLS
             sizes["patch_size"] = max(1, parts // patches)
             if sizes["patch_size"] * patches != parts or patch_values * patches != num_leads * num_samples:
@@ -135,7 +135,7 @@ def _dtype(args: ConvertArguments, tensors: dict[str, Tensor]) -> torch.dtype:
     if args.dtype is not None:
         return getattr(torch, args.dtype)
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
-    widest = reduce(torch.promote_types, dtypes or {torch.float32})
+    widest = reduce(torch.promote_types, dtypes or {torch.float32})  # float16 and bfloat16 make float32
     if len(dtypes) > 1:
         args.assumed.append(f"all weights become {widest}, the widest of the checkpoint; choose another with --dtype")
     return widest
@@ -170,7 +170,7 @@ def convert_encoder(
         name: tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
         for name, tensor in conversion.tensors.items()
     }
-    model.load_state_dict(weights, assign=True)
+    model.load_state_dict(weights, assign=True)  # assign: the model's own are on meta
     assert args.lead_names is not None  # set with the arguments, as is the normalization
     settings = (args.sampling_rate, args.num_samples, args.lead_names, args.normalization or "none")
     return model.eval(), ECGFeatureExtractor(*settings), conversion
@@ -187,7 +187,7 @@ def _convert_vision(tower: PreTrainedModel, state_dict: dict[str, Tensor]) -> Co
         why = next((why for pattern, why in NOT_OF_THE_TOWER.items() if re.match(pattern, entry)), None)
         if ours in expected and ours not in part.tensors:
             part.tensors[ours], part.used[key] = tensor, ours
-        elif why is not None:
+        elif why is not None:  # only of what this tower lacks
             part.ignored[key] = why
         else:
             part.left_over.append(key)
@@ -205,7 +205,7 @@ def _convert_llm(
         )
     part = Conversion()
     expected = model.state_dict().keys()
-    body = f"{model.model.language_model.base_model_prefix}."
+    body = f"{model.model.language_model.base_model_prefix}."  # "model." of most
     names: dict[str, str] = {}  # of the language model alone -> ours
     for key, tensor in lora.tensors.items():
         ours = f"model.language_model.{key.removeprefix(body)}" if key.startswith(body) else key
@@ -213,10 +213,10 @@ def _convert_llm(
             part.tensors[ours], names[key] = tensor, ours
     peft = PEFT_PREFIX if any(key.startswith(PEFT_PREFIX) for key in state_dict) else ""
     for entry, target in lora.used.items():
-        key, _, merged = target.partition(" ")
+        key, _, merged = target.partition(" ")  # merge_lora ends those that it changed with "(merged)"
         if key in names:
             part.used[peft + entry] = f"{names[key]} {merged}".strip()
-        elif key.endswith("rotary_emb.inv_freq"):
+        elif key.endswith("rotary_emb.inv_freq"):  # saved by older versions of transformers
             part.ignored[peft + entry] = "a constant"
         else:
             part.left_over.append(peft + entry)
@@ -273,7 +273,7 @@ def _fit_vocabulary(
                 "order, as --added_tokens."
             )
         fitted = ours.clone()  # rows that the checkpoint lacks stay as they are
-        fitted[: min(rows, len(ours))] = theirs[: len(ours)].to(ours.dtype)
+        fitted[: min(rows, len(ours))] = theirs[: len(ours)].to(ours.dtype)  # in their order; the added ones follow
         for place, token_id in enumerate(ids, start=first_added):
             if place < rows and token_id is not None:
                 fitted[token_id] = theirs[place].to(ours.dtype)
@@ -294,7 +294,7 @@ def _convert_signal_encoder(args: ConvertArguments, state_dict: dict[str, Tensor
         raise ValueError(f"--encoder is {args.encoder} for signal ECGs; expected one of {', '.join(ENCODER_MODELS)}.")
     part = convert_part(args.encoder, state_dict)
     _check_missing(part, f"a {args.encoder} encoder")
-    args.encoder_fields = encoder_fields(args, part.tensors)
+    args.encoder_fields = encoder_fields(args, part.tensors)  # build_model makes the encoder of them
     return part
 
 
@@ -320,7 +320,7 @@ def _processor_of(args: ConvertArguments) -> ELMProcessor:
     """The processor; its tokenizer has the tokens that the run added."""
     processor = build_processor(args)
     others = [token for token in args.added_tokens if token != ECG_TOKENS]
-    vocabulary = AutoTokenizer.from_pretrained(resolve_llm(args.llm)).get_vocab()
+    vocabulary = AutoTokenizer.from_pretrained(resolve_llm(args.llm)).get_vocab()  # without what build_processor added
     if not_added := [token for token in others if token in vocabulary]:
         raise ValueError(
             f"--added_tokens {' '.join(not_added)}: --llm {args.llm} has it already, so that the run added no row for it; leave it out."
@@ -369,7 +369,7 @@ def convert_elm(
     processor = _processor_of(args)
     dtype = str(_dtype(args, tensors)).removeprefix("torch.")
     model = build_model(args, processor, dtype=dtype).eval()
-    if llava and not reads_signals:
+    if llava and not reads_signals:  # not before: its tower is made with the model
         tower = model.model.encoder
         part = _convert_vision(tower, encoder)
         if tower.config.model_type == "vit" and args.image_features == "embedding":  # the mean of its layers
@@ -379,7 +379,7 @@ def convert_elm(
     part = _convert_llm(args, model, _state_dict_of(LLM_PREFIX, tensors))
     _fit_vocabulary(args, model, processor, part)
     _check_missing(part, f"--llm {args.llm}")
-    conversion.add(part, LLM_PREFIX, "")
+    conversion.add(part, LLM_PREFIX, "")  # our names are whole already
     seen = conversion.used.keys() | conversion.ignored.keys() | set(conversion.left_over)
     conversion.left_over += [key for key in tensors if key not in seen]
     _check_tensors(conversion.tensors, model, "--llm, --elm, --encoder, --num_samples and --num_ecg_tokens")

@@ -27,7 +27,7 @@ DATASET_FILES = r"README\.md|data/[^/]+\.parquet"
 # keys of JSON and columns that stand for somebody; datasets have pseudonyms in the first two
 PSEUDONYMS = {"patient_id", "record_id"}
 PERSONAL = {"patient_name", "birth_date", "date_of_birth", "birthdate", "dob", "mrn", "recorded_at"} | PSEUDONYMS
-_LETTER, _CAPITAL = r"[^\W\d_]", r"[^\W\d_a-z]"
+_LETTER, _CAPITAL = r"[^\W\d_]", r"[^\W\d_a-z]"  # of any alphabet; the second also has small letters beyond a to z
 # what stands in place of a name that was taken out
 _NOBODY = (
     r"(?!(?:is |was |are |were )?(?:removed|unknown|none|redacted|withheld|hidden|anonym|de-?identif|not |n/a|x{2,}))"
@@ -49,13 +49,13 @@ _NAMES_OF_MONTHS = (
 _NAMED = f"(?i:{'|'.join(_NAMES_OF_MONTHS.split())})"
 _WRITTEN = rf"(?=[A-Z]){_NAMED}"  # may is a verb too
 DATES = re.compile(
-    rf"(?<![\d.]){_YEAR}([-/._]){_MONTH}\1{_DAY}(?!\d)"
-    rf"|(?<![\d.]){_DAY}([-/.]){_DAY}\2{_YEAR}(?!\.?\d)"
-    r"|(?<![\d/]){day}/{day}/\d\d(?![\d/])".replace("{day}", _DAY)
-    + rf"|(?<![\w.]){_YEAR}(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])(?:(?=T\d)|(?!\w|\.\d))"
-    rf"|(?<!\d){_DAY}([-/.]){_NAMED}\3{_YEAR}(?!\d)"
-    rf"|(?<!\d){_DAY}(?:st|nd|rd|th|\.)?(?: of)? {_WRITTEN}\.?,? {_YEAR}(?!\d)"
-    rf"|\b{_WRITTEN}\.? (?:{_DAY}(?:st|nd|rd|th)?,? )?{_YEAR}(?!\d)"
+    rf"(?<![\d.]){_YEAR}([-/._]){_MONTH}\1{_DAY}(?!\d)"  # 2002-11-22
+    rf"|(?<![\d.]){_DAY}([-/.]){_DAY}\2{_YEAR}(?!\.?\d)"  # 22.11.2002, 11/22/2002
+    r"|(?<![\d/]){day}/{day}/\d\d(?![\d/])".replace("{day}", _DAY)  # 22/11/02
+    + rf"|(?<![\w.]){_YEAR}(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])(?:(?=T\d)|(?!\w|\.\d))"  # 20021122
+    rf"|(?<!\d){_DAY}([-/.]){_NAMED}\3{_YEAR}(?!\d)"  # 22-nov-2002
+    rf"|(?<!\d){_DAY}(?:st|nd|rd|th|\.)?(?: of)? {_WRITTEN}\.?,? {_YEAR}(?!\d)"  # 22nd of November 2002
+    rf"|\b{_WRITTEN}\.? (?:{_DAY}(?:st|nd|rd|th)?,? )?{_YEAR}(?!\d)"  # November 22, 2002, November 2002
 )
 LOCAL_PATH = re.compile(r"(?<![\w./])(?:/home|/Users|/root)/[^\s'\"`)<>]+|\b[A-Za-z]:\\Users\\[^\s'\"`)<>]+")
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
@@ -105,7 +105,7 @@ def check_folder(folder: Path, shared: Collection[str]) -> list[str]:
                 "and move it away."
             )
         with path.open("rb") as file:
-            content = file.read(4096)
+            content = file.read(4096)  # enough for format_of, which goes by the beginning
         ecg_format = format_of(content)
         if PAGES.match(content) or (ecg_format == "CSV" and path.suffix not in TABLES):
             ecg_format = None  # a page or picture, or any text with commas
@@ -130,7 +130,7 @@ def check_weights(folder: Path, names: Collection[str]) -> None:
         raise ValueError(f"{folder} has no weights in safetensors; save them with save_pretrained.")
     for name in names:
         try:
-            with safe_open(folder / name, framework="np") as file:
+            with safe_open(folder / name, framework="np") as file:  # opening it checks the header; no weight is read
                 file.keys()
         except (SafetensorError, OSError) as error:
             raise ValueError(
@@ -169,7 +169,7 @@ def check_results(path: Path) -> list[str]:
     data = results.get("data")
     names = data.get("names", []) if isinstance(data, dict) else []
     own_names = [str(name) for name in [*names, results.get("model", "")] if name]
-    not_texts = [*(results.get("packages") or {}).values(), results.get("model_revision")]
+    not_texts = [*(results.get("packages") or {}).values(), results.get("model_revision")]  # versions look like dates
     check_text(path, "\n".join(text for _, text in parts if isinstance(text, str) and text not in not_texts), own_names)
     return own_names
 
@@ -189,7 +189,7 @@ def check_text(path: Path, text: str, own_names: Iterable[str] | None = None) ->
     Raises:
         ValueError: the text names somebody, a date of a record, a folder of this machine or a token of the Hub.
     """
-    for name in sorted(own_names or (), key=len, reverse=True):
+    for name in sorted(own_names or (), key=len, reverse=True):  # longest first: one may hold another
         text = text.replace(name, " ")
     if match := TOKEN.search(text):
         raise ValueError(f"{path} has a token of the Hub, {match[0][:6]}...: take it out, and revoke it.")
@@ -218,10 +218,10 @@ def check_dataset(folder: Path) -> None:
         )
     for path in (folder / path for path in files if path.suffix == ".parquet"):
         try:
-            table = pq.ParquetFile(path)
+            table = pq.ParquetFile(path)  # of its end alone: the schema and where the rows are
         except (ValueError, OSError) as error:
             raise ValueError(f"{path} is no parquet file, or damaged: {error}") from error
-        leaves = [table.schema.column(index) for index in range(len(table.schema))]
+        leaves = [table.schema.column(index) for index in range(len(table.schema))]  # those in lists and structs too
         names = {part.lower() for leaf in leaves for part in leaf.path.split(".")}
         if personal := sorted((PERSONAL - PSEUDONYMS) & names):
             raise ValueError(f"{path} has the column {', '.join(personal)}, which may name patients; build it without.")

@@ -14,7 +14,7 @@ def _merges_of(content: Any) -> list[str]:
     """The merge strings of the reference's `(vocab, merges)`, in the order of their ids."""
     if not (isinstance(content, tuple) and isinstance(content[0], dict) and isinstance(content[1], list)):
         raise ValueError("expected a pair of a dict and a list, (vocab, merges)")
-    vocab, entries = content
+    vocab, entries = content  # two: pairs are the only tuples that are read
     for byte in range(FIRST_MERGE_ID):
         if vocab.get(byte) not in (chr(byte), f"<{byte}>"):  # the reference writes bytes above 127 as <128>
             raise ValueError(f"vocab has no single byte {chr(byte)!r} as id {byte}")
@@ -28,7 +28,7 @@ def _merges_of(content: Any) -> list[str]:
             raise ValueError(f"merge {place} does not have the id {token_id}")
         if not all(0 <= symbol < FIRST_MERGE_ID for symbol in symbols):
             raise ValueError(f"merge {place} holds what is no byte")
-        merge = "".join(map(chr, symbols))
+        merge = "".join(map(chr, symbols))  # a letter for each byte, as latin-1 does
         if vocab.get(token_id) != merge:
             raise ValueError(f"merge {place} is {merge[:40]!r}, but vocab has another string as id {token_id}")
         merges.append(merge)
@@ -46,7 +46,7 @@ def read_ecg_byte_pickle(path: Path) -> ECGByteTokenizer:
         ValueError: the file is no such pickle, damaged, or too large.
     """
     with path.open("rb") as file:
-        content = file.read(MAX_PICKLE_BYTES + 1)
+        content = file.read(MAX_PICKLE_BYTES + 1)  # one more shows that it is larger
     try:
         if len(content) > MAX_PICKLE_BYTES:
             raise ValueError(f"it is larger than {MAX_PICKLE_BYTES / 2**20:g} MiB")

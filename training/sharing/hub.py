@@ -51,7 +51,7 @@ def repo_for(
     except BaseException:  # of the user's Ctrl-C too
         what = repo_id if new_repo or revision is None else f"the branch {revision} of {repo_id}"
         try:
-            head = before and api.repo_info(**where, revision=revision)
+            head = before and api.repo_info(**where, revision=revision)  # no before: no commit was made
             if head and head.sha != before.sha and head.sha not in own_commits:
                 print(f"{what} stays as it is: somebody else has written to it meanwhile.", flush=True)
             elif new_repo:
@@ -72,18 +72,18 @@ def _take_back(api: HfApi, where: dict[str, Any], revision: str | None, before: 
     api.create_commit(
         **where,
         operations=[
-            *(CommitOperationCopy(name, name, src_revision=before.sha) for name in sorted(old)),
+            *(CommitOperationCopy(name, name, src_revision=before.sha) for name in sorted(old)),  # copied on the Hub
             *(CommitOperationDelete(name) for name in sorted(new - old)),
         ],
         commit_message="Take back a push that failed",
         revision=revision,
-        parent_commit=head.sha,
+        parent_commit=head.sha,  # refused if somebody else has written meanwhile
     )
 
 
 def refusal(error: Exception, repo_id: str, revision: str | None) -> str:
     """What went wrong with the Hub, in one line."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    status = getattr(getattr(error, "response", None), "status_code", None)  # None: no answer at all
     if isinstance(error, RevisionNotFoundError):
         return f"{repo_id} has no revision {revision}."
     # of a repository that the token may not see, the Hub's 401 says that it is not there
@@ -94,7 +94,7 @@ def refusal(error: Exception, repo_id: str, revision: str | None) -> str:
         return "The Hub does not know this token: run `hf auth login` again, or set HF_TOKEN."
     if status == 403:
         return f"This token may not write to {repo_id}; take one with write access, or --pr to propose the change."
-    if status == 412:
+    if status == 412:  # parent_commit is no longer the head
         return f"{repo_id} was changed meanwhile; push again."
     if not isinstance(error, HfHubHTTPError):
         return f"The Hub cannot be reached ({error}). Push again: what is there already is not sent twice."

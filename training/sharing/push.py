@@ -118,9 +118,9 @@ def code_of(folder: Path, kind: str) -> dict[str, bytes]:
             raise ValueError(
                 f"{folder / name} names no code (auto_map), so that nobody could load it; save the model again with save_pretrained."
             )
-        parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+        parts = [config, *(part for part in config.values() if isinstance(part, dict))]  # parts within, of a processor
         for part in parts:
-            entries = [*(part.get("auto_map") or {}).values()]
+            entries = [*(part.get("auto_map") or {}).values()]  # AutoTokenizer has two, slow and fast, or None
             entries += [pipeline["impl"] for pipeline in (part.get("custom_pipelines") or {}).values()]
             classes = [name for entry in entries for name in (entry if isinstance(entry, list) else [entry])]
             modules |= {name.split("--")[-1].split(".")[0] for name in classes if name}  # REPO--module.Class
@@ -160,7 +160,7 @@ def gather(folder: Path, kind: str) -> dict[str, bytes | Path]:
         return {path.relative_to(folder).as_posix(): path for path in sorted((folder / "data").glob("*.parquet"))}
     if kind == "tokenizer":
         with tempfile.TemporaryDirectory() as code:
-            custom_object_save(ECGByteTokenizer, code)
+            custom_object_save(ECGByteTokenizer, code)  # the installed code, not that of the folder
             modules = {path.name: path.read_bytes() for path in Path(code).glob("*.py")}
         rate = round(ECGByteTokenizer.from_pretrained(folder).sampling_rate or 250)
         return {FILE_NAME: folder / FILE_NAME, SAMPLE: sample_ecg(rate, 10 * rate), **modules}
@@ -178,7 +178,7 @@ def gather(folder: Path, kind: str) -> dict[str, bytes | Path]:
         else:  # its examples, which stand last, are recordings
             page, heading, _ = text.partition(EXAMPLES)
             check_page(folder / name, page, own_names)
-            files[name] = (page + ("</html>\n" if heading else "")).encode()
+            files[name] = (page + ("</html>\n" if heading else "")).encode()  # the end was cut off too
     for name in list(files):
         if name.endswith("_config.json") or name == "config.json":
             files[name] = without_local_paths(folder / name)
@@ -234,7 +234,7 @@ def set_licence(card: RepoCard, kind: str, args: argparse.Namespace, api: HfApi)
     metadata: Any = card.data
     if args.license is not None:
         metadata.license = args.license
-        metadata.license_name = metadata.license_link = None
+        metadata.license_name = metadata.license_link = None  # these belonged to the card's former licence
     if args.license_link is not None:
         metadata.license_link = args.license_link
     base = metadata.get("base_model")
@@ -245,7 +245,7 @@ def set_licence(card: RepoCard, kind: str, args: argparse.Namespace, api: HfApi)
         try:
             of_base = api.model_info(base).card_data
         except RepositoryNotFoundError:
-            pass
+            pass  # gone or private: as one without a licence
         except NETWORK_ERRORS as error:
             why_not_of_base = f", and {base} cannot be asked ({type(error).__name__})"
         for name in LICENCE_FIELDS:
@@ -326,10 +326,10 @@ def commit(
         create_pr=pr,
         parent_commit=None if pr else before.sha,  # refused if somebody else has written meanwhile
     )
-    own_commits.add(made.oid)
+    own_commits.add(made.oid)  # by it repo_for knows them from those of others
     if stale:
         print(f"Removed, as it is no longer in the folder: {', '.join(stale)}")
-    if made.oid == before.sha:
+    if made.oid == before.sha:  # huggingface_hub makes no empty commit
         print(f"{url} holds all of it already; nothing was sent.")
     elif pr:
         print(f"Pull request {made.pr_url}")
@@ -360,7 +360,7 @@ def with_base(
         names = [*LICENCE_FIELDS]
         names += ["base_model"] if isinstance(metadata.get("base_model"), str) and on_hub(metadata.base_model) else []
         for name in names:
-            setattr(base_card.data, name, metadata.get(name))
+            setattr(base_card.data, name, metadata.get(name))  # found for the adapter, by set_licence
         own_commits = repos.enter_context(repo_for(api, base, private=args.private))
         facts = facts_of_use(local, "model", base_files)
         config["revision"] = commit(api, base, base_files, base_card, "model", facts, own_commits)
@@ -368,7 +368,7 @@ def with_base(
         raise ValueError(
             f"The adapter's base model {base or 'is not named and'} is neither a folder nor on the Hub; put it in {folder}/base_model."
         )
-    config["base_model_name_or_path"] = base
+    config["base_model_name_or_path"] = base  # PEFT loads it from here, at the revision above
     metadata.base_model = base
     # PEFT adds a tag with the folder of the base
     metadata.tags = [tag for tag in metadata.get("tags") or [] if not tag.startswith("base_model:")]
@@ -400,7 +400,7 @@ def facts_of_use(folder: Path, kind: str, files: Mapping[str, Any]) -> dict[str,
     if kind == "encoder":
         return {"prepares": PREPROCESSOR in files}
     if kind == "dataset":
-        splits = [re.split("[-.]", Path(name).name)[0] for name in files]
+        splits = [re.split("[-.]", Path(name).name)[0] for name in files]  # of train-00000-of-00001.parquet
         return {"split": "train" if "train" in splits else splits[0]}
     return {}
 
@@ -433,10 +433,10 @@ def push(args: argparse.Namespace) -> None:
     check_arguments(args, kind)
     files = gather(args.run, kind)
     shared = {*files, CARD, *(path.name for path in args.run.glob("*.py"))}
-    left_out = [] if kind == "dataset" else check_folder(args.run, shared)
+    left_out = [] if kind == "dataset" else check_folder(args.run, shared)  # of datasets, gather refuses all else
     api = HfApi()
     card = read_card(args.run, kind, args.repo_id.split("/")[-1])
-    if get_token() is None:
+    if get_token() is None:  # the checks before need no Hub
         raise ValueError("Nobody is logged in to the Hub: run `hf auth login`, or set HF_TOKEN.")
     set_licence(card, kind, args, api)
     if args.space:
@@ -444,7 +444,7 @@ def push(args: argparse.Namespace) -> None:
     if left_out:
         print(f"Left out: {', '.join(left_out[:8])}{' ...' if len(left_out) > 8 else ''}. Predictions quote the data.")
     facts, repo_type = facts_of_use(args.run, kind, files), "dataset" if kind == "dataset" else "model"
-    with ExitStack() as repos:
+    with ExitStack() as repos:  # if the adapter fails, the base's repository is put back too
         own_commits: set[str] = set()
         if not args.pr:  # else the repository is somebody else's
             own_commits = repos.enter_context(repo_for(api, args.repo_id, repo_type, args.revision, args.private))
