@@ -719,7 +719,7 @@ def test_validation_without_such_a_split(llm, mixed_data, tmp_path):
 
 
 def test_a_stream_needs_max_steps(llm, parquet, tmp_path):
-    with pytest.raises(ValueError, match="--streaming does not know when the data has been read once; say --max_steps"):
+    with pytest.raises(ValueError, match="--streaming does not know the number of rows; set --max_steps"):
         sft.main(streamed(llm, parquet, tmp_path))
     with pytest.raises(ValueError, match="--shuffle_buffer is 0"):
         sft.main(streamed(llm, parquet, tmp_path, "--shuffle_buffer", "0", "--max_steps", "1"))
