@@ -6,17 +6,23 @@ Each in a process of its own, forked from this one, which has imported what take
 import csv
 import os
 import shutil
+import signal
+import socket
 import sys
 import tempfile
 import time
 import traceback
+import urllib.request
 from pathlib import Path
 
 import datasets  # noqa: F401
 import numpy as np
 import peft  # noqa: F401
+import torch
 import trl  # noqa: F401
 
+from elm_ecg.configuration_elm import MERLConfig
+from elm_ecg.modeling_ecg_encoders import MERLModel
 from elm_ecg.training.cli import main
 from elm_ecg.training.data.synthetic import make_record
 
@@ -57,6 +63,41 @@ def files_of(folder: str, *names: str) -> None:
             sys.exit(f"{path} is not there, or empty")
 
 
+def reference_encoder() -> dict[str, torch.Tensor]:
+    """A small MERL encoder as the reference saves it."""
+    encoder = MERLModel(MERLConfig(block="basic", depths=[1], widths=[64]))
+    names = {"stem.conv": "conv1", "stem.norm": "bn1"}
+    for number in (1, 2):
+        names[f"stages.0.0.convs.{number - 1}.conv"] = f"layer1.0.conv{number}"
+        names[f"stages.0.0.convs.{number - 1}.norm"] = f"layer1.0.bn{number}"
+    split = {key: key.rpartition(".") for key in encoder.state_dict()}
+    return {f"resnet.{names[split[key][0]]}.{split[key][2]}": value for key, value in encoder.state_dict().items()}
+
+
+def show_demo(model: str) -> None:
+    """Ends the run if the page of `elm demo` cannot be fetched."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = time.monotonic()
+    demo = os.fork()
+    if demo == 0:
+        os._exit(main(["demo", model, "--port", str(port)]))
+    try:
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/") as page:
+                    assert b"gradio" in page.read()
+                break
+            except OSError:  # it does not listen yet
+                if time.monotonic() - start > 120 or os.waitpid(demo, os.WNOHANG)[0]:
+                    sys.exit("elm demo: there is no page")
+                time.sleep(0.2)
+    finally:
+        os.kill(demo, signal.SIGKILL)
+    print(f"elm demo: {time.monotonic() - start:.1f} s", flush=True)
+
+
 Path("recordings").mkdir()
 with open("questions.csv", "w", newline="") as file:
     table = csv.writer(file)
@@ -82,8 +123,10 @@ elm("tokenizer train --data my_data --num_merges 30 --output_dir tokenizer", "to
 elm("tokenizer inspect tokenizer --ecg recordings/0.npz", "merges")
 elm("plot recordings/0.npz --layout 3x4 --output ecg.png", "png")
 files_of(".", "tokenizer/ecg_byte.json", "tokenizer/README.md", "tokens.png", "ecg.png")
-elm("convert --help", "usage")
-elm("demo --help", "usage")
+torch.save(reference_encoder(), "merl.pt")
+elm("convert merl.pt --encoder merl --num_samples 500 --output_dir converted", "converted")
+files_of("converted", "model.safetensors", "README.md", "conversion.json", "modeling_ecg_encoders.py")
+show_demo("model")
 elm("chat model --max_new_tokens 4", "leads", typed="/ecg recordings/0.npz\nWhat is the rhythm?\n/quit\n")
 elm("push model --repo_id user/model --license mit", "user/model")
 elm("chat user/model", "leads", typed="/quit\n")  # as others get it
