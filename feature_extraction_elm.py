@@ -178,12 +178,10 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
         rate, num_samples = self.sampling_rate, array.shape[1]
         seconds, duration = self.num_samples / rate, record.array.shape[1] / record.sampling_rate
         unread = [name for name in recorded.lead_names if name not in self.lead_names]
-        begin, end, length = (
-            f"{round(value, 3):.12g}" for value in (first / rate, (first + num_samples) / rate, duration)
-        )
         sentences = {  # -> whether they apply; a sample more or less is rounding
             f"Not read: {', '.join(unread)}.": unread,
-            f"The model reads {begin} to {end} s of {length} s.": first or (duration - seconds) * rate >= 1,
+            f"Longer than the {seconds:g} s that the model reads: a part of it is cut off.": first
+            or (duration - seconds) * rate >= 1,
             f"Shorter than the {seconds:g} s that the model reads.": num_samples < self.num_samples - 1,
         }
         # without `start`: a record that is prepared twice must not be cut twice

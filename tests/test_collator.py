@@ -272,6 +272,22 @@ def test_each_notice_is_told_once(caplog, tmp_path):
     ]
 
 
+def test_notices_of_what_the_model_reads(caplog):
+    """Derived leads and cuts are told once, at the first record that they are about."""
+    leads = [lead for lead in STANDARD_LEADS if lead != "aVF"]
+    ecg = {"array": np.zeros((11, 750), np.float32), "sampling_rate": 250, "lead_names": leads}
+    short = {**ecg, "array": np.zeros((11, 500), np.float32)}
+    rows = [
+        row("Is it?", "yes") | {"ecg": one, "record_id": name}
+        for name, one in (("r1", short), ("r2", ecg), ("r3", ecg))
+    ]
+    ELMCollator(tiny_processor(truncation="start"))(rows)
+    assert caplog.messages == [
+        "Derived from I and II: aVF. (record r1; not told again)",
+        "Longer than the 2 s that the model reads: a part of it is cut off. (record r2; not told again)",
+    ]
+
+
 def test_without_augmentation():
     options = {"augment_ecg": True, "time_shift": 0.5, "gain_jitter": 0.5, "lead_dropout": 0.5}
     collator = ELMCollator(tiny_processor(), seed=3, max_length=200, perturb="noise", **options)

@@ -323,13 +323,14 @@ class TestPrepare:
                 "Derived from I and II: aVF.",
                 "Missing: V1.",
                 "Not read: II, V5.",
-                "The model reads 0.5 to 0.8 s of 0.8 s.",
+                "Longer than the 0.5 s that the model reads: a part of it is cut off.",
                 "Shorter than the 0.5 s that the model reads.",
             )
         for num_samples in (49, 50):
             assert small().prepare(noise(12, num_samples), 100).metadata["notices"] == ()
         hours = small().prepare(np.zeros((12, 86_400)), 1, start=40_000.25)
-        assert hours.metadata["notices"] == ("The model reads 40000.25 to 40000.75 s of 86400 s.",)
+        assert hours.metadata["notices"] == ("Longer than the 0.5 s that the model reads: a part of it is cut off.",)
+        assert hours.metadata["start_second"] == 40_000.25
 
 
 class TestMissingLeads:

@@ -6,7 +6,7 @@ import math
 import zlib
 from copy import copy
 from dataclasses import dataclass, field, fields, replace
-from itertools import compress
+from itertools import chain, compress
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from elm_ecg.ecg_utils import ECGRecord, as_record
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import AugmentationArguments
-from elm_ecg.training.data.loading import ecgs_of, to_chat
+from elm_ecg.training.data.loading import ecgs_of, notices_of, to_chat
 from elm_ecg.training.evaluation.conditions import noise, zeros
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class ELMCollator:
         lead_dropout: probability of each lead to be lost, see `with_lost_leads`.
         max_length: tokens that a chat may have at most; the processor may allow fewer.
         epoch: the trainer counts it up, in memory that data loader workers share, those that persist too.
-        told: the notices that were logged.
+        told, known: the notices that were logged, and those of `notices_of`.
     """
 
     processor: ELMProcessor
@@ -58,6 +58,7 @@ class ELMCollator:
     seed: int = 0
     epoch: Any = 0
     told: set[str] = field(default_factory=set, repr=False)
+    known: dict[Any, list[str]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.perturb not in (None, "noise", "zeros", "only_text"):
@@ -112,7 +113,9 @@ class ELMCollator:
     def _ecgs(self, row: dict[str, Any]) -> list[Any]:
         """The ECGs of a row as records, changed by the options; as drawings where `augment_rgb` changes these."""
         records: list[Any] = [ecg if isinstance(ecg, Image.Image) else as_record(ecg) for ecg in ecgs_of(row)]
-        for notice in (notice for record in records for notice in getattr(record, "metadata", {}).get("notices", ())):
+        extractor = self.processor.feature_extractor
+        signals = [record for record in records if not isinstance(record, Image.Image)]
+        for notice in chain.from_iterable(notices_of(record, extractor, self.known) for record in signals):
             if notice not in self.told:
                 self.told.add(notice)
                 logger.warning("%s (record %s; not told again)", notice, row.get("record_id") or "without id")

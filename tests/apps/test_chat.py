@@ -75,6 +75,7 @@ def test_what_was_read_is_said(processor, tmp_path):
     assert np.array_equal(ecg.record.array, read_ecg(path).array)
     assert np.array_equal(ecg.prepared.array, processor.feature_extractor.prepare(path, start=1.5).array)
     assert "The model reads 0 to 2 s of 5 s." in read_for_model(processor, path).facts
+    assert "Longer than the 2 s that the model reads: a part of it is cut off." in read_for_model(processor, path).facts
     assert "Shorter than the 2 s that the model reads." in read_for_model(processor, path, start=4).facts
 
 

@@ -71,6 +71,9 @@ def read_for_model(processor: Any, path: Path, start: float | None = None, **des
     leads = "all 12 leads" if len(record.lead_names) == 12 else f"leads {', '.join(record.lead_names)}"
     duration = record.array.shape[1] / record.sampling_rate
     facts = [f"{leads}, {record.sampling_rate:g} Hz, {duration:.4g} s."]
+    begin, num_samples = prepared.metadata["start_second"], prepared.array.shape[1]
+    span = (begin, begin + num_samples / prepared.sampling_rate, duration)
+    facts.append("The model reads {} to {} s of {} s.".format(*(f"{round(second, 3):.12g}" for second in span)))
     quality = lead_quality(record)
     for flag in sorted({flag for flags in quality.values() for flag in flags}):
         facts.append(f"{flag.capitalize()}: {', '.join(lead for lead, flags in quality.items() if flag in flags)}.")

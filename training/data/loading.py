@@ -17,7 +17,7 @@ import torch.utils.data
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, List, Value
 from datasets.formatting import NumpyFormatter, _register_formatter
 
-from elm_ecg.ecg_utils import STANDARD_LEADS
+from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord, as_record
 from elm_ecg.training.data.reference import LITERALS, OWNER, SAMPLING_RATE, from_reference, is_key, is_reference
 from elm_ecg.training.data.schema import ECG, MESSAGES, ROLES, as_list
 
@@ -354,6 +354,17 @@ def _blocks(source: IterableDataset) -> Iterator[Dataset]:
     for table in source.with_format("arrow").iter(STREAMED_ROWS):
         features = source.features or Features.from_arrow_schema(table.schema)  # JSON and CSV may not say
         yield with_arrays(Dataset(table, datasets.DatasetInfo(features=features)))
+
+
+def notices_of(record: ECGRecord, extractor: Any, known: dict[Any, list[str]]) -> list[str]:
+    """Sentences about a record: what reading found, and what `extractor.prepare` adds, which is about leads, rate and length
+    alone: `known` holds it for those that were there before."""
+    read = list(record.metadata.get("notices", ()))
+    shape = (record.lead_names, record.sampling_rate, record.array.shape[1])
+    if shape not in known:  # an extractor saved before there was `prepare` adds nothing
+        prepared = getattr(extractor, "prepare", as_record)(record)
+        known[shape] = [notice for notice in prepared.metadata.get("notices", ()) if notice not in read]
+    return read + known[shape]
 
 
 def ecgs_of(row: dict[str, Any]) -> list[Any]:

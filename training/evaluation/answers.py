@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from elm_ecg.ecg_utils import as_record
 from elm_ecg.modeling_elm import ECG_INPUTS, ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
-from elm_ecg.training.data.loading import ecgs_of, to_chat
+from elm_ecg.training.data.loading import ecgs_of, notices_of, to_chat
 from elm_ecg.training.evaluation.conditions import CONDITIONS, ECG, Condition
 from elm_ecg.training.evaluation.questions import Question, digest, rows_to_swap
 from elm_ecg.training.files import write_text
@@ -115,7 +115,7 @@ class Answerer:
             which process gives them, or on what was answered before.
         reuse_prefix: keep the keys and values of a conversation for its next turn.
 
-    `notices` has what `as_record` says about the records that were read: sentence -> row and place among its ECGs.
+    `notices` has what reading and preparing say about the records that were read: sentence -> row and place among its ECGs.
     """
 
     model: ELMForConditionalGeneration
@@ -144,6 +144,7 @@ class Answerer:
         }
         self._suffixes: dict[str, list[int]] = {}  # candidate -> its tokens
         self.notices: dict[str, set[tuple[int, int]]] = {}
+        self._known: dict[Any, list[str]] = {}
         self._others: np.ndarray | None = None  # for each row the one whose ECGs are swapped in
         rows: dict[int, list[int]] = {}
         for index, question in enumerate(self.questions):
@@ -251,7 +252,7 @@ class Answerer:
             records = [replace(record, array=condition.change(record.array, rng)) for record in records]
         if condition.name == ECG:  # the others read the same records again
             for index, record in enumerate(records):
-                for notice in record.metadata.get("notices", ()):
+                for notice in notices_of(record, self.processor.feature_extractor, self._known):
                     self.notices.setdefault(notice, set()).add((place, index))
         return {**row, "ecg": records}
 
