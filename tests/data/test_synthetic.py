@@ -16,7 +16,6 @@ from elm_ecg.training.data.synthetic import (
     RHYTHMS,
     SPLITS,
     TERRITORIES,
-    TERRITORY_LEADS,
     WORDINGS,
     Findings,
     make_dataset,
@@ -27,6 +26,12 @@ from elm_ecg.training.data.synthetic import (
 
 RATE = 250
 SEEDS = range(12)
+
+TERRITORY_LEADS = {
+    "anterior": ("V2", "V3", "V4"),
+    "inferior": ("II", "III", "aVF"),
+    "lateral": ("I", "aVL", "V5", "V6"),
+}
 
 
 def simulate(seed: int, **findings) -> dict[str, np.ndarray]:

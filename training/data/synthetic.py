@@ -54,11 +54,6 @@ AXIS_DEGREES: dict[Axis, tuple[float, float]] = {
     "left axis deviation": (-75, -45),
     "right axis deviation": (115, 150),
 }
-TERRITORY_LEADS: dict[Territory, tuple[str, ...]] = {
-    "anterior": ("V2", "V3", "V4"),
-    "inferior": ("II", "III", "aVF"),
-    "lateral": ("I", "aVL", "V5", "V6"),
-}
 # dipoles that lift every lead of the territory by at least 1 mV and no lead of another territory by half as much;
 # the lateral one points to the back as well, as when the circumflex artery is closed: V1-V3 are depressed
 ST_DIPOLES: dict[Territory | None, tuple[float, float, float]] = {

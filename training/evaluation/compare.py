@@ -236,25 +236,17 @@ def to_markdown(
         [name, *(with_interval(row[metric].to_dict()) for metric in metrics), str(model.path)]
         for (name, row), model in zip(scores.items(), models, strict=True)
     ]
+    differences = []
+    for row in comparisons:
+        gain = with_interval(row.difference.to_dict(), "difference", "+")
+        differences.append([*row.models, row.metric, gain, _p(row.difference.p_value), _p(row.adjusted_p_value)])
     lines = [
         f"{len(models[0].predictions)} questions about {num_patients} patients. Scores in percent, differences in points, in brackets "
         "their 95% intervals by patient.",
         "",
         *_table(["model", *metrics, "results"], rows),
         "",
-        *_table(
-            ["first", "second", "metric", "first - second", "p", f"p, Holm of {len(comparisons)}"],
-            [
-                [
-                    *row.models,
-                    row.metric,
-                    with_interval(row.difference.to_dict(), "difference", "+"),
-                    _p(row.difference.p_value),
-                    _p(row.adjusted_p_value),
-                ]
-                for row in comparisons
-            ],
-        ),
+        *_table(["first", "second", "metric", "first - second", "p", f"p, Holm of {len(comparisons)}"], differences),
         "",
     ]
     pairs = [comparisons[start : start + len(metrics)] for start in range(0, len(comparisons), len(metrics))]
@@ -269,9 +261,7 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def _p(value: float | None) -> str:
-    if value is None:
-        return "none"
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+    return "none" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -80,9 +80,8 @@ def main(argv: list[str] | None = None) -> None:
         preparation.save_pretrained(folder)
         card_of(folder, args, path.name, model.config, preparation).save(folder / CARD)
         write_text(folder / "conversion.json", json.dumps(report, indent=2) + "\n")
-    print(
-        f"{len(names):,} entries: {len(conversion.used):,} used, {len(conversion.ignored):,} not needed, {len(missing)} missing"
-    )
+    num_used, num_ignored = len(conversion.used), len(conversion.ignored)
+    print(f"{len(names):,} entries: {num_used:,} used, {num_ignored:,} not needed, {len(missing)} missing")
     for title, lines in (
         ("Not needed", sorted(set(conversion.ignored.values()))),
         ("Not weights, left out", checkpoint.others),
