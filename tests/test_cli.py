@@ -52,7 +52,7 @@ def test_commands_import_and_help_without_torch():
         (["evaluate", "/nowhere/model", "--data", "x"], "/nowhere/model"),
         (["evaluate", "--data", "x"], "Which model?"),
         (["sft", "--data", "nowhere", "--use_cpu"], "No dataset 'nowhere'"),
-        (["sft", "--data", "x", "--use_cpu", "--shuffle_buffer", "0"], "--shuffle_buffer is 0"),
+        (["sft", "--data", "x", "--use_cpu", "--data_subset", "0"], "--data_subset is 0"),
         (
             ["chat", "nowhere"],
             "The model nowhere is no folder here and not in the Hub's cache, and the Hub cannot be asked",

@@ -94,6 +94,6 @@ def test_a_typo_writes_nothing(options, message, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         quickstart.main(["--use_cpu", *options])
     assert message in capsys.readouterr().err
-    with pytest.raises(ValueError, match="--shuffle_buffer is 0"):
-        quickstart.main(["--use_cpu", "--shuffle_buffer", "0"])
+    with pytest.raises(ValueError, match="--data_subset is 0"):
+        quickstart.main(["--use_cpu", "--data_subset", "0"])
     assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
@@ -24,6 +25,9 @@ from elm_ecg.feature_extraction_elm import MISSING_LEADS, NORMALIZATIONS, TRUNCA
 from elm_ecg.processing_elm import OVERFLOWS
 from elm_ecg.training.command_line import CommandLineParser, did_you_mean, read_system_prompt
 from elm_ecg.training.files import resource
+from elm_ecg.training.trl_options import RENAMED
+
+logger = logging.getLogger(__name__)
 
 # what users of the reference type -> the option it stands for
 ALIASES = {
@@ -213,7 +217,10 @@ class ModelArguments:
                 f"--representation {self.representation} with --architecture {self.architecture}; pictures of ECGs need a vision "
                 "backbone: leave the option out, or --elm."
             )
-        if self.encoder is None:  # llava alone has one
+        for name in ("encoder", "encoder_config", "encoder_name_or_path"):
+            if getattr(self, name) and self.architecture != "llava":  # no error: a recipe may say them
+                logger.warning("--%s changes nothing: a %s ELM has no encoder.", name, self.architecture)
+        if self.encoder is None:
             self.encoder = next(iter(VISION_BACKBONES)) if of_images else "st_mem"
         if self.architecture == "llava" and self.encoder_name_or_path is None:
             if "/" in self.encoder:  # a Hub id or a path: no model_type has one
@@ -230,9 +237,12 @@ class ModelArguments:
                 f"--normalization {self.normalization} with --representation {self.representation}: {does} millivolts; leave "
                 "the option out."
             )
-        special = {"ecg_tokenizer": ("symbolic",), "paper": ("rgb",), "image_processor": IMAGE_REPRESENTATIONS}
+        pictures, symbols = IMAGE_REPRESENTATIONS, ("symbolic",)
+        special = {"ecg_tokenizer": symbols, "ecg_overflow": symbols, "paper": ("rgb",)}
+        special |= {"image_processor": pictures, "image_features": pictures}
         for name, representations in special.items():
-            if getattr(self, name) and self.representation not in representations:
+            differs = getattr(self, name) != ModelArguments.__dataclass_fields__[name].default
+            if differs and self.representation not in representations:
                 raise ValueError(
                     f"--{name} with --representation {self.representation}; it is for {' and '.join(representations)} ECGs."
                 )
@@ -357,6 +367,11 @@ class ELMParser(CommandLineParser, TrlParser):
     def __init__(self, dataclass_types: Any, **kwargs: Any):
         self.groups: dict[str, Any] = {}
         self.foreign_groups: list[Any] = []
+        # of `refuse`
+        self.refused: dict[str, str] = {}
+        self.refused_values: dict[str, dict[str, str]] = {}
+        self.needed: dict[str, str] = {}
+        self.presets: dict[str, Any] = {}
         self.source = ""  # of the values that are not the command line's, for errors
         epilog = f"--config FILE.yaml or NAME reads options from a file, or from a recipe of this package: {', '.join(recipes())}."
         kwargs = {
@@ -394,11 +409,61 @@ class ELMParser(CommandLineParser, TrlParser):
             option.type = types[option.name]
             self._parse_dataclass_field(self.groups[title], option)
 
+    def refuse(
+        self,
+        reasons: dict[str, str],
+        values: dict[str, dict[str, str]] | None = None,
+        needed: dict[str, str] | None = None,
+    ) -> None:
+        """Takes no value of some options but the present default, and shows them in no help.
+
+        Args:
+            reasons: option -> why, and what to use instead.
+            values: option -> value -> why this value alone is refused.
+            needed: option -> the other, without which it may not be said either.
+        """
+        self.refused_values, self.needed = values or {}, needed or {}
+        for action in self._actions:
+            self.presets.setdefault(action.dest, action.default)  # --no_x, which follows --x, has another default
+            if action.dest in reasons:
+                action.help = argparse.SUPPRESS
+                action.type = str if action.default is None else action.type  # not "invalid dict value", but why
+                self.refused[action.dest] = reasons[action.dest]
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As `CommandLineParser`'s; a value that `refuse` was told of is a ValueError, wherever it comes from."""
+        namespace, unknown = super().parse_known_args(args, namespace)
+        said = {name for name, preset in self.presets.items() if getattr(namespace, name, preset) != preset}
+        for name, reason in self.refused.items():
+            if name in said:  # the value is not shown: it may be a token
+                raise ValueError(f"--{name} is not for ELMs: {reason}.")
+        for name, reasons in self.refused_values.items():
+            if (value := getattr(namespace, name)) in reasons:
+                raise ValueError(f"--{name} {value} is not for ELMs: {reasons[value]}.")
+        for name, other in self.needed.items():
+            if name in said and other not in said:
+                raise ValueError(f"--{name} changes nothing without --{other}; add that, or leave --{name} out.")
+        return namespace, unknown
+
+    def parse_args_into_dataclasses(self, args: Any = None, **kwargs: Any) -> Any:
+        """As transformers', but without the options of a file that is named as the program, such as elm.args."""
+        return super().parse_args_into_dataclasses(args, **{**kwargs, "look_for_args_file": False})
+
+    def _check_spellings(self, names: Iterable[str]) -> None:
+        """Refuses two names of one option (ValueError), such as `--lr` beside `--learning_rate`: which of them counts?"""
+        spellings: dict[str, str] = {}
+        for name in names:
+            if (action := self._option_string_actions.get(f"--{name}")) is not None:
+                other = spellings.setdefault(RENAMED.get(action.dest, action.dest), name)
+                if other.replace("-", "_") != name.replace("-", "_"):
+                    raise ValueError(f"{self.source}--{other} and --{name} are one option; leave one of them out.")
+
     def parse_args_and_config(self, args: Iterable[str] | None = None, *flags: Any, **kwargs: Any) -> Any:
         """As TRL's; `--config` takes the name of a recipe too."""
         words: list[str] = []
         for word in sys.argv[1:] if args is None else args:
             words += word.split("=", 1) if word.startswith("--config=") else [word]  # TRL knows it as two words alone
+        self._check_spellings(word[2:].partition("=")[0] for word in words if word.startswith("--"))
         if words[-1:] == ["--config"]:
             self.error("--config needs a YAML file, or the name of a recipe")
         if "--config" in words:
@@ -410,6 +475,7 @@ class ELMParser(CommandLineParser, TrlParser):
     def set_defaults_with_config(self, **config: Any) -> list[str]:
         """Takes the values of a YAML file or of Python; argparse itself checks only those of the command line."""
         values: dict[str, Any] = {}
+        self._check_spellings(config)
         for key, value in config.items():
             action = self._option_string_actions.get(f"--{key}")  # aliases too, while TRL knows names of fields alone
             if action is None:
@@ -421,6 +487,7 @@ class ELMParser(CommandLineParser, TrlParser):
                 name = OPTIMIZERS.get(item, item) if action.dest == "optim" else item
                 if action.choices is not None and name is not None and name not in action.choices:
                     expected = ", ".join(map(str, action.choices))
-                    raise ValueError(f"{self.source}{key} is {item!r}; expected one of {expected}.")
+                    near = did_you_mean(str(name), map(str, action.choices))
+                    raise ValueError(f"{self.source}{key} is {item!r}; expected one of {expected}.{near}")
             values[action.dest] = value
         return super().set_defaults_with_config(**values)

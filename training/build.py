@@ -4,13 +4,14 @@ import logging
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import file_exists, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError
+from jinja2 import TemplateError
 from peft import LoraConfig, PeftConfig, PeftModel
 from tokenizers import AddedToken
 from torch import nn
@@ -28,7 +29,8 @@ from transformers import (
 )
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
-from trl import ModelConfig
+from trl import ModelConfig, get_peft_config
+from trl.chat_template_utils import has_generation_markers
 
 from elm_ecg.configuration_elm import ENCODER_CONFIGS, IMAGE_REPRESENTATIONS, ELMConfig
 from elm_ecg.ecg_drawing import ECGPaper
@@ -112,6 +114,48 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     return resource(f"training/templates/{name}.jinja").read_text()
 
 
+def set_chat_template(processor: ELMProcessor, name_or_path: str | None) -> None:
+    """Gives the processor another chat template; None keeps its own.
+
+    Args:
+        name_or_path: a file of Jinja, or the folder or Hub id of a model whose tokenizer has a template.
+
+    Raises:
+        ValueError: there is no template, it cannot be rendered, does not mark the answers, or leaves ECGs out.
+    """
+    if name_or_path is None:
+        return
+    label = "--chat_template_path"
+    if Path(name_or_path).is_file():
+        template = Path(name_or_path).read_text(encoding="utf-8")
+    else:
+        find_model_file(name_or_path, ["tokenizer_config.json"], label=label)
+        template = AutoTokenizer.from_pretrained(name_or_path).chat_template
+    if isinstance(template, dict):  # named ones
+        template = template.get("default")
+    if not template:
+        raise ValueError(f"{label} {name_or_path} has no chat template; name a .jinja file.")
+    if not has_generation_markers(template):
+        raise ValueError(
+            f"{label} {name_or_path} does not mark what is to be learnt; put {{% generation %}} and {{% endgeneration %}} round the "
+            f"assistant's turns, as the templates in {resource('training/templates')} do."
+        )
+    chat = [
+        {"role": "user", "content": [{"type": "ecg"}, {"type": "text", "text": "?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "!"}]},
+    ]
+    try:
+        text = processor.tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise ValueError(f"{label} {name_or_path} cannot be rendered: {error}") from error
+    if processor.takes_ecgs and text.count(processor.ecg_token) != 1:
+        raise ValueError(
+            f"{label} {name_or_path} writes no {processor.ecg_token} for a part of type 'ecg'; add it, as the templates in "
+            f"{resource('training/templates')} do."
+        )
+    processor.chat_template = template
+
+
 def encoder_config(args: ModelArguments, num_leads: int) -> PreTrainedConfig:
     """The configuration of an encoder with random weights, or of a pretrained vision backbone."""
     assert args.encoder is not None  # set with the arguments
@@ -170,14 +214,20 @@ def build_image_processor(args: ModelArguments, config: PreTrainedConfig) -> ECG
     )
 
 
-def build_processor(args: ModelArguments) -> ELMProcessor:
+def build_processor(args: ModelArguments, revision: str = "main") -> ELMProcessor:
     """The language model's tokenizer with the tokens of ECGs, its chat template, a feature extractor, and where ECGs are
-    pictures an image processor."""
+    pictures an image processor.
+
+    Args:
+        revision: of the language model.
+    """
     llm = resolve_llm(args.llm)
-    find_model_file(llm, ["config.json"], label="--llm")
+    find_model_file(llm, ["config.json"], revision, label="--llm")
     if args.encoder_name_or_path is not None:
         find_model_file(args.encoder_name_or_path, ["config.json"], label="--encoder")
-    tokenizer = AutoTokenizer.from_pretrained(llm, padding_side="left")  # for `generate`; the collator pads right
+    tokenizer = AutoTokenizer.from_pretrained(
+        llm, revision=revision, padding_side="left"
+    )  # for `generate`; the collator pads right
     tokenizer.add_tokens([ELMProcessor.ecg_token], special_tokens=True)  # as a special one, decoding leaves it out
     ecg_byte = None
     if args.representation == "symbolic":
@@ -217,7 +267,9 @@ def build_processor(args: ModelArguments) -> ELMProcessor:
         representation=args.representation,
         image_processor=image_processor,
         ecg_byte=ecg_byte,
-        max_length=getattr(AutoConfig.from_pretrained(llm), "max_position_embeddings", None),  # tokens; None: any
+        max_length=getattr(
+            AutoConfig.from_pretrained(llm, revision=revision), "max_position_embeddings", None
+        ),  # tokens; None: any
         overflow=args.ecg_overflow,
     )
 
@@ -265,7 +317,7 @@ def new_elm(
     """
     parser = ELMParser(ModelArguments, prog="new_elm")
     parser.set_defaults_with_config(llm=llm, **options)  # checks names and values as those of a YAML file
-    (args,) = parser.parse_args_into_dataclasses([], look_for_args_file=False)  # reads no NAME.args beside the script
+    (args,) = parser.parse_args_into_dataclasses([])
     processor = build_processor(args)
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays; weights are drawn on the CPU
         torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed those of GPUs too
@@ -330,17 +382,15 @@ def lora_config(
     rows = {name.rsplit(".", 1)[-1]: added}  # PEFT compares the end of a module's name
     if not model.config.tie_word_embeddings:  # else PEFT ties them
         rows["lm_head"] = added
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=model_args.lora_r,
-        lora_alpha=model_args.lora_alpha,
-        lora_dropout=model_args.lora_dropout,
-        use_rslora=model_args.use_rslora,
-        use_dora=model_args.use_dora,
-        target_modules=targets,
-        modules_to_save=parts + (model_args.lora_modules_to_save or []) or None,  # `or` binds last: None for no module
-        trainable_token_indices=rows,
-    )
+    changes = {
+        "use_peft": True,
+        "lora_target_modules": targets,
+        "lora_modules_to_save": parts + (model_args.lora_modules_to_save or [])
+        or None,  # `or` binds last: None for no module
+    }
+    config = get_peft_config(replace(model_args, **changes))
+    config.trainable_token_indices = rows
+    return config
 
 
 def load_elm(

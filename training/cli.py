@@ -2,15 +2,18 @@
 
 import importlib
 import importlib.metadata
-import os
 import sys
 
-from elm_ecg.training.command_line import did_you_mean
+from elm_ecg.training.command_line import did_you_mean, run_command
 
 # verb -> module below elm_ecg.training whose main(argv) does it, what it does, example arguments (empty: it runs without)
 COMMANDS = {
     "quickstart": ("quickstart", "simulate ECGs, fine-tune a small ELM on them, evaluate it; minutes, offline", ""),
-    "sft": ("sft", "fine-tune an ELM; every option of TRL's SFTConfig", "--data DATA --llm LLM --output_dir FOLDER"),
+    "sft": (
+        "sft",
+        "fine-tune an ELM, with the options of TRL's SFTConfig",
+        "--data DATA --llm LLM --output_dir FOLDER",
+    ),
     "evaluate": ("evaluation.evaluate", "score an ELM with the ECG and without it", "MODEL --data DATA"),
     "compare": ("evaluation.compare", "tell models apart by their answers to the same questions", "A.json B.json ..."),
     "chat": ("apps.chat", "ask an ELM about ECGs in the terminal", "MODEL"),
@@ -57,22 +60,8 @@ def main(argv: list[str] | None = None) -> int:
         return _usage_error(f"usage: elm {command} {example}", f"elm {command} --help lists the options.")
     if command == "evaluate" and not options[0].startswith("-"):  # TRL's parser takes no word without its option
         options.insert(0, "--model_name_or_path")
-    try:
-        # late: --help of all commands need not wait for torch
-        importlib.import_module(f"elm_ecg.training.{name}").main(options)
-    except KeyboardInterrupt:
-        print(f"\nelm {command}: interrupted", file=sys.stderr)
-        return 130  # 128 + SIGINT, as shells have it
-    except Exception as error:
-        from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassError
-
-        of_input = isinstance(error, ValueError | OSError | ImportError | StrictDataclassError)
-        if not of_input or os.environ.get("ELM_DEBUG"):
-            raise  # a fault of the program: its traceback tells more
-        of_class = isinstance(error, StrictDataclassClassValidationError)  # of a model's config; its text is two lines
-        print(f"elm {command}: {error.__cause__ if of_class else error}", file=sys.stderr)
-        return 1
-    return 0
+    # imported late: --help of all commands need not wait for torch
+    return run_command(f"elm {command}", lambda: importlib.import_module(f"elm_ecg.training.{name}").main(options))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ class ELMCollator:
         gain_jitter: share by which the amplitude of a recording is larger or smaller at most.
         lead_dropout: probability of each lead to be lost, see `with_lost_leads`.
         max_length: tokens that a chat may have at most; the processor may allow fewer.
+        pad_to_multiple_of: number of tokens, of which that of a batch is a multiple.
         epoch: the trainer counts it up, in memory that data loader workers share, those that persist too.
         told, known: the notices that were logged, and those of `notices_of`.
     """
@@ -55,6 +56,7 @@ class ELMCollator:
     gain_jitter: float = 0.0
     lead_dropout: float = 0.0
     max_length: int | None = None
+    pad_to_multiple_of: int | None = None
     seed: int = 0
     epoch: Any = 0
     told: set[str] = field(default_factory=set, repr=False)
@@ -97,7 +99,8 @@ class ELMCollator:
             return_dict=True,
             return_assistant_tokens_mask=True,  # of what the template has within {% generation %}
             return_tensors=None,  # the mask is found token by token, which takes 50 times as long in tensors
-            processor_kwargs={"padding": True, "padding_side": "right"},  # left is for generation
+            # left is for generation
+            processor_kwargs={"padding": True, "padding_side": "right", "pad_to_multiple_of": self.pad_to_multiple_of},
         )
         batch.convert_to_tensors("pt")  # of texts [batch, tokens], of ECGs [all ECGs of the batch, ...]
         answers = batch.pop("assistant_masks").bool()  # [batch, tokens], True where the model answers

@@ -3,7 +3,8 @@
 import argparse
 import difflib
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,11 +21,38 @@ class CommandLineParser(argparse.ArgumentParser):
             self.error(f"there is no option {wrong}.{did_you_mean(wrong, options)}")
         return namespace, unknown
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            near = did_you_mean(str(value), map(str, action.choices or ()))
+            raise argparse.ArgumentError(action, f"{error.message}.{near}") from None
+
     def error(self, message: str) -> NoReturn:
         """Ends the command with exit status 2 and the usage, where that is no list of all options."""
         usage = self.format_usage()
         hint = usage if usage.count("\n") == 1 else f"usage: {self.prog} [options]; --help lists them\n"
         self.exit(2, f"{self.prog}: {message}\n{hint}")
+
+
+def run_command(name: str, main: Callable[[], Any]) -> int:
+    """Runs a command and returns the exit status: 0; 1 where the input was at fault, which takes one line on stderr; 130 after
+    Ctrl-C. ELM_DEBUG=1 shows the traceback of any error; one of the program's own always has it, as it tells more."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        return 130  # 128 + SIGINT, as shells have it
+    except Exception as error:
+        from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassError
+
+        of_input = isinstance(error, ValueError | OSError | ImportError | StrictDataclassError)
+        if not of_input or os.environ.get("ELM_DEBUG"):
+            raise
+        of_class = isinstance(error, StrictDataclassClassValidationError)  # of a model's config; its text is two lines
+        print(f"{name}: {error.__cause__ if of_class else error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:

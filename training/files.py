@@ -37,6 +37,27 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def check_output_folder(path: Path, new: bool = False) -> None:
+    """Refuses an `--output_dir` before work that takes long; leaves nothing behind.
+
+    Args:
+        new: it has to be empty, or not there.
+
+    Raises:
+        ValueError: it is a file, cannot be written, or is not empty though `new`.
+    """
+    try:
+        path = path.resolve()
+        if new and path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ValueError(f"--output_dir {path} is there and not empty; name another, or remove it.")
+        nearest = next(parent for parent in (path, *path.parents) if parent.exists())
+        tempfile.TemporaryFile(
+            dir=nearest
+        ).close()  # asks the disk itself: permissions do not tell that it is read-only
+    except OSError as error:
+        raise ValueError(f"--output_dir {path} cannot be written: {error.strerror}. Name another.") from error
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place when the block ends well, and goes when it does not.
@@ -44,9 +65,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         ValueError: `path` is there and not empty, or cannot be written.
     """
+    check_output_folder(path, new=True)
     path = path.resolve()  # a link stays, and what it leads to is replaced
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"--output_dir {path} is there and not empty; name another, or remove it.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))

@@ -12,13 +12,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from elm_ecg.training import sft
+from elm_ecg.training.command_line import whole_number
 from elm_ecg.training.data.synthetic import make_dataset
 from elm_ecg.training.evaluation import evaluate
 from elm_ecg.training.evaluation.report import write_report
 from elm_ecg.training.figures import training_plot
-from elm_ecg.training.files import resource
+from elm_ecg.training.files import check_output_folder, resource
 
 CONFIG = resource("training/configs/quickstart.yaml")
+OWN = ("--data", "--llm", "--model_name_or_path", "--elm_ckpt")  # options of `elm sft` that are not the user's here
 
 
 def save_small_llm(folder: Path, chats: Iterable[list[dict[str, str]]], seed: int) -> None:
@@ -70,9 +72,14 @@ def main(argv: list[str] | None = None) -> None:
         prog="elm quickstart", description=__doc__, epilog="All options of `elm sft` are taken too."
     )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
-    parser.add_argument("--num_records", type=int, default=1920, help="training records; default: %(default)s")
+    parser.add_argument("--num_records", type=whole_number, default=1920, help="training records; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     args, options = parser.parse_known_args(argv)
+    for option in OWN:
+        if any(word == option or word.startswith(f"{option}=") for word in options):
+            raise ValueError(
+                f"{option}: elm quickstart makes its own data and language model; for yours take `elm sft`."
+            )
     started = time.monotonic()
     folder = args.output_dir
     if "--config" not in options:
@@ -80,6 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     common = ["--data", str(folder / "data")]
     parts = ["--llm", str(folder / "llm"), "--output_dir", str(folder / "model"), "--seed", str(args.seed)]
     training = sft.parse([*options, *common, *parts], prog="elm quickstart")  # ours come last and count
+    check_output_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
     print(f"[1/4] Simulating ECGs into {folder / 'data'}", flush=True)

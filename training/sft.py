@@ -2,25 +2,38 @@
 
 import logging
 import os
+import sys
 import warnings
 from dataclasses import fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerState
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import PARTS, AugmentationArguments, ELMArguments, ELMParser, new_elm_options
-from elm_ecg.training.build import build_model, build_processor, freeze, limit_threads, load_elm, lora_config
+from elm_ecg.training.build import (
+    build_model,
+    build_processor,
+    find_model_file,
+    freeze,
+    limit_threads,
+    load_elm,
+    lora_config,
+    set_chat_template,
+)
 from elm_ecg.training.collator import ELMCollator
+from elm_ecg.training.command_line import run_command
 from elm_ecg.training.data.loading import load_data, load_stream
+from elm_ecg.training.files import check_output_folder
 from elm_ecg.training.sharing.cards import write_model_card
+from elm_ecg.training.trl_options import NEEDED, REFUSED, REFUSED_VALUES
 
 logger = logging.getLogger(__name__)
 
@@ -57,13 +70,14 @@ class ELMTrainer(SFTTrainer):
 
 
 def make_parser(prog: str = "elm sft") -> ELMParser:
-    """The options of `elm sft`: ours, every one of TRL's SFTConfig and ModelConfig, and `--config`."""
+    """The options of `elm sft`: ours, those of TRL's SFTConfig and ModelConfig but for `trl_options.REFUSED`, and `--config`."""
     # TRL and PEFT use a name that transformers is about to change
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing(_kwargs)?` is deprecated", FutureWarning)
     parser = ELMParser((ELMArguments, SFTConfig, ModelConfig), prog=prog)
     parser.set_defaults(
         max_length=None,  # TRL would cut chats at 1024 tokens
         remove_unused_columns=False,  # the collator reads them
+        assistant_only_loss=True,  # as its labels are
         ddp_find_unused_parameters=True,  # one process may have a batch without ECG
         dataloader_pin_memory=torch.accelerator.is_available(),  # without one PyTorch warns of it
         bf16=None if torch.cuda.is_available() else False,  # bf16 on a CPU is slow
@@ -71,6 +85,12 @@ def make_parser(prog: str = "elm sft") -> ELMParser:
     options = parser._option_string_actions  # TRL's own texts are not true here: nothing is cut
     options["--max_length"].help = "Tokens that a chat may have; a longer one is an error. Default: what the LLM reads."
     options["--resume_from_checkpoint"].help = "Folder of a checkpoint, or last: the newest in --output_dir."
+    options["--chat_template_path"].help = (
+        "Chat template, instead of the language model's own: a .jinja file, or the folder or Hub id of a model that has one. What it "
+        "marks with {%% generation %%} is learnt."
+    )
+    options["--pad_to_multiple_of"].help = "Pad batches to a multiple of so many tokens."
+    parser.refuse(REFUSED, REFUSED_VALUES, NEEDED)
     return parser
 
 
@@ -88,10 +108,27 @@ def parse(argv: list[str] | None = None, prog: str = "elm sft") -> tuple[ELMArgu
         pretrained = args.encoder_name_or_path is not None or model_args.model_name_or_path is not None
         args.update = PARTS[1:] if pretrained or args.architecture != "llava" else list(PARTS)
     if args.wandb:
-        if find_spec("wandb") is None:
-            raise ValueError("--wandb, but the package wandb is not installed: `pip install wandb`.")
         training_args.report_to = [*training_args.report_to, "wandb"]  # a list by now, whatever was said
+    _check(training_args, model_args)
     return args, training_args, model_args
+
+
+def _check(training_args: SFTConfig, model_args: ModelConfig) -> None:
+    """Refuses (ValueError) values of TRL's options that would fail, or be lost, once the model is loaded."""
+    available = get_available_reporting_integrations()
+    for name in training_args.report_to:
+        if name not in available:
+            here = f"here are {', '.join(available)} and none" if available else "none is installed here"
+            raise ValueError(
+                f"--report_to {name}: the package {name} is not installed, or is none that reports; {here}."
+            )
+    if training_args.activation_offloading and training_args.device.type == "cpu":
+        raise ValueError("--activation_offloading takes memory from a GPU, and there is none; leave it out.")
+    if training_args.eos_token is not None and model_args.use_peft:
+        raise ValueError(
+            "--eos_token with --use_peft: an adapter does not keep it. Train with --eos_token and without --use_peft first, and "
+            "adapt that model with --model_name_or_path."
+        )
 
 
 def load_splits(args: ELMArguments, training_args: SFTConfig) -> dict[str, Any]:
@@ -128,8 +165,11 @@ def build_base(
             )
         if model_args.use_peft and os.path.isdir(name):
             name = os.path.abspath(name)  # the adapter names it, for any working directory
-        return load_elm(name, revision=model_args.model_revision, **kwargs)
-    processor = build_processor(args)
+        model, processor = load_elm(name, revision=model_args.model_revision, **kwargs)
+        set_chat_template(processor, training_args.chat_template_path)
+        return model, processor
+    processor = build_processor(args, model_args.model_revision)
+    set_chat_template(processor, training_args.chat_template_path)
     if not model_args.use_peft:
         return build_model(args, processor, revision=model_args.model_revision, **kwargs), processor
     base = Path(str(training_args.output_dir)).absolute() / "base_model"
@@ -161,10 +201,12 @@ def make_trainer(
         system_prompt=args.system_prompt,
         perturb=args.perturb,
         max_length=training_args.max_length,
+        pad_to_multiple_of=training_args.pad_to_multiple_of,
         seed=training_args.seed,
         **changes,
     )
-    training_args.max_length = None  # the collator keeps to it
+    # TRL would do again, or otherwise, what the collator and `build_base` have done
+    training_args.max_length, training_args.assistant_only_loss, training_args.chat_template_path = None, False, None
     training_args.dataset_kwargs = {"skip_prepare_dataset": True}  # TRL would tokenize the chats, without their ECGs
     trainer = ELMTrainer(
         model=model,
@@ -195,6 +237,11 @@ def checkpoint_to_resume(training_args: SFTConfig) -> str | None:
 
 def train(args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
     """Trains an ELM and saves it, its processor and its card to `output_dir`."""
+    check_output_folder(Path(str(training_args.output_dir)))
+    if model_args.model_name_or_path is not None:
+        find_model_file(
+            model_args.model_name_or_path, ["adapter_config.json", "config.json"], model_args.model_revision
+        )
     torch.manual_seed(training_args.seed)  # of the new weights; the trainer seeds again
     splits = load_splits(args, training_args)
     model, processor = build_base(args, training_args, model_args)
@@ -223,5 +270,5 @@ def main(argv: list[str] | None = None) -> None:
     train(*parse(argv))
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # as `accelerate launch` and `torchrun` start it
+    sys.exit(run_command("elm sft", main))

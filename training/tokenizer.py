@@ -23,7 +23,7 @@ from elm_ecg.training.arguments import DataArguments
 from elm_ecg.training.command_line import CommandLineParser, whole_number
 from elm_ecg.training.data.loading import ecgs_of, load_ecgs
 from elm_ecg.training.figures import plot_tokens
-from elm_ecg.training.files import atomic_path
+from elm_ecg.training.files import atomic_path, check_output_folder
 from elm_ecg.training.markdown import CARD, TAGS, citation, environment, make_card, on_hub, public_name, use_of
 from elm_ecg.training.sharing.ecg_byte_import import read_ecg_byte_pickle
 
@@ -104,7 +104,7 @@ def train(args: argparse.Namespace) -> None:
     # faults of the settings and of the folder show before the data are read
     ECGByteTokenizer([], **settings)
     lead_names = canonical_lead_names(args.lead_names)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    check_output_folder(args.output_dir)
 
     splits = load_splits(args, args.split, args.data_subset)
     rows = tqdm(chain.from_iterable(splits), total=sum(map(len, splits)), desc="Reading", unit="row")
@@ -141,9 +141,9 @@ def train(args: argparse.Namespace) -> None:
 
 def import_pickle(args: argparse.Namespace) -> None:
     """`elm tokenizer import`."""
+    check_output_folder(args.output_dir)
     merges = read_ecg_byte_pickle(args.file).merges
     tokenizer = ECGByteTokenizer(merges, sampling_rate=args.sampling_rate)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     rate = "a rate that its file does not state" if args.sampling_rate is None else f"{args.sampling_rate:g} Hz"
     _save(
         args.output_dir,
@@ -173,6 +173,7 @@ def _save(folder: Path, tokenizer: ECGByteTokenizer, datasets: list[str], **part
         citation=citation(name, "tokenizer"),
         **parts,
     )
+    folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder / FILE_NAME) as json_path, atomic_path(folder / CARD) as card_path:
         json_path.write_text(tokenizer.to_json(), encoding="utf-8")
         card.save(card_path)

@@ -521,7 +521,7 @@ def test_output_dir(tmp_path):
     report = run(tmp_path / "merl.pt", basic_merl(), "--encoder", "merl")  # an empty folder is taken
     assert report["not_weights"] == []
     before = (tmp_path / "out/model.safetensors").stat()
-    with pytest.raises(ValueError, match="is not empty; name a new folder"):
+    with pytest.raises(ValueError, match="is there and not empty; name another"):
         run(tmp_path / "merl.pt", basic_merl(), "--encoder", "merl")
     assert (tmp_path / "out/model.safetensors").stat() == before
 

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from elm_ecg.ecg_utils import MAX_LIMB_LEAD_ERROR, as_record, lead_quality, limb_lead_error
-from elm_ecg.training.data.loading import FOLD_SPLIT, ecgs_of, load_split, load_splits, to_chat, with_arrays
+from elm_ecg.training.data.loading import FOLD_SPLIT, check_fold, ecgs_of, load_split, load_splits, to_chat, with_arrays
 from elm_ecg.training.data.reference import LITERALS
 from elm_ecg.training.data.schema import ROLES, as_list
 from elm_ecg.training.files import resource, write_text
@@ -254,7 +254,9 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         ValueError: it has one of `ERRORS`, or cannot be loaded.
     """
-    keys = [str(key) for key in load_splits(args.data)]
+    stored = load_splits(args.data)
+    check_fold(args.fold, {args.data: stored})
+    keys = [str(key) for key in stored]
     folds = [FOLD_SPLIT.fullmatch(key) for key in keys]
     # nothing is read of other folds than that of --fold
     of_fold = [fold is None or args.fold in (None, int(fold[1])) for fold in folds]
@@ -264,7 +266,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.data} has no split {', '.join(missing)}; it has {', '.join(keys)}.")
     checker = Checker()
     for split in args.splits or names:
-        data = with_arrays(load_split(args.data, split, "messages", args.fold, args.ecg_root))
+        data = with_arrays(load_split(args.data, split, "messages", args.fold, args.ecg_root, stored))
         step = 1 if args.read_files else max(1, len(data) // SAMPLED_ROWS)  # 1: the files of all rows
         for index, row in enumerate(tqdm(data, desc=split, unit="row")):
             checker.add(row, split, index, read_files=index % step == 0)

@@ -76,19 +76,41 @@ def load_data(args: "DataArguments", split: str, seed: int = 0, num_proc: int | 
     Raises:
         ValueError: a dataset has other columns, cannot be found, or has folds and `args.fold` names none.
     """
-    parts = [load_split(name, split, "messages", args.fold, args.ecg_root, num_proc=num_proc) for name in args.data]
-    return _mix(parts, args, seed, weighted=split == "train")
+    return _mix(_load_parts(args, split, "messages", num_proc=num_proc), args, seed, weighted=split == "train")
 
 
 def load_ecgs(args: "DataArguments", split: str, seed: int = 0) -> Dataset | None:
     """The column `ecg` of the rows that `load_data` gives; no other column has to be there."""
-    parts = [load_split(name, split, "ecg", args.fold, args.ecg_root) for name in args.data]
+    parts = _load_parts(args, split, "ecg")
     ecgs = [
         # `num_samples` belongs to the reference's ECGs that are no files
         None if part is None else part.select_columns([c for c in ("ecg", "num_samples") if c in part.column_names])
         for part in parts
     ]
     return _mix(ecgs, args, seed, weighted=split == "train")
+
+
+def _load_parts(args: "DataArguments", split: str, column: str, streaming: bool = False, **kwargs: Any) -> list[Any]:
+    """The split of each of `args.data`, None where it has none.
+
+    Raises:
+        ValueError: as `load_split`; or there is a fold, and no dataset has any.
+    """
+    stored = {name: load_splits(name, streaming) for name in args.data}
+    check_fold(args.fold, stored)
+    return [load_split(name, split, column, args.fold, args.ecg_root, stored[name], **kwargs) for name in args.data]
+
+
+def check_fold(fold: int | None, stored: dict[str, Any]) -> None:
+    """Refuses (ValueError) a fold where none of the datasets, by their names, has folds."""
+    if fold is not None and not any(map(folds_of, stored.values())):
+        names = "; ".join(f"{name} has {', '.join(map(str, splits))}" for name, splits in stored.items())
+        raise ValueError(f"--fold {fold} with data without folds; leave it out. Splits: {names}.")
+
+
+def folds_of(splits: Any) -> list[str]:
+    """The numbers of the folds that a dataset's splits are of, such as fold1_train; none of most datasets."""
+    return sorted({match[1] for key in splits if (match := FOLD_SPLIT.fullmatch(str(key)))}, key=int)
 
 
 def _mix(loaded: list[Dataset | None], args: "DataArguments", seed: int, weighted: bool) -> Dataset | None:
@@ -162,17 +184,18 @@ def load_split(
     column: str,
     fold: int | None = None,
     ecg_root: str | None = None,
-    streaming: bool = False,
+    splits: Any = None,
     num_proc: int | None = None,
 ) -> Any:
-    """One split of one dataset, a `Dataset` or if `streaming` an `IterableDataset`, or None where it has no such split.
+    """One split of one dataset, a `Dataset`, or of streamed ones an `IterableDataset`, or None where it has no such split.
 
     Args:
         column: that it has to have, one of `COLUMNS`.
         fold, ecg_root: as of `DataArguments`.
+        splits: of `load_splits`, where they are loaded already.
     """
-    splits = load_splits(name, streaming)
-    folds = sorted({match[1] for key in splits if (match := FOLD_SPLIT.fullmatch(str(key)))}, key=int)
+    splits = load_splits(name) if splits is None else splits
+    folds = folds_of(splits)
     if folds and fold is None:
         raise ValueError(f"{name} has the folds {', '.join(folds)}; choose one with --fold.")
     if folds and str(fold) not in folds:
@@ -267,7 +290,7 @@ def load_stream(
         raise ValueError(
             "--data_subset with --streaming, which does not know the number of rows; set --max_steps instead."
         )
-    parts = [load_split(name, split, "messages", args.fold, args.ecg_root, streaming=True) for name in args.data]
+    parts = _load_parts(args, split, "messages", streaming=True)
     have_split = [part is not None for part in parts]
     if not any(have_split):
         return None

@@ -15,7 +15,7 @@ from huggingface_hub import DatasetCardData
 from elm_ecg.training.data.arguments import BuildArguments
 from elm_ecg.training.data.build import ROW_GROUP_BYTES, Plan, make_plan, row_groups
 from elm_ecg.training.data.schema import as_list
-from elm_ecg.training.files import new_folder
+from elm_ecg.training.files import check_output_folder, new_folder
 from elm_ecg.training.markdown import CARD, TAGS, citation, make_card, use_of
 
 # the Hub's names of sizes, by the number of rows that they end before
@@ -134,6 +134,7 @@ def build(args: argparse.Namespace) -> None:
         ValueError: as `build_dataset`; or the folder is there and not empty.
     """
     options = BuildArguments(**{option.name: getattr(args, option.name) for option in fields(BuildArguments)})
+    check_output_folder(args.output_dir, new=True)  # before all is read
     plan = make_plan(args.records, args.questions, options)
     summaries = {split: Summary() for split in plan.questions}
     with new_folder(args.output_dir) as folder:  # replaces `output_dir` if all goes well

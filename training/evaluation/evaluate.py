@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import version
@@ -19,7 +20,8 @@ from transformers import GenerationConfig
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import DataArguments, ELMParser, argument, json_fields
-from elm_ecg.training.build import limit_threads, load_elm
+from elm_ecg.training.build import find_model_file, limit_threads, load_elm
+from elm_ecg.training.command_line import run_command
 from elm_ecg.training.data.loading import load_data
 from elm_ecg.training.evaluation.answers import Answerer, Progress
 from elm_ecg.training.evaluation.card import add_evaluation
@@ -43,6 +45,7 @@ from elm_ecg.training.evaluation.results import (
     write_json,
 )
 from elm_ecg.training.evaluation.scores import METRIC_NAMES, Scorer, load_metrics
+from elm_ecg.training.files import check_output_folder
 
 logger = logging.getLogger(__name__)
 
@@ -351,6 +354,10 @@ def parse(argv: list[str] | None = None) -> EvaluationArguments:
     (args,) = ELMParser(EvaluationArguments, prog="elm evaluate").parse_args_and_config(argv)
     if not args.model_name_or_path:
         raise ValueError("Which model? Give its folder or Hub id as --model_name_or_path.")
+    if "{fold}" in args.model_name_or_path and args.fold is None:
+        raise ValueError(
+            f"Which fold is {{fold}} in {args.model_name_or_path}? Say it with --fold, such as --fold 1 2."
+        )
     if args.perturb is not None:
         raise ValueError("Evaluation changes the ECGs itself, as --conditions says; leave --perturb out.")
     return args
@@ -392,9 +399,21 @@ def over_runs(runs: Sequence[dict[str, Any]], seeds: list[int], samples: bool) -
     }
 
 
+def _load_fold(args: EvaluationArguments, fold: int | None) -> tuple[Dataset, Dataset | None]:
+    """The split that is scored, and where there is one that of training."""
+    with PartialState().main_process_first():  # it fills the cache of `datasets`, which the others then read
+        data = args.load(fold, args.split)
+        training_data = None if args.split == "train" else args.load(fold, "train", data_subset=None)
+    if data is None:
+        raise ValueError(f"--data {' '.join(args.data)} has no split {args.split!r}.")
+    return data, training_data
+
+
 def _evaluate_fold(
     args: EvaluationArguments,
     fold: int | None,
+    data: Dataset,
+    training_data: Dataset | None,
     model: ELMForConditionalGeneration,
     processor: ELMProcessor,
     name: str,
@@ -402,11 +421,6 @@ def _evaluate_fold(
 ) -> list[Results]:
     """The results of each seed, written into `folder`."""
     state = PartialState()
-    with state.main_process_first():  # it fills the cache of `datasets`, which the others then read
-        data = args.load(fold, args.split)
-        training_data = None if args.split == "train" else args.load(fold, "train", data_subset=None)
-    if data is None:
-        raise ValueError(f"--data {' '.join(args.data)} has no split {args.split!r}.")
     revision = revision_of(model, name)
     folder.mkdir(parents=True, exist_ok=True)
     # answers of an interrupted run count only for the same facts, and settings of `evaluate`
@@ -458,17 +472,23 @@ def main(argv: list[str] | None = None) -> Results:
             " and ".join(name for name in args.conditions if CONDITIONS[name].random) or "no conditions",
             ", ".join(f"seed {seed}" for seed in args.seed),
         )
+    # what is wrong with these should be known before a model is loaded, too
+    check_output_folder(folder)
+    models = {fold: args.model_name_or_path.replace("{fold}", str(fold)) for fold in folds}
+    for name in set(models.values()):
+        find_model_file(name, ["adapter_config.json", "config.json"], args.model_revision)
+    data = {fold: _load_fold(args, fold) for fold in folds}
     runs: list[Results] = []
     model = processor = None
     for fold in folds:
-        name = args.model_name_or_path.replace("{fold}", str(fold))
+        name = models[fold]
         if model is None or processor is None or name != args.model_name_or_path:  # else it is kept
             model, processor = load_elm(name, revision=args.model_revision, dtype=args.dtype)
             model.to(state.device)  # type: ignore[arg-type]  # a wrapped method
             limit_threads(model, state.device)
             if args.torch_compile:
                 model.compile(dynamic=True)  # batches differ in length
-        runs += _evaluate_fold(args, fold, model, processor, name, folders[fold])
+        runs += _evaluate_fold(args, fold, *data[fold], model, processor, name, folders[fold])
     if not state.is_main_process:
         return Results()
     # only now: an evaluation that is interrupted in a later fold keeps the answers of the earlier ones
@@ -486,5 +506,5 @@ def main(argv: list[str] | None = None) -> Results:
     return summary
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # as `accelerate launch` and `torchrun` start it
+    sys.exit(run_command("elm evaluate", main))

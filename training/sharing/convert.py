@@ -11,7 +11,7 @@ from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import ELMParser
 from elm_ecg.training.build import resolve_llm
-from elm_ecg.training.files import new_folder, write_text
+from elm_ecg.training.files import check_output_folder, new_folder, write_text
 from elm_ecg.training.markdown import CARD
 from elm_ecg.training.sharing.cards import elm_card, encoder_card
 from elm_ecg.training.sharing.checkpoint_keys import convert_state_dict as convert_state_dict
@@ -54,8 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     """Runs `elm convert`."""
     path, args = parse(argv)
     output_dir = Path(args.output_dir).absolute()
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):  # else it would fail at the end
-        raise ValueError(f"--output_dir {args.output_dir} is not empty; name a new folder.")
+    check_output_folder(output_dir, new=True)
     checkpoint = read_checkpoint(path)
     model: PreTrainedModel
     preparation: ELMProcessor | ECGFeatureExtractor
