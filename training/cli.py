@@ -6,6 +6,7 @@ import os
 import sys
 
 from elm_ecg.training.command_line import did_you_mean
+from elm_ecg.training.files import NO_ROOM, ending_on_sigterm, no_room
 
 # verb -> module below elm_ecg.training whose main(argv) does it, what it does, example arguments (empty: it runs without)
 COMMANDS = {
@@ -35,7 +36,8 @@ def _usage_error(*lines: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0; 1 where the input was at fault, 2 where the command was; 130 after Ctrl-C."""
+    """Returns the exit status: 0; 1 where the input was at fault, 2 where the command was; 130 after Ctrl-C. SIGTERM raises
+    SystemExit (143)."""
     command, *options = (sys.argv[1:] if argv is None else argv) or [""]
     if command in ("-h", "--help"):
         print(HELP.format(verbs="\n".join(f"  {name:<11} {does}" for name, (_, does, _) in COMMANDS.items())))
@@ -59,18 +61,25 @@ def main(argv: list[str] | None = None) -> int:
         options.insert(0, "--model_name_or_path")
     try:
         # late: --help of all commands need not wait for torch
-        importlib.import_module(f"elm_ecg.training.{name}").main(options)
+        module = importlib.import_module(f"elm_ecg.training.{name}")
+        with ending_on_sigterm():
+            module.main(options)
     except KeyboardInterrupt:
         print(f"\nelm {command}: interrupted", file=sys.stderr)
         return 130  # 128 + SIGINT, as shells have it
     except Exception as error:
         from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassError
 
-        of_input = isinstance(error, ValueError | OSError | ImportError | StrictDataclassError)
+        full = no_room(error)  # libraries have classes of their own for it
+        of_input = full is not None or isinstance(error, ValueError | OSError | ImportError | StrictDataclassError)
         if not of_input or os.environ.get("ELM_DEBUG"):
             raise  # a fault of the program: its traceback tells more
         of_class = isinstance(error, StrictDataclassClassValidationError)  # of a model's config; its text is two lines
-        print(f"elm {command}: {error.__cause__ if of_class else error}", file=sys.stderr)
+        told: object = error.__cause__ if of_class else error
+        if full is not None:
+            where = getattr(error, "filename", None) or "a disk that it writes to; `df -h` shows which"
+            told = f"{NO_ROOM[full]}: {where}"
+        print(f"elm {command}: {told}", file=sys.stderr)
         return 1
     return 0
 
