@@ -23,7 +23,7 @@ class ECGQuestionAnsweringPipeline(Pipeline):
     Of a list of inputs the result is a list of results, and `batch_size` of them are answered at once.
 
     Args:
-        system_prompt: system message before each question.
+        system_prompt: system message of the chats that begin with none, in place of the processor's; "" for none.
         generate_kwargs: for `generate`, such as `{"num_beams": 4}`; `max_new_tokens` may be given alone.
     """
 
@@ -50,9 +50,9 @@ class ECGQuestionAnsweringPipeline(Pipeline):
             generation["max_new_tokens"] = max_new_tokens
         return {} if system_prompt is None else {"system_prompt": system_prompt}, generation, {}
 
-    def preprocess(self, input_: Any, **preprocess_parameters: Any) -> Any:
+    def preprocess(self, input_: Any, system_prompt: str | None = None, **preprocess_parameters: Any) -> Any:
         """A list of inputs, as inputs of the model."""
-        inputs = self.processor.apply_chat_template(
+        inputs = self.processor.with_system_prompt(system_prompt).apply_chat_template(
             [as_chat(one, **preprocess_parameters) for one in input_],
             add_generation_prompt=True,
             tokenize=True,
@@ -98,15 +98,14 @@ class ECGQuestionAnsweringPipeline(Pipeline):
             yield from self.postprocess(outputs, **postprocess_params)
 
 
-def as_chat(question: Any, system_prompt: str | None = None) -> list[dict[str, Any]]:
+def as_chat(question: Any) -> list[dict[str, Any]]:
     """The chat of an input of the pipeline.
 
     Raises:
         ValueError: it is no such input.
     """
-    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     if hasattr(question, "messages"):  # transformers made it of a list of messages
-        return [*system, *question.messages]
+        return list(question.messages)
     expected = 'expected {"ecg": file, array or dict, "question": text}, a list of these, or a chat'
     if not isinstance(question, Mapping) or not isinstance(question.get("question"), str):
         got = f"a dict of {', '.join(map(str, question))}" if isinstance(question, Mapping) else type(question).__name__
@@ -127,7 +126,7 @@ def as_chat(question: Any, system_prompt: str | None = None) -> list[dict[str, A
             ecg = np.asarray(ecg)  # integers stay integers, which need a unit
         place = "path" if isinstance(ecg, (str, os.PathLike)) else "ecg"
         parts.append({"type": "ecg", place: ecg, **described})
-    return [*system, {"role": "user", "content": [*parts, {"type": "text", "text": question["question"]}]}]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": question["question"]}]}]
 
 
 __all__ = ["ECGQuestionAnsweringPipeline"]

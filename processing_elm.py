@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -49,6 +50,8 @@ class ELMProcessor(ProcessorMixin):
         overflow: what to do with a text that has more. `error`; `downsample`: halve the sampling rate of its ECGs, again
             and again, not below 30 Hz; `drop_leads`: leave out leads of its ECGs, in the order of `DISPENSABLE_LEADS`. Text is
             never cut, and a warning is logged of what became of the ECGs.
+        system_prompt: system message of the chats that begin with none; None or an empty text for no such message. It may be
+            changed at any time, and is saved.
     """
 
     ecg_token = "<signal>"
@@ -65,6 +68,7 @@ class ELMProcessor(ProcessorMixin):
         ecg_byte: ECGByteTokenizer | None = None,
         max_length: int | None = None,
         overflow: str = "error",
+        system_prompt: str | None = None,
     ):
         if num_ecg_tokens < 0:
             raise ValueError(f"num_ecg_tokens is {num_ecg_tokens}; it must be at least 0.")
@@ -83,6 +87,8 @@ class ELMProcessor(ProcessorMixin):
             )
         if overflow not in OVERFLOWS:
             raise ValueError(f"overflow is {overflow!r}; expected one of {OVERFLOWS}.")
+        if not isinstance(system_prompt, str | None):
+            raise ValueError(f"system_prompt is {system_prompt!r}; expected a text or None.")
         vocabulary = tokenizer.get_vocab()  # made anew at each call, so taken once
         if self.ecg_token not in vocabulary:
             raise ValueError(
@@ -100,6 +106,7 @@ class ELMProcessor(ProcessorMixin):
         self.representation = representation
         self.max_length = max_length
         self.overflow = overflow
+        self.system_prompt = system_prompt
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
         self.image_processor = image_processor
         self.ecg_tokenizer = ecg_byte
@@ -214,6 +221,27 @@ class ELMProcessor(ProcessorMixin):
         if text is not None:
             data.update(self._tokenize([text] if isinstance(text, str) else list(text), values, text_kwargs))
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """As of transformers, for one chat or a batch; those that do not begin with a system message get `system_prompt`."""
+        if self.system_prompt:
+            several = len(conversation) > 0 and not isinstance(conversation[0], Mapping)
+            chats = [self._prompted(chat) for chat in (conversation if several else [conversation])]
+            conversation = chats if several else chats[0]
+        return super().apply_chat_template(conversation, *args, **kwargs)
+
+    def with_system_prompt(self, system_prompt: str | None) -> "ELMProcessor":
+        """A processor of the same parts with another `system_prompt`; this one, if it is None."""
+        if system_prompt is None:
+            return self
+        processor = copy(self)
+        processor.system_prompt = system_prompt
+        return processor
+
+    def _prompted(self, chat: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+        if len(chat) and chat[0]["role"] == "system":
+            return chat
+        return [{"role": "system", "content": [{"type": "text", "text": self.system_prompt}]}, *chat]
 
     def draw(self, ecg: Any, **described: Any) -> Image.Image:
         """The picture of an ECG that an `rgb` or `stacked_signal` model is shown.

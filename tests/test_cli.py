@@ -1,10 +1,15 @@
+import errno
+import os
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
 
 import pytest
+from safetensors import SafetensorError
 
 from elm_ecg.training import cli
+from elm_ecg.training.files import new_folder
 from helpers import ROOT
 
 
@@ -112,6 +117,37 @@ def test_ctrl_c(monkeypatch, capsys):
     monkeypatch.setattr("elm_ecg.training.sft.main", wait)
     assert cli.main(["sft", "--data", "x"]) == 130
     assert capsys.readouterr().err == "\nelm sft: interrupted\n"
+
+
+def test_sigterm(monkeypatch, tmp_path):
+    """Exit status 143, after what the command tidies up."""
+
+    def wait(argv):
+        with new_folder(tmp_path / "out"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.sigtimedwait([], 10)
+
+    monkeypatch.setattr("elm_ecg.training.sft.main", wait)
+    with pytest.raises(SystemExit, match="143"):
+        cli.main(["sft", "--data", "x"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "where"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "runs/a"), "runs/a"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "a disk that it writes to"),
+    ],
+)
+def test_a_full_disk_takes_one_line(error, where, monkeypatch, capsys):
+    def write(argv):
+        raise error
+
+    monkeypatch.setattr("elm_ecg.training.sft.main", write)
+    assert cli.main(["sft", "--data", "x"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"elm sft: No space left on device: {where}")
 
 
 @pytest.mark.parametrize("argv", [["evaluate", "some/model", "--data", "a", "b"], ["evaluate", "--split", "x"]])

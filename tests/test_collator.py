@@ -85,7 +85,8 @@ def test_keys_of_a_batch():
 
 def test_system_prompt():
     processor = tiny_processor()
-    batch = ELMCollator(processor, system_prompt="Be brief.")([row("Is it?", "yes")])
+    processor.system_prompt = "Be brief."
+    batch = ELMCollator(processor)([row("Is it?", "yes")])
     assert "Be brief." in processor.tokenizer.decode(batch["input_ids"][0])
     assert learnt(processor, batch["labels"][0]) == ["yes<|eot_id|>"]
 

@@ -1,6 +1,13 @@
-import pytest
+import errno
+import os
+import signal
+import zipfile
 
-from elm_ecg.training.files import atomic_path, new_folder, write_text
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from elm_ecg.training.files import atomic_path, ending_on_sigterm, naming, new_folder, no_room, write_text
 
 
 def test_write_text(tmp_path):
@@ -56,3 +63,73 @@ def test_new_folder_through_a_link(tmp_path, exists):
         write_text(folder / "a.txt", "text")
     assert link.is_symlink()
     assert [path.name for path in target.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("place", [atomic_path, new_folder])
+def test_sigterm_leaves_nothing(tmp_path, place):
+    """The handler that was there is there afterwards."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def wait() -> None:
+        with ending_on_sigterm(), place(tmp_path / "out"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.sigtimedwait([], 10)
+
+    with pytest.raises(SystemExit) as raised:
+        wait()
+    assert raised.value.code == 143
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_of_a_worker_does_not_tidy_up_for_its_parent(tmp_path):
+    with ending_on_sigterm(), new_folder(tmp_path / "out") as folder:
+        if not (child := os.fork()):
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.sigtimedwait([], 10)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
+        assert folder.is_dir()
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (FULL, errno.ENOSPC),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), errno.EDQUOT),
+        (OSError(errno.EFBIG, "File too large"), errno.EFBIG),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), errno.ENOSPC),
+        (Exception("No space left on device (os error 28)"), errno.ENOSPC),  # of tokenizers
+        (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), errno.ENOSPC),
+        (RuntimeError("PytorchStreamReader failed reading zip archive: failed finding central directory"), None),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), None),
+        (ValueError("another"), None),
+    ],
+)
+def test_no_room(error, number, tmp_path):
+    """Libraries say it in errors of their own, and as the cause of others."""
+    wrapped = RuntimeError("the work failed")
+    wrapped.__cause__ = error
+    assert no_room(error) == no_room(wrapped) == number
+    with pytest.raises(type(error) if number is None else OSError) as raised, naming(tmp_path / "out"):
+        raise error
+    assert number is None or (raised.value.errno, raised.value.filename) == (number, str(tmp_path / "out"))
+
+
+def test_a_real_full_device():
+    """What PyTorch and Python themselves raise."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    with pytest.raises(OSError, match="No space left on device: 'weights'"), naming("weights"):
+        torch.save({"a": torch.zeros(100_000)}, "/dev/full")
+    with (
+        pytest.raises(OSError, match="No space left on device: 'text'"),
+        naming("text"),
+        open("/dev/full", "w") as file,
+    ):
+        file.write("text" * 10_000)
+    with pytest.raises(zipfile.BadZipFile), naming("other"):
+        zipfile.ZipFile("/dev/null")

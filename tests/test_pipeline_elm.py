@@ -55,7 +55,7 @@ def test_one_or_many(folder, pipe):
 def test_as_generate_says(pipe):
     """The answers are those of `generate`, with its options; a system prompt and a chat are part of the prompt."""
     model, processor = pipe.model, pipe.processor
-    chat = as_chat(QUESTION, "Be brief.")
+    chat = [{"role": "system", "content": "Be brief."}, *as_chat(QUESTION)]
     assert chat[0] == {"role": "system", "content": "Be brief."}
     inputs = processor.apply_chat_template(
         chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -66,6 +66,14 @@ def test_as_generate_says(pipe):
     options = {"num_beams": 2, "num_return_sequences": 2}
     assert pipe(QUESTION, system_prompt="Be brief.", max_new_tokens=4, generate_kwargs=options) == expected
     assert pipe(chat, max_new_tokens=4, **options) == expected
+    processor.system_prompt = "Be brief."
+    try:
+        assert pipe(QUESTION, max_new_tokens=4, **options) == expected
+        assert pipe(chat, system_prompt="Be long.", max_new_tokens=4, **options) == expected
+        without = pipe.preprocess([QUESTION], system_prompt="")["input_ids"]
+        assert without.shape[1] < inputs["input_ids"].shape[1]
+    finally:
+        processor.system_prompt = None
 
 
 @pytest.mark.parametrize(

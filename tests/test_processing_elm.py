@@ -1,4 +1,5 @@
 import json
+from copy import copy
 
 import numpy as np
 import pytest
@@ -355,9 +356,30 @@ class TestConstruction:
         assert processor.decode(ids[0]) == "sinus<|eot_id|>"
 
 
+def test_system_prompt(processor):
+    """It stands before each chat that begins with none, as if the chat had it; an empty one is none."""
+    asked = copy(processor)
+    asked.system_prompt = "Be brief."
+    own = [{"role": "system", "content": "Its own."}, *chat(["Q"], ["A"])]
+    brief = [{"role": "system", "content": "Be brief."}, *chat(["Q"], ["A"])]
+    texts = processor.apply_chat_template([brief, own, own], tokenize=False)
+    assert asked.apply_chat_template([chat(["Q"], ["A"]), own, own], tokenize=False) == texts
+    assert asked.apply_chat_template(chat(["Q"], ["A"])) == texts[0]
+    with_ecg = chat([ecg_part(), "Q"])
+    inputs = inputs_of(asked, [with_ecg])
+    expected = inputs_of(processor, [[brief[0], *with_ecg]])
+    assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+    asked.system_prompt = ""
+    assert asked.apply_chat_template(chat(["Q"])) == processor.apply_chat_template(chat(["Q"]))
+    with pytest.raises(ValueError, match="system_prompt is 3; expected a text or None"):
+        ELMProcessor(processor.feature_extractor, processor.tokenizer, system_prompt=3)
+
+
 def test_fresh_process_without_the_project_and_torchvision(processor, tmp_path):
     """AutoProcessor gives the same inputs with the same template, and what it saves again is the same."""
     first, second = tmp_path / "first", tmp_path / "second"
+    processor = copy(processor)
+    processor.system_prompt = "Be brief."
     processor.save_pretrained(first)
     of_pictures = {name: tiny_image_processor_elm(*name.split("-")) for name in PICTURES}
     for name, picture_processor in of_pictures.items():
@@ -397,6 +419,7 @@ for name in {list(of_pictures)}:
     expected = processor.apply_chat_template(
         chats, tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
     )
+    assert "Be brief." in processor.tokenizer.decode(expected["input_ids"][0])
     loaded = load_file(tmp_path / "inputs.safetensors")
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[key], expected[key]) for key in loaded)

@@ -71,6 +71,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     assert one.keys() == other.keys()
     for name, tensor in one.items():
@@ -819,9 +823,28 @@ def test_lora_resumes(adapter, data, llm, tied_llm, tmp_path):
 
 
 def test_lora_does_not_take_an_old_base(llm, data, tmp_path):
-    for encoder in ("mtae", "st_mem"):
-        sft.main(tiny_sft(llm, data, tmp_path, "--peft", "--max_steps", "1", encoder=encoder))
+    """That of an adapter stays with it; one of a run that did not end is replaced."""
+    sft.main(tiny_sft(llm, data, tmp_path, "--peft", "--max_steps", "1", encoder="mtae"))
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="holds an adapter and its base; name another, or remove it"):
+        sft.main(tiny_sft(llm, data, tmp_path, "--peft", "--max_steps", "1", encoder="st_mem"))
+    assert contents(tmp_path) == before
+    (tmp_path / "adapter_config.json").unlink()
+    sft.main(tiny_sft(llm, data, tmp_path, "--peft", "--max_steps", "1", encoder="st_mem"))
     assert load_elm(str(tmp_path))[0].config.encoder_config.model_type == "st_mem"
+
+
+def test_system_prompt_is_the_models(llm, data, tmp_path):
+    """It is saved, asked with by whoever loads the model, and kept where training goes on from it."""
+    first, second, other = (tmp_path / name for name in ("first", "second", "other"))
+    sft.main(tiny_sft(llm, data, first, "--max_steps", "1", "--system_prompt", "Be brief."))
+    sft.main(tiny_sft(llm, data, other, "--max_steps", "1"))
+    sft.main(tiny_sft(llm, data, second, "--max_steps", "1", "--model_name_or_path", str(first)))
+    assert losses(first) != losses(other)
+    for folder, expected in ((first, True), (second, True), (other, False)):
+        processor = load_elm(str(folder))[1]
+        asked = processor.apply_chat_template([{"role": "user", "content": "Why?"}], add_generation_prompt=True)
+        assert ("Be brief." in asked) is expected
 
 
 def test_lora_needs_the_llm(llm, data, tmp_path):
@@ -833,4 +856,4 @@ def test_help_says_what_ours_does_with_options_of_trl():
     text = " ".join(sft.make_parser().format_help().split())
     assert "a longer one is an error" in text
     assert "truncated" not in text
-    assert "or last: the newest in --output_dir" in text
+    assert "or last: the newest whole one in --output_dir" in text

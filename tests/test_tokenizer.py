@@ -268,20 +268,25 @@ def test_help(command, capsys):
 
 
 @pytest.mark.parametrize("place", ["prepare", "ECGByteTokenizer.train", "make_card"])  # reading, merging, writing
-@pytest.mark.parametrize("again", [False, True])
-def test_ctrl_c_leaves_nothing_half_written(place, again, data, tmp_path, capsys, monkeypatch):
-    old = {"ecg_byte.json": "old", "README.md": "old"} if again else {}
-    for name, text in old.items():
-        (tmp_path / name).write_text(text)
-
+def test_ctrl_c_leaves_nothing_half_written(place, data, tmp_path, capsys, monkeypatch):
     def press(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(f"elm_ecg.training.tokenizer.{place}", press)
-    argv = ["--data", data, "--output_dir", str(tmp_path), "--lead_names", *LEADS, "--num_merges", "5"]
+    argv = ["--data", data, "--output_dir", str(tmp_path / "out"), "--lead_names", *LEADS, "--num_merges", "5"]
     assert cli.main(["tokenizer", "train", *argv]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "elm tokenizer: interrupted"
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == old
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["train", "import"])
+def test_another_tokenizer_is_not_replaced(command, data, tmp_path, capsys, monkeypatch, shared):
+    (tmp_path / "ecg_byte.json").write_text("old")
+    monkeypatch.setattr("elm_ecg.training.tokenizer.load_ecgs", None)  # found out before the data are read
+    of_command = {"train": ["--data", data], "import": [str(shared / "golden" / "seed_ecg_byte_10000.pkl")]}
+    assert cli.main(["tokenizer", command, *of_command[command], "--output_dir", str(tmp_path)]) == 1
+    assert f"--output_dir {tmp_path} is there and not empty; name another" in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
 @pytest.fixture

@@ -99,7 +99,9 @@ class DataArguments:
         None, "Replace every ECG by Gaussian noise or by zeros, or leave it out of the text."
     )
     system_prompt: str | None = argument(
-        None, "System message, or a file that holds it, before each chat that has none."
+        None,
+        "System message, or a file that holds it, before each chat that begins with none; a trained model keeps it. Default: "
+        "the model's own; '' for none.",
     )
 
     def __post_init__(self) -> None:

@@ -38,7 +38,8 @@ def _usage_error(*lines: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0; 1 where the input was at fault, 2 where the command was; 130 after Ctrl-C."""
+    """Returns the exit status: 0; 1 where the input was at fault, 2 where the command was; 130 after Ctrl-C. SIGTERM raises
+    SystemExit (143)."""
     command, *options = (sys.argv[1:] if argv is None else argv) or [""]
     if command in ("-h", "--help"):
         print(HELP.format(verbs="\n".join(f"  {name:<11} {does}" for name, (_, does, _) in COMMANDS.items())))

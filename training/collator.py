@@ -34,7 +34,6 @@ class ELMCollator:
     is resumed, or that has other workers, sees the same. Each distinct notice about a record is logged once in each process.
 
     Args:
-        system_prompt: system message of the chats that have none.
         perturb: what becomes of every ECG: `noise`, `zeros`, or `only_text` to leave it out.
         augment_ecg: change some of the ECGs, as `augmented_ecg` does.
         augment_rgb: change some of the drawings, as `augmented_rgb` does; for the representation `rgb`.
@@ -48,7 +47,6 @@ class ELMCollator:
     """
 
     processor: ELMProcessor
-    system_prompt: str | None = None
     perturb: str | None = None
     augment_ecg: bool = False
     augment_rgb: bool = False
@@ -92,7 +90,7 @@ class ELMCollator:
         with_ecg = self.perturb != "only_text" and self.processor.takes_ecgs
         if with_ecg:
             rows = [{**row, "ecg": self._ecgs(row)} for row in rows]
-        chats = [to_chat(row, self.system_prompt, with_ecg) for row in rows]
+        chats = [to_chat(row, with_ecg) for row in rows]
         batch: Any = self.processor.apply_chat_template(
             chats,
             tokenize=True,

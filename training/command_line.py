@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from elm_ecg.training.files import NO_ROOM, ending_on_sigterm, no_room
+
 
 class CommandLineParser(argparse.ArgumentParser):
     """An argparse parser whose errors take two lines, and name the option that was probably meant."""
@@ -37,20 +39,27 @@ class CommandLineParser(argparse.ArgumentParser):
 
 def run_command(name: str, main: Callable[[], Any]) -> int:
     """Runs a command and returns the exit status: 0; 1 where the input was at fault, which takes one line on stderr; 130 after
-    Ctrl-C. ELM_DEBUG=1 shows the traceback of any error; one of the program's own always has it, as it tells more."""
+    Ctrl-C. SIGTERM raises SystemExit (143). ELM_DEBUG=1 shows the traceback of any error; one of the program's own always has
+    it, as it tells more."""
     try:
-        main()
+        with ending_on_sigterm():
+            main()
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
         return 130  # 128 + SIGINT, as shells have it
     except Exception as error:
         from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassError
 
-        of_input = isinstance(error, ValueError | OSError | ImportError | StrictDataclassError)
+        full = no_room(error)  # libraries have classes of their own for it
+        of_input = full is not None or isinstance(error, ValueError | OSError | ImportError | StrictDataclassError)
         if not of_input or os.environ.get("ELM_DEBUG"):
             raise
         of_class = isinstance(error, StrictDataclassClassValidationError)  # of a model's config; its text is two lines
-        print(f"{name}: {error.__cause__ if of_class else error}", file=sys.stderr)
+        told: object = error.__cause__ if of_class else error
+        if full is not None:
+            where = getattr(error, "filename", None) or "a disk that it writes to; `df -h` shows which"
+            told = f"{NO_ROOM[full]}: {where}"
+        print(f"{name}: {told}", file=sys.stderr)
         return 1
     return 0
 

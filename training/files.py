@@ -1,7 +1,9 @@
 """Files and folders that are either whole or not there."""
 
+import errno
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +16,57 @@ def resource(name: str) -> Path:
     return Path(str(files("elm_ecg") / name))
 
 
+# what a disk says that has no room, a quota that is used up, and a file that exceeds what its process may write
+NO_ROOM = {number: os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
+
+
+def no_room(error: BaseException | None) -> int | None:
+    """Which of `NO_ROOM` an error says, its causes included: safetensors, tokenizers and PyArrow raise errors of their own."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            return error.errno
+        for number, text in NO_ROOM.items():
+            if text in str(error):
+                return number
+        if "PytorchStreamWriter failed" in str(error) or "unexpected pos" in str(error):
+            return errno.ENOSPC  # PyTorch does not say why it could not write
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error of the block that a disk is full names `path`, whatever library raises it and of which temporary file."""
+    try:
+        yield
+    except Exception as error:
+        number = no_room(error)
+        if number is None:
+            raise
+        raise OSError(number, NO_ROOM[number], str(path)) from error
+
+
+@contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """SIGTERM, as of Slurm and of `docker stop`, ends the block as an exception: temporary files and folders go."""
+    process = os.getpid()
+
+    def end(*_: object) -> None:
+        if os.getpid() != process:  # a forked worker has no part in what its parent has to tidy up
+            os._exit(128 + signal.SIGTERM)
+        raise SystemExit(128 + signal.SIGTERM)
+
+    try:
+        before = signal.signal(signal.SIGTERM, end)
+    except ValueError:  # only the main thread may set it
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place when the block ends well, and goes when it does not."""
@@ -24,7 +77,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)  # it has the suffix of `path`, by which savefig chooses the format
     try:
-        yield temporary
+        with naming(path):
+            yield temporary
         os.chmod(temporary, 0o644)  # mkstemp gives 0600, which a web server or a colleague cannot read
         os.replace(temporary, path)
     finally:
@@ -73,7 +127,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise ValueError(f"--output_dir {path} cannot be written: {error.strerror}. Name another.") from error
     try:
-        yield temporary
+        with naming(path):
+            yield temporary
         temporary.chmod(0o755)  # mkdtemp gives 0700
         if path.exists():
             path.rmdir()  # empty; Windows replaces no folder, not even such a one

@@ -1,7 +1,9 @@
 """Fine-tunes an ELM with TRL: `elm sft ...`, `accelerate launch training/sft.py ...` or `torchrun training/sft.py ...`."""
 
+import json
 import logging
 import os
+import shutil
 import sys
 import warnings
 from dataclasses import fields
@@ -9,11 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerState
 from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer_utils import get_last_checkpoint
-from trl import ModelConfig, SFTConfig, SFTTrainer
+from trl import ModelConfig, SFTConfig
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
@@ -31,42 +30,13 @@ from elm_ecg.training.build import (
 from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.command_line import run_command
 from elm_ecg.training.data.loading import load_data, load_stream
-from elm_ecg.training.files import check_output_folder
+from elm_ecg.training.files import check_output_folder, naming, write_text
+from elm_ecg.training.resume import RunOptions, checkpoint_to_resume, fingerprint
 from elm_ecg.training.sharing.cards import write_model_card
+from elm_ecg.training.trainer import UNFINISHED, CountEpochs, ELMTrainer, replace_model
 from elm_ecg.training.trl_options import NEEDED, REFUSED, REFUSED_VALUES
 
 logger = logging.getLogger(__name__)
-
-
-class CountEpochs(TrainerCallback):
-    """Tells the collator the epoch, on which the random changes of the ECGs depend."""
-
-    def __init__(self, collator: ELMCollator):
-        self.collator = collator
-
-    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Called by the trainer."""
-        self.collator.epoch.fill_(int(state.epoch or 0))  # None at first, a fraction after a resume
-
-
-class ELMTrainer(SFTTrainer):
-    """TRL's trainer, which augments the ECGs in training only."""
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As the trainer's, without augmentation."""
-        collator = self.data_collator
-        assert isinstance(collator, ELMCollator)
-        self.data_collator = collator.without_augmentation()  # the base class reads it as it makes the loader
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = collator
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """A checkpoint holds tied weights once: those that it lacks are not missing."""
-        tied = getattr(self.model, "all_tied_weights_keys", {})
-        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]  # a namedtuple
-        super()._issue_warnings_after_load(load_result)
 
 
 def make_parser(prog: str = "elm sft") -> ELMParser:
@@ -81,10 +51,11 @@ def make_parser(prog: str = "elm sft") -> ELMParser:
         ddp_find_unused_parameters=True,  # one process may have a batch without ECG
         dataloader_pin_memory=torch.accelerator.is_available(),  # without one PyTorch warns of it
         bf16=None if torch.cuda.is_available() else False,  # bf16 on a CPU is slow
+        logging_nan_inf_filter=False,  # it would log a loss that is no number as 0
     )
     options = parser._option_string_actions  # TRL's own texts are not true here: nothing is cut
     options["--max_length"].help = "Tokens that a chat may have; a longer one is an error. Default: what the LLM reads."
-    options["--resume_from_checkpoint"].help = "Folder of a checkpoint, or last: the newest in --output_dir."
+    options["--resume_from_checkpoint"].help = "Folder of a checkpoint, or last: the newest whole one in --output_dir."
     options["--chat_template_path"].help = (
         "Chat template, instead of the language model's own: a .jinja file, or the folder or Hub id of a model that has one. What it "
         "marks with {%% generation %%} is learnt."
@@ -148,11 +119,14 @@ def load_splits(args: ELMArguments, training_args: SFTConfig) -> dict[str, Any]:
 
 
 def build_base(
-    args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig
+    args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig, resumed: bool = False
 ) -> tuple[ELMForConditionalGeneration, ELMProcessor]:
     """The ELM to train: a saved one (`--model_name_or_path`) or a new one.
 
     LoRA leaves its base as it is, and the adapter needs it again: a new one is saved under `output_dir/base_model`.
+
+    Raises:
+        ValueError: an adapter of an earlier run is in `output_dir`, and would lose its base.
     """
     kwargs: dict[str, Any] = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
     name = model_args.model_name_or_path
@@ -172,13 +146,22 @@ def build_base(
     set_chat_template(processor, training_args.chat_template_path)
     if not model_args.use_peft:
         return build_model(args, processor, revision=model_args.model_revision, **kwargs), processor
-    base = Path(str(training_args.output_dir)).absolute() / "base_model"
+    folder = Path(str(training_args.output_dir)).absolute()
+    base, unfinished = folder / "base_model", folder / UNFINISHED / "base_model"
     with training_args.main_process_first(desc="building the base model"):
-        resumed = training_args.resume_from_checkpoint is not None and (base / "config.json").is_file()
-        if training_args.process_index == 0 and not resumed:  # a resumed adapter goes with the base that is there
+        kept = resumed and base.is_dir()  # a resumed adapter goes with the base that is there
+        if training_args.process_index == 0 and not kept:
+            if base.is_dir() and (folder / "adapter_config.json").is_file():
+                raise ValueError(f"--output_dir {folder} holds an adapter and its base; name another, or remove it.")
             model = build_model(args, processor, revision=model_args.model_revision, **kwargs)
-            model.save_pretrained(base)
-            processor.save_pretrained(base)
+            try:
+                with naming(base):
+                    model.save_pretrained(unfinished)
+                    processor.save_pretrained(unfinished)
+                shutil.rmtree(base, ignore_errors=True)  # of a run that did not end
+                os.replace(unfinished, base)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
             logger.info("Base model of the adapter: %s", base)
     return load_elm(str(base), **kwargs)  # so that all processes have the same weights
 
@@ -190,6 +173,7 @@ def make_trainer(
     model: ELMForConditionalGeneration,
     processor: ELMProcessor,
     splits: dict[str, Any],
+    options: RunOptions,
 ) -> ELMTrainer:
     """TRL's trainer, which trains the parts of `--update` or a LoRA adapter."""
     peft_config = lora_config(args, model_args, model, processor) if model_args.use_peft else None
@@ -198,7 +182,6 @@ def make_trainer(
     changes = {option.name: getattr(args, option.name) for option in fields(AugmentationArguments)}
     collator = ELMCollator(
         processor,
-        system_prompt=args.system_prompt,
         perturb=args.perturb,
         max_length=training_args.max_length,
         pad_to_multiple_of=training_args.pad_to_multiple_of,
@@ -209,6 +192,7 @@ def make_trainer(
     training_args.max_length, training_args.assistant_only_loss, training_args.chat_template_path = None, False, None
     training_args.dataset_kwargs = {"skip_prepare_dataset": True}  # TRL would tokenize the chats, without their ECGs
     trainer = ELMTrainer(
+        options=options,
         model=model,
         args=training_args,
         train_dataset=splits["train"].sources[0] if args.streaming else splits["train"],
@@ -224,17 +208,6 @@ def make_trainer(
     return trainer
 
 
-def checkpoint_to_resume(training_args: SFTConfig) -> str | None:
-    """The folder that `--resume_from_checkpoint` names, `last` and `true` being the newest of `--output_dir`."""
-    name = training_args.resume_from_checkpoint
-    if str(name).lower() not in ("true", "last"):  # YAML's true is a bool
-        return name
-    folder = get_last_checkpoint(training_args.output_dir)
-    if folder is None:
-        raise ValueError(f"--resume_from_checkpoint: no checkpoint in {training_args.output_dir}.")
-    return folder
-
-
 def train(args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
     """Trains an ELM and saves it, its processor and its card to `output_dir`."""
     check_output_folder(Path(str(training_args.output_dir)))
@@ -243,10 +216,20 @@ def train(args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig)
             model_args.model_name_or_path, ["adapter_config.json", "config.json"], model_args.model_revision
         )
     torch.manual_seed(training_args.seed)  # of the new weights; the trainer seeds again
+    options = RunOptions.of(args, training_args, model_args)
+    checkpoint = checkpoint_to_resume(training_args)
+    if checkpoint is not None:  # before the data are read and the model is built, which take long
+        options.go_on(checkpoint)
     splits = load_splits(args, training_args)
-    model, processor = build_base(args, training_args, model_args)
+    if not args.streaming:
+        options.data = fingerprint(splits["train"])
+    if checkpoint is not None:
+        options.go_on_with(checkpoint)
+    model, processor = build_base(args, training_args, model_args, checkpoint is not None)
+    if args.system_prompt is not None:
+        processor.system_prompt = args.system_prompt
     limit_threads(model, training_args.device)
-    trainer = make_trainer(args, training_args, model_args, model, processor, splits)
+    trainer = make_trainer(args, training_args, model_args, model, processor, splits, options)
     if trainer.is_world_process_zero():
         assert trainer.model is not None
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in trainer.model.parameters()]
@@ -254,15 +237,18 @@ def train(args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig)
         chats = "streamed" if args.streaming else len(splits["train"])
         print(f"{chats} chats; {trainable:,} of {total:,} parameters trained", flush=True)
 
-    result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
+    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
-    trainer.save_state()  # trainer_state.json, with the losses that quickstart plots
-    trainer.save_model()  # and the processor, which is its processing_class
-    if trainer.is_world_process_zero():
-        folder = Path(str(training_args.output_dir)).absolute()
-        write_model_card(folder, args, training_args, model_args, model.config, processor, splits)
-        print(f"Saved model, processor and card to {folder}", flush=True)
+    output_dir = Path(str(training_args.output_dir)).absolute()
+    with trainer.staging(output_dir) as folder:
+        trainer.save_model(str(folder))  # and the processor, which is its processing_class
+        if trainer.is_world_process_zero():
+            trainer.state.save_to_json(str(folder / "trainer_state.json"))  # with the losses that quickstart plots
+            write_text(folder / "train_results.json", json.dumps(result.metrics, indent=2) + "\n")
+            write_model_card(folder, args, training_args, model_args, model.config, processor, splits)
+            options.save(folder)
+            replace_model(folder, output_dir)
+            print(f"Saved model, processor and card to {output_dir}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -23,7 +23,7 @@ from elm_ecg.training.arguments import DataArguments
 from elm_ecg.training.command_line import CommandLineParser, whole_number
 from elm_ecg.training.data.loading import ecgs_of, load_ecgs
 from elm_ecg.training.figures import plot_tokens
-from elm_ecg.training.files import atomic_path, check_output_folder
+from elm_ecg.training.files import new_folder
 from elm_ecg.training.markdown import CARD, TAGS, citation, environment, make_card, on_hub, public_name, use_of
 from elm_ecg.training.sharing.ecg_byte_import import read_ecg_byte_pickle
 
@@ -104,8 +104,12 @@ def train(args: argparse.Namespace) -> None:
     # faults of the settings and of the folder show before the data are read
     ECGByteTokenizer([], **settings)
     lead_names = canonical_lead_names(args.lead_names)
-    check_output_folder(args.output_dir)
+    with new_folder(args.output_dir) as folder:
+        _train(args, folder, lead_names, settings)
+    print(f"Tokenizer and card in {args.output_dir.resolve()}", flush=True)
 
+
+def _train(args: argparse.Namespace, folder: Path, lead_names: Sequence[str], settings: dict[str, Any]) -> None:
     splits = load_splits(args, args.split, args.data_subset)
     rows = tqdm(chain.from_iterable(splits), total=sum(map(len, splits)), desc="Reading", unit="row")
     prepared = list(read_records(rows, lead_names, args.sampling_rate))
@@ -117,7 +121,7 @@ def train(args: argparse.Namespace) -> None:
     print(f"{read}; they and their merging take about {_size(BYTES_PER_SAMPLE * num_samples)} of memory.", flush=True)
     # scaled to its own range, a flat record is the lowest symbol throughout, which other records hardly hold: without one
     # among the records, it would become one token for each sample
-    flat = [np.zeros_like(record) for record in records[:1]] if millivolt_range is None else []
+    flat = [np.zeros_like(record) for record in records[:1]] if settings["millivolt_range"] is None else []
     tokenizer = ECGByteTokenizer.train(
         [*records, *flat], num_merges=args.num_merges, min_frequency=args.min_frequency, **settings
     )
@@ -126,7 +130,8 @@ def train(args: argparse.Namespace) -> None:
     compression = num_samples / sum(map(len, tokenizer.encode_batch(records)))
     names = ", ".join(f"`{public_name(name)}`" for name in args.data)
     _save(
-        args.output_dir,
+        folder,
+        args.output_dir.resolve().name,
         tokenizer,
         datasets=[name for name in args.data if on_hub(name)],
         ecg_input=f"{', '.join(lead_names)} at {args.sampling_rate:g} Hz, in millivolts",
@@ -136,30 +141,29 @@ def train(args: argparse.Namespace) -> None:
     )
     peak = f" Peak memory of the process: {_size(_peak_memory())}." if resource else ""
     print(f"{len(tokenizer.merges):,} merges, {compression:.1f} samples for each token.{peak}")
-    print(f"Tokenizer and card in {args.output_dir.resolve()}", flush=True)
 
 
 def import_pickle(args: argparse.Namespace) -> None:
     """`elm tokenizer import`."""
-    check_output_folder(args.output_dir)
     merges = read_ecg_byte_pickle(args.file).merges
     tokenizer = ECGByteTokenizer(merges, sampling_rate=args.sampling_rate)
     rate = "a rate that its file does not state" if args.sampling_rate is None else f"{args.sampling_rate:g} Hz"
-    _save(
-        args.output_dir,
-        tokenizer,
-        datasets=[],
-        ecg_input=f"leads and samples at {rate}, in millivolts",
-        data=f"unknown: imported from `{args.file.name}`, a file of the reference system",
-        compression="not measured",
-        rights="Those of the file that it was imported from.",
-    )
+    with new_folder(args.output_dir) as folder:
+        _save(
+            folder,
+            args.output_dir.resolve().name,
+            tokenizer,
+            datasets=[],
+            ecg_input=f"leads and samples at {rate}, in millivolts",
+            data=f"unknown: imported from `{args.file.name}`, a file of the reference system",
+            compression="not measured",
+            rights="Those of the file that it was imported from.",
+        )
     print(f"{len(merges):,} merges. Tokenizer and card in {args.output_dir.resolve()}")
 
 
-def _save(folder: Path, tokenizer: ECGByteTokenizer, datasets: list[str], **parts: str) -> None:
-    """Writes the tokenizer and its card, both or none."""
-    name = folder.resolve().name
+def _save(folder: Path, name: str, tokenizer: ECGByteTokenizer, datasets: list[str], **parts: str) -> None:
+    """Writes the tokenizer and its card, in which it has this name."""
     card = make_card(
         "tokenizer.md",
         ModelCardData(datasets=datasets or None, tags=[*TAGS, "ecg-byte", "tokenizer"]),
@@ -173,10 +177,8 @@ def _save(folder: Path, tokenizer: ECGByteTokenizer, datasets: list[str], **part
         citation=citation(name, "tokenizer"),
         **parts,
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_path(folder / FILE_NAME) as json_path, atomic_path(folder / CARD) as card_path:
-        json_path.write_text(tokenizer.to_json(), encoding="utf-8")
-        card.save(card_path)
+    (folder / FILE_NAME).write_text(tokenizer.to_json(), encoding="utf-8")
+    card.save(folder / CARD)
 
 
 def _rights(parts: list[Dataset]) -> str:
@@ -358,7 +360,7 @@ def make_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("train", help="learn a tokenizer from the ECGs of datasets")
     command.set_defaults(work=train)
     _add_data_options(command, required=True)
-    command.add_argument("--output_dir", type=Path, required=True, help=f"where {FILE_NAME} and its card go")
+    command.add_argument("--output_dir", type=Path, required=True, help=f"new folder of {FILE_NAME} and its card")
     command.add_argument(
         "--num_merges", type=whole_number, default=10_000, help="how many to learn; default: %(default)s"
     )
@@ -405,7 +407,7 @@ def make_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("import", help="a tokenizer from the reference system's pickle")
     command.set_defaults(work=import_pickle)
     command.add_argument("file", type=Path, metavar="FILE.pkl", help="it is read without being executed")
-    command.add_argument("--output_dir", type=Path, required=True, help=f"where {FILE_NAME} and its card go")
+    command.add_argument("--output_dir", type=Path, required=True, help=f"new folder of {FILE_NAME} and its card")
     command.add_argument(
         "--sampling_rate", type=float, help="Hz of the records that it was trained on, which the file does not state"
     )

@@ -27,7 +27,8 @@ def folder(tmp_path_factory) -> Path:
 def page(folder) -> Page:
     processor = tiny_processor()
     examples = example_files([save_record(folder / "walk_one.npz"), save_record(folder / "few.npz", leads=["I", "II"])])
-    return Page(tiny_elm(processor), processor, examples, "Be brief.", max_new_tokens=4)
+    processor.system_prompt = "Be brief."
+    return Page(tiny_elm(processor), processor, examples, max_new_tokens=4)
 
 
 def save_wfdb(folder: Path) -> list[str]:

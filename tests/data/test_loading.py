@@ -231,16 +231,6 @@ def test_ecg_stands_where_the_messages_say():
     assert places[1] == {"type": "ecg"}  # the row is as it was
 
 
-def test_system_prompt():
-    chat = to_chat({"messages": ASKED, "ecg": ECG}, system_prompt="Be brief.")
-    assert chat[0] == {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
-    assert chat[1]["content"][0]["type"] == "ecg"
-    own = [{"role": "system", "content": "Its own."}, *ASKED]
-    chat = to_chat({"messages": own}, system_prompt="Be brief.")
-    assert [message["role"] for message in chat] == ["system", "user", "assistant"]
-    assert chat[0]["content"][0]["text"] == "Its own."
-
-
 def test_without_ecg():
     messages = [{"role": "user", "content": [{"type": "ecg"}, {"type": "text", "text": "Is it?"}]}, ASKED[1]]
     for row in ({"messages": messages, "ecg": ECG}, {"messages": ASKED, "ecg": ECG}, {"messages": ASKED}):

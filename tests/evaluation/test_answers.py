@@ -1,3 +1,4 @@
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +134,10 @@ def test_a_template_that_rewrites_what_was_said(elm, monkeypatch):
 
 @pytest.mark.parametrize("condition", ASKED)
 def test_a_batch_answers_as_one_by_one(elm, data, condition):
-    together = ask(elm, data, condition, batch_size=7, system_prompt="Be brief.")
-    assert together == ask(elm, data, condition, batch_size=1, system_prompt="Be brief.", reuse_prefix=False)
+    model, processor = elm[0], copy(elm[1])
+    processor.system_prompt = "Be brief."
+    together = ask((model, processor), data, condition, batch_size=7)
+    assert together == ask((model, processor), data, condition, batch_size=1, reuse_prefix=False)
 
 
 def test_conditions_differ_and_the_random_ones_by_their_seed(elm, data):

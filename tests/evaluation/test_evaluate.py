@@ -3,6 +3,7 @@ import os
 import re
 import signal
 import time
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,29 @@ def test_in_memory_as_the_command(evaluated, elm, data):
     assert in_memory["data"]["fingerprint"] == results["data"]["fingerprint"]
     assert in_memory.predictions == results.predictions == predictions_in(folder)
     assert json.loads(json.dumps(in_memory)) == in_memory
+
+
+def test_the_system_prompt_of_the_processor(elm, data):
+    """Every question is asked with it, unless the caller says another."""
+    rows, asked = list(load_from_disk(data)["test"])[:2], []
+    model, processor = elm[0], copy(elm[1])
+    processor.system_prompt = "Be brief."
+    tokenizer = processor.tokenizer
+    generate = type(model).generate
+
+    def watch(self, input_ids, **kwargs):
+        asked.append(tokenizer.decode(input_ids[0]))
+        return generate(self, input_ids=input_ids, **kwargs)
+
+    options = {"conditions": [], "metrics": [], "max_new_tokens": 1, "num_resamples": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model), "generate", watch)
+        for system_prompt, expected in ((None, "Be brief."), ("Be kind.", "Be kind."), ("", None)):
+            results = evaluation.evaluate(model, processor, rows, system_prompt=system_prompt, **options)
+            assert results["settings"]["system_prompt"] == expected
+            assert ("Be " in asked[-1]) is (expected is not None)
+            assert (expected or "") in asked[-1]
+    assert processor.system_prompt == "Be brief."
 
 
 def test_in_memory_of_a_list_without_training_data(evaluated, elm, data, tmp_path, monkeypatch):

@@ -23,10 +23,8 @@ from elm_ecg.training.apps.conversation import (
     model_parser,
     read_for_model,
     stream_answer,
-    system_messages,
 )
 from elm_ecg.training.apps.plot import add_file_options, save_picture
-from elm_ecg.training.command_line import read_system_prompt
 from elm_ecg.training.files import write_text
 
 try:
@@ -73,16 +71,13 @@ class Chat:
         generation: `max_new_tokens` and `temperature` of `stream_answer`.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, processor: Any, name: str, system_prompt: str | None = None, **generation: Any
-    ) -> None:
-        self.model, self.processor, self.name = model, processor, name
-        self.system_prompt, self.generation = system_prompt, generation
+    def __init__(self, model: PreTrainedModel, processor: Any, name: str, **generation: Any) -> None:
+        self.model, self.processor, self.name, self.generation = model, processor, name, generation
         self.clear()
 
     def clear(self) -> None:
         """Forgets the questions, the answers and the ECGs."""
-        self.messages = system_messages(self.system_prompt)
+        self.messages: list[dict[str, Any]] = []
         self.ecgs: list[ChatECG] = []
         self.num_asked = 0  # of the ECGs that stand in the messages
         self.cache = PromptCache()  # the old one does not tell other ECGs from its own
@@ -114,8 +109,9 @@ class Chat:
             array = record.array[:, first : first + length].astype(str).astype(np.float64).tolist()
             described = {"sampling_rate": record.sampling_rate, "lead_names": list(record.lead_names), "unit": "mV"}
             ecgs.append({"array": array, **described})
+        prompt = getattr(self.processor, "system_prompt", None)  # which code saved before there was one lacks
         messages = []  # without the records, which stand in `ecg`
-        for turn in self.messages:
+        for turn in [*([as_message("system", prompt)] if prompt else []), *self.messages]:
             parts = [{"type": "ecg"} if part["type"] == "ecg" else part for part in turn["content"]]
             messages.append({"role": turn["role"], "content": parts})
         return {"ecg": ecgs, "messages": messages, "model": self.name}
@@ -258,12 +254,11 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Loads the model, and chats until the user ends it."""
     args = make_parser().parse_args(argv)
-    system_prompt = read_system_prompt(args.system_prompt)
     model, processor, name = load_model(args)
     extractor = processor.feature_extractor
     seconds, leads = extractor.num_samples / extractor.sampling_rate, len(extractor.lead_names)
     reads = f"It reads ECGs of {leads} leads and {seconds:g} s." if processor.takes_ecgs else "It reads no ECG."
     print(f"{args.model}: {reads} /help lists the commands.\n{DISCLAIMER}\n", flush=True)
-    chat = Chat(model, processor, name, system_prompt, max_new_tokens=args.max_new_tokens, temperature=args.temperature)
+    chat = Chat(model, processor, name, max_new_tokens=args.max_new_tokens, temperature=args.temperature)
     with _history():
         run(chat)

@@ -16,7 +16,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, StoppingCriteriaList, TextIteratorStreamer, set_seed
 
 from elm_ecg.ecg_utils import ECGRecord, lead_quality, read_ecg
-from elm_ecg.training.command_line import CommandLineParser, whole_number
+from elm_ecg.training.command_line import CommandLineParser, read_system_prompt, whole_number
 
 DISCLAIMER = (
     "Research software, not a medical device. Nothing that the model says may be used for the care of a patient."
@@ -89,11 +89,6 @@ def as_message(role: str, text: str, ecgs: Sequence[ChatECG] = ()) -> dict[str, 
     """A message of a chat: its ECGs, then its text."""
     parts: list[dict[str, Any]] = [{"type": "ecg", "ecg": ecg.record} for ecg in ecgs]
     return {"role": role, "content": [*parts, {"type": "text", "text": text}]}
-
-
-def system_messages(system_prompt: str | None) -> list[dict[str, Any]]:
-    """What a chat begins with: the system message, if there is one."""
-    return [] if system_prompt is None else [as_message("system", system_prompt)]
 
 
 class PromptCache:
@@ -227,8 +222,11 @@ def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, Any, str]:
     # late: --help need not wait for it, and a Space has no such module
     from elm_ecg.training.build import limit_threads, load_elm
 
+    system_prompt = read_system_prompt(args.system_prompt)
     set_seed(args.seed)
     model, processor = load_elm(args.model, args.revision, dtype=args.dtype)
+    if system_prompt is not None:
+        processor.system_prompt = system_prompt
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]  # a wrapped method
     limit_threads(model, model.device)
     return model, processor, Path(args.model).name if Path(args.model).exists() else args.model
@@ -245,7 +243,8 @@ def model_parser(verb: str, purpose: str | None) -> argparse.ArgumentParser:
     temperature_help = "draw the words at this temperature; default: 0, the likeliest words"
     parser.add_argument("--temperature", type=_temperature, default=0.0, help=temperature_help)
     parser.add_argument("--seed", type=int, default=0, help="of drawn words; default: %(default)s")
-    parser.add_argument("--system_prompt", metavar="TEXT", help="system message, or a file that holds it")
+    system_help = "system message, or a file that holds it; default: that of the model's training; '' for none"
+    parser.add_argument("--system_prompt", metavar="TEXT", help=system_help)
     dtypes = ("auto", "float32", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=dtypes, default="auto", help="of the model; default: as it was saved")
     return parser

@@ -28,10 +28,8 @@ from elm_ecg.training.apps.conversation import (
     model_parser,
     read_for_model,
     stream_answer,
-    system_messages,
     zeroed,
 )
-from elm_ecg.training.command_line import read_system_prompt
 
 TITLE = "Ask an ECG-language model"
 GRADIO_VERSION = "6.31.0"  # of Spaces
@@ -121,16 +119,9 @@ class Page:
         generation: `max_new_tokens` and `temperature` of `stream_answer`.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        processor: Any,
-        examples: dict[str, Path],
-        system_prompt: str | None = None,
-        **generation: Any,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, processor: Any, examples: dict[str, Path], **generation: Any) -> None:
         self.model, self.processor, self.examples = model, processor, examples
-        self.system_prompt, self.generation = system_prompt, generation
+        self.generation = generation
 
     def upload(
         self,
@@ -187,7 +178,7 @@ class Page:
 
     def _answers(self, question: str, ecgs: list[ChatECG], turns: Turns) -> Iterator[str]:
         """The growing answer: each time all of it that is written so far."""
-        chat = system_messages(self.system_prompt)
+        chat: list[dict[str, Any]] = []
         for turn in [*turns, {"role": "user", "content": question}]:
             chat.append(as_message(turn["role"], turn["content"], ecgs))
             ecgs = []  # they stand before the first question alone
@@ -385,15 +376,15 @@ def main(argv: list[str] | None = None) -> None:
     """Serves the page until Ctrl-C."""
     args = make_parser().parse_args(argv)
     import_gradio()  # faults show before the model is loaded
-    system_prompt = read_system_prompt(args.system_prompt)
     for path in args.records:
         if not path.is_file():
             raise ValueError(f"--records: there is no file {path}.")
     model, processor, name = load_model(args)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=os.environ.get("GRADIO_TEMP_DIR")) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "uploads")  # what visitors upload goes with the page
         examples = example_files(args.records or write_examples(Path(folder)))
         generation = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
-        page = Page(model, processor, examples, system_prompt, **generation)
+        page = Page(model, processor, examples, **generation)
         demo = build_demo(page, name, args.questions)
         print(f"{name} answers at {serve(demo, args.host, args.port)} until Ctrl-C.\n{DISCLAIMER}", flush=True)
         demo.block_thread()

@@ -415,7 +415,7 @@ def _resolved(ecg: Any, row: dict[str, Any]) -> Any:
     return {"array": array, "sampling_rate": SAMPLING_RATE, "lead_names": list(STANDARD_LEADS), "unit": "mV"}
 
 
-def to_chat(row: dict[str, Any], system_prompt: str | None = None, with_ecg: bool = True) -> list[dict[str, Any]]:
+def to_chat(row: dict[str, Any], with_ecg: bool = True) -> list[dict[str, Any]]:
     """The chat of a row with its ECGs in place.
 
     Where the messages say `{"type": "ecg"}`, the row's ECGs stand there in their order; where they do not, all stand
@@ -439,8 +439,6 @@ def to_chat(row: dict[str, Any], system_prompt: str | None = None, with_ecg: boo
                 "list of parts."
             )
     chat = [{"role": message["role"], "content": _parts(message["content"])} for message in messages]
-    if system_prompt is not None and chat[0]["role"] != "system":
-        chat.insert(0, {"role": "system", "content": _parts(system_prompt)})
 
     places = [part for message in chat for part in message["content"] if part["type"] == "ecg"]
     if not places:

@@ -125,7 +125,6 @@ class Answerer:
     candidates: list[list[str]] | None = None
     batch_size: int = 32
     generation: dict[str, Any] | None = None
-    system_prompt: str | None = None
     seed: int = 0
     reuse_prefix: bool = True
 
@@ -262,9 +261,8 @@ class Answerer:
         chats, turns = [], []
         for indices in conversations:
             row = self._row(self.questions[indices[0]].row, condition)
-            chat = to_chat(row, self.system_prompt, with_ecg)
-            offset = len(chat) - len(row["messages"])  # a system prompt may come first
-            turns.append([self.questions[i].turn + offset for i in indices])
+            chat = to_chat(row, with_ecg)
+            turns.append([self.questions[i].turn for i in indices])
             chats.append(chat[: turns[-1][-1]])  # without the last answer
         texts = [
             self.processor.apply_chat_template(

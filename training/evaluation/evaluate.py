@@ -101,7 +101,7 @@ def evaluate(
         candidates: answers for `likelihood`. None: those that a type of question has here and in `training_dataset`.
         training_dataset: its most frequent answers are scored too, as a baseline without any model.
         batch_size, max_new_tokens: conversations answered at once, and the longest answer.
-        generation: other options of `generate`; greedy decoding where they say nothing else.
+        generation, system_prompt: other options of `generate`, else greedy; and in place of the processor's, "" for none.
         seed, num_resamples: of random conditions, sampled answers and the bootstrap; and its resamples of patients.
         progress: keeps the answers in files, with which an interrupted evaluation goes on.
 
@@ -112,13 +112,14 @@ def evaluate(
         ValueError: an argument is not as expected; the dataset has no assistant turn, or an ECG that cannot be read.
         ImportError: a metric needs a library that is not installed.
     """
+    processor = processor.with_system_prompt(system_prompt)
     settings: dict[str, Any] = {
         "score": score,
         "generation": {"do_sample": False, "max_new_tokens": max_new_tokens, **(generation or {})},
         "candidates": candidates,
         "batch_size": batch_size,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "system_prompt": system_prompt,
+        "system_prompt": processor.system_prompt or None,
         "seed": seed,
         "num_resamples": num_resamples,
     }
@@ -133,10 +134,9 @@ def evaluate(
     training = [] if training_dataset is None else list_questions(_as_dataset(training_dataset))
     choices = candidate_answers(questions, training, candidates) if score == "likelihood" else None
     if progress is not None:
-        progress.begin([fingerprint_of(questions), choices, batch_size, settings["generation"], system_prompt])
-    answerer = Answerer(
-        model.eval(), processor, data, questions, choices, batch_size, settings["generation"], system_prompt, seed
-    )
+        facts = [choices, batch_size, settings["generation"], processor.system_prompt]
+        progress.begin([fingerprint_of(questions), *facts])
+    answerer = Answerer(model.eval(), processor, data, questions, choices, batch_size, settings["generation"], seed)
     answers, not_scored = _ask(answerer, [name for name in ASKED if name == ECG or name in conditions], progress)
     if not PartialState().is_main_process:  # one process scores and writes
         return Results()
