@@ -322,8 +322,16 @@ def lora_config(
         names = {name.rsplit(".", 1)[-1] for name, layer in layers if isinstance(layer, nn.Linear | Conv1D)}
         targets = rf".*language_model\..*\.({'|'.join(sorted(names))})"  # a regex: the encoder may have such names too
     parts = [
-        name for name in ("encoder", "connector") if name in args.update and getattr(model.model, name) is not None
+        f"model.{name}"
+        for name in ("encoder", "connector")
+        if name in args.update and getattr(model.model, name) is not None
     ]
+    # PEFT compares the ends of names, and many a backbone has a part that is called encoder too
+    if inner := [name for name, _ in model.named_modules() if name.endswith(tuple(parts)) and name not in parts]:
+        raise ValueError(
+            f"--update encoder with LoRA: PEFT cannot tell the encoder from its part {inner[0]}. Train it without --use_peft, "
+            "leave encoder out of --update, or take --image_features patches."
+        )
     embeddings = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embeddings)  # embed_tokens, wte, ...
     added = [processor.ecg_token_id, *processor.signal_token_ids]
