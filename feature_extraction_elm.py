@@ -256,18 +256,28 @@ def _check_truncation(truncation: bool | str) -> bool | str:
     return truncation or False  # 0 equals False, so it passes the test above
 
 
+def nesting(ecgs: Any) -> int:
+    """How deep ECGs are nested: 2 for one ECG, whose numbers are [leads, samples]; 3 for several; 4 for groups of them."""
+    if isinstance(ecgs, Sequence) and not isinstance(ecgs, str):  # a str is a path
+        items = ecgs[:1] if len(ecgs) and isinstance(ecgs[0], (int, float)) else ecgs  # of numbers one tells for all
+        return 1 + max(map(nesting, items), default=0)
+    if isinstance(ecgs, (int, float)):
+        return 0
+    return getattr(ecgs, "ndim", 2)  # a path, dict, record or picture is an ECG as an array with two dimensions is
+
+
 def as_batch(ecgs: Any) -> list:
-    """The ECGs as a list. Nested numbers are one ECG at depth 2, [leads, samples], and several at depth 3.
+    """The ECGs, of the nesting 2 or 3, as a list.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or they are in groups.
     """
-    is_sequence = isinstance(ecgs, Sequence) and not isinstance(ecgs, str)  # a str is a path
-    depth, inner = 0, ecgs  # of lists, and below of the array inside
-    while isinstance(inner, Sequence) and not isinstance(inner, str) and len(inner):
-        depth, inner = depth + 1, inner[0]  # of the first items; `as_record` finds ragged ones
-    depth += getattr(inner, "ndim", 0)
-    batch = list(ecgs) if depth == 3 or (is_sequence and depth != 2) else [ecgs]
+    depth = nesting(ecgs)
+    if depth == 4 and isinstance(ecgs, Sequence):
+        raise ValueError(
+            "The ECGs are in groups; give them in one list, or the processor the groups beside their texts."
+        )
+    batch = list(ecgs) if depth == 3 or (depth == 1 and isinstance(ecgs, Sequence)) else [ecgs]
     if not batch:
         raise ValueError("There is no ECG; give at least one.")
     return batch

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init  # leaves alone what a checkpoint has filled
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -26,9 +25,10 @@ from .configuration_elm import (
     MTAEConfig,
     STMEMConfig,
 )
+from .modeling_common import CompleteModel
 
 
-class ECGEncoder(PreTrainedModel):
+class ECGEncoder(CompleteModel):
     """The base of all encoders. Each implements `encode`, and `check_num_samples` if it does not read records of any length.
 
     `lead_mask` [batch, leads] is False for missing leads: the values in their rows are never read. The convolutions of MERL and
@@ -392,6 +392,7 @@ class MaskedAutoencoderModel(ECGTransformer):
     """
 
     config: MaskedAutoencoderConfig
+    _keys_to_ignore_on_load_missing = [r"embeddings\.positions$"]  # fixed tables: they are made where a file lacks them
 
     def __init__(self, config: MaskedAutoencoderConfig, num_patches: int) -> None:
         super().__init__(config, MaskedAutoencoderEmbeddings(config, num_patches))

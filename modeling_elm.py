@@ -1,18 +1,27 @@
 """The ELM: an ECG encoder, a connector and a causal language model that answers questions about ECGs."""
 
+import inspect
 import os
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import can_return_tuple, torch_compilable_check
+from transformers.utils import can_return_tuple
 
 from .configuration_elm import IMAGE_REPRESENTATIONS, ELMConfig
+from .modeling_common import CompleteModel, attention_of, check_all_loaded, stay_frozen
 from .modeling_ecg_encoders import ENCODER_MODELS, without_missing_leads
 from .modeling_vision_encoders import (
     blank_images,
@@ -36,8 +45,11 @@ def encoder_output_size(config: ELMConfig) -> int:
 
 def make_encoder(config: ELMConfig) -> PreTrainedModel:
     """The encoder of the config, with random weights."""
-    encoder_class = ENCODER_MODELS.get(config.encoder_config.model_type)
-    return (encoder_class or vision_model_class(config.encoder_config, config.image_features))(config.encoder_config)
+    encoder_config = config.encoder_config
+    encoder_class = ENCODER_MODELS.get(encoder_config.model_type)
+    encoder_class = encoder_class or vision_model_class(encoder_config, config.image_features)
+    encoder_config._attn_implementation = attention_of(encoder_class, encoder_config._attn_implementation)
+    return encoder_class(encoder_config)
 
 
 def pool_tokens(tokens: torch.Tensor, num_tokens: int, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -153,7 +165,7 @@ CONNECTOR_MODULES: dict[str, type[nn.Module]] = {
 }
 
 
-class ELMPreTrainedModel(PreTrainedModel):
+class ELMPreTrainedModel(CompleteModel):
     """What transformers has to know of an ELM, with its head and without."""
 
     config: ELMConfig
@@ -165,6 +177,17 @@ class ELMPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+        """As of transformers; of a name that the encoder does not support, the encoder takes its own."""
+        if isinstance(attn_implementation, str) and self.config.encoder_config is not None:
+            encoders = [
+                module for module in self.modules() if getattr(module, "config", 0) is self.config.encoder_config
+            ]
+            of_encoder = attention_of(type(encoders[0]), attn_implementation) if encoders else None
+            names = {"": attn_implementation, "text_config": attn_implementation}
+            attn_implementation = names | ({} if of_encoder is None else {"encoder_config": of_encoder})
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As of transformers, with the weights under the names of the modules.
@@ -191,10 +214,12 @@ class ELMModel(ELMPreTrainedModel):
         self.post_init()
 
     def train(self, mode: bool = True) -> "ELMModel":
-        """A frozen encoder stays in eval mode, so that its batch-norm statistics are frozen too."""
+        """What is not trained stays in eval mode, as `stay_frozen` says."""
         super().train(mode)
-        if self.encoder is not None and not any(p.requires_grad for p in self.encoder.parameters()):
-            self.encoder.eval()
+        parts = [self.encoder, self.connector, self.language_model] if mode else []
+        for part in parts:
+            if part is not None:
+                stay_frozen(part)
         return self
 
     def get_ecg_features(
@@ -229,13 +254,15 @@ class ELMModel(ELMPreTrainedModel):
                 f"This ELM reads {config.representation!r} ECGs as {name}, which are not given. Prepare ECGs with the "
                 "model's own processor."
             )
-        if self.encoder is None:
+        if not reads_images:
             shape = (config.num_leads, config.num_samples)
-            if tuple(ecgs.shape[1:]) != shape:  # the flat connector would take a transposed record in silence
+            # in silence the flat connector would take a transposed record, and MERL one of any length or rate
+            if tuple(ecgs.shape[1:]) != shape:
                 raise ValueError(
-                    f"ecg_values has shape {tuple(ecgs.shape)}; the {config.connector} connector reads "
-                    f"[ECGs, {shape[0]} leads, {shape[1]} samples]. Prepare ECGs with the model's processor."
+                    f"ecg_values has shape {tuple(ecgs.shape)}; this model reads [ECGs, {shape[0]} leads, {shape[1]} samples]. "
+                    "Prepare ECGs with the model's own processor."
                 )
+        if self.encoder is None:
             return self.connector(without_missing_leads(ecgs, ecg_lead_mask).to(self.dtype))
         if not reads_images:
             return self.connector(self.encoder(ecgs, lead_mask=ecg_lead_mask).last_hidden_state)
@@ -253,12 +280,13 @@ class ELMModel(ELMPreTrainedModel):
             inputs = blank_images(self.config.encoder_config, like=inputs_embeds)
         else:
             inputs = {"ecg_values": inputs_embeds.new_zeros(1, self.config.num_leads, self.config.num_samples)}
-        training = self.encoder is not None and self.encoder.training
-        if self.encoder is not None:
-            self.encoder.eval()
+        modules = [] if self.encoder is None else list(self.encoder.modules())
+        modes = [module.training for module in modules]
+        for module in modules:
+            module.training = False
         features = self.get_ecg_features(**inputs)
-        if self.encoder is not None:
-            self.encoder.train(training)
+        for module, mode in zip(modules, modes, strict=True):  # LoRA leaves some of them in eval mode
+            module.training = mode
         return 0 * features.sum().to(inputs_embeds.device, inputs_embeds.dtype)
 
     def get_placeholder_mask(
@@ -271,23 +299,30 @@ class ELMModel(ELMPreTrainedModel):
         else:
             mask = input_ids == self.config.ecg_token_id
         num_ecgs, tokens_per_ecg = ecg_features.shape[:2]
-        torch_compilable_check(  # an `if` on a tensor's value breaks torch.compile's graph
-            mask.sum() == num_ecgs * tokens_per_ecg,
-            lambda: (
+        matches = mask.sum() == num_ecgs * tokens_per_ecg
+        if torch.compiler.is_compiling():  # an `if` on a tensor's value breaks the graph; the GPU is not waited for
+            torch._assert_async(matches, "The ECG placeholder tokens of the text are not as many as the ECGs need.")
+        elif not matches:
+            raise ValueError(
                 f"The text has {mask.sum()} ECG placeholder tokens, but {num_ecgs} ECGs of {tokens_per_ecg} tokens "
                 f"each need {num_ecgs * tokens_per_ecg}. Prepare text and ECGs together with the model's processor, "
                 "and do not truncate the text after it."
-            ),
-        )
+            )
         return mask.unsqueeze(-1)  # `masked_scatter` repeats it over the width
 
     @can_return_tuple
     def forward(
-        self, input_ids: torch.Tensor | None = None, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """
         Args:
             input_ids: [batch, tokens], with `num_ecg_tokens` placeholders where each ECG stands.
+            mm_encoder_outputs: in place of ECGs their embeddings, as `pooler_output` [n, tokens, width] of `ecg`; transformers
+                passes those of each part of a prompt that it reads in parts.
             kwargs: `ECG_INPUTS`, the ECGs of the batch in the order of their placeholders, as [`get_ecg_features`] takes them; none,
                 or None, when the batch has no ECG. The others are the language model's.
         """
@@ -296,8 +331,11 @@ class ELMModel(ELMPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         ecg_inputs = {name: kwargs.pop(name, None) for name in ECG_INPUTS}
+        ecg_features = mm_encoder_outputs["ecg"].pooler_output if mm_encoder_outputs else None
         if ecg_inputs["ecg_values"] is not None or ecg_inputs["pixel_values"] is not None:
-            ecg_features = self.get_ecg_features(**ecg_inputs).to(inputs_embeds.device, inputs_embeds.dtype)
+            ecg_features = self.get_ecg_features(**ecg_inputs)
+        if ecg_features is not None:
+            ecg_features = ecg_features.to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, ecg_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, ecg_features)  # the n-th place gets the n-th token
         elif self.training and self.connector is not None:
@@ -347,7 +385,8 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
             llm_kwargs: for `AutoModelForCausalLM.from_pretrained` (`dtype`, `revision`, `attn_implementation`, ...).
             config_kwargs: the other arguments of [`ELMConfig`].
         """
-        llm_model = AutoModelForCausalLM.from_pretrained(llm, **(llm_kwargs or {}))
+        llm_model, info = AutoModelForCausalLM.from_pretrained(llm, output_loading_info=True, **(llm_kwargs or {}))
+        check_all_loaded(llm_model, info)
         encoder_model: PreTrainedModel | None = None
         if encoder is not None:
             encoder_type = PreTrainedConfig.get_config_dict(encoder)[0].get("model_type")  # AutoConfig may lack ours
@@ -456,9 +495,37 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
         model_inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, use_cache=use_cache, **kwargs
         )
-        if is_first_iteration or not use_cache:  # without a cache every step reads the whole prompt
+        cache = kwargs.get("past_key_values")
+        # without a cache every step reads the whole prompt; the first step of a draft model does too
+        if is_first_iteration or not use_cache or (cache is not None and cache.get_seq_length() == 0):
             model_inputs.update(ecg_inputs)
         return model_inputs
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """As of transformers; a draft model that reads text alone gets no ECGs. It sees their placeholders, and what it drafts is
+        checked by this model, which sees the ECGs."""
+        draft = kwargs.get("assistant_model")
+        if draft is not None:
+            unread = set(ECG_INPUTS) - inspect.signature(draft.forward).parameters.keys()
+            kwargs["model_kwargs"] = {
+                name: value for name, value in kwargs["model_kwargs"].items() if name not in unread
+            }
+        return super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
+
+    def _prefill(
+        self,
+        input_ids: torch.LongTensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        is_first_iteration: bool = True,
+    ) -> Any:
+        """As of transformers; with `prefill_chunk_size` the ECGs become embeddings once, of which each chunk gets its own."""
+        if generation_config.prefill_chunk_size is not None and is_first_iteration:
+            ecg_inputs = {name: model_kwargs.pop(name) for name in ECG_INPUTS if model_kwargs.get(name) is not None}
+            if ecg_inputs:
+                features = self.get_ecg_features(**ecg_inputs)
+                model_kwargs["mm_encoder_outputs"] = {"ecg": BaseModelOutputWithPooling(pooler_output=features)}
+        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)  # type: ignore[misc]
 
     def _expand_inputs_for_generation(
         self,

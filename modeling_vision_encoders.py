@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import MODEL_MAPPING, AutoConfig, CLIPVisionModelWithProjection, PreTrainedConfig, PreTrainedModel
 
+from .modeling_common import check_all_loaded
+
 
 def vision_config(encoder: str | os.PathLike) -> PreTrainedConfig:
     """The configuration of the vision tower of a model, which may have other towers (Hub id or local folder)."""
@@ -35,7 +37,12 @@ def vision_model_class(config: PreTrainedConfig, image_features: str) -> type[Pr
 def load_vision_model(encoder: str | os.PathLike, image_features: str) -> PreTrainedModel:
     """The pretrained vision tower of a model (Hub id or local folder); a text tower beside it is not loaded."""
     config = vision_config(encoder)
-    return vision_model_class(config, image_features).from_pretrained(encoder, config=config)
+    model_class = vision_model_class(config, image_features)
+    model, info = model_class.from_pretrained(encoder, config=config, output_loading_info=True)
+    # a classifier is saved without a pooler; only embeddings are read of it, and of ViT not even those
+    pools = image_features == "embedding" and config.model_type != "vit"
+    check_all_loaded(model, info, unread=None if pools else "pooler.")
+    return model
 
 
 def vision_output_size(config: PreTrainedConfig, image_features: str) -> int:

@@ -1,5 +1,6 @@
 """Chat and ECGs to model inputs."""
 
+import inspect
 import itertools
 import math
 import os
@@ -15,7 +16,7 @@ from transformers.utils import logging
 
 from .configuration_elm import IMAGE_REPRESENTATIONS, REPRESENTATIONS
 from .ecg_utils import STANDARD_LEADS, ECGRecord, as_record, resample, select_leads
-from .feature_extraction_elm import ECGFeatureExtractor, as_batch
+from .feature_extraction_elm import ECGFeatureExtractor, as_batch, nesting
 from .image_processing_elm import ECGImageProcessor
 from .tokenization_ecg_byte import ECGByteTokenizer
 
@@ -179,7 +180,7 @@ class ELMProcessor(ProcessorMixin):
             text: one text or a batch, with one `<signal>` where each ECG stands.
             ecgs: one ECG or a list of them, in the order in which their placeholders stand in the batch: arrays
                 [leads, samples], dicts with `array`, `sampling_rate`, `lead_names` and `unit`, or paths of files. For `rgb`
-                also Pillow images, such as scans.
+                also Pillow images, such as scans. Or a list with the ECGs of each text: `[[ecg], [], [ecg, ecg]]`.
             sampling_rate, lead_names, unit: of the ECGs that do not carry their own.
             kwargs: for the tokenizer (`padding`, `padding_side`, `return_tensors`, ...).
 
@@ -207,6 +208,9 @@ class ELMProcessor(ProcessorMixin):
 
         data: dict[str, Any] = {}
         values: Any = []
+        ecgs, groups = ungrouped(ecgs)
+        if groups is not None and not ecgs and text is not None:
+            ecgs = None  # texts that are all without ECG
         if ecgs is not None:
             if not self.takes_ecgs:
                 raise ValueError("This processor belongs to a text-only model (num_ecg_tokens=0), which takes no ECG.")
@@ -219,7 +223,14 @@ class ELMProcessor(ProcessorMixin):
             if self.image_processor is not None:
                 data.update(self.image_processor(values, self._seconds, self.feature_extractor.lead_names))
         if text is not None:
-            data.update(self._tokenize([text] if isinstance(text, str) else list(text), values, text_kwargs))
+            texts = [text] if isinstance(text, str) else list(text)
+            counts = [one.count(self.ecg_token) for one in texts]
+            if groups and groups != counts:
+                raise ValueError(
+                    f"The texts have {counts} {self.ecg_token} placeholders, and the groups of ECGs {groups} ECGs; give each text "
+                    "a group of as many ECGs as it has placeholders."
+                )
+            data.update(self._tokenize(texts, counts, values, text_kwargs))
         return BatchFeature(data, tensor_type=return_tensors)
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
@@ -281,9 +292,10 @@ class ELMProcessor(ProcessorMixin):
         records = iter(self.feature_extractor.prepare_batch(unprepared, **described))
         return [ecg if isinstance(ecg, Image.Image) else next(records) for ecg in batch]
 
-    def _tokenize(self, texts: list[str], values: Any, text_kwargs: dict[str, Any]) -> dict[str, list]:
-        """The tokens of the texts, with those of the ECGs in place of the placeholders, padded."""
-        counts = [text.count(self.ecg_token) for text in texts]
+    def _tokenize(
+        self, texts: list[str], counts: list[int], values: Any, text_kwargs: dict[str, Any]
+    ) -> dict[str, list]:
+        """The tokens of the texts, with those of the ECGs in place of the placeholders (`counts` of each), padded."""
         if sum(counts) != len(values):
             raise ValueError(
                 f"The text has {sum(counts)} {self.ecg_token} placeholders ({counts} by sample) for {len(values)} ECGs; "
@@ -353,8 +365,11 @@ class ELMProcessor(ProcessorMixin):
         if self.overflow == "downsample" and records:
             for power in range(1, int(math.log2(rate / MIN_SAMPLING_RATE)) + 1):  # halvings
                 lower = rate / 2**power  # from the full rate each time: losses do not add up
-                slower = [replace(record, array=resample(record.array, rate, lower)) for record in records]
-                yield slower, f"they are resampled from {rate:g} to {lower:g} Hz"  # `sampling_rate` is stale, unread
+                slower = [
+                    replace(record, array=resample(record.array, rate, lower), sampling_rate=lower)
+                    for record in records
+                ]
+                yield slower, f"they are resampled from {rate:g} to {lower:g} Hz"
         elif self.overflow == "drop_leads":
             order = [lead for lead in DISPENSABLE_LEADS if lead in leads]
             for number in range(1, len(order)):  # one lead stays
@@ -457,14 +472,41 @@ class ELMProcessor(ProcessorMixin):
     def get_processor_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As of transformers, which does not know how the image processor and the ECG-Byte tokenizer are saved."""
+        """As of transformers, which does not know how the image processor and the ECG-Byte tokenizer are saved.
+
+        Raises:
+            ValueError: `processor_config.json` has a field that no ELM's processor has.
+        """
         processor_dict, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        known = {"auto_map", "processor_class", *inspect.signature(cls.__init__).parameters} - {
+            "self",
+            "tokenizer",
+            "ecg_byte",
+        }
+        if unknown := sorted(processor_dict.keys() - known):
+            raise ValueError(
+                f"processor_config.json of {pretrained_model_name_or_path} has {', '.join(unknown)}, which the processor of an ELM "
+                "does not know; take it out, or load with the version that wrote it."
+            )
         if isinstance(processor_dict.get("image_processor"), dict):
             processor_dict["image_processor"] = ECGImageProcessor.from_dict(processor_dict["image_processor"])
         if processor_dict.get("representation") == "symbolic":
             where = {name: value for name, value in kwargs.items() if name in HUB_KWARGS}
             processor_dict["ecg_byte"] = ECGByteTokenizer.from_pretrained(pretrained_model_name_or_path, **where)
         return processor_dict, unused
+
+    @staticmethod
+    def get_possibly_dynamic_module(module_name: str) -> Any:
+        """As of transformers, for the parts of this processor alone.
+
+        transformers would load the model that an `audio_tokenizer` in `processor_config.json` names, from wherever it says.
+        """
+        if module_name not in ("FeatureExtractionMixin", "PreTrainedTokenizerBase", "MistralCommonBackend"):
+            raise ValueError(
+                f"processor_config.json names a part {module_name} (audio_tokenizer), which the processor of an ELM does not have; "
+                "take it out."
+            )
+        return ProcessorMixin.get_possibly_dynamic_module(module_name)
 
     def _multimodal_inputs_from_conversations(
         self, conversations: list[list[dict[str, Any]]], *args: Any, **kwargs: Any
@@ -498,6 +540,18 @@ class ELMProcessor(ProcessorMixin):
         if isinstance(ecg, (str, os.PathLike, Mapping)):  # may hold some of it too
             return as_record(ecg, **described)
         return {"array": ecg, **described}
+
+
+def ungrouped(ecgs: Any) -> tuple[Any, list[int] | None]:
+    """ECGs in groups, one for each text, as one list, and the sizes of the groups; others as they are, and None."""
+    if not isinstance(ecgs, (list, tuple)):
+        return ecgs, None
+    if nesting(ecgs) != 4 and any(
+        not isinstance(group, (list, tuple)) or group for group in ecgs
+    ):  # all empty: groups too
+        return ecgs, None
+    groups = [as_batch(group) if nesting(group) > 1 else [] for group in ecgs]
+    return [ecg for group in groups for ecg in group], [len(group) for group in groups]
 
 
 ELMProcessor.register_for_auto_class()

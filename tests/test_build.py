@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError
+from peft import get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,7 +33,6 @@ from elm_ecg.training.build import (
     build_model,
     build_processor,
     chat_template,
-    find_model_file,
     freeze,
     limit_threads,
     load_elm,
@@ -40,6 +41,7 @@ from elm_ecg.training.build import (
     resolve_llm,
 )
 from elm_ecg.training.data.synthetic import make_record
+from elm_ecg.training.model_files import find_model_file
 from helpers import FAMILIES, TINY_ENCODERS, TINY_VISION, every_pair, save_tiny_llm, tiny_ecg_byte, tiny_tokenizer
 from loopback_hub import LoopbackHub, run_on_hub
 
@@ -186,13 +188,13 @@ def test_lora_config(llm):
     processor, model = build_processor(args), build(args)
     config = lora_config(args, ModelConfig(lora_r=3), model, processor)
     assert config.r == 3
-    assert config.modules_to_save == ["connector"]
+    assert config.modules_to_save == ["model.connector"]
     assert config.trainable_token_indices == {key: [processor.ecg_token_id] for key in ("embed_tokens", "lm_head")}
     adapted = [name for name, _ in model.named_modules() if re.fullmatch(config.target_modules, name)]
     assert adapted
     assert all(name.startswith("model.language_model.layers") for name in adapted)
     config = lora_config(arguments(llm, update=["encoder", "llm"]), ModelConfig(), model, processor)
-    assert config.modules_to_save == ["encoder"]
+    assert config.modules_to_save == ["model.encoder"]
     with pytest.raises(ValueError, match="--peft adapts the language model"):
         lora_config(SimpleNamespace(update=["connector"]), ModelConfig(), model, processor)
 
@@ -367,6 +369,25 @@ def test_backbone_with_random_weights(llm, model_type, representation):
     name = type(processor.image_processor.image_processor).__name__
     expected = {"clip_vision_model": "CLIP", "siglip2_vision_model": "Siglip2", "vit": "ViT", "dinov2": "Bit"}
     assert name == f"{expected.get(model_type, 'ConvNext')}ImageProcessorPil"
+
+
+def test_lora_of_a_backbone_whose_part_is_called_encoder_too(llm, backbones):
+    """Which of them PEFT would train could not be told."""
+    folder = str(backbones["clip_vision_model"][0])
+    args = image_arguments(llm, encoder_name_or_path=folder, update=["encoder", "llm"])
+    processor = build_processor(args)
+    model = get_peft_model(
+        build_model(args, processor), lora_config(args, ModelConfig(), build_model(args, processor), processor)
+    )
+    trained = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    assert trained == ["base_model.model.model.encoder"]
+    args = image_arguments(
+        llm, encoder_name_or_path=folder, update=["encoder", "llm"], image_features="embedding", num_ecg_tokens=None
+    )
+    with pytest.raises(
+        ValueError, match=r"PEFT cannot tell the encoder from its part model\.encoder\.vision_model\.encoder"
+    ):
+        lora_config(args, ModelConfig(), build_model(args, build_processor(args)), processor)
 
 
 def test_embedding_of_a_backbone(llm, backbones):

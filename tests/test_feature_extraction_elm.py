@@ -440,7 +440,7 @@ class TestErrors:
             (noise(1, 2, 12, 50), r"shape \[1, 2, 12, 50\]"),
             (noise(50, 12), "looks like"),
             ([1.0, 2.0], r"ECG 0 of 2, counted from 0: The ECG has shape \[\]"),
-            ([[], []], "ECG 0 of 2"),
+            ([[], []], r"its shape is \[2, 0\]"),
             (None, "NoneType"),
             ([noise(12, 50), noise(3, 50)], "ECG 1 of 2, counted from 0: The ECG has 3 leads without names"),
             ([noise(12, 50), noise(12, 51)], r"ECG 1 of 2, counted from 0: The ECG is 0\.51 s long"),

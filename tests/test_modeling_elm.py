@@ -35,7 +35,9 @@ from helpers import (
     tiny_image_elm_config,
     tiny_image_processor,
     tiny_image_processor_elm,
+    tiny_llm_config,
     tiny_processor,
+    tiny_tokenizer,
 )
 
 FAMILIES = ["llama3", "qwen2_5", "gemma2"]
@@ -274,10 +276,10 @@ class TestPlacement:
             with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
                 model(**inputs)
 
-    @pytest.mark.parametrize("ecg_part", FUYU)
-    @pytest.mark.parametrize("shape", [(1, 12, 400), (1, 8, 500), (1, 500, 12), (12, 500)])
-    def test_fuyu_reads_records_of_one_shape(self, ecg_part, shape):
-        with pytest.raises(ValueError, match=rf"the {ecg_part} connector reads \[ECGs, 12 leads, 500 samples\]"):
+    @pytest.mark.parametrize("ecg_part", ECG_PARTS)
+    @pytest.mark.parametrize("shape", [(1, 12, 400), (1, 12, 600), (1, 8, 500), (1, 500, 12), (12, 500)])
+    def test_records_of_one_shape(self, ecg_part, shape):
+        with pytest.raises(ValueError, match=r"this model reads \[ECGs, 12 leads, 500 samples\]"):
             tiny_elm(ecg_part).get_ecg_features(torch.zeros(shape))
 
     def test_text_only_reads_no_ecg(self):
@@ -375,6 +377,76 @@ class TestGeneration:
             assert (logits(elm, **batch)[:, -1].argmax(-1) == PLACEHOLDER).all()
             output = elm.generate(**batch, **{"max_new_tokens": 5} | kwargs)
             assert not (output[:, batch["input_ids"].shape[1] :] == PLACEHOLDER).any()
+
+    def draft(self, model, kind):
+        """A draft model: the language model of the ELM by itself, the ELM, or one that always drafts the placeholder."""
+        if kind == "elm":
+            return model
+        torch.manual_seed(1)
+        draft = AutoModelForCausalLM.from_config(model.config.text_config).eval()
+        if kind == "language model":
+            draft.model, draft.lm_head = model.model.language_model, model.lm_head
+        else:
+            prefer_placeholder = nn.functional.one_hot(torch.tensor(PLACEHOLDER), 300) * 1e4
+            draft.lm_head.register_forward_hook(lambda module, args, output: output + prefer_placeholder)
+        return draft
+
+    @pytest.mark.parametrize("ecg_part", ["merl", "vit"])
+    @pytest.mark.parametrize("kind", ["elm", "language model", "placeholders"])
+    def test_a_draft_model_changes_no_token(self, ecg_part, kind):
+        model = tiny_elm(ecg_part)
+        _, alone = mixed_batch(model)
+        draft = self.draft(model, kind)
+        with torch.no_grad():
+            for sample in alone:
+                calls = []
+                handle = model.lm_head.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+                expected = new_tokens(model, sample)
+                handle.remove()
+                steps = []
+                handle = model.model.register_forward_hook(lambda *_, steps=steps: steps.append(1))
+                assert torch.equal(new_tokens(model, sample, assistant_model=draft), expected)
+                handle.remove()
+                assert kind == "elm" or len(steps) <= len(calls)
+            if kind == "elm":  # which sees the ECGs, so all that it drafts is right
+                draft.generation_config.num_assistant_tokens = 20
+                sequences = model.generate(**alone[0], max_new_tokens=10, do_sample=False, assistant_model=draft)
+                assert torch.equal(sequences[:, -10:], new_tokens(model, alone[0]))
+
+    def test_a_draft_model_with_a_vocabulary_of_its_own(self):
+        """Without the ECG's placeholder, as that of a language model that is not an ELM."""
+        tokenizer, of_draft = tiny_processor().tokenizer, tiny_tokenizer()
+        model = tiny_elm(ecg_token_id=tokenizer.convert_tokens_to_ids("<signal>"))
+        model.resize_token_embeddings(len(tokenizer))
+        draft = AutoModelForCausalLM.from_config(tiny_llm_config(vocab_size=len(of_draft))).eval()
+        ids = torch.tensor(
+            [[model.config.ecg_token_id] * 4 + tokenizer.encode("What is it?", add_special_tokens=False)]
+        )
+        sample = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "ecg_values": records(1)}
+        tokenizers = {"tokenizer": tokenizer, "assistant_tokenizer": of_draft}
+        assert torch.equal(new_tokens(model, sample, assistant_model=draft, **tokenizers), new_tokens(model, sample))
+
+    @pytest.mark.parametrize("ecg_part", ["merl", "siglip2_vision_model"])
+    def test_prompt_lookup_changes_no_token(self, ecg_part):
+        """Though what follows the same words in the prompt are placeholders."""
+        model = tiny_elm(ecg_part)
+        ids = torch.tensor([[9, 10, *[PLACEHOLDER] * 4, 7, 8, 9, 10]])
+        sample = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **of_ecgs(ecg_inputs(model), [0])}
+        assert torch.equal(new_tokens(model, sample, prompt_lookup_num_tokens=5), new_tokens(model, sample))
+
+    @pytest.mark.parametrize("ecg_part", ["merl", "patch", "vit", "siglip2_vision_model"])
+    @pytest.mark.parametrize("size", [3, 100])
+    def test_a_prompt_in_chunks(self, ecg_part, size):
+        """Which cut ECGs in two."""
+        model = tiny_elm(ecg_part)
+        batch, _ = mixed_batch(model)
+        runs = []
+        model.model.connector.register_forward_hook(lambda *_: runs.append(1))
+        for kwargs in ({}, {"num_beams": 3}):
+            expected = new_tokens(model, batch, **kwargs)
+            runs.clear()
+            assert torch.equal(new_tokens(model, batch, prefill_chunk_size=size, **kwargs), expected)
+            assert runs == [1]
 
     def test_other_suppressed_tokens_stay(self, tmp_path):
         save_tiny_llm(tmp_path)
@@ -482,6 +554,16 @@ class TestNumerics:
         compiled_loss.backward()
         torch.testing.assert_close(compiled_loss.detach(), loss)
         torch.testing.assert_close({name: p.grad for name, p in model.named_parameters()}, gradients)
+
+    def test_compiled_as_one_graph(self):
+        """Which checks the number of placeholders too."""
+        model = tiny_elm()
+        batch, _ = mixed_batch(model)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(**batch).logits, logits(model, **batch))
+            with pytest.raises(RuntimeError, match="placeholder tokens of the text are not as many as the ECGs need"):
+                compiled(**batch | {"input_ids": batch["input_ids"].masked_fill(batch["input_ids"] == 7, PLACEHOLDER)})
 
     def test_a_loss_over_accumulated_batches(self):
         """The trainer gives the number of labels of all its micro batches."""

@@ -1,12 +1,13 @@
 import json
 from copy import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoFeatureExtractor
+from transformers import AutoFeatureExtractor, AutoModel, PreTrainedModel
 
 from elm_ecg.ecg_drawing import ECGPaper, draw_ecg
 from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord, as_record, resample
@@ -130,6 +131,46 @@ class TestCall:
     def test_missing_sampling_rate(self, processor):
         with pytest.raises(ValueError, match="no sampling rate"):
             processor(text="<signal>", ecgs=ecg())
+
+    @pytest.mark.parametrize(
+        "form",
+        [
+            lambda array: array,
+            lambda array: array.tolist(),
+            lambda array: {"array": array.repeat(2, axis=1), "sampling_rate": 500},
+            lambda array: ECGRecord(array, 250, STANDARD_LEADS),
+            torch.tensor,
+        ],
+        ids=["array", "nested lists", "dict with its own rate", "record", "tensor"],
+    )
+    def test_a_group_of_ecgs_for_each_text(self, form, processor):
+        one, two, three = (form(ecg(seed)) for seed in range(3))
+        rate = None if isinstance(one, dict) else 250  # it has its own
+        texts = ["<signal> A", "B", "<signal> C <signal>"]
+        flat = processor(text=texts, ecgs=[one, two, three], sampling_rate=rate)
+        stacked = form is torch.tensor
+        for groups in ([[one], [], [two, three]], ([one], (), torch.stack([two, three]) if stacked else (two, three))):
+            inputs = processor(text=texts, ecgs=groups, sampling_rate=rate)
+            assert inputs["input_ids"] == flat["input_ids"]
+            np.testing.assert_array_equal(inputs["ecg_values"], flat["ecg_values"])
+        first_empty = processor(text=["B", "<signal>"], ecgs=[[], [one]], sampling_rate=rate)
+        np.testing.assert_array_equal(first_empty["ecg_values"], flat["ecg_values"][:1])
+        with pytest.raises(
+            ValueError, match=r"texts have \[1, 0, 2\] .* groups of ECGs \[1, 1, 1\] ECGs; give each text"
+        ):
+            processor(text=texts, ecgs=[[one], [two], [three]], sampling_rate=rate)
+
+    @pytest.mark.parametrize("ecgs", [[], [[], []], [(), ()]])
+    def test_groups_without_an_ecg(self, ecgs, processor):
+        assert processor(text=["A", "B"], ecgs=ecgs) == processor(text=["A", "B"])
+        with pytest.raises(ValueError, match="There is no ECG"):
+            processor(ecgs=ecgs)
+
+    def test_groups_without_text(self, processor):
+        inputs = processor(ecgs=[[ecg(0)], [ecg(1), ecg(2)]], sampling_rate=250)
+        np.testing.assert_array_equal(inputs["ecg_values"], [ecg(0), ecg(1), ecg(2)])
+        with pytest.raises(ValueError, match="The ECGs are in groups; give them in one list, or the processor"):
+            processor.feature_extractor([[ecg(0)], [], [ecg(1), ecg(2)]], sampling_rate=250)
 
 
 class TestChat:
@@ -428,6 +469,47 @@ for name in {list(of_pictures)}:
     assert names >= {"chat_template.jinja", "processing_elm.py", "feature_extraction_elm.py", "ecg_utils.py"}
     for name in names - {"tokenizer_config.json"}:  # it names the folder's classes in another order
         assert (first / name).read_text() == (second / name).read_text(), name
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (
+            "audio_tokenizer",
+            {"audio_tokenizer_class": "AutoModel", "audio_tokenizer_name_or_path": "nowhere/else"},
+            r"processor_config\.json names a part AutoModel \(audio_tokenizer\), which .* does not have; take it out",
+        ),
+        (
+            "video_processor",
+            {"video_processor_type": "X"},
+            r"processor_config\.json of .* has video_processor, which .* not know",
+        ),
+        (
+            "num_ecg_token",
+            4,
+            r"processor_config\.json of .* has num_ecg_token, which the processor of an ELM does not know",
+        ),
+    ],
+)
+def test_saved_fields_that_no_processor_has(field, value, message, processor, tmp_path, monkeypatch):
+    """A model that they name is not looked for."""
+    processor.save_pretrained(tmp_path)
+    path = tmp_path / "processor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(AutoModel, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match=message):
+        ELMProcessor.from_pretrained(tmp_path)
+
+
+def test_smaller_records_say_their_rate(processor):
+    """What a symbolic ECG is resampled to where it does not fit."""
+    record = ECGRecord(ecg(), 250, STANDARD_LEADS)
+    slower = [records[0] for records, _ in ELMProcessor._smaller(
+        SimpleNamespace(feature_extractor=processor.feature_extractor, overflow="downsample"), [record]
+    )]  # fmt: skip
+    assert [one.sampling_rate for one in slower] == [125, 62.5, 31.25]
+    assert [one.array.shape[1] for one in slower] == [250, 125, 63]
 
 
 def test_loads_without_the_registry(processor, tmp_path, monkeypatch):

@@ -325,7 +325,7 @@ def test_lora_options(llm, elm):
 def test_revision(llm, elm, monkeypatch):
     """Of the language model, its tokenizer too; of a finished ELM in `load_elm`."""
     asked = []
-    monkeypatch.setattr(build, "find_model_file", lambda *args, **kwargs: "config.json")
+    monkeypatch.setattr(build, "find_model_file", lambda name, *args, **kwargs: (name, "config.json"))
     load = AutoTokenizer.from_pretrained
     monkeypatch.setattr(
         build.AutoTokenizer, "from_pretrained", lambda name, **kwargs: asked.append(kwargs["revision"]) or load(name)
@@ -478,7 +478,7 @@ def parts_of(monkeypatch, llm: Path, *options: str) -> str:
         raise Asked(json.dumps(kwargs, default=str, sort_keys=True))
 
     monkeypatch.setattr(ELMForConditionalGeneration, "from_encoder_llm_pretrained", ask)
-    monkeypatch.setattr(build, "find_model_file", lambda *args, **kwargs: "config.json")
+    monkeypatch.setattr(build, "find_model_file", lambda name, *args, **kwargs: (name, "config.json"))
     args = sft.parse([*CPU, "--llm", str(llm), *options])[0]
     processor = build_processor(args)
     with pytest.raises(Asked) as asked:

@@ -3,16 +3,14 @@
 import logging
 import os
 import warnings
-from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import file_exists, try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, HFValidationError
 from jinja2 import TemplateError
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from tokenizers import AddedToken
 from torch import nn
 from transformers import (
@@ -36,12 +34,22 @@ from elm_ecg.configuration_elm import ENCODER_CONFIGS, IMAGE_REPRESENTATIONS, EL
 from elm_ecg.ecg_drawing import ECGPaper
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.image_processing_elm import ECGImageProcessor
+from elm_ecg.modeling_common import some_of
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.modeling_vision_encoders import image_size, vision_config
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer
 from elm_ecg.training.arguments import VISION_BACKBONES, ELMArguments, ELMParser, ModelArguments
 from elm_ecg.training.files import resource
+from elm_ecg.training.model_files import (
+    check_config,
+    check_finite,
+    check_processor,
+    check_weights,
+    find_model_file,
+    loading,
+    model_folder,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -79,32 +87,16 @@ def resolve_llm(llm: str) -> str:
     )
 
 
-def find_model_file(name: str, filenames: Sequence[str], revision: str = "main", label: str = "The model") -> str:
-    """The first of the files that a model has: in its local folder, or by its Hub id on the Hub or in the Hub's cache.
+def place_of_llm(args: ModelArguments, revision: str = "main") -> str:
+    """Where `--llm` is loaded from (ValueError: nowhere)."""
+    return find_model_file(resolve_llm(args.llm), ["config.json"], revision, label="--llm")[0]
 
-    Raises:
-        ValueError: there is no such model, or it cannot be read; says why and what to do, `label` being what `name` is.
-    """
-    label, local = f"{label} {name}", Path(name).exists()  # what is here is never looked for on the Hub
-    try:
-        for filename in filenames:
-            if (Path(name) / filename).is_file() or (not local and file_exists(name, filename, revision=revision)):
-                return filename
-    except HFValidationError as error:
-        raise ValueError(f"{label} is no folder here, and no id of the Hub such as owner/name.") from error
-    except Exception as error:  # no network, no access, a server that fails: errors of several libraries
-        for filename in filenames:
-            if isinstance(try_to_load_from_cache(name, filename, revision=revision), str):  # may be _CACHED_NO_EXIST
-                return filename
-        reason = f"is no folder here and not in the Hub's cache, and the Hub cannot be asked. {error}"
-        if isinstance(error, GatedRepoError):
-            reason = f"is gated: accept its licence at https://huggingface.co/{name}, then run `hf auth login`."
-        raise ValueError(f"{label} {reason}") from error
-    if local:
-        raise ValueError(f"{label} has no {' and no '.join(filenames)}; expected the folder of a saved model.")
-    raise ValueError(
-        f"{label} is no folder here, and no model on the Hub with revision {revision}; a private one needs `hf auth login`."
-    )
+
+def place_of_encoder(args: ModelArguments) -> str | None:
+    """Where the pretrained encoder of `--encoder` is loaded from; None for a new one."""
+    if args.encoder_name_or_path is None or args.architecture != "llava":
+        return None
+    return find_model_file(args.encoder_name_or_path, ["config.json"], label="--encoder")[0]
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -129,8 +121,8 @@ def set_chat_template(processor: ELMProcessor, name_or_path: str | None) -> None
     if Path(name_or_path).is_file():
         template = Path(name_or_path).read_text(encoding="utf-8")
     else:
-        find_model_file(name_or_path, ["tokenizer_config.json"], label=label)
-        template = AutoTokenizer.from_pretrained(name_or_path).chat_template
+        place, _ = find_model_file(name_or_path, ["tokenizer_config.json"], label=label)
+        template = AutoTokenizer.from_pretrained(place).chat_template
     if isinstance(template, dict):  # named ones
         template = template.get("default")
     if not template:
@@ -160,8 +152,8 @@ def encoder_config(args: ModelArguments, num_leads: int) -> PreTrainedConfig:
     """The configuration of an encoder with random weights, or of a pretrained vision backbone."""
     assert args.encoder is not None  # set with the arguments
     if args.representation in IMAGE_REPRESENTATIONS:
-        if args.encoder_name_or_path is not None:
-            return vision_config(args.encoder_name_or_path)
+        if (place := place_of_encoder(args)) is not None:
+            return vision_config(place)
         # of models that read text too the vision tower
         model_types = [name for name in (f"{args.encoder}_vision_model", args.encoder) if name in CONFIG_MAPPING]
         if not model_types:
@@ -185,8 +177,8 @@ def encoder_config(args: ModelArguments, num_leads: int) -> PreTrainedConfig:
 
 def build_image_processor(args: ModelArguments, config: PreTrainedConfig) -> ECGImageProcessor:
     """The image processor of the vision backbone, for pictures of the size that the backbone reads."""
-    if args.encoder_name_or_path is not None:
-        settings = AutoImageProcessor.from_pretrained(args.encoder_name_or_path, backend="pil").to_dict()
+    if (place := place_of_encoder(args)) is not None:
+        settings = AutoImageProcessor.from_pretrained(place, backend="pil").to_dict()
     else:
         names = IMAGE_PROCESSOR_MAPPING_NAMES.get(config.model_type.removesuffix("_vision_model"), {})
         settings = {"image_processor_type": names.get("torchvision", "ViTImageProcessor")}  # later its Pillow variant
@@ -221,19 +213,16 @@ def build_processor(args: ModelArguments, revision: str = "main") -> ELMProcesso
     Args:
         revision: of the language model.
     """
-    llm = resolve_llm(args.llm)
-    find_model_file(llm, ["config.json"], revision, label="--llm")
-    if args.encoder_name_or_path is not None:
-        find_model_file(args.encoder_name_or_path, ["config.json"], label="--encoder")
-    tokenizer = AutoTokenizer.from_pretrained(
-        llm, revision=revision, padding_side="left"
-    )  # for `generate`; the collator pads right
+    llm = place_of_llm(args, revision)
+    # left is for `generate`; the collator pads right
+    tokenizer = AutoTokenizer.from_pretrained(llm, revision=revision, padding_side="left")
     tokenizer.add_tokens([ELMProcessor.ecg_token], special_tokens=True)  # as a special one, decoding leaves it out
     ecg_byte = None
     if args.representation == "symbolic":
-        if args.ecg_tokenizer is not None and not Path(args.ecg_tokenizer).exists():
-            find_model_file(args.ecg_tokenizer, [FILE_NAME], label="--ecg_tokenizer")
-        ecg_byte = ECGByteTokenizer.from_pretrained(args.ecg_tokenizer or DEFAULT_ECG_TOKENIZER)
+        place = args.ecg_tokenizer or str(DEFAULT_ECG_TOKENIZER)
+        if not Path(place).exists():
+            place, _ = find_model_file(place, [FILE_NAME], label="--ecg_tokenizer")
+        ecg_byte = ECGByteTokenizer.from_pretrained(place)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # Llama has none; labels do not depend on it
     names = ("sampling_rate", "num_samples", "bandpass", "notch", "missing_leads")
@@ -267,9 +256,8 @@ def build_processor(args: ModelArguments, revision: str = "main") -> ELMProcesso
         representation=args.representation,
         image_processor=image_processor,
         ecg_byte=ecg_byte,
-        max_length=getattr(
-            AutoConfig.from_pretrained(llm, revision=revision), "max_position_embeddings", None
-        ),  # tokens; None: any
+        # tokens; None: any
+        max_length=getattr(AutoConfig.from_pretrained(llm, revision=revision), "max_position_embeddings", None),
         overflow=args.ecg_overflow,
     )
 
@@ -287,8 +275,8 @@ def build_model(args: ModelArguments, processor: ELMProcessor, **llm_kwargs: Any
     if args.architecture == "llava" and args.encoder_name_or_path is None:
         config["encoder_config"] = encoder_config(args, num_leads)  # a pretrained one brings its own
     model = ELMForConditionalGeneration.from_encoder_llm_pretrained(
-        resolve_llm(args.llm),
-        encoder=args.encoder_name_or_path if args.architecture == "llava" else None,
+        place_of_llm(args, llm_kwargs.get("revision") or "main"),
+        encoder=place_of_encoder(args),
         llm_kwargs=llm_kwargs,
         **config,
     )
@@ -374,8 +362,16 @@ def lora_config(
         names = {name.rsplit(".", 1)[-1] for name, layer in layers if isinstance(layer, nn.Linear | Conv1D)}
         targets = rf".*language_model\..*\.({'|'.join(sorted(names))})"  # a regex: the encoder may have such names too
     parts = [
-        name for name in ("encoder", "connector") if name in args.update and getattr(model.model, name) is not None
+        f"model.{name}"
+        for name in ("encoder", "connector")
+        if name in args.update and getattr(model.model, name) is not None
     ]
+    # PEFT compares the ends of names, and many a backbone has a part that is called encoder too
+    if inner := [name for name, _ in model.named_modules() if name.endswith(tuple(parts)) and name not in parts]:
+        raise ValueError(
+            f"--update encoder with LoRA: PEFT cannot tell the encoder from its part {inner[0]}. Train it without --use_peft, "
+            "leave encoder out of --update, or take --image_features patches."
+        )
     embeddings = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embeddings)  # embed_tokens, wte, ...
     added = [processor.ecg_token_id, *processor.signal_token_ids]
@@ -403,18 +399,63 @@ def load_elm(
         model_kwargs: for `from_pretrained` (`dtype`, `attn_implementation`, `device_map`, ...).
 
     Raises:
-        ValueError: as `find_model_file`.
+        ValueError: as `find_model_file`; or files are damaged, or do not go together, or hold too few weights, or NaN.
     """
-    is_adapter = find_model_file(name_or_path, ["adapter_config.json", "config.json"], revision) != "config.json"
-    processor = ELMProcessor.from_pretrained(name_or_path, revision=revision)  # an adapter's folder has one too
-    if not is_adapter:
-        return ELMForConditionalGeneration.from_pretrained(name_or_path, revision=revision, **model_kwargs), processor
-    base_path = PeftConfig.from_pretrained(name_or_path, revision=revision).base_model_name_or_path
-    moved = Path(name_or_path) / "base_model"
+    folder, filename = model_folder(name_or_path, ["adapter_config.json", "config.json"], revision)
+    label = f"The model {name_or_path}"
+    if filename == "config.json":
+        model = _load_whole(folder, label, **model_kwargs)
+    else:
+        model = _load_adapted(folder, label, **model_kwargs)
+    with loading(folder, label):
+        processor = ELMProcessor.from_pretrained(folder)  # an adapter's folder has one too
+        check_processor(processor, model.config, model.get_input_embeddings().weight.shape[0])
+    return model, processor
+
+
+def _load_whole(folder: Path, label: str, **model_kwargs: Any) -> ELMForConditionalGeneration:
+    with loading(folder, label):
+        check_config(folder)
+        model, info = ELMForConditionalGeneration.from_pretrained(
+            folder, output_loading_info=True, use_safetensors=True, **model_kwargs
+        )
+        if unexpected := sorted(info["unexpected_keys"]):
+            raise ValueError(
+                f"its weights hold {some_of(unexpected)}, for which the model of config.json has no place."
+            )
+        check_finite(model.state_dict(), "it")
+    return model
+
+
+def _load_adapted(folder: Path, label: str, **model_kwargs: Any) -> ELMForConditionalGeneration:
+    with loading(folder, label):
+        base_path = PeftConfig.from_pretrained(folder).base_model_name_or_path
+        if not isinstance(base_path, str):
+            raise ValueError(
+                f"adapter_config.json does not name its base model (base_model_name_or_path is {base_path})."
+            )
+    moved = folder / "base_model"
     if not Path(base_path).exists() and moved.is_dir():
         base_path = str(moved)  # the folder is not where it was trained
-    find_model_file(base_path, ["config.json"], label="The adapter's base")
-    base = ELMForConditionalGeneration.from_pretrained(base_path, **model_kwargs)  # `revision` is of the adapter's repo
+    base_folder, _ = model_folder(base_path, ["config.json"], label="The adapter's base")
+    base = _load_whole(base_folder, f"The adapter's base {base_path}", **model_kwargs)
     # PEFT uses a name that transformers is about to change
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    return PeftModel.from_pretrained(base, name_or_path, revision=revision).merge_and_unload(), processor
+    with loading(folder, label), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+        weights = folder / "adapter_model.safetensors"
+        if not weights.is_file():
+            raise ValueError(f"it has no {weights.name}, the weights of the adapter.")
+        model = PeftModel.from_pretrained(base, folder)
+        with safe_open(weights, "pt") as file:
+            saved = set(file.keys())
+        expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+        if lacking := sorted(expected.keys() - saved):
+            raise ValueError(f"{weights.name} is not complete: it lacks {some_of(lacking)}.")
+        if unexpected := sorted(saved - expected.keys() - model.state_dict().keys()):
+            raise ValueError(
+                f"{weights.name} holds {some_of(unexpected)}, for which its base {base_path} has no place."
+            )
+        check_weights(folder, expected)
+        check_finite(expected, "it")
+        return model.merge_and_unload()

@@ -20,7 +20,6 @@ from elm_ecg.training.arguments import PARTS, AugmentationArguments, ELMArgument
 from elm_ecg.training.build import (
     build_model,
     build_processor,
-    find_model_file,
     freeze,
     limit_threads,
     load_elm,
@@ -31,6 +30,7 @@ from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.command_line import run_command
 from elm_ecg.training.data.loading import load_data, load_stream
 from elm_ecg.training.files import check_output_folder, naming, write_text
+from elm_ecg.training.model_files import find_model_file
 from elm_ecg.training.resume import RunOptions, checkpoint_to_resume, fingerprint
 from elm_ecg.training.sharing.cards import write_model_card
 from elm_ecg.training.trainer import UNFINISHED, CountEpochs, ELMTrainer, replace_model

@@ -255,7 +255,7 @@ def inspect(args: argparse.Namespace) -> None:
     if args.ecg is None and (args.sampling_rate or args.unit or args.lead_names):
         raise ValueError("--sampling_rate, --unit and --lead_names describe the file of --ecg; name one.")
     if not Path(args.tokenizer).exists():
-        from elm_ecg.training.build import find_model_file  # late: it imports PyTorch, for a better error
+        from elm_ecg.training.model_files import find_model_file  # late: it imports PyTorch, for a better error
 
         find_model_file(args.tokenizer, [FILE_NAME], label="The tokenizer")
     tokenizer = ECGByteTokenizer.from_pretrained(args.tokenizer)

@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import DataArguments, ELMParser, argument, json_fields
-from elm_ecg.training.build import find_model_file, limit_threads, load_elm
+from elm_ecg.training.build import limit_threads, load_elm
 from elm_ecg.training.command_line import run_command
 from elm_ecg.training.data.loading import load_data
 from elm_ecg.training.evaluation.answers import Answerer, Progress
@@ -46,6 +46,7 @@ from elm_ecg.training.evaluation.results import (
 )
 from elm_ecg.training.evaluation.scores import METRIC_NAMES, Scorer, load_metrics
 from elm_ecg.training.files import check_output_folder
+from elm_ecg.training.model_files import find_model_file
 
 logger = logging.getLogger(__name__)
 
