@@ -170,17 +170,16 @@ def build_image_processor(args: ModelArguments, config: PreTrainedConfig) -> ECG
     )
 
 
-def build_processor(args: ModelArguments) -> ELMProcessor:
+def build_processor(args: ModelArguments, ecg_byte: ECGByteTokenizer | None = None) -> ELMProcessor:
     """The language model's tokenizer with the tokens of ECGs, its chat template, a feature extractor, and where ECGs are
-    pictures an image processor."""
+    pictures an image processor. `ecg_byte` stands in for `--ecg_tokenizer`."""
     llm = resolve_llm(args.llm)
     find_model_file(llm, ["config.json"], label="--llm")
     if args.encoder_name_or_path is not None:
         find_model_file(args.encoder_name_or_path, ["config.json"], label="--encoder")
     tokenizer = AutoTokenizer.from_pretrained(llm, padding_side="left")  # for `generate`; the collator pads right
     tokenizer.add_tokens([ELMProcessor.ecg_token], special_tokens=True)  # as a special one, decoding leaves it out
-    ecg_byte = None
-    if args.representation == "symbolic":
+    if args.representation == "symbolic" and ecg_byte is None:
         if args.ecg_tokenizer is not None and not Path(args.ecg_tokenizer).exists():
             find_model_file(args.ecg_tokenizer, [FILE_NAME], label="--ecg_tokenizer")
         ecg_byte = ECGByteTokenizer.from_pretrained(args.ecg_tokenizer or DEFAULT_ECG_TOKENIZER)

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import json
 import math
 import sys
 from collections import Counter
@@ -23,9 +24,9 @@ from elm_ecg.training.arguments import DataArguments
 from elm_ecg.training.command_line import CommandLineParser, whole_number
 from elm_ecg.training.data.loading import ecgs_of, load_ecgs
 from elm_ecg.training.figures import plot_tokens
-from elm_ecg.training.files import atomic_path
+from elm_ecg.training.files import atomic_path, write_text
 from elm_ecg.training.markdown import CARD, TAGS, citation, environment, make_card, on_hub, public_name, use_of
-from elm_ecg.training.sharing.ecg_byte_import import read_ecg_byte_pickle
+from elm_ecg.training.sharing.ecg_byte_import import ORDER_FILE, read_ecg_byte_pickle
 
 try:
     import resource
@@ -141,8 +142,8 @@ def train(args: argparse.Namespace) -> None:
 
 def import_pickle(args: argparse.Namespace) -> None:
     """`elm tokenizer import`."""
-    merges = read_ecg_byte_pickle(args.file).merges
-    tokenizer = ECGByteTokenizer(merges, sampling_rate=args.sampling_rate)
+    pickled, ids = read_ecg_byte_pickle(args.file)
+    tokenizer = ECGByteTokenizer(pickled.merges, sampling_rate=args.sampling_rate)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     rate = "a rate that its file does not state" if args.sampling_rate is None else f"{args.sampling_rate:g} Hz"
     _save(
@@ -154,7 +155,8 @@ def import_pickle(args: argparse.Namespace) -> None:
         compression="not measured",
         rights="Those of the file that it was imported from.",
     )
-    print(f"{len(merges):,} merges. Tokenizer and card in {args.output_dir.resolve()}")
+    write_text(args.output_dir / ORDER_FILE, json.dumps(ids) + "\n")
+    print(f"{len(tokenizer.merges):,} merges. Tokenizer and card in {args.output_dir.resolve()}")
 
 
 def _save(folder: Path, tokenizer: ECGByteTokenizer, datasets: list[str], **parts: str) -> None:
@@ -173,6 +175,7 @@ def _save(folder: Path, tokenizer: ECGByteTokenizer, datasets: list[str], **part
         citation=citation(name, "tokenizer"),
         **parts,
     )
+    (folder / ORDER_FILE).unlink(missing_ok=True)  # of a tokenizer that was imported into this folder before
     with atomic_path(folder / FILE_NAME) as json_path, atomic_path(folder / CARD) as card_path:
         json_path.write_text(tokenizer.to_json(), encoding="utf-8")
         card.save(card_path)

@@ -128,7 +128,8 @@ class Conversion:
 
 
 def merge_lora(state_dict: dict[str, Tensor], alpha: float, use_rslora: bool = False) -> tuple[Conversion, set[int]]:
-    """W + (alpha / rank) B A for every weight W that has an adapter (LoRA, arXiv 2106.09685), computed in float32.
+    """W + (alpha / rank) B A for every weight W that has an adapter (LoRA, arXiv 2106.09685), which becomes float32:
+    bfloat16 would round most of an update away.
 
     Args:
         state_dict: of the adapted model, without PEFT's `base_model.model.`. One without adapters comes back as it is.
@@ -171,7 +172,7 @@ def merge_lora(state_dict: dict[str, Tensor], alpha: float, use_rslora: bool = F
             )
         rank = a.shape[0]
         scale = alpha / (rank**0.5 if use_rslora else rank)
-        merged.tensors[name] = (weight.float() + scale * update).to(weight.dtype)  # bfloat16 rounds updates away
+        merged.tensors[name] = weight.float() + scale * update
         merged.used |= dict.fromkeys(halves.values(), f"{name} (merged)")
         ranks.add(rank)
     return merged, ranks
