@@ -221,6 +221,49 @@ def test_weights_that_are_none(key, change, message, tmp_path):
         run(tmp_path / "merl.pt", weights, "--encoder", "merl", "--segment_len", 500)
 
 
+def test_changed_checkpoints_are_converted_or_refused_in_one_line(llm, tmp_path):
+    """Entries that are missing, renamed, there twice, or of another shape, type or value."""
+    random = np.random.default_rng(0)
+    kinds = [
+        (basic_merl(), ["--encoder", "merl", "--segment_len", 500]),
+        (fuyu(llm), ["--llm", llm, *FUYU]),
+        (llm_weights(llm, "llm."), ["--llm", llm, "--elm", "text"]),
+    ]
+    changes = [
+        lambda t: t[..., :0] if t.ndim else t[None],
+        lambda t: t.reshape(-1),
+        lambda t: t[None],
+        lambda t: t.T.contiguous() if t.ndim == 2 else t.reshape(-1)[:1],
+        lambda t: t[:-1] if t.ndim else t.to(torch.complex64),
+        lambda t: t.to(torch.int8),
+        lambda t: t.double(),
+        lambda t: t * torch.nan,
+        lambda t: torch.tensor(1.0),
+    ]
+    refused = []
+    for number in range(39):  # each change of each kind
+        weights, options = dict(kinds[number % 3][0]), kinds[number % 3][1]
+        key, other = random.choice(list(weights), 2)
+        change = number % (len(changes) + 4)
+        if change < len(changes):
+            weights[key] = changes[change](weights[key])
+        elif change == len(changes):
+            del weights[key]
+        elif change == len(changes) + 1:
+            weights[f"module.{key}"] = weights[key]
+        elif change == len(changes) + 2:
+            weights[re.sub(r"\d+", str(random.integers(10**9)), key)] = weights.pop(key)
+        else:
+            weights[key] = weights[other]
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        try:
+            run(tmp_path / "c.pt", weights, *options)
+        except (ValueError, OSError) as error:
+            refused.append(str(error))
+    assert [message for message in refused if "\n" in message.strip()] == []
+    assert 25 < len(refused) < 39
+
+
 def test_blocks_that_are_missing(tmp_path):
     weights = basic_merl()
     weights["resnet.layer1.3000.conv1.weight"] = torch.ones(8, 8, 3)

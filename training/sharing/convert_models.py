@@ -260,7 +260,12 @@ def _convert_connector(args: ConvertArguments, kind: str, state_dict: dict[str, 
     _check_missing(part, f"the {kind} connector ({CONNECTOR_PREFIXES[str(args.architecture)]}...)")
     if kind == "patch":
         assert args.lead_names is not None
-        patches = len(args.lead_names) * args.num_samples / part.tensors["projection.weight"].shape[1]
+        weight = part.tensors["projection.weight"]  # Linear: [width, values of a patch]
+        if weight.ndim != 2 or not weight.numel():
+            raise ValueError(
+                f"projection.weight of the patch connector is {list(weight.shape)}; expected two dimensions."
+            )
+        patches = len(args.lead_names) * args.num_samples / weight.shape[1]
         if (args.gives_num_ecg_tokens and patches != args.num_ecg_tokens) or patches != int(patches):
             raise ValueError(
                 f"The patch connector makes {patches:g} tokens of {len(args.lead_names)} leads x {args.num_samples} samples, and "
