@@ -206,19 +206,21 @@ def build_image_processor(args: ModelArguments, config: PreTrainedConfig) -> ECG
     )
 
 
-def build_processor(args: ModelArguments, revision: str = "main") -> ELMProcessor:
+def build_processor(
+    args: ModelArguments, revision: str = "main", ecg_byte: ECGByteTokenizer | None = None
+) -> ELMProcessor:
     """The language model's tokenizer with the tokens of ECGs, its chat template, a feature extractor, and where ECGs are
     pictures an image processor.
 
     Args:
         revision: of the language model.
+        ecg_byte: stands in for `--ecg_tokenizer`.
     """
     llm = place_of_llm(args, revision)
     # left is for `generate`; the collator pads right
     tokenizer = AutoTokenizer.from_pretrained(llm, revision=revision, padding_side="left")
     tokenizer.add_tokens([ELMProcessor.ecg_token], special_tokens=True)  # as a special one, decoding leaves it out
-    ecg_byte = None
-    if args.representation == "symbolic":
+    if args.representation == "symbolic" and ecg_byte is None:
         place = args.ecg_tokenizer or str(DEFAULT_ECG_TOKENIZER)
         if not Path(place).exists():
             place, _ = find_model_file(place, [FILE_NAME], label="--ecg_tokenizer")

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import json
 import math
 import sys
 from collections import Counter
@@ -23,9 +24,9 @@ from elm_ecg.training.arguments import DataArguments
 from elm_ecg.training.command_line import CommandLineParser, whole_number
 from elm_ecg.training.data.loading import ecgs_of, load_ecgs
 from elm_ecg.training.figures import plot_tokens
-from elm_ecg.training.files import new_folder
+from elm_ecg.training.files import new_folder, write_text
 from elm_ecg.training.markdown import CARD, TAGS, citation, environment, make_card, on_hub, public_name, use_of
-from elm_ecg.training.sharing.ecg_byte_import import read_ecg_byte_pickle
+from elm_ecg.training.sharing.ecg_byte_import import ORDER_FILE, read_ecg_byte_pickle
 
 try:
     import resource
@@ -145,8 +146,8 @@ def _train(args: argparse.Namespace, folder: Path, lead_names: Sequence[str], se
 
 def import_pickle(args: argparse.Namespace) -> None:
     """`elm tokenizer import`."""
-    merges = read_ecg_byte_pickle(args.file).merges
-    tokenizer = ECGByteTokenizer(merges, sampling_rate=args.sampling_rate)
+    pickled, ids = read_ecg_byte_pickle(args.file)
+    tokenizer = ECGByteTokenizer(pickled.merges, sampling_rate=args.sampling_rate)
     rate = "a rate that its file does not state" if args.sampling_rate is None else f"{args.sampling_rate:g} Hz"
     with new_folder(args.output_dir) as folder:
         _save(
@@ -159,7 +160,8 @@ def import_pickle(args: argparse.Namespace) -> None:
             compression="not measured",
             rights="Those of the file that it was imported from.",
         )
-    print(f"{len(merges):,} merges. Tokenizer and card in {args.output_dir.resolve()}")
+        write_text(folder / ORDER_FILE, json.dumps(ids) + "\n")
+    print(f"{len(tokenizer.merges):,} merges. Tokenizer and card in {args.output_dir.resolve()}")
 
 
 def _save(folder: Path, name: str, tokenizer: ECGByteTokenizer, datasets: list[str], **parts: str) -> None:

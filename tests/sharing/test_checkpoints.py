@@ -142,6 +142,30 @@ def test_archive_of_several_disks(tmp_path):
         read_checkpoint(path)
 
 
+def test_compressed_archive(tmp_path):
+    """What torch would map as it is, and take for numbers."""
+    torch.save({"a": torch.zeros(4000)}, tmp_path / "stored.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "stored.pt") as stored,
+        zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as compressed,
+    ):
+        for name in stored.namelist():
+            compressed.writestr(name, stored.read(name))
+    with pytest.raises(
+        ValueError, match=r"a\.pt is no checkpoint .*data\.pkl in it is compressed; expected an archive"
+    ):
+        read_checkpoint(tmp_path / "a.pt")
+
+
+def test_a_flipped_bit_of_a_weight(tmp_path):
+    torch.save({"a": torch.zeros(4000)}, tmp_path / "a.pt")
+    content = bytearray((tmp_path / "a.pt").read_bytes())
+    content[content.index(bytes(16000)) + 8000] = 1
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"data/0 in it is not what its checksum says"):
+        read_checkpoint(tmp_path / "a.pt")
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("new_format", [True, False])
 def test_flipped_bytes(new_format, tmp_path):
@@ -170,7 +194,8 @@ def test_flipped_bytes(new_format, tmp_path):
         ({"model_state_dict": {"a": "b"}}, "the entry 'a' is a str"),
         ({1: torch.zeros(1)}, "the entry 1 is a Tensor"),
         ({"a": torch.zeros(1), "module.a": torch.zeros(1)}, "two entries for a: a and module.a"),
-        ({"a": torch.zeros(2, 2).to_sparse()}, "a is sparse or quantized"),
+        ({"a": torch.zeros(2, 2).to_sparse()}, "a is sparse, quantized or without"),
+        ({"a": torch.zeros(2, device="meta")}, "a is sparse, quantized or without values"),
         ({"a": torch.zeros(2).to(torch.float8_e4m3fn)}, r"a is of torch\.float8_e4m3fn; expected float16"),
         ({"a": torch.zeros(1).expand(1000, 1000)}, "a claims more values than the file holds"),
     ],

@@ -1,17 +1,15 @@
-import json
 import os
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
+from reference_checkpoints import FUYU, checkpoint_of, fuyu, llm_weights, run
 from safetensors.torch import load_file
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     CLIPConfig,
     CLIPModel,
@@ -23,31 +21,12 @@ from transformers import (
 from elm_ecg.configuration_elm import ENCODER_CONFIGS
 from elm_ecg.ecg_utils import REFERENCE_LEADS, STANDARD_LEADS
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
-from elm_ecg.tokenization_ecg_byte import ECGByteTokenizer
 from elm_ecg.training.build import load_elm
 from elm_ecg.training.sharing.convert import convert_state_dict, main
 from helpers import golden_state_dict, run_isolated, save_tiny_llm, tiny_image_processor, tiny_vision_config
 from loopback_hub import card_errors
 
 CONNECTORS = ["linear", "mlp", "flat", "patch", "conv"]
-
-
-def run(checkpoint: Path, content, *options) -> dict:
-    """The report of `elm convert` on a checkpoint of this content."""
-    torch.save(content, checkpoint)
-    output_dir = checkpoint.parent / "out"
-    main([str(checkpoint), "--output_dir", str(output_dir), *map(str, options)])
-    return json.loads((output_dir / "conversion.json").read_text())
-
-
-def checkpoint_of(weights, prefix=""):
-    """As a run of the reference writes it."""
-    return {
-        "model_state_dict": {prefix + key: tensor for key, tensor in weights.items()},
-        "optimizer_state_dict": {"state": {}, "param_groups": [{"lr": 1e-4}]},
-        "epoch": 1,
-        "step": 2,
-    }
 
 
 def shrunk(shapes):
@@ -79,15 +58,6 @@ def basic_merl():
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory):
     return save_tiny_llm(tmp_path_factory.mktemp("llm"), hidden_size=64)
-
-
-def llm_weights(folder, prefix="llm.llm.", rows=None):
-    """New weights of the language model under the reference's names, with a row for `<signal>` or with `rows`."""
-    torch.manual_seed(7)
-    config = AutoConfig.from_pretrained(folder)
-    config.vocab_size = config.vocab_size + 1 if rows is None else rows
-    weights = AutoModelForCausalLM.from_config(config).state_dict()
-    return {prefix + key: tensor.clone() for key, tensor in weights.items()}
 
 
 def test_full_size_encoder_gives_the_golden_tokens(shapes, shared, tmp_path, capsys):
@@ -163,17 +133,6 @@ def test_whole_elms_give_the_golden_features(kind, shapes, shared, llm, tmp_path
     assert processor.num_ecg_tokens == (5 if llava else 1 if kind == "flat" else 50)
 
 
-def fuyu(llm, **changes):
-    """A whole ELM of 12 x 500 samples in 5 patches."""
-    connector = {"projection.weight": [64, 1200], "projection.bias": [64]}
-    return llm_weights(llm, **changes) | {
-        f"project_layer.{key}": tensor for key, tensor in golden_state_dict(connector).items()
-    }
-
-
-FUYU = ["--elm", "patch_elf", "--segment_len", 500]
-
-
 def test_both_kinds_load_in_a_fresh_process(llm, tmp_path):
     (tmp_path / "encoder").mkdir()
     run(tmp_path / "encoder/merl.pt", checkpoint_of(basic_merl()), "--encoder", "merl", "--segment_len", 500)
@@ -242,129 +201,6 @@ def test_lora_checkpoints_give_what_peft_gave(llm, tmp_path):
     assert processor.num_ecg_tokens == 5
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_smaller_vocabulary_keeps_its_rows(tied, llm, tmp_path):
-    if tied:
-        llm = save_tiny_llm(tmp_path / "llm", "qwen2_5", hidden_size=64)
-    rows = AutoConfig.from_pretrained(llm).vocab_size - 2
-    weights = fuyu(llm, rows=rows)
-    report = run(tmp_path / "elm.pt", weights, "--llm", llm, *FUYU)
-    assert any(f"has {rows} rows; the other 3 of {rows + 3}" in line for line in report["assumed"])
-    model, _ = load_elm(str(tmp_path / "out"))
-    embeddings = model.get_input_embeddings().weight
-    assert embeddings.shape[0] == rows + 3
-    assert torch.equal(embeddings[:rows], weights["llm.llm.model.embed_tokens.weight"])
-    assert torch.equal(model.lm_head.weight[:rows], weights["llm.llm.lm_head.weight"])
-    base = AutoModelForCausalLM.from_pretrained(llm).get_input_embeddings().weight
-    assert torch.equal(embeddings[rows : rows + 2], base[rows:])
-
-
-def test_added_tokens_are_found_by_name(llm, tmp_path):
-    rows = AutoConfig.from_pretrained(llm).vocab_size
-    weights = fuyu(llm, rows=rows + 3)
-    with pytest.raises(ValueError, match=rf"has {rows + 3} rows.*<signal> needs {rows + 1}.*--added_tokens"):
-        run(tmp_path / "elm.pt", weights, "--llm", llm, *FUYU)
-    run(tmp_path / "elm.pt", weights, "--llm", llm, *FUYU, "--added_tokens", "<think>", "</think>", "<signal>")
-    model, processor = load_elm(str(tmp_path / "out"))
-    theirs = weights["llm.llm.model.embed_tokens.weight"]
-    for place, token in enumerate(["<think>", "</think>", "<signal>"]):
-        row = model.get_input_embeddings().weight[processor.tokenizer.convert_tokens_to_ids(token)]
-        assert torch.equal(row, theirs[rows + place])
-
-
-@pytest.fixture(scope="module")
-def ecg_byte(tmp_path_factory):
-    """A tokenizer of three merges."""
-    folder = tmp_path_factory.mktemp("ecg_byte")
-    ECGByteTokenizer(["nn", "nnn", "ab"]).save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize("order", [["signal_*", "<signal>"], ["<signal>", "<think>", "signal_*"]])
-@pytest.mark.parametrize("tied", [False, True])
-def test_symbolic_elms(tied, order, llm, ecg_byte, tmp_path):
-    """Each token of an ECG gets the row that it had, in the order that the user says: the next token is the reference's."""
-    if tied:
-        llm = save_tiny_llm(tmp_path / "llm", "qwen2_5", hidden_size=64)
-    first = AutoConfig.from_pretrained(llm).vocab_size
-    names = [name for token in order for name in ([f"signal_{k}" for k in range(259)] if "*" in token else [token])]
-    weights = llm_weights(llm, rows=first + len(names))
-    options = ["--llm", llm, "--elm", "ecg_byte", "--ecg_tokenizer", ecg_byte, "--segment_len", 50]
-    report = run(tmp_path / "elm.pt", checkpoint_of(weights), *options, "--added_tokens", *order)
-    assert (report["left_over"], report["missing"]) == ([], [])
-    assert any(f"in the order {' '.join(order)}, signal_* being signal_0 to signal_258" in e for e in report["assumed"])
-    model, processor = load_elm(str(tmp_path / "out"))
-    ecg = {"array": np.linspace(-1, 1, 600).reshape(12, 50), "sampling_rate": 250, "lead_names": REFERENCE_LEADS}
-    chat = [{"role": "user", "content": [{"type": "ecg", "ecg": ecg}, {"type": "text", "text": "Rhythm?"}]}]
-    ids = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")["input_ids"]
-    tokens = processor.tokenizer.convert_ids_to_tokens(ids[0])
-    assert {"signal_256", "signal_257", "signal_122"} <= set(tokens)  # nn, nnn, z
-    # the same text with the reference's ids
-    theirs = [first + names.index(token) if token in names else id for token, id in zip(tokens, ids[0], strict=True)]
-    config = AutoConfig.from_pretrained(llm)
-    config.vocab_size = first + len(names)
-    reference = AutoModelForCausalLM.from_config(config).eval()
-    reference.load_state_dict({key.removeprefix("llm.llm."): tensor for key, tensor in weights.items()})
-    with torch.no_grad():
-        expected = reference(input_ids=torch.tensor([theirs])).logits
-        found = model.eval()(input_ids=ids).logits
-    torch.testing.assert_close(found[..., :first], expected[..., :first], rtol=1e-5, atol=1e-5)
-    for token in ("signal_97", "signal_258", "<signal>"):
-        ours = found[..., processor.tokenizer.convert_tokens_to_ids(token)]
-        torch.testing.assert_close(ours, expected[..., first + names.index(token)], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--elm", "ecg_byte"], r"does not say which of its rows is which token.*--ecg_tokenizer.*--added_tokens"),
-        (["--elm", "ecg_byte", "--ecg_tokenizer"], r"does not say which of its rows"),
-        (["--elm", "ecg_byte", "--added_tokens", "signal_*"], r"does not say which of its rows"),
-        (
-            ["--elm", "ecg_byte", "--added_tokens", "signal_*", "--ecg_tokenizer"],
-            r"needs 519; check --llm and --ecg_tokenizer",
-        ),
-        ([*FUYU, "--added_tokens", "signal_*"], r"signal_\* is for symbolic ELMs"),
-        ([*FUYU, "--added_tokens", "<signal>", "<signal>"], r"--added_tokens has <signal> more than once"),
-        ([*FUYU, "--lora_alpha", "nan"], r"--lora_alpha is nan; expected a positive number"),
-    ],
-)
-def test_added_tokens_that_do_not_fit(options, message, llm, ecg_byte, tmp_path):
-    rows = AutoConfig.from_pretrained(llm).vocab_size + 200
-    options = [*options, ecg_byte] if options[-1] == "--ecg_tokenizer" else options
-    with pytest.raises(ValueError, match=message):
-        run(tmp_path / "elm.pt", llm_weights(llm, rows=rows), "--llm", llm, *options)
-    assert not (tmp_path / "out").exists()
-
-
-def test_rows_of_some_of_the_added_tokens_are_not_guessed(llm, tmp_path):
-    rows = AutoConfig.from_pretrained(llm).vocab_size
-    with pytest.raises(ValueError, match=rf"has {rows + 1} rows.*<think> </think> <signal> needs {rows + 3}"):
-        run(tmp_path / "elm.pt", fuyu(llm), "--llm", llm, *FUYU, "--added_tokens", "<think>", "</think>", "<signal>")
-
-
-def test_a_token_that_the_language_model_has(llm, tmp_path):
-    with pytest.raises(ValueError, match=r"--added_tokens <\|eot_id\|>: --llm .* has it already"):
-        run(tmp_path / "elm.pt", fuyu(llm), "--llm", llm, *FUYU, "--added_tokens", "<|eot_id|>", "<signal>")
-
-
-def test_tokenizer_that_keeps_within_leads(llm, tmp_path):
-    """It has tokens that name leads, which the reference's checkpoints have not."""
-    ECGByteTokenizer(["nn"], across_leads=False).save_pretrained(tmp_path / "ecg_byte")
-    options = [
-        "--llm",
-        llm,
-        "--elm",
-        "ecg_byte",
-        "--ecg_tokenizer",
-        tmp_path / "ecg_byte",
-        "--added_tokens",
-        "signal_*",
-    ]
-    with pytest.raises(ValueError, match="keeps within leads"):
-        run(tmp_path / "elm.pt", llm_weights(llm), *options)
-
-
 @pytest.mark.parametrize(
     ("key", "change", "message"),
     [
@@ -385,11 +221,104 @@ def test_weights_that_are_none(key, change, message, tmp_path):
         run(tmp_path / "merl.pt", weights, "--encoder", "merl", "--segment_len", 500)
 
 
+def test_changed_checkpoints_are_converted_or_refused_in_one_line(llm, tmp_path):
+    """Entries that are missing, renamed, there twice, or of another shape, type or value."""
+    random = np.random.default_rng(0)
+    kinds = [
+        (basic_merl(), ["--encoder", "merl", "--segment_len", 500]),
+        (fuyu(llm), ["--llm", llm, *FUYU]),
+        (llm_weights(llm, "llm."), ["--llm", llm, "--elm", "text"]),
+    ]
+    changes = [
+        lambda t: t[..., :0] if t.ndim else t[None],
+        lambda t: t.reshape(-1),
+        lambda t: t[None],
+        lambda t: t.T.contiguous() if t.ndim == 2 else t.reshape(-1)[:1],
+        lambda t: t[:-1] if t.ndim else t.to(torch.complex64),
+        lambda t: t.to(torch.int8),
+        lambda t: t.double(),
+        lambda t: t * torch.nan,
+        lambda t: torch.tensor(1.0),
+    ]
+    refused = []
+    for number in range(39):  # each change of each kind
+        weights, options = dict(kinds[number % 3][0]), kinds[number % 3][1]
+        key, other = random.choice(list(weights), 2)
+        change = number % (len(changes) + 4)
+        if change < len(changes):
+            weights[key] = changes[change](weights[key])
+        elif change == len(changes):
+            del weights[key]
+        elif change == len(changes) + 1:
+            weights[f"module.{key}"] = weights[key]
+        elif change == len(changes) + 2:
+            weights[re.sub(r"\d+", str(random.integers(10**9)), key)] = weights.pop(key)
+        else:
+            weights[key] = weights[other]
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        try:
+            run(tmp_path / "c.pt", weights, *options)
+        except (ValueError, OSError) as error:
+            refused.append(str(error))
+    assert [message for message in refused if "\n" in message.strip()] == []
+    assert 25 < len(refused) < 39
+
+
 def test_blocks_that_are_missing(tmp_path):
     weights = basic_merl()
     weights["resnet.layer1.3000.conv1.weight"] = torch.ones(8, 8, 3)
     with pytest.raises(ValueError, match=r"has the index 3000, and there are .* others are missing"):
         run(tmp_path / "merl.pt", weights, "--encoder", "merl", "--segment_len", 500)
+
+
+def test_lora_is_merged_in_float32(llm, tmp_path):
+    """As a run of the reference holds it: a language model in bfloat16, and adapters in float32."""
+    base = AutoModelForCausalLM.from_pretrained(llm, dtype=torch.bfloat16)
+    base.resize_token_embeddings(base.config.vocab_size + 1)
+    torch.manual_seed(1)
+    adapted = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj", "down_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    weights = {f"llm.llm.{key}": tensor.clone() for key, tensor in adapted.state_dict().items()}
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16, torch.float32}
+    weights |= {key: tensor.bfloat16() for key, tensor in fuyu(llm).items() if key.startswith("project_layer.")}
+    report = run(tmp_path / "elm.pt", checkpoint_of(weights), "--llm", llm, *FUYU)
+    assert not any("rounded" in line for line in report["assumed"])
+    model, _ = load_elm(str(tmp_path / "out"))
+    ids = torch.arange(60)[None]
+    with torch.no_grad():
+        expected = adapted.float()(input_ids=ids).logits
+        found = model(input_ids=ids).logits
+    assert model.dtype == torch.float32
+    assert (found - expected).norm() <= 1e-6 * expected.norm()
+    shutil.rmtree(tmp_path / "out")
+    # without another type, adapters of bfloat16 alone make float32 too
+    weights = {key: tensor.bfloat16() for key, tensor in weights.items()}
+    report = run(tmp_path / "elm.pt", checkpoint_of(weights), "--llm", llm, *FUYU)
+    assert any("all weights become torch.float32" in line for line in report["assumed"])
+    shutil.rmtree(tmp_path / "out")
+    report = run(tmp_path / "elm.pt", checkpoint_of(weights), "--llm", llm, *FUYU, "--dtype", "bfloat16")
+    assert "LoRA is merged in float32, and the sum is then rounded to bfloat16, as --dtype says" in report["assumed"]
+    assert load_elm(str(tmp_path / "out"))[0].dtype == torch.bfloat16
+
+
+def test_one_token_for_each_ecg_unless_another_number_is_said(llm, tmp_path, capsys):
+    """The reference's default, which its checkpoints do not state; patches are told by the weights."""
+    weights = llm_weights(llm) | {f"encoder.{key}": tensor for key, tensor in basic_merl().items()}
+    connector = {"weight": [64, 8], "bias": [64]}
+    weights |= {f"projection.projection.{key}": tensor for key, tensor in golden_state_dict(connector).items()}
+    options = ["--llm", llm, "--elm", "llava", "--encoder", "merl", "--segment_len", 500]
+    for given, expected in (([], 1), (["--num_ecg_tokens", 3], 3)):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        run(tmp_path / "elm.pt", weights, *options, *given)
+        assert load_elm(str(tmp_path / "out"))[1].num_ecg_tokens == expected
+        told = "Assumed: 1 token for each ECG, the reference's default; give another number with --num_ecg_tokens"
+        assert (told in capsys.readouterr().out) == (not given)
+    shutil.rmtree(tmp_path / "out")
+    report = run(tmp_path / "elm.pt", fuyu(llm), "--llm", llm, *FUYU)
+    assert load_elm(str(tmp_path / "out"))[1].num_ecg_tokens == 5
+    assert not any("for each ECG" in line for line in report["assumed"])
 
 
 @pytest.mark.parametrize("model_type", ["clip_vision_model", "siglip2_vision_model", "vit"])

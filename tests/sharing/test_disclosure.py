@@ -105,7 +105,7 @@ def test_no_names(text):
     [
         ("loaded from /home/jane/models/x", "'/home/jane/models/x', a folder of this machine"),
         (r"C:\Users\jane\x", "a folder of this machine"),
-        ("token hf_" + "a" * 34, r"a token of the Hub, hf_aaa\.\.\.: take it out, and revoke it"),
+        ("token hf_" + "a" * 34, r"a token or key, hf_aaa\.\.\.: take it out, and revoke it"),
     ],
 )
 def test_paths_and_tokens(text, message, tmp_path):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from elm_ecg.training.sharing.ecg_byte_import import MAX_PICKLE_BYTES, read_ecg_byte_pickle
+from elm_ecg.training.sharing.ecg_byte_import import MAX_PICKLE_BYTES, read_ecg_byte_pickle, read_reference_tokenizer
+from elm_ecg.training.tokenizer import main
 
 BYTES = {byte: chr(byte) if byte < 128 else f"<{byte}>" for byte in range(256)}
 VOCAB = BYTES | {256: "aa", 257: "aab", 258: "zz"}
@@ -15,7 +16,22 @@ MERGES = [([97, 97], 256), ([97, 97, 98], 257), ([122, 122], 258)]
 
 def read(folder: Path, content: bytes):
     (folder / "tokenizer.pkl").write_bytes(content)
-    return read_ecg_byte_pickle(folder / "tokenizer.pkl")
+    return read_ecg_byte_pickle(folder / "tokenizer.pkl")[0]
+
+
+def test_order_of_the_vocabulary(tmp_path):
+    """That of the pickle's dict, which the ids do not tell."""
+    order = [258, 97, 257, *(byte for byte in range(256) if byte != 97), 256]
+    path = tmp_path / "tokenizer.pkl"
+    path.write_bytes(pickle.dumps(({token_id: VOCAB[token_id] for token_id in order}, MERGES)))
+    assert read_ecg_byte_pickle(path)[1] == order
+    main(["import", str(path), "--output_dir", str(tmp_path / "imported")])
+    assert read_reference_tokenizer(str(tmp_path / "imported"))[1] == order
+
+
+def test_order_of_the_reference_s_own_file(shared):
+    ids = read_ecg_byte_pickle(shared / "golden/seed_ecg_byte_10000.pkl")[1]
+    assert (ids[:3], sorted(ids)) == ([4082, 9938, 1548], list(range(10256)))
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])

@@ -569,7 +569,7 @@ def test_licence(model, hub):
         ("report.html", b"<td>DOE^JANE</td></html>", r"has 'DOE\^JANE'"),
         ("README.md", b"# x\n\nPatient name: Jane Doe\n", "has 'Patient name: Jane Doe'"),
         ("README.md", b"# x\n\nMRN: 12345\n", "has 'MRN: 12345'"),
-        ("README.md", b"# x\n\nhf_" + b"a" * 34, "has a token of the Hub"),
+        ("README.md", b"# x\n\nhf_" + b"a" * 34, "has a token or key, hf_aaa"),
         ("NOTICE", b"Based on /home/jane/x", "a folder of this machine"),
     ],
 )

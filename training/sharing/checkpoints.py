@@ -39,6 +39,21 @@ def plain_key(key: str) -> str:
     return re.sub(r"(^|(?<=\.))((module|_orig_mod)\.)+", "", key)
 
 
+def _check_archive(path: Path) -> None:
+    """A zip archive as torch writes it, whose parts are mapped as they are: nothing of it may be compressed or damaged.
+
+    Raises:
+        ValueError: something is.
+        zipfile.BadZipFile, OSError: it is no archive, or cannot be read.
+    """
+    with zipfile.ZipFile(path) as archive:
+        compressed = [part.filename for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]
+        if compressed:
+            raise ValueError(f"{compressed[0]} in it is compressed; expected an archive as torch.save writes it")
+        if damaged := archive.testzip():  # reads all of it; torch compares no checksums of what it maps
+            raise ValueError(f"{damaged} in it is not what its checksum says")
+
+
 def _load(path: Path) -> Any:
     """What the file holds. Of pickles only tensors and plain containers are admitted, so nothing in them is executed."""
     if path.suffix == ".pkl":
@@ -49,8 +64,10 @@ def _load(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # torch writes zip archives since 1.6; older files cannot be mapped
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        archive = zipfile.is_zipfile(path)  # torch writes them since 1.6; older files cannot be mapped
+        if archive:
+            _check_archive(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
         # torch's text goes on to say how to load it all the same, which would run the file's code
         refused = re.search(r"GLOBAL [\w.]+|Unsupported (?:operand|class) \S+", str(error))
@@ -86,8 +103,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 f"{path}: the entry {name!r} is a {type(tensor).__name__}; expected names of tensors alone, or a state dict "
                 f"under {STATE_DICT!r}."
             )
-        if tensor.layout != torch.strided or tensor.is_quantized:
-            raise ValueError(f"{path}: {name} is sparse or quantized; expected plain weights.")
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise ValueError(f"{path}: {name} is sparse, quantized or without values; expected plain weights.")
         if tensor.is_floating_point() and tensor.element_size() < 2:
             raise ValueError(f"{path}: {name} is of {tensor.dtype}; expected float16, bfloat16, float32 or float64.")
         # an expanded view takes memory that its file never had
@@ -128,7 +145,8 @@ class Conversion:
 
 
 def merge_lora(state_dict: dict[str, Tensor], alpha: float, use_rslora: bool = False) -> tuple[Conversion, set[int]]:
-    """W + (alpha / rank) B A for every weight W that has an adapter (LoRA, arXiv 2106.09685), computed in float32.
+    """W + (alpha / rank) B A for every weight W that has an adapter (LoRA, arXiv 2106.09685), which becomes float32:
+    bfloat16 would round most of an update away.
 
     Args:
         state_dict: of the adapted model, without PEFT's `base_model.model.`. One without adapters comes back as it is.
@@ -171,7 +189,7 @@ def merge_lora(state_dict: dict[str, Tensor], alpha: float, use_rslora: bool = F
             )
         rank = a.shape[0]
         scale = alpha / (rank**0.5 if use_rslora else rank)
-        merged.tensors[name] = (weight.float() + scale * update).to(weight.dtype)  # bfloat16 rounds updates away
+        merged.tensors[name] = weight.float() + scale * update
         merged.used |= dict.fromkeys(halves.values(), f"{name} (merged)")
         ranks.add(rank)
     return merged, ranks

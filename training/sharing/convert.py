@@ -17,7 +17,7 @@ from elm_ecg.training.sharing.cards import elm_card, encoder_card
 from elm_ecg.training.sharing.checkpoint_keys import convert_state_dict as convert_state_dict
 from elm_ecg.training.sharing.checkpoints import read_checkpoint
 from elm_ecg.training.sharing.convert_arguments import ConvertArguments
-from elm_ecg.training.sharing.convert_models import LLM_PREFIX, convert_elm, convert_encoder
+from elm_ecg.training.sharing.convert_models import convert_elm, convert_encoder, llm_prefix_of
 
 
 def card_of(
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = read_checkpoint(path)
     model: PreTrainedModel
     preparation: ELMProcessor | ECGFeatureExtractor
-    if any(key.startswith(LLM_PREFIX) for key in checkpoint.tensors):
+    if llm_prefix_of(checkpoint.tensors):
         model, preparation, conversion = convert_elm(args, checkpoint)
     else:
         model, preparation, conversion = convert_encoder(args, checkpoint)

@@ -27,13 +27,17 @@ class ConvertArguments(ModelArguments):
     )
     ecg_tokenizer: str | None = argument(
         None,
-        "ECG-Byte tokenizer that a symbolic ELM was trained with, as `elm tokenizer import` makes it: local folder or "
-        "Hub id.",
+        "ECG-Byte tokenizer that a symbolic ELM was trained with: its .pkl, or what `elm tokenizer import` makes of it, a local "
+        "folder or Hub id.",
     )
-    added_tokens: list[str] = argument(
-        [ELMProcessor.ecg_token],
+    num_ecg_tokens: int | None = argument(
+        None,
+        "Tokens of the language model that each ECG took in that run. Default: 1, the reference's; of patches the weights tell.",
+    )
+    added_tokens: list[str] | None = argument(
+        None,
         "Tokens that the run added to the language model's, in the order of their rows; signal_* stands for all ECG tokens "
-        "of a symbolic ELM, by id.",
+        "of a symbolic ELM. Default: those that the reference adds, told by the number of rows.",
     )
     lora_alpha: float = argument(32.0, "Alpha of LoRA in that run.")
     use_rslora: bool = argument(False, "LoRA was scaled by the square root of its rank.")
@@ -57,19 +61,21 @@ class ConvertArguments(ModelArguments):
             self.image_features = "patches"
         self.names_encoder = self.encoder is not None or self.encoder_name_or_path is not None  # before the defaults
         self.gives_num_ecg_tokens = self.num_ecg_tokens is not None
+        if self.num_ecg_tokens is None:
+            self.num_ecg_tokens = 1  # the reference's; super would take ours
         super().__post_init__()
         symbolic = self.representation == "symbolic"  # of --elm too, now that super has read it
-        if symbolic and (self.ecg_tokenizer is None or ECG_TOKENS not in self.added_tokens):
+        if symbolic and (self.ecg_tokenizer is None or ECG_TOKENS not in (self.added_tokens or [ECG_TOKENS])):
             raise ValueError(
-                "A checkpoint of a symbolic ELM does not say which of its rows is which token. Give the run's tokenizer as "
-                "--ecg_tokenizer (`elm tokenizer import` makes it of a .pkl), and all tokens that the run added, in the order of their "
-                f"rows, as --added_tokens, with {ECG_TOKENS} for those of the tokenizer: --added_tokens '{ECG_TOKENS}' "
-                f"'{ELMProcessor.ecg_token}' if these came first."
+                "A checkpoint of a symbolic ELM does not say which of its rows is which token. Give the run's tokenizer, its .pkl, as "
+                "--ecg_tokenizer; and if you name the tokens that the run added, all of them in the order of their rows, with "
+                f"{ECG_TOKENS} for those of the tokenizer: --added_tokens '{ELMProcessor.ecg_token}' '{ECG_TOKENS}' if these came last."
             )
         if not 0 < self.lora_alpha < float("inf"):
             raise ValueError(f"--lora_alpha is {self.lora_alpha}; expected a positive number.")
-        if ECG_TOKENS in self.added_tokens and not symbolic:
+        tokens = self.added_tokens or []
+        if ECG_TOKENS in tokens and not symbolic:
             raise ValueError(f"--added_tokens {ECG_TOKENS} is for symbolic ELMs; add --elm ecg_byte, or leave it out.")
-        repeated = {token for token in self.added_tokens if self.added_tokens.count(token) > 1}
+        repeated = {token for token in tokens if tokens.count(token) > 1}
         if repeated:
             raise ValueError(f"--added_tokens has {', '.join(sorted(repeated))} more than once; each has one row.")

@@ -1,12 +1,13 @@
 """Checkpoints of the reference system (ELM-Research/ELM) become our models: ECG encoders, and whole ELMs."""
 
 import re
+from collections.abc import Collection
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -15,15 +16,16 @@ from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
-from elm_ecg.tokenization_ecg_byte import FIRST_MERGE_ID, ECGByteTokenizer
-from elm_ecg.training.build import build_model, build_processor, resolve_llm
-from elm_ecg.training.markdown import public_name
+from elm_ecg.tokenization_ecg_byte import ECGByteTokenizer
+from elm_ecg.training.build import build_model, build_processor
 from elm_ecg.training.sharing.checkpoint_keys import convert_part, count_indices, some_of
 from elm_ecg.training.sharing.checkpoints import Checkpoint, Conversion, merge_lora
-from elm_ecg.training.sharing.convert_arguments import ECG_TOKENS, ConvertArguments
+from elm_ecg.training.sharing.convert_arguments import ConvertArguments
+from elm_ecg.training.sharing.ecg_byte_import import read_reference_tokenizer
+from elm_ecg.training.sharing.vocabulary import fit_vocabulary
 
-# of the names of weights in a whole ELM of the reference
-LLM_PREFIX, PEFT_PREFIX, ENCODER_PREFIX = "llm.llm.", "base_model.model.", "encoder."
+# of the names of weights in a whole ELM of the reference; symbolic ones hold the language model without a wrapper
+LLM_PREFIXES, PEFT_PREFIX, ENCODER_PREFIX = ("llm.llm.", "llm."), "base_model.model.", "encoder."
 CONNECTOR_PREFIXES = {"llava": "projection.", "fuyu": "project_layer."}
 # weights of vision models that their towers do not have, and why
 NOT_OF_THE_TOWER = {
@@ -36,6 +38,11 @@ NOT_OF_THE_TOWER = {
 
 def _state_dict_of(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+def llm_prefix_of(tensors: Collection[str]) -> str:
+    """What the names of the language model's weights begin with; empty where there are none."""
+    return next((prefix for prefix in LLM_PREFIXES if any(key.startswith(prefix) for key in tensors)), "")
 
 
 def encoder_fields(args: ConvertArguments, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -152,12 +159,12 @@ def convert_encoder(
     if not args.names_encoder or args.encoder not in ENCODER_MODELS:
         encoder = args.encoder if args.names_encoder else None
         raise ValueError(
-            f"The checkpoint holds no language model ({LLM_PREFIX}...), so an encoder alone, and --encoder is {encoder}; expected "
+            f"The checkpoint holds no language model ({LLM_PREFIXES[-1]}...), so an encoder alone, and --encoder is {encoder}; expected "
             f"one of {', '.join(ENCODER_MODELS)}."
         )
     if args.llm or args.representation != "signal":
         option = "--llm" if args.llm else f"--representation {args.representation}"
-        raise ValueError(f"The checkpoint holds no language model ({LLM_PREFIX}...); leave {option} out.")
+        raise ValueError(f"The checkpoint holds no language model ({LLM_PREFIXES[-1]}...); leave {option} out.")
     conversion = convert_part(args.encoder, checkpoint.tensors)
     _check_missing(conversion, f"a {args.encoder} encoder")
     config = ENCODER_CONFIGS[args.encoder](**encoder_fields(args, conversion.tensors))
@@ -195,14 +202,18 @@ def _convert_vision(tower: PreTrainedModel, state_dict: dict[str, Tensor]) -> Co
     return part
 
 
-def _convert_llm(
-    args: ConvertArguments, model: ELMForConditionalGeneration, state_dict: dict[str, Tensor]
-) -> Conversion:
-    lora, ranks = merge_lora(_state_dict_of(PEFT_PREFIX, state_dict) or state_dict, args.lora_alpha, args.use_rslora)
+def _merge_llm(args: ConvertArguments, state_dict: dict[str, Tensor]) -> Conversion:
+    """The language model's weights under its own names; where LoRA was merged, these are float32."""
+    merged, ranks = merge_lora(_state_dict_of(PEFT_PREFIX, state_dict) or state_dict, args.lora_alpha, args.use_rslora)
     if ranks:
         args.assumed.append(
             f"LoRA of rank {', '.join(map(str, sorted(ranks)))} has alpha {args.lora_alpha:g}; give another with --lora_alpha"
         )
+    return merged
+
+
+def _convert_llm(model: ELMForConditionalGeneration, lora: Conversion, state_dict: dict[str, Tensor]) -> Conversion:
+    """The merged weights of `state_dict` under our names."""
     part = Conversion()
     expected = model.state_dict().keys()
     body = f"{model.model.language_model.base_model_prefix}."  # "model." of most
@@ -229,61 +240,6 @@ def _convert_llm(
     return part
 
 
-def _names_of_rows(added_tokens: list[str], ecg_byte: ECGByteTokenizer | None) -> list[str]:
-    """The tokens that a run added, one a row. The reference adds all 256 bytes, though ECGs use 26."""
-    num_signals = 0 if ecg_byte is None else FIRST_MERGE_ID + len(ecg_byte.merges)
-    signals = [f"signal_{token_id}" for token_id in range(num_signals)]
-    return [name for token in added_tokens for name in (signals if token == ECG_TOKENS else [token])]
-
-
-def _fit_vocabulary(
-    args: ConvertArguments, model: ELMForConditionalGeneration, processor: ELMProcessor, part: Conversion
-) -> None:
-    """Gives embeddings and head of the checkpoint the rows of ours; rows that it has not stay as they are in the base model.
-
-    Raises:
-        ValueError: its rows are not those of the tokens, or it has a head of its own where ours is tied.
-    """
-    embeddings = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
-    name, head = f"{embeddings}.weight", "lm_head.weight"
-    if model.config.tie_word_embeddings:
-        if name in part.tensors and head in part.tensors and not torch.equal(part.tensors[name], part.tensors[head]):
-            raise ValueError(f"The checkpoint's head is not its embeddings, which --llm {args.llm} ties; check --llm.")
-        present = [key for key in (name, head) if key in part.tensors]  # a checkpoint of tied weights may hold either
-        if present:
-            part.tensors[name] = part.tensors[head] = part.tensors[present[0]]
-            part.missing = [key for key in part.missing if key not in (name, head)]
-    first_added = processor.ecg_token_id  # the first that our processor adds, behind the language model's own
-    vocabulary, symbolic = processor.tokenizer.get_vocab(), processor.ecg_tokenizer is not None
-    ids = [vocabulary.get(token) for token in _names_of_rows(args.added_tokens, processor.ecg_tokenizer)]
-    current = model.state_dict()
-    for key in (name, head):
-        if key not in part.tensors:
-            continue
-        theirs, ours = part.tensors[key], current[key]
-        rows = len(theirs)
-        if theirs.shape[1:] != ours.shape[1:]:
-            continue  # an error of its own, with all shapes
-        expected = first_added + len(ids)
-        # fewer than the language model's own are of a smaller vocabulary, as many as ours are spare ones
-        if (rows < expected and (rows > first_added or symbolic)) or (rows > expected and rows != len(ours)):
-            raise ValueError(
-                f"{key} has {rows} rows in the checkpoint, and --llm {args.llm} with {' '.join(args.added_tokens)} needs "
-                f"{expected}; check --llm{' and --ecg_tokenizer' if symbolic else ''}, or name all tokens that the run added, in "
-                "order, as --added_tokens."
-            )
-        fitted = ours.clone()  # rows that the checkpoint lacks stay as they are
-        fitted[: min(rows, len(ours))] = theirs[: len(ours)].to(ours.dtype)  # in their order; the added ones follow
-        for place, token_id in enumerate(ids, start=first_added):
-            if place < rows and token_id is not None:
-                fitted[token_id] = theirs[place].to(ours.dtype)
-        part.tensors[key] = fitted
-        if rows < len(ours) and key == name:  # told once, not of the head too
-            args.assumed.append(
-                f"the vocabulary of the checkpoint has {rows} rows; the other {len(ours) - rows} of {len(ours)} are those of {public_name(args.llm)}"
-            )
-
-
 def _convert_signal_encoder(args: ConvertArguments, state_dict: dict[str, Tensor]) -> Conversion:
     """The encoder of an ELM that reads signals; the arguments get the sizes that its weights tell."""
     if args.encoder_name_or_path is not None:
@@ -304,7 +260,12 @@ def _convert_connector(args: ConvertArguments, kind: str, state_dict: dict[str, 
     _check_missing(part, f"the {kind} connector ({CONNECTOR_PREFIXES[str(args.architecture)]}...)")
     if kind == "patch":
         assert args.lead_names is not None
-        patches = len(args.lead_names) * args.num_samples / part.tensors["projection.weight"].shape[1]
+        weight = part.tensors["projection.weight"]  # Linear: [width, values of a patch]
+        if weight.ndim != 2 or not weight.numel():
+            raise ValueError(
+                f"projection.weight of the patch connector is {list(weight.shape)}; expected two dimensions."
+            )
+        patches = len(args.lead_names) * args.num_samples / weight.shape[1]
         if (args.gives_num_ecg_tokens and patches != args.num_ecg_tokens) or patches != int(patches):
             raise ValueError(
                 f"The patch connector makes {patches:g} tokens of {len(args.lead_names)} leads x {args.num_samples} samples, and "
@@ -312,32 +273,23 @@ def _convert_connector(args: ConvertArguments, kind: str, state_dict: dict[str, 
             )
         args.num_ecg_tokens = int(patches)
     elif kind != "flat" and args.image_features != "embedding" and not args.gives_num_ecg_tokens:
-        args.assumed.append(f"{args.num_ecg_tokens} tokens for each ECG; give another number with --num_ecg_tokens")
+        args.assumed.append(
+            f"{args.num_ecg_tokens} token for each ECG, the reference's default; give another number with --num_ecg_tokens"
+        )
     return part
 
 
-def _processor_of(args: ConvertArguments) -> ELMProcessor:
-    """The processor; its tokenizer has the tokens that the run added."""
-    processor = build_processor(args)
-    others = [token for token in args.added_tokens if token != ECG_TOKENS]
-    vocabulary = AutoTokenizer.from_pretrained(resolve_llm(args.llm)).get_vocab()  # without what build_processor added
-    if not_added := [token for token in others if token in vocabulary]:
+def _run_tokenizer(args: ConvertArguments) -> tuple[ECGByteTokenizer | None, list[int]]:
+    """The ECG-Byte tokenizer of a symbolic ELM, and its ids in the order of the run's vocabulary."""
+    if args.ecg_tokenizer is None:
+        return None, []
+    ecg_byte, ids = read_reference_tokenizer(args.ecg_tokenizer)
+    if not ecg_byte.across_leads:
         raise ValueError(
-            f"--added_tokens {' '.join(not_added)}: --llm {args.llm} has it already, so that the run added no row for it; leave it out."
+            f"--ecg_tokenizer {args.ecg_tokenizer} keeps within leads, and those of the reference run on from one lead into the next; "
+            "give the one that the run had."
         )
-    processor.tokenizer.add_tokens(others, special_tokens=True)
-    if processor.ecg_tokenizer is not None:
-        if not processor.ecg_tokenizer.across_leads:
-            raise ValueError(
-                f"--ecg_tokenizer {args.ecg_tokenizer} keeps within leads, and those of the reference run on from one lead into the "
-                "next; give the one that the run had."
-            )
-        count = FIRST_MERGE_ID + len(processor.ecg_tokenizer.merges)
-        args.assumed.append(
-            f"rows of the added tokens in the order {' '.join(args.added_tokens)}, {ECG_TOKENS} being signal_0 to signal_{count - 1}; a "
-            "wrong order is not noticed, so compare an answer with the reference's"
-        )
-    return processor
+    return ecg_byte, ids
 
 
 def convert_elm(
@@ -349,8 +301,9 @@ def convert_elm(
         ValueError: the options do not fit the checkpoint, or something is missing.
     """
     tensors, conversion = checkpoint.tensors, Conversion()
+    llm_prefix = llm_prefix_of(tensors)
     if not args.llm:
-        raise ValueError(f"The checkpoint holds a language model ({LLM_PREFIX}...); name the one of the run as --llm.")
+        raise ValueError(f"The checkpoint holds a language model ({llm_prefix}...); name the one of the run as --llm.")
     llava = args.architecture == "llava"
     if llava and not args.names_encoder:
         raise ValueError("--encoder is missing; name the one that the ELM was trained with.")
@@ -366,8 +319,14 @@ def convert_elm(
     if of_any_length or args.representation == "symbolic":  # else the weights tell the number of samples
         args.assumed.append(f"{args.num_samples} samples for each lead; give another number with --num_samples")
 
-    processor = _processor_of(args)
-    dtype = str(_dtype(args, tensors)).removeprefix("torch.")
+    ecg_byte, ecg_ids = _run_tokenizer(args)
+    processor = build_processor(args, ecg_byte)
+    of_llm = _state_dict_of(llm_prefix, tensors)
+    merged = _merge_llm(args, of_llm)
+    rest = {key: tensor for key, tensor in tensors.items() if not key.startswith(llm_prefix)}
+    dtype = str(_dtype(args, rest | merged.tensors)).removeprefix("torch.")
+    if dtype != "float32" and any(target.endswith("(merged)") for target in merged.used.values()):
+        args.assumed.append(f"LoRA is merged in float32, and the sum is then rounded to {dtype}, as --dtype says")
     model = build_model(args, processor, dtype=dtype).eval()
     if llava and not reads_signals:  # not before: its tower is made with the model
         tower = model.model.encoder
@@ -376,10 +335,10 @@ def convert_elm(
             part.missing = [name for name in part.missing if not name.startswith("pooler.")]
         _check_missing(part, f"the vision tower of {args.encoder_name_or_path or args.encoder}")
         conversion.add(part, ENCODER_PREFIX, "model.encoder.")
-    part = _convert_llm(args, model, _state_dict_of(LLM_PREFIX, tensors))
-    _fit_vocabulary(args, model, processor, part)
+    part = _convert_llm(model, merged, of_llm)
+    fit_vocabulary(args, model, processor, part, ecg_ids)
     _check_missing(part, f"--llm {args.llm}")
-    conversion.add(part, LLM_PREFIX, "")  # our names are whole already
+    conversion.add(part, llm_prefix, "")  # our names are whole already
     seen = conversion.used.keys() | conversion.ignored.keys() | set(conversion.left_over)
     conversion.left_over += [key for key in tensors if key not in seen]
     _check_tensors(conversion.tensors, model, "--llm, --elm, --encoder, --num_samples and --num_ecg_tokens")

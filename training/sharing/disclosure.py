@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from elm_ecg.ecg_formats import format_of
 from elm_ecg.training.evaluation.results import REPORT_FILE
@@ -57,8 +59,28 @@ DATES = re.compile(
     rf"|(?<!\d){_DAY}(?:st|nd|rd|th|\.)?(?: of)? {_WRITTEN}\.?,? {_YEAR}(?!\d)"  # 22nd of November 2002
     rf"|\b{_WRITTEN}\.? (?:{_DAY}(?:st|nd|rd|th)?,? )?{_YEAR}(?!\d)"  # November 22, 2002, November 2002
 )
-LOCAL_PATH = re.compile(r"(?<![\w./])(?:/home|/Users|/root)/[^\s'\"`)<>]+|\b[A-Za-z]:\\Users\\[^\s'\"`)<>]+")
-TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
+# each alternative begins with a character: vocabularies of megabytes are searched for it
+LOCAL_PATH = re.compile(
+    r"/(?<![\w./]/)(?:home|Users|root|mnt|media|scratch|Volumes|tmp)/[^\s'\"`)<>]+|:(?<=\b[A-Za-z]:)\\{1,2}Users\\[^\s'\"`)<>]+"
+)
+# tokens of Hugging Face, GitHub, OpenAI, GitLab and Slack by what they begin with; those of Amazon and Google, JSON Web Tokens, keys,
+# passwords in addresses. Each begins with a character here too
+_ALPHANUMERIC, _LONGER = (
+    ("hf_", "api_org_", "ghp_", "gho_", "ghu_", "ghs_", "ghr_"),
+    ("github_pat_", "sk-", "glpat-", "xoxb-", "xoxp-"),
+)
+TOKEN = re.compile(
+    "|".join(
+        [rf"{start}(?<![\w-]{start})[A-Za-z0-9]{{20,}}" for start in _ALPHANUMERIC]
+        + [rf"{start}(?<![\w-]{start})[\w-]{{20,}}" for start in _LONGER]
+        + [r"A[KS]IA[0-9A-Z]{16}(?!\w)", r"AIza[\w-]{35}", r"eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"]
+        + [r"-----BEGIN [A-Z ]*PRIVATE KEY-----", r"://[^\s/:@]+:[^\s/@]{3,}@\w"]
+    )
+)
+# in code and configurations
+PASSWORD = re.compile(
+    r"(?i:\b(?:api_?key|password|secret_?key|(?:hub|hf|auth|access)_token)\b[\"']?\s*[:=]\s*[\"'][^\"'\s]{8,}[\"'])"
+)
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -117,25 +139,40 @@ def check_folder(folder: Path, shared: Collection[str]) -> list[str]:
     return left_out
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite, without a mask as large as the weights."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())  # both are NaN where one value is
+
+
 def check_weights(folder: Path, names: Collection[str]) -> None:
-    """Reads the headers of files of weights.
+    """Reads files of weights.
 
     Args:
         names: of the files in the folder.
 
     Raises:
-        ValueError: there are none, one is no file of safetensors, or lacks others of its index.
+        ValueError: there are none, one is no file of safetensors, lacks others of its index, has weights that are NaN or infinite,
+            or what it says beside them names somebody.
     """
     if not names:
         raise ValueError(f"{folder} has no weights in safetensors; save them with save_pretrained.")
     for name in names:
         try:
-            with safe_open(folder / name, framework="np") as file:  # opening it checks the header; no weight is read
-                file.keys()
+            with safe_open(folder / name, framework="pt") as file:  # opening it checks the header
+                keys, metadata = list(file.keys()), file.metadata() or {}
+                diverged = next((key for key in keys if not _is_finite(file.get_tensor(key))), None)
         except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"{folder / name} is no file of safetensors, or damaged ({error}); save it again, with save_pretrained."
             ) from error
+        check_text(folder / name, "\n".join([*keys, *(f"{key}: {text}" for key, text in metadata.items())]))
+        if diverged is not None:
+            raise ValueError(
+                f"{diverged} in {folder / name} has NaN or infinite values: the training diverged. Nothing was shared; train again with a "
+                "lower learning rate."
+            )
     for index in folder.glob("*.safetensors.index.json"):
         absent = sorted(set(read_json(index).get("weight_map", {}).values()) - set(names))
         if absent:
@@ -187,19 +224,26 @@ def check_text(path: Path, text: str, own_names: Iterable[str] | None = None) ->
         own_names: for a text that quotes records, its parts that are not from records. Dates are then refused too.
 
     Raises:
-        ValueError: the text names somebody, a date of a record, a folder of this machine or a token of the Hub.
+        ValueError: the text names somebody, a date of a record, a folder of this machine or a secret.
     """
     for name in sorted(own_names or (), key=len, reverse=True):  # longest first: one may hold another
         text = text.replace(name, " ")
-    if match := TOKEN.search(text):
-        raise ValueError(f"{path} has a token of the Hub, {match[0][:6]}...: take it out, and revoke it.")
-    if match := LOCAL_PATH.search(text):
-        raise ValueError(f"{path} has {match[0]!r}, a folder of this machine: nothing was shared. Take it out.")
+    check_secrets(path, text)
+    if match := PASSWORD.search(text):
+        raise ValueError(f"{path} has a password or key, {match[0][:12]}...: take it out, and change it.")
     if match := NAMES.search(text) or (None if own_names is None else DATES.search(text)):
         raise ValueError(
             f"{path} has {match[0]!r}, which may be of a patient: nothing was shared. Take it out, of the data first if it stands in "
             "questions or answers."
         )
+
+
+def check_secrets(path: Path, text: str) -> None:
+    """ValueError if the text, which `path` names in the message, holds a secret or a folder of this machine."""
+    if match := TOKEN.search(text):
+        raise ValueError(f"{path} has a token or key, {match[0][:6]}...: take it out, and revoke it.")
+    if match := LOCAL_PATH.search(text):
+        raise ValueError(f"{path} has {match[0]!r}, a folder of this machine: nothing was shared. Take it out.")
 
 
 def check_dataset(folder: Path) -> None:

@@ -1,17 +1,23 @@
 """ECG-Byte tokenizers of the reference system, which are pickles: read without executing them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import cached_file
+
 from elm_ecg.plain_pickle import load_plain_pickle
-from elm_ecg.tokenization_ecg_byte import FIRST_MERGE_ID, ECGByteTokenizer
+from elm_ecg.tokenization_ecg_byte import FILE_NAME, FIRST_MERGE_ID, ECGByteTokenizer
 
 # 25 times the reference's file of 10,000 merges
 MAX_PICKLE_BYTES = 16 * 2**20
+# beside the imported tokenizer: all its ids in the order of the pickle's `vocab`, in which the reference adds their tokens to
+# a language model. It is that of a hash table: the ids themselves do not tell it
+ORDER_FILE = "reference_order.json"
 
 
-def _merges_of(content: Any) -> list[str]:
-    """The merge strings of the reference's `(vocab, merges)`, in the order of their ids."""
+def _merges_of(content: Any) -> tuple[list[str], list[int]]:
+    """The merge strings of the reference's `(vocab, merges)` in the order of their ids, and all ids in that of `vocab`."""
     if not (isinstance(content, tuple) and isinstance(content[0], dict) and isinstance(content[1], list)):
         raise ValueError("expected a pair of a dict and a list, (vocab, merges)")
     vocab, entries = content  # two: pairs are the only tuples that are read
@@ -34,11 +40,12 @@ def _merges_of(content: Any) -> list[str]:
         merges.append(merge)
     if len(vocab) != FIRST_MERGE_ID + len(merges):
         raise ValueError(f"vocab has {len(vocab)} entries; expected 256 bytes and {len(merges)} merges")
-    return merges
+    return merges, list(vocab)
 
 
-def read_ecg_byte_pickle(path: Path) -> ECGByteTokenizer:
-    """The reference's ECG-Byte tokenizer, a pickle of `(vocab: dict[int, str], merges: list[(list[int], int)])`.
+def read_ecg_byte_pickle(path: Path) -> tuple[ECGByteTokenizer, list[int]]:
+    """The reference's ECG-Byte tokenizer, a pickle of `(vocab: dict[int, str], merges: list[(list[int], int)])`, and its ids
+    in the order of `vocab`.
 
     The pickle is never executed: anything but these containers is refused.
 
@@ -50,6 +57,43 @@ def read_ecg_byte_pickle(path: Path) -> ECGByteTokenizer:
     try:
         if len(content) > MAX_PICKLE_BYTES:
             raise ValueError(f"it is larger than {MAX_PICKLE_BYTES / 2**20:g} MiB")
-        return ECGByteTokenizer(_merges_of(load_plain_pickle(content, int)))
+        merges, ids = _merges_of(load_plain_pickle(content, int))
+        return ECGByteTokenizer(merges), ids
     except ValueError as error:
         raise ValueError(f"{path} is no ECG-Byte tokenizer of the reference: {error}.") from error
+
+
+def read_reference_tokenizer(name: str) -> tuple[ECGByteTokenizer, list[int]]:
+    """A tokenizer that a model of the reference was trained with, and its ids in the order of that model's vocabulary.
+
+    Args:
+        name: of the reference's pickle, or folder or Hub id of what `elm tokenizer import` made of it.
+
+    Raises:
+        ValueError: there is no such tokenizer, it is damaged, or it does not say its order.
+    """
+    path = Path(name)
+    if path.is_file():
+        return read_ecg_byte_pickle(path)
+    if not path.exists():
+        from elm_ecg.training.build import find_model_file  # late: it imports PyTorch, for a better error
+
+        find_model_file(name, [FILE_NAME], label="--ecg_tokenizer")
+    ecg_byte = ECGByteTokenizer.from_pretrained(name)
+    order = cached_file(name, ORDER_FILE, _raise_exceptions_for_missing_entries=False)
+    if order is None:
+        raise ValueError(
+            f"--ecg_tokenizer {name} has no {ORDER_FILE}, so that nobody knows which token of the checkpoint is which: give the run's "
+            ".pkl, or import it again with `elm tokenizer import`."
+        )
+    try:
+        ids = json.loads(Path(order).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{order} is not JSON: {error}") from error
+    if not isinstance(ids, list) or sorted(ids, key=str) != sorted(
+        range(FIRST_MERGE_ID + len(ecg_byte.merges)), key=str
+    ):
+        raise ValueError(
+            f"{order} does not hold each id of {FILE_NAME} once; import it again with `elm tokenizer import`."
+        )
+    return ecg_byte, ids

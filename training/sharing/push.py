@@ -36,6 +36,7 @@ from elm_ecg.training.evaluation.results import REPORT_FILE, RESULTS_FILE
 from elm_ecg.training.files import resource
 from elm_ecg.training.markdown import CARD, CITATION, SAMPLE, citation, on_hub, replace_section, use_of
 from elm_ecg.training.sharing.cards import PREPROCESSOR, elm_card, encoder_card
+from elm_ecg.training.sharing.contents import check_contents, module_file, own_file
 from elm_ecg.training.sharing.disclosure import (
     DATASET_FILES,
     PICKLES,
@@ -49,6 +50,7 @@ from elm_ecg.training.sharing.disclosure import (
     read_json,
     without_local_paths,
 )
+from elm_ecg.training.sharing.ecg_byte_import import ORDER_FILE
 from elm_ecg.training.sharing.hub import NETWORK_ERRORS, refusal, repo_for
 
 MODULES = {path.name for path in resource("").glob("[!_]*.py")}  # that travel with models
@@ -57,7 +59,13 @@ FILES = ["config.json", "generation_config.json", "adapter_config.json", "proces
 FILES += ["model*.safetensors", "model*.safetensors.index.json", "adapter_model.safetensors", PREPROCESSOR, FILE_NAME]
 FILES += ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"]
 FILES += ["merges.txt", "tokenizer.model", RESULTS_FILE, REPORT_FILE]
+# of these, what a folder of one kind may have of another, and nobody needs
+NOT_OF = {"model": ["adapter_*"], "adapter": ["config.json", "generation_config.json", "model*"]}
+NOT_OF["encoder"] = ["adapter_*", "generation_config.json", "processor_config.json", "chat_template.jinja", FILE_NAME]
+NOT_OF["encoder"] += ["*token*", "vocab.*", "merges.txt", RESULTS_FILE, REPORT_FILE]
 LICENCES = ["LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "NOTICE.md"]
+PEFT_TAG = r"base_model:\w+:[^\s'\"]+"  # that PEFT adds to cards, with the folder of the base
+MAX_NAMES = 40  # of files left out that are listed
 EXAMPLES = "<h2>Examples</h2>"  # the heading of the part of a report that shows recordings
 LICENCE_FIELDS = ("license", "license_name", "license_link")  # of a card's metadata
 
@@ -123,12 +131,13 @@ def code_of(folder: Path, kind: str) -> dict[str, bytes]:
             entries = [*(part.get("auto_map") or {}).values()]  # AutoTokenizer has two, slow and fast, or None
             entries += [pipeline["impl"] for pipeline in (part.get("custom_pipelines") or {}).values()]
             classes = [name for entry in entries for name in (entry if isinstance(entry, list) else [entry])]
-            modules |= {name.split("--")[-1].split(".")[0] for name in classes if name}  # REPO--module.Class
+            names = {name.split("--")[-1].rpartition(".")[0] for name in classes if name}  # REPO--module.Class
+            modules |= {module_file(folder, module, folder / name) for module in names}
     code = {}
-    for module in sorted(modules):
-        path = folder / f"{module}.py"
+    for path in sorted(modules):
         try:
-            for file in [path, *map(Path, get_relative_import_files(path))]:
+            imported = [Path(file).relative_to(folder).with_suffix("") for file in get_relative_import_files(path)]
+            for file in [path, *(module_file(folder, str(module), path) for module in imported)]:
                 code[file.name] = file.read_bytes()
         except FileNotFoundError as error:
             raise ValueError(
@@ -163,9 +172,12 @@ def gather(folder: Path, kind: str) -> dict[str, bytes | Path]:
             custom_object_save(ECGByteTokenizer, code)  # the installed code, not that of the folder
             modules = {path.name: path.read_bytes() for path in Path(code).glob("*.py")}
         rate = round(ECGByteTokenizer.from_pretrained(folder).sampling_rate or 250)
-        return {FILE_NAME: folder / FILE_NAME, SAMPLE: sample_ecg(rate, 10 * rate), **modules}
+        own = {name: folder / name for name in (FILE_NAME, ORDER_FILE) if (folder / name).is_file()}
+        return {**own, SAMPLE: sample_ecg(rate, 10 * rate), **modules}
     files: dict[str, bytes | Path] = {
-        path.name: path for path in sorted(folder.iterdir()) if path.is_file() and matches(path.name, FILES + LICENCES)
+        path.name: path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and matches(path.name, FILES + LICENCES) and not matches(path.name, NOT_OF[kind])
     }
     weights = "adapter_model.safetensors" if kind == "adapter" else "model*.safetensors"
     check_weights(folder, [name for name in files if matches(name, [weights])])
@@ -207,10 +219,10 @@ def read_card(folder: Path, kind: str, name: str) -> RepoCard:
     Raises:
         ValueError: it is damaged, holds what must not be shared, or is missing and cannot be written.
     """
-    path = folder / CARD
+    path = own_file(folder, folder / CARD)
     if path.is_file():
         text = path.read_text(encoding="utf-8")
-        check_text(path, text)
+        check_text(path, re.sub(PEFT_TAG, "", text))
         try:
             card: RepoCard = (DatasetCard if kind == "dataset" else ModelCard)(text)
         except (yaml.YAMLError, ValueError, TypeError) as error:
@@ -344,8 +356,9 @@ def with_base(
     folder: Path, files: dict[str, bytes | Path], card: RepoCard, args: argparse.Namespace, api: HfApi, repos: ExitStack
 ) -> None:
     """Makes the adapter name a base model of the Hub, and pushes the local one there first, into a repository of `repos`."""
-    config = read_json(folder / "adapter_config.json")
-    base = str(config.get("base_model_name_or_path") or "")
+    base = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "")
+    cleaned = files["adapter_config.json"]  # without local paths
+    config = json.loads(cleaned if isinstance(cleaned, bytes) else cleaned.read_bytes())
     local = next((path for path in (folder / "base_model", Path(base)) if base and path.is_dir()), None)
     metadata: Any = card.data
     if local is not None:
@@ -355,6 +368,7 @@ def with_base(
             )
         base = args.base_repo_id or f"{args.repo_id}-base"
         base_files = gather(local, "model")
+        check_contents(local, base_files)
         check_folder(local, base_files)
         base_card = read_card(local, "model", base.split("/")[-1])
         names = [*LICENCE_FIELDS]
@@ -370,8 +384,7 @@ def with_base(
         )
     config["base_model_name_or_path"] = base  # PEFT loads it from here, at the revision above
     metadata.base_model = base
-    # PEFT adds a tag with the folder of the base
-    metadata.tags = [tag for tag in metadata.get("tags") or [] if not tag.startswith("base_model:")]
+    metadata.tags = [tag for tag in metadata.get("tags") or [] if not re.match(PEFT_TAG, tag)]
     files["adapter_config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 
 
@@ -432,7 +445,8 @@ def push(args: argparse.Namespace) -> None:
     kind = kind_of(args.run)
     check_arguments(args, kind)
     files = gather(args.run, kind)
-    shared = {*files, CARD, *(path.name for path in args.run.glob("*.py"))}
+    check_contents(args.run, files)
+    shared = {*files, CARD, *MODULES}
     left_out = [] if kind == "dataset" else check_folder(args.run, shared)  # of datasets, gather refuses all else
     api = HfApi()
     card = read_card(args.run, kind, args.repo_id.split("/")[-1])
@@ -442,7 +456,8 @@ def push(args: argparse.Namespace) -> None:
     if args.space:
         check_space(api, args.repo_id)
     if left_out:
-        print(f"Left out: {', '.join(left_out[:8])}{' ...' if len(left_out) > 8 else ''}. Predictions quote the data.")
+        more = f" and {len(left_out) - MAX_NAMES} more" if len(left_out) > MAX_NAMES else ""
+        print(f"Left out: {', '.join(left_out[:MAX_NAMES])}{more}. Predictions quote the data.")
     facts, repo_type = facts_of_use(args.run, kind, files), "dataset" if kind == "dataset" else "model"
     with ExitStack() as repos:  # if the adapter fails, the base's repository is put back too
         own_commits: set[str] = set()
