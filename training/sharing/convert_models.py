@@ -320,7 +320,7 @@ def convert_elm(
         args.assumed.append(f"{args.num_samples} samples for each lead; give another number with --num_samples")
 
     ecg_byte, ecg_ids = _run_tokenizer(args)
-    processor = build_processor(args, ecg_byte)
+    processor = build_processor(args, ecg_byte=ecg_byte)
     of_llm = _state_dict_of(llm_prefix, tensors)
     merged = _merge_llm(args, of_llm)
     rest = {key: tensor for key, tensor in tensors.items() if not key.startswith(llm_prefix)}
