@@ -1,6 +1,9 @@
+import os
+from pathlib import Path
+
 import pytest
 
-from elm_ecg.training.files import atomic_path, new_folder, write_text
+from elm_ecg.training.files import atomic_path, check_output_folder, new_folder, write_text
 
 
 def test_write_text(tmp_path):
@@ -56,3 +59,27 @@ def test_new_folder_through_a_link(tmp_path, exists):
         write_text(folder / "a.txt", "text")
     assert link.is_symlink()
     assert [path.name for path in target.iterdir()] == ["a.txt"]
+
+
+def test_check_output_folder(tmp_path):
+    """It leaves nothing, and makes no folder."""
+    check_output_folder(tmp_path / "a" / "b", new=True)
+    check_output_folder(tmp_path, new=True)
+    assert list(tmp_path.iterdir()) == []
+    write_text(tmp_path / "a.txt", "text")
+    check_output_folder(tmp_path)
+    with pytest.raises(ValueError, match="is there and not empty; name another"):
+        check_output_folder(tmp_path, new=True)
+    for path in (tmp_path / "a.txt", tmp_path / "a.txt" / "b"):
+        with pytest.raises(ValueError, match=f"--output_dir {path} cannot be written: Not a directory"):
+            check_output_folder(path)
+
+
+def test_a_read_only_output_folder(tmp_path):
+    if os.access("/sys/kernel", os.F_OK):  # root may write wherever permissions are all that forbids it
+        with pytest.raises(ValueError, match="--output_dir /sys/kernel/out cannot be written: "):
+            check_output_folder(Path("/sys/kernel/out"))
+    tmp_path.chmod(0o555)
+    if os.geteuid():
+        with pytest.raises(ValueError, match="cannot be written: Permission denied"):
+            check_output_folder(tmp_path / "out")

@@ -429,6 +429,8 @@ def test_number_of_processes(data, monkeypatch):
     ("options", "message"),
     [
         (["--report_to", "nobody"], "--report_to nobody: the package nobody is not installed"),
+        (["--seed", "-1"], "--seed is -1; expected a number from 0 to 4294967295"),
+        (["--data_seed", "-1"], "--data_seed is -1"),
         (["--activation_offloading"], "--activation_offloading takes memory from a GPU, and there is none"),
     ],
 )
