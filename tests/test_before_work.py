@@ -177,7 +177,7 @@ def test_subcommands_and_verbs_that_were_meant(capsys):
 
 def test_the_token_of_the_hub_is_in_no_file(data, tmp_path, monkeypatch):
     """Nor in an error."""
-    with pytest.raises(ValueError, match="--hub_token is not for ELMs: it would be saved") as raised:
+    with pytest.raises(ValueError, match="--hub_token cannot be used: it would be saved") as raised:
         sft.main(["--data", str(data), "--output_dir", str(tmp_path / "out"), "--hub_token", "hf_secret", "--use_cpu"])
     assert "hf_secret" not in str(raised.value)
     assert not (tmp_path / "out").exists()
