@@ -403,6 +403,7 @@ def test_wandb(monkeypatch):
     ("options", "names"),
     [
         (["--lr", "1e-4", "--learning_rate", "2e-4"], "--lr and --learning_rate"),
+        (["--learning_r", "1e-4", "--lr", "2e-4"], "--learning_r and --lr"),
         (["--batch_size=4", "--per-device-train-batch-size=8"], "--batch_size and --per-device-train-batch-size"),
         (
             ["--gradient_checkpointing", "false", "--activation_checkpointing", "true"],
@@ -422,6 +423,18 @@ def test_two_names_of_one_option_in_yaml(tmp_path):
         parse([*BASE, *config])
     config = write_yaml(tmp_path, "learning_rate: 2e-4\n")
     assert parse([*BASE, *config, "--lr", "1e-4", "--lr", "3e-4"])[1].learning_rate == 3e-4  # the last one said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--perturb", "noise"], "--perturb cannot be used: evaluation changes the ECGs itself, as --conditions says"),
+        (["--data_weights", "1"], "--data_weights cannot be used: all rows are scored, each once"),
+    ],
+)
+def test_options_of_training_alone(options, message):
+    with pytest.raises(ValueError, match=message):
+        parse_evaluation(["--elm_ckpt", "folder", "--data", "some/data", *options])
 
 
 def test_a_file_named_as_the_program_is_not_read(tmp_path, monkeypatch):

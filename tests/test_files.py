@@ -2,12 +2,21 @@ import errno
 import os
 import signal
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
 
-from elm_ecg.training.files import atomic_path, ending_on_sigterm, naming, new_folder, no_room, write_text
+from elm_ecg.training.files import (
+    atomic_path,
+    check_output_folder,
+    ending_on_sigterm,
+    naming,
+    new_folder,
+    no_room,
+    write_text,
+)
 
 
 def test_write_text(tmp_path):
@@ -133,3 +142,27 @@ def test_a_real_full_device():
         file.write("text" * 10_000)
     with pytest.raises(zipfile.BadZipFile), naming("other"):
         zipfile.ZipFile("/dev/null")
+
+
+def test_check_output_folder(tmp_path):
+    """It leaves nothing, and makes no folder."""
+    check_output_folder(tmp_path / "a" / "b", new=True)
+    check_output_folder(tmp_path, new=True)
+    assert list(tmp_path.iterdir()) == []
+    write_text(tmp_path / "a.txt", "text")
+    check_output_folder(tmp_path)
+    with pytest.raises(ValueError, match="is there and not empty; name another"):
+        check_output_folder(tmp_path, new=True)
+    for path in (tmp_path / "a.txt", tmp_path / "a.txt" / "b"):
+        with pytest.raises(ValueError, match=f"--output_dir {path} cannot be written: Not a directory"):
+            check_output_folder(path)
+
+
+def test_a_read_only_output_folder(tmp_path):
+    if os.access("/sys/kernel", os.F_OK):  # root may write wherever permissions are all that forbids it
+        with pytest.raises(ValueError, match="--output_dir /sys/kernel/out cannot be written: "):
+            check_output_folder(Path("/sys/kernel/out"))
+    tmp_path.chmod(0o555)
+    if os.geteuid():
+        with pytest.raises(ValueError, match="cannot be written: Permission denied"):
+            check_output_folder(tmp_path / "out")

@@ -191,7 +191,7 @@ def test_refused(name, tmp_path):
     value = other_than_default(name)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({name: yaml.safe_load(value)}))
     for said in ([f"--{name}", value], ["--config", str(tmp_path / "config.yaml")]):
-        with pytest.raises(ValueError, match=rf"^--{name} is not for ELMs: {re.escape(REFUSED[name])}\.$") as raised:
+        with pytest.raises(ValueError, match=rf"^--{name} cannot be used: {re.escape(REFUSED[name])}\.$") as raised:
             sft.parse([*CPU, *said])
         assert "secret" not in str(raised.value)
 
@@ -199,7 +199,7 @@ def test_refused(name, tmp_path):
 def test_refused_values_and_what_is_needed():
     for name, reasons in REFUSED_VALUES.items():
         for value in reasons:
-            with pytest.raises(ValueError, match=rf"^--{name} {value} is not for ELMs: "):
+            with pytest.raises(ValueError, match=rf"^--{name} {value} cannot be used: "):
                 sft.parse([*CPU, f"--{name}", value])
     values = {name: value for name, (_, value) in LORA.items()} | TRAINER | PARSED | {"shuffle_buffer": 5}
     for name, other in NEEDED.items():
@@ -429,6 +429,8 @@ def test_number_of_processes(data, monkeypatch):
     ("options", "message"),
     [
         (["--report_to", "nobody"], "--report_to nobody: the package nobody is not installed"),
+        (["--seed", "-1"], "--seed is -1; expected a number from 0 to 4294967295"),
+        (["--data_seed", "-1"], "--data_seed is -1"),
         (["--activation_offloading"], "--activation_offloading takes memory from a GPU, and there is none"),
     ],
 )

@@ -438,10 +438,10 @@ class ELMParser(CommandLineParser, TrlParser):
         said = {name for name, preset in self.presets.items() if getattr(namespace, name, preset) != preset}
         for name, reason in self.refused.items():
             if name in said:  # the value is not shown: it may be a token
-                raise ValueError(f"--{name} is not for ELMs: {reason}.")
+                raise ValueError(f"--{name} cannot be used: {reason}.")
         for name, reasons in self.refused_values.items():
             if (value := getattr(namespace, name)) in reasons:
-                raise ValueError(f"--{name} {value} is not for ELMs: {reasons[value]}.")
+                raise ValueError(f"--{name} {value} cannot be used: {reasons[value]}.")
         for name, other in self.needed.items():
             if name in said and other not in said:
                 raise ValueError(f"--{name} changes nothing without --{other}; add that, or leave --{name} out.")
@@ -455,7 +455,12 @@ class ELMParser(CommandLineParser, TrlParser):
         """Refuses two names of one option (ValueError), such as `--lr` beside `--learning_rate`: which of them counts?"""
         spellings: dict[str, str] = {}
         for name in names:
-            if (action := self._option_string_actions.get(f"--{name}")) is not None:
+            option = f"--{name}"  # or the beginning of one that no other has
+            found = {
+                self._option_string_actions[text] for text in self._option_string_actions if text.startswith(option)
+            }
+            action = self._option_string_actions.get(option) or (found.pop() if len(found) == 1 else None)
+            if action is not None:
                 other = spellings.setdefault(RENAMED.get(action.dest, action.dest), name)
                 if other.replace("-", "_") != name.replace("-", "_"):
                     raise ValueError(f"{self.source}--{other} and --{name} are one option; leave one of them out.")

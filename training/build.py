@@ -40,6 +40,7 @@ from elm_ecg.modeling_vision_encoders import image_size, vision_config
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer
 from elm_ecg.training.arguments import VISION_BACKBONES, ELMArguments, ELMParser, ModelArguments
+from elm_ecg.training.command_line import did_you_mean
 from elm_ecg.training.files import resource
 from elm_ecg.training.model_files import (
     check_config,
@@ -84,6 +85,7 @@ def resolve_llm(llm: str) -> str:
         return llm
     raise ValueError(
         f"Unknown --llm {llm!r}; expected {', '.join(LLMS)}, a Hub id such as owner/name, or a local folder."
+        f"{did_you_mean(llm, LLMS)}"
     )
 
 
@@ -160,6 +162,7 @@ def encoder_config(args: ModelArguments, num_leads: int) -> PreTrainedConfig:
             raise ValueError(
                 f"Unknown --encoder {args.encoder!r} for {args.representation} ECGs; expected {', '.join(VISION_BACKBONES)}, a Hub "
                 "id such as owner/name, or the model_type of a vision backbone, such as vit."
+                f"{did_you_mean(args.encoder, [*VISION_BACKBONES, *CONFIG_MAPPING])}"
             )
         config_class, shape = CONFIG_MAPPING[model_types[0]], {}
     else:
@@ -167,6 +170,7 @@ def encoder_config(args: ModelArguments, num_leads: int) -> PreTrainedConfig:
             raise ValueError(
                 f"Unknown --encoder {args.encoder!r} for signal ECGs; expected one of {', '.join(ENCODER_CONFIGS)}. Vision "
                 f"backbones read --representation {' or '.join(IMAGE_REPRESENTATIONS)}."
+                f"{did_you_mean(args.encoder, ENCODER_CONFIGS)}"
             )
         config_class = ENCODER_CONFIGS[args.encoder]
         shape = {"num_leads": num_leads, "num_samples": args.num_samples}

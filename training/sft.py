@@ -78,7 +78,7 @@ def parse(argv: list[str] | None = None, prog: str = "elm sft") -> tuple[ELMArgu
     if not args.update:
         pretrained = args.encoder_name_or_path is not None or model_args.model_name_or_path is not None
         args.update = PARTS[1:] if pretrained or args.architecture != "llava" else list(PARTS)
-    if args.wandb:
+    if args.wandb and "wandb" not in training_args.report_to:
         training_args.report_to = [*training_args.report_to, "wandb"]  # a list by now, whatever was said
     _check(training_args, model_args)
     return args, training_args, model_args
@@ -93,6 +93,10 @@ def _check(training_args: SFTConfig, model_args: ModelConfig) -> None:
             raise ValueError(
                 f"--report_to {name}: the package {name} is not installed, or is none that reports; {here}."
             )
+    for name in ("seed", "data_seed"):
+        value = getattr(training_args, name)
+        if value is not None and not 0 <= value < 2**32:  # NumPy's range
+            raise ValueError(f"--{name} is {value}; expected a number from 0 to {2**32 - 1}.")
     if training_args.activation_offloading and training_args.device.type == "cpu":
         raise ValueError("--activation_offloading takes memory from a GPU, and there is none; leave it out.")
     if training_args.eos_token is not None and model_args.use_peft:

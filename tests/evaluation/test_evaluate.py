@@ -387,7 +387,7 @@ def test_compare(evaluated, model, data, tmp_path, capsys):
     ("options", "message"),
     [
         (["--split", "validation"], "has no split 'validation'"),
-        (["--perturb", "noise"], "leave --perturb out"),
+        (["--perturb", "noise"], "--perturb cannot be used: evaluation changes the ECGs itself"),
         (["--batch_size", "0"], "--batch_size is 0; it must be at least 1"),
         (["--seed", "3", "-1"], r"--seed is \[3, -1\]; it must be at least 0"),
         (["--num_resamples", "-1"], "--num_resamples is -1"),

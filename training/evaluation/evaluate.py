@@ -52,6 +52,11 @@ logger = logging.getLogger(__name__)
 
 ScoredBy = Literal["generation", "likelihood"]
 METRICS = ("normalized_match", "token_f1", "closed_set")  # by default, beside exact_match
+# options about data that are of training alone, and why
+OF_TRAINING = {
+    "perturb": "evaluation changes the ECGs itself, as --conditions says",
+    "data_weights": "all rows are scored, each once",
+}
 PACKAGES = ("elm-ecg", "torch", "transformers", "accelerate", "datasets", "evaluate", "peft")
 # fields of a generation config that would give other than one text to a prompt, or have an option of their own
 NOT_GENERATION = (
@@ -352,15 +357,15 @@ def parse(argv: list[str] | None = None) -> EvaluationArguments:
     Raises:
         ValueError: no model is named, or an option is not as expected.
     """
-    (args,) = ELMParser(EvaluationArguments, prog="elm evaluate").parse_args_and_config(argv)
+    parser = ELMParser(EvaluationArguments, prog="elm evaluate")
+    parser.refuse(OF_TRAINING)
+    (args,) = parser.parse_args_and_config(argv)
     if not args.model_name_or_path:
         raise ValueError("Which model? Give its folder or Hub id as --model_name_or_path.")
     if "{fold}" in args.model_name_or_path and args.fold is None:
         raise ValueError(
             f"Which fold is {{fold}} in {args.model_name_or_path}? Say it with --fold, such as --fold 1 2."
         )
-    if args.perturb is not None:
-        raise ValueError("Evaluation changes the ECGs itself, as --conditions says; leave --perturb out.")
     return args
 
 
