@@ -68,10 +68,11 @@ def assert_refused(folder, message=""):
     assert str(folder) in text
 
 
-def test_whole_ones_are_loaded(saved):
+def test_whole_ones_are_loaded(saved, caplog):
     for name in ("elm", "adapter"):
         model, processor = load_elm(str(saved / name))
         assert processor.num_ecg_tokens == model.config.num_ecg_tokens == 4
+    assert caplog.messages == []
 
 
 def bad_json(name, content):
