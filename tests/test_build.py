@@ -26,7 +26,7 @@ from elm_ecg.ecg_drawing import ECGPaper, draw_ecg
 from elm_ecg.ecg_utils import as_record
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
-from elm_ecg.training import build as build_module
+from elm_ecg.training import model_files
 from elm_ecg.training.arguments import ELMArguments
 from elm_ecg.training.build import (
     LLMS,
@@ -479,10 +479,10 @@ def test_model_of_the_hub_that_cannot_be_read(monkeypatch):
     def refuse(*_, **__):
         raise GatedRepoError.__new__(GatedRepoError)  # it is made of a server's response
 
-    monkeypatch.setattr(build_module, "file_exists", refuse)
+    monkeypatch.setattr(model_files, "file_exists", refuse)
     with pytest.raises(ValueError, match=r"--llm a/b is gated: accept its licence at .*/a/b, then run `hf auth login`"):
         new_elm("a/b")
-    monkeypatch.setattr(build_module, "file_exists", lambda *_, **__: False)
+    monkeypatch.setattr(model_files, "file_exists", lambda *_, **__: False)
     with pytest.raises(ValueError, match="--encoder c/d is no folder here, and no model on the Hub with revision main"):
         find_model_file("c/d", ["config.json"], label="--encoder")
 
@@ -562,6 +562,17 @@ def test_threads_of_a_small_model(device, variable, size, threads, monkeypatch, 
     limit_threads(SimpleNamespace(num_parameters=lambda: size), torch.device(device))
     assert calls == ([1] if threads == 1 else [])
     assert ("one thread; OMP_NUM_THREADS sets" in capsys.readouterr().out) == (threads == 1)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", None])
+def test_attention_implementation_of_a_saved_elm(llm, implementation, tmp_path):
+    """As of LoRA's base, which is saved and loaded again: MERL has no attention."""
+    options = {"encoder_config": TINY_ENCODERS["merl"], "num_samples": 500, "attn_implementation": implementation}
+    model, processor = new_elm(str(llm), encoder="merl", **options)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded, _ = load_elm(str(tmp_path), attn_implementation=implementation)
+    assert loaded.model.language_model.config._attn_implementation == (implementation or "sdpa")
 
 
 def test_load_elm(llm, tmp_path):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.training.build import load_elm
 from elm_ecg.training.model_files import check_finite, non_finite
-from helpers import tiny_elm, tiny_elm_config, tiny_image_processor_elm, tiny_processor
+from helpers import fork_project, save_tiny_llm, tiny_elm, tiny_elm_config, tiny_image_processor_elm, tiny_processor
 
 
 def save_adapter(base, folder, processor, seed=0):
@@ -68,10 +68,11 @@ def assert_refused(folder, message=""):
     assert str(folder) in text
 
 
-def test_whole_ones_are_loaded(saved):
+def test_whole_ones_are_loaded(saved, caplog):
     for name in ("elm", "adapter"):
         model, processor = load_elm(str(saved / name))
         assert processor.num_ecg_tokens == model.config.num_ecg_tokens == 4
+    assert caplog.messages == []
 
 
 def bad_json(name, content):
@@ -246,6 +247,40 @@ class TestAdapters:
             ValueError, match=f"The adapter's base .*elm cannot be loaded: it has weights that are NaN.*{NORM}"
         ):
             load_elm(str(adapter))
+
+
+DEAD_HUB = """
+import sys, time
+from elm_ecg.training.build import load_elm, new_elm
+from elm_ecg.training.cli import main
+start = time.time()
+for name in ("user/elm", "user/adapter"):
+    print(load_elm(name)[1].num_ecg_tokens)
+print(new_elm("user/llm", architecture="fuyu", num_samples=500)[0].config.architecture)
+sys.stderr = sys.stdout
+print(main(["chat", "user/other"]))
+print(time.time() - start)
+"""
+
+
+def test_cached_models_and_a_hub_that_does_not_answer(saved, tmp_path):
+    """They are loaded at once, in place of trying each file for half a minute; of one that is not there one line says so."""
+    folders = {"elm": saved / "elm", "adapter": tmp_path / "adapter", "llm": save_tiny_llm(tmp_path / "llm")}
+    shutil.copytree(saved / "adapter", folders["adapter"])
+    edit_json(folders["adapter"] / "adapter_config.json", base_model_name_or_path="user/elm")
+    for name, folder in folders.items():
+        cache = tmp_path / "home" / "hub" / f"models--user--{name}"
+        shutil.copytree(folder, cache / "snapshots" / ("a" * 40))
+        (cache / "refs").mkdir()
+        (cache / "refs" / "main").write_text("a" * 40)
+    dead = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    process = fork_project(DEAD_HUB, **dead).finish()
+    assert process.returncode == 0, process.stderr
+    *values, message, status, seconds = process.stdout.splitlines()
+    assert values[-3:] == ["4", "4", "fuyu"]
+    assert message.startswith("elm chat: The model user/other is no folder here and not in the Hub's cache")
+    assert status == "1"
+    assert float(seconds) < 20
 
 
 def test_non_finite():

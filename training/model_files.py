@@ -75,8 +75,7 @@ def loading(folder: Path, label: str) -> Iterator[None]:
         ValueError: the block raised an error.
     """
     log = logging.getLogger("transformers.modeling_utils")  # its table of missing weights becomes an error, too
-    level = log.level
-    log.setLevel(logging.ERROR)
+    log.addFilter(_is_error)  # with a higher level it would begin to tell of tensor parallelism
     try:
         yield
     except Exception as error:  # what damaged files bring about is of any kind
@@ -85,7 +84,11 @@ def loading(folder: Path, label: str) -> Iterator[None]:
         reason = damage(folder) or (text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}")
         raise ValueError(f"{label} cannot be loaded: {reason[:500]}") from error
     finally:
-        log.setLevel(level)
+        log.removeFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def damage(folder: Path) -> str | None:
