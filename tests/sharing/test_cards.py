@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import UndefinedError
@@ -9,7 +10,7 @@ from trl import ModelConfig, SFTConfig
 from elm_ecg.training.arguments import ELMArguments
 from elm_ecg.training.evaluation.card import add_evaluation
 from elm_ecg.training.markdown import make_card
-from elm_ecg.training.sharing.cards import elm_card, write_model_card
+from elm_ecg.training.sharing.cards import count, elm_card, write_model_card
 from helpers import (
     RESULTS,
     ROOT,
@@ -53,6 +54,8 @@ def test_what_a_card_says(tmp_path):
     assert "| train | 3 | 3 | 2 |" in card.text
     assert "| `learning_rate` | 0.0003 |" in card.text
     assert "| batch size | 4 |" in card.text
+    assert f"| threads of the CPU | {torch.get_num_threads()} |" in card.text
+    assert "| `seed` | 42 |" in card.text
     assert "| transformers |" in card.text
     assert "validation" not in card.text
     assert "{{" not in card.text
@@ -128,6 +131,19 @@ def test_continued_from_a_model(tmp_path):
     card = write(tmp_path / "new", model={"model_name_or_path": "/home/someone/old-elm"})
     assert card.data.base_model is None
     assert "| built on | `old-elm` |" in card.text
+
+
+@pytest.mark.parametrize(
+    ("patients", "expected"),
+    [
+        (["a", "a", "b"], ("3", "unknown", "2")),
+        ([["a", "b"], ["b"], ["c"]], ("3", "unknown", "3")),  # rows about several ECGs
+        (["a", None, "b"], ("3", "unknown", "unknown")),  # as in the card of a dataset: there may be more than two
+        (["a", "", "b"], ("3", "unknown", "unknown")),
+    ],
+)
+def test_count(patients, expected):
+    assert count(Dataset.from_dict({"patient_id": patients})) == expected
 
 
 def test_snippet_is_python(tmp_path):

@@ -571,6 +571,9 @@ def test_licence(model, hub):
         ("README.md", b"# x\n\nMRN: 12345\n", "has 'MRN: 12345'"),
         ("README.md", b"# x\n\nhf_" + b"a" * 34, "has a token or key, hf_aaa"),
         ("NOTICE", b"Based on /home/jane/x", "a folder of this machine"),
+        ("generation_config.json", b'{"a": "hf_' + b"a" * 34 + b'"}', "has a token or key"),
+        ("chat_template.jinja", b"Patient name: Jane Doe", "has 'Patient name: Jane Doe'"),
+        ("special_tokens_map.json", b'{"pad_token": "DOE^JANE"}', r"has 'DOE\^JANE'"),
     ],
 )
 def test_refuses_a_file(name, content, message, model, hub):
@@ -579,6 +582,81 @@ def test_refuses_a_file(name, content, message, model, hub):
     with pytest.raises(ValueError, match=message):
         push(model, "model")
     assert hub.repos == {}
+
+
+def test_refuses_links_and_code_from_elsewhere(model, hub, tmp_path):
+    """Neither a vocabulary, a configuration, a card, a licence nor code is fetched from outside the folder."""
+    (tmp_path / "secret.py").write_text("password = 1")
+    for name in ("merges.txt", "generation_config.json", "README.md", "LICENSE", "pipeline_elm.py"):
+        before = (model / name).read_bytes() if (model / name).exists() else None
+        (model / name).unlink(missing_ok=True)
+        (model / name).symlink_to("/etc/hostname" if name != "generation_config.json" else tmp_path / "outside.json")
+        (tmp_path / "outside.json").write_text("{}")
+        with pytest.raises(ValueError, match=rf"{name} is a link to /.*, outside of the folder: nothing was shared"):
+            push(model, "model")
+        (model / name).unlink()
+        if before is not None:
+            (model / name).write_bytes(before)
+    config = json.loads((model / "config.json").read_text())
+    for module in (f"{tmp_path}/secret", "../secret", "owner/name--../secret"):
+        config["auto_map"]["AutoModel"] = f"{module}.Model"
+        (model / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=r"config\.json names the code .*secret'; expected a module beside it"):
+            push(model, "model")
+    config["auto_map"]["AutoModel"] = "pipeline_elm.Model"
+    (model / "config.json").write_text(json.dumps(config))
+    with (model / "pipeline_elm.py").open("a") as file:
+        file.write(f"\nfrom .{tmp_path}/secret import password\n")  # transformers follows it as a path
+    with pytest.raises(ValueError, match=r"\.py names the code '.*secret'; expected"):
+        push(model, "model")
+    assert hub.repos == {}
+
+
+def test_refuses_weights_that_diverged_or_name_somebody(model, hub):
+    weights = load_file(model / "model.safetensors")
+    name = next(name for name, tensor in weights.items() if tensor.is_floating_point())
+    for value in (float("nan"), float("inf")):
+        changed = weights | {name: weights[name].clone()}
+        changed[name].view(-1)[-1] = value
+        save_file(changed, model / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=rf"{name} in .*model\.safetensors has NaN or infinite values"):
+            push(model, "model")
+    save_file(weights, model / "model.safetensors", {"format": "pt", "note": "DOE^JANE"})
+    with pytest.raises(ValueError, match=r"model\.safetensors has 'DOE\^JANE'"):
+        push(model, "model")
+    assert hub.repos == {}
+
+
+def test_files_of_another_kind_and_own_code_are_named_and_stay(folders, hub, tmp_path, capsys):
+    encoder = shutil.copytree(folders / "encoder", tmp_path / "encoder")
+    for name in (
+        "tokenizer.json",
+        "chat_template.jinja",
+        "adapter_config_old.json",
+        "training_options.json",
+        "mine.py",
+    ):
+        (encoder / name).write_text("{}")
+    push(encoder, "encoder")
+    printed = capsys.readouterr().out
+    files = hub.files("user/encoder")
+    for name in (
+        "tokenizer.json",
+        "chat_template.jinja",
+        "adapter_config_old.json",
+        "training_options.json",
+        "mine.py",
+    ):
+        assert name not in files
+        assert name in printed.split("Left out: ")[1].split("\n")[0]
+
+
+def test_paths_in_the_configuration_of_an_adapter(folders, hub, tmp_path):
+    adapter = shutil.copytree(folders / "adapter", tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"eva_config": "/home/jane/secret/eva"}))
+    push(adapter, "adapter")
+    assert b"secret" not in hub.files("user/adapter")["adapter_config.json"]
 
 
 def test_text_of_nobody_is_sent(model, hub):

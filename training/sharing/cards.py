@@ -16,6 +16,7 @@ from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import ELMArguments
 from elm_ecg.training.build import resolve_llm
+from elm_ecg.training.data.schema import as_list
 from elm_ecg.training.evaluation.card import with_evaluation
 from elm_ecg.training.evaluation.results import RESULTS_FILE, read_results
 from elm_ecg.training.markdown import CARD, TAGS, citation, environment, make_card, on_hub, public_name, use_of
@@ -35,16 +36,15 @@ def licence_of(folder: str) -> str | None:
 
 
 def count(data: Any) -> tuple[Any, Any, Any]:
-    """Rows, records and patients of a split, as far as they can be known."""
+    """Rows, records and patients of a split; `unknown` where the record or patient of a row is, as in the cards of datasets."""
     if not isinstance(data, Dataset):  # an IterableDataset has no length
         return "streamed", "unknown", "unknown"
 
     def distinct(column: str) -> str:
         if column not in data.column_names:
             return "unknown"
-        # a row about several ECGs has a list
-        values = [row if isinstance(row, list) else [row] for row in data[column][:]]
-        return f"{len({value for row in values for value in row if value not in (None, '')}):,}"
+        values = {value for row in data[column][:] for value in as_list(row)}  # a row about several ECGs has a list
+        return "unknown" if values & {None, ""} else f"{len(values):,}"
 
     return f"{len(data):,}", distinct("record_id"), distinct("patient_id")
 
@@ -54,6 +54,7 @@ def _training_rows(args: SFTConfig, model_args: ModelConfig) -> list[tuple[str, 
     rows: list[tuple[str, Any]] = [
         ("batch size", args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
     ]
+    rows.append(("threads of the CPU", torch.get_num_threads()))  # sums of another order end at other weights
     rows += [(f"`{name}`", getattr(args, name)) for name in TRAINING if getattr(args, name, None) is not None]
     if model_args.use_peft:
         rows += [(f"`{name}`", getattr(model_args, name)) for name in LORA]

@@ -115,9 +115,14 @@ def check_contents(folder: Path, files: Mapping[str, bytes | Path]) -> None:
         if path.suffix in NO_TEXT:
             continue
         data = content if isinstance(content, bytes) else content.read_bytes()
+        try:
+            # words of SentencePiece stand among other bytes
+            text = data.decode("utf-8", "replace" if path.suffix == ".model" else "strict")
+        except UnicodeDecodeError as error:  # in UTF-16 nothing would be found
+            raise ValueError(f"{path} is no text in UTF-8: nothing was shared. Save it as UTF-8. ({error})") from error
         if path.suffix == ".json":
-            _check_json(path, data.decode("utf-8", "replace"))
-        elif path.name in WORDS or path.suffix == ".model":  # of SentencePiece, bytes with words among them
-            check_secrets(path, data.decode("utf-8", "replace"))
+            _check_json(path, text)
+        elif path.name in WORDS or path.suffix == ".model":
+            check_secrets(path, text)
         elif path.suffix != ".html":  # a report is a page, and was looked through as one
-            check_text(path, data.decode("utf-8", "replace"))
+            check_text(path, text)

@@ -131,13 +131,13 @@ def code_of(folder: Path, kind: str) -> dict[str, bytes]:
             entries = [*(part.get("auto_map") or {}).values()]  # AutoTokenizer has two, slow and fast, or None
             entries += [pipeline["impl"] for pipeline in (part.get("custom_pipelines") or {}).values()]
             classes = [name for entry in entries for name in (entry if isinstance(entry, list) else [entry])]
-            names = {name.split("--")[-1].rpartition(".")[0] for name in classes if name}  # REPO--module.Class
+            names = {str(name).split("--")[-1].rpartition(".")[0] for name in classes if name}  # REPO--module.Class
             modules |= {module_file(folder, module, folder / name) for module in names}
     code = {}
     for path in sorted(modules):
         try:
-            imported = [Path(file).relative_to(folder).with_suffix("") for file in get_relative_import_files(path)]
-            for file in [path, *(module_file(folder, str(module), path) for module in imported)]:
+            for file in [path, *map(Path, get_relative_import_files(path))]:
+                module_file(folder, file.stem if file.parent == folder else str(file.with_suffix("")), path)
                 code[file.name] = file.read_bytes()
         except FileNotFoundError as error:
             raise ValueError(
