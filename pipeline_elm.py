@@ -50,10 +50,10 @@ class ECGQuestionAnsweringPipeline(Pipeline):
             generation["max_new_tokens"] = max_new_tokens
         return {} if system_prompt is None else {"system_prompt": system_prompt}, generation, {}
 
-    def preprocess(self, input_: Any, system_prompt: str | None = None, **preprocess_parameters: Any) -> Any:
+    def preprocess(self, input_: Any, **preprocess_parameters: Any) -> Any:
         """A list of inputs, as inputs of the model."""
-        inputs = self.processor.with_system_prompt(system_prompt).apply_chat_template(
-            [as_chat(one, **preprocess_parameters) for one in input_],
+        inputs = self.processor.with_system_prompt(**preprocess_parameters).apply_chat_template(
+            [as_chat(one) for one in input_],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,

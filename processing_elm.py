@@ -241,7 +241,7 @@ class ELMProcessor(ProcessorMixin):
             conversation = chats if several else chats[0]
         return super().apply_chat_template(conversation, *args, **kwargs)
 
-    def with_system_prompt(self, system_prompt: str | None) -> "ELMProcessor":
+    def with_system_prompt(self, system_prompt: str | None = None) -> "ELMProcessor":
         """A processor of the same parts with another `system_prompt`; this one, if it is None."""
         if system_prompt is None:
             return self

@@ -111,7 +111,8 @@ class ELMTrainer(SFTTrainer):
         with self.staging(run / name) as folder:
             self._saving_to = folder.parent
             try:
-                self.state.stateful_callbacks[type(self).__name__] = {"num_tokens": self._total_train_tokens}
+                states: Any = self.state.stateful_callbacks  # a dict, whatever its annotation says
+                states[type(self).__name__] = {"num_tokens": self._total_train_tokens}
                 super()._save_checkpoint(model, trial)
             finally:
                 self._saving_to = None
@@ -134,8 +135,8 @@ class ELMTrainer(SFTTrainer):
 
     def _load_callback_state(self) -> None:
         """TRL's count of tokens goes on too."""
-        own = self.state.stateful_callbacks.pop(type(self).__name__, {})
-        self._total_train_tokens = own.get("num_tokens", 0)
+        states: Any = self.state.stateful_callbacks
+        self._total_train_tokens = states.pop(type(self).__name__, {}).get("num_tokens", 0)
         super()._load_callback_state()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
