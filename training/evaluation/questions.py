@@ -110,7 +110,7 @@ def _digest_of_ecg(ecg: Any) -> str:
         record = as_record(ecg)
     except (ValueError, OSError):  # asking says what is wrong; a model that reads no ECG is asked all the same
         return "unreadable"
-    samples = hashlib.sha256(np.ascontiguousarray(record.array))
+    samples = hashlib.sha256(record.array.tobytes())
     samples.update(json.dumps([record.array.shape, float(record.sampling_rate), list(record.lead_names)]).encode())
     return samples.hexdigest()
 

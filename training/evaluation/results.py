@@ -44,8 +44,8 @@ SUMMARY_FILE = "evaluation_summary.json"  # of several runs
 EVALUATIONS = "evaluation"  # folder in that of a model, with one for each evaluation
 OLD_RESULTS = "old_results"
 PARTIAL = "predictions.partial"  # the answers so far, a file for each process
-REQUIRED = ("model", "model_revision", "data", "num_questions", "num_patients", "metrics", "main_metric")
-REQUIRED += ("settings", "conditions", "verdict", "predictions_sha256")
+REQUIRED = ["model", "model_revision", "data", "num_questions", "num_patients", "metrics", "main_metric"]
+REQUIRED += ["settings", "conditions", "verdict", "predictions_sha256"]
 # what makes the data of two results the same, and two lines of predictions the same question
 DATA_FIELDS = ("split", "fingerprint")
 QUESTION_FIELDS = ("row", "turn", "record_id", "patient_id", "question_type", "question", "answer")
@@ -152,8 +152,8 @@ def results_of(folder: Path, revision: str) -> list[tuple[Path, dict[str, Any]]]
     Raises:
         ValueError: as `read_results`.
     """
-    found = [(path, read_results(path)) for path in results_in(folder)]
-    return [(path, results) for path, results in found if results["model_revision"] == revision]
+    paths = [path for path in results_in(folder) if identity_of(path).get("model_revision") == revision]
+    return [(path, read_results(path)) for path in paths]
 
 
 def move_old_results(folder: Path, keep: str | None = None) -> Path | None:
