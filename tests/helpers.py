@@ -297,13 +297,19 @@ def tiny_sft(llm: Path, data: Path, output_dir: Path, *options: str, encoder: st
 
 
 # what `elm evaluate` writes, as far as cards read it
+_SHARE = {"unit": "%", "low": 0.0, "high": 1.0, "higher_is_better": True, "decimals": 1}
 RESULTS = {
-    "schema_version": 3,
+    "schema_version": 4,
     "model": "elm",
+    "model_revision": "sha256:0",
+    "evaluation": "ecgs-test-generation-01234567",
+    "settings": {"score": "generation", "seed": 0},
     "verdict": "Exact match 87.5%, better than all that does without: the model looks at the ECG.",
     "data": {"names": ["ecgs"], "split": "test", "fold": 2, "fingerprint": "0"},
     "num_questions": 40,
     "num_patients": 20,
+    "metrics": {"exact_match": {"title": "exact match", **_SHARE}, "auroc": {"title": "AUROC", **_SHARE}},
+    "main_metric": "exact_match",
     "conditions": {
         "ecg": {
             "metrics": {
@@ -314,6 +320,7 @@ RESULTS = {
         "left_out": {"metrics": {"exact_match": {"value": 0.25, "interval_95": None}}},
         "most_frequent": {"metrics": {"exact_match": {"value": 0.5, "interval_95": None}}},
     },
+    "predictions_sha256": "0",
 }
 
 

@@ -5,6 +5,7 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from elm_ecg.training.evaluation.conditions import CONDITIONS
+from elm_ecg.training.evaluation.scale import MetricScale
 from elm_ecg.training.figures import (
     TOKEN_SHADES,
     confusion_plot,
@@ -40,6 +41,8 @@ def results_of(**changes) -> dict:
     return {
         "conditions": conditions,
         "ecg_minus": {name: {"exact_match": lost} for name in conditions if name != "ecg"},
+        "metrics": {"exact_match": MetricScale(title="exact match").to_dict()},
+        "main_metric": "exact_match",
         "num_questions": 8,
         "questions_by_type": {"rate": 4, "axis": 4},
     } | changes
@@ -47,8 +50,8 @@ def results_of(**changes) -> dict:
 
 def test_scores():
     """Every condition has its colour, every type its row; the same results give the same bytes."""
-    picture = scores_plot(results_of(), "exact_match")
-    assert picture == scores_plot(results_of(), "exact_match")
+    picture = scores_plot(results_of())
+    assert picture == scores_plot(results_of())
     text = picture.decode()
     for condition in CONDITIONS.values():
         assert condition.colour.lower() in text
@@ -58,11 +61,26 @@ def test_scores():
 
 
 def test_differences():
-    text = differences_plot(results_of(), "exact_match").decode()
+    text = differences_plot(results_of()).decode()
     for name in set(CONDITIONS) - {"ecg"}:
         assert f"<!-- over: {CONDITIONS[name].label} -->" in text
     results = results_of(ecg_minus={"zeroed": {"exact_match": {"difference": None, "interval_95": None}}})
-    assert b"<svg" in differences_plot(results, "exact_match")
+    assert b"<svg" in differences_plot(results)
+
+
+def test_a_metric_in_units_is_plotted_in_these():
+    """Not times 100, and not on an axis that ends at 100 percent."""
+    scale = MetricScale(title="error of the rate", unit="bpm", high=None, higher_is_better=False)
+    results = results_of(metrics={"exact_match": scale.to_dict()})
+    text = scores_plot(results).decode()
+    assert "<!-- error of the rate (bpm, lower is better) -->" in text
+    assert "<!-- 0.6 -->" in text  # ticks up to the interval of 0.7
+    assert "<!-- 60 -->" not in text
+    assert (
+        "<!-- error of the rate (bpm, lower is better): difference with its ECG -->"
+        in differences_plot(results).decode()
+    )
+    assert "<!-- 60 -->" in scores_plot(results_of()).decode()
 
 
 def test_confusion():

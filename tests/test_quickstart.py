@@ -3,6 +3,7 @@ import html
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 from datasets import load_from_disk
@@ -36,14 +37,24 @@ def folder(tmp_path_factory):
 def test_writes_what_it_promises(folder):
     names = {str(path.relative_to(folder)) for path in folder.rglob("*")}
     assert names >= {"data/dataset_dict.json", "llm/model.safetensors", "report.html"}
-    model = {"model.safetensors", "README.md", "evaluation_results.json", "predictions.jsonl", "report.html"}
-    assert names >= {f"model/{name}" for name in model | {"modeling_elm.py", "processor_config.json"}}
+    model = {"model.safetensors", "README.md", "modeling_elm.py", "processor_config.json"}
+    assert names >= {f"model/{name}" for name in model}
+    assert {path.name for path in evaluation(folder).iterdir()} == {
+        "evaluation_results.json",
+        "predictions.jsonl",
+        "report.html",
+    }
+
+
+def evaluation(folder: Path) -> Path:
+    (place,) = folder.glob("model/evaluation/data-test-generation-*")
+    return place
 
 
 def test_report(folder):
     report = (folder / "report.html").read_text()
     assert "src=" not in re.sub(r'src="data:[^"]+"', "", report)  # nothing outside the file
-    results = json.loads((folder / "model" / "evaluation_results.json").read_text())
+    results = json.loads((evaluation(folder) / "evaluation_results.json").read_text())
     for words in (results["verdict"], "on simulated ECGs", "not a medical device", "Loss while training"):
         assert words in html.unescape(report)
 
@@ -51,7 +62,7 @@ def test_report(folder):
 def test_examples_are_the_records_that_were_asked_about(folder):
     report = (folder / "report.html").read_text()
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', report)
-    lines = (folder / "model" / "predictions.jsonl").read_text().split("\n")[:-1]
+    lines = (evaluation(folder) / "predictions.jsonl").read_text().split("\n")[:-1]
     chosen = examples([json.loads(line) for line in lines])
     assert len(pictures) == len(chosen)
     record = as_record(load_from_disk(folder / "data")["test"][chosen[0]["row"]]["ecg"])

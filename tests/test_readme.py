@@ -204,7 +204,7 @@ def test_own_data_to_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     small = ["--encoder_config", '{"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 1}']
     assert cli.main([*train, *small, "--max_steps", "1", "--report_to", "none"]) == 0
     assert cli.main([*evaluate, "--max_new_tokens", "4"]) == 0
-    assert (tmp_path / "runs" / "my_elm" / "evaluation_results.json").is_file()
+    assert list(tmp_path.glob("runs/my_elm/evaluation/my_data-test-generation-*/evaluation_results.json"))
     shutil.rmtree(tmp_path / "llm")  # what is saved stands alone
     assert run_isolated(f"{INFERENCE}\nprint(answer.shape[1] > inputs['input_ids'].shape[1])", tmp_path).endswith(
         "True\n"

@@ -12,7 +12,7 @@ matplotlib.use("Agg")  # draws without a display; before pyplot chooses a backen
 import matplotlib.pyplot as plt
 
 from elm_ecg.training.evaluation.conditions import CONDITIONS
-from elm_ecg.training.evaluation.results import title_of
+from elm_ecg.training.evaluation.scale import SHARE, MetricScale, scales_of, title_of
 from elm_ecg.training.files import atomic_path
 
 TOKEN_SHADES = ("#cfe3f2", "#f4e6c8")
@@ -33,17 +33,19 @@ def _svg(figure: Any) -> bytes:
     return content.getvalue()
 
 
-def _bars(row: Mapping[str, Any], key: str = "value") -> tuple[float, list[list[float]]]:
-    """A score, and how far its interval reaches below and above it, in percent."""
+def _bars(row: Mapping[str, Any], scale: MetricScale, key: str = "value") -> tuple[float, list[list[float]]]:
+    """A score, and how far its interval reaches below and above it, as they are shown."""
     if row.get(key) is None:
         return float("nan"), [[0.0], [0.0]]
-    value = 100 * row[key]
-    low, high = (value, value) if row["interval_95"] is None else (100 * end for end in row["interval_95"])
+    value = scale.factor * row[key]
+    low, high = (value, value) if row["interval_95"] is None else (scale.factor * end for end in row["interval_95"])
     return value, [[max(0.0, value - low)], [max(0.0, high - value)]]  # errorbar refuses lengths below 0
 
 
-def scores_plot(results: Mapping[str, Any], metric: str) -> bytes:
-    """SVG of a metric under each condition with its interval, over all questions and by their type: a row for each type."""
+def scores_plot(results: Mapping[str, Any]) -> bytes:
+    """SVG of the main metric under each condition with its interval, over all questions and by their type: a row for each type."""
+    metric = results["main_metric"]
+    scale = scales_of(results)[metric]
     kinds = [("all", results["num_questions"]), *results["questions_by_type"].items()]
     conditions = {name: row for name, row in results["conditions"].items() if metric in row["metrics"]}
     figure, axes = plt.subplots(figsize=(8, 1 + (0.2 * len(conditions) + 0.25) * len(kinds)))
@@ -51,7 +53,7 @@ def scores_plot(results: Mapping[str, Any], metric: str) -> bytes:
     for index, (name, row) in enumerate(conditions.items()):
         for place, (kind, _) in enumerate(kinds):
             scores = row["metrics"] if place == 0 else row["by_question_type"].get(kind, {})
-            value, reach = _bars(scores.get(metric, {}))
+            value, reach = _bars(scores.get(metric, {}), scale)
             y = place + step * (index - (len(conditions) - 1) / 2)
             label = CONDITIONS[name].label if place == 0 else None
             axes.barh(y, value, step, color=CONDITIONS[name].colour, label=label)
@@ -59,24 +61,28 @@ def scores_plot(results: Mapping[str, Any], metric: str) -> bytes:
     labels = [f"{title_of(kind)} ({number})" for kind, number in kinds]
     axes.set_yticks(range(len(kinds)), labels)
     axes.set_ylim(len(kinds) - 0.5, -0.5)  # the first at the top
-    axes.set_xlim(0, 105)
-    axes.set_xlabel(f"{title_of(metric)}, %")
+    if scale.low is not None and scale.high is not None:  # bars begin at 0, and an interval at the end is seen whole
+        axes.set_xlim(scale.factor * min(0, scale.low), scale.factor * 1.05 * scale.high)
+    axes.set_xlabel(f"{scale.title}, %" if scale.unit == SHARE else scale.heading)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(ncols=3, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return _svg(figure)
 
 
-def differences_plot(results: Mapping[str, Any], metric: str) -> bytes:
-    """SVG of how much better the answers with the ECG are than those of each other condition, with its interval."""
+def differences_plot(results: Mapping[str, Any]) -> bytes:
+    """SVG of how the answers with the ECG differ from those of each other condition, by the main metric, with its interval."""
+    metric = results["main_metric"]
+    scale = scales_of(results)[metric]
     gains = {name: row[metric] for name, row in results["ecg_minus"].items() if metric in row}
     figure, axes = plt.subplots(figsize=(8, 1 + 0.4 * max(1, len(gains))))
     for place, (name, row) in enumerate(gains.items()):
-        value, reach = _bars(row, "difference")
+        value, reach = _bars(row, scale, "difference")
         axes.errorbar(value, place, xerr=reach, fmt="o", color=CONDITIONS[name].colour, capsize=3)
     axes.axvline(0, color="#777777", linewidth=0.8)
     axes.set_yticks(range(len(gains)), [f"over: {CONDITIONS[name].label}" for name in gains])
     axes.set_ylim(len(gains) - 0.5, -0.5)
-    axes.set_xlabel("points gained with its ECG")
+    unit = "points gained" if scale.unit == SHARE else f"{scale.heading}: difference"
+    axes.set_xlabel(f"{unit} with its ECG")
     axes.spines[["top", "right"]].set_visible(False)
     return _svg(figure)
 

@@ -1,5 +1,5 @@
+import functools
 from copy import copy
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,9 @@ from datasets import Dataset
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.training.arguments import DataArguments
 from elm_ecg.training.data.loading import load_data, to_chat
-from elm_ecg.training.evaluation.answers import Answerer, Progress
+from elm_ecg.training.evaluation.answers import Answerer, NotFiniteError
 from elm_ecg.training.evaluation.conditions import ASKED, CONDITIONS
+from elm_ecg.training.evaluation.progress import Progress
 from elm_ecg.training.evaluation.questions import list_questions, other_patients
 from helpers import (
     TINY_VISION,
@@ -305,21 +306,28 @@ def test_a_model_without_a_chat_template(elm, data, monkeypatch):
         Answerer(model, processor, data, list_questions(data))
 
 
-def test_progress(tmp_path: Path):
-    progress = Progress(tmp_path, ["model", "data"])
-    progress.begin({"batch_size": 2})
-    progress.add("ecg", 0, ["a", "b\n\u2028c"])
-    progress.add("noise 1", 3, [[-1.5, -2.0]])
-    with progress.path.open("a") as file:
-        file.write('["ecg", 1, ["cut')
-    assert progress.read() == {("ecg", 0): ["a", "b\n\u2028c"], ("noise 1", 3): [[-1.5, -2.0]]}
-    other = Progress(tmp_path, ["model", "data"], process=1)
-    other.begin({"batch_size": 2})
-    assert other.read() == progress.read()
-    assert other.path.read_text() + '["ecg", 1, ["cut' == progress.path.read_text()  # whole lines alone
-    for facts, settings in ((["other model", "data"], {"batch_size": 2}), (["model", "data"], {"batch_size": 3})):
-        other = Progress(tmp_path, facts, process=1)
-        other.begin(settings)
-        assert other.read() == {}
-    progress.remove()
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_gives_nan_has_no_answers(elm, value, monkeypatch):
+    """Neither written ones nor chosen ones; nor is it taken for noise that does not fit."""
+    model, processor = elm
+    rows = mixed_rows(2)
+    questions = list_questions(rows)
+    forward = type(model).forward
+
+    @functools.wraps(forward)  # `generate` looks at its signature
+    def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        output.logits[..., 3] = value
+        return output
+
+    monkeypatch.setattr(type(model), "forward", broken)
+    candidates = [["yes", "no"]] * len(questions)
+    for choices in (None, candidates):
+        answerer = Answerer(model, processor, rows, questions, choices, generation=TEN_TOKENS)
+        with pytest.raises(NotFiniteError, match="The model gives NaN or infinity for the scores of tokens"):
+            answerer.ask("noise")
+
+
+def test_tokens_that_are_ruled_out_are_no_fault(elm):
+    """They have minus infinity."""
+    assert ask(elm, mixed_rows(2), generation={**TEN_TOKENS, "suppress_tokens": [5, 6], "min_new_tokens": 3})

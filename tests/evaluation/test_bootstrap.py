@@ -19,6 +19,7 @@ from elm_ecg.training.evaluation.bootstrap import (
     estimate,
     holm,
     macro_f1,
+    p_in_words,
     resampled_auroc,
     resampled_sums,
 )
@@ -44,6 +45,13 @@ def test_questions_without_patients(patients, message):
         clusters(patients)
 
 
+@pytest.fixture
+def few_patients(monkeypatch):
+    """Intervals of as few patients as can be told by hand, which else have none."""
+    monkeypatch.setattr(bootstrap_module, "MIN_PATIENTS", 2)
+
+
+@pytest.mark.usefixtures("few_patients")
 def test_two_patients_by_hand():
     """A quarter of the resamples hold one patient twice, so the interval goes from one's mean to the other's."""
     samples, patients = [1, 1, 1, 0], ["a", "a", "a", "b"]
@@ -53,6 +61,7 @@ def test_two_patients_by_hand():
     assert 0.15 < np.mean(sums[:, 0] == 6) < 0.35
 
 
+@pytest.mark.usefixtures("few_patients")
 def test_resamples_draw_whole_patients_as_often_as_there_are():
     patients = ["b", "a", "b", "c", "a", "b"]
     drawn = resampled_sums(np.eye(6), patients, num_resamples=500, seed=3)
@@ -131,11 +140,12 @@ def test_paired_difference():
     assert found.p_value == pytest.approx(2 / 501)
     assert found[:3] == pytest.approx(bootstrap(a - b, patients, num_resamples=500))
     swapped = paired_difference(b, a, patients, num_resamples=500)
-    assert swapped == pytest.approx((-found.value, -found.high, -found.low, found.p_value))
+    assert swapped[:4] == pytest.approx((-found.value, -found.high, -found.low, found.p_value))
     assert found.to_dict() == {
         "difference": found.value,
         "interval_95": [found.low, found.high],
         "p_value": found.p_value,
+        "p_value_at_floor": True,
     }
 
 
@@ -143,7 +153,7 @@ def test_equal_scores_are_no_difference():
     rng = np.random.default_rng(0)
     patients = repeated(30, 3)
     a = rng.random(90)
-    assert paired_difference(a, a, patients) == (0, 0, 0, 1)
+    assert paired_difference(a, a, patients) == (0, 0, 0, 1, False)
     # the same sum of each patient, but for the rounding
     b = a.reshape(30, 3)[:, ::-1].ravel()
     assert paired_difference(a, b, patients).p_value == 1
@@ -225,21 +235,41 @@ def test_paired_auroc_difference():
     assert found.value == pytest.approx(1 - bootstrap_auroc(poor, labels, patients, 10).value)
     assert 0 < found.low < found.value < found.high
     assert found.p_value == pytest.approx(2 / 301)
-    assert paired_auroc_difference(good, 3 * good, labels, patients, 300) == (0, 0, 0, 1)
+    assert paired_auroc_difference(good, 3 * good, labels, patients, 300) == (0, 0, 0, 1, False)
 
 
 def test_one_patient_has_no_interval():
     patients = ["a"] * 4
     assert bootstrap([1, 0, 1, 1], patients) == (0.75, None, None)
-    assert paired_difference([1, 0, 1, 1], [0, 0, 1, 1], patients) == (0.25, None, None, None)
+    assert paired_difference([1, 0, 1, 1], [0, 0, 1, 1], patients) == (0.25, None, None, None, False)
     assert bootstrap_auroc([1, 2, 3, 4], [0, 1, 0, 1], patients) == (0.75, None, None)
     assert Estimate(0.75, None, None).to_dict() == {"value": 0.75, "interval_95": None}
+
+
+def test_few_patients_have_no_interval():
+    """Two patients would give p at the least that the resamples can show, of whatever difference."""
+    right, wrong = [1] * 20, [0] * 20
+    for num_patients, known in ((2, False), (9, False), (10, True)):
+        patients = [f"p{row % num_patients}" for row in range(20)]
+        found = paired_difference(right, wrong, patients)
+        assert (found.low is not None) == (found.p_value is not None) == known
+        scores = np.arange(20) // num_patients + np.arange(20)
+        assert (bootstrap_auroc(scores, np.arange(20) % 2, patients).low is not None) == known
+
+
+def test_p_at_the_floor_of_the_resamples_says_so():
+    found = paired_difference([1] * 20, [0] * 20, range(20), num_resamples=2000)
+    assert found.to_dict()["p_value_at_floor"] is True
+    assert p_in_words(found.p_value, found.at_floor) == "<= 0.0010"
+    assert p_in_words(found.p_value, found.at_floor, decimals=3) == "<= 0.001"
+    assert "p_value_at_floor" not in paired_difference([1, 0] * 10, [0, 1] * 10, range(20)).to_dict()
+    assert [p_in_words(p) for p in (None, 0.03104, 1.0, 0.00001)] == ["none", "0.0310", "1.0000", "< 0.0001"]
 
 
 def test_one_class_has_no_auroc():
     patients = ["a", "b", "c"]
     assert bootstrap_auroc([1, 2, 3], [1, 1, 1], patients) == (None, None, None)
-    assert paired_auroc_difference([1, 2, 3], [3, 2, 1], [0, 0, 0], patients) == (None,) * 4
+    assert paired_auroc_difference([1, 2, 3], [3, 2, 1], [0, 0, 0], patients) == (*(None,) * 4, False)
     # nor have several, of which one is alone: their mean would be that of other classes
     assert bootstrap_auroc([[1, 1], [2, 2], [3, 3]], [[1, 1], [0, 1], [0, 1]], patients) == (None, None, None)
 
@@ -266,7 +296,7 @@ def test_a_statistic_that_is_undefined():
         return sums[..., 0] / sums[..., 1]
 
     assert bootstrap([[0, 0], [0, 0]], ["a", "b"], share).to_dict() == {"value": None, "interval_95": None}
-    assert paired_difference([[0, 0]] * 2, [[1, 1]] * 2, ["a", "b"], share) == (None, None, None, None)
+    assert paired_difference([[0, 0]] * 2, [[1, 1]] * 2, ["a", "b"], share) == (None, None, None, None, False)
 
 
 def test_holm_by_hand():

@@ -1,10 +1,31 @@
-from elm_ecg.training.evaluation.card import add_evaluation
+import re
+
+from elm_ecg.training.evaluation.card import add_evaluations
+from elm_ecg.training.evaluation.results import Results
+from forks import ROOT
 from helpers import RESULTS
 
 
 def test_no_card_or_no_place_in_it(tmp_path):
-    add_evaluation(tmp_path, RESULTS)
+    add_evaluations(tmp_path, "sha256:0")
     assert list(tmp_path.iterdir()) == []
+    Results(RESULTS).save(tmp_path)
     (tmp_path / "README.md").write_text("# Mine\n")
-    add_evaluation(tmp_path, RESULTS)
+    add_evaluations(tmp_path, "sha256:0")
     assert (tmp_path / "README.md").read_text() == "# Mine\n"
+
+
+def test_the_readme_has_the_figures_of_the_quickstart_s_card():
+    """And says of which seed and how many threads they are: with others they differ by a few points."""
+    readme, card = ((ROOT / name).read_text() for name in ("README.md", "model_cards/quickstart.md"))
+    value, low, high = map(float, re.search(r"\| ecg \| ([\d.]+) \[([\d.]+), ([\d.]+)\]", card).groups())
+    words = f"{value:.0f}% ({low:.0f}-{high:.0f}) are answered exactly"
+    assert words in " ".join(readme.split())
+    others = [re.search(rf"\| {name} \| ([\d.]+)", card)[1] for name in ("zeroed", "noise", "swapped", "left_out")]
+    zeroed, noise, swapped, left_out = (f"{float(value):.0f}%" for value in others)
+    assert (
+        f"{zeroed} with the ECG zeroed, {noise} with noise, {swapped} with another record's and {left_out} without it"
+        in readme
+    )
+    for text in (readme, card):
+        assert "seed 0, one thread" in text

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import pytest
 from elm_ecg.training.evaluation import compare
 from elm_ecg.training.evaluation.bootstrap import Difference, holm
 from elm_ecg.training.evaluation.compare import in_words, main, read_model, score
+from elm_ecg.training.evaluation.scale import MetricScale
 from elm_ecg.training.evaluation.scores import METRICS
+from helpers import RESULTS
 from intervals import bootstrap, bootstrap_auroc, paired_auroc_difference, paired_difference
 
 
@@ -37,17 +40,16 @@ def make_questions(answers: list[str], patients: int = 10, **changes: Any) -> li
 def save(folder: Path, questions: list[dict[str, Any]], model: str | None = None, **changes: Any) -> Path:
     """What `elm evaluate` writes, as far as it is read here."""
     folder.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(question, ensure_ascii=False) + "\n" for question in questions)
     results = {
-        "schema_version": 3,
+        **RESULTS,
         "model": model or folder.name,
         "data": {"names": ["my_data"], "split": "test", "fingerprint": "abc"},
         "num_questions": len(questions),
-        "conditions": {},
-        "verdict": "better",
+        "predictions_sha256": hashlib.sha256(lines.encode()).hexdigest(),
     }
     path = folder / "evaluation_results.json"
     path.write_text(json.dumps({**results, **changes}))
-    lines = "".join(json.dumps(question, ensure_ascii=False) + "\n" for question in questions)
     (folder / "predictions.jsonl").write_text(lines, encoding="utf-8")
     return path
 
@@ -182,9 +184,13 @@ def test_words():
     def row(metric: str, value: float, p_value: float | None) -> compare.Comparison:
         return compare.Comparison(("a", "b"), metric, Difference(value, None, None, p_value), p_value)
 
-    assert in_words([row("token_f1", -0.123, 0.049), row("bleu", 0.5, 0.05)]) == (
+    scales = {name: MetricScale(title=name.replace("_", " ")) for name in ("token_f1", "bleu")}
+    scales["rate"] = MetricScale(title="error of the rate", unit="bpm", high=None, higher_is_better=False)
+    assert in_words([row("token_f1", -0.123, 0.049), row("bleu", 0.5, 0.05)], scales) == (
         "a and b: b is better than a by 12.3 points of token f1; not shown to differ in bleu."
     )
+    line = in_words([row("rate", -2.5, 0.01)], scales)  # an error: lower is better
+    assert line == "a and b: a is better than b by 2.5 bpm of error of the rate."
 
 
 @pytest.mark.parametrize(
@@ -230,11 +236,11 @@ def test_every_model_is_compared_with_the_first(paths, tmp_path):
     ("content", "message"),
     [
         ("{", "is not JSON"),
-        ("[]", "schema_version None; expected 3"),
-        ('{"schema_version": 1, "model": "old"}', "schema_version 1; expected 3. Write it anew"),
+        ("[]", "schema_version None.* expected 4"),
+        ('{"schema_version": 1, "model": "old"}', "schema_version 1, .* expected 4. Write it anew"),
         (
-            '{"schema_version": 3, "model": "m", "data": ["my_data"]}',
-            "lacks num_questions, conditions, verdict, data.split, data.fingerprint",
+            '{"schema_version": 4, "model": "m", "data": ["my_data"]}',
+            "lacks model_revision, num_questions, .*, verdict, predictions_sha256, data.split, data.fingerprint",
         ),
     ],
 )
@@ -267,6 +273,50 @@ def test_no_predictions(content, message, tmp_path):
 def test_answers_with_other_line_separators(tmp_path):
     path = save(tmp_path / "model", make_questions(["sinus\u2028rhythm\x85", "yes"]))
     assert [question["ecg"] for question in read_model(path).predictions] == ["sinus\u2028rhythm\x85", "yes"]
+
+
+def test_two_patients_say_nothing(tmp_path, capsys):
+    """Of two patients p would be the least that the resamples can show."""
+    a = save(tmp_path / "a", make_questions(["yes"] * 20, patients=2))
+    b = save(tmp_path / "b", make_questions(["no"] * 20, patients=2))
+    main([str(a), str(b), "--output", str(tmp_path / "out.json")])
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert [row["p_value"] for row in written["comparisons"]] == [None]
+    assert "about 2 patients: fewer than 10 do not show how patients differ" in written["warnings"][0]
+    assert written["warnings"][0] in capsys.readouterr().out
+
+
+def test_generated_and_chosen_answers_are_told_apart(paths, tmp_path, capsys):
+    """Which of a few candidates is right is easier to say."""
+    other = save(tmp_path / "other", make_questions(ANSWERS["good"]), settings={"score": "likelihood"})
+    main([paths[0], str(other), "--num_resamples", "50"])
+    assert "Some of these answers were generated and some chosen by likelihood" in capsys.readouterr().out
+    main([*paths, "--num_resamples", "50"])
+    assert "Some of these answers" not in capsys.readouterr().out
+
+
+def test_p_at_the_floor_is_no_number(tmp_path, capsys):
+    a, b = (save(tmp_path / answer, make_questions([answer] * 20)) for answer in ("yes", "no"))
+    main([str(a), str(b), "--num_resamples", "2000"])
+    assert capsys.readouterr().out.count("| <= 0.001 ") == 2
+
+
+def test_models_are_compared_by_the_evaluation_that_all_have(tmp_path, capsys):
+    """Its folder has one name in both, whatever else they were evaluated on."""
+    for name, answers in (("a", ANSWERS["good"]), ("b", ANSWERS["poor"])):
+        save(tmp_path / name / "evaluation" / "my_data-test-generation-0", make_questions(answers), model=name)
+    save(tmp_path / "a" / "evaluation" / "other", make_questions(["yes"]))
+    models = [str(tmp_path / name) for name in "ab"]
+    main([*models, "--num_resamples", "50"])
+    assert "a is better than b by" in capsys.readouterr().out
+    save(tmp_path / "b" / "evaluation" / "other", make_questions(["yes"]))
+    with pytest.raises(
+        ValueError, match=r"2 are of all these models; name the folder of one of each: .*/a/evaluation/my_data"
+    ):
+        main(models)
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ValueError, match=r"nothing holds no evaluation_results\.json"):
+        main([models[0], str(tmp_path / "nothing")])
 
 
 def test_folders(paths, capsys):

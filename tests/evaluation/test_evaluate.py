@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from copy import copy
@@ -13,26 +14,30 @@ import pytest
 from datasets import Dataset, DatasetDict, load_from_disk
 from scipy.stats import t as student_t
 
+from elm_ecg.ecg_utils import as_record, with_notices
 from elm_ecg.training import sft
 from elm_ecg.training.build import load_elm
 from elm_ecg.training.data.loading import load_data
-from elm_ecg.training.evaluation import compare
+from elm_ecg.training.digest import digest_of_folder
+from elm_ecg.training.evaluation import arguments, compare
 from elm_ecg.training.evaluation import evaluate as evaluation
 from elm_ecg.training.evaluation.answers import Answerer
+from elm_ecg.training.evaluation.arguments import EvaluationArguments
+from elm_ecg.training.evaluation.bootstrap import p_in_words
 from elm_ecg.training.evaluation.conditions import ASKED, CONDITIONS, Condition
-from elm_ecg.training.evaluation.evaluate import EvaluationArguments, over_runs
-from elm_ecg.training.evaluation.questions import list_questions
+from elm_ecg.training.evaluation.questions import fingerprint_of, list_questions
 from elm_ecg.training.evaluation.report import write_report
+from elm_ecg.training.evaluation.runs import over_runs
 from elm_ecg.training.evaluation.scores import METRICS
 from elm_ecg.training.figures import scores_plot
-from helpers import fork_two, save_tiny_data, save_tiny_llm, tiny_sft
+from helpers import fork_two, save_record, save_tiny_data, save_tiny_llm, tiny_sft
 
 SETTINGS = ["--max_new_tokens", "6", "--batch_size", "2", "--num_resamples", "50"]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    return save_tiny_data(tmp_path_factory.mktemp("data") / "data", train=8, test=7)
+    return save_tiny_data(tmp_path_factory.mktemp("data") / "data", train=8, test=10)
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +74,12 @@ def test_files(evaluated, data, model):
     assert json.loads((folder / "evaluation_results.json").read_text()) == results
     questions = list_questions(load_data(EvaluationArguments(data=[str(data)]), "test"))
     assert results["num_questions"] == len(questions)
-    assert results["num_patients"] == 7
+    assert results["num_patients"] == 10
     assert results["data"]["names"] == [data.name]
     assert results["data"]["split"] == "test"
-    assert results["model_revision"].startswith("sha256:")
+    assert results["model_revision"] == digest_of_folder(model)
+    assert {"model.safetensors", "tokenizer.json", "chat_template.jinja"} <= set(results["model_files"])
+    assert results["evaluation"].startswith("data-test-generation-")
     assert {"torch", "transformers"} <= set(results["packages"])
     assert str(data.parent) not in json.dumps(results)
     assert set(results["conditions"]) == set(CONDITIONS)
@@ -157,7 +164,11 @@ def test_in_memory_of_a_list_without_training_data(evaluated, elm, data, tmp_pat
         ({"metrics": ["bert_score"]}, "^metrics bert_score .* name it with bert_score_model"),
         ({"generation": {"beams": 2}}, "^generation has beams; expected options of `generate`"),
         ({"candidates": ["yes", "no"]}, "^candidates are what score likelihood decides among"),
-        ({}, "The dataset has 1 rows and no assistant turn to score"),
+        (
+            {"main_metric": "meteor"},
+            "^main_metric is meteor, which is not scored; expected one of exact_match, norm.* metrics, and",
+        ),
+        ({}, "The dataset has 1 row and no assistant turn to score"),
     ],
 )
 def test_bad_arguments_in_memory(elm, options, message):
@@ -177,9 +188,9 @@ def test_notices_are_told_once_with_their_number_of_records(elm, data, caplog):
 
 
 def test_no_dataset_in_memory(elm, data):
-    with pytest.raises(ValueError, match="The dataset is a DatasetDict; expected"):
+    with pytest.raises(ValueError, match=r"^dataset is a DatasetDict"):
         evaluation.evaluate(*elm, load_from_disk(data))
-    with pytest.raises(ValueError, match=r"The dataset has the columns \['text'\]; expected messages and ecg"):
+    with pytest.raises(ValueError, match=r"^dataset has the columns \['text'\]; expected messages and ecg"):
         evaluation.evaluate(*elm, [{"text": "Fast? yes"}])
 
 
@@ -189,20 +200,21 @@ def test_a_further_condition_is_one_entry(elm, data, tmp_path, monkeypatch):
         "reversed", "ECG backwards", "#CC79A7", "the ECG backwards", "in reversed time", lambda a, rng: a[:, ::-1]
     )
     monkeypatch.setitem(CONDITIONS, "reversed", entry)
-    monkeypatch.setattr(evaluation, "ASKED", (*ASKED, "reversed"))
-    rows = load_from_disk(data)["test"].select(range(3))
+    for module in (evaluation, arguments):
+        monkeypatch.setattr(module, "ASKED", (*ASKED, "reversed"))
+    rows = load_from_disk(data)["test"]
     results = evaluation.evaluate(*elm, rows, conditions=["reversed"], max_new_tokens=2, num_resamples=50)
     assert list(results["conditions"]) == ["ecg", "reversed"]
     assert "over the ECG backwards" in results["verdict"]
     write_report(tmp_path / "report.html", results, results.predictions, rows)
     assert "<td>ECG backwards</td>" in (tmp_path / "report.html").read_text()
-    assert b"<!-- ECG backwards -->" in scores_plot(results, "exact_match")
+    assert b"<!-- ECG backwards -->" in scores_plot(results)
 
 
 def test_every_number_of_the_report_is_in_the_results(evaluated):
     folder, results = evaluated
     page = (folder / "report.html").read_text()
-    cells = re.findall(r"<td class=(?:number|score)>(.*?)</td>", page)
+    cells = [cell.replace("\xa0", " ") for cell in re.findall(r"<td class=(?:number|score)>(.*?)</td>", page)]
 
     def values(node: Any) -> list[float]:
         if isinstance(node, dict):
@@ -212,6 +224,7 @@ def test_every_number_of_the_report_is_in_the_results(evaluated):
         return [float(node)] if isinstance(node, int | float) else []
 
     known = {f"{100 * value:.1f}" for value in values(results)} | {f"{value:.4f}" for value in values(results)}
+    known |= {p_in_words(row["p_value"], True)[3:] for rows in results["ecg_minus"].values() for row in rows.values()}
     shown = [number for cell in cells for number in re.findall(r"-?\d+\.\d+", cell)]
     assert len(shown) > 50
     assert set(shown) <= known
@@ -238,12 +251,12 @@ def test_an_interrupted_evaluation_goes_on(evaluated, model, data, tmp_path, mon
         evaluation.main(argv)
     (partial,) = tmp_path.iterdir()
     lines = partial.read_text().splitlines(keepends=True)
-    partial.write_text("".join(lines[:-1]) + lines[-1][:20])
+    partial.write_text("".join(lines[:-1]) + lines[-1][:40])
     asked = len(batches) - 1
     batches.clear()
     monkeypatch.setattr(Answerer, "_answer", lambda self, *args: batches.append(args[1].name) or answer(self, *args))
     assert evaluation.main(argv) == results
-    assert len(batches) == len(ASKED) * 4 - asked  # seven rows, two at once
+    assert len(batches) == len(ASKED) * 5 - asked  # ten rows, two at once
     assert not partial.exists()
     assert (tmp_path / "predictions.jsonl").read_text() == (folder / "predictions.jsonl").read_text()
 
@@ -270,13 +283,172 @@ def test_two_processes_that_were_killed_give_what_one_gives(evaluated, model, da
     assert (tmp_path / "predictions.jsonl").read_text() == (folder / "predictions.jsonl").read_text()
 
 
-def test_results_go_to_the_model_by_default(model, data):
-    options = ["--data", str(data), "--data_subset", "0.5", "--max_new_tokens", "2", "--num_resamples", "10"]
-    results = evaluation.main(["--model_name_or_path", str(model), *options, "--conditions", "left_out"])
-    assert results["num_patients"] == 4
-    assert set(results["conditions"]) == {"ecg", "left_out", "most_frequent"}
-    assert (model / "evaluation_results.json").is_file()
-    assert "Not evaluated yet" not in (model / "README.md").read_text()
+def evaluate_in_model(model: Path, data: Path, *options: str) -> dict[str, Any]:
+    fast = ["--max_new_tokens", "2", "--num_resamples", "10", "--conditions", "left_out", "--batch_size", "16"]
+    return evaluation.main(["--model_name_or_path", str(model), "--data", str(data), *fast, *options])
+
+
+def test_each_evaluation_has_a_place_of_its_own(model, data, tmp_path, capsys, monkeypatch):
+    """The same one replaces its files, others stand beside; the card has all; results of other weights move aside."""
+    monkeypatch.setattr(evaluation, "write_report", lambda *args: None)  # it takes longest
+    model = shutil.copytree(model, tmp_path / "elm")
+    subset = evaluate_in_model(model, data, "--data_subset", "0.5")
+    assert subset["num_patients"] == 5
+    assert set(subset["conditions"]) == {"ecg", "left_out", "most_frequent"}
+    first = model / "evaluation" / subset["evaluation"]
+    assert f"Results, predictions and report in {first}" in capsys.readouterr().out
+    written = (first / "evaluation_results.json").read_text()
+    whole = evaluate_in_model(model, data, "--metrics", "set_f1", "--main_metric", "set_f1")
+    evaluate_in_model(model, data, "--metrics", "set_f1", "--main_metric", "set_f1")
+    assert whole["verdict"].startswith("Set f1")
+    places = {subset["evaluation"], whole["evaluation"]}
+    assert {path.name for path in (model / "evaluation").iterdir()} == places
+    assert (first / "evaluation_results.json").read_text() == written
+    card = (model / "README.md").read_text()
+    assert card.count(subset["verdict"]) == card.count(whole["verdict"]) == 1
+    assert "Not evaluated yet" not in card
+    assert "are of other weights" not in capsys.readouterr().out
+    (model / "chat_template.jinja").write_text((model / "chat_template.jinja").read_text() + "{# other #}")
+    again = evaluate_in_model(model, data, "--data_subset", "0.5")
+    assert {path.name for path in (model / "evaluation").iterdir()} == {again["evaluation"]} == {subset["evaluation"]}
+    assert {path.name for path in (model / "old_results" / "1" / "evaluation").iterdir()} == places
+    assert "are of other weights" in capsys.readouterr().out
+    assert whole["verdict"] not in (model / "README.md").read_text()
+
+
+def test_an_output_dir_with_other_results_is_not_overwritten(model, data, evaluated, tmp_path):
+    folder, _ = evaluated
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(
+        ValueError, match=r"holds the results of other data or settings \(data-test-generation-.*not overwritten"
+    ):
+        evaluate_in_model(model, data, "--output_dir", str(folder))
+    other = shutil.copytree(model, tmp_path / "elm")
+    (other / "chat_template.jinja").write_text((other / "chat_template.jinja").read_text() + "{# other #}")
+    with pytest.raises(ValueError, match="holds the results of other weights"):
+        evaluation.main(argv_of(other, data, folder, *SETTINGS))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+CHANGES = {
+    "processor_config.json": lambda text: text.replace('"normalization": "none"', '"normalization": "zscore"'),
+    "chat_template.jinja": lambda text: text + "{{ ' so' }}",
+    "generation_config.json": lambda text: json.dumps({**json.loads(text), "suppress_tokens": [65, 66]}),
+}
+
+
+@pytest.mark.parametrize("changed", ["the ECG's file", *CHANGES])
+def test_an_interrupted_evaluation_takes_no_answers_of_what_was_changed(model, data, tmp_path, monkeypatch, changed):
+    """Each of these left 37 to 66 of 133 answers wrong, without a word."""
+    rows = list(load_data(EvaluationArguments(data=[str(data)]), "test").with_format(None))[:2]
+    for index, row in enumerate(rows):
+        row["ecg"] = str(save_record(tmp_path / f"{index}.npz", seed=index, seconds=5))
+    DatasetDict(test=Dataset.from_list(rows)).save_to_disk(tmp_path / "data")
+    model = shutil.copytree(model, tmp_path / "elm")
+    options = ["--conditions", "zeroed", "--max_new_tokens", "6", "--batch_size", "1", "--num_resamples", "10"]
+    argv = ["--model_name_or_path", str(model), "--data", str(tmp_path / "data"), *options]
+    monkeypatch.setattr(evaluation, "write_report", lambda *args: None)  # it takes longest
+    answer, asked = Answerer._answer, []
+
+    def interrupted(self: Answerer, conversations: Any, condition: Any, batch: int) -> list[Any]:
+        if condition.name == "zeroed":
+            raise KeyboardInterrupt
+        return answer(self, conversations, condition, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Answerer, "_answer", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            evaluation.main(argv)
+    (partial,) = model.glob("evaluation/*/predictions.partial.0.jsonl")
+    assert len(partial.read_text().split()) > 2
+    if changed in CHANGES:
+        text = (model / changed).read_text()
+        (model / changed).write_text(CHANGES[changed](text))
+        assert (model / changed).read_text() != text
+    else:
+        save_record(tmp_path / "1.npz", seed=9, seconds=5)  # at the same place
+    with monkeypatch.context() as patch:
+        patch.setattr(Answerer, "_answer", _watched(answer, asked))
+        evaluation.main(argv)
+    assert asked.count("ecg") == 2  # anew
+
+
+def test_a_list_of_records_and_names_alone(elm, data):
+    """`ECGRecord`s stand in rows as `read_ecg` gives them; a single metric or condition needs no list; no training rows, no baseline."""
+    rows = list(load_from_disk(data)["test"])[:2]
+    options = {"conditions": "left_out", "metrics": "token_f1", "max_new_tokens": 4, "num_resamples": 10}
+    expected = evaluation.evaluate(*elm, rows, **options)
+    assert list(expected["conditions"]) == ["ecg", "left_out"]
+    assert set(expected["metrics"]) == {"exact_match", "token_f1"}
+    records = [{**row, "ecg": as_record(row["ecg"])} for row in rows]
+    found = evaluation.evaluate(*elm, records, training_dataset=[], **options)
+    assert found == expected
+    assert found.predictions == expected.predictions
+    assert evaluation.evaluate(*elm, [{**row, "ecg": [row["ecg"]]} for row in records], **options) == expected
+    with pytest.raises(ValueError, match="The dataset has 0 rows"):
+        evaluation.evaluate(*elm, [])
+
+
+def test_notices_of_records_are_told(elm, data, caplog):
+    row = next(iter(load_from_disk(data)["test"]))
+    record = with_notices(as_record(row["ecg"]), "The lead V6 was drawn by hand.")
+    evaluation.evaluate(*elm, [{**row, "ecg": record}], conditions="left_out", max_new_tokens=2, num_resamples=10)
+    assert "The lead V6 was drawn by hand. (records: 1)" in caplog.text
+
+
+def test_a_metric_of_ones_own(elm, data, tmp_path):
+    """From the command's options to the report: in its units, and tried before the model is asked."""
+    path = tmp_path / "length_error.py"
+    path.write_text(LENGTH_ERROR)
+    rows = load_from_disk(data)["test"]
+    options = {"conditions": "left_out", "max_new_tokens": 4, "num_resamples": 20, "batch_size": 16}
+    results = evaluation.evaluate(*elm, rows, metrics=str(path), main_metric="length_error", **options)
+    value = np.mean([abs(len(row["ecg"]) - len(row["answer"])) for row in results.predictions])
+    assert results["conditions"]["ecg"]["metrics"]["length_error"]["value"] == pytest.approx(value)
+    assert results["verdict"].startswith(f"Error of the length {value:.1f} [")
+    assert "] letters (" in results["verdict"]
+    write_report(tmp_path / "report.html", results, results.predictions, rows)
+    page = (tmp_path / "report.html").read_text()
+    assert "<th>error of the length (letters, lower is better)</th>" in page
+    path.write_text(LENGTH_ERROR.replace("abs(", "1 / 0 or abs("))
+    with pytest.raises(ValueError, match="The metric length_error fails on the right answers: ZeroDivisionError"):
+        evaluation.evaluate(*elm, rows, metrics=[str(path)], **options)
+
+
+LENGTH_ERROR = """
+\"\"\"How many letters an answer is too long or too short.\"\"\"
+
+from elm_ecg.training.evaluation.scale import MetricScale
+from elm_ecg.training.evaluation.text import PairMetric
+
+
+class LengthError(PairMetric):
+    \"\"\"Of each pair.\"\"\"
+
+    scale = MetricScale(title="error of the length", unit="letters", high=None, higher_is_better=False)
+
+    def _score(self, prediction, reference):
+        return abs(len(prediction) - len(reference))
+"""
+
+
+def test_the_fingerprint_is_of_the_samples(elm, data):
+    """The same words about other ECGs are other data; and other units of the same samples the same."""
+    rows = list(load_from_disk(data)["test"])[:2]
+
+    def fingerprint(*ecgs: Any) -> str:
+        table = evaluation._as_dataset([{**row, "ecg": ecg} for row, ecg in zip(rows, ecgs, strict=True)], "dataset")
+        return fingerprint_of(table, list_questions(table))
+
+    first, second = (row["ecg"] for row in rows)
+    before = fingerprint(first, second)
+    assert fingerprint(second, first) != before
+    array = np.array(first["array"])
+    assert fingerprint({**first, "array": (array / 1000).tolist(), "unit": "mV"}, second) == before
+    array[3, 7] += 1
+    assert fingerprint({**first, "array": array.tolist()}, second) != before
+    assert fingerprint({**first, "sampling_rate": 200}, second) != before
+    assert fingerprint({**first, "lead_names": first["lead_names"][::-1]}, second) != before
 
 
 def test_nothing_to_swap(model, data, tmp_path, caplog):
@@ -287,9 +459,9 @@ def test_nothing_to_swap(model, data, tmp_path, caplog):
     results = evaluation.main(argv_of(model, tmp_path / "data", tmp_path, *options))
     assert set(results["conditions"]) == set(ASKED) - {"swapped"}
     assert set(results["questions_by_type"]) == {"rhythm"}
-    assert "All 1 rows have an ECG of the patients" in results["not_scored"]["swapped"]
-    assert "another patient's ECG: not scored. All 1 rows have an ECG of the patients" in caplog.text
-    assert "nothing can be said of what the ECG adds" in results["verdict"]
+    assert results["not_scored"]["swapped"] == "There is one row alone, and so no other ECG to swap in."
+    assert "another patient's ECG: not scored. There is one row alone" in caplog.text
+    assert "the questions are about 1 patient, and fewer than 10 are too few" in results["verdict"]
 
 
 def test_likelihood(model, data, tmp_path):
@@ -312,8 +484,8 @@ def test_likelihood(model, data, tmp_path):
     assert results["conditions"]["ecg"]["metrics"]["auroc"]["value"] == np.mean(wins)
     assert "AUROC" in (tmp_path / "report.html").read_text()
     DatasetDict(test=Dataset.from_list(asked[:1])).save_to_disk(tmp_path / "one")
-    with pytest.raises(ValueError, match="have 1 different answers"):
-        evaluation.main(argv_of(model, tmp_path / "one", tmp_path, *options))
+    with pytest.raises(ValueError, match=r"have 1 different answer; --score likelihood .* Give them as --candidates"):
+        evaluation.main(argv_of(model, tmp_path / "one", tmp_path / "out", *options))
 
 
 def test_folds_and_seeds(model, data, tmp_path, caplog, capsys):
@@ -351,8 +523,7 @@ def test_folds_and_seeds(model, data, tmp_path, caplog, capsys):
         scores = [values[run][condition] for run in runs]
         assert found["num_runs"] == len(runs)
         assert found["mean"] == pytest.approx(np.mean(scores))
-        half = student_t.ppf(0.975, len(runs) - 1) * np.std(scores, ddof=1) / len(runs) ** 0.5
-        assert found["interval_95"] == pytest.approx([np.mean(scores) - half, np.mean(scores) + half])
+        assert (found["interval_95"] is None) == (len(set(scores)) == 1)
     assert "exact match" in capsys.readouterr().out
     assert not list(tmp_path.rglob("predictions.partial.*"))
 
@@ -368,9 +539,16 @@ def _watched(answer: Any, asked: list[str]) -> Any:
 def test_over_one_run_nothing_spreads():
     run = {"data": {"fold": None}, "settings": {"seed": 0}, "model_revision": "r"}
     run["conditions"] = {"ecg": {"metrics": {"exact_match": {"value": 0.5}, "auroc": {"value": None}}}}
-    assert over_runs([run], [0], False)["conditions"] == {
-        "ecg": {"exact_match": {"mean": 0.5, "std": None, "interval_95": None, "num_runs": 1}}
-    }
+    row = {"mean": 0.5, "std": None, "interval_95": None, "num_runs": 1}
+    run |= {"metrics": {}, "main_metric": "exact_match"}
+    assert over_runs([run], [0], False)["conditions"] == {"ecg": {"exact_match": row}}
+    other = {**run, "data": {"fold": 1}}
+    third = {**run, "conditions": {"ecg": {"metrics": {"exact_match": {"value": 0.7}}}}}
+    found = over_runs([run, third], [0], False)["conditions"]["ecg"]["exact_match"]
+    half = student_t.ppf(0.975, 1) * np.std([0.5, 0.7], ddof=1) / 2**0.5
+    assert found["interval_95"] == pytest.approx([0.6 - half, 0.6 + half])
+    # nor over two that agree
+    assert over_runs([run, other], [0], False)["conditions"] == {"ecg": {"exact_match": {**row, "num_runs": 2}}}
 
 
 def test_compare(evaluated, model, data, tmp_path, capsys):
@@ -393,6 +571,11 @@ def test_compare(evaluated, model, data, tmp_path, capsys):
         (["--num_resamples", "-1"], "--num_resamples is -1"),
         (["--data_subset", "2"], "--data_subset is 2.0"),
         (["--metrics", "bert_score"], "name it with --bert_score_model"),
+        (["--metrics", "accuracy"], "--metrics has accuracy; expected some of bert_score, .*, the path of a metric"),
+        (["--metrics", "./accuracy.py"], r"There is no metric \./accuracy\.py: no file accuracy\.py"),
+        (["--main_metric", "auroc"], "--main_metric is auroc, which is not scored; .* auroc needs --score likelihood"),
+        (["--fold", "1", "2"], "(some of these have the same rows in the split 'test'|no folds|has no fold)"),
+        (["--output_dir", "/proc/nowhere"], "Results cannot be written to /proc/nowhere .*name another --output_dir"),
         (["--seed", "1", "1"], "--seed 1 1 names one twice"),
         (["--candidates", "yes", "no"], "add that, or leave them out"),
         (["--generation_kwargs", "{'"], "--generation_kwargs is not JSON"),
@@ -403,15 +586,11 @@ def test_compare(evaluated, model, data, tmp_path, capsys):
         (["--score", "likelihood", "--generation_kwargs", '{"num_beams": 2}'], "generates nothing"),
     ],
 )
-def test_bad_input(model, data, options, message):
-    with pytest.raises(ValueError, match=message):
+def test_bad_input(model, data, options, message, monkeypatch):
+    """All of it is told before the model is loaded."""
+    monkeypatch.setattr(evaluation, "load_elm", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    with pytest.raises((ValueError, OSError), match=message):
         evaluation.main(["--model_name_or_path", str(model), "--data", str(data), *options])
-
-
-def test_unknown_metric(model, data, capsys):
-    with pytest.raises(SystemExit):
-        evaluation.parse(argv_of(model, data, data, "--metrics", "accuracy"))
-    assert "invalid choice: 'accuracy'" in capsys.readouterr().err
 
 
 def test_an_empty_split(model, data, tmp_path):
@@ -425,7 +604,7 @@ def test_an_empty_split(model, data, tmp_path):
         evaluation.main(argv_of(model, tmp_path / "parquet", tmp_path))
     asked = Dataset.from_list([{**rows[0], "messages": rows[0]["messages"][:1]}])
     DatasetDict(test=asked).save_to_disk(tmp_path / "asked")
-    with pytest.raises(ValueError, match="has 1 rows and no assistant turn to score"):
+    with pytest.raises(ValueError, match="has 1 row and no assistant turn to score"):
         evaluation.main(argv_of(model, tmp_path / "asked", tmp_path))
 
 

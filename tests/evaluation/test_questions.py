@@ -112,10 +112,10 @@ def test_candidates_of_a_type():
 @pytest.mark.parametrize(
     ("training", "given", "message"),
     [
-        (["b"], None, "type 'rate' have 1 different answers"),
+        (["b"], None, "type 'rate' have 1 different answer;"),
         ([str(number) for number in range(MAX_CANDIDATES)], None, f"have {MAX_CANDIDATES + 1} different answers"),
         ([], ["b"], "at least two different"),
-        ([], ["a", "c"], "right answer 'b' to .* is none of --candidates a, c"),
+        ([], ["a", "c"], "right answer 'b' to .* is none of the candidates a, c"),
     ],
 )
 def test_bad_candidates(training, given, message):

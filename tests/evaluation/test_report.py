@@ -7,8 +7,8 @@ from datasets import Dataset
 
 from elm_ecg.training.evaluation.questions import Question
 from elm_ecg.training.evaluation.report import NUM_EXAMPLES, examples, score_tables, write_report, wrong_answers
-from elm_ecg.training.evaluation.results import verdict
 from elm_ecg.training.evaluation.scores import Scorer, load_metrics
+from elm_ecg.training.evaluation.verdict import verdict
 
 
 def prediction(row: int, kind: str, answer: str, given: str) -> dict:
@@ -67,7 +67,7 @@ def page(tmp_path) -> str:
     questions = [Question(i, 1, words, answer, "rate & rhythm", f"p{i}") for i, (words, answer) in enumerate(asked)]
     answers = {"ecg": ["yes", "</td><b>", "no", "no"], "zeroed": ["no"] * 4, "most_frequent": ["yes"] * 4}
     results = {
-        "schema_version": 3,
+        "schema_version": 4,
         "model": "m",
         "model_revision": "sha256:0",
         "data": {"names": ["d"], "split": "test", "fold": None, "fingerprint": "f"},
@@ -75,6 +75,7 @@ def page(tmp_path) -> str:
         "packages": {"torch": "2"},
         **Scorer(questions, load_metrics(["exact_match", "closed_set"]), 50, 0).summarise(answers),
         "not_scored": {"swapped": "nobody else"},
+        "main_metric": "exact_match",
     }
     results["verdict"] = verdict(results)
     predictions = [
@@ -108,6 +109,7 @@ def test_report_is_one_file_of_escaped_text(page):
         "A & B",
         "Simulated <b>ECGs</b>.",
         "Loss < 1",
+        "Without intervals and p-values: the questions are about 4 patients, and fewer than 10 do not show",
     ):
         assert words in text
 

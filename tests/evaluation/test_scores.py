@@ -1,12 +1,13 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.stats import rankdata
 
+from elm_ecg.training.evaluation import bootstrap as bootstrap_module
 from elm_ecg.training.evaluation.questions import Question
-from elm_ecg.training.evaluation.results import main_metric
-from elm_ecg.training.evaluation.scores import METRIC_NAMES, Scorer, closed_types, load_metrics, part_of
+from elm_ecg.training.evaluation.scores import METRIC_NAMES, Scorer, check_contract, closed_types, load_metrics, part_of
 from intervals import bootstrap, paired_difference
 
 
@@ -23,7 +24,8 @@ def values(rows: dict, metric: str = "exact_match") -> dict:
     return {name: row["metrics"][metric]["value"] for name, row in rows.items()}
 
 
-def test_summary_by_hand(modules):
+def test_summary_by_hand(modules, monkeypatch):
+    monkeypatch.setattr(bootstrap_module, "MIN_PATIENTS", 2)
     questions = [question("yes", "a", "1"), question("no", "a", "2"), question("7", "b", "3"), question("9", "b", "3")]
     answers = {"ecg": ["yes", "no", "8", "x"], "zeroed": ["yes", "", "", "y"], "left_out": ["", "", "7", "z"]}
     summary = Scorer(questions, modules, 100, 0).summarise(answers)
@@ -88,6 +90,18 @@ def test_closed_types():
     assert closed_types(questions) == ["a"]
 
 
+def test_closed_types_tell_labels_apart_as_closed_set_does(modules):
+    """ "AF", "AF." and "af " are one label: a type of four of these would be closed by one class alone, or by three."""
+    questions = [question(answer, "a") for answer in ("AF", "AF.", "af ", "\N{FULLWIDTH LATIN CAPITAL LETTER A}F")]
+    assert closed_types(questions) == []
+    questions += [question(answer, "a") for answer in ("Sinus  rhythm", "sinus rhythm.")]
+    assert closed_types(questions) == ["a"]
+    summary = Scorer(questions, modules, 10, 0).summarise({"ecg": [q.answer for q in questions]})
+    row = summary["conditions"]["ecg"]["by_question_type"]["a"]["closed_set"]
+    assert row["labels"] == ["af", "sinus rhythm"]
+    assert row["value"] == 1
+
+
 def test_bleu_is_of_the_corpus():
     modules = load_metrics(["bleu4"])
     questions = [question("a b c d e", "a", "1"), question("e f g h", "b", "2"), question("b c d e", "b", "3")]
@@ -126,7 +140,7 @@ def test_auroc_of_likelihoods(modules):
     ]
     answers = [names[int(np.argmax(row))] for names, row in zip(candidates, logs, strict=True)]
     summary = Scorer(questions, modules, 100, 0, candidates=candidates).summarise({"ecg": answers}, {"ecg": logs})
-    assert main_metric(summary) == "auroc"
+    assert summary["metrics"]["auroc"]["title"] == "AUROC"
     expected = {}
     for kind, names in of_kind.items():
         rows = [i for i, k in enumerate(kinds) if k == kind]
@@ -183,6 +197,88 @@ def test_parts_are_scored_apart(modules):
     assert row["parts"]["answer"]["exact_match"]["value"] == 1
     assert row["parts"]["think"]["exact_match"]["value"] == 0
     assert row["parts"]["think"]["token_f1"]["value"] == pytest.approx(2 / 3)
+
+
+OWN = """
+\"\"\"How many beats a minute an answer is off.\"\"\"
+
+from elm_ecg.training.evaluation.scale import MetricScale
+from elm_ecg.training.evaluation.text import PairMetric
+
+
+class RateError(PairMetric):
+    \"\"\"Of each pair.\"\"\"
+
+    scale = MetricScale(title="error of the rate", unit="bpm", high=None, higher_is_better=False)
+
+    def _score(self, prediction, reference):
+        return abs(float(prediction or 0) - float(reference))
+"""
+
+
+def own_metric(folder: Path, text: str = OWN, name: str = "rate_error") -> str:
+    path = folder / f"{name}.py"
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_metric_of_ones_own(tmp_path):
+    """By the path of its file, or of its folder; its numbers are in its units."""
+    path = own_metric(tmp_path)
+    (tmp_path / "rate_error").mkdir()
+    own_metric(tmp_path / "rate_error")
+    for place in (path, str(tmp_path / "rate_error")):
+        modules = load_metrics([place])
+        assert list(modules) == ["rate_error"]
+        check_contract("rate_error", modules["rate_error"], ["60", "80"])
+        questions = [question(str(60 + row), patient=str(row)) for row in range(10)]
+        found = Scorer(questions, modules, 50, 0).summarise({"ecg": ["60"] * 10, "zeroed": ["50"] * 10})
+        assert found["conditions"]["ecg"]["metrics"]["rate_error"]["value"] == 4.5
+        assert found["ecg_minus"]["zeroed"]["rate_error"]["difference"] == -10
+        scale = found["metrics"]["rate_error"]
+        assert (scale["title"], scale["unit"], scale["higher_is_better"]) == ("error of the rate", "bpm", False)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("abs(", "-abs(", r"gives -70 on empty answers, outside the range 0.0 to None of its scale"),
+        ("return abs", "return 1 / 0 or abs", "fails on the right answers: ZeroDivisionError"),
+        ("prediction or 0", "prediction", "fails on empty answers: ValueError: could not convert string to float"),
+        ("return abs", "return float('nan') or abs", "expected a finite number for each"),
+        ("_score(self, prediction, reference)", "_compute(self, predictions, references)", "cannot be loaded"),
+        ("    scale = ", "    scale = 100  # ", "does not say what its numbers mean; give its class a scale"),
+        ("class RateError(PairMetric)", "class RateError", "cannot be loaded"),
+        ("return abs", "return abs(", "cannot be loaded.*SyntaxError"),
+    ],
+)
+def test_a_metric_that_is_none(tmp_path, before, after, message):
+    path = own_metric(tmp_path, OWN.replace(before, after), name="bad")
+    with pytest.raises(ValueError, match=message):
+        check_contract("bad", load_metrics([path])["bad"], ["60", "80"])
+
+
+def test_a_score_that_is_not_the_mean_of_its_samples(tmp_path):
+    text = OWN.replace("PairMetric", "TextMetric").replace(
+        "_score(self, prediction, reference)", "_compute(self, predictions, references)"
+    )
+    for result, message in (
+        ('{"bad": 0.5, "samples": [0.0] * len(references)}', "gives 0.5 on the right answers, and its samples make 0"),
+        ('{"bad": 0.5}', "expected a dict with bad and samples"),
+        ('{"score": 0, "samples": [0.0]}', "expected a dict with bad and samples"),
+        ('{"bad": 0, "samples": [0.0]}', r"samples of the shape \(1,\) for 2 pairs"),
+        ('{"bad": 0, "samples": ["x", "y"]}', "are no numbers"),
+    ):
+        body = text.partition("        return")[0] + f"        return {result}\n"
+        with pytest.raises(ValueError, match=message):
+            check_contract("bad", load_metrics([own_metric(tmp_path, body, "bad")])["bad"], ["60", "80"])
+
+
+def test_no_metric_of_ones_own(tmp_path):
+    with pytest.raises(ValueError, match=r"There is no metric \./nothing\.py: no file nothing\.py"):
+        load_metrics(["./nothing.py"])
+    with pytest.raises(ValueError, match="has the name of one of ours, exact_match; give its file another"):
+        load_metrics([own_metric(tmp_path, name="exact_match")])
 
 
 def test_unknown_metric():

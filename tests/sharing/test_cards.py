@@ -1,4 +1,6 @@
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +10,8 @@ from jinja2 import UndefinedError
 from trl import ModelConfig, SFTConfig
 
 from elm_ecg.training.arguments import ELMArguments
-from elm_ecg.training.evaluation.card import add_evaluation
+from elm_ecg.training.evaluation.card import add_evaluations
+from elm_ecg.training.evaluation.results import Results
 from elm_ecg.training.markdown import make_card
 from elm_ecg.training.sharing.cards import count, elm_card, write_model_card
 from helpers import (
@@ -154,16 +157,25 @@ def test_snippet_is_python(tmp_path):
         assert len(code.splitlines()) <= 13
 
 
-def test_add_evaluation(tmp_path):
+def evaluate(folder: Path, name: str = "a", **changes: Any) -> None:
+    """As `elm evaluate` leaves it."""
+    place = folder / "evaluation" / name
+    place.mkdir(parents=True, exist_ok=True)
+    Results({**RESULTS, "evaluation": name, **changes}).save(place)
+    add_evaluations(folder, "sha256:0")
+
+
+def test_add_evaluations(tmp_path):
     before = write(tmp_path).text
-    for score in (0.5, 0.875):  # a second evaluation replaces the first
-        RESULTS["conditions"]["ecg"]["metrics"]["exact_match"]["value"] = score
-        add_evaluation(tmp_path, RESULTS)
+    for value in (0.5, 0.875):  # a second evaluation replaces the first
+        conditions = json.loads(json.dumps(RESULTS["conditions"]))
+        conditions["ecg"]["metrics"]["exact_match"]["value"] = value
+        evaluate(tmp_path, conditions=conditions)
     card = ModelCard.load(tmp_path / "README.md")
     assert "| ECG | exact match | AUROC |" in card.text
     assert "| ecg | 87.5 [80.0, 95.0] | undefined |\n| left_out | 25.0 |  |" in card.text
     assert RESULTS["verdict"] in card.text
-    assert "`ecgs`, split `test` of fold 2: 40 questions, 20 patients" in card.text
+    assert "`ecgs`, split `test` of fold 2: 40 questions, 20 patients; answers by generation, seed 0." in card.text
     assert "most frequent answer to each question in training, without any model." in card.text
     assert "50.0 [" not in card.text
     assert "Not evaluated yet" not in card.text
@@ -172,6 +184,23 @@ def test_add_evaluation(tmp_path):
     assert (result.metric_type, result.metric_value, result.dataset_split) == ("exact_match", 0.875, "test")
     assert result.dataset_args == {"fold": 2}
     assert card.data.metrics == ["exact_match", "auroc"]
+    assert card_errors(str(card)) == []
+
+
+def test_the_card_has_all_evaluations_of_the_weights(tmp_path):
+    """Not those of others; a metric in units is not shown in percent."""
+    write(tmp_path)
+    evaluate(tmp_path)
+    evaluate(tmp_path, "stale", model_revision="sha256:1", verdict="Of other weights.")
+    scale = RESULTS["metrics"]["exact_match"] | {"title": "error of the rate", "unit": "bpm", "higher_is_better": False}
+    evaluate(tmp_path, "b", metrics={**RESULTS["metrics"], "exact_match": scale}, verdict="By the rate.")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert RESULTS["verdict"] in card.text
+    assert "By the rate.\n\n| ECG | error of the rate (bpm, lower is better) | AUROC |" in card.text
+    assert "| ecg | 0.9 [0.8, 0.9] | undefined |" in card.text
+    assert "Of other weights." not in card.text
+    args = [result.dataset_args for result in card.data.eval_results]
+    assert args == [{"fold": 2, "evaluation": "a"}, {"fold": 2, "evaluation": "b"}]
     assert card_errors(str(card)) == []
 
 
@@ -198,7 +227,7 @@ def test_the_loopback_hub_refuses_a_bad_card(metadata, error):
 
 def test_training_again_drops_old_scores(tmp_path):
     write(tmp_path)
-    add_evaluation(tmp_path, RESULTS)
+    evaluate(tmp_path)
     assert "Not evaluated yet" in write(tmp_path).text
 
 

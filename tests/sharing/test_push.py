@@ -7,6 +7,7 @@ import shutil
 import signal
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +25,8 @@ from elm_ecg.modeling_ecg_encoders import MERLModel
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.training import cli
 from elm_ecg.training.build import load_elm
+from elm_ecg.training.digest import digest_of_folder
+from elm_ecg.training.evaluation.results import Results
 from elm_ecg.training.sharing.hub import NETWORK_ERRORS
 from elm_ecg.training.sharing.push import kind_of, main
 from helpers import (
@@ -232,19 +235,57 @@ def test_what_is_sent_and_what_is_not(model, hub, capsys):
     config = json.loads((model / "config.json").read_text())
     config["text_config"]["_name_or_path"] = "/home/someone/secret/llm"
     (model / "config.json").write_text(json.dumps(config))
-    (model / "evaluation_results.json").write_text(json.dumps(RESULTS))
-    (model / "report.html").write_text("<h2>Scores</h2>\n<h2>Examples</h2>\nrecord 17</html>\n")
+    place = save_results(model, model / "evaluation" / "mine")
+    (place / "report.html").write_text("<h2>Scores</h2>\n<h2>Examples</h2>\nrecord 17</html>\n")
+    save_results(model, model / "old_results" / "1")
     push(model, "model")
     files = hub.files("user/model")
-    assert {"model.safetensors", "pipeline_elm.py", "sample_ecg.npz", "evaluation_results.json"} <= files.keys()
+    assert {
+        "model.safetensors",
+        "pipeline_elm.py",
+        "sample_ecg.npz",
+        "evaluation/mine/evaluation_results.json",
+    } <= files.keys()
     assert not {"training_args.bin", "predictions.jsonl", "trainer_state.json", "notes.txt", "mine.py"} & files.keys()
-    assert not any("checkpoint" in name for name in files)
+    assert not any("checkpoint" in name or "predictions" in name or "old_results" in name for name in files)
     assert b"secret" not in files["config.json"]
-    assert files["report.html"] == b"<h2>Scores</h2>\n</html>\n"
+    assert files["evaluation/mine/report.html"] == b"<h2>Scores</h2>\n</html>\n"
     assert "predictions.jsonl" in capsys.readouterr().out
     assert front_matter(files["README.md"].decode())["license"] == "mit"
     record = read_sample(files["sample_ecg.npz"])
     assert record["array"].shape == (12, 500)
+
+
+def save_results(model: Path, folder: Path, **changes: Any) -> Path:
+    """Results of the model, as `elm evaluate` leaves them in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    Results({**RESULTS, "model_revision": digest_of_folder(model), **changes}).save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("changed", ["model.safetensors", "chat_template.jinja", "processor_config.json"])
+def test_results_of_another_model_are_not_shared(model, hub, changed):
+    """As training into the same folder would leave them."""
+    place = save_results(model, model / "evaluation" / "mine")
+    before = json.loads((place / "evaluation_results.json").read_text())["model_revision"]
+    content = (model / changed).read_bytes()
+    other = content[:-1] + bytes([content[-1] ^ 1]) if changed == "model.safetensors" else content + b"\n"
+    (model / changed).write_bytes(other)
+    message = f"its scores are of {before}, and the files in .* are {digest_of_folder(model)}. Evaluate again with `elm evaluate"
+    with pytest.raises(ValueError, match=message):
+        push(model, "model")
+    assert hub.repos == {}
+
+
+def test_evaluations_that_are_gone_go_from_the_hub_too(model, hub):
+    for name in ("a", "b"):
+        save_results(model, model / "evaluation" / name)
+    push(model, "model")
+    names = {f"evaluation/{name}/evaluation_results.json" for name in "ab"}
+    assert names <= hub.files("user/model").keys()
+    shutil.rmtree(model / "evaluation" / "a")
+    push(model, "model")
+    assert names & hub.files("user/model").keys() == {"evaluation/b/evaluation_results.json"}
 
 
 def test_again_and_changed(model, hub, capsys):
@@ -469,7 +510,7 @@ def test_damaged_folders(model, folders, hub, tmp_path):
         ("README.md", "---\nlicense: [\n---\n# x\n", r"The metadata of .*README\.md are damaged"),
         ("config.json", "[]", r"config\.json holds a list; expected a JSON object"),
         ("evaluation_results.json", "{", r"evaluation_results\.json is not JSON"),
-        ("evaluation_results.json", "{}", r"evaluation_results\.json has schema_version None; expected 3"),
+        ("evaluation_results.json", "{}", r"evaluation_results\.json has schema_version None, .* expected 4"),
     ):
         folder = shutil.copytree(model, tmp_path / message.replace("/", "")[:40])
         (folder / name).write_text(content)
@@ -579,6 +620,8 @@ def test_licence(model, hub):
 def test_refuses_a_file(name, content, message, model, hub):
     (model / name).parent.mkdir(exist_ok=True)
     (model / name).write_bytes(content)
+    if name == "report.html":
+        save_results(model, model)
     with pytest.raises(ValueError, match=message):
         push(model, "model")
     assert hub.repos == {}
@@ -665,6 +708,7 @@ def test_text_of_nobody_is_sent(model, hub):
         "# x\n\nTrained on 2026-11-20 with torch 2.15.0; the model's name: x. V1^2 = I - II\n"
     )
     (model / "report.html").write_text("<td>QT 392 ms, 1.2.3, 12/100/2000; P^2, exact match 12.5 2014</td></html>")
+    save_results(model, model)
     push(model, "model")
     assert b"2026-11-20" in hub.files("user/model")["README.md"]
 

@@ -5,11 +5,9 @@ a conversation begin with is read once, and its keys and values are kept for the
 """
 
 import copy
-import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,66 +16,43 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import DynamicCache
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from elm_ecg.ecg_utils import as_record
 from elm_ecg.modeling_elm import ECG_INPUTS, ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.data.loading import ecgs_of, notices_of, to_chat
 from elm_ecg.training.evaluation.conditions import CONDITIONS, ECG, Condition
-from elm_ecg.training.evaluation.questions import Question, digest, rows_to_swap
-from elm_ecg.training.files import write_text
-
-PARTIAL = "predictions.partial"  # the answers so far, a file for each process
+from elm_ecg.training.evaluation.progress import Progress
+from elm_ecg.training.evaluation.questions import Question, rows_to_swap
 
 
-class Progress:
-    """The answers so far in files of `folder`, from which an interrupted evaluation goes on.
+class NotFiniteError(ValueError):
+    """A model gives NaN or infinity in place of scores of tokens, so that its answers mean nothing."""
 
-    Args:
-        facts: about the model and the data, on which the answers depend; what JSON can hold.
-        process: each of several processes writes its own file, and reads all.
+
+class RequireFinite(LogitsProcessor):
+    """Ends `generate` at the first logits that are none."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The scores [rows, vocabulary] as they are (NotFiniteError: a row has NaN, or no finite score at all)."""
+        require_finite(scores)
+        return scores
+
+
+def require_finite(logits: torch.Tensor) -> None:
     """
+    Args:
+        logits: [..., vocabulary]; single tokens may be ruled out by minus infinity.
 
-    def __init__(self, folder: Path, facts: Any, process: int = 0) -> None:
-        self.folder, self.facts, self.key = folder, facts, ""
-        self.path = folder / f"{PARTIAL}.{process}.jsonl"
-
-    def begin(self, settings: Any) -> None:
-        """Takes over what an interrupted evaluation with the same facts and settings left; other files are replaced."""
-        self.key = digest([self.facts, settings])
-        state = PartialState()
-        with state.main_process_first():  # it takes over all files before the other processes replace theirs
-            answers = self.read() if state.is_main_process else {}  # one process takes over all
-            write_text(
-                self.path, "".join([f"{self.key}\n", *(self._line(*place, answers[place]) for place in answers)])
-            )
-
-    def read(self) -> dict[tuple[str, int], list[Any]]:
-        """Name of the questions and batch -> its answers. A line that was being written when the process ended is left out."""
-        done = {}
-        for path in sorted(self.folder.glob(f"{PARTIAL}.*.jsonl")):
-            head, *lines = path.read_text(encoding="utf-8").split("\n")
-            if head != self.key:  # answers of another model, data or settings
-                continue
-            for line in lines[:-1]:  # what follows the last line end is nothing, or cut
-                name, batch, answers = json.loads(line)
-                done[name, batch] = answers
-        return done
-
-    def add(self, name: str, batch: int, answers: list[Any]) -> None:
-        """Keeps the answers of a batch."""
-        with self.path.open("a", encoding="utf-8") as file:  # closed after each batch, so a crash loses no other
-            file.write(self._line(name, batch, answers))
-
-    def remove(self) -> None:
-        """Removes the files of all processes, as everything is answered."""
-        for path in self.folder.glob(f"{PARTIAL}.*.jsonl"):
-            path.unlink()
-
-    @staticmethod
-    def _line(name: str, batch: int, answers: list[Any]) -> str:
-        return json.dumps([name, batch, answers]) + "\n"
+    Raises:
+        NotFiniteError: some are NaN or infinite.
+    """
+    if not torch.isfinite(logits.amax(-1)).all():  # NaN and infinity are the maximum of what they stand among
+        raise NotFiniteError(
+            "The model gives NaN or infinity for the scores of tokens, so its answers mean nothing. Its training has diverged, its "
+            "weights are damaged, or the dtype is too small for it: try dtype float32."
+        )
 
 
 @dataclass
@@ -192,6 +167,8 @@ class Answerer:
             for batch in mine:
                 try:
                     answered[batch] = self._answer(batches[batch], condition, batch)
+                except NotFiniteError:
+                    raise
                 except ValueError as error:
                     if condition.change is None or not condition.random:  # a fault of ours or of the data
                         raise
@@ -314,7 +291,7 @@ class Answerer:
             if not text.startswith(prompt):
                 raise ValueError(
                     "The chat template does not write an answer behind its generation prompt, so its likelihood cannot be told; "
-                    "use --score generation."
+                    "score by generation."
                 )
             suffix = text[len(prompt) :].rstrip("\n")  # ChatML writes one after its end-of-turn token
             self._suffixes[answer] = self.processor.tokenizer(suffix, add_special_tokens=False)["input_ids"]
@@ -397,6 +374,7 @@ class Answerer:
         ecg_inputs: dict[str, torch.Tensor],
     ) -> list[str]:
         options: dict[str, Any] = {**ecg_inputs, **self._options}
+        options["logits_processor"] = LogitsProcessorList([RequireFinite()])
         if cache is not None:
             options["past_key_values"] = cache
         output: Any = self.model.generate(  # type: ignore[misc]  # wants attributes that no model declares
@@ -410,6 +388,7 @@ class Answerer:
     ) -> list[list[float]]:
         """The log-likelihood of each candidate of each row, summed over its tokens."""
         scores = [[0.0] * len(candidates) for candidates in options]
+        require_finite(logits)
         first = logits.float().log_softmax(-1)  # float32: bfloat16 has 3 digits
         for place in range(max(map(len, options))):  # the same candidate of all rows at once, the next after it
             rows = [row for row, candidates in enumerate(options) if len(candidates) > place]
@@ -431,6 +410,7 @@ class Answerer:
                     past_key_values=prefix,
                     use_cache=True,
                 )
+                require_finite(output.logits)
                 following = output.logits.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
                 scores_of_tokens = torch.cat([scores_of_tokens, following * real[:, 1:]], dim=1)  # padding adds 0
             for row, value in zip(rows, scores_of_tokens.double().sum(1).tolist(), strict=True):

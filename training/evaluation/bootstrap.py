@@ -6,10 +6,11 @@ alone, so whatever is computed on the same questions is paired.
 
 What the data do not say is None, never NaN:
     the score, its interval and its p-value, where the score is undefined, as an AUROC of one class alone;
-    the interval and the p-value, where there is one patient alone, or where the score is undefined in more than a tenth
-    of the resamples, as with fewer than about three patients of a class. Otherwise such resamples are left out.
+    the interval and the p-value, where there are fewer than `MIN_PATIENTS`, or where the score is undefined in more than a
+    tenth of the resamples, as with fewer than about three patients of a class. Otherwise such resamples are left out.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ import numpy as np
 ODDS_DECIMALS = 4  # of log-odds; float32 gives equal inputs in other batches the same within 1e-5
 NUM_RESAMPLES = 2000
 MAX_UNDEFINED = 0.1
+# percentile intervals of fewer are far too narrow, and p-values as small as the resamples allow (2 patients: 3 different means)
+MIN_PATIENTS = 10
 # numbers held at once, 1 MiB: it fits the cache, and memory does not grow with the resamples
 CHUNK_SIZE = 2**17
 # of a difference of scores of about 1
@@ -46,10 +49,12 @@ class Difference(NamedTuple):
     low: float | None
     high: float | None
     p_value: float | None
+    at_floor: bool = False  # no resample was on the other side: p may be smaller than so many can show
 
     def to_dict(self) -> dict[str, Any]:
         """As the results have it."""
-        return {"difference": self.value, "interval_95": _interval(self.low, self.high), "p_value": self.p_value}
+        row = {"difference": self.value, "interval_95": _interval(self.low, self.high), "p_value": self.p_value}
+        return {**row, "p_value_at_floor": True} if self.at_floor else row
 
 
 def _interval(low: float | None, high: float | None) -> list[float] | None:
@@ -77,10 +82,10 @@ def clusters(patients: Sequence[Any]) -> tuple[np.ndarray, int]:
 
 
 def _num_drawn(num_patients: int, num_resamples: int) -> int:
-    """0 for a single patient, as one does not show how patients differ."""
+    """0 where so few patients do not show how patients differ."""
     if num_resamples < 1:
         raise ValueError(f"num_resamples is {num_resamples}; it must be at least 1.")
-    return num_resamples if num_patients > 1 else 0
+    return num_resamples if num_patients >= MIN_PATIENTS else 0
 
 
 def _draws(num_patients: int, num_resamples: int, seed: int, width: int) -> Iterator[tuple[slice, np.ndarray]]:
@@ -109,7 +114,7 @@ def resampled_sums(
         patients: [n], as `clusters` takes them.
 
     Returns:
-        [num_resamples, k]; [0, k] for one patient alone.
+        [num_resamples, k]; [0, k] of fewer patients than `MIN_PATIENTS`.
 
     Raises:
         ValueError: the lengths differ, a sample is not finite, `num_resamples` is less than 1; as `clusters`.
@@ -145,13 +150,23 @@ def difference(value: float, replicates: np.ndarray) -> Difference:
     p = min(1, 2 min(#(d <= 0) + 1, #(d >= 0) + 1) / (num_resamples + 1)): twice the share of resamples on the far side of
     no difference, which inverts the percentile interval. The 1 counts the data themselves among the resamples, so that p
     is never 0 (Davison and Hinkley 1997, Bootstrap Methods and their Application, chapter 4); it is at least
-    2 / (num_resamples + 1).
+    2 / (num_resamples + 1), where `at_floor` says so.
     """
     score, defined = estimate(value, replicates), _defined(replicates)
     if score.value is None or defined is None:
         return Difference(*score, None)
     fewer = min((defined <= ROUNDING_ERROR).sum(), (defined >= -ROUNDING_ERROR).sum())  # ties count on both sides
-    return Difference(*score, min(1.0, 2 * (int(fewer) + 1) / (len(defined) + 1)))
+    return Difference(*score, min(1.0, 2 * (int(fewer) + 1) / (len(defined) + 1)), at_floor=int(fewer) == 0)
+
+
+def p_in_words(p_value: float | None, at_floor: bool = False, decimals: int = 4) -> str:
+    """A p-value for a table: `0.0310`, `<= 0.0010` where the resamples show no smaller one, `none`."""
+    if p_value is None:
+        return "none"
+    least = 10**-decimals
+    if at_floor:  # rounded up, so that it holds
+        return f"<= {math.ceil(min(1.0, p_value) / least - 1e-9) * least:.{decimals}f}"
+    return f"< {least:.{decimals}f}" if p_value < least else f"{p_value:.{decimals}f}"
 
 
 def _defined(replicates: np.ndarray) -> np.ndarray | None:

@@ -2,7 +2,7 @@
 
 import argparse
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,14 @@ import numpy as np
 
 from elm_ecg.training.command_line import CommandLineParser
 from elm_ecg.training.evaluation.bootstrap import (
+    MIN_PATIENTS,
     Difference,
     Estimate,
     auroc_of_candidates,
     difference,
     estimate,
     holm,
+    p_in_words,
     resampled_sums,
 )
 from elm_ecg.training.evaluation.conditions import ECG
@@ -25,16 +27,15 @@ from elm_ecg.training.evaluation.results import (
     PREDICTIONS_FILE,
     QUESTION_FIELDS,
     RESULTS_FILE,
-    as_percent,
     read_predictions,
     read_results,
-    title_of,
-    with_interval,
+    results_in,
     write_json,
 )
-from elm_ecg.training.evaluation.scores import METRIC_NAMES, load_metrics
+from elm_ecg.training.evaluation.scale import MetricScale, number_of, scales_of, title_of
+from elm_ecg.training.evaluation.scores import METRIC_NAMES, is_path, load_metrics, name_of
 
-SCHEMA_VERSION = 1  # of the output
+SCHEMA_VERSION = 2  # of the output
 LEVEL = 0.05
 
 
@@ -73,7 +74,35 @@ class Comparison:
 def read_model(path: Path) -> EvaluatedModel:
     """Reads a results file and the predictions beside it; errors as `read_results` and `read_predictions`."""
     results = read_results(path)
-    return EvaluatedModel(path, results, read_predictions(path, results["num_questions"]))
+    return EvaluatedModel(path, results, read_predictions(path, results))
+
+
+def find_results(places: list[Path]) -> list[Path]:
+    """The results file of each place: a file, the folder of one, or the folder of a model, of whose evaluations the one counts that
+    all others have too.
+
+    Raises:
+        ValueError: there is none, or several would do.
+    """
+    found = [[place] if not place.is_dir() else results_in(place) for place in places]
+    for place, files in zip(places, found, strict=True):
+        if not files:
+            raise ValueError(
+                f"{place} holds no {RESULTS_FILE}; evaluate with `elm evaluate`, or name the folder that it named."
+            )
+    if all(len(files) == 1 for files in found):
+        return [file for (file,) in found]
+    # of equal data and settings these folders have one name, whatever the model
+    named = [{file.parent.name: file for file in files} for files in found if len(files) > 1]
+    common = sorted(set.intersection(*(set(names) for names in named)))
+    single = {files[0].parent.name for files in found if len(files) == 1}
+    common = [name for name in common if name in single] or common
+    if len(common) != 1:
+        listed = "; ".join(str(file.parent) for files in found for file in files)
+        raise ValueError(
+            f"Which evaluations? {len(common)} are of all these models; name the folder of one of each: {listed}."
+        )
+    return [{file.parent.name: file for file in files}[common[0]] if len(files) > 1 else files[0] for files in found]
 
 
 def require_same_questions(first: EvaluatedModel, other: EvaluatedModel) -> None:
@@ -105,10 +134,10 @@ def score(metric: str, predictions: list[str], references: list[str]) -> np.ndar
         # as the module of that name, which takes seconds to load
         pairs = zip(predictions, references, strict=True)  # an empty reference is matched by no answer
         return np.array([answer.strip() == right.strip() != "" for answer, right in pairs], dtype=float)
-    if metric not in METRIC_NAMES:
+    if metric not in METRIC_NAMES and not is_path(metric):
         known = ", ".join(sorted(["auroc", *METRIC_NAMES]))
-        raise ValueError(f"There is no metric {metric!r}; expected one of {known}.")
-    module = load_metrics([metric])[metric]
+        raise ValueError(f"There is no metric {metric!r}; expected one of {known}, or the path of one of your own.")
+    module = load_metrics([metric])[name_of(metric)]
     parameters = inspect.signature(module._compute).parameters.values()  # `compute` itself takes **kwargs
     needed = {parameter.name for parameter in parameters if parameter.default is parameter.empty}
     needed -= {"predictions", "references"}
@@ -119,6 +148,18 @@ def score(metric: str, predictions: list[str], references: list[str]) -> np.ndar
     if samples.ndim != 1 or samples.dtype.kind not in "bif":  # bleu4 has counts, closed_set pairs of labels
         raise ValueError(f"{metric} is not a mean over the answers, so it cannot be compared answer by answer.")
     return samples.astype(float)
+
+
+def scale_of(metric: str, models: list[EvaluatedModel]) -> MetricScale:
+    """The scale of a metric: as the results have it, or where it was not scored there, as its module says."""
+    name = name_of(metric)
+    for model in models:
+        if name in model.results["metrics"]:
+            return scales_of(model.results)[name]
+    if metric in ("exact_match", "auroc"):  # shares; without loading their modules
+        return MetricScale(title=title_of(metric))
+    scale = load_metrics([metric])[name].scale
+    return replace(scale, title=scale.title or title_of(name))
 
 
 def auroc(models: list[EvaluatedModel], num_resamples: int, seed: int) -> list[tuple[float, np.ndarray]]:
@@ -210,47 +251,74 @@ def compare(
     ]
 
 
-def in_words(comparisons: list[Comparison]) -> str:
+def in_words(comparisons: list[Comparison], scales: dict[str, MetricScale]) -> str:
     """One line that says which of two models is better, from their comparisons by each metric."""
     first, second = comparisons[0].models
     parts = []
     for row in comparisons:
-        metric, gain = title_of(row.metric), row.difference.value or 0.0
+        scale, gain = scales[row.metric], row.difference.value or 0.0
         if row.adjusted_p_value is None:
-            parts.append(f"nothing can be said of {metric}: the questions are about too few patients")
+            parts.append(f"nothing can be said of {scale.title}: the questions are about too few patients")
         elif row.adjusted_p_value < LEVEL:
-            better, worse = (first, second) if gain > 0 else (second, first)
-            parts.append(f"{better} is better than {worse} by {as_percent(abs(gain))} points of {metric}")
+            better, worse = (first, second) if (gain > 0) == scale.higher_is_better else (second, first)
+            parts.append(f"{better} is better than {worse} by {scale.gain(gain)}")
         else:
-            parts.append(f"not shown to differ in {metric}")
+            parts.append(f"not shown to differ in {scale.title}")
     return f"{first} and {second}: {'; '.join(parts)}."
 
 
+def warnings_of(models: list[EvaluatedModel]) -> list[str]:
+    """What a reader of the comparison should know before all numbers."""
+    notes = []
+    ways = {model.results["settings"]["score"]: model.path for model in models}
+    if len(ways) > 1:
+        notes.append(
+            "Some of these answers were generated and some chosen by likelihood among candidates, which is easier: a difference may be "
+            f"one of the ways to ask, not of the models ({', '.join(f'{path} by {way}' for way, path in ways.items())})."
+        )
+    patients = len(set(models[0].column("patient_id")))
+    if patients < MIN_PATIENTS:
+        notes.append(
+            f"The questions are about {number_of(patients, 'patient')}: fewer than {MIN_PATIENTS} do not show how patients differ, so "
+            "there are no intervals and no p-values."
+        )
+    return notes
+
+
 def to_markdown(
-    models: list[EvaluatedModel], scores: dict[str, dict[str, Estimate]], comparisons: list[Comparison]
+    models: list[EvaluatedModel],
+    scores: dict[str, dict[str, Estimate]],
+    comparisons: list[Comparison],
+    scales: dict[str, MetricScale],
 ) -> str:
     """Tables of the scores and of the differences, and a line in plain words for each pair."""
     metrics = list(scores[next(iter(scores))])
     num_patients = len(set(models[0].column("patient_id")))
     rows = [
-        [name, *(with_interval(row[metric].to_dict()) for metric in metrics), str(model.path)]
+        [name, *(scales[metric].with_interval(row[metric].to_dict()) for metric in metrics), str(model.path)]
         for (name, row), model in zip(scores.items(), models, strict=True)
     ]
     differences = []
     for row in comparisons:
-        gain = with_interval(row.difference.to_dict(), "difference", "+")
-        differences.append([*row.models, row.metric, gain, _p(row.difference.p_value), _p(row.adjusted_p_value)])
+        gain = scales[row.metric].with_interval(row.difference.to_dict(), "difference", "+")
+        p_values = [_p(value, row.difference.at_floor) for value in (row.difference.p_value, row.adjusted_p_value)]
+        differences.append([*row.models, row.metric, gain, *p_values])
+    units = [f"{scale.title} in {scale.unit}" for scale in scales.values() if scale.factor == 1 and scale.unit]
+    exceptions = f" But {', '.join(units)}." if units else ""
     lines = [
-        f"{len(models[0].predictions)} questions about {num_patients} patients. Scores in percent, differences in points, in brackets "
-        "their 95% intervals by patient.",
+        f"{number_of(len(models[0].predictions), 'question')} about {number_of(num_patients, 'patient')}. Scores in percent, differences "
+        f"in points, in brackets their 95% intervals by patient.{exceptions}",
+        *warnings_of(models),
         "",
-        *_table(["model", *metrics, "results"], rows),
+        *_table(
+            ["model", *(name if scales[name].factor > 1 else scales[name].heading for name in metrics), "results"], rows
+        ),
         "",
         *_table(["first", "second", "metric", "first - second", "p", f"p, Holm of {len(comparisons)}"], differences),
         "",
     ]
     pairs = [comparisons[start : start + len(metrics)] for start in range(0, len(comparisons), len(metrics))]
-    return "\n".join([*lines, *(f"- {in_words(pair)}" for pair in pairs)])
+    return "\n".join([*lines, *(f"- {in_words(pair, scales)}" for pair in pairs)])
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -260,8 +328,8 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
     return [lines[0], f"|{'|'.join('-' * (width + 2) for width in widths)}|", *lines[1:]]
 
 
-def _p(value: float | None) -> str:
-    return "none" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
+def _p(value: float | None, at_floor: bool) -> str:
+    return p_in_words(value, at_floor, decimals=3)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -272,15 +340,16 @@ def make_parser() -> argparse.ArgumentParser:
         type=Path,
         nargs="+",
         metavar="FILE.json",
-        help=f"{RESULTS_FILE} of `elm evaluate`, with {PREDICTIONS_FILE} beside it; or the folder of both",
+        help=f"{RESULTS_FILE} of `elm evaluate`, with {PREDICTIONS_FILE} beside it; the folder of both; or the folder of a model, with the "
+        "one evaluation that all have",
     )
     parser.add_argument(
         "--metric",
         nargs="+",
         default=["exact_match"],
         metavar="NAME",
-        help="exact_match, a metric of training/evaluation/metrics that is a mean over the answers, or auroc (of --score likelihood); "
-        "default: exact_match",
+        help="exact_match, a metric of training/evaluation/metrics or the path of your own that is a mean over the answers, or auroc (of "
+        "--score likelihood); default: exact_match",
     )
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="the comparison, as JSON")
     parser.add_argument(
@@ -300,7 +369,7 @@ def main(argv: list[str] | None = None) -> None:
         ValueError: an option is not as expected; as `read_model` and `compare`.
     """
     args = make_parser().parse_args(argv)
-    args.results = [path / RESULTS_FILE if path.is_dir() else path for path in args.results]
+    args.results = find_results(args.results)
     paths = [path.resolve() for path in args.results]
     if len(set(paths)) < len(paths) or len(paths) < 2:
         raise ValueError(f"The files are {', '.join(map(str, args.results))}; expected at least two, all different.")
@@ -311,8 +380,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.num_resamples < 1:
         raise ValueError(f"--num_resamples is {args.num_resamples}; it must be at least 1.")
     models = [read_model(path) for path in args.results]
-    scores, comparisons = compare(models, list(dict.fromkeys(args.metric)), args.num_resamples, args.seed)
-    print(to_markdown(models, scores, comparisons))
+    metrics = list(dict.fromkeys(args.metric))
+    scores, comparisons = compare(models, metrics, args.num_resamples, args.seed)
+    scales = {metric: scale_of(metric, models) for metric in metrics}
+    print(to_markdown(models, scores, comparisons, scales))
     if args.output is None:
         return
     output = {
@@ -326,6 +397,8 @@ def main(argv: list[str] | None = None) -> None:
             "seed": args.seed,
             "adjustment": f"Holm, {len(comparisons)} comparisons",
         },
+        "warnings": warnings_of(models),
+        "metrics": {metric: scale.to_dict() for metric, scale in scales.items()},
         "models": {name: {metric: value.to_dict() for metric, value in row.items()} for name, row in scores.items()},
         "comparisons": [comparison.to_dict() for comparison in comparisons],
     }

@@ -1,71 +1,62 @@
 """Scores an ELM on the answers of a dataset, with the ECG and without it: `elm evaluate MODEL --data ...`, or `evaluate`."""
 
-import hashlib
 import logging
-import statistics
+import re
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from scipy.stats import t as student_t
-from transformers import GenerationConfig
 
+from elm_ecg.ecg_utils import as_record
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
-from elm_ecg.training.arguments import DataArguments, ELMParser, argument, json_fields
 from elm_ecg.training.build import limit_threads, load_elm
 from elm_ecg.training.command_line import run_command
-from elm_ecg.training.data.loading import load_data
-from elm_ecg.training.evaluation.answers import Answerer, Progress
-from elm_ecg.training.evaluation.card import add_evaluation
+from elm_ecg.training.digest import digest_of_folder, digest_of_model, files_of_model, folder_of
+from elm_ecg.training.evaluation.answers import Answerer
+from elm_ecg.training.evaluation.arguments import METRICS, EvaluationArguments, ScoredBy, check_settings, parse
+from elm_ecg.training.evaluation.card import add_evaluations
 from elm_ecg.training.evaluation.conditions import ASKED, BASELINE, CONDITIONS, ECG
+from elm_ecg.training.evaluation.progress import Progress
 from elm_ecg.training.evaluation.questions import (
     Question,
     candidate_answers,
+    digest,
+    digest_of_questions,
     fingerprint_of,
     list_questions,
     most_frequent_answers,
 )
 from elm_ecg.training.evaluation.report import write_report
 from elm_ecg.training.evaluation.results import (
+    EVALUATIONS,
     QUESTION_FIELDS,
     REPORT_FILE,
+    RESULTS_FILE,
     SCHEMA_VERSION,
     SUMMARY_FILE,
     Results,
-    as_percent,
-    verdict,
+    identity_of,
+    move_old_results,
     write_json,
 )
-from elm_ecg.training.evaluation.scores import METRIC_NAMES, Scorer, load_metrics
+from elm_ecg.training.evaluation.runs import over_runs
+from elm_ecg.training.evaluation.scale import number_of, scales_of
+from elm_ecg.training.evaluation.scores import Scorer, check_contract, file_of, is_path, load_metrics, name_of
+from elm_ecg.training.evaluation.verdict import verdict
 from elm_ecg.training.files import check_output_folder
 from elm_ecg.training.model_files import find_model_file
 
 logger = logging.getLogger(__name__)
 
-ScoredBy = Literal["generation", "likelihood"]
-METRICS = ("normalized_match", "token_f1", "closed_set")  # by default, beside exact_match
-# options about data that are of training alone, and why
-OF_TRAINING = {
-    "perturb": "evaluation changes the ECGs itself, as --conditions says",
-    "data_weights": "all rows are scored, each once",
-}
 PACKAGES = ("elm-ecg", "torch", "transformers", "accelerate", "datasets", "evaluate", "peft")
-# fields of a generation config that would give other than one text to a prompt, or have an option of their own
-NOT_GENERATION = (
-    "max_new_tokens",
-    "max_length",
-    "num_return_sequences",
-    "return_dict_in_generate",
-    "cache_implementation",
-)
 
 
 def evaluate(
@@ -73,8 +64,9 @@ def evaluate(
     processor: ELMProcessor,
     dataset: Dataset | list[dict[str, Any]],
     *,
-    conditions: Sequence[str] = ASKED,
-    metrics: Sequence[str] = METRICS,
+    conditions: Sequence[str] | str = ASKED,
+    metrics: Sequence[str] | str = METRICS,
+    main_metric: str | None = None,
     bert_score_model: str | None = None,
     score: ScoredBy = "generation",
     candidates: Sequence[str] | None = None,
@@ -97,15 +89,16 @@ def evaluate(
 
     Args:
         model: on the device that it runs on; it is put into evaluation mode.
-        dataset: rows with `messages` (a chat whose assistant turns are the right answers) and `ecg` (a dict with `array` [leads,
-            samples], `sampling_rate`, `lead_names` and `unit`, the path of a file, or a list of these). Intervals are by
-            `patient_id` where there is one, scores by `question_type`.
-        conditions: some of `conditions.ASKED`; `ecg` is always among them.
-        metrics: some of training/evaluation/metrics, beside exact match.
+        dataset: rows with `messages` (a chat whose assistant turns are the right answers) and `ecg` (an `ECGRecord`, a dict with
+            `array` [leads, samples], `sampling_rate`, `lead_names` and `unit`, the path of a file, or a list of these). Intervals
+            are by `patient_id` where there is one, scores by `question_type`.
+        conditions: one or some of `conditions.ASKED`; `ecg` is always among them.
+        metrics: one or some of training/evaluation/metrics, beside exact match, or the paths of metrics of your own.
+        main_metric: of the verdict and the plots; one that is scored. None: `auroc` where there is one, else `exact_match`.
         bert_score_model: encoder of the metric bert_score.
         score: `generation`, what the model writes; `likelihood`, which of the candidate answers it finds likeliest.
         candidates: answers for `likelihood`. None: those that a type of question has here and in `training_dataset`.
-        training_dataset: its most frequent answers are scored too, as a baseline without any model.
+        training_dataset: its most frequent answers are scored too, as a baseline without any model. None or empty: no baseline.
         batch_size, max_new_tokens: conversations answered at once, and the longest answer.
         generation, system_prompt: other options of `generate`, else greedy; and in place of the processor's, "" for none.
         seed, num_resamples: of random conditions, sampled answers and the bootstrap; and its resamples of patients.
@@ -115,90 +108,153 @@ def evaluate(
         What the module `results` describes; on processes other than the first nothing.
 
     Raises:
-        ValueError: an argument is not as expected; the dataset has no assistant turn, or an ECG that cannot be read.
+        ValueError: an argument is not as expected; the dataset has no assistant turn, or an ECG that cannot be read; the model
+            gives NaN.
         ImportError: a metric needs a library that is not installed.
     """
-    processor = processor.with_system_prompt(system_prompt)
     settings: dict[str, Any] = {
         "score": score,
-        "generation": {"do_sample": False, "max_new_tokens": max_new_tokens, **(generation or {})},
-        "candidates": candidates,
+        "conditions": _as_list(conditions),
+        "metrics": _as_list(metrics),
+        "bert_score_model": bert_score_model,
+        "main_metric": main_metric,
+        "candidates": None if candidates is None else _as_list(candidates),
         "batch_size": batch_size,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "system_prompt": processor.system_prompt or None,
+        "max_new_tokens": max_new_tokens,
+        "generation": dict(generation or {}),
+        "system_prompt": system_prompt,
         "seed": seed,
         "num_resamples": num_resamples,
     }
-    others = {"conditions": conditions, "metrics": metrics, "bert_score_model": bert_score_model}
-    _check({**settings, **others, "max_new_tokens": max_new_tokens, "generation": generation or {}})
-    # first, as what they lack should be known before the answers are made
-    modules = load_metrics(["exact_match", *metrics])
-    data = _as_dataset(dataset)
-    questions = list_questions(data)
-    if not questions:
-        raise ValueError(f"The dataset has {len(data)} rows and no assistant turn to score.")
-    training = [] if training_dataset is None else list_questions(_as_dataset(training_dataset))
-    choices = candidate_answers(questions, training, candidates) if score == "likelihood" else None
-    if progress is not None:
-        facts = [choices, batch_size, settings["generation"], processor.system_prompt]
-        progress.begin([fingerprint_of(questions), *facts])
-    answerer = Answerer(model.eval(), processor, data, questions, choices, batch_size, settings["generation"], seed)
-    answers, not_scored = _ask(answerer, [name for name in ASKED if name == ECG or name in conditions], progress)
-    if not PartialState().is_main_process:  # one process scores and writes
-        return Results()
-    scorer = Scorer(questions, modules, num_resamples, seed, {"bert_score": {"model": bert_score_model}}, choices)
-    return _summarise(answerer, scorer, answers, not_scored, training, settings)
+    check_settings(settings)
+    data = _as_dataset(dataset, "dataset")
+    training = None if training_dataset is None else _as_dataset(training_dataset, "training_dataset")
+    return _evaluate(model, processor, data, training, settings, progress)
 
 
-def _check(settings: Mapping[str, Any], prefix: str = "") -> None:
-    """Refuses settings before anything is asked.
+def _as_list(names: Sequence[str] | str) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _evaluate(
+    model: ELMForConditionalGeneration,
+    processor: ELMProcessor,
+    data: Dataset,
+    training_data: Dataset | None,
+    settings: Mapping[str, Any],
+    progress: Progress | None,
+    revision: str | None = None,
+    fingerprint: str | None = None,
+    prefix: str = "",
+) -> Results:
+    """As `evaluate`, of settings that were checked.
 
     Args:
-        settings: arguments of `evaluate`, or options of the command, named with the `prefix`.
-
-    Raises:
-        ValueError: one is not as expected, or does not go with another.
+        revision, fingerprint: digests of the model and of the data, where they are known.
+        prefix: of options in messages; none, of arguments.
     """
-    for name in ("batch_size", "max_new_tokens", "num_resamples"):
-        if settings[name] < 1:
-            raise ValueError(f"{prefix}{name} is {settings[name]}; it must be at least 1.")
-    if min(np.atleast_1d(settings["seed"])) < 0:
-        raise ValueError(f"{prefix}seed is {settings['seed']}; it must be at least 0.")
-    known = {"conditions": ASKED, "metrics": METRIC_NAMES, "score": get_args(ScoredBy)}
-    for name, expected in known.items():
-        values = [settings[name]] if name == "score" else settings[name]
-        unknown = [value for value in values if value not in expected]
-        if unknown:
-            raise ValueError(f"{prefix}{name} has {', '.join(unknown)}; expected some of {', '.join(expected)}.")
-    if "bert_score" in settings["metrics"] and settings["bert_score_model"] is None:
-        raise ValueError(
-            f"{prefix}metrics bert_score compares what an encoder makes of the answers; name it with {prefix}bert_score_model."
-        )
-    if settings["candidates"] and settings["score"] != "likelihood":
-        raise ValueError(
-            f"{prefix}candidates are what {prefix}score likelihood decides among; add that, or leave them out."
-        )
-    generation, name = settings["generation"], "--generation_kwargs" if prefix else "generation"
-    unknown = [key for key in generation if key in NOT_GENERATION or not hasattr(GenerationConfig(), key)]
-    if unknown:
-        raise ValueError(
-            f"{name} has {', '.join(unknown)}; expected options of `generate` that leave one text to a question, and "
-            f"{prefix}max_new_tokens apart."
-        )
-    if generation and settings["score"] == "likelihood":
-        raise ValueError(f"{name} with {prefix}score likelihood, which generates nothing; leave them out.")
+    score, batch_size, seed = settings["score"], settings["batch_size"], settings["seed"]
+    # first, as what they lack should be known before the answers are made
+    modules = load_metrics(["exact_match", *settings["metrics"]])
+    questions = list_questions(data)
+    if not questions:
+        raise ValueError(f"The dataset has {number_of(len(data), 'row')} and no assistant turn to score.")
+    for metric in filter(is_path, settings["metrics"]):
+        check_contract(name_of(metric), modules[name_of(metric)], [question.answer for question in questions])
+    training = [] if training_data is None else list_questions(training_data)
+    choices = candidate_answers(questions, training, settings["candidates"], prefix) if score == "likelihood" else None
+    generation = {"do_sample": False, "max_new_tokens": settings["max_new_tokens"], **settings["generation"]}
+    revision = revision or _on_first(lambda: digest_of_model(model, processor))
+    processor = processor.with_system_prompt(settings["system_prompt"])  # that of the model counts to its revision
+    fingerprint = fingerprint or _on_first(lambda: fingerprint_of(data, questions))
+    packages = {name: version(name) for name in PACKAGES}
+    if progress is not None:
+        # all that an answer depends on: the digests hold what the model, its processor and the ECGs are
+        device = [str(model.dtype), model.device.type, getattr(model.config, "_attn_implementation", None)]
+        shown = [fingerprint, choices, batch_size, generation, processor.system_prompt]
+        progress.begin([revision, packages, device, shown])
+    answerer = Answerer(model.eval(), processor, data, questions, choices, batch_size, generation, seed)
+    answers, not_scored = _ask(
+        answerer, [name for name in ASKED if name == ECG or name in settings["conditions"]], progress
+    )
+    if not PartialState().is_main_process:  # one process scores and writes
+        return Results()
+    options = {"bert_score": {"model": settings["bert_score_model"]}}
+    scorer = Scorer(questions, modules, settings["num_resamples"], seed, options, choices)
+    facts: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "model": Path(model.name_or_path or "").name,
+        "model_revision": revision,
+        "model_commit": getattr(model.config, "_commit_hash", None),
+        "model_files": None,
+        "evaluation": None,
+        "data": {
+            "names": [],
+            "split": data.split and str(data.split),
+            "fold": None,
+            "fingerprint": fingerprint,
+            "training_fingerprint": digest_of_questions(training) if training else None,
+        },
+        "settings": {
+            "score": score,
+            "generation": generation,
+            "candidates": settings["candidates"],
+            "batch_size": batch_size,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "system_prompt": processor.system_prompt or None,
+            "seed": seed,
+            "num_resamples": settings["num_resamples"],
+        },
+        "packages": packages,
+    }
+    return _summarise(answerer, scorer, answers, not_scored, training, facts, settings["main_metric"])
 
 
-def _as_dataset(rows: Dataset | list[dict[str, Any]]) -> Dataset:
+def _on_first(function: Callable[[], Any]) -> Any:
+    """What the function gives in the first process, in all of them."""
+    values = [function() if PartialState().is_main_process else None]
+    return broadcast_object_list(values)[0]
+
+
+def _as_dataset(rows: Dataset | list[dict[str, Any]], name: str) -> Dataset:
     """The rows with their ECGs as NumPy arrays: lists of Python numbers would take longer to make than the ECG to process."""
     if not isinstance(rows, Dataset | list):
         raise ValueError(
-            f"The dataset is a {type(rows).__name__}; expected a `datasets.Dataset`, one split, or a list of rows."
+            f"{name} is a {type(rows).__name__}; expected a `datasets.Dataset`, one split, or a list of rows."
         )
-    data = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
-    if "messages" not in data.column_names:
-        raise ValueError(f"The dataset has the columns {data.column_names}; expected messages and ecg.")
+    data = rows if isinstance(rows, Dataset) else Dataset.from_list(_without_records(rows))
+    if len(data) and "messages" not in data.column_names:
+        raise ValueError(f"{name} has the columns {data.column_names}; expected messages and ecg.")
     return data.with_format("numpy", columns=["ecg"], output_all_columns=True) if "ecg" in data.column_names else data
+
+
+def _without_records(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows in which the ECGs are dicts where any of them is an `ECGRecord`, which a table cannot hold; files beside it are read."""
+
+    def ecgs_in(row: dict[str, Any]) -> list[Any]:
+        ecg = row.get("ecg")
+        return list(ecg) if isinstance(ecg, list | tuple) else [] if ecg is None else [ecg]
+
+    def as_dict(ecg: Any) -> dict[str, Any]:
+        record = as_record(ecg)
+        fields = {"array": record.array, "sampling_rate": float(record.sampling_rate), "unit": "mV"}
+        notices = list(record.metadata.get("notices", ()))
+        return {**fields, "lead_names": list(record.lead_names), "metadata": {"notices": notices}}
+
+    # by name, as `as_record` knows it: the class of a Hub repo is another
+    if not any(type(ecg).__name__ == "ECGRecord" for row in rows for ecg in ecgs_in(row)):
+        return rows
+    return [
+        {
+            **row,
+            "ecg": [as_dict(ecg) for ecg in ecgs_in(row)]
+            if isinstance(row["ecg"], list | tuple)
+            else as_dict(row["ecg"]),
+        }
+        if ecgs_in(row)
+        else row
+        for row in rows
+    ]
 
 
 def _ask(
@@ -226,9 +282,14 @@ def _summarise(
     asked: dict[str, list[Any]],
     not_scored: dict[str, str],
     training: list[Question],
-    settings: dict[str, Any],
+    facts: dict[str, Any],
+    main_metric: str | None,
 ) -> Results:
-    """The results of the answers; with candidates, of their log-likelihoods."""
+    """The results of the answers; with candidates, of their log-likelihoods.
+
+    Args:
+        facts: what else the results hold.
+    """
     answers, likelihoods, candidates, questions = asked, {}, scorer.candidates, scorer.questions
     if candidates is not None:
         likelihoods = asked
@@ -240,22 +301,16 @@ def _summarise(
         answers = {**answers, BASELINE: most_frequent_answers(questions, training)}
     if "closed_set" in scorer.modules and not scorer.closed:
         not_scored["closed_set"] = "No type of question has a few different answers."
-    model, data = answerer.model, answerer.data
-    results: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "model": Path(model.name_or_path or "").name,
-        "model_revision": getattr(model.config, "_commit_hash", None),
-        "data": {
-            "names": [],
-            "split": data.split and str(data.split),
-            "fold": None,
-            "fingerprint": fingerprint_of(questions),
-        },
-        "settings": settings,
-        "packages": {name: version(name) for name in PACKAGES},
-        **scorer.summarise(answers, likelihoods),
-        "not_scored": not_scored,
-    }
+    data = answerer.data
+    results = {**facts, **scorer.summarise(answers, likelihoods), "not_scored": not_scored}
+    scored = results["conditions"][ECG]["metrics"]
+    if main_metric is not None and main_metric not in scored:
+        logger.warning(
+            "%s is not scored, so it is not the main metric: no type of question is such that it can be.", main_metric
+        )
+        not_scored.setdefault(main_metric, "No type of question is such that it can be.")
+        main_metric = None
+    results["main_metric"] = main_metric or ("auroc" if "auroc" in scored else "exact_match")
     results["verdict"] = verdict(results)
     records = data["record_id"][:] if "record_id" in data.column_names else [None] * len(data)
     predictions: list[dict[str, Any]] = []
@@ -270,188 +325,105 @@ def _summarise(
     return Results(results, predictions)
 
 
-@dataclass
-class EvaluationArguments(DataArguments):
-    """What is scored, and how."""
-
-    model_name_or_path: str = argument(
-        "",
-        "Saved ELM or LoRA adapter: local folder or Hub id; also the first argument. {fold} in it stands for the fold.",
-    )
-    model_revision: str = argument("main", "Branch, tag or commit of a model on the Hub.")
-    split: str = argument("test", "Split of the data that is scored.")
-    fold: list[int] | None = argument(  # type: ignore[assignment]  # one of them, or several
-        None, "Folds of datasets that have splits such as fold1_train and fold1_test; each is a run."
-    )
-    output_dir: str | None = argument(None, "Where the results go. Default: the model's folder, or ./evaluation.")
-    score: ScoredBy = argument(
-        "generation",
-        "generation: what the model writes. likelihood: which of the candidate answers it finds likeliest, with the "
-        "AUROC of their shares.",
-    )
-    candidates: list[str] | None = argument(
-        None,
-        "Answers that --score likelihood decides among. Default: those that a type of question has in the training "
-        "and in the scored split.",
-    )
-    conditions: list[str] = argument(
-        list(ASKED),
-        f"What is shown of the ECG ({'; '.join(f'{name}, {CONDITIONS[name].description}' for name in ASKED)}). "
-        "ecg is always among them.",
-        choices=list(ASKED),
-    )
-    batch_size: int = argument(32, "Conversations answered at once.")
-    max_new_tokens: int = argument(128, "Longest answer, in tokens.")
-    generation_kwargs: str | None = argument(
-        None, 'JSON with other options of `generate`, such as {"num_beams": 4}. Default: greedy decoding.'
-    )
-    dtype: str = argument("auto", "Of the model: auto, float32, bfloat16 or float16.")
-    torch_compile: bool = argument(False, "Compile the model with torch.compile.")
-    dataset_num_proc: int | None = argument(None, "Processes that prepare datasets of the reference.")
-    seed: list[int] = argument(
-        [0], "Of noise, swapped ECGs, sampled answers and the bootstrap; of several, each is a run."
-    )
-    num_resamples: int = argument(2000, "Bootstrap resamples of patients.")
-    metrics: list[str] = argument(
-        list(METRICS),
-        'Scores beside exact match; bleu4, rouge_l, meteor and bert_score need `pip install "elm-ecg[metrics]"`.',
-        choices=METRIC_NAMES,
-    )
-    bert_score_model: str | None = argument(None, "Encoder of bert_score that it knows, such as roberta-large.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.generation = json_fields("generation_kwargs", self.generation_kwargs)
-        _check(vars(self), "--")
-        for name in ("seed", "fold"):
-            values = getattr(self, name) or []
-            if len(set(values)) < len(values):
-                raise ValueError(f"--{name} {' '.join(map(str, values))} names one twice.")
-
-    @property
-    def samples(self) -> bool:
-        """Whether answers are drawn at random."""
-        return bool(self.generation.get("do_sample", False))
-
-    def load(self, fold: int | None, split: str, **changes: Any) -> Dataset | None:
-        """A split of the data, of one `fold` if it has folds; None if it has no such split."""
-        values = {option.name: getattr(self, option.name) for option in fields(DataArguments)}
-        arguments = DataArguments(**values | {"fold": fold} | changes)  # one fold, where `self.fold` may list several
-        return load_data(arguments, split, self.seed[0], self.dataset_num_proc)  # one subset for all seeds
-
-
-def revision_of(model: ELMForConditionalGeneration, name_or_path: str) -> str:
-    """The commit of a model on the Hub, or a digest of the weights in a local folder."""
-    if not Path(name_or_path).is_dir():
-        return str(getattr(model.config, "_commit_hash", None))
-    digest = hashlib.sha256()
-    for path in sorted(Path(name_or_path).glob("*.safetensors")):  # weights alone: this command writes the card itself
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return f"sha256:{digest.hexdigest()}"
-
-
-def parse(argv: list[str] | None = None) -> EvaluationArguments:
-    """The arguments of `elm evaluate`.
-
-    Raises:
-        ValueError: no model is named, or an option is not as expected.
-    """
-    parser = ELMParser(EvaluationArguments, prog="elm evaluate")
-    parser.refuse(OF_TRAINING)
-    (args,) = parser.parse_args_and_config(argv)
-    if not args.model_name_or_path:
-        raise ValueError("Which model? Give its folder or Hub id as --model_name_or_path.")
-    if "{fold}" in args.model_name_or_path and args.fold is None:
-        raise ValueError(
-            f"Which fold is {{fold}} in {args.model_name_or_path}? Say it with --fold, such as --fold 1 2."
-        )
-    return args
-
-
 def output_folder(args: EvaluationArguments) -> Path:
-    """The folder of the results: that of --output_dir, of a local model, or ./evaluation."""
+    """The folder in which results go: that of --output_dir, of a local model, or ./evaluation."""
     own = Path(args.model_name_or_path)
     return Path(args.output_dir) if args.output_dir else own if own.is_dir() else Path("evaluation")
 
 
-def over_runs(runs: Sequence[dict[str, Any]], seeds: list[int], samples: bool) -> dict[str, Any]:
-    """Mean, standard deviation and 95% t-interval of each score over the runs, folds times seeds.
+def place_of(args: EvaluationArguments, fingerprints: Sequence[str]) -> str:
+    """The name by which an evaluation is told from others of the same model: `DATA-SPLIT-SCORE-8 hexadecimal digits`.
 
-    Where no seed changes the answers of a condition, its runs of one fold are the same one, and count once.
+    Args:
+        fingerprints: of all data that it is about. The digits stand for these, and for all options that change what is in the
+            results.
     """
-    scores: dict[str, dict[str, Any]] = {}
-    for condition in runs[0]["conditions"]:
-        random = samples or CONDITIONS[condition].random
-        counted = [run for run in runs if random or run["settings"]["seed"] == seeds[0]]
-        for metric in runs[0]["conditions"][condition]["metrics"]:
-            of_runs = [run["conditions"].get(condition, {}).get("metrics", {}).get(metric, {}) for run in counted]
-            values = [row["value"] for row in of_runs if row.get("value") is not None]
-            if not values:  # undefined in every run
-                continue
-            mean, row = statistics.fmean(values), scores.setdefault(condition, {})
-            row[metric] = {"mean": mean, "std": None, "interval_95": None, "num_runs": len(values)}
-            if len(values) > 1:  # runs are taken as independent, though folds share training data
-                deviation = statistics.stdev(values)  # of a sample: by n - 1
-                half = float(student_t.ppf(0.975, len(values) - 1)) * deviation / len(values) ** 0.5
-                row[metric] |= {"std": deviation, "interval_95": [mean - half, mean + half]}
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "runs": [
-            {"fold": run["data"]["fold"], "seed": run["settings"]["seed"], "model_revision": run["model_revision"]}
-            for run in runs
-        ],
-        "conditions": scores,
-    }
+    names = (
+        "score",
+        "split",
+        "fold",
+        "seed",
+        "conditions",
+        "bert_score_model",
+        "main_metric",
+        "candidates",
+        "batch_size",
+    )
+    names += ("max_new_tokens", "generation", "dtype", "torch_compile", "system_prompt", "num_resamples", "data_subset")
+    settings = [getattr(args, name) for name in names]
+    own = [file_of(metric).read_text(encoding="utf-8") for metric in args.metrics if is_path(metric)]
+    digits = digest([settings, sorted(map(name_of, args.metrics)), own, list(fingerprints)])[:8]
+    data = "+".join(re.sub(r"[^\w.-]+", "_", Path(name).name) for name in args.data)[:80]
+    return f"{data}-{args.split}-{args.score}-{digits}"
 
 
-def _load_fold(args: EvaluationArguments, fold: int | None) -> tuple[Dataset, Dataset | None]:
-    """The split that is scored, and where there is one that of training."""
+def _require_free(path: Path, evaluation: str, revision: str | None = None) -> None:
+    """ValueError if a file of results is of another evaluation than that which is about to write it."""
+    if not path.is_file():
+        return
+    found = identity_of(path)
+    if found.get("evaluation") == evaluation and (revision is None or found.get("model_revision") == revision):
+        return
+    what = "weights" if found.get("evaluation") == evaluation else "data or settings"
+    raise ValueError(
+        f"--output_dir {path.parent} holds the results of other {what} ({found.get('evaluation')}, model "
+        f"{str(found.get('model_revision'))[:19]}), which are not overwritten: name another folder, or move them away."
+    )
+
+
+def _load_data(args: EvaluationArguments, fold: int | None) -> tuple[Dataset, Dataset | None, str]:
+    """The scored and the training split, and the fingerprint of the first."""
     with PartialState().main_process_first():  # it fills the cache of `datasets`, which the others then read
         data = args.load(fold, args.split)
         training_data = None if args.split == "train" else args.load(fold, "train", data_subset=None)
     if data is None:
         raise ValueError(f"--data {' '.join(args.data)} has no split {args.split!r}.")
-    return data, training_data
+    questions = list_questions(data)
+    return data, training_data, _on_first(lambda: fingerprint_of(data, questions))
 
 
 def _evaluate_fold(
     args: EvaluationArguments,
     fold: int | None,
-    data: Dataset,
-    training_data: Dataset | None,
     model: ELMForConditionalGeneration,
     processor: ELMProcessor,
     name: str,
+    loaded: tuple[Dataset, Dataset | None, str],
     folder: Path,
+    evaluation: str,
 ) -> list[Results]:
     """The results of each seed, written into `folder`."""
     state = PartialState()
-    revision = revision_of(model, name)
-    folder.mkdir(parents=True, exist_ok=True)
-    # answers of an interrupted run count only for the same facts, and settings of `evaluate`
-    facts = [SCHEMA_VERSION, revision, args.dtype, args.torch_compile, args.data, args.ecg_root]
-    progress = Progress(folder, facts, state.process_index)
+    data, training_data, fingerprint = loaded
+    place = folder_of(name, args.model_revision)
+    revision = _on_first(lambda: digest_of_folder(place))
+    folders = {seed: folder / f"seed{seed}" if len(args.seed) > 1 else folder for seed in args.seed}
+    own = Path(args.model_name_or_path)
+    if state.is_main_process:
+        if args.output_dir:
+            for path in folders.values():
+                _require_free(path / RESULTS_FILE, evaluation, revision)
+        else:
+            for path in [own] if own.is_dir() else folders.values():
+                move_old_results(path, keep=revision)
+        folder.mkdir(parents=True, exist_ok=True)
+    state.wait_for_everyone()
+    progress = Progress(folder, [SCHEMA_VERSION, args.torch_compile], state.process_index)
     runs = []
-    names = ("conditions", "metrics", "bert_score_model", "score", "candidates", "batch_size", "max_new_tokens")
-    options: dict[str, Any] = {name: getattr(args, name) for name in (*names, "system_prompt", "num_resamples")}
     for seed in args.seed:
-        results = evaluate(
-            model,
-            processor,
-            data,
-            training_dataset=training_data,
-            generation=args.generation,
-            seed=seed,
-            progress=progress,
-            **options,
+        settings = {**vars(args), "seed": seed}
+        results = _evaluate(
+            model, processor, data, training_data, settings, progress, revision, fingerprint, prefix="--"
         )
         runs.append(results)
         if state.is_main_process:
-            results |= {"model": Path(name).name, "model_revision": revision}
+            files = [path.relative_to(place).as_posix() for path in files_of_model(place)]
+            results |= {"model": Path(name).name, "model_files": files, "evaluation": evaluation}
             results["data"] |= {"names": [Path(name).name for name in args.data], "split": args.split, "fold": fold}
             results["settings"] |= {"torch_compile": args.torch_compile, "data_subset": args.data_subset}
-            _write(folder / f"seed{seed}" if len(args.seed) > 1 else folder, results, data)
+            _write(folders[seed], results, data)
+            if own.is_dir():
+                add_evaluations(own, revision)
     return runs
 
 
@@ -459,7 +431,6 @@ def _write(folder: Path, results: Results, data: Dataset) -> None:
     folder.mkdir(exist_ok=True)
     results.save(folder)
     write_report(folder / REPORT_FILE, results, results.predictions, data)
-    add_evaluation(folder, results)
     print(results["verdict"])
     print(f"Results, predictions and report in {folder.resolve()}", flush=True)
 
@@ -469,32 +440,43 @@ def main(argv: list[str] | None = None) -> Results:
     args = parse(argv)
     load_metrics(args.metrics)  # what they lack should be known before the model is loaded
     state = PartialState(cpu=not torch.cuda.is_available())  # no MPS, which accelerate would take
-    folder = output_folder(args)
     folds: list[int | None] = [None] if args.fold is None else [*args.fold]
+    names = {fold: args.model_name_or_path.replace("{fold}", str(fold)) for fold in folds}
+    for name in names.values():
+        find_model_file(name, ["adapter_config.json", "config.json"], args.model_revision)
+    check_output_folder(output_folder(args))
+    loaded = {fold: _load_data(args, fold) for fold in folds}  # likewise before the model
+    fingerprints = [fingerprint for _, _, fingerprint in loaded.values()]
+    if len(set(fingerprints)) < len(folds) and len(set(names.values())) == 1:
+        raise ValueError(
+            f"--fold {' '.join(map(str, folds))}: some of these have the same rows in the split {args.split!r}, so they would be one run "
+            "counted several times. Leave --fold out of data without folds."
+        )
+    evaluation = place_of(args, fingerprints)
+    folder = output_folder(args)
+    if not args.output_dir:  # those of a model that is not here are told apart by its name too
+        here = Path(args.model_name_or_path).is_dir()
+        model_name = Path(args.model_name_or_path.replace("{fold}", "")).name
+        folder = folder / EVALUATIONS / evaluation if here else folder / model_name / evaluation
     folders = {fold: folder / f"fold{fold}" if len(folds) > 1 else folder for fold in folds}
+    if args.output_dir:
+        _require_free(folder / SUMMARY_FILE, evaluation)
     if len(args.seed) > 1 and not args.samples:
         logger.warning(
             "Answers are not sampled, so that only %s depend on the seed: the others are asked once, for %s.",
             " and ".join(name for name in args.conditions if CONDITIONS[name].random) or "no conditions",
             ", ".join(f"seed {seed}" for seed in args.seed),
         )
-    # what is wrong with these should be known before a model is loaded, too
-    check_output_folder(folder)
-    models = {fold: args.model_name_or_path.replace("{fold}", str(fold)) for fold in folds}
-    for name in set(models.values()):
-        find_model_file(name, ["adapter_config.json", "config.json"], args.model_revision)
-    data = {fold: _load_fold(args, fold) for fold in folds}
     runs: list[Results] = []
     model = processor = None
-    for fold in folds:
-        name = models[fold]
+    for fold, name in names.items():
         if model is None or processor is None or name != args.model_name_or_path:  # else it is kept
             model, processor = load_elm(name, revision=args.model_revision, dtype=args.dtype)
             model.to(state.device)  # type: ignore[arg-type]  # a wrapped method
             limit_threads(model, state.device)
             if args.torch_compile:
                 model.compile(dynamic=True)  # batches differ in length
-        runs += _evaluate_fold(args, fold, *data[fold], model, processor, name, folders[fold])
+        runs += _evaluate_fold(args, fold, model, processor, name, loaded[fold], folders[fold], evaluation)
     if not state.is_main_process:
         return Results()
     # only now: an evaluation that is interrupted in a later fold keeps the answers of the earlier ones
@@ -502,13 +484,18 @@ def main(argv: list[str] | None = None) -> Results:
         Progress(fold_folder, None).remove()  # facts do not matter here
     if len(runs) == 1:
         return runs[0]
-    summary = Results(over_runs(runs, args.seed, args.samples))
+    summary = Results({"evaluation": evaluation, **over_runs(runs, args.seed, args.samples)})
     write_json(folder / SUMMARY_FILE, summary)
+    metric = summary["main_metric"]
+    scale = scales_of(summary)[metric]
     for condition, metrics in summary["conditions"].items():
-        row = metrics["exact_match"]
-        spread = "" if row["std"] is None else f", standard deviation {as_percent(row['std'])}"
-        print(f"{condition}: exact match {as_percent(row['mean'])}% over {row['num_runs']} runs{spread}")
-    print(f"Figures over the runs in {(folder / SUMMARY_FILE).resolve()}", flush=True)
+        row = metrics.get(metric)
+        if row is None:  # undefined in every run
+            continue
+        spread = "" if row["std"] is None else f", standard deviation {scale.number(row['std'])}"
+        mean = scale.with_unit(scale.number(row["mean"]))
+        print(f"{condition}: {scale.title} {mean} over {number_of(row['num_runs'], 'run')}{spread}")
+    print(f"Figures over the runs in {(folder / SUMMARY_FILE).resolve()}. {summary['note']}", flush=True)
     return summary
 
 

@@ -10,6 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, List
+from tqdm import tqdm
+
+from elm_ecg.ecg_utils import as_record
+from elm_ecg.training.data.loading import ecgs_of
+from elm_ecg.training.evaluation.scale import number_of
 
 MAX_CANDIDATES = 50  # each is read by the model after every question
 
@@ -74,12 +79,48 @@ def digest(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def fingerprint_of(questions: list[Question]) -> str:
+def digest_of_questions(questions: list[Question]) -> str:
     """A digest by which the same questions, with the same right answers, are known again."""
     return digest([list(vars(question).values()) for question in questions])  # a new field changes all digests
 
 
-def _text(content: str | list[dict[str, Any]]) -> str:
+def fingerprint_of(data: Dataset, questions: list[Question]) -> str:
+    """A digest of all that a model is shown of the data, and of what it is compared with: the questions, their right answers, all
+    messages, the patients, and of every ECG its samples in millivolts, sampling rate and leads. Files count by what is read from
+    them, not by their place; one that cannot be read counts as such.
+    """
+    of_rows: list[Any] = []
+    known: dict[str, str] = {}  # path -> digest: a record may have many questions
+    for row in tqdm(data, desc="Digest of the data", unit="row", disable=len(data) < 1000):
+        of_ecgs = []
+        for ecg in ecgs_of(row):
+            if not isinstance(ecg, str):
+                of_ecgs.append(_digest_of_ecg(ecg))
+                continue
+            if ecg not in known:
+                known[ecg] = _digest_of_ecg(ecg)
+            of_ecgs.append(known[ecg])
+        turns = [[message["role"], _text(message["content"])] for message in row["messages"]]
+        of_rows.append([turns, [_kinds(message["content"]) for message in row["messages"]], of_ecgs])
+    return digest([digest_of_questions(questions), patients_of(data), of_rows])
+
+
+def _digest_of_ecg(ecg: Any) -> str:
+    try:
+        record = as_record(ecg)
+    except (ValueError, OSError):  # asking says what is wrong; a model that reads no ECG is asked all the same
+        return "unreadable"
+    samples = hashlib.sha256(record.array.tobytes())
+    samples.update(json.dumps([record.array.shape, float(record.sampling_rate), list(record.lead_names)]).encode())
+    return samples.hexdigest()
+
+
+def _kinds(content: Any) -> list[str]:
+    """The types of the parts of a message: where its ECGs stand."""
+    return [] if isinstance(content, str) else [part["type"] for part in content]
+
+
+def _text(content: str | Sequence[dict[str, Any]]) -> str:
     if isinstance(content, str):
         return content
     return "".join(part["text"] for part in content if part["type"] == "text")
@@ -98,13 +139,14 @@ def most_frequent_answers(questions: list[Question], training: list[Question]) -
 
 
 def candidate_answers(
-    questions: list[Question], training: list[Question], for_all: Sequence[str] | None
+    questions: list[Question], training: list[Question], for_all: Sequence[str] | None, prefix: str = ""
 ) -> list[list[str]]:
     """The answers among which each question is to be decided, sorted.
 
     Args:
         training: their answers are candidates too, for the questions of the same type.
         for_all: candidates for every question instead.
+        prefix: of options in messages; none, of arguments.
 
     Raises:
         ValueError: there is one candidate alone, more than `MAX_CANDIDATES`, or `for_all` lacks a right answer.
@@ -112,11 +154,11 @@ def candidate_answers(
     if for_all:
         candidates = sorted(set(for_all))
         if len(candidates) < 2:
-            raise ValueError(f"--candidates {' '.join(for_all)}: expected at least two different answers.")
+            raise ValueError(f"{prefix}candidates {' '.join(for_all)}: expected at least two different answers.")
         for question in questions:
             if question.answer not in candidates:
                 raise ValueError(
-                    f"The right answer {question.answer!r} to {question.question!r} is none of --candidates {', '.join(candidates)}."
+                    f"The right answer {question.answer!r} to {question.question!r} is none of the {prefix}candidates {', '.join(candidates)}."
                 )
         return [candidates] * len(questions)
     by_type: dict[str, set[str]] = defaultdict(set)
@@ -126,8 +168,8 @@ def candidate_answers(
     for kind in sorted(asked):
         if not 2 <= len(by_type[kind]) <= MAX_CANDIDATES:
             raise ValueError(
-                f"Questions of the type {kind!r} have {len(by_type[kind])} different answers; --score likelihood decides among 2 "
-                f"to {MAX_CANDIDATES}. Give them as --candidates, or use --score generation."
+                f"Questions of the type {kind!r} have {number_of(len(by_type[kind]), 'different answer')}; {prefix}score likelihood "
+                f"decides among 2 to {MAX_CANDIDATES}. Give them as {prefix}candidates, or use {prefix}score generation."
             )
     of_type = {kind: sorted(by_type[kind]) for kind in asked}
     return [of_type[question.question_type] for question in questions]
@@ -153,8 +195,12 @@ def other_patients(patients: list[tuple[str, ...]], seed: int) -> np.ndarray:
         following = (order[(place + step) % len(order)] for step in range(1, len(order)))  # round to the start
         other = next((other for other in following if not set(patients[other]) & set(patients[row])), None)
         if other is None:
+            named = ", ".join(patients[row])
             raise ValueError(
-                f"All {len(patients)} rows have an ECG of the patients {', '.join(patients[row])}: no other ECG to swap in."
+                "There is one row alone, and so no other ECG to swap in."
+                if len(patients) == 1
+                else f"All {len(patients)} rows have an ECG of {number_of(len(patients[row]), 'patient').split()[1]} {named}: no other "
+                "ECG to swap in."
             )
         others[row] = other
     return others

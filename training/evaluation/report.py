@@ -13,8 +13,9 @@ from datasets import Dataset
 from elm_ecg.ecg_drawing import ECGPaper, draw_ecg, page_height, page_width
 from elm_ecg.ecg_utils import as_record
 from elm_ecg.training.data.loading import ecgs_of
+from elm_ecg.training.evaluation.bootstrap import MIN_PATIENTS, p_in_words
 from elm_ecg.training.evaluation.conditions import CONDITIONS, ECG
-from elm_ecg.training.evaluation.results import main_metric, title_of, with_interval
+from elm_ecg.training.evaluation.scale import SHARE, MetricScale, number_of, scales_of, title_of
 from elm_ecg.training.figures import confusion_plot, differences_plot, scores_plot
 from elm_ecg.training.files import resource, write_text
 
@@ -97,6 +98,7 @@ def _facts(results: Mapping[str, Any]) -> list[tuple[str, Any]]:
         ("questions", results["num_questions"]),
         ("patients", results["num_patients"]),
         ("scored by", settings["score"]),
+        ("main metric", scales_of(results)[results["main_metric"]].heading),
         ("dtype", settings["dtype"]),
         ("seed", settings["seed"]),
         ("bootstrap resamples", settings["num_resamples"]),
@@ -106,12 +108,14 @@ def _facts(results: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _plots(results: Mapping[str, Any], metric: str) -> dict[str, Any]:
-    title, types = title_of(metric), results["conditions"][ECG]["by_question_type"]
+    scale, types = scales_of(results)[metric], results["conditions"][ECG]["by_question_type"]
     caption = "how often each right answer (row) got each answer (column), with its ECG."
+    unit = f", in {'points' if scale.unit == SHARE else scale.unit}" if scale.unit else ""
+    direction = "" if scale.higher_is_better else "; below 0 is better"
     return {
-        "scores": picture(scores_plot(results, metric), f"{title} by type of question and by what became of the ECG."),
+        "scores": picture(scores_plot(results), f"{scale.heading} by type of question and by what became of the ECG."),
         "differences": picture(
-            differences_plot(results, metric), f"What the ECG adds to {title}, in points; paired, by patient."
+            differences_plot(results), f"What the ECG adds to {scale.title}{unit}{direction}; paired, by patient."
         ),
         "confusions": [
             picture(confusion_plot(scores["closed_set"]), f"{title_of(kind)}: {caption}")
@@ -119,6 +123,17 @@ def _plots(results: Mapping[str, Any], metric: str) -> dict[str, Any]:
             if "closed_set" in scores
         ],
     }
+
+
+def _about_intervals(results: Mapping[str, Any]) -> str:
+    """What stands in brackets, and how small a p-value can be; or why there are none."""
+    patients, resamples = results["num_patients"], results["settings"]["num_resamples"]
+    if patients < MIN_PATIENTS:
+        return (
+            f"Without intervals and p-values: the questions are about {number_of(patients, 'patient')}, and fewer than {MIN_PATIENTS} "
+            "do not show how patients differ."
+        )
+    return f"In brackets 95% intervals by patient; {number_of(resamples, 'resample')} show no p below {2 / (resamples + 1):.4f}."
 
 
 def write_report(
@@ -139,15 +154,23 @@ def write_report(
     """
     loader = jinja2.FileSystemLoader(resource("training/templates"))
     environment = jinja2.Environment(loader=loader, autoescape=True)  # questions and answers may hold < and &
-    environment.filters |= {"title_of": title_of, "with_interval": with_interval}
+    scales = scales_of(results)
+
+    def in_words(row: Mapping[str, Any], name: str, key: str = "value", sign: str = "") -> str:
+        # parts of a closed set's score are shares as it is; a line ends before an interval, not within
+        return scales.get(name, MetricScale()).with_interval(row, key, sign).replace(", ", ",\N{NO-BREAK SPACE}")
+
+    environment.filters |= {"title_of": title_of, "in_words": in_words, "p_in_words": p_in_words}
+    environment.filters["heading"] = lambda name: scales[name].heading if name in scales else title_of(name)
     environment.filters["condition_label"] = lambda name: CONDITIONS[name].label
-    metric = main_metric(results)
+    metric = results["main_metric"]
     lists = results["conditions"][ECG]["metrics"].get("set_f1", {})
     page = environment.get_template(TEMPLATE).render(
         title=title or f"Evaluation of {results['model']}",
         notice=notice,
         results=results,
         facts=_facts(results),
+        about_intervals=_about_intervals(results),
         conditions=CONDITIONS,
         score_tables=score_tables(results),
         not_scored=[

@@ -3,7 +3,8 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from elm_ecg.training.evaluation.bootstrap import (
     macro_f1,
     resampled_sums,
 )
+from elm_ecg.training.evaluation.scale import MetricScale, title_of
+from elm_ecg.training.evaluation.verdict import gives_one_answer
 from elm_ecg.training.files import resource
 
 # `elm compare` needs only the metrics' names: these imports would take 15 seconds (PyTorch) and 3 (`datasets`)
@@ -51,26 +54,119 @@ class Figure:
 Key = tuple[str | None, str, str]
 
 
-def load_metrics(names: Sequence[str]) -> "dict[str, Metric]":
-    """The modules of these metrics.
+def is_path(metric: str) -> bool:
+    """Whether a metric is one of the user's own, in a file or folder, and not the name of one of ours."""
+    return metric not in METRIC_NAMES and (metric.endswith(".py") or "/" in metric or Path(metric).is_dir())
+
+
+def name_of(metric: str) -> str:
+    """The name that a metric has in results: that of its file or folder, without its place."""
+    return file_of(metric).stem if is_path(metric) else metric
+
+
+def file_of(metric: str) -> Path:
+    """The module of a metric of the user's own; a folder holds one of its own name."""
+    path = Path(metric)
+    return path / f"{path.resolve().name}.py" if path.is_dir() else path
+
+
+def load_metrics(metrics: Sequence[str]) -> "dict[str, Metric]":
+    """The modules of metrics, given by their names or, of the user's own, by the path of a module of `evaluate`.
 
     Raises:
-        ValueError: there is no such metric.
+        ValueError: there is no such metric, or one of the user's own is not what `check_contract` says.
         ImportError, OSError: a library that it needs, or WordNet, is not there.
     """
-    for name in names:
-        if name not in METRIC_NAMES:
-            raise ValueError(f"There is no metric {name!r}; expected some of {', '.join(METRIC_NAMES)}.")
+    for metric in metrics:
+        if not is_path(metric) and metric not in METRIC_NAMES:
+            raise ValueError(
+                f"There is no metric {metric!r}; expected some of {', '.join(METRIC_NAMES)}, or the path of one of your own, such as "
+                f"./{metric}.py."
+            )
     import evaluate
 
-    return {name: evaluate.load(str(METRICS / name), keep_in_memory=True) for name in names}  # no cache files
+    # no cache files
+    return {
+        name_of(metric): _load_own(metric)
+        if is_path(metric)
+        else evaluate.load(str(METRICS / metric), keep_in_memory=True)
+        for metric in metrics
+    }
+
+
+def _load_own(metric: str) -> "Metric":
+    import evaluate
+
+    file = file_of(metric)
+    if not file.is_file():
+        raise ValueError(f"There is no metric {metric}: no file {file}. A folder holds a file of its own name.")
+    if name_of(metric) in (*METRIC_NAMES, "auroc"):
+        raise ValueError(f"The metric {metric} has the name of one of ours, {name_of(metric)}; give its file another.")
+    try:
+        module = evaluate.load(str(file.resolve()), keep_in_memory=True)
+    except Exception as error:  # whatever it does as it is imported
+        raise ValueError(
+            f"The metric {metric} cannot be loaded ({type(error).__name__}: {error}); expected a module of `evaluate` with one class "
+            "that is a PairMetric or TextMetric of elm_ecg.training.evaluation.text."
+        ) from error
+    if not isinstance(getattr(module, "scale", None), MetricScale):
+        raise ValueError(
+            f"The metric {metric} does not say what its numbers mean; give its class a scale, such as `scale = MetricScale(unit="
+            '"bpm", high=None, higher_is_better=False)` of elm_ecg.training.evaluation.scale.'
+        )
+    return module
+
+
+def check_contract(name: str, module: "Metric", references: list[str]) -> None:
+    """Tries a metric of the user's own on the right answers, and on empty ones, before the model is asked.
+
+    `compute(predictions=..., references=...)` gives a dict with `samples`, a finite number for each pair, and under the metric's name
+    their mean; both within the range of its `scale`. Or the module has a `statistic` (see `bleu4`), which makes the score of the
+    sums of the samples.
+
+    Raises:
+        ValueError: it does not; says which of these.
+    """
+    for texts, words in ((references, "the right answers"), ([""] * len(references), "empty answers")):
+        try:
+            scores: Any = module.compute(predictions=texts, references=references)
+        except Exception as error:  # whatever it does
+            raise ValueError(f"The metric {name} fails on {words}: {type(error).__name__}: {error}") from error
+        # PairMetric writes its class's name, in words with underscores
+        key = next((key for key in (name, module.name) if isinstance(scores, dict) and key in scores), None)
+        if key is None or "samples" not in scores:
+            raise ValueError(f"The metric {name} gives {scores!r:.80}; expected a dict with {name} and samples.")
+        try:
+            samples, value = np.asarray(scores["samples"], dtype=float), float(scores[key])
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"The metric {name} gives samples or a score that are no numbers: {error}") from error
+        own_statistic = hasattr(module, "statistic")
+        if len(samples) != len(texts) or samples.ndim != 1 + own_statistic or not np.isfinite(samples).all():
+            raise ValueError(
+                f"The metric {name} gives samples of the shape {samples.shape} for {len(texts)} pairs; expected a finite number for "
+                "each, or a row of numbers where the module has a statistic."
+            )
+        expected = float(module.statistic(samples.sum(axis=0))) if own_statistic else float(samples.mean())
+        if not np.isclose(value, expected, rtol=1e-6, atol=1e-9):
+            raise ValueError(
+                f"The metric {name} gives {value:g} on {words}, and its samples make {expected:g}; expected their mean, or a "
+                "statistic that makes the score of their sums."
+            )
+        low, high = module.scale.low, module.scale.high
+        if (low is not None and value < low) or (high is not None and value > high):
+            raise ValueError(
+                f"The metric {name} gives {value:g} on {words}, outside the range {low} to {high} of its scale."
+            )
 
 
 def closed_types(questions: "Sequence[Question]") -> list[str]:
-    """The types of questions with 2 to `MAX_CLASSES` different right answers, each right twice or more on average."""
+    """The types of questions with 2 to `MAX_CLASSES` different right answers, as `closed_set` tells labels apart, each right twice or
+    more on average."""
+    from elm_ecg.training.evaluation.text import closed_label
+
     answers: dict[str, Counter[str]] = {}
     for question in questions:
-        answers.setdefault(question.question_type, Counter())[question.answer.casefold()] += 1
+        answers.setdefault(question.question_type, Counter())[closed_label(question.answer)] += 1
     few = {kind: min(MAX_CLASSES, counts.total() // 2) for kind, counts in answers.items()}
     return [kind for kind, counts in sorted(answers.items()) if 2 <= len(counts) <= few[kind]]
 
@@ -110,8 +206,8 @@ class Scorer:
     def summarise(
         self, answers: dict[str, list[str]], likelihoods: dict[str, list[list[float]]] | None = None
     ) -> dict[str, Any]:
-        """The scores of all conditions, as `results` describes them: `conditions`, `ecg_minus`, and how many questions and
-        patients there are.
+        """The scores of all conditions, as `results` describes them: `metrics`, `conditions`, `ecg_minus`, and how many questions
+        and patients there are.
 
         Args:
             answers: condition -> texts; `ecg` first.
@@ -133,6 +229,7 @@ class Scorer:
                 if key in figures:  # AUROC has none
                     row |= figures[key].details
             conditions[condition] = {
+                "one_answer": gives_one_answer(self.questions, texts),
                 "metrics": rows[None],
                 "by_question_type": {kind: rows[kind] for kind in self.types if kind in rows},
             }
@@ -159,9 +256,14 @@ class Scorer:
             "num_questions": len(self.questions),
             "num_patients": len(set(self.patients)),
             "questions_by_type": {kind: int((self.kinds == kind).sum()) for kind in self.types},
+            "metrics": {name: self._scale(name).to_dict() for name in conditions[first]["metrics"]},
             "conditions": conditions,
             "ecg_minus": differences,
         }
+
+    def _scale(self, name: str) -> MetricScale:
+        scale = self.modules[name].scale if name in self.modules else MetricScale()  # auroc has no module
+        return replace(scale, title=scale.title or title_of(name))
 
     def _figures(self, texts: list[str]) -> dict[Key, Figure]:
         figures: dict[Key, Figure] = {}

@@ -9,6 +9,8 @@ from typing import Any
 import datasets
 import evaluate
 
+from elm_ecg.training.evaluation.scale import MetricScale
+
 ARGUMENTS = """
 Args:
     predictions: [n] answers.
@@ -25,8 +27,10 @@ OUTSIDE_NUMBERS = re.compile(r"(?<!\d)[.,]|[.,](?!\d)|(?<=\S)-|-(?!\d)")  # 1.2 
 
 # abstract, as `evaluate.load` takes the first class in a module's namespace that is not for its metric
 class TextMetric(evaluate.Metric, ABC):
-    """A metric of answers and their references. The docstring of its module describes it; The module's `INPUTS` and `CITATION`,
+    """A metric of answers and their references. The docstring of its module describes it; the module's `INPUTS` and `CITATION`,
     if it has them, say what it takes and where it is from."""
+
+    scale = MetricScale()  # a share, higher is better
 
     def _info(self) -> evaluate.MetricInfo:
         module, text = sys.modules[type(self).__module__], datasets.Value("string")
@@ -47,7 +51,7 @@ class PairMetric(TextMetric):
 
     @abstractmethod
     def _score(self, prediction: str, reference: str) -> float:
-        """The score of one pair, 0 to 1."""
+        """The score of one pair, on the `scale` of the metric."""
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, Any]:
         require_references(references)
@@ -73,6 +77,11 @@ def folded(text: str) -> str:
 def trimmed(text: str) -> str:
     """A text with single spaces, and without points and spaces at its end."""
     return " ".join(text.split()).rstrip(" .")
+
+
+def closed_label(text: str) -> str:
+    """A label of a closed question, or an answer, as they are compared: unlike `normalized_words`, with articles and punctuation."""
+    return trimmed(folded(text))
 
 
 def normalized_words(text: str) -> list[str]:

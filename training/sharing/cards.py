@@ -17,8 +17,9 @@ from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import ELMArguments
 from elm_ecg.training.build import resolve_llm
 from elm_ecg.training.data.schema import as_list
-from elm_ecg.training.evaluation.card import with_evaluation
-from elm_ecg.training.evaluation.results import RESULTS_FILE, read_results
+from elm_ecg.training.digest import digest_of_folder
+from elm_ecg.training.evaluation.card import with_evaluations
+from elm_ecg.training.evaluation.results import results_in, results_of
 from elm_ecg.training.markdown import CARD, TAGS, citation, environment, make_card, on_hub, public_name, use_of
 
 PREPROCESSOR = "preprocessor_config.json"
@@ -147,10 +148,10 @@ def elm_card(
         source: where the weights are from, in whole sentences.
     """
     card = _elm_card("model", name, config, processor, llm, source=source)
-    results = folder / RESULTS_FILE
-    if results.is_file():
-        return ModelCard(with_evaluation(str(card), read_results(results), name))
-    return card
+    if not results_in(folder):
+        return card
+    found = [results for _, results in results_of(folder, digest_of_folder(folder))]
+    return ModelCard(with_evaluations(str(card), found, name)) if found else card
 
 
 def encoder_card(

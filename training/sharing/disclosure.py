@@ -205,7 +205,8 @@ def check_results(path: Path) -> list[str]:
         raise ValueError(f"{path} holds {', '.join(personal)}, which may name patients; take it out before sharing.")
     data = results.get("data")
     names = data.get("names", []) if isinstance(data, dict) else []
-    own_names = [str(name) for name in [*names, results.get("model", "")] if name]
+    # the name of an evaluation ends in a digest, which may look like a date
+    own_names = [str(name) for name in [*names, results.get("model"), results.get("evaluation")] if name]
     not_texts = [*(results.get("packages") or {}).values(), results.get("model_revision")]  # versions look like dates
     check_text(path, "\n".join(text for _, text in parts if isinstance(text, str) and text not in not_texts), own_names)
     return own_names

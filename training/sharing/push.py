@@ -32,7 +32,9 @@ from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer
 from elm_ecg.training.command_line import CommandLineParser
 from elm_ecg.training.data.synthetic import Findings, simulate_ecg
-from elm_ecg.training.evaluation.results import REPORT_FILE, RESULTS_FILE
+from elm_ecg.training.digest import MODEL_FILES, digest_of_folder
+from elm_ecg.training.evaluation.card import with_evaluations
+from elm_ecg.training.evaluation.results import EVALUATIONS, REPORT_FILE, RESULTS_FILE, read_results, results_in
 from elm_ecg.training.files import resource
 from elm_ecg.training.markdown import CARD, CITATION, SAMPLE, citation, on_hub, replace_section, use_of
 from elm_ecg.training.sharing.cards import PREPROCESSOR, elm_card, encoder_card
@@ -55,14 +57,11 @@ from elm_ecg.training.sharing.hub import NETWORK_ERRORS, refusal, repo_for
 
 MODULES = {path.name for path in resource("").glob("[!_]*.py")}  # that travel with models
 # what a repo is made of beside its code, its card and the sample
-FILES = ["config.json", "generation_config.json", "adapter_config.json", "processor_config.json", "chat_template.jinja"]
-FILES += ["model*.safetensors", "model*.safetensors.index.json", "adapter_model.safetensors", PREPROCESSOR, FILE_NAME]
-FILES += ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"]
-FILES += ["merges.txt", "tokenizer.model", RESULTS_FILE, REPORT_FILE]
+FILES = [*MODEL_FILES, RESULTS_FILE, REPORT_FILE, *(f"{EVALUATIONS}/*/{name}" for name in (RESULTS_FILE, REPORT_FILE))]
 # of these, what a folder of one kind may have of another, and nobody needs
 NOT_OF = {"model": ["adapter_*"], "adapter": ["config.json", "generation_config.json", "model*"]}
 NOT_OF["encoder"] = ["adapter_*", "generation_config.json", "processor_config.json", "chat_template.jinja", FILE_NAME]
-NOT_OF["encoder"] += ["*token*", "vocab.*", "merges.txt", RESULTS_FILE, REPORT_FILE]
+NOT_OF["encoder"] += ["*token*", "vocab.*", "merges.txt", "*.model"]
 LICENCES = ["LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "NOTICE.md"]
 PEFT_TAG = r"base_model:\w+:[^\s'\"]+"  # that PEFT adds to cards, with the folder of the base
 MAX_NAMES = 40  # of files left out that are listed
@@ -177,20 +176,15 @@ def gather(folder: Path, kind: str) -> dict[str, bytes | Path]:
     files: dict[str, bytes | Path] = {
         path.name: path
         for path in sorted(folder.iterdir())
-        if path.is_file() and matches(path.name, FILES + LICENCES) and not matches(path.name, NOT_OF[kind])
+        if path.is_file() and matches(path.name, MODEL_FILES + LICENCES) and not matches(path.name, NOT_OF[kind])
     }
     weights = "adapter_model.safetensors" if kind == "adapter" else "model*.safetensors"
     check_weights(folder, [name for name in files if matches(name, [weights])])
     files |= code_of(folder, kind)
-    own_names = check_results(folder / RESULTS_FILE) if RESULTS_FILE in files else []
-    for name in set(files) & {REPORT_FILE, *LICENCES}:
-        text = (folder / name).read_text(encoding="utf-8")
-        if name != REPORT_FILE:
-            check_text(folder / name, text)
-        else:  # its examples, which stand last, are recordings
-            page, heading, _ = text.partition(EXAMPLES)
-            check_page(folder / name, page, own_names)
-            files[name] = (page + ("</html>\n" if heading else "")).encode()  # the end was cut off too
+    for name in set(files) & set(LICENCES):
+        check_text(folder / name, (folder / name).read_text(encoding="utf-8"))
+    if kind != "encoder":
+        files |= evaluations_of(folder)
     for name in list(files):
         if name.endswith("_config.json") or name == "config.json":
             files[name] = without_local_paths(folder / name)
@@ -205,6 +199,34 @@ def gather(folder: Path, kind: str) -> dict[str, bytes | Path]:
     else:
         raise ValueError(f"{folder} has no processor; save it beside the model, processor.save_pretrained.")
     files[SAMPLE] = sample_ecg(extractor.sampling_rate, extractor.num_samples)
+    return files
+
+
+def evaluations_of(folder: Path) -> dict[str, bytes | Path]:
+    """Path in the repo -> the results and reports of a model's evaluations.
+
+    Raises:
+        ValueError: they may name patients, or are of other weights than those in the folder.
+    """
+    files: dict[str, bytes | Path] = {}
+    paths = results_in(folder)
+    revision = digest_of_folder(folder) if paths else ""
+    for path in paths:
+        own_names = check_results(path)
+        found = read_results(path)["model_revision"]
+        if found != revision:
+            raise ValueError(
+                f"{path} is not about the model beside it: its scores are of {found}, and the files in {folder} are {revision}. Evaluate "
+                f"again with `elm evaluate {folder} --data ...`, which moves old results aside, or move it away."
+            )
+        files[path.relative_to(folder).as_posix()] = path
+        report = path.with_name(REPORT_FILE)
+        if report.is_file():
+            # its examples, which stand last, are recordings
+            page, heading, _ = report.read_text(encoding="utf-8").partition(EXAMPLES)
+            check_page(report, page, own_names)
+            # the end was cut off too
+            files[report.relative_to(folder).as_posix()] = (page + ("</html>\n" if heading else "")).encode()
     return files
 
 
@@ -228,7 +250,8 @@ def read_card(folder: Path, kind: str, name: str) -> RepoCard:
         except (yaml.YAMLError, ValueError, TypeError) as error:
             raise ValueError(f"The metadata of {path} are damaged: {error}") from error
         if kind != "adapter" or card.data.get("library_name") is not None:
-            return card
+            found = [read_results(results) for results in results_in(folder)] if kind in ("model", "adapter") else []
+            return ModelCard(with_evaluations(text, found, name)) if found else card
     if kind == "encoder":
         return encoder_card(folder, _encoder_config(folder), name)
     if kind == "model":
@@ -324,7 +347,8 @@ def commit(
     if kind == "dataset":
         pushed = {name for name in old_files if re.fullmatch(DATASET_FILES, name)}
     else:
-        pushed = {name for name in old_files if "/" not in name and (matches(name, FILES) or name in MODULES)}
+        ours = {depth: [pattern for pattern in FILES if pattern.count("/") == depth] for depth in range(3)}
+        pushed = {name for name in old_files if matches(name, ours.get(name.count("/"), ())) or name in MODULES}
     stale = sorted(pushed - new_files.keys())  # an earlier push made them
     made = api.create_commit(
         repo_id,

@@ -9,7 +9,7 @@ has.
 from collections import Counter
 from typing import Any
 
-from elm_ecg.training.evaluation.text import TextMetric, folded, trimmed
+from elm_ecg.training.evaluation.text import TextMetric, closed_label
 
 INPUTS = """
 Args:
@@ -32,11 +32,6 @@ Raises:
 OTHER = "(other)"
 
 
-def normalize(text: str) -> str:
-    """A label or answer as they are compared."""
-    return trimmed(folded(text))  # unlike `normalized_words`, keeps articles and punctuation
-
-
 def ratio(part: float, whole: float) -> float | None:
     """A share; None of nothing."""
     return part / whole if whole else None
@@ -55,18 +50,18 @@ class ClosedSet(TextMetric):
         self, predictions: list[str], references: list[str], labels: list[str] | None = None
     ) -> dict[str, Any]:
         if labels is None:
-            labels = sorted({normalize(reference) for reference in references} - {""})
-        label_of = {normalize(label): label for label in labels}
+            labels = sorted({closed_label(reference) for reference in references} - {""})
+        label_of = {closed_label(label): label for label in labels}
         if len(label_of) < len(labels):
             raise ValueError(f"Of the labels {labels}, two differ in nothing but case or white space; give each once.")
         for index, reference in enumerate(references):
-            if normalize(reference) not in label_of:
+            if closed_label(reference) not in label_of:
                 raise ValueError(
                     f"The reference of pair {index}, counted from 0, is {reference!r}; expected one of {labels}. "
                     "Name its label too, or leave that pair out."
                 )
         samples = [
-            [label_of[normalize(right)], label_of.get(normalize(answer), OTHER)]
+            [label_of[closed_label(right)], label_of.get(closed_label(answer), OTHER)]
             for answer, right in zip(predictions, references, strict=True)
         ]
         pairs = Counter(map(tuple, samples))

@@ -1,0 +1,174 @@
+"""The options of `elm evaluate`, and what `evaluate` takes, checked."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+import numpy as np
+from datasets import Dataset
+from transformers import GenerationConfig
+
+from elm_ecg.training.arguments import DataArguments, ELMParser, argument, json_fields
+from elm_ecg.training.data.loading import load_data
+from elm_ecg.training.evaluation.conditions import ASKED, CONDITIONS
+from elm_ecg.training.evaluation.scores import METRIC_NAMES, is_path, name_of
+
+ScoredBy = Literal["generation", "likelihood"]
+METRICS = ("normalized_match", "token_f1", "closed_set")  # by default, beside exact_match
+# fields of a generation config that would give other than one text to a prompt, or have an option of their own
+NOT_GENERATION = (
+    "max_new_tokens",
+    "max_length",
+    "num_return_sequences",
+    "return_dict_in_generate",
+    "cache_implementation",
+)
+
+
+# options about data that are of training alone, and why
+OF_TRAINING = {
+    "perturb": "evaluation changes the ECGs itself, as --conditions says",
+    "data_weights": "all rows are scored, each once",
+}
+
+
+@dataclass
+class EvaluationArguments(DataArguments):
+    """What is scored, and how."""
+
+    model_name_or_path: str = argument(
+        "",
+        "Saved ELM or LoRA adapter: local folder or Hub id; also the first argument. {fold} in it stands for the fold.",
+    )
+    model_revision: str = argument("main", "Branch, tag or commit of a model on the Hub.")
+    split: str = argument("test", "Split of the data that is scored.")
+    fold: list[int] | None = argument(  # type: ignore[assignment]  # one of them, or several
+        None, "Folds of datasets that have splits such as fold1_train and fold1_test; each is a run."
+    )
+    output_dir: str | None = argument(
+        None,
+        "Where the results go. Default: a folder of this data and these settings in MODEL/evaluation, or ./evaluation.",
+    )
+    score: ScoredBy = argument(
+        "generation",
+        "generation: what the model writes. likelihood: which of the candidate answers it finds likeliest, with the "
+        "AUROC of their shares.",
+    )
+    candidates: list[str] | None = argument(
+        None,
+        "Answers that --score likelihood decides among. Default: those that a type of question has in the training "
+        "and in the scored split.",
+    )
+    conditions: list[str] = argument(
+        list(ASKED),
+        f"What is shown of the ECG ({'; '.join(f'{name}, {CONDITIONS[name].description}' for name in ASKED)}). "
+        "ecg is always among them.",
+        choices=list(ASKED),
+    )
+    batch_size: int = argument(32, "Conversations answered at once.")
+    max_new_tokens: int = argument(128, "Longest answer, in tokens.")
+    generation_kwargs: str | None = argument(
+        None, 'JSON with other options of `generate`, such as {"num_beams": 4}. Default: greedy decoding.'
+    )
+    dtype: str = argument("auto", "Of the model: auto, float32, bfloat16 or float16.")
+    torch_compile: bool = argument(False, "Compile the model with torch.compile.")
+    dataset_num_proc: int | None = argument(None, "Processes that prepare datasets of the reference.")
+    seed: list[int] = argument(
+        [0], "Of noise, swapped ECGs, sampled answers and the bootstrap; of several, each is a run."
+    )
+    num_resamples: int = argument(2000, "Bootstrap resamples of patients.")
+    metrics: list[str] = argument(
+        list(METRICS),
+        f"Scores beside exact match: {', '.join(METRIC_NAMES)}, or the path of a metric of your own, ./NAME.py; bleu4, rouge_l, meteor "
+        'and bert_score need `pip install "elm-ecg[metrics]"`.',
+    )
+    main_metric: str | None = argument(
+        None, "Metric of the verdict and the plots. Default: auroc where there is one, else exact_match."
+    )
+    bert_score_model: str | None = argument(None, "Encoder of bert_score that it knows, such as roberta-large.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.generation = json_fields("generation_kwargs", self.generation_kwargs)
+        check_settings(vars(self), "--")
+        for name in ("seed", "fold"):
+            values = getattr(self, name) or []
+            if len(set(values)) < len(values):
+                raise ValueError(f"--{name} {' '.join(map(str, values))} names one twice.")
+        if "{fold}" in self.model_name_or_path and self.fold is None:
+            raise ValueError(
+                f"--model_name_or_path is {self.model_name_or_path}; say which --fold stands for {{fold}}."
+            )
+
+    @property
+    def samples(self) -> bool:
+        """Whether answers are drawn at random."""
+        return bool(self.generation.get("do_sample", False))
+
+    def load(self, fold: int | None, split: str, **changes: Any) -> Dataset | None:
+        """A split of the data, of one `fold` if it has folds; None if it has no such split."""
+        values = {option.name: getattr(self, option.name) for option in fields(DataArguments)}
+        arguments = DataArguments(**values | {"fold": fold} | changes)  # one fold, where `self.fold` may list several
+        return load_data(arguments, split, self.seed[0], self.dataset_num_proc)  # one subset for all seeds
+
+
+def parse(argv: list[str] | None = None) -> EvaluationArguments:
+    """The arguments of `elm evaluate`.
+
+    Raises:
+        ValueError: no model is named, or an option is not as expected.
+    """
+    parser = ELMParser(EvaluationArguments, prog="elm evaluate")
+    parser.refuse(OF_TRAINING)
+    (args,) = parser.parse_args_and_config(argv)
+    if not args.model_name_or_path:
+        raise ValueError("Which model? Give its folder or Hub id as --model_name_or_path.")
+    return args
+
+
+def check_settings(settings: Mapping[str, Any], prefix: str = "") -> None:
+    """Refuses settings before anything is asked.
+
+    Args:
+        settings: arguments of `evaluate`, or options of the command, named with the `prefix`.
+
+    Raises:
+        ValueError: one is not as expected, or does not go with another.
+    """
+    for name in ("batch_size", "max_new_tokens", "num_resamples"):
+        if settings[name] < 1:
+            raise ValueError(f"{prefix}{name} is {settings[name]}; it must be at least 1.")
+    if min(np.atleast_1d(settings["seed"])) < 0:
+        raise ValueError(f"{prefix}seed is {settings['seed']}; it must be at least 0.")
+    own = [name_of(metric) for metric in settings["metrics"] if is_path(metric)]
+    scored = ["exact_match", *map(name_of, settings["metrics"]), *["auroc"] * (settings["score"] == "likelihood")]
+    if len(set(own)) < len(own):
+        raise ValueError(f"{prefix}metrics has two of one name: {', '.join(own)}.")
+    if settings["main_metric"] not in (None, *scored):
+        raise ValueError(
+            f"{prefix}main_metric is {settings['main_metric']}, which is not scored; expected one of {', '.join(dict.fromkeys(scored))}. "
+            f"Others are named with {prefix}metrics, and auroc needs {prefix}score likelihood."
+        )
+    known = {"conditions": ASKED, "metrics": (*METRIC_NAMES, "the path of a metric"), "score": get_args(ScoredBy)}
+    for name, expected in known.items():
+        values = [settings[name]] if name == "score" else settings[name]
+        unknown = [value for value in values if value not in expected and not (name == "metrics" and is_path(value))]
+        if unknown:
+            raise ValueError(f"{prefix}{name} has {', '.join(unknown)}; expected some of {', '.join(expected)}.")
+    if "bert_score" in settings["metrics"] and settings["bert_score_model"] is None:
+        raise ValueError(
+            f"{prefix}metrics bert_score compares what an encoder makes of the answers; name it with {prefix}bert_score_model."
+        )
+    if settings["candidates"] and settings["score"] != "likelihood":
+        raise ValueError(
+            f"{prefix}candidates are what {prefix}score likelihood decides among; add that, or leave them out."
+        )
+    generation, name = settings["generation"], "--generation_kwargs" if prefix else "generation"
+    unknown = [key for key in generation if key in NOT_GENERATION or not hasattr(GenerationConfig(), key)]
+    if unknown:
+        raise ValueError(
+            f"{name} has {', '.join(unknown)}; expected options of `generate` that leave one text to a question, and "
+            f"{prefix}max_new_tokens apart."
+        )
+    if generation and settings["score"] == "likelihood":
+        raise ValueError(f"{name} with {prefix}score likelihood, which generates nothing; leave them out.")
