@@ -77,7 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("data", metavar="DATA", help="a dataset as of `elm sft --data`")
     add("--splits", nargs="+", metavar="SPLIT", help="default: all")
     add("--fold", type=int, help="of datasets that have splits such as fold1_train")
-    add("--ecg_root", metavar="FOLDER", help="of the ECG files that the dataset names by relative paths")
+    add("--ecg_root", metavar="FOLDER", help="of the ECG files that the dataset names; default: its own folder")
     read_files = "read all ECG files; default: those of some 100 rows of each split"
     add("--read_files", action="store_true", help=read_files)
     add("--output", type=Path, metavar="FILE.json", help="the report, as JSON")

@@ -15,8 +15,7 @@ from tqdm import tqdm
 
 from elm_ecg.ecg_utils import MAX_LIMB_LEAD_ERROR, as_record, lead_quality, limb_lead_error
 from elm_ecg.training.data.loading import FOLD_SPLIT, ecgs_of, load_split, load_splits, to_chat, with_arrays
-from elm_ecg.training.data.reference import LITERALS
-from elm_ecg.training.data.schema import ROLES, as_list
+from elm_ecg.training.data.schema import LITERALS, ROLES, as_list
 from elm_ecg.training.files import resource, write_text
 
 # kind of finding -> its meaning; one of these fails the check

@@ -7,6 +7,7 @@ import pyarrow as pa
 
 SPLITS = ("train", "validation", "test")
 ROLES = ("system", "user", "assistant")
+LITERALS = ("noise", "flatline")  # in place of a file: the ECG is made when its row is read
 MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
 # microvolts as integers take half the space of floats, and are what most recorders store
 ECG = pa.struct(
