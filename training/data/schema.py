@@ -23,3 +23,8 @@ ECG = pa.struct(
 def as_list(value: Any) -> list[Any]:
     """The items of a list, tuple or array; any other value as the only item."""
     return list(value) if isinstance(value, list | tuple | np.ndarray) else [value]
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things: "1 row", "1,000 rows"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
