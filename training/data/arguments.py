@@ -16,6 +16,12 @@ METADATA_COLUMNS = ("patient_id", "strat_fold", "age", "sex")  # that are kept o
 # Others are kept only if they are named, as they may hold names, dates and addresses
 KEPT_COLUMNS = ("question_type", "template_id", "question_id", "sample_id", "attribute_type", "attribute", "age", "sex")
 
+# of pushing a dataset
+ALLOW_HELP = (
+    "columns of a dataset to share though they are none that `elm data build` keeps by itself, or seem to be personal"
+)
+DRY_RUN_HELP = "check, and show what would be sent, but send nothing"
+
 
 def _option(default: Any, text: str, **parsing: Any) -> Any:
     """A field with its help, and what else `argparse` has to know of it."""
