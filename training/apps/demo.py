@@ -71,7 +71,7 @@ def import_gradio() -> Any:
     try:
         import gradio
     except ImportError as error:
-        raise ImportError(f'The demo needs Gradio: pip install "elm-ecg[demo]" ({error}).') from error
+        raise ImportError(f"The demo needs Gradio: pip install gradio, or the extra `demo` ({error}).") from error
     return gradio
 
 
