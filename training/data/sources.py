@@ -232,7 +232,8 @@ def _question(row: Mapping[str, Any], split: str | None, sort_answers: bool) -> 
     record = next((row[name] for name in RECORD_COLUMNS if row.get(name) is not None), None)
     if record is None:
         raise ValueError(
-            f"It has the columns {', '.join(row)}; expected its record in one of {', '.join(RECORD_COLUMNS)}."
+            f"It has the columns {', '.join(row)}; expected its record in one of {', '.join(RECORD_COLUMNS)}. --columns record=NAME "
+            "says that it is in another."
         )
     records, patients = _listed(record), _listed(row.get("patient_id"))
     if len(patients) not in (1, len(records)):  # one patient may stand for all of its records
@@ -265,7 +266,12 @@ def _messages(row: Mapping[str, Any], sort_answers: bool = False) -> list[dict[s
     elif column is not None:
         turns = to_messages(json.dumps(_listed(row[column])))[0]  # in the reference's own form
     else:
-        answer = row.get("answer")
+        if missing := [name for name in ("question", "answer") if name not in row]:
+            raise ValueError(
+                f"It has the columns {', '.join(row)}, but no {' and no '.join(missing)}. --columns {missing[0]}=NAME says which of "
+                "them that is."
+            )
+        answer = row["answer"]
         if isinstance(answer, list):
             items = list(map(str, answer))
             answer = "; ".join(sorted(items) if sort_answers else items)
