@@ -115,6 +115,28 @@ def test_refuses(change, message, folder, tmp_path, monkeypatch):
         main(["push", str(data), "--repo_id", "user/ecgs"])
 
 
+def test_shows_what_it_would_send(folder, monkeypatch, capsys):
+    """Without a login, and without the Hub."""
+    monkeypatch.setattr("elm_ecg.training.sharing.push.get_token", lambda: None)
+    assert cli.main(["data", "push", str(folder / "data"), "--repo_id", "user/ecgs", "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    assert "README.md, data/test-00000-of-00001.parquet, data/train-00000-of-00001.parquet" in said
+    assert "train-00000-of-00001.parquet: 1 row of ecg, messages, record_id" in said
+    assert "'content': 'Is it?'" in said
+    assert "Nothing was sent" in said
+
+
+def test_columns_that_were_kept_by_name_are_allowed_by_name(folder, tmp_path, capsys):
+    (tmp_path / "q.json").write_text(json.dumps([{**row, "ward": "B2"} for row in ROWS]))
+    arguments = ["--questions", str(tmp_path / "q.json"), "--output_dir", str(tmp_path / "data"), "--license", "mit"]
+    main(["build", str(folder / "records"), *arguments, "--columns", "ward"])
+    push = ["push", str(tmp_path / "data"), "--repo_id", "user/ecgs", "--dry_run"]
+    with pytest.raises(ValueError, match=r"ward is no column .*: --allow ward$"):
+        main(push)
+    main([*push, "--allow", "ward"])
+    assert "Nothing was sent" in capsys.readouterr().out
+
+
 def test_refuses_without_login(folder, monkeypatch, capsys):
     monkeypatch.setattr("elm_ecg.training.sharing.push.get_token", lambda: None)
     assert cli.main(["data", "push", str(folder / "data"), "--repo_id", "user/ecgs"]) == 1

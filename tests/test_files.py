@@ -166,3 +166,23 @@ def test_a_read_only_output_folder(tmp_path):
     if os.geteuid():
         with pytest.raises(ValueError, match="cannot be written: Permission denied"):
             check_output_folder(tmp_path / "out")
+
+
+def test_new_folder_removes_what_killed_processes_left(tmp_path):
+    """But not what another process still writes, nor what others have put there."""
+    for name in (".data-old", ".data-archived", ".other-12345678.unfinished"):
+        (tmp_path / name).mkdir()
+    if not (child := os.fork()):
+        with new_folder(tmp_path / "data") as folder:
+            write_text(folder / "a.txt", "text")
+            os.kill(os.getpid(), 9)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == 9
+    left = {path.name for path in tmp_path.iterdir()}
+    assert len(left) == 4
+    others = {".data-old", ".data-archived", ".other-12345678.unfinished"}
+    with new_folder(tmp_path / "data") as folder:
+        assert {path.name for path in tmp_path.iterdir()} == {*others, folder.name}
+        with pytest.raises(RuntimeError), new_folder(tmp_path / "data"):
+            raise RuntimeError
+        write_text(folder / "a.txt", "text")
+    assert {path.name for path in tmp_path.iterdir()} == {*others, "data"}

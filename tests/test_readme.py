@@ -206,6 +206,7 @@ def test_own_data_to_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert cli.main([*evaluate, "--max_new_tokens", "4"]) == 0
     assert list(tmp_path.glob("runs/my_elm/evaluation/my_data-test-generation-*/evaluation_results.json"))
     shutil.rmtree(tmp_path / "llm")  # what is saved stands alone
-    assert run_isolated(f"{INFERENCE}\nprint(answer.shape[1] > inputs['input_ids'].shape[1])", tmp_path).endswith(
+    inference = INFERENCE.replace("runs/quickstart/model", "runs/my_elm")
+    assert run_isolated(f"{inference}\nprint(answer.shape[1] > inputs['input_ids'].shape[1])", tmp_path).endswith(
         "True\n"
     )

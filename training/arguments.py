@@ -93,7 +93,9 @@ class DataArguments:
         "Default: one dataset after the other.",
     )
     fold: int | None = argument(None, "Fold of datasets that have splits such as fold1_train and fold1_test.")
-    ecg_root: str | None = argument(None, "Folder of the ECG files that a dataset names by relative paths.")
+    ecg_root: str | None = argument(
+        None, "Folder of the ECG files that a dataset names; others are not read. Default: its own, if it is local."
+    )
     data_subset: float | None = argument(None, "Use this share of the rows, in (0, 1], chosen at random by --seed.")
     perturb: Literal["noise", "zeros", "only_text"] | None = argument(
         None, "Replace every ECG by Gaussian noise or by zeros, or leave it out of the text."

@@ -148,15 +148,15 @@ def perturbed(array: np.ndarray, perturb: str | None, rng: np.random.Generator) 
 
 
 def augmented_ecg(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """An ECG with, at probability 0.5 each, Gaussian noise of 0.05 standard deviations, and a sinusoidal baseline wander
-    of 0.07 times the largest amplitude with 1 to 5 half periods, as in the reference.
+    """An ECG with, at probability 0.5, Gaussian noise of 0.05 standard deviations, and half of these also with a sinusoidal baseline
+    wander of 0.07 times the largest amplitude with 1 to 5 half periods, as in the reference.
 
     Args:
         array: float32 [leads, samples]; it is left as it is.
     """
-    changed = array.copy()
     if rng.random() < 0.5:
-        changed += np.float32(0.05 * array.std()) * rng.standard_normal(array.shape, dtype=np.float32)
+        return array
+    changed = array + np.float32(0.05 * array.std()) * rng.standard_normal(array.shape, dtype=np.float32)
     if rng.random() < 0.5:
         half_periods = rng.integers(1, 6)  # over the whole recording
         wander = np.sin(math.pi * half_periods * np.linspace(0, 1, array.shape[1]))

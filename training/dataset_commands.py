@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from elm_ecg.training.command_line import CommandLineParser
-from elm_ecg.training.data.arguments import BuildArguments
+from elm_ecg.training.data.arguments import ALLOW_HELP, DRY_RUN_HELP, BuildArguments
 
 # PyTorch, `datasets` and TRL take seconds to import, so each command imports what it needs. Not in the room `data`, which
 # does not know that of sharing.
@@ -43,9 +43,10 @@ def push(args: argparse.Namespace) -> None:
     from elm_ecg.training.sharing import push
 
     values = {name: value for name in ("revision", "license", "license_link") if (value := getattr(args, name))}
-    options = [f"--{name}" for name in ("private", "pr") if getattr(args, name)]
+    options = [f"--{name}" for name in ("private", "pr", "dry_run") if getattr(args, name)]
     options += [f"--{name}={value}" for name, value in values.items()]  # one word: a value may begin with a dash
-    push.main([str(args.data), "--repo_id", args.repo_id, *options])
+    allow = ["--allow", *args.allow] if args.allow else []
+    push.main([str(args.data), "--repo_id", args.repo_id, *options, *allow])
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -77,7 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("data", metavar="DATA", help="a dataset as of `elm sft --data`")
     add("--splits", nargs="+", metavar="SPLIT", help="default: all")
     add("--fold", type=int, help="of datasets that have splits such as fold1_train")
-    add("--ecg_root", metavar="FOLDER", help="of the ECG files that the dataset names by relative paths")
+    add("--ecg_root", metavar="FOLDER", help="of the ECG files that the dataset names; default: its own folder")
     read_files = "read all ECG files; default: those of some 100 rows of each split"
     add("--read_files", action="store_true", help=read_files)
     add("--output", type=Path, metavar="FILE.json", help="the report, as JSON")
@@ -90,6 +91,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--private", action="store_true", help="a repository that others do not see, if it is new")
     add("--revision", metavar="BRANCH", help="made if it is new; default: main")
     add("--pr", action="store_true", help="propose it as a pull request")
+    add("--dry_run", action="store_true", help=DRY_RUN_HELP)
+    add("--allow", nargs="+", default=[], metavar="COLUMN", help=ALLOW_HELP)
     add("--license", metavar="ID", help="as the Hub spells it; default: the card's")
     add("--license_link", metavar="URL", help="where the text of the licence is")
     return parser

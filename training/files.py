@@ -6,9 +6,16 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.resources import files
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where what a killed process leaves stays
+    fcntl = None  # type: ignore[assignment]
+
+UNFINISHED = ".unfinished"  # the suffix of temporary folders
 
 
 def resource(name: str) -> Path:
@@ -116,6 +123,8 @@ def check_output_folder(path: Path, new: bool = False) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place when the block ends well, and goes when it does not.
 
+    What a process that was killed left there of the same `path` goes too.
+
     Raises:
         ValueError: `path` is there and not empty, or cannot be written.
     """
@@ -123,9 +132,11 @@ def new_folder(path: Path) -> Iterator[Path]:
     path = path.resolve()  # a link stays, and what it leads to is replaced
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-", suffix=UNFINISHED))
     except OSError as error:
         raise ValueError(f"--output_dir {path} cannot be written: {error.strerror}. Name another.") from error
+    lock = _locked(temporary)
+    _remove_abandoned(path)
     try:
         with naming(path):
             yield temporary
@@ -135,3 +146,31 @@ def new_folder(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # it is no longer there if all went well
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked(folder: Path) -> int | None:
+    """A file handle that keeps a folder locked until it is closed or the process ends, however that comes about.
+
+    None where that is not possible, or another process has locked the folder.
+    """
+    if fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Removes the temporary folders of `new_folder(path)` whose processes have ended, as they were killed."""
+    for folder in list(path.parent.iterdir()):
+        if folder.name.startswith(f".{path.name}-") and folder.name.endswith(UNFINISHED):
+            with suppress(OSError):  # of somebody else, or just gone
+                if (lock := _locked(folder)) is not None:  # nobody holds it
+                    shutil.rmtree(folder, ignore_errors=True)
+                    os.close(lock)

@@ -351,7 +351,9 @@ def _add_data_options(command: argparse.ArgumentParser, required: bool) -> None:
     data_help = "datasets as of `elm sft`; only their column `ecg` is read, and each distinct record once"
     command.add_argument("--data", nargs="+", required=required, help=data_help)
     command.add_argument("--fold", type=int, help="of datasets that have splits such as fold1_train")
-    command.add_argument("--ecg_root", metavar="FOLDER", help="of the ECG files that a dataset names by relative paths")
+    command.add_argument(
+        "--ecg_root", metavar="FOLDER", help="of the ECG files that a dataset names; default: its own folder"
+    )
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -1,9 +1,11 @@
 import io
 import json
 import os
+import re
 import stat
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,9 +53,10 @@ def chat(model, processor, tmp_path, monkeypatch) -> Chat:
     return Chat(model, processor, "tiny", max_new_tokens=4)
 
 
-def type_lines(monkeypatch, *lines: str | BaseException) -> None:
-    """What the user types; an exception is a key such as Ctrl-C."""
+def type_lines(monkeypatch, *lines: str | BaseException, by_hand: bool = True) -> None:
+    """What the user types, or a script holds; an exception is a key such as Ctrl-C."""
     left = iter(lines)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: by_hand))
 
     def read(prompt: str = "") -> str:
         line = next(left, EOFError())
@@ -243,6 +246,29 @@ def test_an_error_is_a_line(chat, line, said, monkeypatch, capsys):
     assert len(chat.messages) == 2  # the chat went on
 
 
+@pytest.mark.parametrize("line", ["/ecg none.npz", '/ecg "', "/ecg --speed 1", "/what", "What is <signal>?"])
+def test_an_error_ends_a_script(line, chat, monkeypatch):
+    """Else its next question would be answered without the ECG."""
+    type_lines(monkeypatch, "First?", line, "What is it?", by_hand=False)
+    with pytest.raises(ValueError, match=f"^Line 2 of standard input, {re.escape(repr(line))}: .* were not read"):
+        run(chat)
+    assert [turn["role"] for turn in chat.messages] == ["user", "assistant"]  # the first question alone
+    type_lines(monkeypatch, "First?", KeyboardInterrupt(), "What is it?", by_hand=False)
+    with pytest.raises(KeyboardInterrupt):
+        run(chat)
+
+
+def test_a_failed_ecg_is_told_before_the_answer(chat, records, monkeypatch, capsys):
+    type_lines(monkeypatch, "/ecg none.npz", "What is it?", "Why?", f"/ecg {records[0]}", "/ecg none.npz", "And now?")
+    run(chat)
+    said = capsys.readouterr().out
+    assert said.count("(The last /ecg failed: you ask without an ECG.)\n") == 1
+    assert said.count("(The last /ecg failed: you ask about rec0.npz.)\n") == 1
+    type_lines(monkeypatch, "/ecg none.npz", f"/ecg {records[0]}", "What is it?")
+    run(chat)
+    assert "failed" not in capsys.readouterr().out
+
+
 def test_several_ecgs_are_read_all_or_none(chat, records):
     with pytest.raises(OSError, match="none"):
         chat.command(f"/ecg {records[0]} none.npz")
@@ -259,7 +285,7 @@ def test_ctrl_c_stops_the_answer_alone(chat, monkeypatch, capsys):
 
     with monkeypatch.context() as patch:
         patch.setattr(chat_module, "stream_answer", stream)
-        type_lines(patch, KeyboardInterrupt(), "What is it?")
+        type_lines(patch, KeyboardInterrupt(), "What is it?", "/quit")
         run(chat)
     out = capsys.readouterr().out
     assert "Ctrl-D or /quit ends the chat." in out
@@ -271,7 +297,7 @@ def test_answers_do_not_steer_the_terminal(chat, monkeypatch, capsys):
     monkeypatch.setattr(
         chat_module, "stream_answer", lambda *args, **kwargs: (piece for piece in ["\x1b[2Jyes\n", "or no"])
     )
-    type_lines(monkeypatch, "What is it?")
+    type_lines(monkeypatch, "What is it?", "/quit")
     run(chat)
     assert capsys.readouterr().out == "\ufffd[2Jyes\nor no\n"
 

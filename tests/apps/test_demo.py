@@ -1,6 +1,7 @@
 import json
 import re
 import sys
+import tempfile
 from copy import deepcopy
 from pathlib import Path
 
@@ -13,8 +14,19 @@ from elm_ecg.ecg_drawing import ECGPaper, ecg_svg
 from elm_ecg.ecg_utils import STANDARD_LEADS, read_ecg
 from elm_ecg.training import cli
 from elm_ecg.training.apps import conversation
+from elm_ecg.training.apps import demo as demo_module
 from elm_ecg.training.apps.conversation import as_message, read_for_model, stream_answer, zeroed
-from elm_ecg.training.apps.demo import NO_ECG, Page, build_demo, draw, example_files, serve, write_examples, write_space
+from elm_ecg.training.apps.demo import (
+    NO_ECG,
+    Page,
+    as_text,
+    build_demo,
+    draw,
+    example_files,
+    serve,
+    write_examples,
+    write_space,
+)
 from helpers import run_isolated, save_record, tiny_elm, tiny_processor
 
 
@@ -168,9 +180,16 @@ def test_served_page(page, folder, tmp_path, monkeypatch):
             [gradio_client.handle_file(str(folder / "walk_one.npz"))], None, "", "", None, api_name="/upload"
         )
         assert "all 12 leads, 500 Hz, 2 s" in shown
-        job = client.submit("Why?", True, api_name="/ask")
+        chats = [part["props"] for part in client.config["components"] if part["type"] == "chatbot"]
+        assert [chat["latex_delimiters"] for chat in chats] == [[], []]
+        assert not any(chat["render_markdown"] for chat in chats)
+        asked = '<img src="http://127.0.0.1:9/a.png"> <form>$$x$$'
+        job = client.submit(asked, True, api_name="/ask")
         question, answers, compared = job.result(timeout=60)
         assert question == ""
+        texts = json.dumps([answers, compared])
+        assert "&lt;img" in texts
+        assert "<" not in texts
         assert [turn["role"] for turn in answers] == [turn["role"] for turn in compared] == ["user", "assistant"]
         bad = tmp_path / "bad.xml"
         bad.write_text("<a/>")
@@ -180,10 +199,40 @@ def test_served_page(page, folder, tmp_path, monkeypatch):
         demo.close()
 
 
+def test_turns_are_no_html():
+    """Gradio puts them into the page as HTML, whatever it is told of Markdown."""
+    turns = [{"role": "user", "content": "ST < 1 mm & <b onclick='x()'>?</b>"}]
+    assert as_text(turns) == [
+        {"role": "user", "content": "ST &lt; 1 mm &amp; &lt;b onclick=&#x27;x()&#x27;&gt;?&lt;/b&gt;"}
+    ]
+    assert "<b" in turns[0]["content"]  # what the model reads stays
+
+
+def test_uploads_and_temporary_files_go(page, monkeypatch):
+    """However the command ends: SIGTERM is a SystemExit."""
+    gradio = pytest.importorskip("gradio", reason="needs the extra demo")
+    places = []
+
+    def serve_and_end(demo, *where):
+        places.extend([Path(gradio.utils.get_upload_folder()), Path(tempfile.mkdtemp())])
+        for place in places:
+            (place / "patient.xml").write_text("<a/>")
+        raise SystemExit(143)
+
+    monkeypatch.setattr(demo_module, "load_model", lambda args: (page.model, page.processor, "tiny"))
+    monkeypatch.setattr(demo_module, "serve", serve_and_end)
+    before = tempfile.gettempdir(), gradio.utils.get_upload_folder()
+    with pytest.raises(SystemExit, match="143"):
+        demo_module.main(["tiny"])
+    assert len(places) == 2
+    assert not any(place.exists() for place in places)
+    assert (tempfile.gettempdir(), gradio.utils.get_upload_folder()) == before
+
+
 def test_without_gradio(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert cli.main(["demo", str(tmp_path)]) == 1
-    assert 'pip install "elm-ecg[demo]"' in capsys.readouterr().err
+    assert "pip install gradio" in capsys.readouterr().err
 
 
 def test_examples_are_simulated_records(tmp_path):

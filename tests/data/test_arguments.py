@@ -2,7 +2,7 @@ from dataclasses import fields
 
 import pytest
 
-from elm_ecg.training.data.arguments import BuildArguments
+from elm_ecg.training.data.arguments import BuildArguments, in_python
 from elm_ecg.training.dataset_commands import make_parser
 
 
@@ -30,10 +30,42 @@ def test_one_spelling_of_the_rate_of_files(capsys):
 @pytest.mark.parametrize("option", ["sampling_rate", "resample", "window", "stride"])
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_not_above_0(option, value):
-    with pytest.raises(ValueError, match=f"--{option} is {value:g}; expected a number above 0"):
+    with pytest.raises(ValueError, match=f"--{option} is {value}; expected a number above 0"):
         BuildArguments(**{option: value})
 
 
 def test_stride_without_window():
     with pytest.raises(ValueError, match="--stride is from one window to the next"):
         BuildArguments(stride=1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shares": 0.8}, "--shares is 0.8; expected a list"),
+        ({"shares": (0.8, 0.2)}, "--shares is 0.8 0.2; expected three numbers that sum to 1"),
+        ({"shares": (0.8, 0.1, "0.1")}, "expected three numbers"),
+        ({"lead_names": "I II"}, "--lead_names is 'I II'; expected a list"),
+        ({"question_types": "rhythm"}, "--question_types is 'rhythm'; expected a list"),
+        ({"columns": "site"}, "--columns is 'site'; expected a list"),
+        ({"columns": ["answer=a", "answer=b"]}, "--columns is answer=a answer=b; expected each name once"),
+        ({"join_questions": "no"}, "--join_questions is 'no'; expected True or False"),
+        ({"seed": "1"}, "--seed is '1'; expected a whole number of at least 0"),
+        ({"num_proc": 0}, "--num_proc is 0; expected a whole number of at least 1"),
+        ({"window": "10"}, "--window is 10; expected a number above 0"),
+    ],
+)
+def test_values_of_another_kind(options, message):
+    with pytest.raises(ValueError, match=message):
+        BuildArguments(**options)
+
+
+def test_names_of_columns():
+    options = BuildArguments(columns=["question=Frage", "site", "unit=a=b"])
+    assert options.names == {"question": "Frage", "site": "site", "unit": "a=b"}
+
+
+def test_messages_of_python():
+    said = "--shares is 1 2; see --split_by patient (--skip_unreadable), --metadata, not --metadata_of or --other."
+    expected = "`shares` is 1 2; see `split_by` patient (`skip_unreadable`), `metadata`, not --metadata_of or --other."
+    assert in_python(said) == expected

@@ -1,7 +1,9 @@
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from elm_ecg.training.data import build as data_build
 from elm_ecg.training.data.build import build_dataset
 from elm_ecg.training.data.sources import QuestionRow, Records
 from elm_ecg.training.dataset_commands import main
+from elm_ecg.training.files import _locked
+from forks import Fork
 from helpers import tiny_processor
 
 ASKED = {"question": "Is it?", "answer": "yes"}
@@ -58,6 +62,7 @@ def test_records_of_every_form(num_proc, tmp_path):
     records = make_records(tmp_path)
     questions = make_questions(*records, grade=2)
     options = {"sampling_rate": 100, "unit": "uV", "shares": (0.5, 0.25, 0.25), "num_proc": num_proc}
+    options["columns"] = ["grade"]
     with pytest.raises(ValueError, match=r"record record: .*unit"):  # it is in millivolts, whatever is said
         build_dataset(records, questions, **options)
     data = build_dataset({name: records[name] for name in ("dict", 17, "path")}, questions[1:], **options)
@@ -163,17 +168,17 @@ def test_what_is_left_out_is_logged(tmp_path, monkeypatch, caplog):
             "Question 2: What the assistant",
         ),
         ({"a": 1}, [], {}, "None of the 0 questions is about one of the 1 records"),
-        ({"a": 1}, None, {}, "There are no questions about the records"),
+        ({"a": 1}, None, {}, "There are no questions about the records: name a file with `questions`"),
         ({"a": 1}, [{**ASKED, "record": "a", "split": "test"}], {}, "Cannot read the record a: "),
         (
             {"a": 1},
             [{**ASKED, "record": "a"}],
             {"split_by": "site"},
-            "--split_by is 'site'; expected one of given, fold",
+            "`split_by` is 'site'; expected one of given, fold",
         ),
-        ({"a": 1}, make_questions("a"), {"shares": (0.5, 0.5)}, "--shares is 0.5 0.5; expected three"),
+        ({"a": 1}, make_questions("a"), {"shares": (0.5, 0.5)}, "`shares` is 0.5 0.5; expected three"),
         ({"a": 1}, make_questions("a"), {"metadata": []}, "The metadata has the columns ; expected one of record"),
-        ({"a": 1}, make_questions("a"), {"resample": 0}, "--resample is 0; expected a number above 0"),
+        ({"a": 1}, make_questions("a"), {"resample": 0}, "`resample` is 0; expected a number above 0"),
     ],
 )
 def test_at_fault(records, questions, options, message):
@@ -182,8 +187,80 @@ def test_at_fault(records, questions, options, message):
 
 
 def test_unknown_option():
-    with pytest.raises(TypeError, match="windows"):
-        build_dataset({"a": 1}, make_questions("a"), windows=5)
+    with pytest.raises(
+        TypeError, match=r"^build_dataset has no argument share\. Did you mean shares\? It has columns, "
+    ):
+        build_dataset({"a": 1}, make_questions("a"), share=1)
+
+
+PERSONAL = {
+    "Name": "Meyer",
+    "Geburtsdatum": "1950-01-02",
+    "email": "a@b.de",
+    "Fallnummer": 7,
+    "ward": {"name": "Meyer"},
+}
+
+
+def test_columns_are_kept_by_name_alone(caplog):
+    """Those that scores go by are; of others none that is not named, and all that are not kept are told."""
+    known = {"question_type": "rhythm", "template_id": 3, "age": 61}
+    questions = make_questions("a", "b", split="train", site="x", **known, **PERSONAL)
+    record = {"array": microvolts(0), "sampling_rate": 100, "unit": "uV"}
+    records = {"a": record, "b": record}
+    data = build_dataset(records, questions)["train"]
+    assert {*data.column_names} == {"ecg", "messages", "record_id", "patient_id", *known}
+    names = ", ".join(["site", *PERSONAL])
+    assert f"Columns of the questions that are not kept: {names} (`columns` NAME keeps one)" in caplog.text
+    caplog.clear()
+    data = build_dataset(records, questions, columns=["site", "case=Fallnummer"])["train"]
+    assert {*data.column_names} == {"ecg", "messages", "record_id", "patient_id", *known, "site", "case"}
+    assert data["case"][:] == [7, 7]
+    assert "site" not in caplog.text
+    with pytest.raises(ValueError, match="Question 1 has no column sight; it has question, answer"):
+        build_dataset(records, questions, columns=["sight"])
+
+
+KILLED = """
+import os, signal, sys
+
+import pyarrow.parquet
+
+from elm_ecg.training.data import build
+from elm_ecg.training.dataset_commands import main
+
+build.ROW_GROUP_ROWS = 1
+kill = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[1] == "rows":  # while records are read
+    pyarrow.parquet.ParquetWriter.write_table = kill
+else:
+    os.replace = kill
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("moment", ["rows", "replace"])
+def test_killed_and_begun_anew(moment, tmp_path):
+    """What a killed run leaves is no dataset, and goes with the next run, as the processes that read for it end too."""
+    (tmp_path / "records").mkdir()
+    for seed, name in enumerate("abc"):
+        np.savez(tmp_path / "records" / f"{name}.npz", ecg=microvolts(seed), sampling_rate=100, unit="uV")
+    (tmp_path / "q.json").write_text(json.dumps(make_questions(*"abc", split="train")))
+    before = {path.name for path in tmp_path.iterdir()}
+    command = f"build {tmp_path}/records --questions {tmp_path}/q.json --output_dir {tmp_path}/out --num_proc 2".split()
+    for _ in range(2):
+        killed = Fork(KILLED, moment, *command, cwd=tmp_path, environment={**os.environ}, project=True).finish()
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        (left,) = {path.name for path in tmp_path.iterdir()} - before  # one, not two
+        assert left.startswith(".out-")
+        end = time.monotonic() + 20
+        while (lock := _locked(tmp_path / left)) is None and time.monotonic() < end:
+            time.sleep(0.1)
+        assert lock is not None
+        os.close(lock)
+    main(command)
+    assert {path.name for path in tmp_path.iterdir()} == {*before, "out"}
+    assert len(load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))) == 3
 
 
 def test_ctrl_c_is_left_to_the_main_process():

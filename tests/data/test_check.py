@@ -289,7 +289,8 @@ class TestCommand:
             np.savez(tmp_path / f"{number}.npz", array=signal(number), sampling_rate=500, lead_names=LEADS, unit="uV")
         (tmp_path / "3.npz").write_bytes(b"nothing")
         rows = [make_row(number, ecg=str(tmp_path / f"{number}.npz")) for number in range(4)]
-        assert cli.main(["data", "check", save(tmp_path / "data", train=rows), *options]) == status
+        data = save(tmp_path / "data", train=rows)
+        assert cli.main(["data", "check", data, "--ecg_root", str(tmp_path), *options]) == status
 
     def test_folds(self, tmp_path):
         """A patient may be in the training of one fold and in the test of another."""

@@ -10,12 +10,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict, load_from_disk
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from elm_ecg.training.arguments import DataArguments
 from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.data.loading import ecgs_of, load_data, load_ecgs, load_stream, to_chat
+from elm_ecg.training.data.schema import MESSAGES
 from elm_ecg.training.data.synthetic import make_dataset
+from elm_ecg.training.dataset_commands import main
 from helpers import save_tiny_data, tiny_processor
 
 ECG = {"array": np.zeros((12, 500)), "sampling_rate": 250, "unit": "mV"}
@@ -209,7 +212,7 @@ def test_rows_of_paths(tmp_path):
         json_lines(tmp_path, [{"messages": ASKED, "ecg": ["a.csv", "b.csv"]}, {"messages": ASKED, "ecg": None}])
     )
     parts = to_chat(data[0])[0]["content"]
-    assert [part.get("path") for part in parts] == ["a.csv", "b.csv", None]
+    assert [part.get("path") for part in parts] == [str(tmp_path / "a.csv"), str(tmp_path / "b.csv"), None]
     assert len(to_chat(data[1])[0]["content"]) == 1
 
 
@@ -329,11 +332,96 @@ def test_wrong_weights(weights):
 
 
 def test_paths_under_a_root(tmp_path):
-    absolute = str(tmp_path / "c.npz")
-    folder = json_lines(tmp_path, [{"messages": ASKED, "ecg": ["a.npz", absolute]}, {"messages": ASKED, "ecg": None}])
-    data = load(folder, ecg_root="/ecgs")
-    assert ecgs_of(data[0]) == ["/ecgs/a.npz", absolute]
+    absolute = str(tmp_path / "ecgs" / "c.npz")
+    rows = [{"messages": ASKED, "ecg": ["a/../b.npz", absolute]}, {"messages": ASKED, "ecg": None}]
+    data = load(json_lines(tmp_path / "data", rows), ecg_root=str(tmp_path / "ecgs"))
+    assert ecgs_of(data[0]) == [f"{tmp_path}/ecgs/a/../b.npz", absolute]
     assert ecgs_of(data[1]) == []
+
+
+@pytest.fixture
+def outside(tmp_path) -> Path:
+    """A folder `ecgs` that holds a link out of it, to a file beside `data`, which holds such a link too."""
+    np.savez(tmp_path / "private.npz", **plain_ecg(7.0))
+    for name in ("ecgs", "data"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "link.npz").symlink_to(tmp_path / "private.npz")
+    return tmp_path
+
+
+@pytest.mark.parametrize("column", ["text", "list", "dict", "reference"])
+@pytest.mark.parametrize("path", ["{0}/private.npz", "../private.npz", "link.npz", "/etc/hostname"])
+@pytest.mark.parametrize("ecg_root", [True, False])
+def test_rows_read_no_other_files(path, column, ecg_root, outside):
+    """Neither with --ecg_root nor without, in no form of a row, whole or streamed, by whatever command."""
+    path = path.format(outside)
+    ecg = {"text": path, "list": ["noise", path], "dict": {"path": path, "unit": None}}.get(column)
+    row = {"messages": ASKED, "ecg": ecg} if ecg else {"text": json.dumps(["q", "Is it?", ["yes"]]), "ecg_path": path}
+    folder = json_lines(outside / "data", [row])
+    root = str(outside / "ecgs") if ecg_root else None
+    args = DataArguments(data=[str(folder)], ecg_root=root)
+    message = (
+        "say under which folder they are"
+        if column == "reference" and not root
+        else r"Row 0: .*, outside of .*--ecg_root"
+    )
+    if column == "reference":  # the first file is looked for before the rows are read
+        message += "|there is no such file"
+    for read in (load_data, load_ecgs, lambda *given: list(load_stream(*given))):
+        with pytest.raises((ValueError, OSError), match=message):
+            read(args, "train")
+    if column == "text":
+        with pytest.raises(ValueError, match=message):
+            main(["check", str(folder), *(["--ecg_root", root] if root else [])])
+
+
+def test_rows_of_the_hub_need_a_root(tmp_path, monkeypatch):
+    """There is no folder of theirs."""
+    splits = DatasetDict(train=Dataset.from_list([{"messages": ASKED, "ecg": "a.npz"}]))
+    monkeypatch.setattr("datasets.load_dataset", lambda *given, **options: splits)
+    with pytest.raises(ValueError, match=r"Row 0: .*'a.npz'; say under which folder such files are with --ecg_root"):
+        load("owner/name")
+    assert ecgs_of(load("owner/name", ecg_root=str(tmp_path))[0]) == [str(tmp_path / "a.npz")]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_pictures_are_not_read(several, tmp_path):
+    """Else `datasets` reads the file that a row names, or fetches it."""
+    picture = str(tmp_path / "gone.png")
+    Image.new("L", (8, 8)).save(picture)
+    features = {
+        "picture": datasets.Image(),
+        "messages": datasets.Features.from_arrow_schema(pa.schema({"m": MESSAGES}))["m"],
+    }
+    if several:
+        features["picture"] = datasets.List({"of": datasets.Image()})
+        picture = [{"of": picture}]
+    rows = Dataset.from_dict({"messages": [ASKED], "picture": [picture]}, features=datasets.Features(features))
+    rows.save_to_disk(tmp_path / "data", max_shard_size="1GB")
+    (tmp_path / "gone.png").unlink()
+    (row,) = load(tmp_path / "data")
+    assert row.keys() == {"messages"}
+    (row,) = load_stream(DataArguments(data=[str(tmp_path / "data")]), "train")
+    assert row.keys() == {"messages", "epoch"}
+
+
+def test_empty_answers_are_left_out(tmp_path, caplog):
+    """In each form of an answer, whole and streamed; what is left out is counted."""
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Is it?"}]}]
+    empty = [*parts, {"role": "assistant", "content": [{"type": "text", "text": " "}]}]
+    whole = [*parts, {"role": "assistant", "content": [{"type": "text", "text": "no"}]}]
+    silent = [ASKED[0], {"role": "assistant", "content": "\n"}]
+    words = json_lines(tmp_path / "words", [{"messages": chat} for chat in (ASKED, silent, [*ASKED, *silent])])
+    of_parts = json_lines(tmp_path / "parts", [{"messages": chat} for chat in (empty, whole)])
+    for folder, number in ((words, "2 of 3"), (of_parts, "1 of 2")):
+        caplog.clear()
+        assert len(load(folder)) == 1
+        assert f"{number} rows are left out, as they have an empty answer" in caplog.text
+        caplog.clear()
+        assert len(list(load_stream(DataArguments(data=[str(folder)]), "train"))) == 1
+        assert "1 rows so far are left out" in caplog.text
+    with pytest.raises(ValueError, match="all of its 2 rows have an empty answer"):
+        load(json_lines(tmp_path / "silent", [{"messages": silent}] * 2))
 
 
 def test_mixed_datasets_of_other_columns(tmp_path):

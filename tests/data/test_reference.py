@@ -142,18 +142,46 @@ except OSError as error:
     ]
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("<image>\nuser: What does the Image show? IMAGES, imagery", "What does the Signal show? SIGNALS, imagery"),
-        ("Q: <ECG> Is it an image?", "Is it an signal?"),
-        ("A: sinus rhythm", "sinus rhythm"),
-        ("Query: A: no", "Query: A: no"),
-        ("AV block", "AV block"),
-    ],
-)
+# a line for each part of the rule by which the reference cleans its texts
+CLEANED = [
+    ("<image>\n\n Is it?", "Is it?"),  # a tag goes with the white space after it
+    ("Is it?\n<image>", "Is it?\n"),  # and not with that before it
+    ("Compare < image > with <ECG>\tthis.", "Compare with this."),
+    (" Is it?\n", " Is it?\n"),  # white space round the text stays
+    ("user: Is it?", "Is it?"),
+    ("User : Is it?", "Is it?"),
+    ("human: user: Q: Is it?", "Is it?"),  # as often as there are any
+    ("model: yes", "yes"),
+    ("SYSTEM: Be brief.", "Be brief."),
+    ("gpt: assistant:\nyes", "yes"),
+    (": yes", "yes"),
+    ("A: sinus rhythm", "sinus rhythm"),
+    ("<image>\nuser: Is it?", "Is it?"),
+    ("Does this Image or that image show it?", "Does this Signal or that signal show it?"),
+    ("THE IMAGE, iMAGE", "THE Signal, signal"),
+    ("images, IMAGES, imagery, imaging", "images, IMAGES, imagery, imaging"),  # no plural
+    ("an image's edge: image-based", "an signal's edge: signal-based"),
+    ("Query: A: no", "Query: A: no"),  # only at the beginning, and only roles
+    ("The model: a user: no", "The model: a user: no"),
+    ("AV block", "AV block"),
+    ("", ""),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), CLEANED)
 def test_clean(text, expected):
     assert clean(text) == expected
+
+
+@pytest.mark.parametrize("asks", ["human", "Human", "user", "USER"])
+@pytest.mark.parametrize("answers", ["gpt", "GPT", "model", "Assistant"])
+def test_roles(asks, answers):
+    for keys in (("from", "value"), ("role", "content")):
+        turns = [
+            dict(zip(keys, turn, strict=True)) for turn in (("System", "Be brief."), (asks, "Is it?"), (answers, "yes"))
+        ]
+        messages, _ = to_messages(json.dumps(turns))
+        assert [turn["role"] for turn in messages] == ["system", "user", "assistant"]
 
 
 @given(st.text())

@@ -7,14 +7,7 @@ import numpy as np
 import pytest
 
 from elm_ecg.ecg_utils import as_record
-from elm_ecg.training.data.sources import (
-    find_records,
-    identifier,
-    read_metadata,
-    read_questions,
-    read_table,
-    superclass_questions,
-)
+from elm_ecg.training.data.sources import find_records, read_metadata, read_questions, superclass_questions
 
 ROW = {"record": "a", "question": "Is it?", "answer": "yes"}
 
@@ -117,60 +110,6 @@ class TestRecords:
         assert find_records(folder, 100).locations["17"] == folder / "records100/00000/00017_lr.hea"
 
 
-def test_identifier():
-    assert [identifier(name) for name in (17, 17.0, "17.0", " 17 ", "017", "a.0", "1.00")] == [
-        *("17", "17", "17", "17"),
-        *("017", "a.0", "1.00"),
-    ]
-
-
-class TestTable:
-    def test_numbers_of_csv(self, tmp_path):
-        (tmp_path / "t.csv").write_text(
-            '\ufeffrecord,age,sex,code,answer,note\n001,56.5,1,007,1,"two\nlines"\n\n002,,0,12,2,\n', encoding="utf-8"
-        )
-        assert read_table(tmp_path / "t.csv") == [
-            {"record": "001", "age": 56.5, "sex": 1, "code": "007", "answer": "1", "note": "two\nlines"},
-            {"record": "002", "age": None, "sex": 0, "code": "12", "answer": "2", "note": None},
-        ]
-
-    def test_known_columns_in_capitals(self, tmp_path):
-        table = write(tmp_path / "t.csv", {"Record": "001", "Question ": "Is it?", "AGE": 5, "Site": "x"})
-        assert read_table(table) == [{"record": "001", "question": "Is it?", "age": 5, "Site": "x"}]
-
-    def test_json(self, tmp_path):
-        rows = [{"a": 1, "b": "line\u2028end"}, {"a": None, "b": "x"}]
-        (tmp_path / "t.jsonl").write_text(
-            "\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8"
-        )
-        assert read_table(tmp_path / "t.jsonl") == read_table(write(tmp_path / "t.json", *rows)) == rows
-
-    @pytest.mark.parametrize(
-        ("name", "content", "message"),
-        [
-            ("t.csv", b"a,b\n1,2\n3\n", "row 2 has 1 cells, the header 2"),
-            ("t.csv", b'a,b\n1,"2\n', "unexpected end of data"),
-            ("t.csv", b"a,b\n", "has no rows"),
-            ("t.csv", b"", "it is empty"),
-            ("t.csv", b"a,b,a,b\n1,2,3,4\n", "its header says 'a', 'b' more than once"),
-            ("t.csv", b"a;b\n1;2\n", "separated by semicolons, and commas are expected"),
-            ("t.csv", b'"a"\t"b"\n"1"\t"2"\n', "separated by tabs, and commas are expected"),
-            ("t.csv", b"Record,record\na,b\n", "its header says 'record' more than once"),
-            ("t.csv", b"\xff\xfe\x00", "Cannot read"),
-            ("t.json", b"[1, 2]", "rows other than objects"),
-            ("t.jsonl", b'{"a": 1}\n{"a"\n', "Cannot read"),
-        ],
-    )
-    def test_at_fault(self, name, content, message, tmp_path):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=message):
-            read_table(tmp_path / name)
-
-    def test_missing_column(self, tmp_path):
-        with pytest.raises(ValueError, match="has no column c; it has a, b"):
-            read_table(write(tmp_path / "t.csv", {"a": 1, "b": 2}), ["a", "c"])
-
-
 class TestQuestions:
     def read(self, tmp_path: Path, *rows: dict[str, Any], name: str = "questions.jsonl", **options: Any) -> list:
         return list(read_questions(write(tmp_path / name, *rows), **options))
@@ -183,6 +122,26 @@ class TestQuestions:
         assert question.split == "validation"
         assert question.messages == [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "3"}]
         assert question.columns == {"grade": 2}
+
+    def test_names_of_theirs(self, tmp_path):
+        """Their text stays a text, also where it is a number; what is no name of theirs is said."""
+        names = {"question": "Frage", "answer": "Antwort", "record": "EKG", "grade": "Note"}
+        row = {"EKG": "a", "Frage": "How long?", "Antwort": "1.50", "Note": "2", "answer": "not this"}
+        for name in ("questions.csv", "questions.json"):
+            (question,) = self.read(tmp_path, row, name=name, names=names)
+            assert question.records == ("a",)
+            assert [turn["content"] for turn in question.messages] == ["How long?", "1.50"]
+            assert question.columns == {"grade": 2 if name.endswith("csv") else "2"}
+        (question,) = read_questions([row], names=names)
+        assert question.messages[1]["content"] == "1.50"
+        for source in (write(tmp_path / "q.csv", row), write(tmp_path / "q.jsonl", row), [row]):
+            with pytest.raises(ValueError, match="has no column Antwrot; it has EKG, Frage, Antwort"):
+                list(read_questions(source, names={"answer": "Antwrot"}))
+
+    def test_roles_as_chats_spell_them(self, tmp_path):
+        turns = [{"role": "Human", "content": "Is it?"}, {"role": "model", "content": "yes"}]
+        (question,) = self.read(tmp_path, {"record": "a", "messages": turns})
+        assert [turn["role"] for turn in question.messages] == ["user", "assistant"]
 
     def test_several_records_in_csv(self, tmp_path):
         row = {"record": "[46, 81]", "question": "Is it?", "answer": "no", "patient_id": '["a", "b"]'}
@@ -230,9 +189,15 @@ class TestQuestions:
             ({**ROW, "question": " "}, "What the user says is ' '"),
             ({**ROW, "answer": []}, "What the assistant says is ''"),
             ({**ROW, "answer": True}, "What the assistant says is True"),
-            ({"record": "a", "question": "Is it?"}, "What the assistant says is None"),
+            ({"record": "a", "question": "Is it?", "answer": None}, "What the assistant says is None"),
+            (
+                {"record": "a", "question": "Is it?"},
+                "columns record, question, but no answer. --columns answer=NAME says",
+            ),
+            ({"record": "a"}, "but no question and no answer. --columns question=NAME says"),
+            ({"EKG": "a"}, "columns EKG; expected its record in one of record, .*--columns record=NAME says"),
             ({"record": "a", "messages": [{"role": "user", "content": "Is it?"}]}, "lack a question or an answer"),
-            ({"record": "a", "messages": [{"role": "gpt", "content": "x"}]}, "is no turn"),
+            ({"record": "a", "messages": [{"role": "doctor", "content": "x"}]}, "is no turn"),
             ({"record": "a", "conversation": [{"from": "doctor", "value": "x"}]}, "is no chat"),
             ({**ROW, "split": "holdout"}, "Its split is 'holdout'; expected train, validation, test"),
             ({**ROW, "record": ["a", "b", "c"], "patient_id": ["p", "q"]}, "2 patients and 3 records"),

@@ -225,7 +225,7 @@ def test_questions_of_a_record_are_neighbours_and_it_is_read_once(small, tmp_pat
 
 def test_joined_questions(small, tmp_path):
     records, questions = small
-    options = ["--questions", questions, "--shares", 1, 0, 0, "--join_questions"]
+    options = ["--questions", questions, "--shares", 1, 0, 0, "--join_questions", "--columns", "what"]
     data = build(records, tmp_path / "out", *options)["train"]
     assert sorted(data["record_id"]) == list("abcde")
     for row in data:
@@ -371,7 +371,11 @@ class TestInputAtFault:
             ([{**ASKED, "record": "a"}], ["--split_by", "patient"], "patient of 1 of 1 records is unknown"),
             ([{**ASKED, "record": "a"}], ["--metadata_columns", "site"], "name it with --metadata"),
             ([{**ASKED, "record": "a", "question_type": "x"}], ["--question_types", "y*"], r"y\* fits none of x"),
-            ([{**ASKED, "record": "a", "n": 1}, {**ASKED, "record": "a", "n": "b"}], [], "column 'n' holds int, str"),
+            (
+                [{**ASKED, "record": "a", "n": 1}, {**ASKED, "record": "a", "n": "b"}],
+                ["--columns", "n"],
+                "column 'n' holds int, str",
+            ),
             ([{**ASKED, "record": "a"}], ["--sampling_rate", 500], "Cannot read the record a: .*sampling_rate"),
         ],
     )
@@ -427,9 +431,8 @@ def test_notices_are_told_once(small, tmp_path, monkeypatch, capsys):
 
 
 def test_unknown_licence_is_said(small, tmp_path):
-    build(
-        small[0], tmp_path / "out", "--questions", small[1], "--source", "Recorded in our ward.", "--name", "Our ECGs"
-    )
+    options = ["--source", "Recorded in our ward.", "--name", "Our ECGs", "--columns", "what"]
+    build(small[0], tmp_path / "out", "--questions", small[1], *options)
     card = DatasetCard.load(tmp_path / "out" / "README.md")
     assert "| `ecg` | {array, sampling_rate, lead_names, unit} | the signal" in card.text
     assert "| `what` | string | as its source says |" in card.text

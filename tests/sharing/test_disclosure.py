@@ -1,7 +1,5 @@
 import json
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -9,7 +7,6 @@ from safetensors.torch import save_file
 from elm_ecg.training.sharing.disclosure import (
     DATES,
     NAMES,
-    check_dataset,
     check_folder,
     check_page,
     check_results,
@@ -192,39 +189,6 @@ def test_what_looks_like_data_or_a_pickle(name, tmp_path):
     (tmp_path / name).write_bytes(b"PK\x03\x04" if name == "ecg.npz" else content)
     with pytest.raises(ValueError, match=r"is a pickle|looks like data of patients"):
         check_folder(tmp_path, [])
-
-
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        ({"patient_name": ["x"]}, "the column patient_name, which may name patients"),
-        ({"ecg": [{"Birth_Date": "x"}]}, "the column birth_date"),
-        (
-            {"messages": [[{"role": "user", "content": "Patient name: Jane Doe. Rhythm?"}]]},
-            "'Patient name: Jane Doe. Rhythm\\?'",
-        ),
-        ({"ecg": ["/home/jane/hospital/DOE_JANE.dcm"]}, "a folder of this machine"),
-    ],
-)
-def test_dataset(columns, message, tmp_path):
-    (tmp_path / "data").mkdir()
-    (tmp_path / ".cache" / "huggingface").mkdir(parents=True)
-    for hidden in (".gitattributes", ".cache/huggingface/x"):
-        (tmp_path / hidden).write_text("x")
-    chats = {"messages": [[{"role": "user", "content": "ECG of 2014-03-12?"}]], "patient_id": ["3"], "age": [60]}
-    path = tmp_path / "data" / "train.parquet"
-    pq.write_table(pa.table(chats | {"ecg": ["records/1.hea"], "record_id": ["1"]}), path)
-    check_dataset(tmp_path)
-    pq.write_table(pa.table(chats | columns), path)
-    with pytest.raises(ValueError, match=message):
-        check_dataset(tmp_path)
-
-
-def test_damaged_dataset(tmp_path):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match="is no parquet file, or damaged"):
-        check_dataset(tmp_path)
 
 
 def test_configurations(tmp_path):

@@ -736,7 +736,7 @@ def test_dataset(hub, tmp_path, capsys):
     """What is no longer there goes, other people's files stay; it can be proposed, as a model can."""
 
     def write(name: str, answer: str = "yes") -> None:
-        pq.write_table(pa.table({"answer": [answer]}), tmp_path / "data" / f"{name}.parquet")
+        pq.write_table(pa.table({"attribute": [answer]}), tmp_path / "data" / f"{name}.parquet")
 
     (tmp_path / "data").mkdir()
     write("train")

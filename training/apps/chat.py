@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Generator, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ class Chat:
         self.messages: list[dict[str, Any]] = []
         self.ecgs: list[ChatECG] = []
         self.num_asked = 0  # of the ECGs that stand in the messages
+        self.lacks_ecg = False  # that the last /ecg was to read
         self.cache = PromptCache()  # the old one does not tell other ECGs from its own
 
     def ask(self, question: str) -> Generator[str, None, None]:
@@ -122,6 +124,7 @@ class Chat:
         Raises:
             ValueError, OSError, ImportError: the command is unknown or cannot be done.
         """
+        self.lacks_ecg |= line.startswith("/ecg ")  # until they are read
         verb, *arguments = shlex.split(line)  # quotes hold the blanks of a file's name, as in a shell
         if verb == "/ecg":
             self._ecg(arguments)
@@ -148,6 +151,7 @@ class Chat:
         # all or none
         ecgs = [read_for_model(self.processor, path.expanduser(), args.start, **described) for path in args.files]
         self.ecgs += ecgs
+        self.lacks_ecg = False
         for ecg in ecgs or self.ecgs:
             print(f"{ecg.name}: {ecg.facts}")
         if not self.ecgs:
@@ -217,33 +221,59 @@ def _history() -> Iterator[None]:
 
 
 def run(chat: Chat) -> None:
-    """Reads lines until /quit or their end."""
-    prompt = "> " if sys.stdin.isatty() else ""
-    while True:
+    """Reads lines until /quit or their end. A line that fails ends a script, whose next question might be about an ECG that was
+    not read; whoever types is told.
+
+    Raises:
+        ValueError: a line of a script, which is on standard input, cannot be done.
+    """
+    by_hand = sys.stdin.isatty()
+    for number in count(1):
         try:
-            line = input(prompt).strip()
+            line = input("> " if by_hand else "").strip()
         except EOFError:
-            if prompt:
+            if by_hand:
                 print()
             return
         except KeyboardInterrupt:
+            if not by_hand:
+                raise
             print("\nCtrl-D or /quit ends the chat.")
             continue
         try:
-            if line.startswith("/"):
-                if not chat.command(line):
-                    return
-            elif line:
-                with contextlib.closing(chat.ask(line)) as answer:
-                    answered = False
-                    for piece in answer:
-                        print(piece.translate(CONTROL_CHARACTERS), end="", flush=True)
-                        answered = True
-                    print("" if answered else "(no answer)")
+            if not _do(chat, line):
+                return
         except KeyboardInterrupt:
+            if not by_hand:
+                raise
             print("\n(stopped)")
         except Exception as error:  # whatever it is, the chat goes on
-            print(f"Error: {error}", file=sys.stderr, flush=True)
+            if by_hand:
+                print(f"Error: {error}", file=sys.stderr, flush=True)
+            elif isinstance(error, ValueError | OSError | ImportError):
+                raise ValueError(
+                    f"Line {number} of standard input, {line!r}: {error} The lines after it were not read."
+                ) from error
+            else:
+                raise
+
+
+def _do(chat: Chat, line: str) -> bool:
+    """Runs a line, which is a command or a question, and prints what comes of it. Returns whether the chat goes on."""
+    if line.startswith("/"):
+        return chat.command(line)
+    if line:
+        if chat.lacks_ecg:
+            about = f"about {', '.join(ecg.name for ecg in chat.ecgs)}" if chat.ecgs else "without an ECG"
+            print(f"(The last /ecg failed: you ask {about}.)")
+            chat.lacks_ecg = False  # told once
+        with contextlib.closing(chat.ask(line)) as answer:
+            answered = False
+            for piece in answer:
+                print(piece.translate(CONTROL_CHARACTERS), end="", flush=True)
+                answered = True
+            print("" if answered else "(no answer)")
+    return True
 
 
 def make_parser() -> argparse.ArgumentParser:

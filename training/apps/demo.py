@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def import_gradio() -> Any:
     try:
         import gradio
     except ImportError as error:
-        raise ImportError(f'The demo needs Gradio: pip install "elm-ecg[demo]" ({error}).') from error
+        raise ImportError(f"The demo needs Gradio: pip install gradio, or the extra `demo` ({error}).") from error
     return gradio
 
 
@@ -190,6 +191,11 @@ class Page:
             yield "(no answer)"
 
 
+def as_text(turns: Turns) -> Turns:
+    """Turns that Gradio shows as they are written: it takes texts for HTML, with pictures of other servers and forms in it."""
+    return [{**turn, "content": html.escape(turn["content"])} for turn in turns]
+
+
 def build_demo(page: Page, name: str, questions: Sequence[str] = QUESTIONS) -> Any:
     """The page as Gradio `Blocks`.
 
@@ -202,10 +208,10 @@ def build_demo(page: Page, name: str, questions: Sequence[str] = QUESTIONS) -> A
     def ask(question: str, ecgs: list[ChatECG], turns: Turns, compare: bool, compared: Turns) -> Iterator[Any]:
         try:
             for turns_now, compared_now in page.ask(question, ecgs, turns, compare, compared):
-                yield "", turns_now, turns_now, compared_now, compared_now
+                yield "", turns_now, as_text(turns_now), compared_now, as_text(compared_now)
         except Exception as error:  # whatever it is, the visitor sees it and the page goes on
             gr.Warning(html.escape(str(error)))  # Gradio shows it as HTML
-            yield question, turns, turns, compared, compared
+            yield question, turns, as_text(turns), compared, as_text(compared)
 
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as demo:
         # of each visitor alone
@@ -218,8 +224,8 @@ def build_demo(page: Page, name: str, questions: Sequence[str] = QUESTIONS) -> A
             with gr.Column(scale=5, min_width=320, visible=page.processor.takes_ecgs):
                 pictures = gr.HTML(NO_ECG, elem_id="ecgs", padding=False)
         with gr.Row():
-            # texts are shown as they are: "<" is less, and no tag
-            look = {"height": 280, "buttons": [], "render_markdown": False}
+            # beside what `as_text` does: `$` is no formula either
+            look = {"height": 280, "buttons": [], "render_markdown": False, "latex_delimiters": []}
             chatbot = gr.Chatbot(label="Answers", elem_id="answers", **look)
             chatbot_zeroed = gr.Chatbot(label="With the ECG zeroed", elem_id="zeroed", visible=False, **look)
         with gr.Row():
@@ -375,16 +381,34 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Serves the page until Ctrl-C."""
     args = make_parser().parse_args(argv)
-    import_gradio()  # faults show before the model is loaded
     for path in args.records:
         if not path.is_file():
             raise ValueError(f"--records: there is no file {path}.")
-    model, processor, name = load_model(args)
-    with tempfile.TemporaryDirectory(dir=os.environ.get("GRADIO_TEMP_DIR")) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "uploads")  # what visitors upload goes with the page
-        examples = example_files(args.records or write_examples(Path(folder)))
+    with temporary_files() as folder:
+        import_gradio()  # faults show before the model is loaded
+        model, processor, name = load_model(args)
+        examples = example_files(args.records or write_examples(folder))
         generation = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
         page = Page(model, processor, examples, **generation)
         demo = build_demo(page, name, args.questions)
-        print(f"{name} answers at {serve(demo, args.host, args.port)} until Ctrl-C.\n{DISCLAIMER}", flush=True)
-        demo.block_thread()
+        try:
+            print(f"{name} answers at {serve(demo, args.host, args.port)} until Ctrl-C.\n{DISCLAIMER}", flush=True)
+            demo.block_thread()
+        finally:
+            demo.close(verbose=False)  # before the folder goes: nobody uploads any more
+
+
+@contextmanager
+def temporary_files() -> Iterator[Path]:
+    """A folder for all temporary files of this process, uploads among them, which goes with the block however that ends."""
+    with tempfile.TemporaryDirectory(prefix="elm-demo-", ignore_cleanup_errors=True) as folder:
+        before = tempfile.tempdir, os.environ.get("GRADIO_TEMP_DIR")
+        tempfile.tempdir = os.environ["GRADIO_TEMP_DIR"] = folder
+        try:
+            yield Path(folder)
+        finally:
+            tempfile.tempdir = before[0]
+            if before[1] is None:
+                del os.environ["GRADIO_TEMP_DIR"]
+            else:
+                os.environ["GRADIO_TEMP_DIR"] = before[1]

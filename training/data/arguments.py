@@ -1,8 +1,9 @@
 """How a dataset is built: the arguments of `build_dataset`, which are the options of `elm data build`."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,15 @@ from elm_ecg.training.command_line import whole_number
 SPLIT_RULES = ("given", "fold", "patient")
 HERTZ, SECONDS = {"type": float, "metavar": "HZ"}, {"type": float, "metavar": "SECONDS"}
 METADATA_COLUMNS = ("patient_id", "strat_fold", "age", "sex")  # that are kept of a table about the records
+# that are kept of the questions' table, beside what makes the chat: ECG-QA's, by which answers are scored, and those above.
+# Others are kept only if they are named, as they may hold names, dates and addresses
+KEPT_COLUMNS = ("question_type", "template_id", "question_id", "sample_id", "attribute_type", "attribute", "age", "sex")
+
+# of pushing a dataset
+ALLOW_HELP = (
+    "columns of a dataset to share though they are none that `elm data build` keeps by itself, or seem to be personal"
+)
+DRY_RUN_HELP = "check, and show what would be sent, but send nothing"
 
 
 def _option(default: Any, text: str, **parsing: Any) -> Any:
@@ -24,9 +34,17 @@ class BuildArguments:
     """How a dataset is made of records and questions; the help of each argument is in the metadata of its field.
 
     Raises:
-        ValueError: a rate or length is not above 0, or there is a `stride` without a `window`.
+        ValueError: a value is not of the kind that its argument takes, a rate or length is not above 0, or there is a `stride`
+            without a `window`.
     """
 
+    columns: Sequence[str] = _option(
+        (),
+        "of the questions: NAME keeps a further column, NAME=THEIRS says how they call one of ours, such as question=Frage; "
+        f"kept anyway are {', '.join(KEPT_COLUMNS)}",
+        nargs="+",
+        metavar="NAME",
+    )
     question_types: Sequence[str] | None = _option(
         None, "keep the questions of these types; * stands for anything: comparison*", nargs="+", metavar="TYPE"
     )
@@ -58,9 +76,36 @@ class BuildArguments:
     num_proc: int = _option(1, "processes that read; default: %(default)s", type=whole_number)
 
     def __post_init__(self) -> None:
-        for option in ("sampling_rate", "resample", "window", "stride"):  # all may be fractions
-            value = getattr(self, option)
-            if value is not None and not 0 < value < math.inf:  # `not` refuses NaN too
-                raise ValueError(f"--{option} is {value:g}; expected a number above 0.")
+        for option in fields(self):
+            value, nargs = getattr(self, option.name), option.metadata.get("nargs")
+            if nargs is not None and value is not None and (isinstance(value, str) or not isinstance(value, Sequence)):
+                raise ValueError(f"--{option.name} is {value!r}; expected a list.")
+            if option.default is False and not isinstance(value, bool):
+                raise ValueError(f"--{option.name} is {value!r}; expected True or False.")
+        for name, least in {"seed": 0, "num_proc": 1}.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"--{name} is {value!r}; expected a whole number of at least {least}.")
+        for name in ("sampling_rate", "resample", "window", "stride"):  # all may be fractions
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):  # NaN is not either
+                raise ValueError(f"--{name} is {value}; expected a number above 0.")
         if self.stride is not None and self.window is None:
             raise ValueError("--stride is from one window to the next; say with --window how long they are.")
+        shares = self.shares
+        if len(shares) != 3 or not all(isinstance(share, int | float) and share >= 0 for share in shares):
+            raise ValueError(f"--shares is {' '.join(map(str, shares))}; expected three numbers that sum to 1.")
+        if len(self.names) < len(self.columns):
+            raise ValueError(f"--columns is {' '.join(self.columns)}; expected each name once.")
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The further columns of the questions, and those that they call otherwise: our name -> theirs."""
+        pairs = (column.partition("=") for column in self.columns)
+        return {ours: theirs if equals else ours for ours, equals, theirs in pairs}
+
+
+def in_python(message: str) -> str:
+    """A message of the command line in the words of `build_dataset`: its arguments in place of options."""
+    names = "|".join(["records", "questions", *(option.name for option in fields(BuildArguments))])
+    return re.sub(rf"--({names})\b", r"`\1`", message)

@@ -4,14 +4,16 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +21,8 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from elm_ecg.ecg_utils import as_record, cut_windows, resample
-from elm_ecg.training.data.arguments import BuildArguments
+from elm_ecg.training.command_line import did_you_mean
+from elm_ecg.training.data.arguments import KEPT_COLUMNS, BuildArguments, in_python
 from elm_ecg.training.data.schema import ECG, MESSAGES, as_list
 from elm_ecg.training.data.sources import (
     PTBXL_TABLE,
@@ -61,18 +64,34 @@ def build_dataset(
         and notices about the records, are logged.
 
     Raises:
-        ValueError: records or questions are at fault, or nothing is left of them.
+        TypeError: there is no argument of a name.
+        ValueError: records, questions or an argument are at fault, or nothing is left of them.
     """
+    known = [option.name for option in fields(BuildArguments)]
+    for name in options:
+        if name not in known:
+            raise TypeError(
+                f"build_dataset has no argument {name}.{did_you_mean(name, known)} It has {', '.join(known)}."
+            )
+    try:
+        return _build_dataset(records, questions, BuildArguments(**options))
+    except ValueError as error:  # its messages are those of `elm data build`
+        raise ValueError(in_python(str(error))) from error
+
+
+def _build_dataset(
+    records: str | Path | Mapping[Any, Any], questions: str | Path | Iterable[Any] | None, options: BuildArguments
+) -> "DatasetDict":
     from datasets import Dataset, DatasetDict, NamedSplit  # seconds to import, which `elm data build` does not need
 
-    plan = make_plan(records, questions, BuildArguments(**options))
+    plan = make_plan(records, questions, options)
     groups = {split: list(row_groups(plan.rows(split), plan.schema)) for split in plan.questions}  # held in memory
     splits = {
         split: Dataset(pa.concat_tables(tables), split=NamedSplit(split)) for split, tables in groups.items() if tables
     }
     plan.check_rows(bool(splits))
     for remark in plan.remarks():
-        logger.warning("%s", remark)
+        logger.warning("%s", in_python(remark))
     # arrays as NumPy: as lists of numbers they would take longer to read than to process
     return DatasetDict(splits).with_format("numpy", columns=["ecg"], output_all_columns=True)
 
@@ -90,6 +109,7 @@ class Plan:
     left_out: dict[str, int]  # what was left out -> how many
     absent: list[str]  # missing records, as the questions name them
     too_few: str | None  # a sentence about splits that get no patients
+    not_kept: list[str]  # columns of the questions
     # filled as rows are read: record -> why it cannot be read; notice -> the records that it is about
     unreadable: dict[str, str] = field(default_factory=dict)
     notices: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
@@ -143,6 +163,10 @@ class Plan:
         if self.absent:
             names = list(dict.fromkeys(self.absent))
             lines.append(f"Not there: {', '.join(names[:3])}{'...' if len(names) > 3 else ''}")
+        if self.not_kept:
+            lines.append(
+                f"Columns of the questions that are not kept: {', '.join(self.not_kept)} (--columns NAME keeps one)"
+            )
         lines += [f"{notice} (records: {len(records):,})" for notice, records in self.notices.items()]
         return lines + ([self.too_few] if self.too_few else [])
 
@@ -163,7 +187,7 @@ def make_plan(
     records = find_records(source, options.resample)  # PTB-XL has files of 100 and of 500 Hz
     left_out: dict[str, int] = {}
     if questions is not None:
-        rows: Iterable[QuestionRow] = read_questions(questions, options.sort_answers)
+        rows: Iterable[QuestionRow] = read_questions(questions, options.sort_answers, options.names)
     elif table is not None and is_ptbxl:
         rows, left_out["records of no diagnostic superclass"] = superclass_questions(table.parent)
     else:
@@ -171,6 +195,11 @@ def make_plan(
             "There are no questions about the records: name a file with --questions. Only PTB-XL's own folder needs none."
         )
     chosen, absent = choose_questions(rows, records, options.question_types)
+    kept = {*KEPT_COLUMNS, *options.names}
+    not_kept = [
+        name for name in dict.fromkeys(name for question in chosen for name in question.columns) if name not in kept
+    ]
+    chosen = [replace(q, columns={name: q.columns[name] for name in q.columns if name in kept}) for q in chosen]
     left_out["questions whose records are not there"] = len(absent)
     metadata: dict[str, dict[str, Any]] = defaultdict(dict)
     for path in tables:
@@ -192,7 +221,7 @@ def make_plan(
         raise ValueError("--window cuts single records, and there are questions that compare several; leave it out.")
     schema = make_schema(remaining, metadata, several, options.window is not None)
     left_out = {name: number for name, number in left_out.items() if number}
-    return Plan(options, records, parts, metadata, schema, split_by, left_out, absent, too_few)
+    return Plan(options, records, parts, metadata, schema, split_by, left_out, absent, too_few, not_kept)
 
 
 def choose_questions(
@@ -358,6 +387,14 @@ def _start_process() -> None:
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)  # its threads do not survive a fork
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the main process, and that ends this one
+    Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process soon after the one that started it, which cannot do so if it was killed."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def row_groups(rows: Iterable[dict[str, Any]], schema: pa.Schema) -> Iterator[pa.Table]:

@@ -15,8 +15,7 @@ from tqdm import tqdm
 
 from elm_ecg.ecg_utils import MAX_LIMB_LEAD_ERROR, as_record, lead_quality, limb_lead_error
 from elm_ecg.training.data.loading import FOLD_SPLIT, check_fold, ecgs_of, load_split, load_splits, to_chat, with_arrays
-from elm_ecg.training.data.reference import LITERALS
-from elm_ecg.training.data.schema import ROLES, as_list
+from elm_ecg.training.data.schema import LITERALS, ROLES, as_list, counted
 from elm_ecg.training.files import resource, write_text
 
 # kind of finding -> its meaning; one of these fails the check
@@ -277,7 +276,9 @@ def check(args: argparse.Namespace) -> None:
     splits = {split: report.as_dict() for split, report in checker.splits.items()}
     template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), trim_blocks=True, lstrip_blocks=True)
     print(
-        template.render(splits=splits, findings=findings, errors=errors, meanings=meanings, notices=checker.notices),
+        template.render(
+            splits=splits, findings=findings, errors=errors, meanings=meanings, notices=checker.notices, counted=counted
+        ),
         end="",
     )
     if args.output is not None:
@@ -292,4 +293,4 @@ def check(args: argparse.Namespace) -> None:
     if errors:  # last, when all that was found is printed and written
         counts = "; ".join(f"{ERRORS[kind]} ({finding.count:,})" for kind, finding in errors.items())
         raise ValueError(f"{args.data} has errors: {counts}.")
-    print(f"{args.data}: no errors, {len(findings)} kinds of warnings.", flush=True)
+    print(f"{args.data}: no errors, {counted(len(findings), 'kind')} of warnings.", flush=True)

@@ -18,8 +18,9 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDa
 from datasets.formatting import NumpyFormatter, _register_formatter
 
 from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord, as_record
-from elm_ecg.training.data.reference import LITERALS, OWNER, SAMPLING_RATE, from_reference, is_key, is_reference
-from elm_ecg.training.data.schema import ECG, MESSAGES, ROLES, as_list
+from elm_ecg.training.data.paths import confined_row
+from elm_ecg.training.data.reference import OWNER, SAMPLING_RATE, from_reference, is_key, is_reference
+from elm_ecg.training.data.schema import ECG, LITERALS, MESSAGES, ROLES, as_list
 
 if TYPE_CHECKING:
     from elm_ecg.training.arguments import DataArguments  # imports TRL, which takes seconds
@@ -71,10 +72,12 @@ def load_data(args: "DataArguments", split: str, seed: int = 0, num_proc: int | 
     """The rows of one split of all `args.data`; None where no dataset has that split.
 
     Each row has `messages` (a chat of `role` and `content`) and `ecg` (a dict with `array` [leads, samples],
-    `sampling_rate`, `lead_names` and `unit`, the path of a file, or a list of these).
+    `sampling_rate`, `lead_names` and `unit`, the path of a file, or a list of these). Rows with an empty answer, from which
+    nothing could be learnt but to say nothing, are left out, and counted in the log.
 
     Raises:
-        ValueError: a dataset has other columns, cannot be found, or has folds and `args.fold` names none.
+        ValueError: a dataset has other columns, cannot be found, has folds and `args.fold` names none, or names files that
+            are neither under `args.ecg_root` nor in its own folder.
     """
     return _mix(_load_parts(args, split, "messages", num_proc=num_proc), args, seed, weighted=split == "train")
 
@@ -98,7 +101,10 @@ def _load_parts(args: "DataArguments", split: str, column: str, streaming: bool 
     """
     stored = {name: load_splits(name, streaming) for name in args.data}
     check_fold(args.fold, stored)
-    return [load_split(name, split, column, args.fold, args.ecg_root, stored[name], **kwargs) for name in args.data]
+    parts = {
+        name: load_split(name, split, column, args.fold, args.ecg_root, stored[name], **kwargs) for name in args.data
+    }
+    return [part if streaming else _answered(part, name) for name, part in parts.items()]
 
 
 def check_fold(fold: int | None, stored: dict[str, Any]) -> None:
@@ -129,6 +135,35 @@ def _mix(loaded: list[Dataset | None], args: "DataArguments", seed: int, weighte
     if args.data_subset is not None:  # a share of the rows, in (0, 1]
         data = data.shuffle(seed=seed).select(range(max(1, round(args.data_subset * len(data)))))
     return with_arrays(data)
+
+
+def _is_answered(messages: Any) -> bool:
+    """Whether no answer of a chat is empty. What is no chat at all is told where it is read, and counts as answered here."""
+    turns = messages if isinstance(messages, list) else []
+    answers = [turn.get("content") for turn in turns if isinstance(turn, dict) and turn.get("role") == "assistant"]
+    return all(_has_words(answer) for answer in answers)
+
+
+def _has_words(content: Any) -> bool:
+    if isinstance(content, list):
+        return any(_has_words(part.get("text") if isinstance(part, dict) else part) for part in content)
+    return bool(content.strip()) if isinstance(content, str) else content is not None
+
+
+def _answered(data: Dataset | None, name: str) -> Dataset | None:
+    """A dataset without the rows that have an empty answer; ValueError if all have one."""
+    if data is None or "messages" not in data.column_names:
+        return data
+    batches = data.select_columns("messages").iter(1000)  # faster than row by row
+    kept = [_is_answered(messages) for batch in batches for messages in batch["messages"]]
+    if all(kept):
+        return data
+    if not any(kept):
+        raise ValueError(
+            f"{name}: all of its {len(kept):,} rows have an empty answer, so that there is nothing to learn."
+        )
+    logger.warning("%s: %s of %s rows are left out, as they have an empty answer", name, kept.count(False), len(kept))
+    return data.select(np.flatnonzero(kept))
 
 
 def _weights_of(args: "DataArguments", have_split: list[bool]) -> list[float]:
@@ -191,7 +226,7 @@ def load_split(
 
     Args:
         column: that it has to have, one of `COLUMNS`.
-        fold, ecg_root: as of `DataArguments`.
+        fold, ecg_root: as of `DataArguments`. Paths of files are under `ecg_root`, without it under the folder of a local dataset.
         splits: of `load_splits`, where they are loaded already.
     """
     splits = load_splits(name) if splits is None else splits
@@ -204,16 +239,35 @@ def load_split(
     if key not in splits:
         logger.info("%s has no split %r; it has %s", name, key, ", ".join(map(str, splits)))
         return None  # another of --data may have it
-    data = _plain_types(splits[key])
+    data = _plain_types(_without_media(splits[key]))
     if is_reference(data):
         return from_reference(data, name, ecg_root, num_proc)
     if column not in data.column_names:
         raise ValueError(f"{name} ({key}) has the columns {data.column_names}; expected {column!r}, {COLUMNS[column]}.")
     if column == "messages" and not isinstance(data.features["messages"], List):
         raise ValueError(f"The messages of {name} ({key}) are {data.features['messages']}; expected {COLUMNS[column]}.")
-    if ecg_root is not None and data.features.get("ecg") in (Value("string"), List(Value("string"))):
-        data = data.map(_under_root, fn_kwargs={"root": ecg_root}, features=data.features)
+    if _names_files(data.features.get("ecg")):
+        folder = Path(name).expanduser()
+        root = ecg_root or (str(folder.absolute()) if folder.exists() else None)  # None: of the Hub
+        data = data.map(confined_row, with_indices=True, fn_kwargs={"root": root}, features=data.features)
     return data
+
+
+def _without_media(data: Any) -> Any:
+    """The dataset without pictures, sounds and the like, which `datasets` reads from the files that rows name, or fetches."""
+
+    def is_media(kind: Any) -> bool:
+        parts = kind.values() if isinstance(kind, dict) else [kind.feature] if hasattr(kind, "feature") else []
+        stored = getattr(kind, "pa_type", None)  # of all of them bytes and a path
+        return (stored is not None and pa.types.is_struct(stored)) or any(map(is_media, parts))
+
+    return data.remove_columns([name for name, kind in (data.features or {}).items() if is_media(kind)])
+
+
+def _names_files(ecg: Any) -> bool:
+    """Whether a column of this type may hold paths: texts, or dicts with a `path`, or lists of these."""
+    ecg = ecg.feature if isinstance(ecg, List) else ecg
+    return ecg == Value("string") or (isinstance(ecg, dict) and "path" in ecg)
 
 
 def _plain_types(data: Any) -> Any:
@@ -230,12 +284,6 @@ def _plain_types(data: Any) -> Any:
 
     features = Features({name: plain(feature) for name, feature in data.features.items()})
     return data if features == data.features else data.cast(features)  # a cast writes all rows anew
-
-
-def _under_root(row: dict[str, Any], root: str) -> dict[str, Any]:
-    """Paths of a row under `root`; absolute ones stay."""
-    paths = [path if path in (None, *LITERALS) else str(Path(root) / path) for path in as_list(row["ecg"])]
-    return {"ecg": paths if isinstance(row["ecg"], list) else paths[0]}
 
 
 def _any_form(part: Dataset) -> Dataset:
@@ -321,6 +369,7 @@ class RowStream(torch.utils.data.IterableDataset):
         self.weights = weights
         self.shuffle_buffer = shuffle_buffer
         self.seed = seed
+        self.left_out = 0  # rows with an empty answer
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = torch.utils.data.get_worker_info()
@@ -368,8 +417,14 @@ class RowStream(torch.utils.data.IterableDataset):
     def _release(self, held: list[tuple[Dataset, int]], rng: np.random.Generator) -> Iterator[dict[str, Any]]:
         order = range(len(held)) if self.shuffle_buffer is None else rng.permutation(len(held))
         for index in order:
-            block, row = held[index]
-            yield block[row]
+            block, number = held[index]
+            row = block[number]
+            if _is_answered(row["messages"]):
+                yield row
+                continue
+            self.left_out += 1
+            if str(self.left_out).strip("0") == "1":  # the first, the tenth, the hundredth
+                logger.warning("%s rows so far are left out, as they have an empty answer", self.left_out)
 
 
 def _blocks(source: IterableDataset) -> Iterator[Dataset]:

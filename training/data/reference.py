@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from elm_ecg.training.data.schema import MESSAGES, ROLES
+from elm_ecg.training.data.paths import confined
+from elm_ecg.training.data.schema import LITERALS, MESSAGES, ROLES
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -35,9 +36,8 @@ DATASETS = {
     "ecg-instruct-ecg-r1": "ECG-R1, instructions",
 }
 SAMPLING_RATE = 250  # hertz; the 250 of the keys
-# as the turns of its chats spell the roles
-ROLE_NAMES = {"human": "user", "gpt": "assistant", **{role: role for role in ROLES}}
-LITERALS = ("noise", "flatline")  # an `ecg_path` that is no file: the ECG is made when its row is read
+# as the turns of its chats spell the roles, in small letters
+ROLE_NAMES = {"human": "user", "gpt": "assistant", "model": "assistant", **{role: role for role in ROLES}}
 
 
 def is_key(name: str) -> bool:
@@ -50,16 +50,20 @@ def is_reference(data: "Dataset | IterableDataset") -> bool:
     return {"text", "ecg_path"} <= set(data.column_names or []) and "messages" not in data.column_names
 
 
+# what a text may begin with, once or more often: the role of the one who speaks, or a colon that is left of it
+_SPEAKER = re.compile(rf"(?:\s*(?:{'|'.join([*ROLE_NAMES, 'q', 'a'])})?\s*:\s*)+", re.IGNORECASE)
+
+
 def clean(text: str) -> str:
-    """Text without `<ecg>` and `<image>`, the word image replaced by signal, without a leading "user:", "Q:" and the like."""
-    text = re.sub(r"<(?:ecg|image)>", "", text, flags=re.IGNORECASE).strip()  # `to_chat` puts the ECG in
-    text = re.sub(r"^(?:user|assistant|human|gpt|q|a):\s*", "", text, flags=re.IGNORECASE)
-    return re.sub(r"\bimage(?=s?\b)", _signal, text, flags=re.IGNORECASE)
+    """Text as the reference has it: without `<ecg>` and `<image>` and the white space after them, without "user:", "Q:" and the like at
+    its beginning, and with the word signal for the word image, but not for images.
 
-
-def _signal(image: re.Match[str]) -> str:
-    word = image.group()
-    return "SIGNAL" if word.isupper() else "Signal" if word[0].isupper() else "signal"
+    Other white space round the text stays, such as a line break before a removed tag.
+    """
+    text = re.sub(r"<\s*(?:ecg|image)\s*>\s*", "", text, flags=re.IGNORECASE)  # `to_chat` puts the ECG in
+    text = text[match.end() :] if (match := _SPEAKER.match(text)) else text
+    # "IMAGE" becomes "Signal" there too
+    return re.sub(r"\b(i)mage\b", lambda image: "Signal" if image[1] == "I" else "signal", text, flags=re.IGNORECASE)
 
 
 def to_messages(text: str) -> tuple[list[dict[str, str]], str | None]:
@@ -83,8 +87,8 @@ def to_messages(text: str) -> tuple[list[dict[str, str]], str | None]:
             return _chat([("user", question), ("assistant", answer)]), question_type
         case [dict(), *_] if all(isinstance(turn, dict) for turn in content):
             turns = [(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in content]
-            if all(role in ROLE_NAMES and isinstance(words, str) for role, words in turns):
-                return _chat([(ROLE_NAMES[role], words) for role, words in turns]), None
+            if all(str(role).lower() in ROLE_NAMES and isinstance(words, str) for role, words in turns):
+                return _chat([(ROLE_NAMES[role.lower()], words) for role, words in turns]), None
     raise ValueError(
         f"The text {text[:200]!r} is no chat; expected JSON of turns with 'from' ({', '.join(ROLE_NAMES)}) and 'value', of turns "
         "with 'role' and 'content', [type, question, answers], or a string."
@@ -102,7 +106,7 @@ def from_reference(
     `text`, `ecg_path` and `name`.
 
     Raises:
-        ValueError: there are paths, but no `ecg_root`; a text is no chat.
+        ValueError: there are paths, but no `ecg_root`, or they lead out of it; a text is no chat.
         FileNotFoundError: the first file is not under `ecg_root`.
     """
     from datasets import Dataset, Features  # seconds to import, which `to_messages` does not need
@@ -126,14 +130,15 @@ def from_reference(
 
 def _from_row(row: dict[str, Any], index: int, root: str | None, num_samples: int) -> dict[str, Any]:
     path = row["ecg_path"]
+    literal = path in LITERALS  # each row has a recording of its own
     try:
         messages, question_type = to_messages(row["text"])
+        ecg = path if literal else confined(path, root)
     except ValueError as error:
         raise ValueError(f"Row {index}: {error}") from error
-    literal = path in LITERALS  # each row has a recording of its own
     return {
         "messages": messages,
-        "ecg": path if literal else str(Path(root or "") / path),
+        "ecg": ecg,
         "record_id": f"{path} {index}" if literal else path,
         "question_type": question_type or row.get("name") or "all",
         "num_samples": num_samples,  # of `noise` and `flatline`

@@ -7,6 +7,7 @@ import pyarrow as pa
 
 SPLITS = ("train", "validation", "test")
 ROLES = ("system", "user", "assistant")
+LITERALS = ("noise", "flatline")  # in place of a file: the ECG is made when its row is read
 MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
 # microvolts as integers take half the space of floats, and are what most recorders store
 ECG = pa.struct(
@@ -22,3 +23,8 @@ ECG = pa.struct(
 def as_list(value: Any) -> list[Any]:
     """The items of a list, tuple or array; any other value as the only item."""
     return list(value) if isinstance(value, list | tuple | np.ndarray) else [value]
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things: "1 row", "1,000 rows"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

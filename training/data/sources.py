@@ -1,23 +1,30 @@
 """What datasets are built from: records in folders and archives, questions about them, tables about them."""
 
 import ast
-import csv
 import json
-import re
 import zipfile
 import zlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from elm_ecg.training.data.arguments import METADATA_COLUMNS
-from elm_ecg.training.data.reference import to_messages
-from elm_ecg.training.data.schema import ROLES, SPLITS, as_list
+from elm_ecg.training.data.reference import ROLE_NAMES, to_messages
+from elm_ecg.training.data.schema import SPLITS, as_list
+from elm_ecg.training.data.tables import (
+    CHAT_COLUMNS,
+    QUESTION_COLUMNS,
+    RECORD_COLUMNS,
+    TEXT_TABLES,
+    demand,
+    identifier,
+    read_table,
+    renamed,
+)
 
 # as the questions' files and folders spell them
 SPLIT_NAMES = {
@@ -25,11 +32,6 @@ SPLIT_NAMES = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-# columns that name a row's record, and that hold its chat; the first that the row has counts
-RECORD_COLUMNS = ("record", "record_id", "ecg_id", "ecg_path", "path")
-CHAT_COLUMNS = ("messages", "conversation", "conversations")
-# columns of a question that have a meaning here; all others are taken over as they are
-QUESTION_COLUMNS = {*RECORD_COLUMNS, *CHAT_COLUMNS, "question", "answer", "split", "patient_id", "ecg", "start_second"}
 PTBXL_TABLE = "ptbxl_database.csv"
 # superclass of PTB-XL's SCP-ECG statements -> what is asked
 SUPERCLASSES = {
@@ -176,77 +178,10 @@ def _archive(path: Path) -> dict[str, Any] | None:
     return _by_id(ids[0], [{"array": ecg, **shared} for ecg in ecgs], str(path))
 
 
-def identifier(value: Any) -> str:
-    """An id as text; 17, 17.0 and "17.0" are one, as a table with gaps makes floats of integers."""
-    return re.sub(r"^(\d+)\.0$", r"\1", str(value).strip())
-
-
-def read_table(path: Path, columns: Iterable[str] = ()) -> list[dict[str, Any]]:
-    """The rows of a CSV file with a header, of a JSON list, or of JSON Lines. Empty cells of CSV are None.
-
-    A column of CSV holds numbers where all of its cells are numbers; those of ids and texts stay texts. The names in
-    `QUESTION_COLUMNS` and `METADATA_COLUMNS` may be spelt in capitals too.
-
-    Args:
-        columns: that must be there.
-
-    Raises:
-        ValueError: the file is none of these, damaged, empty, has a column twice, or lacks one of `columns`.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # drops the byte order mark that Excel writes
-        if path.suffix.lower() == ".csv":
-            rows = _read_csv(text)
-        elif text.lstrip().startswith("["):
-            rows = json.loads(text)
-        else:
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]  # `splitlines` cuts at U+2028
-        if not rows or not all(isinstance(row, dict) for row in rows):
-            raise ValueError("it has no rows, or rows other than objects")
-    except (ValueError, csv.Error) as error:
-        raise ValueError(f"Cannot read {path}: {error}. Expected .csv with a header, or JSON or JSON Lines.") from error
-    _demand(columns, rows[0], str(path))
-    return rows
-
-
-def _demand(columns: Iterable[str], row: Mapping[str, Any], where: str) -> None:
-    missing = [name for name in columns if name not in row]
-    if missing:
-        raise ValueError(f"{where} has no column {', '.join(missing)}; it has {', '.join(row)}.")
-
-
-def _read_csv(text: str) -> list[dict[str, Any]]:
-    first = text.lstrip("\r\n").partition("\n")[0]
-    if not first.strip():
-        raise ValueError("it is empty")
-    for separator, name in {";": "semicolons", "\t": "tabs"}.items():
-        if separator in first and "," not in first:
-            raise ValueError(f"its cells are separated by {name}, and commas are expected")
-    header, *lines = [cells for cells in csv.reader(StringIO(text, newline=""), strict=True) if cells]
-    with_meaning = {*QUESTION_COLUMNS, *METADATA_COLUMNS}
-    header = [lower if (lower := name.strip().lower()) in with_meaning else name for name in header]
-    if repeated := [name for name, count in Counter(header).items() if count > 1]:
-        raise ValueError(f"its header says {', '.join(map(repr, repeated))} more than once")
-    for number, cells in enumerate(lines, 1):
-        if len(cells) != len(header):
-            raise ValueError(f"row {number} has {len(cells)} cells, the header {len(header)}")
-    columns: dict[str, list[Any]] = {}
-    for name, *cells in zip(header, *lines, strict=True):
-        texts = [cell.strip() or None for cell in cells]
-        columns[name] = texts if name in QUESTION_COLUMNS else _numbers(texts)  # an answer 1 stays a text
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
-def _numbers(cells: list[str | None]) -> list[Any]:
-    # "007" is an id: numbers have no leading zeros
-    for number, pattern in ((int, r"-?(0|[1-9]\d*)"), (float, r"-?(0|[1-9]\d*)(\.\d*)?([eE][+-]?\d+)?")):
-        if all(cell is None or re.fullmatch(pattern, cell) for cell in cells):
-            return [None if cell is None else number(cell) for cell in cells]
-    return cells
-
-
-def read_questions(source: str | Path | Iterable[Any], sort_answers: bool = False) -> Iterator[QuestionRow]:
-    """The questions of a file, of all `.csv`, `.json` and `.jsonl` files of a folder, or of a list of rows (dicts) and paths.
+def read_questions(
+    source: str | Path | Iterable[Any], sort_answers: bool = False, names: Mapping[str, str] | None = None
+) -> Iterator[QuestionRow]:
+    """The questions of a file, of all CSV, JSON and JSON Lines files of a folder, or of a list of rows (dicts) and paths.
 
     A row names the record, or a list of them, in one of `RECORD_COLUMNS`; has a `question` and an `answer`, of which a list
     is joined with "; ", or a chat in `messages` (turns of `role` and `content`) or `conversation` (of `from` and `value`);
@@ -255,36 +190,41 @@ def read_questions(source: str | Path | Iterable[Any], sort_answers: bool = Fals
 
     Args:
         sort_answers: sort the items of an answer that is a list. ECG-QA has them in any order, for equal questions too.
+        names: our name of a column -> its name in the source, where it is another.
 
     Raises:
         ValueError: a row lacks its record or a text, or has another split.
     """
-    for where, row, split in _question_rows(source):
+    for where, row, split in _question_rows(source, names or {}):
         try:
             yield _question(row, split, sort_answers)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
 
 
-def _question_rows(source: str | Path | Iterable[Any]) -> Iterator[tuple[str, Mapping[str, Any], str | None]]:
+def _question_rows(
+    source: str | Path | Iterable[Any], names: Mapping[str, str]
+) -> Iterator[tuple[str, Mapping[str, Any], str | None]]:
     """Where each row stands, the row, and the split that the name of its file or folder says."""
     if not isinstance(source, str | Path):
         for number, part in enumerate(source, 1):
             if isinstance(part, Mapping):
-                yield f"Question {number}", part, None
+                demand(names.values(), part, f"Question {number}")
+                yield f"Question {number}", renamed(part, names), None
             else:
-                yield from _question_rows(part)
+                yield from _question_rows(part, names)
         return
     path = Path(source)
+    suffixes = (*TEXT_TABLES, ".json", ".jsonl")
     files = [path]
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in (".csv", ".json", ".jsonl"))
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
     if not files or not files[0].is_file():
-        raise ValueError(f"No questions at {path}: expected a .csv, .json or .jsonl file, or a folder of these.")
+        raise ValueError(f"No questions at {path}: expected a file ({', '.join(suffixes)}), or a folder of these.")
     for file in files:
-        names = (file.stem, file.relative_to(path).parent.name)  # folders above `path` say nothing about the split
-        split = next((name for name in names if name.lower() in SPLIT_NAMES), None)
-        for number, row in enumerate(read_table(file), 1):
+        stems = (file.stem, file.relative_to(path).parent.name)  # folders above `path` say nothing about the split
+        split = next((name for name in stems if name.lower() in SPLIT_NAMES), None)
+        for number, row in enumerate(read_table(file, names=names), 1):
             yield f"{file}, row {number}", row, split
 
 
@@ -292,7 +232,8 @@ def _question(row: Mapping[str, Any], split: str | None, sort_answers: bool) -> 
     record = next((row[name] for name in RECORD_COLUMNS if row.get(name) is not None), None)
     if record is None:
         raise ValueError(
-            f"It has the columns {', '.join(row)}; expected its record in one of {', '.join(RECORD_COLUMNS)}."
+            f"It has the columns {', '.join(row)}; expected its record in one of {', '.join(RECORD_COLUMNS)}. --columns record=NAME "
+            "says that it is in another."
         )
     records, patients = _listed(record), _listed(row.get("patient_id"))
     if len(patients) not in (1, len(records)):  # one patient may stand for all of its records
@@ -325,20 +266,27 @@ def _messages(row: Mapping[str, Any], sort_answers: bool = False) -> list[dict[s
     elif column is not None:
         turns = to_messages(json.dumps(_listed(row[column])))[0]  # in the reference's own form
     else:
-        answer = row.get("answer")
+        if missing := [name for name in ("question", "answer") if name not in row]:
+            raise ValueError(
+                f"It has the columns {', '.join(row)}, but no {' and no '.join(missing)}. --columns {missing[0]}=NAME says which of "
+                "them that is."
+            )
+        answer = row["answer"]
         if isinstance(answer, list):
             items = list(map(str, answer))
             answer = "; ".join(sorted(items) if sort_answers else items)
         turns = [{"role": "user", "content": row.get("question")}, {"role": "assistant", "content": answer}]
+    roles = []
     for turn in turns:
-        if not isinstance(turn, dict) or turn.get("role") not in ROLES:
-            raise ValueError(f"{turn!r} is no turn; expected a role ({', '.join(ROLES)}) and its content.")
+        if not isinstance(turn, dict) or str(turn.get("role")).lower() not in ROLE_NAMES:
+            raise ValueError(f"{turn!r} is no turn; expected a role ({', '.join(ROLE_NAMES)}) and its content.")
+        roles.append(ROLE_NAMES[turn["role"].lower()])
         content = turn.get("content")  # numbers may be answers, JSON's true and false not
         if isinstance(content, bool) or not isinstance(content, str | int | float) or not str(content).strip():
             raise ValueError(f"What the {turn['role']} says is {content!r}; expected a text.")
-    if not {"user", "assistant"} <= {turn["role"] for turn in turns}:
+    if not {"user", "assistant"} <= {*roles}:
         raise ValueError("Its messages lack a question or an answer; expected turns of user and assistant.")
-    return [{"role": turn["role"], "content": str(turn["content"]).strip()} for turn in turns]
+    return [{"role": role, "content": str(turn["content"]).strip()} for role, turn in zip(roles, turns, strict=True)]
 
 
 def superclass_questions(folder: Path) -> tuple[list[QuestionRow], int]:
@@ -389,7 +337,7 @@ def read_metadata(
     key = next((name for name in RECORD_COLUMNS if name in first), None)
     if key is None:
         raise ValueError(f"{where} has the columns {', '.join(first)}; expected one of {', '.join(RECORD_COLUMNS)}.")
-    _demand(columns, first, where)
+    demand(columns, first, where)
     names = [name for name in (*METADATA_COLUMNS, *columns) if name in first]
     metadata: dict[str, dict[str, Any]] = {}
     for row in rows:

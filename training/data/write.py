@@ -14,7 +14,7 @@ from huggingface_hub import DatasetCardData
 
 from elm_ecg.training.data.arguments import BuildArguments
 from elm_ecg.training.data.build import ROW_GROUP_BYTES, Plan, make_plan, row_groups
-from elm_ecg.training.data.schema import as_list
+from elm_ecg.training.data.schema import as_list, counted
 from elm_ecg.training.files import check_output_folder, new_folder
 from elm_ecg.training.markdown import CARD, TAGS, citation, make_card, use_of
 
@@ -73,9 +73,9 @@ class Summary:
             yield row
 
     @property
-    def num_patients(self) -> str:
-        """How many patients there are; `unknown` if the patient of a record is."""
-        return "unknown" if None in self.patients else f"{len(self.patients):,}"
+    def num_patients(self) -> int | None:
+        """How many patients there are; None if the patient of a record is unknown."""
+        return None if None in self.patients else len(self.patients)
 
 
 def write_card(path: Path, args: argparse.Namespace, plan: Plan, summaries: Mapping[str, Summary]) -> None:
@@ -149,8 +149,8 @@ def build(args: argparse.Namespace) -> None:
     for remark in plan.remarks():
         print(remark)
     for split, summary in summaries.items():
-        num_records, num_patients = f"{len(summary.records):,}", summary.num_patients
-        print(f"{split:<11}{summary.rows:>10,} rows {num_records:>9} records {num_patients:>9} patients")
+        patients = "patients unknown" if summary.num_patients is None else counted(summary.num_patients, "patient")
+        print(f"{split:<11} {counted(summary.rows, 'row')}, {counted(len(summary.records), 'record')}, {patients}")
     print(
         f"Split by {plan.split_by}, {size / 1e6:,.1f} MB: dataset and card in {args.output_dir.resolve()}", flush=True
     )

@@ -8,14 +8,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from elm_ecg.ecg_formats import format_of
 from elm_ecg.training.evaluation.results import REPORT_FILE
-from elm_ecg.training.markdown import CARD, on_hub
+from elm_ecg.training.markdown import on_hub
 
 # what a run leaves in its folder and nobody needs: states of training, logs, and answers, which quote the data
 NOT_SHARED = ["training_args.bin", "trainer_state.json", "*_results.json", "predictions*.jsonl", REPORT_FILE, "*.log"]
@@ -24,7 +23,6 @@ FOLDERS_NOT_SHARED = ["checkpoint-*", "runs", "logs", "wandb", "base_model", "__
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
 TABLES = {".csv", ".tsv", ".parquet", ".arrow", ".jsonl", ".xlsx", ".hea", ".dat"}
 PAGES = re.compile(rb"\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)?<(?:!doctype (?:html|svg)|html|svg)\b", re.I | re.S)
-DATASET_FILES = r"README\.md|data/[^/]+\.parquet"
 
 # keys of JSON and columns that stand for somebody; datasets have pseudonyms in the first two
 PSEUDONYMS = {"patient_id", "record_id"}
@@ -245,34 +243,6 @@ def check_secrets(path: Path, text: str) -> None:
         raise ValueError(f"{path} has a token or key, {match[0][:6]}...: take it out, and revoke it.")
     if match := LOCAL_PATH.search(text):
         raise ValueError(f"{path} has {match[0]!r}, a folder of this machine: nothing was shared. Take it out.")
-
-
-def check_dataset(folder: Path) -> None:
-    """Reads the whole dataset of a folder.
-
-    Raises:
-        ValueError: there is anything else but its card, or its columns or texts name somebody or folders of this machine.
-    """
-    files = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
-    files = [path for path in files if not any(part.startswith(".") for part in path.parts)]
-    others = [path.as_posix() for path in files if not re.fullmatch(DATASET_FILES, path.as_posix())]
-    if others:
-        raise ValueError(
-            f"{folder} holds {', '.join(others[:5])}{'...' if len(others) > 5 else ''}; only {CARD} and data/*.parquet are pushed. "
-            "Move the others away, or nobody knows what is shared."
-        )
-    for path in (folder / path for path in files if path.suffix == ".parquet"):
-        try:
-            table = pq.ParquetFile(path)  # of its end alone: the schema and where the rows are
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{path} is no parquet file, or damaged: {error}") from error
-        leaves = [table.schema.column(index) for index in range(len(table.schema))]  # those in lists and structs too
-        names = {part.lower() for leaf in leaves for part in leaf.path.split(".")}
-        if personal := sorted((PERSONAL - PSEUDONYMS) & names):
-            raise ValueError(f"{path} has the column {', '.join(personal)}, which may name patients; build it without.")
-        texts = [leaf.path for leaf in leaves if str(leaf.logical_type) == "String"]
-        for batch in table.iter_batches(columns=texts) if texts else ():
-            check_text(path, "\n".join(text for _, text in _parts(batch.to_pylist()) if isinstance(text, str)))
 
 
 def without_local_paths(path: Path) -> bytes | Path:

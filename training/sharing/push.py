@@ -31,6 +31,7 @@ from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer
 from elm_ecg.training.command_line import CommandLineParser
+from elm_ecg.training.data.arguments import ALLOW_HELP, DRY_RUN_HELP
 from elm_ecg.training.data.synthetic import Findings, simulate_ecg
 from elm_ecg.training.digest import MODEL_FILES, digest_of_folder
 from elm_ecg.training.evaluation.card import with_evaluations
@@ -39,10 +40,9 @@ from elm_ecg.training.files import resource
 from elm_ecg.training.markdown import CARD, CITATION, SAMPLE, citation, on_hub, replace_section, use_of
 from elm_ecg.training.sharing.cards import PREPROCESSOR, elm_card, encoder_card
 from elm_ecg.training.sharing.contents import check_contents, module_file, own_file
+from elm_ecg.training.sharing.dataset_disclosure import DATASET_FILES, check_dataset, describe_dataset
 from elm_ecg.training.sharing.disclosure import (
-    DATASET_FILES,
     PICKLES,
-    check_dataset,
     check_folder,
     check_page,
     check_results,
@@ -157,14 +157,17 @@ def sample_ecg(sampling_rate: float, num_samples: int, num_leads: int = 12) -> b
     return stream.getvalue()
 
 
-def gather(folder: Path, kind: str) -> dict[str, bytes | Path]:
+def gather(folder: Path, kind: str, allowed: Collection[str] = ()) -> dict[str, bytes | Path]:
     """Path in the repo -> content, without the card.
+
+    Args:
+        allowed: columns of a dataset, see `check_dataset`.
 
     Raises:
         ValueError: weights are not safetensors, code is missing, or results may name patients.
     """
     if kind == "dataset":
-        check_dataset(folder)
+        check_dataset(folder, allowed)
         return {path.relative_to(folder).as_posix(): path for path in sorted((folder / "data").glob("*.parquet"))}
     if kind == "tokenizer":
         with tempfile.TemporaryDirectory() as code:
@@ -455,6 +458,8 @@ def check_arguments(args: argparse.Namespace, kind: str) -> None:
         raise ValueError(f"--base_repo_id is for the base of an adapter; {args.run} holds {a} {kind}. Leave it out.")
     if args.base_repo_id == args.repo_id:
         raise ValueError(f"--base_repo_id and --repo_id are both {args.repo_id}; a base model has its own repository.")
+    if args.allow and kind != "dataset":
+        raise ValueError(f"--allow is for the columns of a dataset; {args.run} holds {a} {kind}. Leave it out.")
     if args.space and args.pr:
         raise ValueError("--space shows what is in the repo, and a pull request is not yet; leave one of them out.")
 
@@ -468,12 +473,18 @@ def push(args: argparse.Namespace) -> None:
     """
     kind = kind_of(args.run)
     check_arguments(args, kind)
-    files = gather(args.run, kind)
+    files = gather(args.run, kind, args.allow)
     check_contents(args.run, files)
     shared = {*files, CARD, *MODULES}
     left_out = [] if kind == "dataset" else check_folder(args.run, shared)  # of datasets, gather refuses all else
     api = HfApi()
     card = read_card(args.run, kind, args.repo_id.split("/")[-1])
+    print(f"What is shared: {', '.join(sorted({*files, CARD}))}")
+    if kind == "dataset":
+        print(describe_dataset(args.run))
+    if args.dry_run:
+        print("Nothing was sent, as --dry_run says.", flush=True)
+        return
     if get_token() is None:  # the checks before need no Hub
         raise ValueError("Nobody is logged in to the Hub: run `hf auth login`, or set HF_TOKEN.")
     set_licence(card, kind, args, api)
@@ -506,6 +517,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--private", action="store_true", help="make a new repository that others cannot see")
     parser.add_argument("--revision", metavar="BRANCH", help="branch, made where it does not exist; default: main")
     parser.add_argument("--pr", action="store_true", help="propose the files as a pull request")
+    parser.add_argument("--dry_run", action="store_true", help=DRY_RUN_HELP)
+    parser.add_argument("--allow", nargs="+", default=[], metavar="COLUMN", help=ALLOW_HELP)
     parser.add_argument("--space", action="store_true", help="also a Space on which the model is asked")
     parser.add_argument(
         "--license",
