@@ -242,7 +242,7 @@ class ModelArguments:
                 "the option out."
             )
         pictures, symbols = IMAGE_REPRESENTATIONS, ("symbolic",)
-        special = {"ecg_tokenizer": symbols, "ecg_overflow": symbols, "paper": ("rgb",)}
+        special: dict[str, tuple[str, ...]] = {"ecg_tokenizer": symbols, "ecg_overflow": symbols, "paper": ("rgb",)}
         special |= {"image_processor": pictures, "image_features": pictures}
         for name, representations in special.items():
             differs = getattr(self, name) != ModelArguments.__dataclass_fields__[name].default
@@ -449,9 +449,11 @@ class ELMParser(CommandLineParser, TrlParser):
                 raise ValueError(f"--{name} changes nothing without --{other}; add that, or leave --{name} out.")
         return namespace, unknown
 
-    def parse_args_into_dataclasses(self, args: Any = None, **kwargs: Any) -> Any:
+    def parse_args_into_dataclasses(  # type: ignore[override]
+        self, args: Any = None, return_remaining_strings: bool = False
+    ) -> Any:
         """As transformers', but without the options of a file that is named as the program, such as elm.args."""
-        return super().parse_args_into_dataclasses(args, **{**kwargs, "look_for_args_file": False})
+        return super().parse_args_into_dataclasses(args, return_remaining_strings, look_for_args_file=False)
 
     def _check_spellings(self, names: Iterable[str]) -> None:
         """Refuses two names of one option (ValueError), such as `--lr` beside `--learning_rate`: which of them counts?"""

@@ -384,13 +384,14 @@ def lora_config(
     rows = {name.rsplit(".", 1)[-1]: added}  # PEFT compares the end of a module's name
     if not model.config.tie_word_embeddings:  # else PEFT ties them
         rows["lm_head"] = added
-    changes = {
+    changes: dict[str, Any] = {
         "use_peft": True,
         "lora_target_modules": targets,
-        "lora_modules_to_save": parts + (model_args.lora_modules_to_save or [])
-        or None,  # `or` binds last: None for no module
+        # `or` binds last: None for no module
+        "lora_modules_to_save": parts + (model_args.lora_modules_to_save or []) or None,
     }
     config = get_peft_config(replace(model_args, **changes))
+    assert isinstance(config, LoraConfig)
     config.trainable_token_indices = rows
     return config
 

@@ -87,7 +87,7 @@ def parse(argv: list[str] | None = None, prog: str = "elm sft") -> tuple[ELMArgu
 def _check(training_args: SFTConfig, model_args: ModelConfig) -> None:
     """Refuses (ValueError) values of TRL's options that would fail, or be lost, once the model is loaded."""
     available = get_available_reporting_integrations()
-    for name in training_args.report_to:
+    for name in training_args.report_to or []:  # a list by now
         if name not in available:
             here = f"here are {', '.join(available)} and none" if available else "none is installed here"
             raise ValueError(
@@ -188,7 +188,7 @@ def make_trainer(
         processor,
         perturb=args.perturb,
         max_length=training_args.max_length,
-        pad_to_multiple_of=training_args.pad_to_multiple_of,
+        pad_to_multiple_of=training_args.pad_to_multiple_of,  # type: ignore[arg-type]  # no text any more
         seed=training_args.seed,
         **changes,
     )
