@@ -19,10 +19,11 @@ from transformers import AutoTokenizer
 from trl import ModelConfig, SFTConfig
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
-from elm_ecg.training import build, sft
+from elm_ecg.training import build, model_files, sft
 from elm_ecg.training.arguments import AugmentationArguments, DataArguments, ELMArguments, ModelArguments
 from elm_ecg.training.build import build_model, build_processor, freeze, lora_config, new_elm
 from elm_ecg.training.collator import ELMCollator
+from elm_ecg.training.resume import RunOptions
 from elm_ecg.training.trl_options import NEEDED, REFUSED, REFUSED_VALUES, RENAMED
 from helpers import ROOT, TINY_ENCODERS, save_tiny_data, save_tiny_llm, tiny_ecg_byte, tiny_sft
 
@@ -57,7 +58,7 @@ TRAINER: dict[str, Any] = {
     "logging_steps": 3,
     "logging_first_step": True,
     "log_on_each_node": False,
-    "logging_nan_inf_filter": False,
+    "logging_nan_inf_filter": True,
     "include_num_input_tokens_seen": True,
     "disable_tqdm": True,
     "report_to": ["tensorboard"],
@@ -268,7 +269,9 @@ def test_the_trainer_holds_what_was_said(elm, data, tmp_path):
     assert same - {"tf32"} == set(), "a value that is the default shows nothing"
     splits = load_from_disk(str(data))
     # the model has no experts: a coefficient of them is for those that have
-    trainer = sft.make_trainer(*parts, *elm, {"train": splits["train"], "validation": splits["validation"]})
+    trainer = sft.make_trainer(
+        *parts, *elm, {"train": splits["train"], "validation": splits["validation"]}, RunOptions.of(*parts)
+    )
     assert_values(trainer.args, TRAINER)
 
 
@@ -315,7 +318,7 @@ def test_lora_options(llm, elm):
         found = getattr(lora(llm, elm, f"--{option}", *words), name)
         assert found != getattr(before, name)
         if name == "modules_to_save":
-            assert found == ["encoder", "connector", "norm"]
+            assert found == ["model.encoder", "model.connector", "norm"]
         else:
             assert (set(found) if isinstance(found, set | list) else found) == (
                 set(value) if isinstance(value, list) else value
@@ -349,7 +352,13 @@ def test_eos_token(llm, data, tmp_path):
     options = ["--eos_token", "<|start_header_id|>", "--elm", "fuyu"]
     parts = sft.parse(tiny_sft(llm, data, tmp_path, *options, "--num_ecg_tokens", "5", encoder=None))
     model, processor = sft.build_base(*parts)
-    sft.make_trainer(*parts, model, processor, {"train": load_from_disk(str(data))["train"], "validation": None})
+    sft.make_trainer(
+        *parts,
+        model,
+        processor,
+        {"train": load_from_disk(str(data))["train"], "validation": None},
+        RunOptions.of(*parts),
+    )
     assert processor.tokenizer.eos_token == "<|start_header_id|>"
     assert processor.tokenizer.eos_token_id in model.generation_config.eos_token_id
     with pytest.raises(ValueError, match="--eos_token with --use_peft: an adapter does not keep it"):
@@ -372,7 +381,7 @@ def test_a_chat_template_of_ones_own(llm, data, elm, tmp_path, of_folder):
     options = ["--chat_template_path", str(path), "--max_length", "512", "--elm", "fuyu", "--num_ecg_tokens", "5"]
     parts = sft.parse(tiny_sft(llm, data, tmp_path / "out", *options, encoder=None))
     splits = {"train": load_from_disk(str(data))["train"], "validation": None}
-    trainer = sft.make_trainer(*parts, *sft.build_base(*parts), splits)
+    trainer = sft.make_trainer(*parts, *sft.build_base(*parts), splits, RunOptions.of(*parts))
     batch = next(iter(trainer.get_train_dataloader()))
     assert "<|begin_of_text|>NEW " in trainer.processing_class.tokenizer.decode(batch["input_ids"][0])
     trainer.processing_class.save_pretrained(tmp_path / "out")
@@ -397,7 +406,7 @@ def test_a_chat_template_of_ones_own(llm, data, elm, tmp_path, of_folder):
     ],
 )
 def test_a_chat_template_that_cannot_be_used(elm, tmp_path, template, message, monkeypatch):
-    monkeypatch.setattr(build, "file_exists", lambda *args, **kwargs: False)
+    monkeypatch.setattr(model_files, "file_exists", lambda *args, **kwargs: False)
     if template is not None:
         (tmp_path / "a.jinja").write_text(template)
     path = tmp_path / "a.jinja" if template is not None else "nobody/nothing"

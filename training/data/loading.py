@@ -101,10 +101,11 @@ def _load_parts(args: "DataArguments", split: str, column: str, streaming: bool 
     """
     stored = {name: load_splits(name, streaming) for name in args.data}
     check_fold(args.fold, stored)
-    parts = {
-        name: load_split(name, split, column, args.fold, args.ecg_root, stored[name], **kwargs) for name in args.data
-    }
-    return [part if streaming else _answered(part, name) for name, part in parts.items()]
+    parts = []
+    for name in args.data:  # the same may be there twice
+        part = load_split(name, split, column, args.fold, args.ecg_root, stored[name], **kwargs)
+        parts.append(part if streaming else _answered(part, name))
+    return parts
 
 
 def check_fold(fold: int | None, stored: dict[str, Any]) -> None:
