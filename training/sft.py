@@ -165,7 +165,7 @@ def build_base(
                 shutil.rmtree(base, ignore_errors=True)  # of a run that did not end
                 os.replace(unfinished, base)
             finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
+                shutil.rmtree(unfinished.parent, ignore_errors=True)
             logger.info("Base model of the adapter: %s", base)
     return load_elm(str(base), **kwargs)  # so that all processes have the same weights
 
@@ -246,6 +246,7 @@ def train(args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig)
     output_dir = Path(str(training_args.output_dir)).absolute()
     with trainer.staging(output_dir) as folder:
         trainer.save_model(str(folder))  # and the processor, which is its processing_class
+        trainer.accelerator.wait_for_everyone()  # of a sharded model each process writes a part
         if trainer.is_world_process_zero():
             trainer.state.save_to_json(str(folder / "trainer_state.json"))  # with the losses that quickstart plots
             write_text(folder / "train_results.json", json.dumps(result.metrics, indent=2) + "\n")

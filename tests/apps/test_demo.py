@@ -1,5 +1,7 @@
 import json
+import os
 import re
+import signal
 import sys
 import tempfile
 from copy import deepcopy
@@ -288,3 +290,27 @@ ecgs, shown = app.page.pick("Simulated sinus rhythm")
 print("The model reads 0 to 2 s of 10 s." in shown, [turn["role"] for turn in list(app.page.ask("Why?", ecgs, [], False, []))[-1][0]])
 """
     assert run_isolated(code, space).split("\n")[-2] == "True ['user', 'assistant']"
+
+
+def test_uploads_go_with_the_page(page, tmp_path, monkeypatch):
+    """Also when SIGTERM ends it, which `elm` makes an exception."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setattr(demo_module, "import_gradio", lambda: None)
+    monkeypatch.setattr(demo_module, "load_model", lambda args: (page.model, page.processor, "tiny"))
+    monkeypatch.setattr(demo_module, "serve", lambda *args: "http://127.0.0.1:7860")
+    seen = []
+
+    class Served:
+        def block_thread(self):
+            uploads = Path(os.environ["GRADIO_TEMP_DIR"])
+            uploads.mkdir()
+            (uploads / "ecg.xml").write_text("somebody's")
+            seen.extend(tmp_path.rglob("ecg.xml"))
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.sigtimedwait([], 10)
+
+    monkeypatch.setattr(demo_module, "build_demo", lambda *args: Served())
+    with pytest.raises(SystemExit, match="143"):
+        cli.main(["demo", "tiny"])
+    assert len(seen) == 1
+    assert not list(tmp_path.iterdir())
