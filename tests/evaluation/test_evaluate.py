@@ -21,6 +21,7 @@ from elm_ecg.training.data.loading import load_data
 from elm_ecg.training.digest import digest_of_folder
 from elm_ecg.training.evaluation import arguments, compare
 from elm_ecg.training.evaluation import evaluate as evaluation
+from elm_ecg.training.evaluation import results as results_module
 from elm_ecg.training.evaluation.answers import Answerer
 from elm_ecg.training.evaluation.arguments import EvaluationArguments
 from elm_ecg.training.evaluation.bootstrap import p_in_words
@@ -330,10 +331,32 @@ def test_an_output_dir_with_other_results_is_not_overwritten(model, data, evalua
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_an_evaluation_that_ends_while_it_writes(model, data, tmp_path, monkeypatch):
+    """What was there is there, results and predictions belong together, and the same command ends as it would have."""
+    monkeypatch.setattr(evaluation, "write_report", lambda *args: None)  # it takes longest
+    options = ["--output_dir", str(tmp_path)]
+    expected = evaluate_in_model(model, data, *options)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def killed(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results_module, "write_json", killed)  # the predictions are written, the results are not
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_in_model(model, data, *options)
+    (partial,) = {path.name for path in tmp_path.iterdir()} - before.keys()
+    assert partial == "predictions.partial.0.jsonl"
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert compare.read_model(tmp_path / "evaluation_results.json").predictions == expected.predictions
+    monkeypatch.setattr(Answerer, "_answer", lambda *args: pytest.fail("it was answered already"))
+    assert evaluate_in_model(model, data, *options) == expected
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 CHANGES = {
     "processor_config.json": lambda text: text.replace('"normalization": "none"', '"normalization": "zscore"'),
     "chat_template.jinja": lambda text: text + "{{ ' so' }}",
-    "generation_config.json": lambda text: json.dumps({**json.loads(text), "suppress_tokens": [65, 66]}),
 }
 
 

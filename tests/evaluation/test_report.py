@@ -114,6 +114,22 @@ def test_report_is_one_file_of_escaped_text(page):
         assert words in text
 
 
+def test_every_type_of_question_stands_in_the_page(tmp_path):
+    """However many there are; numbers of narrow columns go on in a second line in place of beyond the edge."""
+    questions = [Question(row, 1, "?", "yes", f"type{row % 24}", f"p{row}") for row in range(48)]
+    texts = ["yes", "no"] * 24
+    summary = Scorer(questions, load_metrics(["exact_match"]), 20, 0).summarise({"ecg": texts, "zeroed": texts})
+    facts = {"model": "m", "model_revision": "sha256:0", "packages": {}, "not_scored": {}, "main_metric": "exact_match"}
+    settings = {"score": "generation", "dtype": "float32", "seed": 0, "num_resamples": 20}
+    data = {"names": ["d"], "split": "test", "fold": None}
+    results = {**summary, **facts, "settings": settings, "data": data, "verdict": "v"}
+    write_report(tmp_path / "report.html", results, [], Dataset.from_list([{"ecg": None}]))
+    page = (tmp_path / "report.html").read_text()
+    table = page.split("<h2>By type of question</h2>")[1].split("</table>")[0]
+    assert re.findall(r"<td>(type\d+)</td>", table) == sorted(f"type{kind}" for kind in range(24))
+    assert not re.search(r"td\.score[^{]*{[^}]*nowrap", page)
+
+
 def test_scores_of_tagged_parts_and_closed_questions_have_their_tables():
     questions = [
         Question(i, 1, "?", f"<think>why</think><answer>{answer}</answer>", "rate", f"p{i}")

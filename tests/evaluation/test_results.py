@@ -65,6 +65,8 @@ def test_results_of_the_weights_that_are_there(tmp_path):
     found = results_of(tmp_path, "sha256:new")
     assert [str(path.parent.relative_to(tmp_path)) for path, _ in found] == names
     assert found[0][1]["verdict"] == "a"
+    (tmp_path / "evaluation_results.json").write_text('{"schema_version": 3, "model_revision": "sha256:weights"}')
+    assert results_of(tmp_path, "sha256:new") == found  # one of another version is of other weights
 
 
 def test_old_results_move_aside_and_nothing_is_lost(tmp_path, capsys):

@@ -8,6 +8,7 @@ from scipy.stats import rankdata
 from elm_ecg.training.evaluation import bootstrap as bootstrap_module
 from elm_ecg.training.evaluation.questions import Question
 from elm_ecg.training.evaluation.scores import METRIC_NAMES, Scorer, check_contract, closed_types, load_metrics, part_of
+from elm_ecg.training.evaluation.verdict import verdict
 from intervals import bootstrap, paired_difference
 
 
@@ -152,6 +153,20 @@ def test_auroc_of_likelihoods(modules):
     assert row["metrics"]["auroc"]["value"] == pytest.approx(np.mean(list(expected.values())))
     low, high = row["metrics"]["auroc"]["interval_95"]
     assert low < row["metrics"]["auroc"]["value"] < high
+
+
+def test_one_answer_to_all_and_what_its_likelihoods_know(modules):
+    """Exact match is that of a model without ECG, 50.9%; the AUROC is far better with the ECG than with another's."""
+    questions = [question("yes" if index < 29 else "no", "a", str(index)) for index in range(57)]
+    noise = np.random.default_rng(0).normal(size=(2, 57))
+    odds = {"ecg": noise[0] + [2 * (q.answer == "yes") for q in questions], "swapped": noise[1]}
+    logs = {name: [[0.0, float(value) + 9] for value in row] for name, row in odds.items()}
+    scorer = Scorer(questions, modules, 100, 0, candidates=[["no", "yes"]] * 57)
+    results = scorer.summarise(dict.fromkeys(odds, ["yes"] * 57), logs)
+    assert values(results["conditions"]) == dict.fromkeys(odds, pytest.approx(0.509, abs=1e-3))
+    assert results["conditions"]["ecg"]["one_answer"]
+    assert "gives one answer to each question" in verdict(results | {"main_metric": "exact_match"})
+    assert "by AUROC, the model looks at the ECG" in verdict(results | {"main_metric": "auroc"})
 
 
 def test_rounding_errors_do_not_rank(modules):

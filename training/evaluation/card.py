@@ -60,9 +60,6 @@ def _eval_results(results: Mapping[str, Any], several: bool) -> list[EvalResult]
     """What the Hub shows beside the card: the scores with the ECG."""
     data, scales = results["data"], scales_of(results)
     name = " + ".join(data["names"])
-    args = {} if data.get("fold") is None else {"fold": data["fold"]}
-    if several:
-        args["evaluation"] = results["evaluation"]
     return [
         EvalResult(
             task_type="question-answering",
@@ -70,7 +67,8 @@ def _eval_results(results: Mapping[str, Any], several: bool) -> list[EvalResult]
             dataset_type=name.replace(" ", ""),  # the Hub takes no blanks here
             dataset_name=name,
             dataset_split=data["split"],
-            dataset_args=args or None,
+            dataset_config=results["evaluation"] if several else None,  # else the Hub takes them for one
+            dataset_args=None if data.get("fold") is None else {"fold": data["fold"]},
             metric_type=metric,
             metric_name=scales[metric].heading,
             metric_value=row["value"],

@@ -338,7 +338,7 @@ def place_of(args: EvaluationArguments, fingerprints: Sequence[str]) -> str:
         fingerprints: of all data that it is about. The digits stand for these, and for all options that change what is in the
             results.
     """
-    names = (
+    names = [
         "score",
         "split",
         "fold",
@@ -348,8 +348,8 @@ def place_of(args: EvaluationArguments, fingerprints: Sequence[str]) -> str:
         "main_metric",
         "candidates",
         "batch_size",
-    )
-    names += ("max_new_tokens", "generation", "dtype", "torch_compile", "system_prompt", "num_resamples", "data_subset")
+    ]
+    names += ["max_new_tokens", "generation", "dtype", "torch_compile", "system_prompt", "num_resamples", "data_subset"]
     settings = [getattr(args, name) for name in names]
     own = [file_of(metric).read_text(encoding="utf-8") for metric in args.metrics if is_path(metric)]
     digits = digest([settings, sorted(map(name_of, args.metrics)), own, list(fingerprints)])[:8]
@@ -452,7 +452,9 @@ def main(argv: list[str] | None = None) -> Results:
             f"--fold {' '.join(map(str, folds))}: some of these have the same rows in the split {args.split!r}, so they would be one run "
             "counted several times. Leave --fold out of data without folds."
         )
-    evaluation = place_of(args, fingerprints)
+    # the baseline, and candidates for likelihoods, are from the training split
+    training = [digest_of_questions(list_questions(rows)) for _, rows, _ in loaded.values() if rows is not None]
+    evaluation = place_of(args, [*fingerprints, *training])
     folder = output_folder(args)
     if not args.output_dir:  # those of a model that is not here are told apart by its name too
         here = Path(args.model_name_or_path).is_dir()
