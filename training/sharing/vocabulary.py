@@ -109,7 +109,7 @@ def fit_vocabulary(
         raise ValueError(f"Embeddings and head have {counts} rows in the checkpoint; expected as many of both.")
     vocabulary = processor.tokenizer.get_vocab()
     own = {token: token_id for token, token_id in vocabulary.items() if token_id < first_added}
-    num_rows = model.get_input_embeddings().num_embeddings
+    num_rows = len(model.state_dict()[keys[0]])
     spare = num_rows if num_rows > len(vocabulary) else None
     tokens = args.added_tokens or _assume_tokens(args, rows, own, len(ecg_ids), spare)
     signals = [f"signal_{ecg_id}" for ecg_id in ecg_ids]
