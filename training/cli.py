@@ -5,7 +5,7 @@ import importlib.metadata
 import os
 import sys
 
-from elm_ecg.training.command_line import did_you_mean
+from elm_ecg.training.command_line import did_you_mean, sentence
 
 # verb -> module below elm_ecg.training whose main(argv) does it, what it does, example arguments (empty: it runs without)
 COMMANDS = {
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         if not of_input or os.environ.get("ELM_DEBUG"):
             raise  # a fault of the program: its traceback tells more
         of_class = isinstance(error, StrictDataclassClassValidationError)  # of a model's config; its text is two lines
-        print(f"elm {command}: {error.__cause__ if of_class else error}", file=sys.stderr)
+        print(f"elm {command}: {sentence(error.__cause__ if of_class else error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -34,6 +34,13 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
     return f" Did you mean {names[near[0]]}?" if near else ""
 
 
+def sentence(error: BaseException | None) -> str:
+    """What an error says, for people: Python's own of a missing file is `[Errno 2] No such file or directory: 'PATH'`."""
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return f"There is no file {os.fsdecode(error.filename)}."
+    return str(error)
+
+
 def read_system_prompt(text: str | None) -> str | None:
     """The text of `--system_prompt`, which may name a file that holds it (ValueError: it is no text)."""
     if text is None or not os.path.isfile(text):  # False for a text that is too long for a name, where pathlib raises

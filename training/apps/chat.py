@@ -26,7 +26,7 @@ from elm_ecg.training.apps.conversation import (
     system_messages,
 )
 from elm_ecg.training.apps.plot import add_file_options, save_picture
-from elm_ecg.training.command_line import read_system_prompt
+from elm_ecg.training.command_line import read_system_prompt, sentence
 from elm_ecg.training.files import write_text
 
 try:
@@ -247,7 +247,7 @@ def run(chat: Chat) -> None:
         except KeyboardInterrupt:
             print("\n(stopped)")
         except Exception as error:  # whatever it is, the chat goes on
-            print(f"Error: {error}", file=sys.stderr, flush=True)
+            print(f"Error: {sentence(error)}", file=sys.stderr, flush=True)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from elm_ecg.ecg_formats_arrays import FACTS, as_fact
+from elm_ecg.ecg_formats_hdf5 import hdf5_records
 from elm_ecg.training.data.arguments import METADATA_COLUMNS
 from elm_ecg.training.data.reference import to_messages
 from elm_ecg.training.data.schema import ROLES, SPLITS, as_list
@@ -26,10 +28,11 @@ SPLIT_NAMES = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 # columns that name a row's record, and that hold its chat; the first that the row has counts
-RECORD_COLUMNS = ("record", "record_id", "ecg_id", "ecg_path", "path")
+RECORD_COLUMNS = ("record", "record_id", "ecg_id", "ecg_path", "path", "exam_id")
 CHAT_COLUMNS = ("messages", "conversation", "conversations")
 # columns of a question that have a meaning here; all others are taken over as they are
 QUESTION_COLUMNS = {*RECORD_COLUMNS, *CHAT_COLUMNS, "question", "answer", "split", "patient_id", "ecg", "start_second"}
+HDF5_SUFFIXES = (".hdf5", ".h5")  # files of many records
 PTBXL_TABLE = "ptbxl_database.csv"
 # superclass of PTB-XL's SCP-ECG statements -> what is asked
 SUPERCLASSES = {
@@ -101,6 +104,7 @@ def find_records(source: str | Path | Mapping[Any, Any], resample: float | None 
     - A folder with `ptbxl_database.csv`, by `ecg_id`: its files of 100 Hz if that is `resample`, else those of 500 Hz.
     - An `.npz` archive, which is held in memory: `ecg` [records, leads, samples] and an array of as many ids, and if there
       `sampling_rate`, `lead_names` and `unit`; or one array [leads, samples] for each record.
+    - HDF5 files as of CODE-15%, `.hdf5` or `.h5`: a record for each `exam_id`, which is its name; in a folder its id is `FILE#EXAM_ID`.
     - Any other file: one record.
 
     Raises:
@@ -112,6 +116,9 @@ def find_records(source: str | Path | Mapping[Any, Any], resample: float | None 
         return Records(_by_id(source, source.values(), "The mapping"))
     path = Path(source)
     if path.is_file():
+        if path.suffix.lower() in HDF5_SUFFIXES:
+            names = hdf5_records(path)
+            return Records(_by_id(names, [Path(f"{path}#{name}") for name in names], str(path)))
         archive = _archive(path) if path.suffix.lower() == ".npz" else None
         return Records(archive or {path.stem: path})  # None: a single record, read when it is needed
     if not path.is_dir():
@@ -143,6 +150,11 @@ def _folder(folder: Path) -> Records:
         records = [file for file in of_stem if file.suffix == ".hea"] or of_stem
         for file in records:
             record = stem if len(records) == 1 else file.as_posix()
+            if file.suffix.lower() in HDF5_SUFFIXES:
+                for name in hdf5_records(folder / file):
+                    locations[f"{record}#{name}"] = folder / f"{file}#{name}"
+                    names[name].add(f"{record}#{name}")
+                continue
             locations[record] = folder / file
             for name in (file.as_posix(), stem, file.name, file.stem, file.stem.lstrip("0")):  # tables say 17 for 00017
                 names[name].add(record)
@@ -156,11 +168,12 @@ def _archive(path: Path) -> dict[str, Any] | None:
     try:
         with np.load(path, allow_pickle=False) as content:  # pickles can run code
             arrays = {name: content[name] for name in content.files}
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        shared = {name: as_fact(name, arrays.pop(name)) for name in FACTS if name in arrays}
+    # the last two from texts that hold no letters
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, SystemError, TypeError) as error:
         raise ValueError(
             f"Cannot read {path}: it is damaged or holds pickled objects, which are not read ({error})."
         ) from error
-    shared = {name: arrays.pop(name).tolist() for name in ("sampling_rate", "lead_names", "unit") if name in arrays}
     ecgs = next((arrays[name] for name in ("ecg", "array") if name in arrays), None)
     if ecgs is None:
         return {name: {"array": array, **shared} for name, array in arrays.items()}
