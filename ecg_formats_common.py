@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 MAX_FILE_BYTES = 512 * 2**20
-# what a compressed file may unpack to: twelve leads of three hours at 500 Hz
-MAX_SAMPLES = 2**26
+# what a compressed file may unpack to: twelve leads of an hour and a half at 500 Hz, or one of a day at 360 Hz
+MAX_SAMPLES = 2**25
 UTF8_MARK = b"\xef\xbb\xbf"
 
 STANDARD_LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
@@ -220,10 +220,10 @@ def select_signals(
         if stated_units and not any(taken) and not any(_same_unit(unit, given.unit) for unit in stated_units):
             raise ValueError(contradiction("unit", stated_units[0], given.unit))
         units = [given.unit if take else unit for unit, take in zip(units, taken, strict=True)]
+    known = list(names)
     of_all = given.lead_names is not None and len(given.lead_names) == len(names)
-    known = (
-        agreed_lead_names(names, given.lead_names) if of_all and any(names) else given.lead_names if of_all else names
-    )
+    if of_all:
+        known = list(agreed_lead_names(names if any(names) else None, given.lead_names) or ())
     electrical = [row for row, unit in enumerate(units) if is_in_volts(unit)]
     left_out = {name: f"unit {unit!r}" for name, unit in zip(names, units, strict=True) if not is_in_volts(unit)}
     if not electrical:

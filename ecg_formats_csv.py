@@ -41,6 +41,7 @@ _MIN_CSV_RATE = 10.0
 _MAX_HEAD_LINES = 60  # before the samples: names, units, and what an app says of the recording
 _MAX_LINE = 2**20
 _MISSING = ("", "nan", "na", "n/a", "null", "none", "-")  # cells without a value
+_RARE_WORDS = [b"NA", b"na", b"N/A", b"n/a", b"null", b"NULL", b"None", b"none", b"-", b'""', b'"NA"', b'"-"']
 _RATE_KEYS = re.compile(r"(sampl\w*[ _]?(rate|frequency|freq)?|fs|frequency|messrate|abtastrate)( ?[(\[]hz[)\]])?")
 _HERTZ = re.compile(r"([\d.,]+) ?(hz|hertz|hercios?|herc[oó]w|герц|гц|ヘルツ|赫兹|赫茲|헤르츠)")
 # words of exports for units of volts, in any case -> as `UNITS_PER_MILLIVOLT` has it
@@ -90,10 +91,12 @@ def _head(content: bytes) -> tuple[list[str], list[str], int]:
     rows = []  # of numbers: byte, and how many lines stand before it
     for _ in range(_MAX_HEAD_LINES):
         raw = stream.readline(_MAX_LINE)
+        if len(raw) == _MAX_LINE:
+            raise ValueError(f"a line is longer than {_MAX_LINE} bytes; expected a row for each sample.")
         line = raw.decode("utf-8", "replace").strip()
         if line.startswith("#"):
             comments.append(line.lstrip("# "))
-        elif line and len(raw) < _MAX_LINE:
+        elif line:
             if _is_data(line):
                 rows.append((position, len(lines)))
             if len(rows) > 1 and rows[-1][1] == rows[-2][1] + 1:
@@ -163,11 +166,13 @@ def _table(content: bytes, start: int, single_column: bool) -> np.ndarray:
     try:
         try:
             return np.loadtxt(io.BytesIO(rows), **options)
-        except ValueError:  # rarer words for no value
+        except ValueError:
             if not mark:
                 raise
-            words = rb"(?i)(?<![^\n" + mark + rb"]) *(?:\"?(?:n/?a|null|none|-)\"?|\"\") *(?=[\n" + mark + rb"]|\Z)"
-            return np.loadtxt(io.BytesIO(re.sub(words, b"nan", rows)), **options)
+            for word in _RARE_WORDS:  # replaced one by one, as a pattern would take memory for each place
+                for before, after in ((mark, mark), (mark, mark), (mark, b"\n"), (b"\n", mark)):
+                    rows = rows.replace(before + word + after, before + b"nan" + after)
+            return np.loadtxt(io.BytesIO(rows), **options)
     except ValueError as error:
         raise ValueError(f"expected a row of lead names, and rows of numbers: {str(error)[:200]}") from error
 
@@ -312,11 +317,11 @@ def _signals(signals: list[tuple[str, str, np.ndarray]], given: Given, metadata:
 
 def _with_unit(array: np.ndarray, unit: str | None) -> dict[str, Any]:
     """Array and unit. Whole numbers without a unit become integers, so that the caller has to give one."""
-    if unit is None:
-        present = array[~np.isnan(array)]
-        is_counts = (
-            present.any() and np.abs(present).max() < 2**31 and (present == np.rint(present)).all()
-        )  # 0 is 0 in any unit
-        if is_counts and len(present) == array.size:
-            return {"array": array.astype(np.int32), "unit": None}
+    # lead by lead, which takes less memory; NaN is no whole number, and 0 is 0 in any unit
+    if (
+        unit is None
+        and all(np.abs(lead).max() < 2**31 and (lead == np.rint(lead)).all() for lead in array)
+        and array.any()
+    ):
+        return {"array": array.astype(np.int32), "unit": None}
     return {"array": array, "unit": unit}

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import re
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -72,7 +72,13 @@ _FIRST_ELEMENTS = (
     b"\x08\0\x16\0",
 )
 _ITEMS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # how an item of a sequence begins, little and big endian
-_MAX_DICOM_ITEMS, _MAX_DICOM_ELEMENTS = 50_000, 100_000
+_MAX_DICOM_ITEMS = 50_000
+# the length of a group's samples, element (5400,1010), with a VR or without, little and big endian
+_WAVEFORMS: list[tuple[re.Pattern[bytes], Literal["little", "big"]]] = [
+    (re.compile(rb"\x00\x54\x10\x10(?:O[WB]\0\0)?(.{4})", re.DOTALL), "little"),
+    (re.compile(rb"\x54\x00\x10\x10(?:O[WB]\0\0)?(.{4})", re.DOTALL), "big"),
+]
+_MAX_DICOM_BYTES = 8 * 2**20
 
 
 def _dicom_lead(channel: Any) -> str:
@@ -101,18 +107,14 @@ def _dicom_dataset(content: bytes) -> Any:
         items := max(map(content.count, _ITEMS))
     ) > _MAX_DICOM_ITEMS:  # each takes pydicom 20 us and 2 kB, even an empty one
         raise ValueError(f"it holds {items} items; at most {_MAX_DICOM_ITEMS} are read, and an ECG has some hundreds.")
-    elements = 0
-
-    def is_too_much(*_: Any) -> bool:
-        nonlocal elements
-        elements += 1
-        if elements > _MAX_DICOM_ELEMENTS:
-            raise ValueError(f"it holds more than {_MAX_DICOM_ELEMENTS} elements, as no ECG does.")
-        return False
-
+    beside = len(content) - sum(
+        int.from_bytes(size, order) for pattern, order in _WAVEFORMS for size in pattern.findall(content)
+    )
+    if beside > _MAX_DICOM_BYTES:  # millions of elements take pydicom seconds for each
+        raise ValueError(f"it holds {beside} bytes beside its waveforms; at most {_MAX_DICOM_BYTES} are read.")
     start = 132 if content[128:132] == b"DICM" else 4 if content.startswith(b"DICM") else 0
     stream = io.BytesIO(bytes(128) + b"DICM" + content[start:])
-    dataset = library("pydicom").filereader.read_partial(stream, stop_when=is_too_much)
+    dataset = library("pydicom").dcmread(stream)
     if not dataset.get("WaveformSequence"):
         raise ValueError(f"it holds no waveform, but {getattr(dataset.get('SOPClassUID'), 'name', 'nothing known')}.")
     return dataset
@@ -153,7 +155,8 @@ def _dicom_groups(groups: list[Any]) -> tuple[list[Any], dict[str, str]]:
     """
     recorded = [group for group in groups if group.get("WaveformOriginality") != "DERIVED"] or groups
     longest = max(recorded, key=lambda group: _dicom_span(group)[1] / _dicom_span(group)[0])
-    read, leads_read, left_out = [], set(), {}
+    read, left_out = [], {}
+    leads_read: set[str] = set()
     for number, group in sorted(enumerate(groups, 1), key=lambda pair: pair[1] is not longest):  # the longest first
         leads = [_dicom_lead(channel) for channel in group.get("ChannelDefinitionSequence") or []]
         is_recorded = any(group is one for one in recorded)  # == compares all samples

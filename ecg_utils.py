@@ -159,7 +159,7 @@ def as_record(
                 'amplitude: give unit="uV" (for a file: --unit uV) if one count is one microvolt, or convert it to millivolts.'
             )
         scale = 1.0
-    with np.errstate(over="ignore"):  # reported below as infinite
+    with np.errstate(over="ignore", invalid="ignore"):  # reported below as infinite, or a gap
         array = array.astype(np.float32, copy=False)
         if scale != 1.0:
             array = array / np.float32(scale)  # not in place: the input is never written to
@@ -254,8 +254,8 @@ def _fill_gaps(
         for start, end in edges.reshape(-1, 2)[lengths > MAX_GAP_SECONDS].tolist():
             long[start:end] = True
         lead[missing] = np.interp(np.flatnonzero(missing), np.flatnonzero(~missing), lead[~missing])
-    edges = np.flatnonzero(np.diff(np.pad(long, 1))) / sampling_rate
-    return array, [(start, end) for start, end in edges.reshape(-1, 2).tolist()]
+    edges = np.flatnonzero(np.diff(np.pad(long, 1)))
+    return array, [(start / sampling_rate, end / sampling_rate) for start, end in edges.reshape(-1, 2).tolist()]
 
 
 def select_leads(record: ECGRecord, lead_names: Sequence[str], allow_missing: bool = False) -> ECGRecord:

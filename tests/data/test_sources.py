@@ -1,5 +1,6 @@
 import csv
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,13 @@ class TestRecords:
     def test_archive_at_fault(self, arrays, message, tmp_path):
         np.savez(tmp_path / "all.npz", **arrays)
         with pytest.raises(ValueError, match=message):
+            find_records(tmp_path / "all.npz")
+
+    def test_archive_with_a_file_that_is_no_array(self, tmp_path):
+        np.savez(tmp_path / "all.npz", ecg=np.ones((2, 12, 5)), id=[1, 2])
+        with zipfile.ZipFile(tmp_path / "all.npz", "a") as archive:
+            archive.writestr("unit", "uV")
+        with pytest.raises(ValueError, match=r"Cannot read .*unit is no array"):
             find_records(tmp_path / "all.npz")
 
     def test_hdf5_files_of_many_records(self, tmp_path):

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from elm_ecg.ecg_formats_arrays import FACTS, as_fact
+from elm_ecg.ecg_formats_common import listed
 from elm_ecg.ecg_formats_hdf5 import hdf5_records
 from elm_ecg.training.data.arguments import METADATA_COLUMNS
 from elm_ecg.training.data.reference import to_messages
@@ -168,6 +169,8 @@ def _archive(path: Path) -> dict[str, Any] | None:
     try:
         with np.load(path, allow_pickle=False) as content:  # pickles can run code
             arrays = {name: content[name] for name in content.files}
+        if others := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+            raise ValueError(f"{listed(others)} is no array")
         shared = {name: as_fact(name, arrays.pop(name)) for name in FACTS if name in arrays}
     # the last two from texts that hold no letters
     except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, SystemError, TypeError) as error:
@@ -181,7 +184,7 @@ def _archive(path: Path) -> dict[str, Any] | None:
         return None
     ids = [array.tolist() for array in arrays.values() if array.ndim == 1 and len(array) == len(ecgs)]
     if ecgs.ndim != 3 or len(ids) != 1:
-        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
+        shapes = listed(f"{name} {list(array.shape)}" for name, array in arrays.items())
         raise ValueError(
             f"{path} holds {shapes}; expected ecg [records, leads, samples] and one array of as many ids, or one array "
             "[leads, samples] for each record."
