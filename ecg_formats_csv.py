@@ -169,6 +169,7 @@ def _table(content: bytes, start: int, single_column: bool) -> np.ndarray:
         except ValueError:
             if not mark:
                 raise
+            rows = b"\n" + rows.strip(b"\n") + b"\n"  # so that each row begins and ends alike
             for word in _RARE_WORDS:  # replaced one by one, as a pattern would take memory for each place
                 for before, after in ((mark, mark), (mark, mark), (mark, b"\n"), (b"\n", mark)):
                     rows = rows.replace(before + word + after, before + b"nan" + after)
