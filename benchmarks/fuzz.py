@@ -134,18 +134,19 @@ def _number(data: bytearray, rng: np.random.Generator) -> None:
 
 
 def _structure(data: bytearray, rng: np.random.Generator) -> None:
-    """Deletes, doubles or moves an element of XML, or a line."""
-    pattern = rb"<(\w+)\b[^<>]*>(?:(?!<\1\b).){0,20000}?</\1>" if b"</" in data[-200:] else rb"[^\n]*\n"
-    place = _place(data, rng)
-    match = re.compile(pattern, re.DOTALL).search(data, place)
-    if match is None:
+    """Deletes, doubles or moves what stands from one tag of XML to another, or from one line to another."""
+    mark = b"<" if b"</" in data[-200:] else b"\n"
+    start = end = data.find(mark, _place(data, rng))
+    for _ in range(rng.integers(1, 5)):
+        end = data.find(mark, end + 1)
+    if not 0 <= start < end:
         return
-    piece, kind = match[0], rng.integers(3)
+    piece, kind = bytes(data[start:end]), rng.integers(3)
     if kind != 1:
-        del data[match.start() : match.end()]
+        del data[start:end]
     if kind != 0:
-        start = _place(data, rng) if data else 0
-        data[start:start] = piece
+        place = data.find(mark, _place(data, rng))
+        data[place:place] = piece
 
 
 KINDS = [_flip, _flip, _cut, _delete, _insert, _repeat, _word, _word, _number, _number, _structure]
