@@ -7,14 +7,17 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .ecg_formats_arrays import is_mat_4, read_hdf5, read_mat, read_mat_4, read_npy, read_npz
+from .ecg_formats_arrays import is_mat_4, read_mat, read_mat_4, read_npy, read_npz
 from .ecg_formats_binary import read_ishne, read_scp
-from .ecg_formats_common import MAX_FILE_BYTES, UTF8_MARK
+from .ecg_formats_common import MAX_FILE_BYTES, NOTHING_GIVEN, UTF8_MARK, Given, agreed_lead_names, unit_of
 from .ecg_formats_csv import is_csv, read_csv
-from .ecg_formats_libraries import is_wfdb_header, read_dicom, read_edf, read_wfdb, wfdb_header
+from .ecg_formats_hdf5 import is_hdf5, read_hdf5
+from .ecg_formats_libraries import is_dicom, read_dicom, read_edf
+from .ecg_formats_wfdb import header_fault, is_wfdb_header, read_wfdb, wfdb_header
 from .ecg_formats_xml import read_xml
 
 # in hertz; a record of any other rate could take any amount of memory when it is resampled
@@ -45,17 +48,31 @@ def _is_xml(content: bytes) -> bool:
     return head.removeprefix(UTF8_MARK).lstrip(b" \t\r\n\0").startswith(b"<")  # \0: half of a letter in UTF-16
 
 
+def _without_caller(read: Callable[[bytes], dict[str, Any]]) -> Callable[[bytes, Given], dict[str, Any]]:
+    """A reader of a format in which all signals have one unit: what the file says is agreed with the caller's afterwards."""
+
+    def reader(content: bytes, given: Given) -> dict[str, Any]:
+        record = read(content)
+        record["unit"] = unit_of(record.get("unit"), given)
+        if given.lead_names is not None:
+            record["lead_names"] = agreed_lead_names(record.get("lead_names"), given.lead_names)
+        return record
+
+    return reader
+
+
 # name, whether content is of this kind, its reader; the first that fits
-_FORMATS: list[tuple[str, Callable[[bytes], bool], Callable[[bytes], dict[str, Any]]]] = [
-    ("NumPy .npy", lambda content: content.startswith(b"\x93NUMPY"), read_npy),
-    ("NumPy .npz", lambda content: content.startswith((b"PK\x03\x04", b"PK\x05\x06")), read_npz),  # PK 5 6: empty
+_FORMATS: list[tuple[str, Callable[[bytes], bool], Callable[[bytes, Given], dict[str, Any]]]] = [
+    ("NumPy .npy", lambda content: content.startswith(b"\x93NUMPY"), _without_caller(read_npy)),
+    # PK 5 6: empty
+    ("NumPy .npz", lambda content: content.startswith((b"PK\x03\x04", b"PK\x05\x06")), _without_caller(read_npz)),
     ("EDF", lambda content: content.startswith((b"0       ", b"\xffBIOSEMI")), read_edf),
-    ("DICOM", lambda content: content[128:132] == b"DICM", read_dicom),  # behind a preamble of any content
-    ("SCP-ECG", lambda content: content[16:22] == b"SCPECG", read_scp),
-    ("ISHNE", lambda content: content.startswith((b"ISHNE1.0", b"ANN  1.0")), read_ishne),  # ANN: refused by the reader
-    ("MATLAB", lambda content: content.startswith(b"MATLAB 5.0 MAT-file"), read_mat),
-    ("MATLAB 7.3", lambda content: content.startswith((b"MATLAB 7.3", b"\x89HDF\r\n")), read_hdf5),
-    ("MATLAB 4", is_mat_4, read_mat_4),
+    ("DICOM", is_dicom, read_dicom),
+    ("SCP-ECG", lambda content: content[16:22] == b"SCPECG", _without_caller(read_scp)),
+    # ANN: refused by the reader
+    ("ISHNE", lambda content: content.startswith((b"ISHNE1.0", b"ANN  1.0")), _without_caller(read_ishne)),
+    ("MATLAB", lambda content: content.startswith(b"MATLAB 5.0 MAT-file"), _without_caller(read_mat)),
+    ("MATLAB 4", is_mat_4, _without_caller(read_mat_4)),
     ("XML (HL7 aECG, GE MUSE or Philips Sierra)", _is_xml, read_xml),
     ("CSV", is_csv, read_csv),
 ]
@@ -65,6 +82,8 @@ def format_of(content: bytes) -> str | None:
     """The format of a file that begins with `content`, None if unknown. CSV comes last, as much text looks like it."""
     if is_wfdb_header(content):
         return "WFDB"
+    if is_hdf5(content):
+        return "HDF5"
     return next((name for name, is_format, _ in _FORMATS if is_format(content)), None)
 
 
@@ -76,18 +95,30 @@ def _checked(record: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def read_file(path: str | os.PathLike) -> dict[str, Any]:
+def record_path(path: str | os.PathLike) -> tuple[Path, str | None]:
+    """The file that a path means, and which of its records: `exams_part0.hdf5#1169160` names one of a file of several."""
+    file, mark, record = str(path).rpartition("#")
+    if mark and not os.path.exists(path) and os.path.isfile(file):  # a name may well hold a #
+        return Path(file), record
+    return Path(path), None
+
+
+def read_file(path: str | os.PathLike, given: Given = NOTHING_GIVEN) -> dict[str, Any]:
     """What an ECG file states, in any known format.
 
     NumPy (`.npy`, `.npz`), WFDB (its `.hea`, one of its signal files, or its name without suffix), EDF, EDF+ and BDF,
-    DICOM, HL7 aECG, GE MUSE XML, Philips Sierra XML, SCP-ECG, ISHNE, MATLAB 5 (CPSC 2018, CODE-15), and CSV.
+    DICOM, HL7 aECG, GE MUSE XML, Philips Sierra XML, SCP-ECG, ISHNE, MATLAB 5 (CPSC 2018, CODE-15), HDF5 (CODE-15: the path
+    with `#` and the record's `exam_id`), and CSV.
 
     Nothing is executed or fetched, and no more memory is taken than a few times the file's size and `MAX_SAMPLES`.
+
+    Args:
+        given: what the caller says of what the file does not say.
 
     Returns:
         array: numbers [leads, samples].
         sampling_rate: in hertz, or None where the file does not say it.
-        lead_names: as the file writes them, or None.
+        lead_names: as the file writes them, or None; where the caller gives any, these agreed with the file's.
         unit: mV, uV, V or None.
         metadata: plain values: `format`, and what else the file says, such as patient_id, age, sex, date, device,
             statements, filters; `left_out` says why signals of the file are not in the array.
@@ -97,27 +128,44 @@ def read_file(path: str | os.PathLike) -> dict[str, Any]:
         ValueError: it is a folder, empty, too large, of no known format, damaged, or holds no ECG.
         ImportError: the format needs a library of the extra `formats`.
     """
-    path = Path(path)
+    path, record = record_path(path)
     if path.exists() and not path.is_file():  # one that is not there may name a WFDB record
         raise ValueError(f"{path} is a folder or no regular file; give the path of one recording.")
+    record_keys = dict.fromkeys(
+        ("array", "sampling_rate", "lead_names", "unit", "metadata")
+    )  # whatever its reader gives
+    name, read = _reader(path, Given(given.lead_names, given.unit, record))
+    with _reading(path, name):
+        return {**record_keys, **_checked(read())}
+
+
+def _reader(path: Path, given: Given) -> tuple[str, Callable[[], dict[str, Any]]]:
+    """The name of a file's format, and what reads it."""
     header = wfdb_header(path)  # before the content: signal files have no mark, or that of MATLAB 4
-    if header is None:
-        size = path.stat().st_size  # FileNotFoundError where there is none
-        if not 0 < size <= MAX_FILE_BYTES:
-            raise ValueError(f"{path} has {size} bytes; expected a recording, at most {MAX_FILE_BYTES / 2**20:g} MiB.")
-        content = path.read_bytes()
-        if is_wfdb_header(content):  # a header by itself, or with another suffix
-            header = path
-    # every record has all keys, whatever its reader gives
-    keys = dict.fromkeys(("array", "sampling_rate", "lead_names", "unit", "metadata"))
     if header is not None:
-        with _reading(path, "WFDB"):
-            return {**keys, **_checked(read_wfdb(header))}
-    for name, is_format, read in _FORMATS:
-        if is_format(content):
-            with _reading(path, name):
-                return {**keys, **_checked(read(content))}
-    raise ValueError(
-        f"{path} is of no known format. These are: {', '.join(name for name, _, _ in _FORMATS)}, and WFDB, whose signal "
-        "files need their header NAME.hea beside them."
-    )
+        return "WFDB", partial(read_wfdb, header, given)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file {path}.")
+    with path.open("rb") as file:
+        if is_hdf5(file.read(1024)):  # before its size is judged: such files are read record by record
+            return "HDF5", partial(read_hdf5, path, given)
+    if given.record is not None:
+        raise ValueError(
+            f"{path} holds one record; leave out #{given.record}, which names one of a HDF5 file of several."
+        )
+    size = path.stat().st_size
+    if not 0 < size <= MAX_FILE_BYTES:
+        raise ValueError(f"{path} has {size} bytes; expected a recording, at most {MAX_FILE_BYTES / 2**20:g} MiB.")
+    content = path.read_bytes()
+    if is_wfdb_header(content):  # a header by itself, or with another suffix
+        return "WFDB", partial(read_wfdb, path, given)
+    name, reader = next(((name, read) for name, is_format, read in _FORMATS if is_format(content)), (None, None))
+    fault = header_fault(path)
+    if fault and name in (None, "MATLAB 4"):  # signals that cannot be read without their header
+        raise ValueError(f"Cannot read {path} by its WFDB header: {fault}")
+    if name is None or reader is None:
+        raise ValueError(
+            f"{path} is of no known format. These are: {', '.join(name for name, _, _ in _FORMATS)}, HDF5, and WFDB, whose "
+            "signal files need their header NAME.hea beside them."
+        )
+    return name, partial(reader, content, given)

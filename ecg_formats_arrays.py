@@ -103,6 +103,28 @@ def _read_reference_dict(content: bytes) -> dict[str, Any]:
     return {**record, "metadata": {"format": "NumPy, dict of the reference", **stated(**metadata)}}
 
 
+# keys of an archive beside its array -> how many dimensions they have, their dtypes, and what they are
+FACTS = {
+    "sampling_rate": (0, "iuf", "one number of hertz"),
+    "lead_names": (1, "U", "a list of texts"),
+    "unit": (0, "U", "one text"),
+}
+
+
+def as_fact(key: str, array: np.ndarray) -> Any:
+    """What an archive says of its array; ValueError where that is of another kind."""
+    ndim, kinds, expected = FACTS[key]
+    if array.size == 1 and ndim == 0:  # [500] says the same as 500
+        array = array.reshape(())
+    if array.ndim != ndim or array.dtype.kind not in kinds:
+        raise ValueError(f"its {key!r} is an array {list(array.shape)} of {array.dtype}; expected {expected}.")
+    if array.dtype.kind == "U" and array.dtype.itemsize:  # four bytes a letter, which may hold any number
+        letters = np.ascontiguousarray(array).reshape(-1).view(f"{array.dtype.byteorder}u4")
+        if ((letters > 0x10FFFF) | ((letters >= 0xD800) & (letters < 0xE000))).any():
+            raise ValueError(f"its {key!r} holds numbers that are no letters of Unicode.")
+    return array.tolist()
+
+
 def read_npz(content: bytes) -> dict[str, Any]:
     """NumPy's archive of one record: `array` or `ecg`, and `sampling_rate`, `lead_names` and `unit` where it has them."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -122,9 +144,7 @@ def read_npz(content: bytes) -> dict[str, Any]:
         if array is None:
             first = f"{names[:8]}{' ...' if len(names) > 8 else ''}"
             raise ValueError(f"it holds {first}; expected the key 'array' or 'ecg' [leads, samples] of {several}.")
-        record: dict[str, Any] = {
-            key: member(key).tolist() for key in ("sampling_rate", "lead_names", "unit") if key in names
-        }
+        record: dict[str, Any] = {key: as_fact(key, member(key)) for key in FACTS if key in names}
         record["array"] = member(array)
     if record["array"].ndim == 3:
         shape = list(record["array"].shape)
@@ -252,8 +272,3 @@ def is_mat_4(content: bytes) -> bool:
 def read_mat_4(content: bytes) -> dict[str, Any]:
     """ValueError: such files are the signals of WFDB records, which are read by their headers."""
     raise ValueError(_NO_HEADER)
-
-
-def read_hdf5(content: bytes) -> dict[str, Any]:
-    """ValueError: MATLAB 7.3 is not read."""
-    raise ValueError("it is HDF5, as MATLAB writes with -v7.3; save it with -v7, or its array as .npz.")

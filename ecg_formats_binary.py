@@ -16,8 +16,8 @@ SEXES = {1: "male", 2: "female"}  # the codes of both formats
 
 # a record of ten seconds has 30 kB
 MAX_SCP_BYTES = 1 << 22
-# leads x samples of a whole SCP-ECG record: 12 leads over 11 minutes at 500 Hz; decoding takes a microsecond for each
-MAX_SCP_SAMPLES = 1 << 22
+# leads x samples of a whole SCP-ECG record: 12 leads over 5 minutes at 500 Hz; decoding takes a microsecond for each
+MAX_SCP_SAMPLES = 1 << 21
 # samples that a decimated one may stand for; the standard's method makes it 4
 MAX_SCP_DECIMATION = 16
 SCP_DEFAULT_TABLE = 19999
@@ -62,9 +62,28 @@ def read_scp(content: bytes) -> dict[str, Any]:
         if number not in sections:
             raise ValueError(f"The record has the sections {sorted(sections)}; expected 3 (leads) and 6 (rhythm).")
     lead_names, first_sample, num_samples, subtracted = _scp_leads(sections[3])
-    tables = _scp_tables(sections[2]) if 2 in sections else None  # without it nothing is Huffman coded
-    nanovolts, interval, difference, bimodal, encoded = _scp_signals(sections[6], 6, len(lead_names))
+    try:
+        array, interval = _scp_rhythm(sections, len(lead_names), first_sample, num_samples, subtracted)
+    except ValueError:
+        if first_sample > 0:  # as the standard counts
+            raise
+        # some writers count from 0, and their last number is that of no sample any more
+        array, interval = _scp_rhythm(sections, len(lead_names), first_sample, num_samples - 1, subtracted)
+    return {
+        "array": array,
+        "sampling_rate": 1e6 / interval,  # microseconds
+        "lead_names": lead_names,
+        "unit": "uV",
+        "metadata": {"format": "SCP-ECG", **_scp_header(sections), **_scp_statements(sections)},
+    }
 
+
+def _scp_rhythm(
+    sections: dict[int, bytes], num_leads: int, first_sample: int, num_samples: int, subtracted: bool
+) -> tuple[np.ndarray, int]:
+    """float32 [leads, samples] in microvolts, and the microseconds between samples."""
+    tables = _scp_tables(sections[2]) if 2 in sections else None  # without it nothing is Huffman coded
+    nanovolts, interval, difference, bimodal, encoded = _scp_signals(sections[6], 6, num_leads)
     index = np.arange(num_samples)
     group = index  # of each sample the stored value that it went into: its own, where nothing is decimated
     if subtracted or bimodal:
@@ -72,7 +91,7 @@ def read_scp(content: bytes) -> dict[str, Any]:
             if number not in sections:
                 raise ValueError(f"The rhythm lacks QRS complexes or is decimated, but section {number} is missing.")
         beats, protected, beat_milliseconds, fiducial = _scp_beats(sections[4])
-        beat_nanovolts, beat_interval, beat_difference, _, beat_encoded = _scp_signals(sections[5], 5, len(lead_names))
+        beat_nanovolts, beat_interval, beat_difference, _, beat_encoded = _scp_signals(sections[5], 5, num_leads)
         decimation, remainder = divmod(interval, beat_interval)  # the rhythm's is that after decimation
         if remainder or not 1 <= decimation <= MAX_SCP_DECIMATION:
             raise ValueError(
@@ -83,7 +102,7 @@ def read_scp(content: bytes) -> dict[str, Any]:
         group = _scp_groups(num_samples, decimation, protected - first_sample if bimodal else protected[:0])
 
     times = np.bincount(group, weights=index) / np.bincount(group)  # mean place of what each stored value stands for
-    array = np.empty((len(lead_names), num_samples), np.float32)
+    array = np.empty((num_leads, num_samples), np.float32)
     for row, data in zip(array, encoded, strict=True):
         stored = _scp_decode(data, len(times), difference, tables) * (nanovolts / 1000)
         row[:] = stored if len(times) == num_samples else np.interp(index, times, stored)
@@ -91,14 +110,7 @@ def read_scp(content: bytes) -> dict[str, Any]:
         beat_samples = beat_milliseconds * 1000 // beat_interval
         reference = np.stack([_scp_decode(data, beat_samples, beat_difference, tables) for data in beat_encoded])
         _scp_add_beats(array, reference * (beat_nanovolts / 1000), beats - first_sample, fiducial - 1)  # counted from 1
-
-    return {
-        "array": array,
-        "sampling_rate": 1e6 / interval,  # microseconds
-        "lead_names": lead_names,
-        "unit": "uV",
-        "metadata": {"format": "SCP-ECG", **_scp_header(sections), **_scp_statements(sections)},
-    }
+    return array, interval
 
 
 def _unpack(layout: str, data: bytes, offset: int, what: str) -> tuple:

@@ -1,148 +1,19 @@
-"""ECG files that libraries of the extra `formats` read: WFDB, EDF and BDF, DICOM."""
+"""ECG files that libraries of the extra `formats` read: EDF and BDF, DICOM."""
 
 import contextlib
 import io
-import math
-import os
 import re
-from itertools import groupby
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from .ecg_formats_binary import SCP_LEADS
-from .ecg_formats_common import (
-    MAX_FILE_BYTES,
-    MAX_SAMPLES,
-    content_lines,
-    in_millivolts,
-    library,
-    select_signals,
-    stated,
-    to_number,
-    to_sex,
-)
-
-# WFDB: https://wfdb.io/spec/header-files.html
-
-_MAX_HEADER_BYTES = 2**18
-# the standard says 255; wfdb's patterns take time with the square of a line
-_MAX_HEADER_LINE = 1000
-# by format; 212 packs two samples into three bytes, 310 and 311 three into four
-_BITS_PER_SAMPLE = {"8": 8, "16": 16, "24": 24, "32": 32, "61": 16, "80": 8, "160": 16, "212": 12, "310": 32 / 3}
-_BITS_PER_SAMPLE["311"] = _BITS_PER_SAMPLE["310"]
-_FLAC_FORMATS = ("508", "516", "524")  # compressed: their size says nothing about the number of samples
-
-
-def is_wfdb_header(content: bytes) -> bool:
-    """A line `NAME[/SEGMENTS] SIGNALS [RATE ...]`, and none of numbers after it, as in a table."""
-    record, signal = [*content_lines(content[:4096]), b"", b""][:2]
-    return bool(
-        re.fullmatch(rb"[-\w]+(/\d+)?[ \t]+\d+([ \t][-\d.:/() \t]*)?", record)
-        and not re.fullmatch(rb"[-+\d.eE \t]+", signal)
-    )
-
-
-def wfdb_header(path: Path) -> Path | None:
-    """The header of the WFDB record that `path` stands for: itself, its name without suffix, or one of its signals."""
-    header = path.with_name(f"{path.name}.hea") if not path.exists() else path.with_suffix(".hea")
-    if header == path or not header.is_file() or header.stat().st_size > _MAX_HEADER_BYTES:
-        return None  # a header itself is told by its content
-    content = header.read_bytes()
-    signals = [line.split()[0] for line in content_lines(content)[1:]]  # the name of its file stands first
-    return header if is_wfdb_header(content) and (not path.exists() or os.fsencode(path.name) in signals) else None
-
-
-def _wfdb_signals(header: Path) -> tuple[float, list[dict[str, str]]]:
-    """Frames per second and the fields of a header's signal lines, checked against the signal files."""
-    with header.open("rb") as file:
-        content = file.read(_MAX_HEADER_BYTES + 1)  # one more shows that it is longer
-    lines = content_lines(content)
-    if len(content) > _MAX_HEADER_BYTES or max(map(len, lines)) > _MAX_HEADER_LINE:
-        raise ValueError(f"its header is longer than {_MAX_HEADER_BYTES} bytes, or a line than {_MAX_HEADER_LINE}.")
-    if not all(line.isascii() for line in lines):  # wfdb drops the mu of "μV"
-        raise ValueError("its header holds other characters than ASCII; write a unit as mV or uV.")
-    if "::" in str(header.absolute()):  # fsspec, below wfdb, would take it for a chain of addresses
-        raise ValueError("its path holds '::'; rename the folder.")
-    patterns = library("wfdb.io.header")  # wfdb's own, so that it reads what was checked here
-    record = patterns.rx_record.match(lines[0].decode())
-    if record["n_seg"]:
-        segments = [line.split()[0].decode() for line in lines[1:6]]
-        raise ValueError(f"it is a record of several segments ({', '.join(segments)} ...); read them one by one.")
-    signals = []
-    for line in map(bytes.decode, lines[1:]):
-        match = patterns.rx_signal.match(line)
-        if match is None:
-            raise ValueError(
-                f"its line {line[:80]!r} describes no signal; expected the plain name of a file in the header's folder, a "
-                "format, and what follows."
-            )
-        signals.append(match.groupdict())
-    if len(signals) != int(record["n_sig"]) or not signals:
-        raise ValueError(f"its header announces {record['n_sig']} signals and describes {len(signals)}; it is cut.")
-    if not content.endswith(b"\n") and len(lines[-1].split()) < len(lines[1].split()):
-        raise ValueError("its header is cut in the last line.")
-    frames = int(record["sig_len"] or 0)  # 0: not stated
-    groups = [(name, list(parts)) for name, parts in groupby(signals, key=lambda signal: signal["file_name"])]
-    if len({name for name, _ in groups}) < len(groups):  # wfdb would take one signal for another
-        raise ValueError("its header describes the signals of one file in several places.")
-    for name, parts in groups:
-        file = header.parent / name
-        if not file.is_file():
-            raise ValueError(f"its signal file {name!r} is not beside the header; fetch it too.")
-        size, wfdb_format = file.stat().st_size, parts[0]["fmt"]
-        if size > MAX_FILE_BYTES:
-            raise ValueError(f"{name} has {size} bytes; expected at most {MAX_FILE_BYTES / 2**20:g} MiB.")
-        per_frame = sum(int(signal["samps_per_frame"] or 1) for signal in parts)  # a fast signal has several
-        skew = max(int(signal["skew"] or 0) for signal in parts)
-        if wfdb_format in _BITS_PER_SAMPLE:
-            required = math.ceil(frames * per_frame * _BITS_PER_SAMPLE[wfdb_format] / 8)
-            required += int(parts[0]["byte_offset"] or 0)
-            if required > size:
-                raise ValueError(f"{name} is cut: it has {size} bytes, the header claims {required}.")
-        elif wfdb_format not in _FLAC_FORMATS:
-            raise ValueError(f"{name} is of format {wfdb_format!r}, which wfdb does not read.")
-        elif not 0 < frames * per_frame <= MAX_SAMPLES:
-            raise ValueError(f"{name} unpacks to {frames * per_frame} samples; expected 1 to {MAX_SAMPLES}.")
-        if skew * per_frame > max(size, frames * per_frame):
-            raise ValueError(f"{name} has a skew of {skew} frames, more than it holds.")
-    return float(record["fs"] or 250), signals  # the standard's default
-
-
-def read_wfdb(header: Path) -> dict[str, Any]:
-    """A WFDB record; its header is checked before the library wfdb reads the signal files."""
-    frame_rate, signals = _wfdb_signals(header)
-    names = [signal["sig_name"].strip() for signal in signals]
-    units = [signal["units"] or "mV" for signal in signals]  # the standard's default
-    rates = [frame_rate * int(signal["samps_per_frame"] or 1) for signal in signals]
-    rows, left_out = select_signals(names, units, rates)
-    record = library("wfdb").rdrecord(str(header.absolute().with_suffix("")), channels=rows, smooth_frames=False)
-    comments = [comment.strip() for comment in record.comments]
-    facts = {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in comments)}
-    metadata = stated(
-        age=to_number(facts.get("age", "")),
-        sex=to_sex(facts.get("sex", "")),
-        dx=facts.get("dx"),
-        date=record.base_date and record.base_date.isoformat(),
-        comments=comments,
-        left_out=left_out,
-    )
-    return {
-        "array": np.stack(
-            [in_millivolts(signal, units[row]) for row, signal in zip(rows, record.e_p_signal, strict=True)]
-        ),
-        "sampling_rate": rates[rows[0]],
-        "lead_names": [names[row] for row in rows] if any(names) else None,
-        "unit": "mV",
-        "metadata": {"format": "WFDB", **metadata},
-    }
-
+from .ecg_formats_common import NOTHING_GIVEN, Given, in_millivolts, library, listed, select_signals, stated, to_sex
 
 # EDF, EDF+ and BDF: https://www.edfplus.info/specs
 
 
-def read_edf(content: bytes) -> dict[str, Any]:
+def read_edf(content: bytes, given: Given = NOTHING_GIVEN) -> dict[str, Any]:
     """EDF, continuous EDF+ and BDF; annotations, and signals that are not in volts, are left out."""
     edfio = library("edfio")
     is_bdf = content[:1] == b"\xff"  # the same with 24 bits a sample
@@ -161,8 +32,9 @@ def read_edf(content: bytes) -> dict[str, Any]:
     ]
     names = [re.sub(r"^(ECG|EKG)[\s_-]+(?=\S)", "", signal.label.strip(), flags=re.IGNORECASE) for signal in signals]
     units = [signal.physical_dimension.strip() for signal in signals]
-    rows, left_out = select_signals(names, units, [signal.sampling_frequency for signal in signals])
-    left_out |= {signal.label.strip(): "no physical range" for signal in edf.signals if signal not in signals}
+    chosen = select_signals(names, units, [signal.sampling_frequency for signal in signals], given)
+    read = [signals[row] for row in chosen.rows]
+    without_range = {signal.label.strip(): "no physical range" for signal in edf.signals if signal not in signals}
     facts: dict[str, Any] = {}
     with contextlib.suppress(ValueError):  # not known, or not written as EDF+ demands
         facts["date"] = edf.startdate.isoformat()
@@ -170,16 +42,16 @@ def read_edf(content: bytes) -> dict[str, Any]:
         with contextlib.suppress(ValueError):
             facts |= {"patient_id": edf.patient.code, "sex": to_sex(edf.patient.sex)}
     return {
-        "array": np.stack([in_millivolts(signals[row].data, units[row]) for row in rows]),
-        "sampling_rate": signals[rows[0]].sampling_frequency,
-        "lead_names": [names[row] for row in rows],
+        "array": np.stack([in_millivolts(signal.data, unit) for signal, unit in zip(read, chosen.units, strict=True)]),
+        "sampling_rate": read[0].sampling_frequency,
+        "lead_names": chosen.lead_names,
         "unit": "mV",
         "metadata": {
             "format": kind if kind[3:] == "+C" else "BDF" if is_bdf else "EDF",
             **stated(
                 **{name: fact for name, fact in facts.items() if fact not in ("X", "x")},  # not known
-                filters=sorted({signals[row].prefiltering.strip() for row in rows} - {""}),
-                left_out=left_out,
+                filters=sorted({signal.prefiltering.strip() for signal in read} - {""}),
+                left_out=chosen.left_out | without_range,
             ),
         },
     }
@@ -189,10 +61,28 @@ def read_edf(content: bytes) -> dict[str, Any]:
 
 _DICOM_DTYPES = {"SB": "i1", "UB": "u1", "SS": "i2", "US": "u2", "SL": "i4", "UL": "u4"}
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
+# of the file's meta information, and of its data set: group and number, such as (0002,0000) and (0008,0005)
+_FIRST_ELEMENTS = (
+    b"\2\0\0\0UL",
+    b"\2\0\1\0OB",
+    b"\2\0\2\0UI",
+    b"\2\0\x10\0UI",
+    b"\x08\0\5\0",
+    b"\x08\0\x08\0",
+    b"\x08\0\x16\0",
+)
+_ITEMS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # how an item of a sequence begins, little and big endian
+_MAX_DICOM_ITEMS = 50_000
+# the length of a group's samples, element (5400,1010), with a VR or without, little and big endian
+_WAVEFORMS: list[tuple[re.Pattern[bytes], Literal["little", "big"]]] = [
+    (re.compile(rb"\x00\x54\x10\x10(?:O[WB]\0\0)?(.{4})", re.DOTALL), "little"),
+    (re.compile(rb"\x54\x00\x10\x10(?:O[WB]\0\0)?(.{4})", re.DOTALL), "big"),
+]
+_MAX_DICOM_BYTES = 8 * 2**20
 
 
 def _dicom_lead(channel: Any) -> str:
-    source = channel.ChannelSourceSequence[0]
+    source = (channel.get("ChannelSourceSequence") or [{}])[0]  # older files have a label alone
     code, meaning = str(source.get("CodeValue", "")), str(source.get("CodeMeaning", ""))
     # SCPECG (5.6.3-9-n) and MDC (2:n, 131328 + n) number leads as SCP-ECG does
     number = re.fullmatch(r"(?:5\.6\.3-9-|2:)(\d{1,2})|131(\d{3})", code)
@@ -204,73 +94,142 @@ def _dicom_lead(channel: Any) -> str:
     return re.sub(r"^lead\b", "", name.strip(), flags=re.IGNORECASE).strip() or code
 
 
-def read_dicom(content: bytes) -> dict[str, Any]:
-    """The longest group of waveforms of a DICOM file that was recorded, not derived, such as a median beat."""
+def is_dicom(content: bytes) -> bool:
+    """With a preamble of any 128 bytes, or without, as some exporters write: then it begins with one of the first elements."""
+    return content[128:132] == b"DICM" or content.startswith((b"DICM", *_FIRST_ELEMENTS))
+
+
+def _dicom_dataset(content: bytes) -> Any:
+    """The elements of a file, parsed; ValueError where it holds none of waveforms, or more than any ECG."""
     if _DEFLATED in content:  # pydicom unpacks it at one go, however large
         raise ValueError("it is deflated (transfer syntax 1.2.840.10008.1.2.1.99); save it uncompressed.")
-    dataset = library("pydicom").dcmread(io.BytesIO(content))
+    if (
+        items := max(map(content.count, _ITEMS))
+    ) > _MAX_DICOM_ITEMS:  # each takes pydicom 20 us and 2 kB, even an empty one
+        raise ValueError(f"it holds {items} items; at most {_MAX_DICOM_ITEMS} are read, and an ECG has some hundreds.")
+    beside = len(content) - sum(
+        int.from_bytes(size, order) for pattern, order in _WAVEFORMS for size in pattern.findall(content)
+    )
+    if beside > _MAX_DICOM_BYTES:  # millions of elements take pydicom seconds for each
+        raise ValueError(f"it holds {beside} bytes beside its waveforms; at most {_MAX_DICOM_BYTES} are read.")
+    start = 132 if content[128:132] == b"DICM" else 4 if content.startswith(b"DICM") else 0
+    stream = io.BytesIO(bytes(128) + b"DICM" + content[start:])
+    dataset = library("pydicom").dcmread(stream)
     if not dataset.get("WaveformSequence"):
         raise ValueError(f"it holds no waveform, but {getattr(dataset.get('SOPClassUID'), 'name', 'nothing known')}.")
-    groups = list(dataset.WaveformSequence)
-    groups = [group for group in groups if group.get("WaveformOriginality") != "DERIVED"] or groups
-    group = max(groups, key=lambda group: group.NumberOfWaveformSamples / float(group.SamplingFrequency))
+    return dataset
+
+
+def _dicom_counts(group: Any, order: str) -> tuple[np.ndarray, Any]:
+    """The samples of a group [samples, channels], and the value that stands for none."""
     num_channels, num_samples = int(group.NumberOfWaveformChannels), int(group.NumberOfWaveformSamples)
-    order = "<" if dataset.original_encoding[1] else ">"  # little or big endian
     interpretation = str(group.WaveformSampleInterpretation)
     if interpretation not in _DICOM_DTYPES:
-        raise ValueError(f"its samples are {interpretation!r}; expected one of {', '.join(_DICOM_DTYPES)}.")
+        raise ValueError(f"its samples are {interpretation[:20]!r}; expected one of {', '.join(_DICOM_DTYPES)}.")
     dtype = np.dtype(order + _DICOM_DTYPES[interpretation])
     size, data = num_channels * num_samples * dtype.itemsize, group.WaveformData
     if group.WaveformBitsAllocated != 8 * dtype.itemsize or not size <= len(data) <= size + 1:  # padded to be even
         raise ValueError(f"it holds {len(data)} bytes; {num_channels} channels of {num_samples} samples take {size}.")
-    counts = np.frombuffer(data[:size], dtype).reshape(num_samples, num_channels)  # interleaved
-    channels = list(group.ChannelDefinitionSequence)
-    if len(channels) != num_channels:
-        raise ValueError(f"it holds {num_channels} channels and describes {len(channels)}.")
-    # a channel without sensitivity has arbitrary units
-    units = [
-        str(channel.ChannelSensitivityUnitsSequence[0].CodeValue)
-        if "ChannelSensitivityUnitsSequence" in channel
-        else ""
-        for channel in channels
-    ]
-    names = [_dicom_lead(channel) for channel in channels]
-    rate = float(group.SamplingFrequency)
-    rows, left_out = select_signals(names, units, [rate] * num_channels)
+    if len(group.ChannelDefinitionSequence) != num_channels:
+        described = len(group.ChannelDefinitionSequence)
+        raise ValueError(f"it holds {num_channels} channels and describes {described}.")
     padding = group.get("WaveformPaddingValue")
-    leads = []
-    for row in rows:
-        channel = channels[row]  # the baseline is in the channel's unit, not in counts (PS3.3 C.10.9)
-        gain = float(channel.ChannelSensitivity) * float(channel.get("ChannelSensitivityCorrectionFactor") or 1)
-        lead = in_millivolts(counts[:, row] * gain + float(channel.get("ChannelBaseline") or 0), units[row])
-        if padding:
-            lead[counts[:, row] == np.frombuffer(padding[: dtype.itemsize], dtype)[0]] = np.nan  # a gap
-        leads.append(lead)
+    counts = np.frombuffer(data[:size], dtype).reshape(num_samples, num_channels)  # interleaved
+    return counts, np.frombuffer(padding[: dtype.itemsize], dtype)[0] if padding else None
 
+
+def _dicom_span(group: Any) -> tuple[float, int, float]:
+    """Rate, number of samples and second of the start: groups that agree in these were recorded at one time."""
+    return (
+        float(group.SamplingFrequency),
+        int(group.NumberOfWaveformSamples),
+        float(group.get("MultiplexGroupTimeOffset") or 0) / 1000,  # from milliseconds
+    )
+
+
+def _dicom_groups(groups: list[Any]) -> tuple[list[Any], dict[str, str]]:
+    """The groups of waveforms that are read, and of each other one why it is not.
+
+    Read is the longest that was recorded, not derived, such as a median beat; and with it those recorded at the same time
+    (PS3.3 A.34 lets the leads stand in several groups).
+    """
+    recorded = [group for group in groups if group.get("WaveformOriginality") != "DERIVED"] or groups
+    longest = max(recorded, key=lambda group: _dicom_span(group)[1] / _dicom_span(group)[0])
+    read, left_out = [], {}
+    leads_read: set[str] = set()
+    for number, group in sorted(enumerate(groups, 1), key=lambda pair: pair[1] is not longest):  # the longest first
+        leads = [_dicom_lead(channel) for channel in group.get("ChannelDefinitionSequence") or []]
+        is_recorded = any(group is one for one in recorded)  # == compares all samples
+        if is_recorded and _dicom_span(group) == _dicom_span(longest) and leads_read.isdisjoint(leads):
+            read.append(group)
+            leads_read |= set(leads)
+            continue
+        rate, num_samples, start = _dicom_span(group)
+        kind = str(group.get("WaveformOriginality") or "").lower()[:20]
+        facts = [kind, f"{num_samples / rate:g} s at {rate:g} Hz", f"from {start:g} s" if start else ""]
+        label = str(group.get("MultiplexGroupLabel") or "")[:40]
+        left_out[f"group {number} {label}".strip()] = f"{', '.join(filter(None, facts))}: {listed(leads)}"
+    return read, left_out
+
+
+def _dicom_unit(channel: Any) -> str:
+    if "ChannelSensitivityUnitsSequence" not in channel:  # without a sensitivity units are arbitrary
+        return ""
+    return str(channel.ChannelSensitivityUnitsSequence[0].CodeValue)
+
+
+def read_dicom(content: bytes, given: Given = NOTHING_GIVEN) -> dict[str, Any]:
+    """The longest waveforms of a DICOM file that were recorded at one time."""
+    dataset = _dicom_dataset(content)
+    groups, left_out = _dicom_groups(list(dataset.WaveformSequence))
+    order = "<" if dataset.original_encoding[1] else ">"  # little or big endian
+    signals = []  # channel, its counts, the count that stands for none
+    for group in groups:
+        counts, padding = _dicom_counts(group, order)
+        signals += [
+            (channel, lead, padding) for channel, lead in zip(group.ChannelDefinitionSequence, counts.T, strict=True)
+        ]
+    names = [_dicom_lead(channel) for channel, *_ in signals]
+    rate = _dicom_span(groups[0])[0]
+    chosen = select_signals(names, [_dicom_unit(channel) for channel, *_ in signals], [rate] * len(signals), given)
+    leads = []
+    for row, unit in zip(chosen.rows, chosen.units, strict=True):
+        channel, counts, padding = signals[row]  # the baseline is in the channel's unit, not in counts (PS3.3 C.10.9)
+        gain = float(channel.get("ChannelSensitivity", 1)) * float(
+            channel.get("ChannelSensitivityCorrectionFactor") or 1
+        )
+        lead = in_millivolts(counts * gain + float(channel.get("ChannelBaseline") or 0), unit)
+        if padding is not None:
+            lead[counts == padding] = np.nan  # a gap
+        leads.append(lead)
+    return {
+        "array": np.stack(leads),
+        "sampling_rate": rate,
+        "lead_names": chosen.lead_names,
+        "unit": "mV",
+        "metadata": _dicom_metadata(dataset, signals[chosen.rows[0]][0], chosen.left_out | left_out),
+    }
+
+
+def _dicom_metadata(dataset: Any, channel: Any, left_out: dict[str, str]) -> dict[str, Any]:
     def text(keyword: str) -> str:
         return str(dataset.get(keyword) or "")
 
     age = re.fullmatch(r"(\d{3})Y", text("PatientAge"))  # DICOM's 045Y; ages in months, weeks or days are left out
     date = re.sub(r"^(\d{4})(\d\d)(\d\d)", r"\1-\2-\3", text("AcquisitionDateTime") or text("StudyDate"))
     keywords = {"high_pass": "FilterLowFrequency", "low_pass": "FilterHighFrequency", "notch": "NotchFilterFrequency"}
-    filters = {name: float(channels[rows[0]].get(keyword) or 0) for name, keyword in keywords.items()}
+    filters = {name: float(channel.get(keyword) or 0) for name, keyword in keywords.items()}
     notes = dataset.get("WaveformAnnotationSequence") or []
     return {
-        "array": np.stack(leads),
-        "sampling_rate": rate,
-        "lead_names": [names[row] for row in rows],
-        "unit": "mV",
-        "metadata": {
-            "format": "DICOM",
-            **stated(
-                patient_id=text("PatientID"),
-                age=float(age[1]) if age else None,
-                sex=to_sex(text("PatientSex")),
-                date=re.sub(r"(?<=-\d\d)(\d\d)(\d\d)(\d\d)", r"T\1:\2:\3", date),
-                device=" ".join(filter(None, (text("Manufacturer"), text("ManufacturerModelName")))),
-                statements=[str(note.get("UnformattedTextValue") or "") for note in notes],
-                filters={name: f"{hertz:g} Hz" for name, hertz in filters.items() if hertz},
-                left_out=left_out,
-            ),
-        },
+        "format": "DICOM",
+        **stated(
+            patient_id=text("PatientID"),
+            age=float(age[1]) if age else None,
+            sex=to_sex(text("PatientSex")),
+            date=re.sub(r"(?<=-\d\d)(\d\d)(\d\d)(\d\d)", r"T\1:\2:\3", date),
+            device=" ".join(filter(None, (text("Manufacturer"), text("ManufacturerModelName")))),
+            statements=[str(note.get("UnformattedTextValue") or "") for note in notes],
+            filters={name: f"{hertz:g} Hz" for name, hertz in filters.items() if hertz},
+            left_out=left_out,
+        ),
     }

@@ -10,45 +10,60 @@ from xml.etree.ElementTree import Element, ParseError, TreeBuilder
 
 import numpy as np
 
-from .ecg_formats_common import PER_MILLIVOLT_IN_ANY_CASE, STANDARD_LEADS, library, stated
+from .ecg_formats_common import (
+    NOTHING_GIVEN,
+    PER_MILLIVOLT_IN_ANY_CASE,
+    STANDARD_LEADS,
+    UNITS_PER_MILLIVOLT,
+    Given,
+    agreed_lead_names,
+    library,
+    stated,
+    to_number,
+)
 
 # far beyond real files (20 levels, 4,000 elements and attributes); an element takes 30 times the memory of its text
 MAX_DEPTH = 100
 MAX_NODES = 200_000
+MAX_TAG_BYTES = 2**15
 # leads x samples that compressed waveforms may unpack to: 12 leads over 46 minutes at 500 Hz
 MAX_UNPACKED_SAMPLES = 1 << 24
 
 MICROVOLTS = {unit: 1e3 / number for unit, number in PER_MILLIVOLT_IN_ANY_CASE.items()}  # in one of the unit
-MICROVOLTS |= {"microvolts": 1.0, "millivolts": 1e3}
+MICROVOLTS |= {"microvolts": 1.0, "microvolt": 1.0, "millivolts": 1e3, "millivolt": 1e3}
 SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 SEXES = {"m": "male", "male": "male", "f": "female", "female": "female"}
+
+# how far leads may be from each other in the mark of 1 mV: no heart makes all of them as equal while they move by 1 mV
+MARK_MICROVOLTS = 25.0
 
 HL7_FILTERS = {"LOW_PASS": "low_pass", "HIGH_PASS": "high_pass", "NOTCH": "notch"}
 PHILIPS_VERSIONS = ("1.03", "1.04", "1.04.01", "1.04.02")
 
 
-def read_xml(content: bytes) -> dict[str, Any]:
+def read_xml(content: bytes, given: Given = NOTHING_GIVEN) -> dict[str, Any]:
     """Reads an HL7 annotated ECG, a GE MUSE RestingECG or a Philips Sierra ECG, told apart by their root element.
 
     Args:
         content: the bytes of the file, in UTF-8, UTF-16 or the encoding that it declares.
+        given: its unit stands for one that the file lacks or that is none of volts.
 
     Returns:
         As `ecg_formats.read_file`; the array is float32 [leads, samples] in microvolts.
 
     Raises:
-        ValueError: the content is no such file or is damaged. Entities are refused, no DTD is fetched, and depth and number
-            of elements are bounded.
+        ValueError: the content is no such file or is damaged. Entities and lists of attributes are refused, no DTD is fetched,
+            and depth and number of elements are bounded.
         ImportError: defusedxml is not installed.
     """
     root = _parse(content)
     if root.tag not in READERS:
         raise ValueError(f"The XML's root element is <{root.tag[:100]}>; expected one of {', '.join(READERS)}.")
-    array, sampling_rate, lead_names, metadata = READERS[root.tag](root)
+    array, sampling_rate, lead_names, metadata = READERS[root.tag](root, given.unit)
     return {
         "array": array,
         "sampling_rate": sampling_rate,
-        "lead_names": lead_names,
+        "lead_names": lead_names if given.lead_names is None else agreed_lead_names(lead_names, given.lead_names),
         "unit": "uV",
         "metadata": stated(**metadata),
     }
@@ -82,9 +97,12 @@ def _local_name(name: str) -> str:
 
 
 def _parse(content: bytes) -> Element:
+    if re.search(rb"<(?![!?])[^<>]{%d}" % MAX_TAG_BYTES, content):  # of a million attributes expat makes a list first
+        raise ValueError(f"Cannot read the XML: a tag is longer than {MAX_TAG_BYTES} bytes, as that of no ECG is.")
     parser_class = library("defusedxml.ElementTree").DefusedXMLParser
     # a DTD may be named, as by MUSE, but none is fetched, and any entity is refused
     parser = parser_class(target=_BoundedTreeBuilder(), forbid_dtd=False, forbid_entities=True, forbid_external=True)
+    parser.parser.AttlistDeclHandler = _refuse_defaults
     try:
         parser.feed(content)  # bytes, as it finds the encoding itself
         return parser.close()
@@ -92,6 +110,11 @@ def _parse(content: bytes) -> Element:
         raise ValueError(f"The XML declares entities, which are not read as they can be harmful: {error}") from error
     except (ParseError, LookupError, ValueError) as error:  # the last two from encodings, the last from the bounds too
         raise ValueError(f"Cannot read the XML: {error}") from error
+
+
+def _refuse_defaults(*_: Any) -> None:
+    # a default of some attribute would be copied to each element: 300 kB of text became gigabytes
+    raise ValueError("its DTD declares attributes, as the files of no ECG recorder do.")
 
 
 def _find(element: Element, path: str) -> Element:
@@ -131,6 +154,19 @@ def _integer(text: str, what: str, minimum: int = 1) -> int:
     return int(number)
 
 
+def _microvolts(own: str, unit: str | None, what: str) -> float:
+    """Microvolts in one of a lead's unit: the file's, or where that is missing or none of volts, the caller's."""
+    stated_factor = MICROVOLTS.get(own.strip().casefold())
+    if unit is None:
+        return _factor(own, MICROVOLTS, what)
+    given_factor = 1e3 / UNITS_PER_MILLIVOLT[unit]
+    if stated_factor not in (None, given_factor):
+        raise ValueError(
+            f"{what} has the unit {own!r}, and {unit!r} is given too: leave unit out (for a file: --unit)."
+        )
+    return given_factor
+
+
 def _factor(unit: str, units: dict[str, float], what: str) -> float:
     name = unit.strip().casefold()  # makes the Greek letter of the micro sign
     if name not in units:
@@ -153,6 +189,10 @@ def _age(text: str, unit: str = "years") -> float | None:
     return None if factor is None or not re.fullmatch(r"\d{1,5}(\.\d+)?", text) else round(float(text) * factor, 3)
 
 
+def _hertz(text: str) -> str:
+    return f"{text} Hz" if to_number(text) else text  # 0, or a word, says that the filter is off
+
+
 def _sex(text: str) -> str:
     return SEXES.get(text.lower(), "")
 
@@ -171,7 +211,7 @@ def _stack(leads: Iterable[tuple[str, np.ndarray]]) -> tuple[np.ndarray, list[st
     return array, [name for name, _ in leads]
 
 
-def _read_hl7(root: Element) -> tuple[np.ndarray, float, list[str], dict[str, Any]]:
+def _read_hl7(root: Element, unit: str | None) -> tuple[np.ndarray, float, list[str], dict[str, Any]]:
     """HL7 annotated ECG (Brown and Badilini, HL7 aECG Implementation Guide, 2005).
 
     Read is the rhythm series, not the representative beats derived from it.
@@ -198,10 +238,11 @@ def _read_hl7(root: Element) -> tuple[np.ndarray, float, list[str], dict[str, An
             rates.append(1 / (_positive(increment.get("value", ""), "The time increment") * seconds))
         else:
             name = code.removeprefix("MDC_ECG_LEAD_")  # ISO 11073-10101, in capitals: AVR
-            leads.append((f"aV{name[2:]}" if name in ("AVR", "AVL", "AVF") else name, _hl7_lead(name, sequence)))
+            leads.append((f"aV{name[2:]}" if name in ("AVR", "AVL", "AVF") else name, _hl7_lead(name, sequence, unit)))
     if len(rates) != 1:
         raise ValueError(f"The sequence set has {len(rates)} time sequences; expected one.")
     array, lead_names = _stack(leads)
+    mark = _calibration_start(array)  # files converted from Philips' own format keep it
 
     subject = "componentOf/timepointEvent/componentOf/subjectAssignment/subject/trialSubject"
     author = "author/seriesAuthor"
@@ -228,7 +269,7 @@ def _read_hl7(root: Element) -> tuple[np.ndarray, float, list[str], dict[str, An
         if _attribute(annotation, "code", "code").startswith(("MDC_ECG_RHY", "MDC_ECG_INTERPRETATION"))
     ]
     return (
-        array,
+        array[:, : mark or None],  # 0 would leave no sample
         rates[0],
         lead_names,
         {
@@ -240,16 +281,17 @@ def _read_hl7(root: Element) -> tuple[np.ndarray, float, list[str], dict[str, An
             "device": " ".join(filter(None, names)),
             "filters": filters,
             "statements": list(dict.fromkeys(statements)),  # several annotations may hold the same
+            "calibration_start": mark / rates[0] or None,
         },
     )
 
 
-def _hl7_lead(name: str, sequence: Element) -> np.ndarray:
+def _hl7_lead(name: str, sequence: Element, unit: str | None) -> np.ndarray:
     scale, origin = _find(sequence, "value/scale"), _find(sequence, "value/origin")
     what = f"The scale of lead {name[:100]}"
-    microvolts = _number(scale.get("value", ""), what) * _factor(scale.get("unit", ""), MICROVOLTS, what)
+    microvolts = _number(scale.get("value", ""), what) * _microvolts(scale.get("unit", ""), unit, what)
     what = f"The origin of lead {name[:100]}"
-    offset = _number(origin.get("value", ""), what, minimum=-1e9) * _factor(origin.get("unit", ""), MICROVOLTS, what)
+    offset = _number(origin.get("value", ""), what, minimum=-1e9) * _microvolts(origin.get("unit", ""), unit, what)
     try:
         digits = np.fromstring(_text(sequence, "value/digits"), dtype=np.float64, sep=" ")
     except ValueError as error:
@@ -267,7 +309,7 @@ def _iso_date(text: str) -> str:
     return f"{date}T{time}" if time else date
 
 
-def _read_muse(root: Element) -> tuple[np.ndarray, float, list[str], dict[str, Any]]:
+def _read_muse(root: Element, unit: str | None) -> tuple[np.ndarray, float, list[str], dict[str, Any]]:
     """GE MUSE: base64 of 16-bit integers, little endian, with a CRC-32 for each lead.
 
     The eight leads that are stored are returned; III, aVR, aVL and aVF follow from I and II.
@@ -280,12 +322,15 @@ def _read_muse(root: Element) -> tuple[np.ndarray, float, list[str], dict[str, A
     base = _positive(_text(rhythm, "SampleBase"), "SampleBase")
     exponent = _number(_text(rhythm, "SampleExponent") or "0", "SampleExponent", -6, 6)
     array, lead_names = _stack(
-        (_text(lead, "LeadID"), _muse_lead(lead, _text(lead, "LeadID"))) for lead in rhythm.iterfind("LeadData")
+        (_text(lead, "LeadID"), _muse_lead(lead, _text(lead, "LeadID"), unit)) for lead in rhythm.iterfind("LeadData")
     )
     patient, test = "PatientDemographics", "TestDemographics"
     date = re.sub(r"^(\d\d)-(\d\d)-(\d{4})$", r"\3-\1-\2", _text(root, f"{test}/AcquisitionDate"))  # month first
     time = _text(root, f"{test}/AcquisitionTime")
-    filters = {"high_pass": "HighPassFilter", "low_pass": "LowPassFilter", "notch": "ACFilter"}
+    tags = {"high_pass": "HighPassFilter", "low_pass": "LowPassFilter", "notch": "ACFilter"}
+    filters = {name: _text(rhythm, tag) for name, tag in tags.items()}
+    if re.fullmatch(r"[1-9]\d*", filters["high_pass"]):  # hundredths of a hertz: 16 is 0.16 Hz
+        filters["high_pass"] = f"{int(filters['high_pass'][:9]) / 100:g}"
     statements, line = [], []  # a statement comes in parts, the last of which is flagged ENDSLINE
     for statement in root.iterfind("Diagnosis/DiagnosisStatement"):
         line.append(_text(statement, "StmtText"))
@@ -304,19 +349,19 @@ def _read_muse(root: Element) -> tuple[np.ndarray, float, list[str], dict[str, A
             "sex": _sex(_text(root, f"{patient}/Gender")),
             "date": f"{date}T{time}" if date and time else date,
             "device": _text(root, f"{test}/AcquisitionDevice"),
-            "filters": {name: _text(rhythm, tag) for name, tag in filters.items()},
+            "filters": {name: _hertz(value) for name, value in filters.items()},
             "statements": statements,
         },
     )
 
 
-def _muse_lead(lead: Element, name: str) -> np.ndarray:
+def _muse_lead(lead: Element, name: str, unit: str | None) -> np.ndarray:
     size = _text(lead, "LeadSampleSize") or "2"  # bytes
     if size != "2":
         raise ValueError(f"Lead {name[:100]} has samples of {size[:100]} bytes; expected 2.")
     what = f"The scale of lead {name[:100]}"
     scale = _positive(_text(lead, "LeadAmplitudeUnitsPerBit"), what)
-    scale *= _factor(_text(lead, "LeadAmplitudeUnits"), MICROVOLTS, what)
+    scale *= _microvolts(_text(lead, "LeadAmplitudeUnits"), unit, what)
     data = _base64(lead.findtext("WaveFormData"), f"The waveform of lead {name[:100]}")
     for tag, actual in (("LeadByteCountTotal", len(data)), ("LeadSampleCountTotal", len(data) / 2)):
         claimed = _integer(_text(lead, tag), f"{tag} of lead {name[:100]}")
@@ -328,7 +373,7 @@ def _muse_lead(lead: Element, name: str) -> np.ndarray:
     return scale * np.frombuffer(data, "<i2")  # microvolts
 
 
-def _read_philips(root: Element) -> tuple[np.ndarray, float, list[str], dict[str, Any]]:
+def _read_philips(root: Element, unit: str | None) -> tuple[np.ndarray, float, list[str], dict[str, Any]]:
     """Philips Sierra ECG 1.03 to 1.04.02, plain or packed (XLI).
 
     The packing is described by sierra-ecg-tools (Watford, MIT licence). Packed limb leads are residuals of what leads I
@@ -392,7 +437,7 @@ def _read_philips(root: Element) -> tuple[np.ndarray, float, list[str], dict[str
             "sex": _sex(_text(root, f"{patient}/sex")),
             "date": "T".join(filter(None, (acquisition.get("date"), acquisition.get("time")))),
             "device": _text(acquisition, "machine"),
-            "filters": {name: _text(root, f"{bandwidth}/{tag}filtersetting") for name, tag in filters.items()},
+            "filters": {name: _hertz(_text(root, f"{bandwidth}/{tag}filtersetting")) for name, tag in filters.items()},
             "statements": statements,
             "calibration_start": mark / rate or None,
         },
@@ -415,10 +460,11 @@ def _philips_lead_names(signal: Element, waveforms: Element) -> list[str]:
 
 def _calibration_start(array: np.ndarray) -> int:
     """First sample of the calibration mark, 1 mV in all leads, that often ends a record; 0 where there is none."""
-    # from the last sample on in which two leads differ, all leads are the same mark
-    differ = np.flatnonzero((array != array[0]).any(axis=0))
+    # from the last sample on in which two leads differ, all leads are the same mark, but for the noise of filters
+    differ = np.flatnonzero(np.ptp(array, axis=0) > MARK_MICROVOLTS)
     start = int(differ[-1]) + 1 if len(differ) else 0
-    return start if start < array.shape[1] and np.ptp(array[0, start:]) == 1000 else 0  # microvolts
+    height = np.ptp(array[:, start:].mean(axis=0)) if start < array.shape[1] else 0.0
+    return start if len(array) > 2 and abs(height - 1000) <= 2 * MARK_MICROVOLTS else 0
 
 
 def _unpack_xli(data: bytes, num_leads: int, samples: int) -> list[np.ndarray]:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
@@ -12,7 +12,16 @@ import numpy as np
 
 from .ecg_formats import read_file
 from .ecg_formats_common import REFERENCE_LEADS as REFERENCE_LEADS
-from .ecg_formats_common import STANDARD_LEADS, UNITS_PER_MILLIVOLT
+from .ecg_formats_common import (
+    STANDARD_LEADS,
+    UNITS_PER_MILLIVOLT,
+    Given,
+    agreed_lead_names,
+    canonical_lead_names,
+    contradiction,
+    listed,
+)
+from .ecg_formats_common import canonical_lead_name as canonical_lead_name
 
 # limb leads as sums of leads I and II (Einthoven 1912; Goldberger 1942)
 LIMB_LEADS = {"III": (-1.0, 1.0), "aVR": (-0.5, -0.5), "aVL": (1.0, -0.5), "aVF": (-0.5, 1.0)}
@@ -35,8 +44,8 @@ FLAT_SECONDS, FLAT_MILLIVOLTS = 1.0, 0.1
 SATURATED_SECONDS, SATURATED_MILLIVOLTS = 0.2, 1.0
 NOISE_BAND, NOISE_SECONDS, NOISE_MILLIVOLTS = (20.0, 150.0), 0.1, 0.015  # hertz, seconds, millivolts
 DRIFT_SECONDS, DRIFT_MILLIVOLTS = 1.0, 1.0
+LARGE_MILLIVOLTS = 10.0
 
-_CANONICAL_LEADS = {name.lower(): name for name in STANDARD_LEADS}
 _RECORD_KEYS = ("array", "sampling_rate", "lead_names", "unit", "metadata")
 
 
@@ -64,47 +73,6 @@ def with_notices(record: ECGRecord, *sentences: str) -> ECGRecord:
     return replace(record, metadata={**record.metadata, "notices": notices})
 
 
-def _lead_key(name: str) -> str:
-    return str(name).strip().lower().removeprefix("lead").strip()
-
-
-def canonical_lead_name(name: str) -> str:
-    """The standard spelling of a lead: any case, with or without the word "lead" ("avr", "Lead II" -> "aVR", "II").
-
-    Leads that only resemble a standard one are unknown: MLII (a monitor's modified lead II), -aVR, V4R.
-
-    Raises:
-        ValueError: the name is none of the twelve standard leads.
-    """
-    key = _lead_key(name)
-    if key not in _CANONICAL_LEADS:
-        raise ValueError(f"Unknown lead {name!r}; expected one of {', '.join(STANDARD_LEADS)}, in any case.")
-    return _CANONICAL_LEADS[key]
-
-
-def canonical_lead_names(names: Iterable[str], others: bool = False) -> tuple[str, ...]:
-    """`canonical_lead_name` of each name.
-
-    Args:
-        others: leave names that are no standard lead as they are.
-
-    Raises:
-        ValueError: a name is unknown and `others` is False, a standard lead is named twice, or `names` is a string or
-            empty.
-    """
-    if isinstance(names, str):
-        raise ValueError(f"lead_names is the string {names!r}; give a list of names, such as ['I', 'II', 'V1'].")
-    leads = tuple(
-        str(name) if others and _lead_key(name) not in _CANONICAL_LEADS else canonical_lead_name(name) for name in names
-    )
-    if not leads:
-        raise ValueError("lead_names is empty; name at least one lead.")
-    twice = [name for name in STANDARD_LEADS if leads.count(name) > 1]  # other names may: their rows are left out
-    if twice:
-        raise ValueError(f"Lead {', '.join(twice)} is named more than once in {list(leads)}; a lead stands once.")
-    return leads
-
-
 def check_sampling_rate(sampling_rate: float) -> float:
     """`sampling_rate` in hertz as a float.
 
@@ -121,13 +89,17 @@ def check_sampling_rate(sampling_rate: float) -> float:
 
 
 def _units_per_millivolt(unit: str) -> float:
-    if unit not in UNITS_PER_MILLIVOLT:
-        raise ValueError(f"Unknown unit {unit!r}; expected one of {', '.join(UNITS_PER_MILLIVOLT)}.")
+    if not isinstance(unit, str) or unit not in UNITS_PER_MILLIVOLT:
+        raise ValueError(f"Unknown unit {unit!r:.100}; expected one of {', '.join(UNITS_PER_MILLIVOLT)}.")
     return UNITS_PER_MILLIVOLT[unit]
 
 
 def as_record(
-    ecg: Any, sampling_rate: float | None = None, lead_names: Sequence[str] | None = None, unit: str | None = None
+    ecg: Any,
+    sampling_rate: float | None = None,
+    lead_names: Sequence[str] | None = None,
+    unit: str | None = None,
+    long_gaps: bool = False,
 ) -> ECGRecord:
     """Any form of one ECG as a checked `ECGRecord` in millivolts.
 
@@ -139,6 +111,10 @@ def as_record(
         lead_names: names of the rows; may be left out for twelve rows, which are then `STANDARD_LEADS`. Rows of other leads
             (Frank's VX, V4R, a monitor's MLII, respiration) are left out, with a notice.
         unit: `mV` (the default for floats), `uV` or `V`. Integers need one: counts say nothing about the amplitude.
+        long_gaps: fill longer gaps too, where they would be an error. The `gaps` of the record's metadata are then the seconds
+            at which each begins and ends in any lead; `cut_windows` leaves out the windows that they touch.
+
+    The caller's names and unit stand for what a record says in words that are no standard lead and no unit of volts.
 
     Gaps (NaN) of at most `MAX_GAP_SECONDS` in a lead are filled linearly, at its ends with the nearest sample. Constant
     leads, and records of only such leads, are kept: they are what the machine recorded. The array shares the memory of
@@ -150,26 +126,25 @@ def as_record(
             lead, or one twice; it exceeds `MAX_MILLIVOLTS`, as microvolts taken for millivolts do.
     """
     if isinstance(ecg, (str, os.PathLike)):
-        return read_ecg(ecg, sampling_rate, lead_names, unit)
+        return read_ecg(ecg, sampling_rate, lead_names, unit, long_gaps)
     # by name: the class loaded from a Hub repo and the installed one are two classes
     if type(ecg).__name__ == "ECGRecord":
         ecg = {**vars(ecg), "unit": "mV"}
     elif not isinstance(ecg, Mapping):
         ecg = {"array": ecg}
     if "array" not in ecg or not set(ecg) <= set(_RECORD_KEYS):
-        raise ValueError(f"The ECG is a dict of {list(ecg)}; expected 'array' and, where known, {_RECORD_KEYS[1:]}.")
+        raise ValueError(
+            f"The ECG is a dict of {list(ecg)!s:.300}; expected 'array' and, where known, {_RECORD_KEYS[1:]}."
+        )
 
     def member(name: str, argument: Any, parse: Any) -> Any:
         values = [parse(value) for value in (ecg.get(name), argument) if value is not None]
         if len(values) == 2 and values[0] != values[1]:  # stated twice is no harm where both agree
-            raise ValueError(
-                f"The ECG states its {name}, {ecg[name]!r}, and {argument!r} is given too: leave {name} out (for a file: "
-                f"--{name})."
-            )
+            raise ValueError(contradiction(name, ecg[name], argument))
         return values[0] if values else None
 
     rate = member("sampling_rate", sampling_rate, check_sampling_rate)
-    leads = member("lead_names", lead_names, lambda names: canonical_lead_names(names, others=True))
+    leads = agreed_lead_names(ecg.get("lead_names"), lead_names)
     scale = member("unit", unit, _units_per_millivolt)
     if rate is None:
         raise ValueError("The ECG has no sampling rate: give sampling_rate in hertz (for a file: --sampling_rate).")
@@ -184,21 +159,27 @@ def as_record(
                 'amplitude: give unit="uV" (for a file: --unit uV) if one count is one microvolt, or convert it to millivolts.'
             )
         scale = 1.0
-    with np.errstate(over="ignore"):  # reported below as infinite
+    with np.errstate(over="ignore", invalid="ignore"):  # reported below as infinite, or a gap
         array = array.astype(np.float32, copy=False)
         if scale != 1.0:
             array = array / np.float32(scale)  # not in place: the input is never written to
+    metadata = dict(ecg.get("metadata") or {})
     if not np.isfinite(array).all():
-        array = _fill_gaps(array, rate, leads)
+        array, gaps = _fill_gaps(array, rate, leads, long_gaps)
+        metadata |= {"gaps": gaps} if gaps else {}
+    _check_peak(array)
+    others = [name for name in names if name not in STANDARD_LEADS]
+    notices = [f"Left out, as no standard lead has that name: {listed(others)}."] if others else []
+    return with_notices(ECGRecord(array, rate, leads, metadata), *notices)
+
+
+def _check_peak(array: np.ndarray) -> None:
     peak = max(array.max(), -array.min())
     if peak > MAX_MILLIVOLTS:
         raise ValueError(
             f"The ECG reaches {peak:.6g} mV, and an ECG on the skin stays far below {MAX_MILLIVOLTS:g} mV. If its numbers "
             'are microvolts, give unit="uV" (for a file: --unit uV); if they are digital counts, convert them to millivolts.'
         )
-    others = [name for name in names if name not in STANDARD_LEADS]
-    notices = [f"Left out, as no standard lead has that name: {', '.join(others)}."] if others else []
-    return with_notices(ECGRecord(array, rate, leads, ecg.get("metadata") or {}), *notices)
 
 
 def _numeric_array(ecg: Any) -> np.ndarray:
@@ -234,7 +215,7 @@ def _names_of_rows(array: np.ndarray, leads: tuple[str, ...] | None) -> tuple[st
             f"The ECG has {len(array)} leads without names, and only {expected} have a standard order: give lead_names (for a "
             "file: --lead_names)."
         )
-    raise ValueError(f"The ECG has {len(array)} leads but {expected} lead names: {', '.join(leads)}.")
+    raise ValueError(f"The ECG has {len(array)} leads but {expected} lead names: {listed(leads)}.")
 
 
 def _standard_rows(array: np.ndarray, names: tuple[str, ...]) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -244,14 +225,18 @@ def _standard_rows(array: np.ndarray, names: tuple[str, ...]) -> tuple[np.ndarra
         return array, names
     if not rows:
         raise ValueError(
-            f"The ECG has no standard lead, but {', '.join(names)}; expected some of {', '.join(STANDARD_LEADS)}, in any case. "
+            f"The ECG has no standard lead, but {listed(names)}; expected some of {', '.join(STANDARD_LEADS)}, in any case. "
             "If these are their names, give lead_names (for a file: --lead_names)."
         )
     return array[rows], tuple(names[row] for row in rows)
 
 
-def _fill_gaps(array: np.ndarray, sampling_rate: float, lead_names: tuple[str, ...]) -> np.ndarray:
+def _fill_gaps(
+    array: np.ndarray, sampling_rate: float, lead_names: tuple[str, ...], long_gaps: bool
+) -> tuple[np.ndarray, list[tuple[float, float]]]:
+    """The array without NaN, and where gaps longer than `MAX_GAP_SECONDS` begin and end, in seconds."""
     array = array.copy()  # the rows below are views, which are written to
+    long = np.zeros(array.shape[1], bool)  # samples that are in such a gap in any lead
     for name, lead in zip(lead_names, array, strict=True):
         if np.isinf(lead).any():
             raise ValueError(f"Lead {name} holds infinite values; expected finite millivolts.")
@@ -259,14 +244,18 @@ def _fill_gaps(array: np.ndarray, sampling_rate: float, lead_names: tuple[str, .
         if missing.all():
             raise ValueError(f"Lead {name} is NaN throughout; leave the lead out or give its signal.")
         edges = np.flatnonzero(np.diff(np.pad(missing, 1)))  # start, end, start, end, ...
-        gap = np.diff(edges)[::2].max(initial=0) / sampling_rate  # every other difference lies between gaps
-        if gap > MAX_GAP_SECONDS:
+        lengths = np.diff(edges)[::2] / sampling_rate  # every other difference lies between gaps
+        gap = lengths.max(initial=0)
+        if gap > MAX_GAP_SECONDS and not long_gaps:
             raise ValueError(
                 f"Lead {name} has a gap (NaN) of {gap:.3g} s; only gaps of at most {MAX_GAP_SECONDS} s are filled. "
-                "Cut the record, or fill the gap before."
+                "Cut the record (`elm data build --window` keeps the windows without a gap), or fill the gap before."
             )
+        for start, end in edges.reshape(-1, 2)[lengths > MAX_GAP_SECONDS].tolist():
+            long[start:end] = True
         lead[missing] = np.interp(np.flatnonzero(missing), np.flatnonzero(~missing), lead[~missing])
-    return array
+    edges = np.flatnonzero(np.diff(np.pad(long, 1)))
+    return array, [(start / sampling_rate, end / sampling_rate) for start, end in edges.reshape(-1, 2).tolist()]
 
 
 def select_leads(record: ECGRecord, lead_names: Sequence[str], allow_missing: bool = False) -> ECGRecord:
@@ -326,6 +315,7 @@ def lead_quality(record: ECGRecord) -> dict[str, list[str]]:
     - `noisy`: more than 0.015 mV (root mean square) between 20 and 150 Hz in three quarters of all stretches of 0.1 s, as QRS
       complexes leave a quarter without them up to 200 beats a minute. Or a baseline that drifts: the medians of its seconds
       are more than 1 mV apart.
+    - `large`: more than 10 mV from its median, as no heart makes it on the skin: a wrong gain, or an artefact.
 
     The kinds of fault, and 20 Hz as the border of muscle noise, are those of Jekova et al. 2012 (doi 10.1088/0967-3334/33/9/1463);
     the numbers are set so that few leads of PTB-XL have a flag.
@@ -342,6 +332,7 @@ def lead_quality(record: ECGRecord) -> dict[str, list[str]]:
         "saturated": ((held >= SATURATED_SECONDS) & (abs(peaks - middle) >= SATURATED_MILLIVOLTS)).any(axis=0),
         "noisy": (_noise(array, rate) > NOISE_MILLIVOLTS)
         | (np.ptp(np.median(_stretches(array, rate, DRIFT_SECONDS), axis=2), axis=1) > DRIFT_MILLIVOLTS),
+        "large": (abs(peaks - middle) > LARGE_MILLIVOLTS).any(axis=0),
     }
     names = record.lead_names
     by_lead = {name: [flag for flag, leads in flags.items() if leads[row]] for row, name in enumerate(names)}
@@ -507,19 +498,8 @@ def _filter_gain(
     return gain.astype(np.float32)
 
 
-def cut_windows(record: ECGRecord, seconds: float, stride: float | None = None) -> list[ECGRecord]:
-    """The windows of a long record, each a record of its own that shares its memory.
-
-    What is left at the end is dropped if it is shorter than a window; a record that is shorter is its only window. The
-    `metadata` say with `start_second` where in the record a window begins.
-
-    Args:
-        seconds: length of a window.
-        stride: seconds from the start of a window to that of the next; default: `seconds`.
-
-    Raises:
-        ValueError: a length is not positive, or less than a sample.
-    """
+def window_starts(record: ECGRecord, seconds: float, stride: float | None = None) -> list[int]:
+    """The first sample of each window of a record, gaps or not; arguments and errors as of `cut_windows`."""
     stride = seconds if stride is None else stride
     for name, length in (("seconds", seconds), ("stride", stride)):
         if not (math.isfinite(length) and length * record.sampling_rate >= 0.5):
@@ -529,14 +509,33 @@ def cut_windows(record: ECGRecord, seconds: float, stride: float | None = None) 
             )
     size, step = round(seconds * record.sampling_rate), stride * record.sampling_rate  # a rounded step would drift
     number = max(0, record.array.shape[1] - size) / step
-    starts = [round(index * step) for index in range(math.floor(number + 1e-9) + 1)]  # rounding may fall short
+    return [round(index * step) for index in range(math.floor(number + 1e-9) + 1)]  # rounding may fall short
+
+
+def cut_windows(record: ECGRecord, seconds: float, stride: float | None = None) -> list[ECGRecord]:
+    """The windows of a long record that hold no long gap, each a record of its own that shares its memory.
+
+    What is left at the end is dropped if it is shorter than a window; a record that is shorter is its only window. The
+    `metadata` say with `start_second` where in the record a window begins.
+
+    Args:
+        record: a record with long gaps was made by `as_record` with `long_gaps`.
+        seconds: length of a window.
+        stride: seconds from the start of a window to that of the next; default: `seconds`.
+
+    Raises:
+        ValueError: a length is not positive, or less than a sample.
+    """
+    starts = window_starts(record, seconds, stride)
+    rate, size = record.sampling_rate, round(seconds * record.sampling_rate)
+    gaps = record.metadata.get("gaps", ())
+    metadata = {name: value for name, value in record.metadata.items() if name != "gaps"}
     return [
         replace(
-            record,
-            array=record.array[:, start : start + size],
-            metadata={**record.metadata, "start_second": start / record.sampling_rate},
+            record, array=record.array[:, start : start + size], metadata={**metadata, "start_second": start / rate}
         )
         for start in starts
+        if not any(begin < (start + size) / rate and start / rate < end for begin, end in gaps)
     ]
 
 
@@ -545,27 +544,45 @@ def read_ecg(
     sampling_rate: float | None = None,
     lead_names: Sequence[str] | None = None,
     unit: str | None = None,
+    long_gaps: bool = False,
 ) -> ECGRecord:
     """Reads one ECG from a file; the other arguments are those of `as_record`, for what the file does not say.
 
-    NumPy (`.npy`, `.npz`), WFDB, EDF and BDF, DICOM, HL7 aECG, GE MUSE XML, Philips Sierra XML, SCP-ECG, ISHNE, MATLAB
-    (CPSC 2018, CODE-15) and CSV; `ecg_formats.read_file` tells the format by the content, and never executes any.
+    NumPy (`.npy`; `.npz` with the keys `array` or `ecg` [leads, samples], and where known `sampling_rate`, `lead_names` and
+    `unit`), WFDB, EDF and BDF, DICOM, HL7 aECG, GE MUSE XML, Philips Sierra XML, SCP-ECG, ISHNE, MATLAB (CPSC 2018, CODE-15),
+    HDF5 (CODE-15: `exams_part0.hdf5#EXAM_ID`) and CSV; `ecg_formats.read_file` tells the format by the content, and never
+    executes any.
 
-    Beside those of `as_record`, notices tell which signals of the file are not in the record, and whether its limb leads
-    contradict each other.
+    Beside those of `as_record`, notices tell which signals of the file are not in the record, whether its limb leads
+    contradict each other, and whether the file holds padding.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is of another kind, damaged, or holds no valid ECG.
         ImportError: the format needs a library of the extra `formats`.
     """
-    members = read_file(path)
+    if unit is not None:
+        _units_per_millivolt(unit)
+    if lead_names is not None:
+        lead_names = canonical_lead_names(lead_names, others=True)
+    members = read_file(path, Given(lead_names, unit))
     try:
-        record = as_record(members, sampling_rate, lead_names, unit)
+        # what the file says is agreed with the caller's already
+        record = as_record(
+            members,
+            sampling_rate,
+            lead_names if members["lead_names"] is None else None,
+            unit if members["unit"] is None else None,
+            long_gaps,
+        )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     signals = record.metadata.get("left_out", {})
-    notices = [f"Signals left out: {', '.join(f'{name} ({why})' for name, why in signals.items())}."] if signals else []
+    notices = [f"Signals left out: {listed(f'{name} ({why})' for name, why in signals.items())}."] if signals else []
+    if padding := record.metadata.get("padding_seconds"):
+        notices.append(
+            "Zeros before and after the recording, as the data set pads it: {:.3g} and {:.3g} s.".format(*padding)
+        )
     if limb_lead_error(record) > MAX_LIMB_LEAD_ERROR:
         notices.append(
             f"III, aVR, aVL or aVF differ by more than {MAX_LIMB_LEAD_ERROR:g} mV from what I and II give: leads may have wrong "

@@ -1,6 +1,7 @@
 """Feature extractor of the ECG-language models: any ECG -> named leads, one rate, one length, normalised."""
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -212,6 +213,8 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
         rate, length = self.sampling_rate, record.array.shape[1] * self.sampling_rate / record.sampling_rate
         num_samples = math.ceil(record.array.shape[1] * resampling_ratio(record.sampling_rate, rate))  # of `resample`
         if start is not None:
+            if isinstance(start, bool) or not isinstance(start, numbers.Real):
+                raise ValueError(f"start is {start!r:.100}; expected a number of seconds, such as 2.5.")
             if not 0 <= start < length / rate:
                 raise ValueError(f"start is {start:g} s; expected a second of the ECG, which has {length / rate:g} s.")
             return min(round(start * rate), num_samples - 1)  # rounding may reach the end

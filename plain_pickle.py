@@ -15,6 +15,8 @@ _BASIC = (
     "PROTO FRAME MEMOIZE BINPUT LONG_BINPUT BININT BININT1 BININT2 SHORT_BINUNICODE BINUNICODE EMPTY_DICT EMPTY_LIST "
     "MARK SETITEM SETITEMS APPEND APPENDS TUPLE2 STOP"
 )
+# of plain values; each takes up to 3 us, and a tokenizer of 10,000 merges has 300,000
+MAX_OPCODES = 1_000_000
 _BOUNDED = (
     f"{_BASIC} BINGET LONG_BINGET LONG1 BINFLOAT BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8 NONE NEWTRUE NEWFALSE "
     "EMPTY_TUPLE TUPLE1 TUPLE3 TUPLE GLOBAL STACK_GLOBAL REDUCE BUILD"
@@ -118,7 +120,7 @@ def load_plain_pickle(
         key_type: `str` or `int`: of the keys of all dicts. Nothing else is hashed.
         functions: "module name" of those that may be named, as NumPy's arrays do. They are not called: each, and what it
             would return, is left as an `Inert`.
-        max_opcodes: how many may be in it, as each may make an object. With such a bound also floats, bytes, None, bools,
+        max_opcodes: how many may be in it, as each may make an object; default: `MAX_OPCODES`. With a bound of one's own also floats, bytes, None, bools,
             any tuples and `functions` are read, and a value may be referred to again: whoever walks through the result
             has to expect one that contains itself.
 
@@ -126,11 +128,12 @@ def load_plain_pickle(
         ValueError: it holds anything else, or is cut or makes no sense. The message is the end of a sentence.
     """
     admitted = frozenset((_BASIC if max_opcodes is None else _BOUNDED).split())
+    limit = MAX_OPCODES if max_opcodes is None else max_opcodes
     machine = _Machine(key_type, functions, refers_back=max_opcodes is not None)
     try:
         for number, (opcode, argument, position) in enumerate(pickletools.genops(content)):  # ValueError if cut
-            if max_opcodes is not None and number >= max_opcodes:
-                raise ValueError(f"it holds more than {max_opcodes} opcodes")
+            if number >= limit:
+                raise ValueError(f"it holds more than {limit} opcodes")
             if opcode.name not in admitted:
                 further = ", bytes and NumPy arrays" if functions else ""
                 raise ValueError(

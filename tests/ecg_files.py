@@ -4,6 +4,7 @@ import io
 from pathlib import Path
 
 import edfio
+import h5py
 import numpy as np
 import pydicom
 import scipy.io
@@ -28,6 +29,14 @@ def npz_bytes(**arrays: object) -> bytes:
 def mat_bytes(compressed: bool = False, **variables: object) -> bytes:
     stream = io.BytesIO()
     scipy.io.savemat(stream, variables, do_compression=compressed)
+    return stream.getvalue()
+
+
+def hdf5_bytes(tracings: np.ndarray) -> bytes:
+    """A file as CODE publishes them, without ids; tracings [records, samples, leads]."""
+    stream = io.BytesIO()
+    with h5py.File(stream, "w") as file:
+        file.create_dataset("tracings", data=tracings, compression="gzip")
     return stream.getvalue()
 
 
@@ -95,5 +104,6 @@ WHOLE = {
     "dicom": dicom_bytes(dicom_group(COUNTS, [("", lead) for lead in LEADS])),
     "mat": mat_bytes(ECG={"sex": "Male", "age": 52, "data": COUNTS / 1000}),
     "compressed mat": mat_bytes(True, feats=(COUNTS / 1000).astype(np.float32), curr_sample_rate=400),
+    "hdf5": hdf5_bytes((COUNTS.T / 1000).astype(np.float32)[None]),
     "csv": "\n".join(["time,I,II", *(f"{n / 250:.3f},{n % 7 / 10:.3f},-0.25" for n in range(100))]).encode(),
 }

@@ -110,6 +110,15 @@ def test_debug_shows_the_traceback_of_any_error(monkeypatch):
         cli.main(["plot", "/nowhere.npz"])
 
 
+def test_a_missing_file_is_told_in_a_sentence(tmp_path, monkeypatch, capsys):
+    """Of the readers' own, and of any `open` within a command."""
+    assert cli.main(["plot", "nowhere.npz"]) == 1
+    assert capsys.readouterr().err == "elm plot: There is no file nowhere.npz.\n"
+    monkeypatch.setattr("elm_ecg.training.apps.plot.main", lambda argv: (tmp_path / "nowhere.txt").read_text())
+    assert cli.main(["plot", "a"]) == 1
+    assert capsys.readouterr().err == f"elm plot: There is no file {tmp_path / 'nowhere.txt'}.\n"
+
+
 def test_ctrl_c(monkeypatch, capsys):
     def wait(argv):
         raise KeyboardInterrupt

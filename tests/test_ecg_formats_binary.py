@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from elm_ecg.ecg_formats_binary import SCP_LEADS, read_ishne, read_scp
 from elm_ecg.ecg_formats_xml import read_xml
-from elm_ecg.ecg_utils import STANDARD_LEADS, canonical_lead_names
+from elm_ecg.ecg_utils import STANDARD_LEADS, as_record, canonical_lead_names, select_leads
 
 # number of code structures, then prefix bits, bits, mode, value and code of each: 0 -> "0", 16 bits after "10", and a
 # switch to the other table by "11"; in the second one 0 -> "1", a switch back by "01", 16 bits after "00"
@@ -337,7 +337,7 @@ class TestSCP:
             ({3: b"\0\0", 6: rhythm}, "cover the samples []"),
             ({3: struct.pack("<BBIIBIIB", 2, 4, 1, 9, 1, 10, 18, 2), 6: rhythm}, "the samples [(1, 9), (10, 18)]"),
             ({3: struct.pack("<BBIIB", 1, 4, 9, 1, 1), 6: rhythm}, "1 leads of -7 samples"),
-            (huge | {6: rhythm}, "1 leads of 4294967295 samples; expected 1 to 4194304"),
+            (huge | {6: rhythm}, "1 leads of 4294967295 samples; expected 1 to 2097152"),
             ({3: b"\2\4" + lead, 6: rhythm}, "Section 3 ends after 12 bytes; expected at least 20"),
             (leads | {6: signals([bytes(16)], 1000, 2000, 0)}, "has 16 bytes; expected 9 samples of 2 bytes"),
             (leads | {6: signals([bytes(18)], 0, 2000, 0)}, "units of 0 nV"),
@@ -434,6 +434,25 @@ class TestSCP:
     @given(st.binary(max_size=200))
     def test_random_bytes(self, data: bytes):
         check(read_scp, reseal(bytes(16) + b"SCPECG" + data))
+
+
+class TestLeadsCountedFromZero:
+    @pytest.mark.parametrize("coding", ["none", "default"])
+    @pytest.mark.parametrize("last", [20, 19])
+    def test_their_last_number_may_be_the_end(self, coding: str, last: int):
+        """20 samples are 0 to 20 in some writers, 0 to 19 in others; all ones fill the bits of a byte, so none is over."""
+        leads = np.array([[0, 1] * 10, [1, 0] * 10])
+        read = read_scp(scp(leads, 0, coding, first=0, samples=last + 1))
+        np.testing.assert_array_equal(read["array"], leads)
+
+    def test_reported_file(self, shared: Path):
+        content = (shared / "data/reported/scp_leads_from_0_to_2500.scp").read_bytes()
+        read = read_scp(content)
+        samples = np.frombuffer(content[-40_000:], "<i2").reshape(8, 2500)
+        np.testing.assert_allclose(read["array"], samples * 0.183, rtol=1e-6)
+        record = select_leads(as_record(read), STANDARD_LEADS)
+        assert record.array.shape == (12, 2500)
+        assert record.sampling_rate == 1000
 
 
 class TestISHNE:

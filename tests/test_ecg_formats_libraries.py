@@ -1,13 +1,11 @@
 import datetime
-import shutil
 import struct
 from pathlib import Path
 
 import edfio
 import numpy as np
 import pytest
-import wfdb
-from ecg_files import COUNTS, LEADS, WHOLE, dicom_bytes, dicom_group, edf_bytes, edf_signal, write_wfdb
+from ecg_files import COUNTS, LEADS, WHOLE, dicom_bytes, dicom_group, edf_bytes, edf_signal
 
 from elm_ecg.ecg_formats import read_file
 from elm_ecg.ecg_utils import read_ecg
@@ -18,129 +16,6 @@ def record_17(shared: Path) -> np.ndarray:
     """PTB-XL record 17 at 500 Hz in microvolts."""
     with np.load(shared / "data/ptbxl/raw500.npz") as archive:
         return archive["ecg"][archive["ecg_id"].tolist().index(17)]
-
-
-class TestWFDB:
-    def test_all_examples_of_ptbxl(self, shared):
-        for rate in (100, 500):
-            with np.load(shared / f"data/ptbxl/raw{rate}.npz") as archive:
-                raw = dict(zip(archive["ecg_id"].tolist(), archive["ecg"], strict=True))
-            headers = sorted((shared / f"data/ptbxl/wfdb_examples/records{rate}").rglob("*.hea"))
-            assert len(headers) == 22
-            for header in headers:
-                record = read_file(header)
-                np.testing.assert_array_equal(record["array"], (raw[int(header.stem[:5])] / 1000).astype(np.float32))
-                assert (record["sampling_rate"], record["unit"]) == (rate, "mV")
-                assert [name.lower() for name in record["lead_names"]] == [name.lower() for name in LEADS]
-
-    @pytest.mark.parametrize("suffix", [".hea", ".dat", ".xyz", ""])
-    def test_two_signal_files(self, suffix, shared):
-        folder = shared / "data/other_12lead/ptb_s0010_re"
-        record = read_file(folder / f"s0010_re{suffix}")
-        counts = [
-            np.fromfile(folder / f"s0010_re.{name}", "<i2").reshape(-1, n).T for name, n in (("dat", 12), ("xyz", 3))
-        ]
-        np.testing.assert_array_equal(record["array"], (np.concatenate(counts) / 2000).astype(np.float32))
-        assert (record["sampling_rate"], record["lead_names"][2:4]) == (1000, ["iii", "avr"])
-        assert record["lead_names"][12:] == ["vx", "vy", "vz"]
-        facts = record["metadata"]
-        assert (facts["age"], facts["sex"], facts["format"]) == (81, "female", "WFDB")
-        assert "Smoker: no" in facts["comments"]
-        assert read_ecg(folder / f"s0010_re{suffix}").lead_names == tuple(LEADS)
-
-    @pytest.mark.parametrize("name", ["E07500", "JS20000"])
-    def test_signals_in_matlab_files(self, name, shared):
-        folder = shared / "data/other_12lead"
-        with np.load(folder / "challenge2021_40.npz") as archive:
-            counts = archive["ecg"][archive["record"].tolist().index(name)]
-        for suffix in (".hea", ".mat"):
-            record = read_file(folder / f"challenge2021_wfdb_mat/{name}{suffix}")
-            np.testing.assert_array_equal(record["array"], (counts / 1000).astype(np.float32))
-            assert record["lead_names"] == LEADS
-        assert record["metadata"]["dx"].split(",")[0].isdigit()
-        assert record["metadata"]["sex"] in ("male", "female")
-
-    @pytest.mark.parametrize("format", ["16", "24", "32", "80", "212", "516"])
-    def test_formats_units_and_gaps(self, format, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        counts = np.clip(COUNTS[:3, :99].T, -120, 120)  # an odd number of samples
-        units, gains = ["mV", "uV", "V"], [200.0, 0.5, 1e5]
-        wfdb.wrsamp(
-            "r", 360, units, ["I", "II", "V1"], d_signal=counts, fmt=[format] * 3, adc_gain=gains, baseline=[0, 7, -5]
-        )
-        record = read_file("r.dat")
-        expected = (counts - [0, 7, -5]) / gains * [1, 1e-3, 1e3]
-        np.testing.assert_allclose(record["array"], expected.T, rtol=1e-6)
-        assert record["sampling_rate"] == 360
-        whole = Path("r.dat").read_bytes()
-        for cut in (1, 2, 3, 7, len(whole) // 2, len(whole) - 1):
-            Path("r.dat").write_bytes(whole[:-cut])
-            with pytest.raises(ValueError, match=r"Cannot read .*r\.hea as WFDB"):
-                read_file("r.hea")
-
-    def test_invalid_samples_stay_nan(self, tmp_path):
-        counts = np.array([1, -32768, 3], dtype="<i2")
-        record = read_file(write_wfdb(tmp_path, ["r 1 100 3", "r.dat 16 1(0)/mV 16 0 0 0 0 II"], r=counts.tobytes()))
-        np.testing.assert_array_equal(record["array"], [[1, np.nan, 3]])
-
-    def test_signals_that_are_no_leads(self, tmp_path):
-        """Frames of four samples of II, one of a pressure, two of a respiration in millivolts."""
-        frames = np.arange(70, dtype="<i2").reshape(10, 7)
-        lines = [
-            "r 3 125 10 12:00:00 01/02/2020",
-            "r.dat 16x4 10/mV 16 0 0 0 0 II",
-            "r.dat 16 10/mmHg 16 0 0 0 0 ABP",
-            "r.dat 16x2 10/mV 16 0 0 0 0 RESP",
-            "# Age: NaN",
-        ]
-        record = read_file(write_wfdb(tmp_path, lines, r=frames.tobytes()))
-        np.testing.assert_allclose(record["array"], frames[:, :4].reshape(1, -1) / 10)
-        assert (record["sampling_rate"], record["lead_names"]) == (500, ["II"])
-        assert record["metadata"]["left_out"] == {"ABP": "unit 'mmHg'", "RESP": "rate 250 Hz"}
-        assert record["metadata"]["date"] == "2020-02-01"
-        assert "age" not in record["metadata"]
-
-    def test_names_and_length_may_be_missing(self, tmp_path):
-        record = read_file(write_wfdb(tmp_path, ["# a comment", "r 2", "r.dat 16", "r.dat 16"], r=COUNTS[:2].tobytes()))
-        assert (record["array"].shape, record["sampling_rate"], record["lead_names"]) == ((2, 100), 250, None)
-
-    @pytest.mark.parametrize(
-        ("lines", "message"),
-        [
-            (["r 1 100 5", "../r.dat 16"], r"'\.\./r\.dat 16' describes no signal; expected the plain name"),
-            (["r 1 100 5", "/etc/passwd 16"], "describes no signal"),
-            (["r 1 100 5", "https://example.org/r.dat 16"], "describes no signal"),
-            (["r 1 100 5", "s.dat 16"], r"signal file 's\.dat' is not beside the header"),
-            (["r 2 100 5", "r.dat 16"], "announces 2 signals and describes 1; it is cut"),
-            (["r 1 100 101", "r.dat 16"], "it has 200 bytes, the header claims 202"),
-            (["r 1 100 99999999999999", "r.dat 16"], r"r\.dat is cut"),
-            (["r 1 100 50", "r.dat 16x999999999999"], r"r\.dat is cut"),
-            (["r 1 100 50", "r.dat 16+102"], r"r\.dat is cut"),
-            (["r 1 100 50", "r.dat 16:9999999999"], "skew of 9999999999 frames"),
-            (["r 1 100 999999999", "r.dat 516"], "unpacks to 999999999 samples; expected 1 to"),
-            (["r 1 100", "r.dat 516"], "unpacks to 0 samples"),
-            (["r 1 100 50", "r.dat 16x0"], "Cannot read"),
-            (["r 1 100 50", "r.dat 99"], "format '99', which wfdb does not read"),
-            (["r 1 100 50", "r.dat 16 200/mmHg 16 0 0 0 0 ABP"], "no signal in volts, but {'ABP': \"unit 'mmHg'\"}"),
-            (["r 1 100 50", "r.dat 16 200/µV 16 0 0 0 0 I"], "other characters than ASCII; write a unit as mV or uV"),
-            (["r/2 1 100 100", "a 50", "b 50"], r"several segments \(a, b \.\.\.\); read them one by one"),
-            (["r 3 100 5", "r.dat 16", "q.dat 16", "r.dat 16"], "one file in several places"),
-            (["r 1 100 5", f"{'a' * 2000} 16"], "or a line than 1000"),
-        ],
-    )
-    def test_wrong_headers(self, lines, message, tmp_path):
-        with pytest.raises(ValueError, match=message):
-            read_file(write_wfdb(tmp_path, lines, r=bytes(200), q=bytes(200)))
-
-    def test_signal_file_without_its_header(self, shared, tmp_path):
-        folder = shared / "data/other_12lead/challenge2021_wfdb_mat"
-        shutil.copy(folder / "E07500.mat", tmp_path)
-        with pytest.raises(ValueError, match=r"without rate, leads and gain.*put NAME\.hea into the same folder"):
-            read_file(tmp_path / "E07500.mat")
-        # of another record
-        (tmp_path / "E07500.hea").write_text((folder / "JS20000.hea").read_text())
-        with pytest.raises(ValueError, match=r"put NAME\.hea"):
-            read_file(tmp_path / "E07500.mat")
 
 
 class TestEDF:
@@ -217,6 +92,26 @@ class TestEDF:
         with pytest.raises(ValueError, match=r"discontinuous \(EDF\+D\), with pauses within"):
             read_file(tmp_path / "a.edf")
 
+    def test_the_caller_s_unit_and_names(self, tmp_path):
+        signals = [edf_signal(f"{lead}-Ref", "", counts=counts) for lead, counts in zip(LEADS, COUNTS, strict=True)]
+        (tmp_path / "a.edf").write_bytes(edf_bytes(*signals))
+        with pytest.raises(ValueError, match=r"no signal in volts.*--unit uV"):
+            read_ecg(tmp_path / "a.edf")
+        with pytest.raises(ValueError, match=r"I-Ref.*give lead_names \(for a file: --lead_names\)"):
+            read_ecg(tmp_path / "a.edf", unit="uV")
+        record = read_ecg(tmp_path / "a.edf", unit="uV", lead_names=LEADS)
+        np.testing.assert_allclose(record.array, COUNTS / 1000, atol=1e-6)
+
+    def test_reported_files(self, shared):
+        folder = shared / "data"
+        expected = read_ecg(folder / "formats/edf/ptbxl_00017.edf")
+        for name, given in {"label_X-Ref": {"lead_names": LEADS}, "no_units": {"unit": "uV"}}.items():
+            with pytest.raises(ValueError, match=f"--{next(iter(given))}"):
+                read_ecg(folder / f"reported/{name}.edf")
+            record = read_ecg(folder / f"reported/{name}.edf", **given)
+            np.testing.assert_array_equal(record.array, expected.array)
+            assert (record.lead_names, record.sampling_rate) == (expected.lead_names, expected.sampling_rate)
+
 
 class TestDICOM:
     def test_rhythm_group_of_a_real_file(self, shared):
@@ -237,6 +132,7 @@ class TestDICOM:
             "device": "Mortara Instrument, Inc. el250",
             "statements": ["RITMO SINUSALE", "ECG NORMALE"],
             "filters": {"high_pass": "0.05 Hz", "low_pass": "300 Hz"},
+            "left_out": {"group 2 MEDIAN BEAT": f"derived, 1.2 s at 1000 Hz: {', '.join(LEADS)}"},
         }
 
     @pytest.mark.parametrize(
@@ -262,7 +158,68 @@ class TestDICOM:
         groups = [dicom_group(COUNTS[:2, :n], [("2:1", ""), ("2:2", "")]) for n in (60, 80, 100)]
         groups[2].WaveformOriginality = "DERIVED"
         (tmp_path / "a").write_bytes(dicom_bytes(*groups))
-        assert read_file(tmp_path / "a")["array"].shape == (2, 80)
+        record = read_file(tmp_path / "a")
+        assert record["array"].shape == (2, 80)
+        assert record["metadata"]["left_out"] == {
+            "group 1": "original, 0.24 s at 250 Hz: I, II",
+            "group 3": "derived, 0.4 s at 250 Hz: I, II",
+        }
+
+    def test_groups_of_one_time(self, tmp_path):
+        """Leads in two groups, a third that begins later, and a fourth with leads that are there already."""
+        leads = [("2:1", ""), ("2:2", ""), ("2:61", ""), ("2:62", "")]
+        groups = [dicom_group(COUNTS[:2], leads[:2]), dicom_group(COUNTS[2:4], leads[2:])]
+        groups += [dicom_group(COUNTS[4:5], [("2:3", "")]), dicom_group(COUNTS[:2], leads[:2])]
+        groups[2].MultiplexGroupTimeOffset = 400
+        (tmp_path / "a").write_bytes(dicom_bytes(*groups))
+        record = read_file(tmp_path / "a")
+        np.testing.assert_allclose(record["array"], (COUNTS[:4] * 5.0 + 10) / 1000, rtol=1e-6)
+        assert record["lead_names"] == ["I", "II", "III", "aVR"]
+        assert record["metadata"]["left_out"] == {
+            "group 3": "original, 0.4 s at 250 Hz, from 0.4 s: V1",
+            "group 4": "original, 0.4 s at 250 Hz: I, II",
+        }
+        assert "group 3 (original, 0.4 s" in read_ecg(tmp_path / "a").metadata["notices"][0]
+
+    def test_labels_where_no_source_stands(self, tmp_path):
+        group = dicom_group(COUNTS[:2], [("", "x")] * 2)
+        for channel, label in zip(group.ChannelDefinitionSequence, ("Lead I", "V5"), strict=True):
+            del channel.ChannelSourceSequence
+            channel.ChannelLabel = label
+        (tmp_path / "a").write_bytes(dicom_bytes(group))
+        assert read_file(tmp_path / "a")["lead_names"] == ["I", "V5"]
+
+    def test_no_preamble(self, tmp_path):
+        whole = WHOLE["dicom"]
+        start = whole.index(b"\x08\0\x16\0")  # where the file's meta information ends
+        for content in (whole[128:], whole[132:], whole[start:]):
+            (tmp_path / "a").write_bytes(content)
+            np.testing.assert_array_equal(
+                read_file(tmp_path / "a")["array"][:, 0], (COUNTS[:, 0] * 5 + 10) / np.float32(1000)
+            )
+
+    def test_the_caller_s_unit_and_names(self, tmp_path):
+        group = dicom_group(COUNTS[:2], [("", "A"), ("", "B")], unit="1")
+        (tmp_path / "a").write_bytes(dicom_bytes(group))
+        record = read_ecg(tmp_path / "a", unit="uV", lead_names=["V1", "V2"])
+        assert record.lead_names == ("V1", "V2")
+        np.testing.assert_allclose(record.array, (COUNTS[:2] * 5.0 + 10) / 1000, rtol=1e-6)
+
+    def test_reported_files(self, shared):
+        whole = read_file(shared / "data/formats/dicom/anonymous_ecg.dcm")
+        for name in ("two_groups_same_time", "no_preamble"):
+            record = read_file(shared / f"data/reported/{name}.dcm")
+            assert (record["sampling_rate"], record["lead_names"]) == (1000, LEADS)
+            np.testing.assert_array_equal(record["array"], whole["array"][:, :1500])
+            assert "left_out" not in record["metadata"]
+
+    def test_a_million_empty_items(self, tmp_path):
+        sequence = b"\x08\0\x15\x11SQ\0\0\xff\xff\xff\xff"
+        items = b"\xfe\xff\x00\xe0\0\0\0\0" * 1_000_000
+        start = WHOLE["dicom"].index(b"\x10\0\x20\0LO")
+        (tmp_path / "a").write_bytes(WHOLE["dicom"][:start] + sequence + items + WHOLE["dicom"][start:])
+        with pytest.raises(ValueError, match=r"it holds 10000\d\d items; at most 50000 are read"):
+            read_file(tmp_path / "a")
 
     def test_padding_and_channels_without_a_sensitivity(self, tmp_path):
         group = dicom_group(COUNTS[:3], [("2:1", ""), ("2:2", ""), ("", "Pacing")])

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sierraecg.xli import xli_decode
 
+from elm_ecg.ecg_formats_common import Given
 from elm_ecg.ecg_formats_xml import MAX_DEPTH, MAX_NODES, read_xml
-from elm_ecg.ecg_utils import STANDARD_LEADS, canonical_lead_names
+from elm_ecg.ecg_utils import STANDARD_LEADS, as_record, canonical_lead_names, limb_lead_error
 
 AECG_LEADS = ["I", "II", "V1", "V2", "V3", "V4", "V5", "V6", "III", "aVR", "aVL", "aVF"]
 FILES = [
@@ -181,7 +182,7 @@ class TestRealFiles:
         assert read["array"].shape == (8, 5000)
         assert read["metadata"] == {
             "format": "GE MUSE XML",
-            "filters": {"high_pass": "16", "low_pass": "150", "notch": "60"},
+            "filters": {"high_pass": "0.16 Hz", "low_pass": "150 Hz", "notch": "60 Hz"},  # 16 in the file
         }
 
     @pytest.mark.parametrize("name", FILES[3:])
@@ -206,7 +207,7 @@ class TestRealFiles:
             "sex": "male",
             "date": "2011-12-01T07:27:34",
             "device": "HeartstartMRx",
-            "filters": {"high_pass": "0.05", "low_pass": "150", "notch": "60"},
+            "filters": {"high_pass": "0.05 Hz", "low_pass": "150 Hz", "notch": "60 Hz"},
             "statements": [
                 "Sinus bradycardia",
                 "Nonspecific intraventricular conduction delay",
@@ -217,12 +218,35 @@ class TestRealFiles:
             "calibration_start": 10.528,
         }
 
+    def test_mark_of_a_file_converted_from_philips(self, shared: Path):
+        content = (shared / "data/reported/philips_hl7_calibration_mark.xml").read_bytes()
+        read = read_xml(content)
+        digits = re.findall(r"<digits>([^<]*)</digits>", content.decode())[:12]
+        samples = 5 * np.array([lead.split() for lead in digits], float)
+        assert (read["sampling_rate"], read["lead_names"]) == (500, list(STANDARD_LEADS))
+        np.testing.assert_array_equal(read["array"], samples[:, :5300])
+        assert read["metadata"]["calibration_start"] == 10.6
+        assert np.ptp(samples[:, 5300:].mean(axis=0)) == pytest.approx(1000, abs=5)
+        assert limb_lead_error(as_record(read)) < 0.05
+
     @pytest.mark.parametrize("name", FILES)
     def test_truncation(self, shared: Path, name: str):
         content = (shared / "data/formats" / name).read_bytes()
         for length in np.random.default_rng(0).integers(0, len(content) - 16, 20):
             with pytest.raises(ValueError, match="Cannot read the XML"):
                 read_xml(content[:length])
+
+    def test_list_of_attributes_is_refused(self):
+        """Its default would be copied to each element: a file of 300 kB took gigabytes."""
+        declaration = f'<!DOCTYPE RestingECG [<!ATTLIST a b CDATA "{"x" * 100_000}">]>'
+        content = f"{declaration}<RestingECG>{'<a/>' * 50_000}</RestingECG>".encode()
+        tracemalloc.start()
+        try:
+            with pytest.raises(ValueError, match="its DTD declares attributes"):
+                read_xml(content)
+            assert tracemalloc.get_traced_memory()[1] < 2 * 2**20
+        finally:
+            tracemalloc.stop()
 
     @pytest.mark.parametrize("name", FILES)
     def test_bit_flips(self, shared: Path, name: str):
@@ -280,7 +304,7 @@ class TestMuse:
             "sex": "female",
             "date": "2002-11-22T09:10:00",
             "device": "MAC55",
-            "filters": {"notch": "50"},
+            "filters": {"notch": "50 Hz"},
             "statements": ["Sinus rhythm", "Normal ECG"],
         }
 
@@ -462,3 +486,52 @@ class TestHostileXML:
     @given(st.binary(min_size=1, max_size=200), st.integers(1, 300))
     def test_random_xli(self, data: bytes, samples: int):
         check(sierra(len(data).to_bytes(4, "little") + bytes(4) + data, "I II", samples))
+
+
+class TestMark:
+    def test_only_a_mark_of_a_millivolt_in_all_leads_is_cut(self):
+        rng = np.random.default_rng(0)
+        heart = rng.normal(0, 300, (3, 100)).round()
+        pulse = np.concatenate([np.zeros(10), np.full(20, 1000), np.zeros(10)])
+        noise = rng.integers(-5, 6, (3, 40))
+        ends = {"mark": pulse + noise, "half": 0.5 * pulse + noise, "flat": np.zeros((3, 40)), "none": np.zeros((3, 0))}
+        ends["heart"] = pulse * np.array([[1], [-1], [1]]) + noise
+        for name, end in ends.items():
+            samples = np.concatenate([heart, end], axis=1).astype(int)
+            leads = {
+                f"MDC_ECG_LEAD_{lead}": " ".join(map(str, row))
+                for lead, row in zip(("I", "II", "V1"), samples, strict=True)
+            }
+            read = read_xml(aecg(leads, scale='value="1" unit="uV"'))
+            assert read["array"].shape[1] == (100 if name == "mark" else samples.shape[1])
+
+
+class TestCaller:
+    @pytest.mark.parametrize("form", ["aecg", "muse"])
+    def test_unit_and_names(self, form: str):
+        def content(unit: str) -> bytes:
+            lead = np.array([100, -200])
+            if form == "muse":
+                return muse({"A": lead}, LeadAmplitudeUnits=unit, LeadAmplitudeUnitsPerBit=2)
+            text = aecg({"MDC_ECG_LEAD_A": "100 -200"}, scale=f'value="2" unit="{unit}"')
+            return text.replace(b'<origin value="1" unit="mV"/>', f'<origin value="0" unit="{unit}"/>'.encode())
+
+        for unit in ("", "counts"):
+            with pytest.raises(ValueError, match=f"has the unit '{unit}'"):
+                read_xml(content(unit))
+            for own, scale in (("uV", 1), ("mV", 1000)):
+                np.testing.assert_allclose(
+                    read_xml(content(unit), Given(unit=own))["array"], [[200 * scale, -400 * scale]]
+                )
+        read = read_xml(content("uV"), Given(["V1"], "uV"))
+        np.testing.assert_allclose(read["array"], [[200, -400]])
+        assert read["lead_names"] == ("V1",)
+        with pytest.raises(ValueError, match="'uV', and 'mV' is given too: leave unit out"):
+            read_xml(content("uV"), Given(unit="mV"))
+
+    def test_high_pass_of_muse(self):
+        """In hundredths of a hertz; other writers put hertz."""
+        leads = {"I": np.array([1, 2])}
+        for text, hertz in (("16", "0.16 Hz"), ("5", "0.05 Hz"), ("0.5", "0.5 Hz"), ("0", "0"), ("OFF", "OFF")):
+            content = muse(leads).replace(b"<ACFilter>", f"<HighPassFilter>{text}</HighPassFilter><ACFilter>".encode())
+            assert read_xml(content)["metadata"]["filters"] == {"high_pass": hertz, "notch": "50 Hz"}

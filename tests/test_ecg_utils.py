@@ -27,6 +27,7 @@ from elm_ecg.ecg_utils import (
     read_ecg,
     resample,
     select_leads,
+    window_starts,
 )
 
 
@@ -180,6 +181,14 @@ class TestAsRecord:
         array = 1e6 * noise(12, 5)
         np.testing.assert_allclose(as_record(array, 500, unit="nV").array, noise(12, 5), rtol=1e-6)
 
+    def test_texts_of_other_types(self):
+        for unit in (["uV"], 5, np.array(["uV", "mV"])):
+            with pytest.raises(ValueError, match="Unknown unit"):
+                as_record(noise(12, 5), 500, unit=unit)
+        for names in (5, np.float64(1)):
+            with pytest.raises(ValueError, match="give a list of names"):
+                as_record(noise(12, 5), 500, names)
+
     @pytest.mark.parametrize("unit", ["kV", "MV", "", "microvolt"])
     def test_bad_unit(self, unit):
         with pytest.raises(ValueError, match=f"Unknown unit '{unit}'; expected one of mV, uV"):
@@ -220,7 +229,8 @@ class TestOtherLeads:
         ecg = {"array": noise(2, 50), "sampling_rate": 500, "lead_names": ["i", "VX"]}
         assert as_record(ecg, lead_names=["I", "VX"]).lead_names == ("I",)
         with pytest.raises(ValueError, match="leave lead_names out"):
-            as_record(ecg, lead_names=["I", "VY"])
+            as_record(ecg, lead_names=["II", "VX"])
+        assert as_record(ecg, lead_names=["I", "V1"]).lead_names == ("I", "V1")  # VX was none of the standard leads
 
 
 class TestGaps:
@@ -247,6 +257,15 @@ class TestGaps:
         assert (filled[0, :3] == array[0, 3]).all()
         assert (filled[0, -2:] == array[0, -3]).all()
         np.testing.assert_array_equal(filled[1:], array[1:])
+
+    def test_long_gaps_are_filled_only_where_they_are_asked_for(self):
+        array = noise(2, 1000)
+        array[0, 100:200] = array[1, 150:300] = array[1, 600:700] = array[0, 800] = np.nan
+        with pytest.raises(ValueError, match=r"gap \(NaN\) of 0\.2 s.*elm data build --window"):
+            as_record(array, 500, ["I", "II"])
+        record = as_record(array, 500, ["I", "II"], long_gaps=True)
+        assert record.metadata["gaps"] == [(0.2, 0.6), (1.2, 1.4)]
+        assert np.isfinite(record.array).all()
 
     def test_lead_of_nothing(self):
         array = noise(12, 5)
@@ -400,6 +419,12 @@ class TestLeadQuality:
         slope = np.linspace(0, 1, 10 * self.RATE)
         assert self.quality(lambda lead: lead + 1.05 * slope) == []
         assert self.quality(lambda lead: lead + 1.2 * slope) == ["noisy"]
+
+    def test_large(self):
+        """Of a gain that is ten times too high; an offset alone is none."""
+        assert self.quality(lambda lead: 6 * lead) == []
+        assert self.quality(lambda lead: 7 * lead) == ["large"]
+        assert self.quality(lambda lead: lead - 20) == []
 
     def test_real_records(self, ptbxl, shared):
         """Leads that were off in the files themselves, and few others."""
@@ -579,6 +604,16 @@ class TestWindows:
             assert np.shares_memory(window.array, record.array)
             assert (window.sampling_rate, window.lead_names) == (100, ("I", "V1"))
 
+    def test_gaps(self):
+        array = noise(2, 1000)
+        array[0, 100:110] = array[1, 499:510] = np.nan
+        record = as_record(array, 100, ["I", "V1"], long_gaps=True)
+        windows = cut_windows(record, 1)
+        assert [window.metadata["start_second"] for window in windows] == [0, 2, 3, 6, 7, 8, 9]
+        assert len(window_starts(record, 1)) == 10
+        assert all("gaps" not in window.metadata for window in windows)
+        assert cut_windows(record, 9) == []
+
     @pytest.mark.parametrize("seconds", [0, -1, 0.001, math.nan, math.inf])
     def test_impossible_lengths(self, seconds):
         record = as_record(noise(1, 50), 100, ["I"])
@@ -621,8 +656,9 @@ class TestReadECG:
                 read_ecg(tmp_path / name, 500)
 
     def test_no_file(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"missing\.npy"):
+        with pytest.raises(FileNotFoundError) as error:
             read_ecg(tmp_path / "missing.npy", 500)
+        assert str(error.value) == f"There is no file {tmp_path / 'missing.npy'}."
 
 
 def test_microvolts_taken_for_millivolts_are_an_error():

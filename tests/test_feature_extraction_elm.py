@@ -313,6 +313,10 @@ class TestPrepare:
         for start in (-0.1, 0.8, math.nan):
             with pytest.raises(ValueError, match=rf"start is {start:g} s; .* of the ECG, which has 0\.8 s"):
                 small().prepare(record, start=start)
+        for start in ("2", True, [0.1], 1j):
+            with pytest.raises(ValueError, match=r"^start is .*; expected a number of seconds, such as 2\.5"):
+                small().prepare(record, start=start)
+        np.testing.assert_array_equal(small().prepare(record, start=np.float32(0.5)).array, array[:, 50:])
 
     def test_notices(self):
         limb = small(lead_names=["I", "aVF", "V1"], missing_leads="zeros")

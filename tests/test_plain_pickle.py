@@ -4,11 +4,13 @@ import os
 import pickle
 import pickletools
 import struct
+import time
 
 import numpy as np
 import pytest
 
-from elm_ecg.plain_pickle import _BASIC, _BOUNDED, Inert, load_plain_pickle
+from elm_ecg import plain_pickle
+from elm_ecg.plain_pickle import _BASIC, _BOUNDED, MAX_OPCODES, Inert, load_plain_pickle
 
 PLAIN = ({byte: chr(byte) for byte in range(300)}, [([97, 98], 256), ([97, 98, 99], 70_000), ([-1], 0)])
 NUMPY = {f"numpy._core.multiarray {name}" for name in ("_reconstruct", "scalar")} | {"numpy ndarray", "numpy dtype"}
@@ -103,6 +105,18 @@ def test_those_pickles_are_evil(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pickle.loads(EVIL[name])
     assert (tmp_path / "owned").exists()
+
+
+def test_a_long_pickle_takes_no_long_time(monkeypatch):
+    """16 MiB of pairs in pairs took 8 seconds."""
+    assert MAX_OPCODES <= 1_000_000
+    monkeypatch.setattr(plain_pickle, "MAX_OPCODES", 10_000)
+    assert len(load_plain_pickle(pickle.dumps(list(range(9_000))), int)) == 9_000
+    content = b"\x80\x04K\x01" + b"K\x01\x86" * (16 * 2**20 // 3) + b"."
+    start = time.process_time()
+    with pytest.raises(ValueError, match="it holds more than 10000 opcodes"):
+        load_plain_pickle(content, int)
+    assert time.process_time() - start < 1
 
 
 def test_opcodes_that_are_never_read():

@@ -55,7 +55,7 @@ def run_command(name: str, main: Callable[[], Any]) -> int:
         if not of_input or os.environ.get("ELM_DEBUG"):
             raise
         of_class = isinstance(error, StrictDataclassClassValidationError)  # of a model's config; its text is two lines
-        told: object = error.__cause__ if of_class else error
+        told = sentence(error.__cause__ if of_class else error)
         if full is not None:
             where = getattr(error, "filename", None) or "a disk that it writes to; `df -h` shows which"
             told = f"{NO_ROOM[full]}: {where}"
@@ -69,6 +69,13 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
     names = {name.lstrip("-"): name for name in words}  # dashes alone make no option near
     near = difflib.get_close_matches(word.lstrip("-"), names, n=1)
     return f" Did you mean {names[near[0]]}?" if near else ""
+
+
+def sentence(error: BaseException | None) -> str:
+    """What an error says, for people: Python's own of a missing file is `[Errno 2] No such file or directory: 'PATH'`."""
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return f"There is no file {os.fsdecode(error.filename)}."
+    return str(error)
 
 
 def read_system_prompt(text: str | None) -> str | None:

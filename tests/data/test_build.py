@@ -156,6 +156,41 @@ def test_what_is_left_out_is_logged(tmp_path, monkeypatch, caplog):
     assert any(message.startswith("Cannot read broken: ") for message in caplog.messages)
 
 
+@pytest.mark.parametrize("resample", [None, 50])
+def test_windows_without_a_gap(resample, caplog):
+    array = np.random.default_rng(0).normal(0, 0.3, (12, 1000))
+    gappy = array.copy()
+    gappy[3, 210:290] = np.nan  # within the third second
+    records = {name: {"array": ecg, "sampling_rate": 100} for name, ecg in (("whole", array), ("gappy", gappy))}
+    data = build_dataset(records, make_questions(*records, split="train"), window=1, resample=resample)["train"]
+    starts = {
+        name: [s for s, r in zip(data["start_second"], data["record_id"], strict=True) if r == name] for name in records
+    }
+    around = 0 if resample is None else 1  # the filter of resampling reaches into the seconds beside it
+    assert starts["whole"] == list(range(10))
+    assert starts["gappy"] == [s for s in range(10) if not 2 - around <= s <= 2 + around]
+    assert f"Left out: windows with a gap (NaN), in 1 records ({10 - len(starts['gappy'])})" in caplog.messages
+    rows = {(r, s): e["array"] for r, s, e in zip(data["record_id"], data["start_second"], data["ecg"], strict=True)}
+    for start in starts["gappy"]:
+        np.testing.assert_array_equal(rows["gappy", start], rows["whole", start])
+    with pytest.raises(ValueError, match=r"Each window of 10 s has a gap \(NaN\); cut shorter ones with --window"):
+        build_dataset({"gappy": records["gappy"]}, make_questions("gappy", split="train"), window=10)
+    with pytest.raises(ValueError, match="gap"):
+        build_dataset({"gappy": records["gappy"]}, make_questions("gappy", split="train"))
+
+
+def test_reported_gap_and_hdf5(shared, tmp_path, caplog):
+    header = shared / "data/reported/mixedsignals/mixedsignals.hea"
+    data = build_dataset({"a": header}, make_questions("a", split="train"), window=10)["train"]
+    assert len(data) == 22  # of 23 windows in 230 s
+    assert "Left out: windows with a gap (NaN), in 1 records (1)" in caplog.messages
+    part = shared / "data/reported/code15_exams_part0_2records.hdf5"
+    data = build_dataset(part, make_questions(1169160, 2873686, split="train"))["train"]
+    assert sorted(data["record_id"]) == ["1169160", "2873686"]
+    assert data[0]["ecg"]["sampling_rate"] == 400
+    assert np.shape(data[0]["ecg"]["array"]) == (12, 4096)
+
+
 @pytest.mark.parametrize(
     ("records", "questions", "options", "message"),
     [

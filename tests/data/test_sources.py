@@ -1,8 +1,10 @@
 import csv
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 
@@ -91,12 +93,40 @@ class TestRecords:
             ({"ecg": np.ones((2, 12, 5))}, r"ecg \[2, 12, 5\]; expected ecg \[records, leads, samples\]"),
             ({"ecg": np.ones((2, 12, 5)), "id": np.array([3, 3])}, "2 records, but 1 different ids"),
             ({"ecg": np.ones((2, 12, 5)), "id": np.array([{}, {}])}, "pickled objects"),
+            (
+                {"ecg": np.ones((2, 12, 5)), "id": [1, 2], "unit": ["uV", "mV"]},
+                "its 'unit' is an array .*expected one text",
+            ),
+            ({"ecg": np.ones((2, 12, 5)), "id": [1, 2], "lead_names": "I"}, "its 'lead_names' is an array"),
         ],
     )
     def test_archive_at_fault(self, arrays, message, tmp_path):
         np.savez(tmp_path / "all.npz", **arrays)
         with pytest.raises(ValueError, match=message):
             find_records(tmp_path / "all.npz")
+
+    def test_archive_with_a_file_that_is_no_array(self, tmp_path):
+        np.savez(tmp_path / "all.npz", ecg=np.ones((2, 12, 5)), id=[1, 2])
+        with zipfile.ZipFile(tmp_path / "all.npz", "a") as archive:
+            archive.writestr("unit", "uV")
+        with pytest.raises(ValueError, match=r"Cannot read .*unit is no array"):
+            find_records(tmp_path / "all.npz")
+
+    def test_hdf5_files_of_many_records(self, tmp_path):
+        """As CODE-15% is published: a table, and parts of which each exam stands in one."""
+        for part, ids in enumerate(([11, 12, 0], [21, 0])):
+            with h5py.File(tmp_path / f"exams_part{part}.hdf5", "w") as file:
+                file["exam_id"] = ids
+                file["tracings"] = np.full((len(ids), 40, 12), 0.5 + part, np.float32)
+        records = find_records(tmp_path)
+        assert list(records.locations) == ["exams_part0#11", "exams_part0#12", "exams_part1#21"]
+        assert records.find("21") == records.find("exams_part1#21") == "exams_part1#21"
+        assert (as_record(records.locations["exams_part1#21"]).array == 1.5).all()
+        single = find_records(tmp_path / "exams_part0.hdf5")
+        assert list(single.locations) == ["11", "12"]
+        assert as_record(single.locations["12"]).array.shape == (12, 40)
+        write(tmp_path / "exams.jsonl", {"exam_id": 21, "age": 60, "patient_id": 7})
+        assert read_metadata(tmp_path / "exams.jsonl", records) == {"exams_part1#21": {"patient_id": 7, "age": 60}}
 
     def test_nothing_there(self, tmp_path):
         with pytest.raises(ValueError, match="No records at"):

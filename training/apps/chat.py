@@ -26,6 +26,7 @@ from elm_ecg.training.apps.conversation import (
     stream_answer,
 )
 from elm_ecg.training.apps.plot import add_file_options, save_picture
+from elm_ecg.training.command_line import sentence
 from elm_ecg.training.files import write_text
 
 try:
@@ -249,10 +250,10 @@ def run(chat: Chat) -> None:
             print("\n(stopped)")
         except Exception as error:  # whatever it is, the chat goes on
             if by_hand:
-                print(f"Error: {error}", file=sys.stderr, flush=True)
+                print(f"Error: {sentence(error)}", file=sys.stderr, flush=True)
             elif isinstance(error, ValueError | OSError | ImportError):
                 raise ValueError(
-                    f"Line {number} of standard input, {line!r}: {error} The lines after it were not read."
+                    f"Line {number} of standard input, {line!r}: {sentence(error)} The lines after it were not read."
                 ) from error
             else:
                 raise

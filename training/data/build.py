@@ -14,13 +14,13 @@ from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from elm_ecg.ecg_utils import as_record, cut_windows, resample
+from elm_ecg.ecg_utils import ZERO_CROSSINGS, as_record, cut_windows, resample, window_starts
 from elm_ecg.training.command_line import did_you_mean
 from elm_ecg.training.data.arguments import KEPT_COLUMNS, BuildArguments, in_python
 from elm_ecg.training.data.schema import ECG, MESSAGES, as_list
@@ -113,6 +113,7 @@ class Plan:
     # filled as rows are read: record -> why it cannot be read; notice -> the records that it is about
     unreadable: dict[str, str] = field(default_factory=dict)
     notices: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    gaps: dict[str, int] = field(default_factory=dict)  # record -> its windows with a gap
 
     def rows(self, split: str) -> Iterator[dict[str, Any]]:
         """The rows of a split; of a record cut into windows as many as it has.
@@ -133,9 +134,12 @@ class Plan:
                         )
                     self.unreadable[record], failed = str(ecgs), True
                     continue
-                for notice in ecgs[0]["notices"]:  # its windows share them
+                for notice in ecgs.notices:
                     self.notices[notice].add(record)
-            for ecgs in zip(*ecgs_of_records, strict=True) if not failed else ():  # one row a window
+                if ecgs.num_gaps:
+                    self.gaps[record] = ecgs.num_gaps
+            windows = [] if failed else zip(*(ecgs.windows for ecgs in ecgs_of_records), strict=True)
+            for ecgs in windows:  # one row a window
                 about_ecgs = [
                     {**self.metadata.get(record, {}), "record_id": record, "patient_id": patient, **ecg}
                     for record, patient, ecg in zip(question.records, question.patients, ecgs, strict=True)
@@ -149,10 +153,16 @@ class Plan:
 
     def check_rows(self, has_rows: bool) -> None:
         """Counts the records that could not be read, once all rows were; ValueError if no row is left."""
+        if not has_rows and self.gaps:
+            raise ValueError(
+                f"Each window of {self.options.window:g} s has a gap (NaN); cut shorter ones with --window."
+            )
         if not has_rows:
             raise ValueError(
                 f"None of the {len(self.unreadable)} records can be read. The first: {next(iter(self.unreadable.values()))}"
             )
+        if self.gaps:
+            self.left_out[f"windows with a gap (NaN), in {len(self.gaps):,} records"] = sum(self.gaps.values())
         if self.unreadable:
             self.left_out["records that cannot be read, and their questions"] = len(self.unreadable)
 
@@ -328,13 +338,22 @@ def _types(columns: Mapping[str, list[Any]]) -> dict[str, pa.DataType]:
     return types
 
 
-def read_ecgs(location: Any, options: BuildArguments) -> list[dict[str, Any]] | ValueError:
-    """The ECGs that a record gives: itself, or its windows, each with its `start_second` and `notices`.
+class RecordECGs(NamedTuple):
+    """What a record gives: its `ecg` and `start_second`, of each window, its notices, and how many windows have a gap."""
+
+    windows: list[dict[str, Any]]
+    notices: tuple[str, ...] = ()
+    num_gaps: int = 0
+
+
+def read_ecgs(location: Any, options: BuildArguments) -> RecordECGs | ValueError:
+    """The ECGs that a record gives: itself, or its windows without a gap.
 
     An error comes in their place: such records may be left out, and exceptions of another process would stop all.
     """
     try:
-        record = as_record(location, options.sampling_rate, options.lead_names, options.unit)
+        has_windows = options.window is not None
+        record = as_record(location, options.sampling_rate, options.lead_names, options.unit, has_windows)
         rate = record.sampling_rate if options.resample is None else options.resample
         # filters and normalisation are the model's business: a dataset keeps what was recorded
         microvolts = np.rint(1000 * resample(record.array, record.sampling_rate, rate))  # from millivolts
@@ -344,19 +363,23 @@ def read_ecgs(location: Any, options: BuildArguments) -> list[dict[str, Any]] | 
                 f"It reaches {abs(microvolts).max() / 1000:.6g} mV, and 16-bit microvolts hold at most 32.767 mV; is its "
                 "unit right (--unit)?"
             )
-        record = replace(record, array=microvolts.astype(np.int16), sampling_rate=rate)
-        windows = [record] if options.window is None else cut_windows(record, options.window, options.stride)
+        # what is filled into a gap reaches as far as the filter of resampling
+        reach = 0.0 if rate == record.sampling_rate else ZERO_CROSSINGS / min(rate, record.sampling_rate)
+        gaps = [(start - reach, end + reach) for start, end in record.metadata.get("gaps", ())]
+        metadata = {**record.metadata, "gaps": gaps}
+        record = replace(record, array=microvolts.astype(np.int16), sampling_rate=rate, metadata=metadata)
+        windows, num_gaps = [record], 0
+        if options.window is not None:
+            windows = cut_windows(record, options.window, options.stride)
+            num_gaps = len(window_starts(record, options.window, options.stride)) - len(windows)
     except (ValueError, OSError) as error:
         return ValueError(str(error))  # of one type, which `Plan.rows` looks for
     about = {"sampling_rate": rate, "lead_names": list(record.lead_names), "unit": "uV"}
-    return [
-        {
-            "ecg": {"array": window.array, **about},
-            "start_second": window.metadata.get("start_second", 0.0),
-            "notices": record.metadata.get("notices", ()),
-        }
+    ecgs = [
+        {"ecg": {"array": window.array, **about}, "start_second": window.metadata.get("start_second", 0.0)}
         for window in windows
     ]
+    return RecordECGs(ecgs, record.metadata.get("notices", ()), num_gaps)
 
 
 def read_records(

@@ -6,13 +6,13 @@ import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from itertools import compress
-from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
 from tqdm import tqdm
 
+from elm_ecg.ecg_formats import record_path
 from elm_ecg.ecg_utils import MAX_LIMB_LEAD_ERROR, as_record, lead_quality, limb_lead_error
 from elm_ecg.training.data.loading import FOLD_SPLIT, check_fold, ecgs_of, load_split, load_splits, to_chat, with_arrays
 from elm_ecg.training.data.schema import LITERALS, ROLES, as_list, counted
@@ -36,7 +36,7 @@ WARNINGS = {
     "repeated_questions": "rows with a question that was asked about the same ECGs before",
     "contradictory_answers": "of these, rows with another answer",
     "copied_signals": "records that equal another one in every sample",
-    "flagged_leads": "ECGs with flat, saturated or noisy leads",
+    "flagged_leads": "ECGs with flat, saturated, noisy or too large leads",
     "limb_leads": f"ECGs whose limb leads are more than {MAX_LIMB_LEAD_ERROR:g} mV off what I and II give",
 }
 TEMPLATE = resource("training/data/check.jinja")  # of what is printed
@@ -159,7 +159,7 @@ class Checker:
 
     def _file(self, path: str, name: str, split: str, where: str, read: bool) -> bytes | None:
         if path not in self.files:  # many rows may name one file: it is read once
-            if not Path(path).is_file():
+            if not record_path(path)[0].is_file():
                 self.findings["missing_files"].add(f"{where}: {path}")
                 self.files[path] = None
             elif read:  # else not noted, so that a later row may still read it

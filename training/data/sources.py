@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from elm_ecg.ecg_formats_arrays import FACTS, as_fact
+from elm_ecg.ecg_formats_common import listed
+from elm_ecg.ecg_formats_hdf5 import hdf5_records
 from elm_ecg.training.data.arguments import METADATA_COLUMNS
 from elm_ecg.training.data.reference import ROLE_NAMES, to_messages
 from elm_ecg.training.data.schema import SPLITS, as_list
@@ -32,6 +35,7 @@ SPLIT_NAMES = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
+HDF5_SUFFIXES = (".hdf5", ".h5")  # files of many records
 PTBXL_TABLE = "ptbxl_database.csv"
 # superclass of PTB-XL's SCP-ECG statements -> what is asked
 SUPERCLASSES = {
@@ -103,6 +107,7 @@ def find_records(source: str | Path | Mapping[Any, Any], resample: float | None 
     - A folder with `ptbxl_database.csv`, by `ecg_id`: its files of 100 Hz if that is `resample`, else those of 500 Hz.
     - An `.npz` archive, which is held in memory: `ecg` [records, leads, samples] and an array of as many ids, and if there
       `sampling_rate`, `lead_names` and `unit`; or one array [leads, samples] for each record.
+    - HDF5 files as of CODE-15%, `.hdf5` or `.h5`: a record for each `exam_id`, which is its name; in a folder its id is `FILE#EXAM_ID`.
     - Any other file: one record.
 
     Raises:
@@ -114,6 +119,9 @@ def find_records(source: str | Path | Mapping[Any, Any], resample: float | None 
         return Records(_by_id(source, source.values(), "The mapping"))
     path = Path(source)
     if path.is_file():
+        if path.suffix.lower() in HDF5_SUFFIXES:
+            names = hdf5_records(path)
+            return Records(_by_id(names, [Path(f"{path}#{name}") for name in names], str(path)))
         archive = _archive(path) if path.suffix.lower() == ".npz" else None
         return Records(archive or {path.stem: path})  # None: a single record, read when it is needed
     if not path.is_dir():
@@ -145,6 +153,11 @@ def _folder(folder: Path) -> Records:
         records = [file for file in of_stem if file.suffix == ".hea"] or of_stem
         for file in records:
             record = stem if len(records) == 1 else file.as_posix()
+            if file.suffix.lower() in HDF5_SUFFIXES:
+                for name in hdf5_records(folder / file):
+                    locations[f"{record}#{name}"] = folder / f"{file}#{name}"
+                    names[name].add(f"{record}#{name}")
+                continue
             locations[record] = folder / file
             for name in (file.as_posix(), stem, file.name, file.stem, file.stem.lstrip("0")):  # tables say 17 for 00017
                 names[name].add(record)
@@ -158,11 +171,14 @@ def _archive(path: Path) -> dict[str, Any] | None:
     try:
         with np.load(path, allow_pickle=False) as content:  # pickles can run code
             arrays = {name: content[name] for name in content.files}
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        if others := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+            raise ValueError(f"{listed(others)} is no array")
+        shared = {name: as_fact(name, arrays.pop(name)) for name in FACTS if name in arrays}
+    # the last two from texts that hold no letters
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, SystemError, TypeError) as error:
         raise ValueError(
             f"Cannot read {path}: it is damaged or holds pickled objects, which are not read ({error})."
         ) from error
-    shared = {name: arrays.pop(name).tolist() for name in ("sampling_rate", "lead_names", "unit") if name in arrays}
     ecgs = next((arrays[name] for name in ("ecg", "array") if name in arrays), None)
     if ecgs is None:
         return {name: {"array": array, **shared} for name, array in arrays.items()}
@@ -170,7 +186,7 @@ def _archive(path: Path) -> dict[str, Any] | None:
         return None
     ids = [array.tolist() for array in arrays.values() if array.ndim == 1 and len(array) == len(ecgs)]
     if ecgs.ndim != 3 or len(ids) != 1:
-        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
+        shapes = listed(f"{name} {list(array.shape)}" for name, array in arrays.items())
         raise ValueError(
             f"{path} holds {shapes}; expected ecg [records, leads, samples] and one array of as many ids, or one array "
             "[leads, samples] for each record."

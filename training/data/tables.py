@@ -12,7 +12,7 @@ from typing import Any
 from elm_ecg.training.data.arguments import METADATA_COLUMNS
 
 # columns that name a row's record, and that hold its chat; the first that the row has counts
-RECORD_COLUMNS = ("record", "record_id", "ecg_id", "ecg_path", "path")
+RECORD_COLUMNS = ("record", "record_id", "ecg_id", "ecg_path", "path", "exam_id")
 CHAT_COLUMNS = ("messages", "conversation", "conversations")
 # columns of a question that have a meaning here; all others are taken over as they are
 QUESTION_COLUMNS = {*RECORD_COLUMNS, *CHAT_COLUMNS, "question", "answer", "split", "patient_id", "ecg", "start_second"}

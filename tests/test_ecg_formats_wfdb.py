@@ -1,0 +1,213 @@
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import wfdb
+from ecg_files import COUNTS, LEADS, write_wfdb
+
+from elm_ecg.ecg_formats import read_file
+from elm_ecg.ecg_utils import read_ecg
+
+
+class TestWFDB:
+    def test_all_examples_of_ptbxl(self, shared):
+        for rate in (100, 500):
+            with np.load(shared / f"data/ptbxl/raw{rate}.npz") as archive:
+                raw = dict(zip(archive["ecg_id"].tolist(), archive["ecg"], strict=True))
+            headers = sorted((shared / f"data/ptbxl/wfdb_examples/records{rate}").rglob("*.hea"))
+            assert len(headers) == 22
+            for header in headers:
+                record = read_file(header)
+                np.testing.assert_array_equal(record["array"], (raw[int(header.stem[:5])] / 1000).astype(np.float32))
+                assert (record["sampling_rate"], record["unit"]) == (rate, "mV")
+                assert [name.lower() for name in record["lead_names"]] == [name.lower() for name in LEADS]
+
+    @pytest.mark.parametrize("suffix", [".hea", ".dat", ".xyz", ""])
+    def test_two_signal_files(self, suffix, shared):
+        folder = shared / "data/other_12lead/ptb_s0010_re"
+        record = read_file(folder / f"s0010_re{suffix}")
+        counts = [
+            np.fromfile(folder / f"s0010_re.{name}", "<i2").reshape(-1, n).T for name, n in (("dat", 12), ("xyz", 3))
+        ]
+        np.testing.assert_array_equal(record["array"], (np.concatenate(counts) / 2000).astype(np.float32))
+        assert (record["sampling_rate"], record["lead_names"][2:4]) == (1000, ["iii", "avr"])
+        assert record["lead_names"][12:] == ["vx", "vy", "vz"]
+        facts = record["metadata"]
+        assert (facts["age"], facts["sex"], facts["format"]) == (81, "female", "WFDB")
+        assert "Smoker: no" in facts["comments"]
+        assert read_ecg(folder / f"s0010_re{suffix}").lead_names == tuple(LEADS)
+
+    @pytest.mark.parametrize("name", ["E07500", "JS20000"])
+    def test_signals_in_matlab_files(self, name, shared):
+        folder = shared / "data/other_12lead"
+        with np.load(folder / "challenge2021_40.npz") as archive:
+            counts = archive["ecg"][archive["record"].tolist().index(name)]
+        for suffix in (".hea", ".mat"):
+            record = read_file(folder / f"challenge2021_wfdb_mat/{name}{suffix}")
+            np.testing.assert_array_equal(record["array"], (counts / 1000).astype(np.float32))
+            assert record["lead_names"] == LEADS
+        assert record["metadata"]["dx"].split(",")[0].isdigit()
+        assert record["metadata"]["sex"] in ("male", "female")
+
+    @pytest.mark.parametrize("format", ["16", "24", "32", "80", "212", "516"])
+    def test_formats_units_and_gaps(self, format, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        counts = np.clip(COUNTS[:3, :99].T, -120, 120)  # an odd number of samples
+        units, gains = ["mV", "uV", "V"], [200.0, 0.5, 1e5]
+        wfdb.wrsamp(
+            "r", 360, units, ["I", "II", "V1"], d_signal=counts, fmt=[format] * 3, adc_gain=gains, baseline=[0, 7, -5]
+        )
+        record = read_file("r.dat")
+        expected = (counts - [0, 7, -5]) / gains * [1, 1e-3, 1e3]
+        np.testing.assert_allclose(record["array"], expected.T, rtol=1e-6)
+        assert record["sampling_rate"] == 360
+        whole = Path("r.dat").read_bytes()
+        for cut in (1, 2, 3, 7, len(whole) // 2, len(whole) - 1):
+            Path("r.dat").write_bytes(whole[:-cut])
+            with pytest.raises(ValueError, match=r"Cannot read .*r\.hea as WFDB"):
+                read_file("r.hea")
+
+    def test_invalid_samples_stay_nan(self, tmp_path):
+        counts = np.array([1, -32768, 3], dtype="<i2")
+        record = read_file(write_wfdb(tmp_path, ["r 1 100 3", "r.dat 16 1(0)/mV 16 0 0 0 0 II"], r=counts.tobytes()))
+        np.testing.assert_array_equal(record["array"], [[1, np.nan, 3]])
+
+    def test_signals_that_are_no_leads(self, tmp_path):
+        """Frames of four samples of II, one of a pressure, two of a respiration in millivolts."""
+        frames = np.arange(70, dtype="<i2").reshape(10, 7)
+        lines = [
+            "r 3 125 10 12:00:00 01/02/2020",
+            "r.dat 16x4 10/mV 16 0 0 0 0 II",
+            "r.dat 16 10/mmHg 16 0 0 0 0 ABP",
+            "r.dat 16x2 10/mV 16 0 0 0 0 RESP",
+            "# Age: NaN",
+        ]
+        record = read_file(write_wfdb(tmp_path, lines, r=frames.tobytes()))
+        np.testing.assert_allclose(record["array"], frames[:, :4].reshape(1, -1) / 10)
+        assert (record["sampling_rate"], record["lead_names"]) == (500, ["II"])
+        assert record["metadata"]["left_out"] == {"ABP": "unit 'mmHg'", "RESP": "rate 250 Hz"}
+        assert record["metadata"]["date"] == "2020-02-01"
+        assert "age" not in record["metadata"]
+
+    def test_names_and_length_may_be_missing(self, tmp_path):
+        record = read_file(write_wfdb(tmp_path, ["# a comment", "r 2", "r.dat 16", "r.dat 16"], r=COUNTS[:2].tobytes()))
+        assert (record["array"].shape, record["sampling_rate"], record["lead_names"]) == ((2, 100), 250, None)
+
+    @pytest.mark.parametrize(
+        ("lines", "message"),
+        [
+            (["r 1 100 5", "../r.dat 16"], r"'\.\./r\.dat 16' describes no signal; expected the plain name"),
+            (["r 1 100 5", "/etc/passwd 16"], "describes no signal"),
+            (["r 1 100 5", "https://example.org/r.dat 16"], "describes no signal"),
+            (["r 1 100 5", "s.dat 16"], r"signal file 's\.dat' is not beside the header"),
+            (["r 2 100 5", "r.dat 16"], "announces 2 signals and describes 1; it is cut"),
+            (["r 1 100 101", "r.dat 16"], "it has 200 bytes, the header claims 202"),
+            (["r 1 100 99999999999999", "r.dat 16"], r"r\.dat is cut"),
+            (["r 1 100 50", "r.dat 16x999999999999"], r"r\.dat is cut"),
+            (["r 1 100 50", "r.dat 16+102"], r"r\.dat is cut"),
+            (["r 1 100 50", "r.dat 16:9999999999"], "skew of 9999999999 frames"),
+            (["r 1 100 999999999", "r.dat 516"], "unpacks to 999999999 samples; expected 1 to"),
+            (["r 1 100", "r.dat 516"], "unpacks to 0 samples"),
+            (["r 1 100 50", "r.dat 16x0"], "Cannot read"),
+            (["r 1 100 50", "r.dat 99"], "format '99', which wfdb does not read"),
+            (["r 1 100 50", "r.dat 16 200/mmHg 16 0 0 0 0 ABP"], r"no signal in volts, but ABP \(unit 'mmHg'\)"),
+            (["r 1 100 50", "r.dat 16 200/µV 16 0 0 0 0 I"], "other characters than ASCII; write a unit as mV or uV"),
+            (["r/2 1 100 100", "a 50", "b 50"], r"several segments \(a, b \.\.\.\); read them one by one"),
+            (["r 3 100 5", "r.dat 16", "q.dat 16", "r.dat 16"], "one file in several places"),
+            (["r 1 100 5", f"{'a' * 2000} 16"], "or a line than 1000"),
+        ],
+    )
+    def test_wrong_headers(self, lines, message, tmp_path):
+        with pytest.raises(ValueError, match=message):
+            read_file(write_wfdb(tmp_path, lines, r=bytes(200), q=bytes(200)))
+
+    def test_signal_file_without_its_header(self, shared, tmp_path):
+        folder = shared / "data/other_12lead/challenge2021_wfdb_mat"
+        shutil.copy(folder / "E07500.mat", tmp_path)
+        with pytest.raises(ValueError, match=r"without rate, leads and gain.*put NAME\.hea into the same folder"):
+            read_file(tmp_path / "E07500.mat")
+        # of another record
+        (tmp_path / "E07500.hea").write_text((folder / "JS20000.hea").read_text())
+        with pytest.raises(ValueError, match=r"E07500\.hea describes the signals of JS20000\.mat, not of E07500\.mat"):
+            read_file(tmp_path / "E07500.mat")
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"no header at all\n", r"r\.hea begins with 'no header at all'; expected NAME SIGNALS RATE LENGTH"),
+            (b"", "r.hea begins with ''; expected NAME"),
+            (b"r 1 100 5\ns.dat 16\n", r"r\.hea describes the signals of s\.dat, not of r\.(mat|dat)"),
+            (b"r 1 100 5\n" + b"#" * 2**19, "r.hea has 524298 bytes; expected at most 262144"),
+        ],
+    )
+    @pytest.mark.parametrize("suffix", ["mat", "dat"])
+    def test_header_that_cannot_be_read(self, content, message, suffix, tmp_path):
+        mat_4 = struct.pack("<5I", 30, 1, 5, 0, 4) + b"val\0" + bytes(10)
+        (tmp_path / f"r.{suffix}").write_bytes(mat_4 if suffix == "mat" else b"\xff" * 20)
+        (tmp_path / "r.hea").write_bytes(content)
+        with pytest.raises(ValueError, match=f"Cannot read .*r.{suffix} by its WFDB header: {message}"):
+            read_file(tmp_path / f"r.{suffix}")
+
+    @pytest.mark.parametrize(
+        "moment", ["12-May-2020 12:33:59", "2020-05-12", "25:61:00", "12:00:00 00/00/0000", "12:00:00"]
+    )
+    def test_dates_of_any_form(self, moment, tmp_path):
+        lines = [f"r 2 100 100 {moment}", "r.dat 16 1000/mV 16 0 0 0 0 I", "q.dat 16 1000/mV 16 0 0 0 0 II"]
+        for name in ("r.hea", "r.dat", "r"):
+            write_wfdb(tmp_path, lines, r=COUNTS[:1].tobytes(), q=COUNTS[1:2].tobytes())
+            record = read_file(tmp_path / name)
+            np.testing.assert_array_equal(record["array"], (COUNTS[:2] / 1000).astype(np.float32))
+            assert record["metadata"] == {"format": "WFDB"}
+
+    def test_reported_date(self, shared):
+        expected = read_file(shared / "data/other_12lead/challenge2021_wfdb_mat/E07500.hea")
+        for suffix in (".hea", ".mat", ""):
+            record = read_file(shared / f"data/reported/challenge2020_date/E07500{suffix}")
+            np.testing.assert_array_equal(record["array"], expected["array"])
+            assert {**record, "array": None} == {**expected, "array": None}
+
+    def test_reported_gap(self, shared):
+        header = shared / "data/reported/mixedsignals/mixedsignals.hea"
+        record = read_file(header)
+        signal = wfdb.rdrecord(str(header.with_suffix("")), smooth_frames=False).e_p_signal[0]
+        np.testing.assert_allclose(record["array"][0], signal, rtol=1e-6)
+        assert np.isnan(signal).sum() == 1024
+        assert set(record["metadata"]["left_out"]) == {"ABP", "Pleth", "Resp"}
+
+    def test_checksums(self, tmp_path):
+        counts = COUNTS[:2].T.astype("<i2")
+        sums = [int(column.sum()) % 2**16 for column in counts.T]
+        lines = ["r 2 100 100", *(f"r.dat 16 1000/mV 16 0 {counts[0, n]} {sums[n]} 0 {LEADS[n]}" for n in (0, 1))]
+        read_file(write_wfdb(tmp_path, lines, r=counts.tobytes()))
+        signed = [line.replace(f" {sums[n]} ", f" {sums[n] - 2**16} ") for n, line in enumerate(lines[1:])]
+        read_file(write_wfdb(tmp_path, [lines[0], *signed]))  # some write it with a sign
+        damaged = counts.copy()
+        damaged[7, 1] ^= 1 << 14  # a bit that moves a sample by 16 mV
+        (tmp_path / "r.dat").write_bytes(damaged.tobytes())
+        with pytest.raises(
+            ValueError, match=rf"samples of 'II' have the checksum \d+, its header says {sums[1]}: .*damaged"
+        ):
+            read_file(write_wfdb(tmp_path, lines))
+        unsealed = [line.replace(f" {sums[n]} ", " 0 ") for n, line in enumerate(lines[1:])]
+        read_file(write_wfdb(tmp_path, [lines[0], *unsealed]))  # none was written
+        damaged[0, 0] += 1
+        (tmp_path / "r.dat").write_bytes(damaged.tobytes())
+        with pytest.raises(ValueError, match=f"'I' begins with {damaged[0, 0]}, its header says {counts[0, 0]}"):
+            read_file(write_wfdb(tmp_path, [lines[0], *unsealed]))
+
+    def test_checksums_of_all_real_records(self, shared):
+        headers = [*(shared / "data/other_12lead").rglob("*.hea"), *(shared / "data/reported").rglob("*.hea")]
+        assert len(headers) == 6
+        for header in headers:
+            read_file(header)
+
+    def test_the_caller_s_unit_and_names(self, tmp_path):
+        lines = ["r 2 100 100", "r.dat 16 1000/adu 16 0 0 0 0 ecg_1", "r.dat 16 1000/adu 16 0 0 0 0 ecg_2"]
+        header = write_wfdb(tmp_path, lines, r=COUNTS[:2].T.tobytes())
+        with pytest.raises(ValueError, match=r"ecg_1 \(unit 'adu'\).*--unit uV"):
+            read_ecg(header)
+        record = read_ecg(header, unit="mV", lead_names=["V1", "V2"])
+        assert record.lead_names == ("V1", "V2")
+        np.testing.assert_array_equal(record.array, (COUNTS[:2] / 1000).astype(np.float32))
