@@ -1,4 +1,6 @@
 import json
+import re
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ from elm_ecg.training.evaluation import bootstrap as bootstrap_module
 from elm_ecg.training.evaluation.questions import Question
 from elm_ecg.training.evaluation.scores import METRIC_NAMES, Scorer, check_contract, closed_types, load_metrics, part_of
 from elm_ecg.training.evaluation.verdict import verdict
+from forks import ROOT
 from intervals import bootstrap, paired_difference
 
 
@@ -252,6 +255,15 @@ def test_a_metric_of_ones_own(tmp_path):
         assert found["ecg_minus"]["zeroed"]["rate_error"]["difference"] == -10
         scale = found["metrics"]["rate_error"]
         assert (scale["title"], scale["unit"], scale["higher_is_better"]) == ("error of the rate", "bpm", False)
+
+
+def test_the_metric_of_the_readme(tmp_path):
+    """As a user copies it."""
+    (block,) = re.findall(r"( +)```python\n( +# rate_error\.py.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    path = own_metric(tmp_path, textwrap.dedent(block[1]))
+    module = load_metrics([path])["rate_error"]
+    check_contract("rate_error", module, ["60", "80"])
+    assert module.compute(predictions=["70", "fast"], references=["60", "80"])["samples"] == [10, 300]
 
 
 @pytest.mark.parametrize(
