@@ -113,12 +113,11 @@ def damage(folder: Path) -> str | None:
             return f"{path} is damaged or incomplete ({error}); copy it again."
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
-        missing = (
-            [name for name in {*names.values()} if not (folder / name).is_file()] if isinstance(names, dict) else []
-        )
-        if missing or not isinstance(names, dict):
-            return f"{index} names files that are not there: {some_of(missing)}." if missing else f"{index} is damaged."
+        weight_map = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
+        if not isinstance(weight_map, dict):
+            return f"{index} is damaged: it has no weight_map."
+        if missing := sorted(name for name in {*map(str, weight_map.values())} if not (folder / name).is_file()):
+            return f"{index} names files that are not there: {some_of(missing)}."
     try:
         if (folder / "tokenizer.json").is_file():
             Tokenizer.from_file(str(folder / "tokenizer.json"))
