@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import re
 import struct
 import zipfile
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from accelerate.logging import get_logger
 from datasets import Dataset
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import ModelConfig, SFTConfig
@@ -22,7 +22,7 @@ from trl import ModelConfig, SFTConfig
 from elm_ecg.training.arguments import ELMArguments
 from elm_ecg.training.files import write_text
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)  # of several processes the first speaks
 
 OPTIONS_FILE = "training_options.json"
 # options that say nothing of the run itself, or are nobody else's business

@@ -29,6 +29,7 @@ from elm_ecg.training.build import (
 from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.command_line import run_command
 from elm_ecg.training.data.loading import load_data, load_stream
+from elm_ecg.training.evaluation.results import move_old_results
 from elm_ecg.training.files import check_output_folder, naming, write_text
 from elm_ecg.training.model_files import find_model_file
 from elm_ecg.training.resume import RunOptions, checkpoint_to_resume, fingerprint
@@ -252,6 +253,7 @@ def train(args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig)
             write_text(folder / "train_results.json", json.dumps(result.metrics, indent=2) + "\n")
             write_model_card(folder, args, training_args, model_args, model.config, processor, splits)
             options.save(folder)
+            move_old_results(output_dir)
             replace_model(folder, output_dir)
             print(f"Saved model, processor and card to {output_dir}", flush=True)
 

@@ -164,7 +164,7 @@ def test_what_the_file_does_not_say():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["nowhere.npz"], "No such file or directory: 'nowhere.npz'"),
+        (["nowhere.npz"], "There is no file nowhere.npz."),
         (["rec.npz", "-o", "rec.npz"], "--output is rec.npz; expected a file that ends with .png or .svg."),
         (["rec.npz", "-o", "picture"], "--output is picture; expected a file that ends with .png or .svg."),
         (["rec.npz", "-o", "nowhere/a.png"], "--output is nowhere/a.png; there is no folder nowhere."),

@@ -111,6 +111,11 @@ class TestRecords:
             archive.writestr("unit", "uV")
         with pytest.raises(ValueError, match=r"Cannot read .*unit is no array"):
             find_records(tmp_path / "all.npz")
+        content = bytearray((tmp_path / "all.npz").read_bytes())
+        content[content.index(b"PK\1\2") + 6] = 173  # a version of the format that there is not
+        (tmp_path / "all.npz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"Cannot read .*zip file version 17\.3"):
+            find_records(tmp_path / "all.npz")
 
     def test_hdf5_files_of_many_records(self, tmp_path):
         """As CODE-15% is published: a table, and parts of which each exam stands in one."""
