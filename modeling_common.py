@@ -16,7 +16,8 @@ class CompleteModel(PreTrainedModel):
         Raises:
             ValueError: a weight is not in the files.
         """
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
         check_all_loaded(model, info)
         return (model, info) if output_loading_info else model
 

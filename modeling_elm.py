@@ -46,8 +46,8 @@ def encoder_output_size(config: ELMConfig) -> int:
 def make_encoder(config: ELMConfig) -> PreTrainedModel:
     """The encoder of the config, with random weights."""
     encoder_config = config.encoder_config
-    encoder_class = ENCODER_MODELS.get(encoder_config.model_type)
-    encoder_class = encoder_class or vision_model_class(encoder_config, config.image_features)
+    ecg_encoder = ENCODER_MODELS.get(encoder_config.model_type)
+    encoder_class = ecg_encoder or vision_model_class(encoder_config, config.image_features)
     encoder_config._attn_implementation = attention_of(encoder_class, encoder_config._attn_implementation)
     return encoder_class(encoder_config)
 
@@ -181,7 +181,7 @@ class ELMPreTrainedModel(CompleteModel):
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """As of transformers; of a name that the encoder does not support, the encoder takes its own."""
         if isinstance(attn_implementation, str) and self.config.encoder_config is not None:
-            encoders = [
+            encoders: list[Any] = [
                 module for module in self.modules() if getattr(module, "config", 0) is self.config.encoder_config
             ]
             of_encoder = attention_of(type(encoders[0]), attn_implementation) if encoders else None
@@ -385,7 +385,8 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
             llm_kwargs: for `AutoModelForCausalLM.from_pretrained` (`dtype`, `revision`, `attn_implementation`, ...).
             config_kwargs: the other arguments of [`ELMConfig`].
         """
-        llm_model, info = AutoModelForCausalLM.from_pretrained(llm, output_loading_info=True, **(llm_kwargs or {}))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(llm, output_loading_info=True, **(llm_kwargs or {}))
+        llm_model, info = loaded
         check_all_loaded(llm_model, info)
         encoder_model: PreTrainedModel | None = None
         if encoder is not None:

@@ -38,7 +38,8 @@ def load_vision_model(encoder: str | os.PathLike, image_features: str) -> PreTra
     """The pretrained vision tower of a model (Hub id or local folder); a text tower beside it is not loaded."""
     config = vision_config(encoder)
     model_class = vision_model_class(config, image_features)
-    model, info = model_class.from_pretrained(encoder, config=config, output_loading_info=True)
+    loaded: Any = model_class.from_pretrained(encoder, config=config, output_loading_info=True)
+    model, info = loaded
     # a classifier is saved without a pooler; only embeddings are read of it, and of ViT not even those
     pools = image_features == "embedding" and config.model_type != "vit"
     check_all_loaded(model, info, unread=None if pools else "pooler.")

@@ -416,7 +416,7 @@ def load_elm(
         model = _load_adapted(folder, label, **model_kwargs)
     with loading(folder, label):
         processor = ELMProcessor.from_pretrained(folder)  # an adapter's folder has one too
-        check_processor(processor, model.config, model.get_input_embeddings().weight.shape[0])
+        check_processor(processor, model.config, model.config.get_text_config().vocab_size)
     return model, processor
 
 
@@ -436,7 +436,7 @@ def _load_whole(folder: Path, label: str, **model_kwargs: Any) -> ELMForConditio
 
 def _load_adapted(folder: Path, label: str, **model_kwargs: Any) -> ELMForConditionalGeneration:
     with loading(folder, label):
-        base_path = PeftConfig.from_pretrained(folder).base_model_name_or_path
+        base_path = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
         if not isinstance(base_path, str):
             raise ValueError(
                 f"adapter_config.json does not name its base model (base_model_name_or_path is {base_path})."

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import file_exists, snapshot_download, try_to_load_from_cache
@@ -198,7 +199,7 @@ def check_processor(processor: ELMProcessor, config: ELMConfig, vocabulary: int)
         vocabulary: rows of the model's embeddings.
     """
     extractor = processor.feature_extractor
-    pairs = [("representation", processor.representation, config.representation)]
+    pairs: list[tuple[str, Any, Any]] = [("representation", processor.representation, config.representation)]
     if config.architecture != "text":
         pairs.append(("num_ecg_tokens", processor.num_ecg_tokens, config.num_ecg_tokens))
         pairs.append(("id of the ECG's placeholder", processor.ecg_token_id, config.ecg_token_id))
@@ -218,7 +219,7 @@ def check_processor(processor: ELMProcessor, config: ELMConfig, vocabulary: int)
     if not processor.chat_template:
         raise ValueError("it has no chat template (chat_template.jinja); copy the one that was saved with it.")
     ecgs = [{"type": "ecg"}] if processor.takes_ecgs else []
-    question = [{"role": "user", "content": [*ecgs, {"type": "text", "text": "Rhythm?"}]}]
+    question: Any = [{"role": "user", "content": [*ecgs, {"type": "text", "text": "Rhythm?"}]}]
     try:
         prompt = processor.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program: any error
