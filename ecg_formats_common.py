@@ -48,7 +48,7 @@ def library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f'This format needs the library {name}: pip install "elm-ecg[formats]".') from error
+        raise ImportError(f"This format needs the library {name}: `pip install {name}`.") from error
 
 
 def stated(**facts: Any) -> dict[str, Any]:

@@ -432,14 +432,18 @@ class ECGByteTokenizer(PushToHubMixin):
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
         millivolt_range, sampling_rate = _check_settings(millivolt_range, sampling_rate)
         train = train_in_python if ecg_byte is None else ecg_byte.train
+        shown = 0
         with tqdm(total=num_merges, desc="Merging", unit="merge", disable=not show_progress) as bar:
 
             def report(done: int, frequency: int) -> None:
-                bar.update(done - bar.n)  # `done` counts from the start, `update` adds
+                nonlocal shown
+                # `done` counts from the start, `update` adds; a bar that transformers has turned off has no count
+                bar.update(done - shown)
                 bar.set_postfix(frequency=frequency, refresh=False)
+                shown = done
 
             merges = train(arrays, num_merges, millivolt_range, across_leads, min_frequency, report)
-            bar.update(len(merges) - bar.n)  # Rust reports a few times a second
+            bar.update(len(merges) - shown)  # Rust reports a few times a second
         return cls(merges, millivolt_range, across_leads, sampling_rate)
 
     @classmethod

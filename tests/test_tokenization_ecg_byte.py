@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from tokenizers import Tokenizer, models, trainers
 from torch.utils.data import DataLoader
+from transformers.utils import logging
 
 from elm_ecg import tokenization_ecg_byte
 from elm_ecg.tokenization_ecg_byte import (
@@ -496,6 +497,16 @@ class TestTrain:
     def test_errors(self, backend, records, options, message):
         with pytest.raises(ValueError, match=message):
             ECGByteTokenizer.train(records, **options)
+
+
+def test_bars_that_are_turned_off(capsys):
+    """By transformers, whose bar then counts nothing."""
+    logging.disable_progress_bar()
+    try:
+        assert ECGByteTokenizer.train([ecg_of("zyzybaba")], 10, RANGE).merges
+    finally:
+        logging.enable_progress_bar()
+    assert "Merging" not in capsys.readouterr().err
 
 
 def test_rust_and_python_train_alike(ptbxl):

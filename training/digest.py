@@ -12,7 +12,8 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from tqdm import tqdm
 
 # what loading a model reads, and so what is shared of it; not its card, its results, or what training left beside
-MODEL_FILES = ["config.json", "generation_config.json", "adapter_config.json", "*processor_config.json"]
+MODEL_FILES = ["config.json", "generation_config.json", "adapter_config.json", "processor_config.json"]
+MODEL_FILES += ["preprocessor_config.json"]
 MODEL_FILES += ["model*.safetensors", "model*.safetensors.index.json", "adapter_model.safetensors", "ecg_byte.json"]
 MODEL_FILES += ["chat_template.jinja", "additional_chat_templates/*.jinja", "tokenizer.json", "tokenizer_config.json"]
 MODEL_FILES += ["special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model"]

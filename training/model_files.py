@@ -18,9 +18,7 @@ from elm_ecg.configuration_elm import ELMConfig
 from elm_ecg.modeling_common import some_of
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
-
-# what loading an ELM reads of its folder; never a pickle
-MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+from elm_ecg.training.digest import MODEL_FILES
 
 
 def find_model_file(
@@ -63,8 +61,7 @@ def model_folder(
     """As `find_model_file`, with the local folder of a model of the Hub, all of whose files are there."""
     place, filename = find_model_file(name, filenames, revision, label)
     if not Path(place).exists():
-        # files of subfolders are not the model's
-        place = snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES, ignore_patterns=["*/*"])
+        place = snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES)
     return Path(place), filename
 
 

@@ -1,6 +1,4 @@
-import pytest
-
-from elm_ecg.training.evaluation.scale import MetricScale, number_of, scales_of, title_of
+from elm_ecg.training.evaluation.scale import MetricScale, scales_of, title_of
 
 BPM = MetricScale(title="error of the rate", unit="bpm", high=None, higher_is_better=False)
 
@@ -37,11 +35,6 @@ def test_a_lower_error_is_an_improvement():
 
 def test_the_results_hold_scales():
     assert scales_of({"metrics": {"rate": BPM.to_dict()}}) == {"rate": BPM}
-
-
-@pytest.mark.parametrize(("count", "words"), [(0, "0 rows"), (1, "1 row"), (2000, "2,000 rows")])
-def test_number_of(count, words):
-    assert number_of(count, "row") == words
 
 
 def test_title_of():

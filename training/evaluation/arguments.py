@@ -80,7 +80,7 @@ class EvaluationArguments(DataArguments):
     metrics: list[str] = argument(
         list(METRICS),
         f"Scores beside exact match: {', '.join(METRIC_NAMES)}, or the path of a metric of your own, ./NAME.py; bleu4, rouge_l, meteor "
-        'and bert_score need `pip install "elm-ecg[metrics]"`.',
+        "and bert_score need the extra `metrics`.",
     )
     main_metric: str | None = argument(
         None, "Metric of the verdict and the plots. Default: auroc where there is one, else exact_match."

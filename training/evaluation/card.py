@@ -6,9 +6,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 
+from elm_ecg.training.data.schema import counted
 from elm_ecg.training.evaluation.conditions import BASELINE, CONDITIONS, ECG
 from elm_ecg.training.evaluation.results import results_of
-from elm_ecg.training.evaluation.scale import number_of, scales_of
+from elm_ecg.training.evaluation.scale import scales_of
 from elm_ecg.training.files import write_text
 from elm_ecg.training.markdown import CARD, TEMPLATES, replace_section
 
@@ -39,11 +40,7 @@ def with_evaluations(text: str, evaluations: Sequence[Mapping[str, Any]], model_
     for results in evaluations:
         metrics = list(dict.fromkeys(name for row in results["conditions"].values() for name in row["metrics"]))
         section = TEMPLATES.get_template("evaluation.md").render(
-            results=results,
-            metrics=metrics,
-            scales=scales_of(results),
-            baseline=CONDITIONS[BASELINE],
-            number_of=number_of,
+            results=results, metrics=metrics, scales=scales_of(results), baseline=CONDITIONS[BASELINE], counted=counted
         )
         sections.append(section.strip())
     card = ModelCard(replace_section(text, SECTION, "\n\n".join(sections)))

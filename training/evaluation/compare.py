@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from elm_ecg.training.command_line import CommandLineParser
+from elm_ecg.training.data.schema import counted
 from elm_ecg.training.evaluation.bootstrap import (
     MIN_PATIENTS,
     Difference,
@@ -32,7 +33,7 @@ from elm_ecg.training.evaluation.results import (
     results_in,
     write_json,
 )
-from elm_ecg.training.evaluation.scale import MetricScale, number_of, scales_of, title_of
+from elm_ecg.training.evaluation.scale import MetricScale, scales_of, title_of
 from elm_ecg.training.evaluation.scores import METRIC_NAMES, is_path, load_metrics, name_of
 
 SCHEMA_VERSION = 2  # of the output
@@ -279,7 +280,7 @@ def warnings_of(models: list[EvaluatedModel]) -> list[str]:
     patients = len(set(models[0].column("patient_id")))
     if patients < MIN_PATIENTS:
         notes.append(
-            f"The questions are about {number_of(patients, 'patient')}: fewer than {MIN_PATIENTS} do not show how patients differ, so "
+            f"The questions are about {counted(patients, 'patient')}: fewer than {MIN_PATIENTS} do not show how patients differ, so "
             "there are no intervals and no p-values."
         )
     return notes
@@ -306,7 +307,7 @@ def to_markdown(
     units = [f"{scale.title} in {scale.unit}" for scale in scales.values() if scale.factor == 1 and scale.unit]
     exceptions = f" But {', '.join(units)}." if units else ""
     lines = [
-        f"{number_of(len(models[0].predictions), 'question')} about {number_of(num_patients, 'patient')}. Scores in percent, differences "
+        f"{counted(len(models[0].predictions), 'question')} about {counted(num_patients, 'patient')}. Scores in percent, differences "
         f"in points, in brackets their 95% intervals by patient.{exceptions}",
         *warnings_of(models),
         "",

@@ -19,6 +19,7 @@ from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.build import limit_threads, load_elm
 from elm_ecg.training.command_line import run_command
+from elm_ecg.training.data.schema import counted
 from elm_ecg.training.digest import digest_of_folder, digest_of_model, files_of_model, folder_of
 from elm_ecg.training.evaluation.answers import Answerer
 from elm_ecg.training.evaluation.arguments import METRICS, EvaluationArguments, ScoredBy, check_settings, parse
@@ -48,7 +49,7 @@ from elm_ecg.training.evaluation.results import (
     write_json,
 )
 from elm_ecg.training.evaluation.runs import over_runs
-from elm_ecg.training.evaluation.scale import number_of, scales_of
+from elm_ecg.training.evaluation.scale import scales_of
 from elm_ecg.training.evaluation.scores import Scorer, check_contract, file_of, is_path, load_metrics, name_of
 from elm_ecg.training.evaluation.verdict import verdict
 from elm_ecg.training.files import check_output_folder
@@ -158,7 +159,7 @@ def _evaluate(
     modules = load_metrics(["exact_match", *settings["metrics"]])
     questions = list_questions(data)
     if not questions:
-        raise ValueError(f"The dataset has {number_of(len(data), 'row')} and no assistant turn to score.")
+        raise ValueError(f"The dataset has {counted(len(data), 'row')} and no assistant turn to score.")
     for metric in filter(is_path, settings["metrics"]):
         check_contract(name_of(metric), modules[name_of(metric)], [question.answer for question in questions])
     training = [] if training_data is None else list_questions(training_data)
@@ -496,7 +497,7 @@ def main(argv: list[str] | None = None) -> Results:
             continue
         spread = "" if row["std"] is None else f", standard deviation {scale.number(row['std'])}"
         mean = scale.with_unit(scale.number(row["mean"]))
-        print(f"{condition}: {scale.title} {mean} over {number_of(row['num_runs'], 'run')}{spread}")
+        print(f"{condition}: {scale.title} {mean} over {counted(row['num_runs'], 'run')}{spread}")
     print(f"Figures over the runs in {(folder / SUMMARY_FILE).resolve()}. {summary['note']}", flush=True)
     return summary
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from elm_ecg.ecg_utils import as_record
 from elm_ecg.training.data.loading import ecgs_of
-from elm_ecg.training.evaluation.scale import number_of
+from elm_ecg.training.data.schema import counted
 
 MAX_CANDIDATES = 50  # each is read by the model after every question
 
@@ -168,7 +168,7 @@ def candidate_answers(
     for kind in sorted(asked):
         if not 2 <= len(by_type[kind]) <= MAX_CANDIDATES:
             raise ValueError(
-                f"Questions of the type {kind!r} have {number_of(len(by_type[kind]), 'different answer')}; {prefix}score likelihood "
+                f"Questions of the type {kind!r} have {counted(len(by_type[kind]), 'different answer')}; {prefix}score likelihood "
                 f"decides among 2 to {MAX_CANDIDATES}. Give them as {prefix}candidates, or use {prefix}score generation."
             )
     of_type = {kind: sorted(by_type[kind]) for kind in asked}
@@ -199,7 +199,7 @@ def other_patients(patients: list[tuple[str, ...]], seed: int) -> np.ndarray:
             raise ValueError(
                 "There is one row alone, and so no other ECG to swap in."
                 if len(patients) == 1
-                else f"All {len(patients)} rows have an ECG of {number_of(len(patients[row]), 'patient').split()[1]} {named}: no other "
+                else f"All {len(patients)} rows have an ECG of {counted(len(patients[row]), 'patient').split()[1]} {named}: no other "
                 "ECG to swap in."
             )
         others[row] = other

@@ -13,9 +13,10 @@ from datasets import Dataset
 from elm_ecg.ecg_drawing import ECGPaper, draw_ecg, page_height, page_width
 from elm_ecg.ecg_utils import as_record
 from elm_ecg.training.data.loading import ecgs_of
+from elm_ecg.training.data.schema import counted
 from elm_ecg.training.evaluation.bootstrap import MIN_PATIENTS, p_in_words
 from elm_ecg.training.evaluation.conditions import CONDITIONS, ECG
-from elm_ecg.training.evaluation.scale import SHARE, MetricScale, number_of, scales_of, title_of
+from elm_ecg.training.evaluation.scale import SHARE, MetricScale, scales_of, title_of
 from elm_ecg.training.figures import confusion_plot, differences_plot, scores_plot
 from elm_ecg.training.files import resource, write_text
 
@@ -130,10 +131,10 @@ def _about_intervals(results: Mapping[str, Any]) -> str:
     patients, resamples = results["num_patients"], results["settings"]["num_resamples"]
     if patients < MIN_PATIENTS:
         return (
-            f"Without intervals and p-values: the questions are about {number_of(patients, 'patient')}, and fewer than {MIN_PATIENTS} "
+            f"Without intervals and p-values: the questions are about {counted(patients, 'patient')}, and fewer than {MIN_PATIENTS} "
             "do not show how patients differ."
         )
-    return f"In brackets 95% intervals by patient; {number_of(resamples, 'resample')} show no p below {2 / (resamples + 1):.4f}."
+    return f"In brackets 95% intervals by patient; {counted(resamples, 'resample')} show no p below {2 / (resamples + 1):.4f}."
 
 
 def write_report(

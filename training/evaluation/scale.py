@@ -67,11 +67,6 @@ class MetricScale:
         return asdict(self)
 
 
-def number_of(count: int, noun: str) -> str:
-    """A count with its noun: `1 patient`, `2 patients`."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
 def title_of(name: str) -> str:
     """The name of a metric or type of question in words."""
     return "AUROC" if name == "auroc" else name.replace("_", " ")

@@ -4,9 +4,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from elm_ecg.training.data.schema import counted
 from elm_ecg.training.evaluation.bootstrap import MIN_PATIENTS
 from elm_ecg.training.evaluation.conditions import BASELINE, CONDITIONS, ECG
-from elm_ecg.training.evaluation.scale import number_of, scales_of
+from elm_ecg.training.evaluation.scale import scales_of
 
 if TYPE_CHECKING:
     from elm_ecg.training.evaluation.questions import Question
@@ -64,7 +65,7 @@ def verdict(results: Mapping[str, Any]) -> str:
 def _why_none(results: Mapping[str, Any]) -> str:
     count = results["num_patients"]
     if count < MIN_PATIENTS:
-        return f"the questions are about {number_of(count, 'patient')}, and fewer than {MIN_PATIENTS} are too few"
+        return f"the questions are about {counted(count, 'patient')}, and fewer than {MIN_PATIENTS} are too few"
     return "the score is undefined in too many of the resamples"
 
 
