@@ -48,7 +48,8 @@ def library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"This format needs the library {name}: `pip install {name}`.") from error
+        package = name.partition(".")[0]
+        raise ImportError(f"This format needs the library {package}: `pip install {package}`.") from error
 
 
 def stated(**facts: Any) -> dict[str, Any]:

@@ -462,7 +462,7 @@ class TestHostileXML:
 
     def test_without_defusedxml(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setitem(sys.modules, "defusedxml.ElementTree", None)
-        with pytest.raises(ImportError, match="pip install defusedxml"):
+        with pytest.raises(ImportError, match="`pip install defusedxml`"):
             read_xml(aecg({"MDC_ECG_LEAD_I": "1 2 3"}))
 
     @pytest.mark.parametrize("name", ["aecg", "muse", "sierra"])

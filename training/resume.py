@@ -256,8 +256,8 @@ def _fault_of_file(path: Path) -> str | None:
         with path.open("rb") as file:
             length = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))[0]
             try:
-                header = json.loads(file.read(length)) if length <= size else None
-                tensors = [value for name, value in dict(header).items() if name != "__metadata__"]
+                header = json.loads(file.read(min(length, size)))
+                tensors = [value for name, value in header.items() if name != "__metadata__"]
                 expected = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors), default=0)
             except (ValueError, AttributeError, KeyError, TypeError, IndexError):
                 return "its header is no safetensors"
