@@ -388,11 +388,14 @@ def disks(
 def main() -> None:
     """Runs the trials, and ends with status 1 where there was a fault."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=list(COMMANDS), help="of `elm`")
+    parser.add_argument("command", nargs="+", metavar="COMMAND", help=f"of `elm`: {', '.join(COMMANDS)}")
     parser.add_argument("--moments", type=int, default=30, help="at which it is killed; default: %(default)s")
     parser.add_argument("--disks", type=int, default=8, help="that are too small; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and sizes; default: %(default)s")
     args = parser.parse_args()
+    args.command = " ".join(args.command)  # `data build` are two words
+    if args.command not in COMMANDS:
+        parser.error(f"there is no trial of {args.command}; expected one of {', '.join(COMMANDS)}")
     rng = random.Random(args.seed)
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as name:

@@ -59,7 +59,7 @@ def fail(*args: Any, **kwargs: Any) -> None:
     [
         (["quickstart", "--use_cpu"], []),
         (["sft", "--data", "x", "--use_cpu"], [(sft, "load_splits"), (sft, "load_elm"), (sft, "build_base")]),
-        (["evaluate", "model", "--data", "x"], [(evaluate, "load_data"), (evaluate, "load_elm")]),
+        (["evaluate", "model", "--data", "x"], [(evaluate, "_load_data"), (evaluate, "load_elm")]),
         (["convert", "elm.pt", "--encoder", "merl"], [(convert, "read_checkpoint")]),
         (["data", "build", "records"], [(write, "make_plan")]),
         (["tokenizer", "train", "--data", "x", "--sampling_rate", "250"], [(tokenizer, "load_splits")]),
@@ -109,7 +109,7 @@ def test_evaluation_loads_no_model_for_data_that_it_has_not(data, tmp_path, monk
         assert cli.main([*model, *options]) == 1
         assert message in capsys.readouterr().err
     assert cli.main(["evaluate", "runs/fold{fold}", "--data", str(data)]) == 1
-    assert "Which fold is {fold} in runs/fold{fold}? Say it with --fold" in capsys.readouterr().err
+    assert "--model_name_or_path is runs/fold{fold}; say which --fold stands for {fold}" in capsys.readouterr().err
 
 
 def test_training_loads_no_model_for_data_that_it_has_not(data, tmp_path, monkeypatch, capsys):

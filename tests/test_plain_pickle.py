@@ -109,7 +109,7 @@ def test_those_pickles_are_evil(name, tmp_path, monkeypatch):
 
 def test_a_long_pickle_takes_no_long_time(monkeypatch):
     """16 MiB of pairs in pairs took 8 seconds."""
-    assert MAX_OPCODES <= 1_000_000
+    assert MAX_OPCODES <= 1_500_000
     monkeypatch.setattr(plain_pickle, "MAX_OPCODES", 10_000)
     assert len(load_plain_pickle(pickle.dumps(list(range(9_000))), int)) == 9_000
     content = b"\x80\x04K\x01" + b"K\x01\x86" * (16 * 2**20 // 3) + b"."

@@ -221,7 +221,7 @@ class TestChat:
         assert text.split("<|end_header_id|>\n\n")[1:] == [
             f"{run}\na<|eot_id|><|start_header_id|>assistant",
             "b<|eot_id|><|start_header_id|>user",
-            f"c{run}\n{run}\n<|eot_id|>",
+            f"c{run}\n{run}<|eot_id|>",  # the template takes white space at the ends away
         ]
 
     @pytest.mark.parametrize("side", ["left", "right"])
@@ -758,7 +758,7 @@ class TestSymbolic:
         learnt = [token for token, mask in zip(batch["input_ids"][0], batch["assistant_masks"][0], strict=True) if mask]
         tokens = symbolic_ids(symbolic, ecg["ecg"]["array"])
         assert learnt[: len(tokens)] == tokens
-        assert symbolic.tokenizer.decode(learnt[len(tokens) :]) == "\n<|eot_id|>"
+        assert symbolic.tokenizer.decode(learnt[len(tokens) :]) == "<|eot_id|>"
 
     def test_short_ecgs_are_not_padded(self, symbolic):
         ecg = simulated()

@@ -76,7 +76,7 @@ def test_secrets_are_not_saved(tmp_path):
         (["--seed", "7"], "--seed 42 (now 7)"),
         (["--batch_size", "2"], "--per_device_train_batch_size 4 (now 2)"),
         (["--peft"], "--use_peft False (now True)"),
-        (["--lora_r", "4"], "--lora_r 16 (now 4)"),
+        (["--peft", "--lora_r", "4"], "--lora_r 16 (now 4)"),
         (["--connector", "mlp"], "--connector linear (now mlp)"),
         (["--llm", "elsewhere/llm"], "now elsewhere/llm"),
         (["--encoder", "mtae"], "--encoder merl (now mtae)"),

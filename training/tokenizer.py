@@ -146,10 +146,10 @@ def _train(args: argparse.Namespace, folder: Path, lead_names: Sequence[str], se
 
 def import_pickle(args: argparse.Namespace) -> None:
     """`elm tokenizer import`."""
-    pickled, ids = read_ecg_byte_pickle(args.file)
-    tokenizer = ECGByteTokenizer(pickled.merges, sampling_rate=args.sampling_rate)
-    rate = "a rate that its file does not state" if args.sampling_rate is None else f"{args.sampling_rate:g} Hz"
     with new_folder(args.output_dir) as folder:
+        pickled, ids = read_ecg_byte_pickle(args.file)
+        tokenizer = ECGByteTokenizer(pickled.merges, sampling_rate=args.sampling_rate)
+        rate = "a rate that its file does not state" if args.sampling_rate is None else f"{args.sampling_rate:g} Hz"
         _save(
             folder,
             args.output_dir.resolve().name,

@@ -265,7 +265,7 @@ def test_space(adapter, page, folder, tmp_path):
     assert "not a medical device" in card.text
     requirements = (space / "requirements.txt").read_text().split()
     names = [re.split("[<>=]", line)[0] for line in requirements]
-    assert names == ["defusedxml", "edfio", "numpy", "pillow", "pydicom", "torch", "transformers", "wfdb"]
+    assert names == ["defusedxml", "edfio", "h5py", "numpy", "pillow", "pydicom", "torch", "transformers", "wfdb"]
     assert json.loads((space / "space.json").read_text())["revision"] == "abc123"
 
     # runs without this project, with the code of the model's own folder
@@ -294,7 +294,7 @@ print("The model reads 0 to 2 s of 10 s." in shown, [turn["role"] for turn in li
 
 def test_uploads_go_with_the_page(page, tmp_path, monkeypatch):
     """Also when SIGTERM ends it, which `elm` makes an exception."""
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(demo_module, "import_gradio", lambda: None)
     monkeypatch.setattr(demo_module, "load_model", lambda args: (page.model, page.processor, "tiny"))
     monkeypatch.setattr(demo_module, "serve", lambda *args: "http://127.0.0.1:7860")
@@ -302,12 +302,15 @@ def test_uploads_go_with_the_page(page, tmp_path, monkeypatch):
 
     class Served:
         def block_thread(self):
-            uploads = Path(os.environ["GRADIO_TEMP_DIR"])
+            uploads = Path(os.environ["GRADIO_TEMP_DIR"]) / "upload"
             uploads.mkdir()
             (uploads / "ecg.xml").write_text("somebody's")
             seen.extend(tmp_path.rglob("ecg.xml"))
             os.kill(os.getpid(), signal.SIGTERM)
             signal.sigtimedwait([], 10)
+
+        def close(self, verbose):
+            pass
 
     monkeypatch.setattr(demo_module, "build_demo", lambda *args: Served())
     with pytest.raises(SystemExit, match="143"):

@@ -169,11 +169,11 @@ def test_windows_without_a_gap(resample, caplog):
     around = 0 if resample is None else 1  # the filter of resampling reaches into the seconds beside it
     assert starts["whole"] == list(range(10))
     assert starts["gappy"] == [s for s in range(10) if not 2 - around <= s <= 2 + around]
-    assert f"Left out: windows with a gap (NaN), in 1 records ({10 - len(starts['gappy'])})" in caplog.messages
+    assert f"Left out: windows with a gap (NaN), in 1 record ({10 - len(starts['gappy'])})" in caplog.messages
     rows = {(r, s): e["array"] for r, s, e in zip(data["record_id"], data["start_second"], data["ecg"], strict=True)}
     for start in starts["gappy"]:
         np.testing.assert_array_equal(rows["gappy", start], rows["whole", start])
-    with pytest.raises(ValueError, match=r"Each window of 10 s has a gap \(NaN\); cut shorter ones with --window"):
+    with pytest.raises(ValueError, match=r"Each window of 10 s has a gap \(NaN\); cut shorter ones with `window`"):
         build_dataset({"gappy": records["gappy"]}, make_questions("gappy", split="train"), window=10)
     with pytest.raises(ValueError, match="gap"):
         build_dataset({"gappy": records["gappy"]}, make_questions("gappy", split="train"))
@@ -183,7 +183,7 @@ def test_reported_gap_and_hdf5(shared, tmp_path, caplog):
     header = shared / "data/reported/mixedsignals/mixedsignals.hea"
     data = build_dataset({"a": header}, make_questions("a", split="train"), window=10)["train"]
     assert len(data) == 22  # of 23 windows in 230 s
-    assert "Left out: windows with a gap (NaN), in 1 records (1)" in caplog.messages
+    assert "Left out: windows with a gap (NaN), in 1 record (1)" in caplog.messages
     part = shared / "data/reported/code15_exams_part0_2records.hdf5"
     data = build_dataset(part, make_questions(1169160, 2873686, split="train"))["train"]
     assert sorted(data["record_id"]) == ["1169160", "2873686"]

@@ -369,7 +369,7 @@ def test_an_interrupted_evaluation_takes_no_answers_of_what_was_changed(model, d
     DatasetDict(test=Dataset.from_list(rows)).save_to_disk(tmp_path / "data")
     model = shutil.copytree(model, tmp_path / "elm")
     options = ["--conditions", "zeroed", "--max_new_tokens", "6", "--batch_size", "1", "--num_resamples", "10"]
-    argv = ["--model_name_or_path", str(model), "--data", str(tmp_path / "data"), *options]
+    argv = ["--model_name_or_path", str(model), "--data", str(tmp_path / "data"), "--ecg_root", str(tmp_path), *options]
     monkeypatch.setattr(evaluation, "write_report", lambda *args: None)  # it takes longest
     answer, asked = Answerer._answer, []
 
@@ -597,8 +597,8 @@ def test_compare(evaluated, model, data, tmp_path, capsys):
         (["--metrics", "accuracy"], "--metrics has accuracy; expected some of bert_score, .*, the path of a metric"),
         (["--metrics", "./accuracy.py"], r"There is no metric \./accuracy\.py: no file accuracy\.py"),
         (["--main_metric", "auroc"], "--main_metric is auroc, which is not scored; .* auroc needs --score likelihood"),
-        (["--fold", "1", "2"], "(some of these have the same rows in the split 'test'|no folds|has no fold)"),
-        (["--output_dir", "/proc/nowhere"], "Results cannot be written to /proc/nowhere .*name another --output_dir"),
+        (["--fold", "1", "2"], "--fold 1 with data without folds; leave it out"),
+        (["--output_dir", "/proc/nowhere"], "--output_dir /proc/nowhere cannot be written: .*Name another"),
         (["--seed", "1", "1"], "--seed 1 1 names one twice"),
         (["--candidates", "yes", "no"], "add that, or leave them out"),
         (["--generation_kwargs", "{'"], "--generation_kwargs is not JSON"),

@@ -53,7 +53,12 @@ CSS = """
 NO_ECG = '<div class="none">The ECG is drawn here.</div>'
 # beside app.py and the card, what a Space is made of: the page, and what draws and reads ECGs with all that it imports
 SPACE_MODULES = ["__init__.py", "ecg_drawing.py", "training/__init__.py", "training/command_line.py"]
-SPACE_MODULES += ["training/apps/__init__.py", "training/apps/conversation.py", "training/apps/demo.py"]
+SPACE_MODULES += [
+    "training/files.py",
+    "training/apps/__init__.py",
+    "training/apps/conversation.py",
+    "training/apps/demo.py",
+]
 SPACE_FOLDER = Path(__file__).parent / "space"
 
 Turns = list[dict[str, str]]  # {"role", "content"}, as Gradio shows them

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from elm_ecg.ecg_utils import ZERO_CROSSINGS, as_record, cut_windows, resample, window_starts
 from elm_ecg.training.command_line import did_you_mean
 from elm_ecg.training.data.arguments import KEPT_COLUMNS, BuildArguments, in_python
-from elm_ecg.training.data.schema import ECG, MESSAGES, as_list
+from elm_ecg.training.data.schema import ECG, MESSAGES, as_list, counted
 from elm_ecg.training.data.sources import (
     PTBXL_TABLE,
     QuestionRow,
@@ -162,7 +162,7 @@ class Plan:
                 f"None of the {len(self.unreadable)} records can be read. The first: {next(iter(self.unreadable.values()))}"
             )
         if self.gaps:
-            self.left_out[f"windows with a gap (NaN), in {len(self.gaps):,} records"] = sum(self.gaps.values())
+            self.left_out[f"windows with a gap (NaN), in {counted(len(self.gaps), 'record')}"] = sum(self.gaps.values())
         if self.unreadable:
             self.left_out["records that cannot be read, and their questions"] = len(self.unreadable)
 

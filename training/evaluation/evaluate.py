@@ -443,9 +443,9 @@ def main(argv: list[str] | None = None) -> Results:
     state = PartialState(cpu=not torch.cuda.is_available())  # no MPS, which accelerate would take
     folds: list[int | None] = [None] if args.fold is None else [*args.fold]
     names = {fold: args.model_name_or_path.replace("{fold}", str(fold)) for fold in folds}
+    check_output_folder(output_folder(args))
     for name in names.values():
         find_model_file(name, ["adapter_config.json", "config.json"], args.model_revision)
-    check_output_folder(output_folder(args))
     loaded = {fold: _load_data(args, fold) for fold in folds}  # likewise before the model
     fingerprints = [fingerprint for _, _, fingerprint in loaded.values()]
     if len(set(fingerprints)) < len(folds) and len(set(names.values())) == 1:
