@@ -15,6 +15,7 @@ from elm_ecg.training.files import (
     naming,
     new_folder,
     no_room,
+    read_json,
     write_text,
 )
 
@@ -72,6 +73,16 @@ def test_new_folder_through_a_link(tmp_path, exists):
         write_text(folder / "a.txt", "text")
     assert link.is_symlink()
     assert [path.name for path in target.iterdir()] == ["a.txt"]
+
+
+def test_read_json(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"a": 1}')
+    assert read_json(path) == {"a": 1}
+    for content, message in (("[]", "holds a list; expected a JSON object"), ("{", "is not JSON")):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=f"config.json {message}"):
+            read_json(path)
 
 
 @pytest.mark.parametrize("place", [atomic_path, new_folder])

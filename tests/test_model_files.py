@@ -7,6 +7,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
+from elm_ecg.training import build
 from elm_ecg.training.build import load_elm
 from elm_ecg.training.model_files import check_finite, non_finite
 from helpers import fork_project, save_tiny_llm, tiny_elm, tiny_elm_config, tiny_image_processor_elm, tiny_processor
@@ -228,6 +229,21 @@ class TestAdapters:
         path = adapter / "adapter_model.safetensors"
         path.write_bytes(path.read_bytes()[:-10])
         assert_refused(adapter, r"adapter_model\.safetensors is damaged or incomplete")
+
+    def test_revision_of_the_base(self, adapter, monkeypatch):
+        """`elm push` writes it, and the digest of the adapter counts it."""
+        edit_json(adapter / "adapter_config.json", base_model_name_or_path="owner/base", revision="v2")
+        asked = []
+
+        def find(name, filenames, revision="main", label=""):
+            asked.append((name, revision))
+            raise ValueError("not asked further")
+
+        load = build.model_folder
+        monkeypatch.setattr(build, "model_folder", lambda *args: load(*args) if args[0] == str(adapter) else find(*args))
+        with pytest.raises(ValueError, match="not asked further"):
+            load_elm(str(adapter))
+        assert asked == [("owner/base", "v2")]
 
     def test_base_that_is_not_there(self, adapter, tmp_path):
         edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(tmp_path / "nowhere"))

@@ -41,6 +41,7 @@ from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer
 from elm_ecg.training.arguments import VISION_BACKBONES, ELMArguments, ELMParser, ModelArguments
 from elm_ecg.training.command_line import did_you_mean
+from elm_ecg.training.digest import base_of_adapter
 from elm_ecg.training.files import resource
 from elm_ecg.training.model_files import (
     check_config,
@@ -436,15 +437,13 @@ def _load_whole(folder: Path, label: str, **model_kwargs: Any) -> ELMForConditio
 
 def _load_adapted(folder: Path, label: str, **model_kwargs: Any) -> ELMForConditionalGeneration:
     with loading(folder, label):
-        base_path = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-        if not isinstance(base_path, str):
+        config = PeftConfig.from_pretrained(str(folder))
+        if not isinstance(config.base_model_name_or_path, str):
             raise ValueError(
-                f"adapter_config.json does not name its base model (base_model_name_or_path is {base_path})."
+                f"adapter_config.json does not name its base model (base_model_name_or_path is {config.base_model_name_or_path})."
             )
-    moved = folder / "base_model"
-    if not Path(base_path).exists() and moved.is_dir():
-        base_path = str(moved)  # the folder is not where it was trained
-    base_folder, _ = model_folder(base_path, ["config.json"], label="The adapter's base")
+    base_path = base_of_adapter(folder)
+    base_folder, _ = model_folder(base_path, ["config.json"], config.revision or "main", "The adapter's base")
     base = _load_whole(base_folder, f"The adapter's base {base_path}", **model_kwargs)
     # PEFT uses a name that transformers is about to change
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

@@ -11,6 +11,8 @@ import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from tqdm import tqdm
 
+from elm_ecg.training.files import read_json
+
 # what loading a model reads, and so what is shared of it; not its card, its results, or what training left beside
 MODEL_FILES = ["config.json", "generation_config.json", "adapter_config.json", "processor_config.json"]
 MODEL_FILES += ["preprocessor_config.json"]
@@ -111,14 +113,14 @@ def folder_of(name_or_path: str, revision: str = "main") -> Path:
 
 def base_of_adapter(folder: Path) -> str:
     """What an adapter is loaded on: a local folder, of which one that was moved along is `base_model`, or a Hub id."""
-    base = str(_read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "")
+    base = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "")
     moved = folder / "base_model"
     return str(moved) if not Path(base).exists() and moved.is_dir() else base
 
 
 def _adapter(folder: Path) -> tuple[bytes, str]:
     """The configuration of an adapter without the place of its base, and a digest of the base."""
-    config = _read_json(folder / "adapter_config.json")
+    config = read_json(folder / "adapter_config.json")
     base, revision = base_of_adapter(folder), config.get("revision") or "main"
     rest = {name: value for name, value in config.items() if name not in ("base_model_name_or_path", "revision")}
     content = json.dumps(rest, sort_keys=True).encode()
@@ -136,16 +138,6 @@ def _adapter(folder: Path) -> tuple[bytes, str]:
 
 def _name(path: Path, folder: Path) -> str:
     return path.relative_to(folder).as_posix()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); save the model again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; expected a JSON object. Save the model again.")
-    return content
 
 
 def _without_names(value: Any) -> Any:

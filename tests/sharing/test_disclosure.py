@@ -12,7 +12,6 @@ from elm_ecg.training.sharing.disclosure import (
     check_results,
     check_text,
     check_weights,
-    read_json,
     without_local_paths,
 )
 
@@ -129,8 +128,6 @@ def test_results(tmp_path):
         path.write_text(content)
         with pytest.raises(ValueError, match=message):
             check_results(path)
-        with pytest.raises(ValueError, match="evaluation_results"):
-            read_json(path)
 
 
 def test_page(tmp_path):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from elm_ecg.ecg_formats import format_of
 from elm_ecg.training.evaluation.results import REPORT_FILE
+from elm_ecg.training.files import read_json
 from elm_ecg.training.markdown import on_hub
 
 # what a run leaves in its folder and nobody needs: states of training, logs, and answers, which quote the data
@@ -84,21 +85,6 @@ PASSWORD = re.compile(
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Whether a file's name is one of the patterns of a shell."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        ValueError: the file does not hold one.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; expected a JSON object.")
-    return content
 
 
 def check_folder(folder: Path, shared: Collection[str]) -> list[str]:

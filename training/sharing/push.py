@@ -36,7 +36,7 @@ from elm_ecg.training.data.synthetic import Findings, simulate_ecg
 from elm_ecg.training.digest import MODEL_FILES, digest_of_folder
 from elm_ecg.training.evaluation.card import with_evaluations
 from elm_ecg.training.evaluation.results import EVALUATIONS, REPORT_FILE, RESULTS_FILE, read_results, results_in
-from elm_ecg.training.files import resource
+from elm_ecg.training.files import read_json, resource
 from elm_ecg.training.markdown import CARD, CITATION, SAMPLE, citation, on_hub, replace_section, use_of
 from elm_ecg.training.sharing.cards import PREPROCESSOR, elm_card, encoder_card
 from elm_ecg.training.sharing.contents import check_contents, module_file, own_file
@@ -49,7 +49,6 @@ from elm_ecg.training.sharing.disclosure import (
     check_text,
     check_weights,
     matches,
-    read_json,
     without_local_paths,
 )
 from elm_ecg.training.sharing.ecg_byte_import import ORDER_FILE
