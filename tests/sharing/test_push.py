@@ -589,6 +589,21 @@ def test_licence(model, hub):
         main([str(model), "--repo_id", "user/model", "--license", "other"])
 
 
+def test_a_dry_run_says_what_stays_and_that_a_licence_is_missing(model, hub, capsys):
+    (model / "training_options.json").write_text("{}")
+    dry_run = [str(model), "--repo_id", "user/model", "--dry_run"]
+    main(dry_run)
+    said = capsys.readouterr().out
+    assert "training_options.json" in said.split("Left out: ")[1].split("\n")[0]
+    assert "The card names no licence: the push needs --license.\n" in said
+    main([*dry_run, "--license", "mit"])
+    assert "licence" not in capsys.readouterr().out
+    (model / "README.md").write_text("---\nbase_model: owner/llm\n---\n# x\n\n## Use\n\n## Limits\n")
+    main(dry_run)
+    assert "licence: that of owner/llm on the Hub is taken; if it names none, the push needs" in capsys.readouterr().out
+    assert hub.repos == {}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -481,7 +481,18 @@ def push(args: argparse.Namespace) -> None:
     print(f"What is shared: {', '.join(sorted({*files, CARD}))}")
     if kind == "dataset":
         print(describe_dataset(args.run))
+    if left_out:
+        more = f" and {len(left_out) - MAX_NAMES} more" if len(left_out) > MAX_NAMES else ""
+        print(f"Left out: {', '.join(left_out[:MAX_NAMES])}{more}. Predictions quote the data.")
     if args.dry_run:
+        if args.license is None and card.data.get("license") in (None, "unknown"):
+            base = card.data.get("base_model")
+            of_base = (
+                f"that of {base} on the Hub is taken; if it names none, "
+                if isinstance(base, str) and on_hub(base)
+                else ""
+            )
+            print(f"The card names no licence: {of_base}the push needs --license.")
         print("Nothing was sent, as --dry_run says.", flush=True)
         return
     if get_token() is None:  # the checks before need no Hub
@@ -489,9 +500,6 @@ def push(args: argparse.Namespace) -> None:
     set_licence(card, kind, args, api)
     if args.space:
         check_space(api, args.repo_id)
-    if left_out:
-        more = f" and {len(left_out) - MAX_NAMES} more" if len(left_out) > MAX_NAMES else ""
-        print(f"Left out: {', '.join(left_out[:MAX_NAMES])}{more}. Predictions quote the data.")
     facts, repo_type = facts_of_use(args.run, kind, files), "dataset" if kind == "dataset" else "model"
     with ExitStack() as repos:  # if the adapter fails, the base's repository is put back too
         own_commits: set[str] = set()
