@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from huggingface_hub import (
     CommitOperationAdd,
@@ -23,21 +24,25 @@ from huggingface_hub import (
     get_token,
 )
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from peft import PeftConfig
 from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
 
 from elm_ecg.configuration_elm import ENCODER_CONFIGS, ELMConfig
 from elm_ecg.ecg_utils import STANDARD_LEADS
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
+from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer
-from elm_ecg.training.command_line import CommandLineParser
+from elm_ecg.training.command_line import CommandLineParser, printable
 from elm_ecg.training.data.arguments import ALLOW_HELP, DRY_RUN_HELP
 from elm_ecg.training.data.synthetic import Findings, simulate_ecg
-from elm_ecg.training.digest import MODEL_FILES, digest_of_folder
+from elm_ecg.training.digest import MODEL_FILES, base_of_adapter, digest_of_folder
 from elm_ecg.training.evaluation.card import with_evaluations
 from elm_ecg.training.evaluation.results import EVALUATIONS, REPORT_FILE, RESULTS_FILE, read_results, results_in
 from elm_ecg.training.files import resource
 from elm_ecg.training.markdown import CARD, CITATION, SAMPLE, citation, on_hub, replace_section, use_of
+from elm_ecg.training.model_files import check_weights as check_state
+from elm_ecg.training.model_files import loading
 from elm_ecg.training.sharing.cards import PREPROCESSOR, elm_card, encoder_card
 from elm_ecg.training.sharing.contents import check_contents, module_file, own_file
 from elm_ecg.training.sharing.dataset_disclosure import DATASET_FILES, check_dataset, describe_dataset
@@ -127,8 +132,11 @@ def code_of(folder: Path, kind: str) -> dict[str, bytes]:
             )
         parts = [config, *(part for part in config.values() if isinstance(part, dict))]  # parts within, of a processor
         for part in parts:
-            entries = [*(part.get("auto_map") or {}).values()]  # AutoTokenizer has two, slow and fast, or None
-            entries += [pipeline["impl"] for pipeline in (part.get("custom_pipelines") or {}).values()]
+            auto_map, pipelines = (part.get(key) or {} for key in ("auto_map", "custom_pipelines"))
+            if not (isinstance(auto_map, dict) and isinstance(pipelines, dict)):
+                raise ValueError(f"{folder / name} is damaged: its auto_map and custom_pipelines are no JSON objects.")
+            entries = [*auto_map.values()]  # AutoTokenizer has two, slow and fast, or None
+            entries += [pipeline.get("impl") for pipeline in pipelines.values() if isinstance(pipeline, dict)]
             classes = [name for entry in entries for name in (entry if isinstance(entry, list) else [entry])]
             names = {str(name).split("--")[-1].rpartition(".")[0] for name in classes if name}  # REPO--module.Class
             modules |= {module_file(folder, module, folder / name) for module in names}
@@ -184,6 +192,7 @@ def gather(folder: Path, kind: str, allowed: Collection[str] = ()) -> dict[str, 
     weights = "adapter_model.safetensors" if kind == "adapter" else "model*.safetensors"
     check_weights(folder, [name for name in files if matches(name, [weights])])
     files |= code_of(folder, kind)
+    check_loads(folder, kind)
     for name in set(files) & set(LICENCES):
         check_text(folder / name, (folder / name).read_text(encoding="utf-8"))
     if kind != "encoder":
@@ -203,6 +212,31 @@ def gather(folder: Path, kind: str, allowed: Collection[str] = ()) -> dict[str, 
         raise ValueError(f"{folder} has no processor; save it beside the model, processor.save_pretrained.")
     files[SAMPLE] = sample_ecg(extractor.sampling_rate, extractor.num_samples)
     return files
+
+
+def check_loads(folder: Path, kind: str) -> None:
+    """Loads a model as every command does, but for the values of its weights, which `check_weights` reads.
+
+    An adapter is loaded on a base that lies here; one of the Hub is not fetched for it.
+
+    Raises:
+        ValueError: it cannot be loaded: files are damaged, do not go together, or lack weights.
+    """
+    from elm_ecg.training.build import load_elm  # late: it imports TRL, and an encoder or tokenizer does without
+
+    if kind == "encoder":
+        with loading(folder, f"The encoder {folder}"):
+            config = _encoder_config(folder)
+            with torch.device("meta"):
+                check_state(folder, ENCODER_MODELS[config.model_type](config).state_dict())
+            if (folder / PREPROCESSOR).is_file():
+                ECGFeatureExtractor.from_pretrained(folder)
+    elif kind == "model" or Path(base_of_adapter(folder)).is_dir():
+        load_elm(str(folder), device_map="meta")
+    else:
+        with loading(folder, f"The adapter {folder}"):
+            PeftConfig.from_pretrained(str(folder))
+            ELMProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
 def evaluations_of(folder: Path) -> dict[str, bytes | Path]:
@@ -481,7 +515,7 @@ def push(args: argparse.Namespace) -> None:
     card = read_card(args.run, kind, args.repo_id.split("/")[-1])
     print(f"What is shared: {', '.join(sorted({*files, CARD}))}")
     if kind == "dataset":
-        print(describe_dataset(args.run))
+        print(printable(describe_dataset(args.run)))
     if args.dry_run:
         print("Nothing was sent, as --dry_run says.", flush=True)
         return
