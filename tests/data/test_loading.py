@@ -1,4 +1,5 @@
 import json
+import shutil
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from elm_ecg.training.arguments import DataArguments
 from elm_ecg.training.collator import ELMCollator
-from elm_ecg.training.data.loading import ecgs_of, load_data, load_ecgs, load_stream, to_chat
+from elm_ecg.training.data.loading import ecgs_of, load_data, load_ecgs, load_splits, load_stream, to_chat
 from elm_ecg.training.data.schema import MESSAGES
 from elm_ecg.training.data.synthetic import make_dataset
 from elm_ecg.training.dataset_commands import main

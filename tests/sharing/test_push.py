@@ -755,7 +755,7 @@ def test_files_of_another_kind_and_own_code_are_named_and_stay(folders, hub, tmp
 def test_paths_in_the_configuration_of_an_adapter(folders, hub, tmp_path):
     adapter = shutil.copytree(folders / "adapter", tmp_path / "adapter")
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"eva_config": "/home/jane/secret/eva"}))
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"auto_mapping": {"of": "/home/jane/secret/eva"}}))
     push(adapter, "adapter")
     assert b"secret" not in hub.files("user/adapter")["adapter_config.json"]
 

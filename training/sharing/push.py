@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 from huggingface_hub import (
     CommitOperationAdd,
@@ -41,7 +40,6 @@ from elm_ecg.training.evaluation.card import with_evaluations
 from elm_ecg.training.evaluation.results import EVALUATIONS, REPORT_FILE, RESULTS_FILE, read_results, results_in
 from elm_ecg.training.files import resource
 from elm_ecg.training.markdown import CARD, CITATION, SAMPLE, citation, on_hub, replace_section, use_of
-from elm_ecg.training.model_files import check_weights as check_state
 from elm_ecg.training.model_files import loading
 from elm_ecg.training.sharing.cards import PREPROCESSOR, elm_card, encoder_card
 from elm_ecg.training.sharing.contents import check_contents, module_file, own_file
@@ -192,7 +190,6 @@ def gather(folder: Path, kind: str, allowed: Collection[str] = ()) -> dict[str, 
     weights = "adapter_model.safetensors" if kind == "adapter" else "model*.safetensors"
     check_weights(folder, [name for name in files if matches(name, [weights])])
     files |= code_of(folder, kind)
-    check_loads(folder, kind)
     for name in set(files) & set(LICENCES):
         check_text(folder / name, (folder / name).read_text(encoding="utf-8"))
     if kind != "encoder":
@@ -204,12 +201,13 @@ def gather(folder: Path, kind: str, allowed: Collection[str] = ()) -> dict[str, 
         config = _encoder_config(folder)
         files[SAMPLE] = sample_ecg(max(100, config.num_samples / 10), config.num_samples, config.num_leads)
         return files
-    if kind == "encoder":
-        extractor = ECGFeatureExtractor.from_pretrained(folder)
-    elif "processor_config.json" in files:
-        extractor = ELMProcessor.from_pretrained(folder).feature_extractor
-    else:
+    if kind != "encoder" and "processor_config.json" not in files:
         raise ValueError(f"{folder} has no processor; save it beside the model, processor.save_pretrained.")
+    with loading(folder, f"The {kind} {folder}"):
+        if kind == "encoder":
+            extractor = ECGFeatureExtractor.from_pretrained(folder)
+        else:
+            extractor = ELMProcessor.from_pretrained(folder, trust_remote_code=False).feature_extractor
     files[SAMPLE] = sample_ecg(extractor.sampling_rate, extractor.num_samples)
     return files
 
@@ -224,14 +222,12 @@ def check_loads(folder: Path, kind: str) -> None:
     """
     from elm_ecg.training.build import load_elm  # late: it imports TRL, and an encoder or tokenizer does without
 
+    base = base_of_adapter(folder) if kind == "adapter" else ""
     if kind == "encoder":
+        model_class = ENCODER_MODELS[_encoder_config(folder).model_type]
         with loading(folder, f"The encoder {folder}"):
-            config = _encoder_config(folder)
-            with torch.device("meta"):
-                check_state(folder, ENCODER_MODELS[config.model_type](config).state_dict())
-            if (folder / PREPROCESSOR).is_file():
-                ECGFeatureExtractor.from_pretrained(folder)
-    elif kind == "model" or Path(base_of_adapter(folder)).is_dir():
+            model_class.from_pretrained(folder, use_safetensors=True, device_map="meta")
+    elif kind == "model" or (base and Path(base).is_dir()):
         load_elm(str(folder), device_map="meta")
     else:
         with loading(folder, f"The adapter {folder}"):
@@ -269,7 +265,8 @@ def evaluations_of(folder: Path) -> dict[str, bytes | Path]:
 
 def _encoder_config(folder: Path) -> Any:
     model_type = read_json(folder / "config.json")["model_type"]
-    return ENCODER_CONFIGS[model_type].from_pretrained(folder)
+    with loading(folder, f"The encoder {folder}"):
+        return ENCODER_CONFIGS[model_type].from_pretrained(folder)
 
 
 def read_card(folder: Path, kind: str, name: str) -> RepoCard:
@@ -430,6 +427,7 @@ def with_base(
         base = args.base_repo_id or f"{args.repo_id}-base"
         base_files = gather(local, "model")
         check_contents(local, base_files)
+        check_loads(local, "model")
         check_folder(local, base_files)
         base_card = read_card(local, "model", base.split("/")[-1])
         names = [*LICENCE_FIELDS]
@@ -509,6 +507,8 @@ def push(args: argparse.Namespace) -> None:
     check_arguments(args, kind)
     files = gather(args.run, kind, args.allow)
     check_contents(args.run, files)
+    if kind in ("model", "adapter", "encoder"):
+        check_loads(args.run, kind)
     shared = {*files, CARD, *MODULES}
     left_out = [] if kind == "dataset" else check_folder(args.run, shared)  # of datasets, gather refuses all else
     api = HfApi()
