@@ -385,7 +385,9 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
             llm_kwargs: for `AutoModelForCausalLM.from_pretrained` (`dtype`, `revision`, `attn_implementation`, ...).
             config_kwargs: the other arguments of [`ELMConfig`].
         """
-        loaded: Any = AutoModelForCausalLM.from_pretrained(llm, output_loading_info=True, **(llm_kwargs or {}))
+        # code beside the weights could not be saved with the ELM; transformers would ask on standard input whether to run it
+        llm_kwargs = {"trust_remote_code": False} | (llm_kwargs or {})
+        loaded: Any = AutoModelForCausalLM.from_pretrained(llm, output_loading_info=True, **llm_kwargs)
         llm_model, info = loaded
         check_all_loaded(llm_model, info)
         encoder_model: PreTrainedModel | None = None

@@ -13,7 +13,7 @@ from .modeling_common import check_all_loaded
 
 def vision_config(encoder: str | os.PathLike) -> PreTrainedConfig:
     """The configuration of the vision tower of a model, which may have other towers (Hub id or local folder)."""
-    config = AutoConfig.from_pretrained(encoder)
+    config = AutoConfig.from_pretrained(encoder, trust_remote_code=False)
     return getattr(config, "vision_config", config)
 
 

@@ -178,14 +178,7 @@ class DataBuild(Command):
 
     def argv(self, folder: Path) -> list[str]:
         """Of a new folder; one that is whole is not built again."""
-        argv = [
-            "data",
-            "build",
-            "--records",
-            str(self.work / "records"),
-            "--questions",
-            str(self.work / "questions.csv"),
-        ]
+        argv = ["data", "build", str(self.work / "records"), "--questions", str(self.work / "questions.csv")]
         return [*argv, "--sampling_rate", "100", "--unit", "mV", "--output_dir", str(folder / "out")]
 
     def result(self, folder: Path) -> Any:

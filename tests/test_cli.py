@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 from safetensors import SafetensorError
@@ -42,6 +43,15 @@ def test_two_lines_say_how(argv, lines, capsys, monkeypatch):
     printed = capsys.readouterr().err.splitlines()
     assert len(printed) == 2
     assert all(expected in line for expected, line in zip(lines, printed, strict=True))
+
+
+def test_errors_do_not_steer_the_terminal(monkeypatch, capsys):
+    def main(options):
+        raise ValueError("There is no lead \x1b]0;x\x07\x9b\u202e.")
+
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: SimpleNamespace(main=main))
+    assert cli.main(["plot", "x"]) == 1
+    assert capsys.readouterr().err == "elm plot: There is no lead \ufffd]0;x\ufffd\ufffd\ufffd.\n"
 
 
 def test_commands_import_and_help_without_torch():

@@ -1,3 +1,4 @@
+import io
 import json
 import shutil
 
@@ -8,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.training import build
-from elm_ecg.training.build import load_elm
+from elm_ecg.training.build import load_elm, new_elm
 from elm_ecg.training.model_files import check_finite, non_finite
 from helpers import fork_project, save_tiny_llm, tiny_elm, tiny_elm_config, tiny_image_processor_elm, tiny_processor
 
@@ -110,6 +111,14 @@ DAMAGES = {
         lambda folder: edit_json(folder / "config.json", text_config={"model_type": "llama"}),
         r"is \[.*\] in model\.safetensors, and \[.*4096.*\] by the config",
     ),
+    "millions of layers": (
+        lambda folder: edit_part(folder / "config.json", "text_config", num_hidden_layers=10**7),
+        r"config\.json says num_hidden_layers 10000000, and its files hold 61 weights",
+    ),
+    "millions of blocks": (
+        lambda folder: edit_part(folder / "config.json", "encoder_config", depths=[1, 10**7]),
+        r"config\.json says depths 10000000",
+    ),
     "missing": (
         lambda folder: edit_weights(folder / "model.safetensors", lambda tensors: tensors.pop(NORM)),
         f"is not complete: its files lack {NORM}",
@@ -154,15 +163,37 @@ DAMAGES = {
 }  # fmt: skip
 
 
+def edit_part(path, name, **changes):
+    edit_json(path, **{name: json.loads(path.read_text())[name] | changes})
+
+
 def edit_processor(folder, **changes):
-    path = folder / "processor_config.json"
-    edit_json(path, feature_extractor=json.loads(path.read_text())["feature_extractor"] | changes)
+    edit_part(folder / "processor_config.json", "feature_extractor", **changes)
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
 def test_damaged_elm(elm, damage, message):
     damage(elm)
     assert_refused(elm, message)
+
+
+def add_code(folder, name="tokenizer_config.json"):
+    """A tokenizer of the folder's own code, which leaves a file; returns where."""
+    edit_json(folder / name, auto_map={"AutoTokenizer": [None, "evil.Own"]}, tokenizer_class="OwnTokenizer")
+    (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Own: pass\n")
+    return folder / "ran"
+
+
+def test_code_beside_a_model_is_not_run(elm, tmp_path, monkeypatch):
+    """Not even where the first line of a script, which is a question, says yes to transformers' question about it."""
+    llm = save_tiny_llm(tmp_path / "llm")
+    for folder, load in ((elm, load_elm), (llm, lambda name: new_elm(name, architecture="fuyu", num_samples=500))):
+        ran = add_code(folder)
+        monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+        with pytest.raises(ValueError, match="code"):
+            load(str(folder))
+        assert not ran.exists()
+    assert_refused(elm, r"it comes with code of its own \(auto_map\), which `elm` does not run")
 
 
 def test_another_tokenizer(elm):
@@ -208,6 +239,12 @@ class TestAdapters:
                 r"adapter_model\.safetensors is not complete: it lacks base_model",
             ),
             (
+                lambda folder: edit_weights(
+                    folder / "adapter_model.safetensors", lambda t: t.pop("base_model.model.model.connector.linear_1.bias")
+                ),
+                r"adapter_model\.safetensors is not complete: it lacks base_model\.model\.model\.connector\.linear_1\.bias",
+            ),
+            (
                 lambda folder: edit_weights(folder / "adapter_model.safetensors", lambda t: t.update(x=torch.zeros(1))),
                 "holds x, for which its base .* has no place",
             ),
@@ -240,7 +277,9 @@ class TestAdapters:
             raise ValueError("not asked further")
 
         load = build.model_folder
-        monkeypatch.setattr(build, "model_folder", lambda *args: load(*args) if args[0] == str(adapter) else find(*args))
+        monkeypatch.setattr(
+            build, "model_folder", lambda *args: load(*args) if args[0] == str(adapter) else find(*args)
+        )
         with pytest.raises(ValueError, match="not asked further"):
             load_elm(str(adapter))
         assert asked == [("owner/base", "v2")]

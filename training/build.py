@@ -125,7 +125,7 @@ def set_chat_template(processor: ELMProcessor, name_or_path: str | None) -> None
         template = Path(name_or_path).read_text(encoding="utf-8")
     else:
         place, _ = find_model_file(name_or_path, ["tokenizer_config.json"], label=label)
-        template = AutoTokenizer.from_pretrained(place).chat_template
+        template = AutoTokenizer.from_pretrained(place, trust_remote_code=False).chat_template
     if isinstance(template, dict):  # named ones
         template = template.get("default")
     if not template:
@@ -183,7 +183,7 @@ def encoder_config(args: ModelArguments, num_leads: int) -> PreTrainedConfig:
 def build_image_processor(args: ModelArguments, config: PreTrainedConfig) -> ECGImageProcessor:
     """The image processor of the vision backbone, for pictures of the size that the backbone reads."""
     if (place := place_of_encoder(args)) is not None:
-        settings = AutoImageProcessor.from_pretrained(place, backend="pil").to_dict()
+        settings = AutoImageProcessor.from_pretrained(place, backend="pil", trust_remote_code=False).to_dict()
     else:
         names = IMAGE_PROCESSOR_MAPPING_NAMES.get(config.model_type.removesuffix("_vision_model"), {})
         settings = {"image_processor_type": names.get("torchvision", "ViTImageProcessor")}  # later its Pillow variant
@@ -223,7 +223,7 @@ def build_processor(
     """
     llm = place_of_llm(args, revision)
     # left is for `generate`; the collator pads right
-    tokenizer = AutoTokenizer.from_pretrained(llm, revision=revision, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(llm, revision=revision, padding_side="left", trust_remote_code=False)
     tokenizer.add_tokens([ELMProcessor.ecg_token], special_tokens=True)  # as a special one, decoding leaves it out
     if args.representation == "symbolic" and ecg_byte is None:
         place = args.ecg_tokenizer or str(DEFAULT_ECG_TOKENIZER)
@@ -264,7 +264,9 @@ def build_processor(
         image_processor=image_processor,
         ecg_byte=ecg_byte,
         # tokens; None: any
-        max_length=getattr(AutoConfig.from_pretrained(llm, revision=revision), "max_position_embeddings", None),
+        max_length=getattr(
+            AutoConfig.from_pretrained(llm, revision=revision, trust_remote_code=False), "max_position_embeddings", None
+        ),
         overflow=args.ecg_overflow,
     )
 
@@ -416,7 +418,8 @@ def load_elm(
     else:
         model = _load_adapted(folder, label, **model_kwargs)
     with loading(folder, label):
-        processor = ELMProcessor.from_pretrained(folder)  # an adapter's folder has one too
+        # an adapter's folder has one too; without the last, transformers asks on standard input whether its code may run
+        processor = ELMProcessor.from_pretrained(folder, trust_remote_code=False)
         check_processor(processor, model.config, model.config.get_text_config().vocab_size)
     return model, processor
 
@@ -449,10 +452,16 @@ def _load_adapted(folder: Path, label: str, **model_kwargs: Any) -> ELMForCondit
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     with loading(folder, label), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+        warnings.filterwarnings(
+            "ignore", "(?s).*copying from a non-meta parameter"
+        )  # on the meta device, where none is copied
         weights = folder / "adapter_model.safetensors"
         if not weights.is_file():
             raise ValueError(f"it has no {weights.name}, the weights of the adapter.")
-        model = PeftModel.from_pretrained(base, folder)
+        try:
+            model = PeftModel.from_pretrained(base, folder)
+        except KeyError as error:  # of a module that is saved whole
+            raise ValueError(f"{weights.name} is not complete: it lacks {error.args[0]}.") from error
         with safe_open(weights, "pt") as file:
             saved = set(file.keys())
         expected = get_peft_model_state_dict(model, save_embedding_layers=False)

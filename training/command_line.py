@@ -37,6 +37,18 @@ class CommandLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n{hint}")
 
 
+# what steers a terminal, or turns the direction of writing: files, models and datasets of others may hold it
+_STEERING = dict.fromkeys(
+    {*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - {9, 10},
+    "\N{REPLACEMENT CHARACTER}",
+)
+
+
+def printable(text: object) -> str:
+    """A text for the terminal, which it does not steer."""
+    return str(text).translate(_STEERING)
+
+
 def run_command(name: str, main: Callable[[], Any]) -> int:
     """Runs a command and returns the exit status: 0; 1 where the input was at fault, which takes one line on stderr; 130 after
     Ctrl-C. SIGTERM raises SystemExit (143). ELM_DEBUG=1 shows the traceback of any error; one of the program's own always has
@@ -59,7 +71,7 @@ def run_command(name: str, main: Callable[[], Any]) -> int:
         if full is not None:
             where = getattr(error, "filename", None) or "a disk that it writes to; `df -h` shows which"
             told = f"{NO_ROOM[full]}: {where}"
-        print(f"{name}: {told}", file=sys.stderr)
+        print(printable(f"{name}: {told}"), file=sys.stderr)
         return 1
     return 0
 

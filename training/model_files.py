@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,9 @@ from elm_ecg.modeling_common import some_of
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.digest import MODEL_FILES
+
+# keys of configurations that say how many modules of a kind there are, each with a weight of its own
+LAYERS = re.compile(r"(^|_)(n_layers?|num_layers|num_hidden_layers|num_\w+_layers|\w+_layers|depths?|layers)$")
 
 
 def find_model_file(
@@ -79,6 +83,8 @@ def loading(folder: Path, label: str) -> Iterator[None]:
     except Exception as error:  # what damaged files bring about is of any kind
         of_class = isinstance(error, StrictDataclassClassValidationError)  # of a config; its cause says what is wrong
         text = " ".join(str(error.__cause__ if of_class else error).split())
+        if "trust_remote_code" in text:  # an argument that no command has
+            text = "it comes with code of its own (auto_map), which `elm` does not run."
         reason = damage(folder) or (text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}")
         raise ValueError(f"{label} cannot be loaded: {reason[:500]}") from error
     finally:
@@ -183,10 +189,34 @@ def check_config(folder: Path) -> None:
             f"config.json is of a {settings.get('model_type')!r} model, not of an ELM; `elm sft --llm {folder}` makes one around a "
             "language model."
         )
+    _check_depth(folder, settings)
     if "quantization_config" not in settings:  # quantized weights have shapes of their own
         with torch.device("meta"):
             model = ELMForConditionalGeneration(ELMConfig.from_pretrained(folder))
         check_weights(folder, model.state_dict())
+
+
+def _check_depth(folder: Path, settings: Any) -> None:
+    """ValueError if a configuration asks for more layers than there are weights: building millions takes hours, even without values."""
+    num_weights = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            num_weights += len(file.keys())
+    for name, value in _numbers(settings):
+        if num_weights and LAYERS.search(name) and value > num_weights:
+            raise ValueError(f"config.json says {name} {value}, and its files hold {num_weights} weights.")
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
+    """The whole numbers in JSON, of all depths, and the keys that they or their lists stand under."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _numbers(part, key)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _numbers(part, name)
+    elif isinstance(value, int):
+        yield name, value
 
 
 def check_processor(processor: ELMProcessor, config: ELMConfig, vocabulary: int) -> None:

@@ -83,7 +83,7 @@ class RunOptions:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             return cls(dict(content["options"]), content["data"], str(content["started"]))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
 
     def save(self, folder: Path) -> None:
@@ -244,7 +244,7 @@ def fault_of(folder: Path, num_processes: int = 1) -> str | None:
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -259,7 +259,7 @@ def _fault_of_file(path: Path) -> str | None:
                 header = json.loads(file.read(min(length, size)))
                 tensors = [value for name, value in header.items() if name != "__metadata__"]
                 expected = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors), default=0)
-            except (ValueError, AttributeError, KeyError, TypeError, IndexError):
+            except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError):
                 return "its header is no safetensors"
         return None if size == expected else f"{size:,} bytes of {expected:,}"
     if path.suffix in (".pt", ".pth"):

@@ -21,7 +21,7 @@ from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord, as_record, canonical_le
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer, ecg_byte
 from elm_ecg.training.arguments import DataArguments
-from elm_ecg.training.command_line import CommandLineParser, whole_number
+from elm_ecg.training.command_line import CommandLineParser, printable, whole_number
 from elm_ecg.training.data.loading import ecgs_of, load_ecgs
 from elm_ecg.training.figures import plot_tokens
 from elm_ecg.training.files import new_folder, write_text
@@ -116,7 +116,7 @@ def _train(args: argparse.Namespace, folder: Path, lead_names: Sequence[str], se
     prepared = list(read_records(rows, lead_names, args.sampling_rate))
     records = [record.array for record in prepared]
     for notice, number in Counter(notice for record in prepared for notice in record.metadata["notices"]).items():
-        print(f"{notice} ({number:,} of {len(records):,} records)")
+        print(printable(f"{notice} ({number:,} of {len(records):,} records)"))
     num_samples = sum(record.size for record in records)
     read = f"{len(records):,} records of {len(lead_names)} leads at {args.sampling_rate:g} Hz, {num_samples:,} samples in all"
     print(f"{read}; they and their merging take about {_size(BYTES_PER_SAMPLE * num_samples)} of memory.", flush=True)
@@ -277,7 +277,7 @@ def inspect(args: argparse.Namespace) -> None:
         record = read_ecg(args.ecg, args.sampling_rate, args.lead_names, args.unit)
         records.append(prepare(record, None, rate))
         for notice in records[0].metadata["notices"]:
-            print(f"  {notice}")
+            print(printable(f"  {notice}"))
     if args.data is not None:
         rows = chain.from_iterable(load_splits(args, [args.split]))
         some = islice(read_records(rows, None, rate), args.max_records)  # distinct records, not rows

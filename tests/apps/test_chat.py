@@ -18,6 +18,7 @@ from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.training.apps import chat as chat_module
 from elm_ecg.training.apps.chat import Chat, history_path, main, run
 from elm_ecg.training.apps.conversation import PromptCache, as_message, read_for_model, stream_answer
+from elm_ecg.training.command_line import printable
 from elm_ecg.training.data.loading import to_chat
 from helpers import (
     save_record,
@@ -214,7 +215,7 @@ def test_conversation(chat, records, monkeypatch, capsys):
     assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
     kinds = [[part["type"] for part in message["content"]] for message in chat.messages]
     assert kinds == [["ecg", "text"], ["text"], ["text"], ["text"]]
-    assert chat.messages[1]["content"][0]["text"].translate(chat_module.CONTROL_CHARACTERS) in out
+    assert printable(chat.messages[1]["content"][0]["text"]) in out
 
 
 @pytest.mark.parametrize(
@@ -300,6 +301,16 @@ def test_answers_do_not_steer_the_terminal(chat, monkeypatch, capsys):
     type_lines(monkeypatch, "What is it?", "/quit")
     run(chat)
     assert capsys.readouterr().out == "\ufffd[2Jyes\nor no\n"
+
+
+def test_records_do_not_steer_the_terminal(chat, tmp_path, capsys):
+    """Neither by a lead's name, nor by that of the file, nor in errors."""
+    leads = [*STANDARD_LEADS, "\x1b]0;x\x07\u202e"]
+    path = save_record(tmp_path / "a\x9b2J.npz", leads=leads)
+    chat.command(f"/ecg '{path}'")
+    out = capsys.readouterr().out
+    assert "\ufffd]0;x\ufffd\ufffd" in out
+    assert not set("\x1b\x07\x9b\u202e") & set(out)
 
 
 def test_clear(chat, records):

@@ -1,4 +1,5 @@
 import json
+import shutil
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from elm_ecg.training.arguments import DataArguments
 from elm_ecg.training.collator import ELMCollator
-from elm_ecg.training.data.loading import ecgs_of, load_data, load_ecgs, load_stream, to_chat
+from elm_ecg.training.data.loading import ecgs_of, load_data, load_ecgs, load_splits, load_stream, to_chat
 from elm_ecg.training.data.schema import MESSAGES
 from elm_ecg.training.data.synthetic import make_dataset
 from elm_ecg.training.dataset_commands import main
@@ -375,10 +376,79 @@ def test_rows_read_no_other_files(path, column, ecg_root, outside):
             main(["check", str(folder), *(["--ecg_root", root] if root else [])])
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("form", ["card", "absolute card", "state", "splits"])
+def test_a_dataset_consists_of_its_own_files(form, streaming, tmp_path):
+    """Its card, or what `save_to_disk` writes, may name any file of this machine."""
+    rows, folder = [{"messages": ASKED, "ecg": None}], tmp_path / "data"
+    json_lines(tmp_path / "private", rows)
+    Dataset.from_list(rows).save_to_disk(tmp_path / "private" / "saved")
+    if "card" in form:
+        path = "../private/*.jsonl" if form == "card" else tmp_path / "private" / "train.jsonl"
+        json_lines(folder, rows)
+        card = f"configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: '{path}'\n"
+        (folder / "README.md").write_text(f"---\n{card}---\n")
+    elif form == "state":
+        shutil.copytree(tmp_path / "private" / "saved", folder)
+        state = json.loads((folder / "state.json").read_text())
+        state["_data_files"] = [{"filename": f"../private/saved/{file['filename']}"} for file in state["_data_files"]]
+        (folder / "state.json").write_text(json.dumps(state))
+    else:
+        folder.mkdir()
+        (folder / "dataset_dict.json").write_text('{"splits": ["../private/saved"]}')
+    with pytest.raises(
+        ValueError, match=r"names the file .*private/.*, which is not part of it .*: no other files are"
+    ):
+        load_splits(str(folder), streaming)
+
+
+def test_a_dataset_of_links_and_below_a_link(tmp_path):
+    """The user's own."""
+    json_lines(tmp_path / "disk", [{"messages": ASKED, "ecg": None}])
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").symlink_to(tmp_path / "disk" / "train.jsonl")
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    assert len(load(tmp_path / "data")) == len(load(tmp_path / "link")) == 1
+
+
+@pytest.mark.parametrize("content", ["[1]", "{}", '{"splits": 5}', "[" * 100_000, "{", '{"splits": ["a"]}'])
+def test_damaged_datasets(content, tmp_path):
+    (tmp_path / "dataset_dict.json").write_text(content)
+    with pytest.raises((ValueError, OSError)):
+        load(tmp_path)
+    (tmp_path / "dataset_dict.json").unlink()
+    (tmp_path / "train.parquet").write_bytes(b"PAR1" + content[:9].encode() + b"PAR1")
+    with pytest.raises((ValueError, OSError)):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image", "path": "/etc/hostname"},
+        {"type": "image", "url": "http://127.0.0.1:9/a.png"},
+        {"type": "text"},
+        {"text": "Is it?"},
+        "Is it?",
+    ],
+)
+def test_parts_that_are_neither_text_nor_ecg(part):
+    """transformers would read the file, or fetch it, where the chat template lets it."""
+    row = {"record_id": "r7", "ecg": None, "messages": [{"role": "user", "content": [part]}, ASKED[1]]}
+    with pytest.raises(ValueError, match=r"The row r7 has the part .* in a message; expected \{'type': 'text'"):
+        to_chat(row)
+
+
+def test_members_of_a_part_name_no_other_ecg():
+    part = {"type": "ecg", "ecg": "/etc/hostname", "path": "/etc/hostname", "url": "http://127.0.0.1:9/", "unit": "uV"}
+    row = {"ecg": "a.npz", "messages": [{"role": "user", "content": [part]}, ASKED[1]]}
+    assert to_chat(row)[0]["content"] == [{"type": "ecg", "path": "a.npz"}]
+
+
 def test_rows_of_the_hub_need_a_root(tmp_path, monkeypatch):
     """There is no folder of theirs."""
     splits = DatasetDict(train=Dataset.from_list([{"messages": ASKED, "ecg": "a.npz"}]))
-    monkeypatch.setattr("datasets.load_dataset", lambda *given, **options: splits)
+    monkeypatch.setattr("elm_ecg.training.data.loading._load_splits", lambda *given: splits)
     with pytest.raises(ValueError, match=r"Row 0: .*'a.npz'; say under which folder such files are with --ecg_root"):
         load("owner/name")
     assert ecgs_of(load("owner/name", ecg_root=str(tmp_path))[0]) == [str(tmp_path / "a.npz")]

@@ -524,6 +524,64 @@ def test_damaged_folders(model, folders, hub, tmp_path):
     assert hub.repos == {}
 
 
+def _edit(name: str, **changes: Any) -> Any:
+    return lambda folder: (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changes))
+
+
+def _weights(name: str, change: Any) -> Any:
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / name)
+        change(tensors)
+        save_file(tensors, folder / name, {"format": "pt"})
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage", "message"),
+    [
+        ("llava", _weights("model.safetensors", lambda t: t.pop("lm_head.weight")), r"its files lack lm_head\.weight"),
+        ("llava", _weights("model.safetensors", lambda t: t.update(x=torch.zeros(1))), "its weights hold x, for which"),
+        (
+            "llava",
+            _weights("model.safetensors", lambda t: t.update({name: part.int() for name, part in t.items()})),
+            "holds whole numbers as weights",
+        ),
+        (
+            "llava",
+            _edit("processor_config.json", num_ecg_tokens=3),
+            "the processor's num_ecg_tokens is 3, the model's 4",
+        ),
+        ("llava", _edit("processor_config.json", feature_extractor="x"), "cannot be loaded"),
+        ("llava", _edit("tokenizer_config.json", eos_token=5), "cannot be loaded"),
+        ("llava", _edit("tokenizer_config.json", auto_map=5), "its auto_map and custom_pipelines are no JSON objects"),
+        (
+            "llava",
+            _edit("config.json", custom_pipelines=[[1]]),
+            "its auto_map and custom_pipelines are no JSON objects",
+        ),
+        ("llava", lambda folder: (folder / "tokenizer.json").write_text("{}"), "damaged|cannot be loaded"),
+        ("llava", lambda folder: (folder / "config.json").write_text("[" * 100_000), "is not JSON"),
+        (
+            "adapter",
+            _weights("adapter_model.safetensors", lambda t: t.popitem()),
+            "is not complete: it lacks base_model",
+        ),
+        ("adapter", _edit("adapter_config.json", peft_type="EVIL"), "cannot be loaded"),
+        ("encoder", _weights("model.safetensors", lambda t: t.popitem()), "cannot be loaded: .*lacks?"),
+        ("encoder", _edit("config.json", widths="x"), "cannot be loaded"),
+    ],
+)
+def test_what_nobody_could_load_is_not_sent(kind, damage, message, folders, hub, tmp_path):
+    """Nor what would be loaded with random weights."""
+    folder = shutil.copytree(folders / kind, tmp_path / kind)
+    damage(folder)
+    with pytest.raises(ValueError, match=message) as caught:
+        push(folder, "model")
+    assert "\n" not in str(caught.value)
+    assert hub.repos == {}
+
+
 def test_what_cannot_be_removed_again_is_said(model, hub, monkeypatch, capsys):
     hub.broken_commits = 100
     monkeypatch.setattr(HfApi, "delete_repo", lambda *args, **kwargs: (_ for _ in ()).throw(NETWORK_ERRORS[0]("lost")))
@@ -712,7 +770,7 @@ def test_files_of_another_kind_and_own_code_are_named_and_stay(folders, hub, tmp
 def test_paths_in_the_configuration_of_an_adapter(folders, hub, tmp_path):
     adapter = shutil.copytree(folders / "adapter", tmp_path / "adapter")
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"eva_config": "/home/jane/secret/eva"}))
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"auto_mapping": {"of": "/home/jane/secret/eva"}}))
     push(adapter, "adapter")
     assert b"secret" not in hub.files("user/adapter")["adapter_config.json"]
 

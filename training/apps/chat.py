@@ -26,7 +26,7 @@ from elm_ecg.training.apps.conversation import (
     stream_answer,
 )
 from elm_ecg.training.apps.plot import add_file_options, save_picture
-from elm_ecg.training.command_line import sentence
+from elm_ecg.training.command_line import printable, sentence
 from elm_ecg.training.files import write_text
 
 try:
@@ -35,8 +35,6 @@ except ImportError:  # not on Windows
     readline = None  # type: ignore[assignment]
 
 HISTORY_LENGTH = 1000
-# what a model writes shall not steer the terminal
-CONTROL_CHARACTERS = dict.fromkeys({*range(32), *range(127, 160)} - {9, 10}, "\N{REPLACEMENT CHARACTER}")
 HELP = """\
 /ecg FILE [FILE ...]  ECGs that the next question is about; without FILE, those of the chat
     [--start SECOND]  where the part that the model reads begins, of a longer record
@@ -154,7 +152,7 @@ class Chat:
         self.ecgs += ecgs
         self.lacks_ecg = False
         for ecg in ecgs or self.ecgs:
-            print(f"{ecg.name}: {ecg.facts}")
+            print(printable(f"{ecg.name}: {ecg.facts}"))
         if not self.ecgs:
             print("The chat has no ECG. /ecg FILE reads one.")
 
@@ -170,7 +168,7 @@ class Chat:
                 output = output.with_stem(f"{output.stem}-{index + 1}")
             caption = f"{ecg.name}, {paper.speed:g} mm/s, {paper.gain:g} mm/mV, {ecg.prepared.sampling_rate:g} Hz"
             save_picture(output, ecg.prepared, paper, caption)
-            print(f"Picture of {ecg.name} in {output.resolve()}")
+            print(printable(f"Picture of {ecg.name} in {output.resolve()}"))
 
     def _save(self, path: Path) -> None:
         if path.suffix.lower() not in (".json", ".jsonl"):
@@ -250,7 +248,7 @@ def run(chat: Chat) -> None:
             print("\n(stopped)")
         except Exception as error:  # whatever it is, the chat goes on
             if by_hand:
-                print(f"Error: {sentence(error)}", file=sys.stderr, flush=True)
+                print(printable(f"Error: {sentence(error)}"), file=sys.stderr, flush=True)
             elif isinstance(error, ValueError | OSError | ImportError):
                 raise ValueError(
                     f"Line {number} of standard input, {line!r}: {sentence(error)} The lines after it were not read."
@@ -266,12 +264,12 @@ def _do(chat: Chat, line: str) -> bool:
     if line:
         if chat.lacks_ecg:
             about = f"about {', '.join(ecg.name for ecg in chat.ecgs)}" if chat.ecgs else "without an ECG"
-            print(f"(The last /ecg failed: you ask {about}.)")
+            print(printable(f"(The last /ecg failed: you ask {about}.)"))
             chat.lacks_ecg = False  # told once
         with contextlib.closing(chat.ask(line)) as answer:
             answered = False
             for piece in answer:
-                print(piece.translate(CONTROL_CHARACTERS), end="", flush=True)
+                print(printable(piece), end="", flush=True)
                 answered = True
             print("" if answered else "(no answer)")
     return True

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from elm_ecg.ecg_drawing import LAYOUTS, ECGPaper, draw_ecg, ecg_svg, page_height, page_width
 from elm_ecg.ecg_utils import ECGRecord, read_ecg, select_leads
-from elm_ecg.training.command_line import CommandLineParser, whole_number
+from elm_ecg.training.command_line import CommandLineParser, printable, whole_number
 from elm_ecg.training.files import atomic_path, write_text
 
 DEFAULT_WIDTH = 1600  # pixels
@@ -85,9 +85,9 @@ def plot(path: Path, output: Path, args: argparse.Namespace, paper: ECGPaper) ->
         save_picture(output, part, paper, ", ".join(facts), args.width or DEFAULT_WIDTH, args.height)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    print(done, flush=True)
+    print(printable(done), flush=True)
     for notice in part.metadata["notices"]:
-        print(f"{path.name}: {notice}", file=sys.stderr, flush=True)
+        print(printable(f"{path.name}: {notice}"), file=sys.stderr, flush=True)
 
 
 def add_file_options(parser: argparse.ArgumentParser) -> None:

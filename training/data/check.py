@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from elm_ecg.ecg_formats import record_path
 from elm_ecg.ecg_utils import MAX_LIMB_LEAD_ERROR, as_record, lead_quality, limb_lead_error
+from elm_ecg.training.command_line import printable
 from elm_ecg.training.data.loading import FOLD_SPLIT, check_fold, ecgs_of, load_split, load_splits, to_chat, with_arrays
 from elm_ecg.training.data.schema import LITERALS, ROLES, as_list, counted
 from elm_ecg.training.files import resource, write_text
@@ -275,12 +276,10 @@ def check(args: argparse.Namespace) -> None:
     errors = {kind: finding for kind, finding in findings.items() if kind in ERRORS}
     splits = {split: report.as_dict() for split, report in checker.splits.items()}
     template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), trim_blocks=True, lstrip_blocks=True)
-    print(
-        template.render(
-            splits=splits, findings=findings, errors=errors, meanings=meanings, notices=checker.notices, counted=counted
-        ),
-        end="",
+    page = template.render(
+        splits=splits, findings=findings, errors=errors, meanings=meanings, notices=checker.notices, counted=counted
     )
+    print(printable(page), end="")
     if args.output is not None:
         content = {
             "data": args.data,

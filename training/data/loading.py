@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -177,14 +178,28 @@ def load_splits(name: str, streaming: bool = False, revision: str | None = None)
     a key of the reference's datasets.
 
     Raises:
-        ValueError: `name` is none of these.
+        ValueError: `name` is none of these, is damaged, or names files of other places.
+        OSError: a file cannot be read.
     """
+    try:
+        return _load_splits(name, streaming, revision)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # what damaged files bring about is of any kind
+        cause = error.__cause__ or error  # of an error while tables are written, what was wrong with them
+        text = " ".join(f"{type(cause).__name__}: {cause}".split())
+        raise ValueError(f"The dataset {name} cannot be read, or is damaged: {text[:300]}") from error
+
+
+def _load_splits(name: str, streaming: bool, revision: str | None) -> DatasetDict | IterableDatasetDict:
     path = Path(name).expanduser()
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():  # of `save_to_disk`
         try:
             loaded = datasets.load_from_disk(path)
         except IndexError as error:  # of `datasets`, where no shard was saved
             raise ValueError(f"{name} holds an empty split, which `datasets` cannot read; save it without.") from error
+        parts = loaded.values() if isinstance(loaded, DatasetDict) else [loaded]
+        _check_own(name, [file["filename"] for part in parts for file in part.cache_files])
         splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)  # as `load_dataset` names it
         if not streaming:
             return splits
@@ -195,14 +210,37 @@ def load_splits(name: str, streaming: bool = False, revision: str | None = None)
             f"--data {name} is a file; give the folder that holds it, in which train.parquet or the like is a split."
         )
     if path.exists():
-        return datasets.load_dataset(str(path), streaming=streaming, cache_dir=_cache_of(path))
+        return _built(datasets.load_dataset_builder(str(path), cache_dir=_cache_of(path)), name, streaming)
     if is_key(name):  # after folders: a local one of that name goes first
         name = f"{OWNER}/{name}"
     if name.count("/") != 1:
         raise ValueError(
             f"No dataset {name!r}: expected a local folder, a Hub id such as owner/name, or a key that `elm data list` shows."
         )
-    return datasets.load_dataset(name, streaming=streaming, revision=revision)
+    return _built(datasets.load_dataset_builder(name, revision=revision), name, streaming)
+
+
+def _built(builder: Any, name: str, streaming: bool) -> DatasetDict | IterableDatasetDict:
+    """As of `load_dataset`, unless the card of the dataset sends it to files of other places."""
+    _check_own(name, [file for files in (builder.config.data_files or {}).values() for file in files])
+    if streaming:
+        return builder.as_streaming_dataset()
+    builder.download_and_prepare()
+    return builder.as_dataset(in_memory=datasets.utils.info_utils.is_small_dataset(builder.info.dataset_size))
+
+
+def _check_own(name: str, files: list[str]) -> None:
+    """ValueError unless the files that a dataset consists of are in its folder, or on the Hub: its card or state may name any."""
+    path = Path(name).expanduser()
+    roots = {os.path.abspath(path), os.path.realpath(path)}
+    for file in files:
+        place = str(file).rsplit("::", 1)[-1]  # of an archive: where it lies
+        own = any(Path(os.path.abspath(place)).is_relative_to(root) for root in roots)
+        if not (own if path.exists() else place.startswith("hf://")):
+            raise ValueError(
+                f"The dataset {name} names the file {place}, which is not part of it (in README.md, state.json or dataset_dict.json): no "
+                "other files are read. Put the file into its folder."
+            )
 
 
 def _cache_of(path: Path) -> str:
@@ -494,7 +532,7 @@ def to_chat(row: dict[str, Any], with_ecg: bool = True) -> list[dict[str, Any]]:
                 f"{_name(row)} has the message {message}; expected a role of {', '.join(ROLES)} and a content that is text or a "
                 "list of parts."
             )
-    chat = [{"role": message["role"], "content": _parts(message["content"])} for message in messages]
+    chat = [{"role": message["role"], "content": _parts(message["content"], row)} for message in messages]
 
     places = [part for message in chat for part in message["content"] if part["type"] == "ecg"]
     if not places:
@@ -514,7 +552,20 @@ def to_chat(row: dict[str, Any], with_ecg: bool = True) -> list[dict[str, Any]]:
     return chat
 
 
-def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _parts(content: str | list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of a message, without members beside their texts: a path or address among them would be read."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
-    return [dict(part) for part in content]  # copies, as `to_chat` writes into them
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "ecg":
+            parts.append({"type": "ecg"})
+        elif kind == "text" and isinstance(part.get("text"), str):
+            parts.append({"type": "text", "text": part["text"]})
+        else:
+            raise ValueError(
+                f"{_name(row)} has the part {str(part)[:200]} in a message; expected {{'type': 'text', 'text': ...}} or {{'type': 'ecg'}}, "
+                "whose ECG stands in the column ecg."
+            )
+    return parts

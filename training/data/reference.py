@@ -77,7 +77,7 @@ def to_messages(text: str) -> tuple[list[dict[str, str]], str | None]:
     """
     try:
         content = json.loads(text)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         content = text  # plain text, no JSON: an answer as it stands
     if isinstance(content, str):
         return _chat([("user", ""), ("assistant", content)]), None

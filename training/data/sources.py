@@ -267,7 +267,10 @@ def _question(row: Mapping[str, Any], split: str | None, sort_answers: bool) -> 
 def _listed(cell: Any) -> list[Any]:
     """A value as a list; in CSV, lists are written as JSON."""
     if isinstance(cell, str) and cell.startswith("["):
-        cell = json.loads(cell)
+        try:
+            cell = json.loads(cell)
+        except RecursionError as error:
+            raise ValueError(f"a cell that begins with {cell[:20]!r} is nested too deeply") from error
     return as_list(cell) or [cell]
 
 

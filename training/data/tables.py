@@ -50,7 +50,7 @@ def read_table(path: Path, columns: Iterable[str] = (), names: Mapping[str, str]
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]  # `splitlines` cuts at U+2028
         if not rows or not all(isinstance(row, dict) for row in rows):
             raise ValueError("it has no rows, or rows other than objects")
-    except (ValueError, csv.Error) as error:
+    except (ValueError, RecursionError, csv.Error) as error:
         raise ValueError(
             f"Cannot read {path}: {error}. Expected CSV with a header ({', '.join(TEXT_TABLES)}), or JSON or JSON Lines."
         ) from error

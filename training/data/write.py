@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import DatasetCardData
 
+from elm_ecg.training.command_line import printable
 from elm_ecg.training.data.arguments import BuildArguments
 from elm_ecg.training.data.build import ROW_GROUP_BYTES, Plan, make_plan, row_groups
 from elm_ecg.training.data.schema import as_list, counted
@@ -147,7 +148,7 @@ def build(args: argparse.Namespace) -> None:
         write_card(folder / CARD, args, plan, summaries)
         size = sum(file.stat().st_size for file in data.iterdir())
     for remark in plan.remarks():
-        print(remark)
+        print(printable(remark))
     for split, summary in summaries.items():
         patients = "patients unknown" if summary.num_patients is None else counted(summary.num_patients, "patient")
         print(f"{split:<11} {counted(summary.rows, 'row')}, {counted(len(summary.records), 'record')}, {patients}")

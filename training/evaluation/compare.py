@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from elm_ecg.training.command_line import CommandLineParser
+from elm_ecg.training.command_line import CommandLineParser, printable
 from elm_ecg.training.data.schema import counted
 from elm_ecg.training.evaluation.bootstrap import (
     MIN_PATIENTS,
@@ -384,7 +384,7 @@ def main(argv: list[str] | None = None) -> None:
     metrics = list(dict.fromkeys(args.metric))
     scores, comparisons = compare(models, metrics, args.num_resamples, args.seed)
     scales = {metric: scale_of(metric, models) for metric in metrics}
-    print(to_markdown(models, scores, comparisons, scales))
+    print(printable(to_markdown(models, scores, comparisons, scales)))
     if args.output is None:
         return
     output = {

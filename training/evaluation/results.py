@@ -80,7 +80,7 @@ def read_results(path: Path) -> dict[str, Any]:
     """
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); expected the {RESULTS_FILE} of `elm evaluate`.") from error
     version = results.get("schema_version") if isinstance(results, dict) else None
     if version != SCHEMA_VERSION:
@@ -114,7 +114,7 @@ def read_predictions(path: Path, results: Mapping[str, Any]) -> list[dict[str, A
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"Line {number} of {predictions} is not JSON: {error}") from error
         absent = [name for name in (*QUESTION_FIELDS, ECG) if name not in row]
         if absent:
@@ -197,6 +197,6 @@ def identity_of(path: Path) -> dict[str, Any]:
     """What a file of results says it is of, whatever its version: `evaluation` and `model_revision`; nothing of a damaged one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -11,6 +11,7 @@ from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import ELMParser
 from elm_ecg.training.build import resolve_llm
+from elm_ecg.training.command_line import printable
 from elm_ecg.training.files import check_output_folder, new_folder, write_text
 from elm_ecg.training.markdown import CARD
 from elm_ecg.training.sharing.cards import elm_card, encoder_card
@@ -89,5 +90,5 @@ def main(argv: list[str] | None = None) -> None:
         ("Assumed", args.assumed),
     ):
         for line in lines:
-            print(f"{title}: {line}")
+            print(printable(f"{title}: {line}"))
     print(f"Saved to {output_dir}; every key is in its conversion.json", flush=True)

@@ -23,21 +23,24 @@ from huggingface_hub import (
     get_token,
 )
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from peft import PeftConfig
 from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
 
 from elm_ecg.configuration_elm import ENCODER_CONFIGS, ELMConfig
 from elm_ecg.ecg_utils import STANDARD_LEADS
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
+from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer
-from elm_ecg.training.command_line import CommandLineParser
+from elm_ecg.training.command_line import CommandLineParser, printable
 from elm_ecg.training.data.arguments import ALLOW_HELP, DRY_RUN_HELP
 from elm_ecg.training.data.synthetic import Findings, simulate_ecg
-from elm_ecg.training.digest import MODEL_FILES, digest_of_folder
+from elm_ecg.training.digest import MODEL_FILES, base_of_adapter, digest_of_folder
 from elm_ecg.training.evaluation.card import with_evaluations
 from elm_ecg.training.evaluation.results import EVALUATIONS, REPORT_FILE, RESULTS_FILE, read_results, results_in
 from elm_ecg.training.files import read_json, resource
 from elm_ecg.training.markdown import CARD, CITATION, SAMPLE, citation, on_hub, replace_section, use_of
+from elm_ecg.training.model_files import loading
 from elm_ecg.training.sharing.cards import PREPROCESSOR, elm_card, encoder_card
 from elm_ecg.training.sharing.contents import check_contents, module_file, own_file
 from elm_ecg.training.sharing.dataset_disclosure import DATASET_FILES, check_dataset, describe_dataset
@@ -126,8 +129,11 @@ def code_of(folder: Path, kind: str) -> dict[str, bytes]:
             )
         parts = [config, *(part for part in config.values() if isinstance(part, dict))]  # parts within, of a processor
         for part in parts:
-            entries = [*(part.get("auto_map") or {}).values()]  # AutoTokenizer has two, slow and fast, or None
-            entries += [pipeline["impl"] for pipeline in (part.get("custom_pipelines") or {}).values()]
+            auto_map, pipelines = (part.get(key) or {} for key in ("auto_map", "custom_pipelines"))
+            if not (isinstance(auto_map, dict) and isinstance(pipelines, dict)):
+                raise ValueError(f"{folder / name} is damaged: its auto_map and custom_pipelines are no JSON objects.")
+            entries = [*auto_map.values()]  # AutoTokenizer has two, slow and fast, or None
+            entries += [pipeline.get("impl") for pipeline in pipelines.values() if isinstance(pipeline, dict)]
             classes = [name for entry in entries for name in (entry if isinstance(entry, list) else [entry])]
             names = {str(name).split("--")[-1].rpartition(".")[0] for name in classes if name}  # REPO--module.Class
             modules |= {module_file(folder, module, folder / name) for module in names}
@@ -194,14 +200,38 @@ def gather(folder: Path, kind: str, allowed: Collection[str] = ()) -> dict[str, 
         config = _encoder_config(folder)
         files[SAMPLE] = sample_ecg(max(100, config.num_samples / 10), config.num_samples, config.num_leads)
         return files
-    if kind == "encoder":
-        extractor = ECGFeatureExtractor.from_pretrained(folder)
-    elif "processor_config.json" in files:
-        extractor = ELMProcessor.from_pretrained(folder).feature_extractor
-    else:
+    if kind != "encoder" and "processor_config.json" not in files:
         raise ValueError(f"{folder} has no processor; save it beside the model, processor.save_pretrained.")
+    with loading(folder, f"The {kind} {folder}"):
+        if kind == "encoder":
+            extractor = ECGFeatureExtractor.from_pretrained(folder)
+        else:
+            extractor = ELMProcessor.from_pretrained(folder, trust_remote_code=False).feature_extractor
     files[SAMPLE] = sample_ecg(extractor.sampling_rate, extractor.num_samples)
     return files
+
+
+def check_loads(folder: Path, kind: str) -> None:
+    """Loads a model as every command does, but for the values of its weights, which `check_weights` reads.
+
+    An adapter is loaded on a base that lies here; one of the Hub is not fetched for it.
+
+    Raises:
+        ValueError: it cannot be loaded: files are damaged, do not go together, or lack weights.
+    """
+    from elm_ecg.training.build import load_elm  # late: it imports TRL, and an encoder or tokenizer does without
+
+    base = base_of_adapter(folder) if kind == "adapter" else ""
+    if kind == "encoder":
+        model_class = ENCODER_MODELS[_encoder_config(folder).model_type]
+        with loading(folder, f"The encoder {folder}"):
+            model_class.from_pretrained(folder, use_safetensors=True, device_map="meta")
+    elif kind == "model" or (base and Path(base).is_dir()):
+        load_elm(str(folder), device_map="meta")
+    else:
+        with loading(folder, f"The adapter {folder}"):
+            PeftConfig.from_pretrained(str(folder))
+            ELMProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
 def evaluations_of(folder: Path) -> dict[str, bytes | Path]:
@@ -234,7 +264,8 @@ def evaluations_of(folder: Path) -> dict[str, bytes | Path]:
 
 def _encoder_config(folder: Path) -> Any:
     model_type = read_json(folder / "config.json")["model_type"]
-    return ENCODER_CONFIGS[model_type].from_pretrained(folder)
+    with loading(folder, f"The encoder {folder}"):
+        return ENCODER_CONFIGS[model_type].from_pretrained(folder)
 
 
 def read_card(folder: Path, kind: str, name: str) -> RepoCard:
@@ -395,6 +426,7 @@ def with_base(
         base = args.base_repo_id or f"{args.repo_id}-base"
         base_files = gather(local, "model")
         check_contents(local, base_files)
+        check_loads(local, "model")
         check_folder(local, base_files)
         base_card = read_card(local, "model", base.split("/")[-1])
         names = [*LICENCE_FIELDS]
@@ -474,13 +506,15 @@ def push(args: argparse.Namespace) -> None:
     check_arguments(args, kind)
     files = gather(args.run, kind, args.allow)
     check_contents(args.run, files)
+    if kind in ("model", "adapter", "encoder"):
+        check_loads(args.run, kind)
     shared = {*files, CARD, *MODULES}
     left_out = [] if kind == "dataset" else check_folder(args.run, shared)  # of datasets, gather refuses all else
     api = HfApi()
     card = read_card(args.run, kind, args.repo_id.split("/")[-1])
     print(f"What is shared: {', '.join(sorted({*files, CARD}))}")
     if kind == "dataset":
-        print(describe_dataset(args.run))
+        print(printable(describe_dataset(args.run)))
     if left_out:
         more = f" and {len(left_out) - MAX_NAMES} more" if len(left_out) > MAX_NAMES else ""
         print(f"Left out: {', '.join(left_out[:MAX_NAMES])}{more}. Predictions quote the data.")

@@ -45,8 +45,8 @@ Raises:
 def load_scorer(model: str, num_layers: int | None, device: str | None) -> bert_score.BERTScorer:
     """The scorer of an encoder's layer; `INPUTS` has its arguments and errors."""
     try:
-        config = AutoConfig.from_pretrained(model)
-        tokenizer = AutoTokenizer.from_pretrained(model, add_prefix_space=True)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(model, add_prefix_space=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise OSError(
             f"BERTScore's model {model!r} cannot be loaded; expected the folder or the Hub id of an encoder with its "
