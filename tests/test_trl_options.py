@@ -318,12 +318,32 @@ def test_lora_options(llm, elm):
         no_dropout = ["--lora_dropout", "0"] if option == "lora_target_parameters" else []
         found = getattr(lora(llm, elm, f"--{option}", *words, *no_dropout), name)
         assert found != getattr(before, name)
-        if name == "modules_to_save":
+        if name == "target_modules":
+            assert found == r".*language_model\..*\.(q_proj|v_proj)"
+        elif name == "modules_to_save":
             assert found == ["model.encoder", "model.connector", "norm"]
         else:
             assert (set(found) if isinstance(found, set | list) else found) == (
                 set(value) if isinstance(value, list) else value
             )
+    every = lora(llm, elm, "--lora_target_modules", "all-linear").target_modules
+    assert every == before.target_modules  # not of encoder and connector, which --update says
+    assert lora(llm, elm, "--lora_target_modules", "q_proj").target_modules.endswith(r"\.(q_proj)")
+    assert lora(llm, elm, "--lora_target_modules", r".*\.q_proj").target_modules == r".*\.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("option", "names", "near"),
+    [
+        ("lora_target_modules", ["q_proj", "v_prj"], "v_prj: nothing in the model is called so. Did you mean v_proj?"),
+        ("lora_target_modules", ["v_prj"], "v_prj: nothing in the model is called so. Did you mean v_proj?"),
+        ("lora_target_parameters", ["x.weight"], "x.weight: nothing in the model is called so."),
+        ("lora_modules_to_save", ["nrm"], "nrm: nothing in the model is called so. Did you mean norm?"),
+    ],
+)
+def test_names_of_lora_that_nothing_has(llm, elm, option, names, near):
+    with pytest.raises(ValueError, match=re.escape(f"--{option} {near}")):
+        lora(llm, elm, "--lora_dropout", "0", f"--{option}", *names)
 
 
 def test_revision(llm, elm, monkeypatch):
