@@ -124,8 +124,10 @@ class BatchNormBlock(GradientCheckpointingLayer):
     """A block with batch norm, whose running statistics are the same with gradient checkpointing as without."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # a checkpointed block runs twice: two steps of the smaller momentum move the statistics like one of 0.1
-        momentum = 1 - math.sqrt(0.9) if self.gradient_checkpointing else 0.1
+        # a checkpointed block runs twice: two steps of the smaller momentum move the statistics like one of 0.1;
+        # compiled, the second run leaves them
+        runs_twice = self.gradient_checkpointing and not torch.compiler.is_compiling()
+        momentum = 1 - math.sqrt(0.9) if runs_twice else 0.1
         for module in self.modules():
             if isinstance(module, nn.BatchNorm1d):
                 module.momentum = momentum  # the weight of the newest batch, as PyTorch defines it

@@ -16,7 +16,7 @@ from elm_ecg.training.arguments import (
     new_elm_options,
 )
 from elm_ecg.training.evaluation.evaluate import parse as parse_evaluation
-from elm_ecg.training.sft import parse
+from elm_ecg.training.sft import make_parser, parse
 
 BASE = ["--data", "some/data", "--output_dir", "out", "--use_cpu"]
 
@@ -435,6 +435,43 @@ def test_two_names_of_one_option_in_yaml(tmp_path):
 def test_options_of_training_alone(options, message):
     with pytest.raises(ValueError, match=message):
         parse_evaluation(["--elm_ckpt", "folder", "--data", "some/data", *options])
+
+
+@pytest.mark.parametrize("name", ["bf16", "tf32"])
+def test_yes_or_no_needs_no_value(name):
+    """As `--fp16`, although the default of these is neither."""
+    action = make_parser()._option_string_actions[f"--{name}"]
+    assert (action.nargs, action.const) == ("?", True)
+    if name == "bf16":  # for tf32 the trainer needs a GPU
+        for words, value in ((["--bf16", "--seed", "3"], True), (["--bf16", "true"], True), (["--bf16=false"], False)):
+            assert parse([*BASE, *words])[1].bf16 is value
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--lr_scheduler_kwargs", '{"num_cycles": 2}'],
+            r"--lr_scheduler_type linear does not go with --lr_scheduler_kwargs \{'num_cycles': 2\}: .*num_cycles",
+        ),
+        (
+            ["--streaming", "--max_steps", "1", "--train_sampling_strategy", "sequential"],
+            "--train_sampling_strategy sequential with --streaming: its rows are shuffled in --shuffle_buffer",
+        ),
+        (
+            ["--use_peft", "--lora_target_parameters", "a.weight"],
+            r"--lora_target_parameters with --lora_dropout 0.05: .*add --lora_dropout 0\.",
+        ),
+    ],
+)
+def test_options_of_libraries_that_do_not_go_together(options, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        parse([*BASE, *options])
+
+
+def test_schedules_with_their_own_numbers():
+    for name, kwargs in (("cosine_with_restarts", '{"num_cycles": 2}'), ("polynomial", '{"power": 2}')):
+        assert parse([*BASE, "--lr_scheduler_type", name, "--lr_scheduler_kwargs", kwargs])[1].lr_scheduler_kwargs
 
 
 def test_a_file_named_as_the_program_is_not_read(tmp_path, monkeypatch):

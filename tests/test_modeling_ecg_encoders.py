@@ -329,6 +329,19 @@ def test_gradient_checkpointing_changes_nothing(kind, use_reentrant):
             torch.testing.assert_close(buffers[name], buffer, msg=name)
 
 
+@pytest.mark.parametrize(("compiling", "share"), [(False, 1 - 0.9**0.5), (True, 0.1)])
+def test_share_of_a_batch_in_the_statistics_of_a_checkpointed_block(compiling, share, monkeypatch):
+    """Compiled by PyTorch, the second run of the block leaves the statistics; they would move half as far."""
+    block = tiny("merl").stages[1][0].train()
+    block.gradient_checkpointing = True
+    block._gradient_checkpointing_func = lambda forward, *args: forward(*args)  # what the first run does
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    norm, hidden_states = block.convs[0].norm, torch.randn(2, 32, 16)
+    expected = norm.running_mean * (1 - share) + share * block.convs[0].conv(hidden_states).mean((0, 2))
+    block(hidden_states)
+    torch.testing.assert_close(norm.running_mean, expected)
+
+
 def test_a_block_that_reads_the_record_itself_is_trained_with_reentrant_checkpointing():
     model = tiny("merl", widths=(NUM_LEADS, 8), depths=(1, 1))
     model.stem = nn.Identity()

@@ -277,7 +277,7 @@ def test_the_trainer_holds_what_was_said(elm, data, tmp_path):
 
 def test_other_values_are_parsed(tmp_path):
     assert_values(sft.parse([*CPU, *write_yaml(tmp_path, PARSED | {"eval_strategy": "epoch"})])[1], PARSED)
-    assert sft.parse([*CPU, "--fp16"])[1].mixed_precision == "fp16"
+    assert sft.make_parser().parse_args_and_config([*CPU, "--fp16"])[1].mixed_precision == "fp16"  # of a GPU
     sharded = sft.parse([*CPU, *write_yaml(tmp_path, {"fsdp": True, "fsdp_config": {"reshard_after_forward": False}})])[
         1
     ]
@@ -315,14 +315,35 @@ def test_lora_options(llm, elm):
     assert before.task_type == "CAUSAL_LM"
     for option, (name, value) in LORA.items():
         words = [str(item) for item in value] if isinstance(value, list) else [str(value)]
-        found = getattr(lora(llm, elm, f"--{option}", *words), name)
+        no_dropout = ["--lora_dropout", "0"] if option == "lora_target_parameters" else []
+        found = getattr(lora(llm, elm, f"--{option}", *words, *no_dropout), name)
         assert found != getattr(before, name)
-        if name == "modules_to_save":
+        if name == "target_modules":
+            assert found == r".*language_model\..*\.(q_proj|v_proj)"
+        elif name == "modules_to_save":
             assert found == ["model.encoder", "model.connector", "norm"]
         else:
             assert (set(found) if isinstance(found, set | list) else found) == (
                 set(value) if isinstance(value, list) else value
             )
+    every = lora(llm, elm, "--lora_target_modules", "all-linear").target_modules
+    assert every == before.target_modules  # not of encoder and connector, which --update says
+    assert lora(llm, elm, "--lora_target_modules", "q_proj").target_modules.endswith(r"\.(q_proj)")
+    assert lora(llm, elm, "--lora_target_modules", r".*\.q_proj").target_modules == r".*\.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("option", "names", "near"),
+    [
+        ("lora_target_modules", ["q_proj", "v_prj"], "v_prj: nothing in the model is called so. Did you mean v_proj?"),
+        ("lora_target_modules", ["v_prj"], "v_prj: nothing in the model is called so. Did you mean v_proj?"),
+        ("lora_target_parameters", ["x.weight"], "x.weight: nothing in the model is called so."),
+        ("lora_modules_to_save", ["nrm"], "nrm: nothing in the model is called so. Did you mean norm?"),
+    ],
+)
+def test_names_of_lora_that_nothing_has(llm, elm, option, names, near):
+    with pytest.raises(ValueError, match=re.escape(f"--{option} {near}")):
+        lora(llm, elm, "--lora_dropout", "0", f"--{option}", *names)
 
 
 def test_revision(llm, elm, monkeypatch):
@@ -440,6 +461,7 @@ def test_number_of_processes(data, monkeypatch):
         (["--report_to", "nobody"], "--report_to nobody: the package nobody is not installed"),
         (["--seed", "-1"], "--seed is -1; expected a number from 0 to 4294967295"),
         (["--data_seed", "-1"], "--data_seed is -1"),
+        (["--fp16"], "--fp16 needs a GPU, and there is none; --bf16 computes in 16 bits"),
         (["--activation_offloading"], "--activation_offloading takes memory from a GPU, and there is none"),
     ],
 )
@@ -583,4 +605,6 @@ def test_options_of_training(elm, data):
     for number in ("2", "7"):
         args, training_args, _ = sft.parse([*options, "--shuffle_buffer", number])
         assert sft.load_splits(args, training_args)["train"].shuffle_buffer == int(number)
+    args, training_args, _ = sft.parse([*options, "--data_seed", "5"])
+    assert sft.load_splits(args, training_args)["train"].seed == 5
     # wandb and distributed: tests/test_arguments.py

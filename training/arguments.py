@@ -412,6 +412,9 @@ class ELMParser(CommandLineParser, TrlParser):
                     self.foreign_groups.append(self.groups[title])
             option.type = types[option.name]
             self._parse_dataclass_field(self.groups[title], option)
+            if types[option.name] == bool | None:  # alone it is a yes, as those whose default is not None
+                action = self._option_string_actions[f"--{option.name}"]
+                action.nargs, action.const = "?", True
 
     def refuse(
         self,

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import warnings
 from dataclasses import fields, replace
 from pathlib import Path
@@ -365,11 +366,20 @@ def lora_config(
     in the embeddings and the head, trained in full."""
     if "llm" not in args.update:
         raise ValueError(f"--peft adapts the language model, but --update is {' '.join(args.update)}; add llm to it.")
-    targets: str | list[str] | None = model_args.lora_target_modules
-    if targets is None:  # Conv1D is the linear layer of GPT-2
+    modules, parameters = ([name for name, _ in pairs] for pairs in (model.named_modules(), model.named_parameters()))
+    targets = (
+        model_args.lora_target_modules
+    )  # of one name TRL makes a text, which PEFT takes for a regex of whole names
+    if targets in (None, "all-linear"):  # Conv1D is the linear layer of GPT-2
         layers = model.model.language_model.named_modules()
-        names = {name.rsplit(".", 1)[-1] for name, layer in layers if isinstance(layer, nn.Linear | Conv1D)}
-        targets = rf".*language_model\..*\.({'|'.join(sorted(names))})"  # a regex: the encoder may have such names too
+        targets = sorted({name.rsplit(".", 1)[-1] for name, layer in layers if isinstance(layer, nn.Linear | Conv1D)})
+    elif isinstance(targets, str) and not any(re.fullmatch(targets, name) for name in modules):
+        targets = [targets]
+    if isinstance(targets, list):  # a regex: the encoder may have such names too
+        _check_ends("--lora_target_modules", targets, [name for name, _ in model.model.language_model.named_modules()])
+        targets = rf".*language_model\..*\.({'|'.join(map(re.escape, targets))})"
+    _check_ends("--lora_target_parameters", model_args.lora_target_parameters or [], parameters)
+    _check_ends("--lora_modules_to_save", model_args.lora_modules_to_save or [], modules)
     parts = [
         f"model.{name}"
         for name in ("encoder", "connector")
@@ -397,6 +407,14 @@ def lora_config(
     assert isinstance(config, LoraConfig)
     config.trainable_token_indices = rows
     return config
+
+
+def _check_ends(option: str, ends: list[str], names: list[str]) -> None:
+    """ValueError for what is the end of no name, which PEFT would leave out without a word."""
+    for end in ends:
+        if not any(f".{name}".endswith(f".{end}") for name in names):
+            near = did_you_mean(end, (name.rpartition(".")[2] for name in names))
+            raise ValueError(f"{option} {end}: nothing in the model is called so.{near}")
 
 
 def load_elm(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from trl import ModelConfig, SFTConfig
 
@@ -76,6 +77,11 @@ def parse(argv: list[str] | None = None, prog: str = "elm sft") -> tuple[ELMArgu
         )
     if args.streaming and training_args.max_steps < 1:
         raise ValueError("--streaming does not know the number of rows; set --max_steps.")
+    if args.streaming and training_args.train_sampling_strategy != "random":
+        raise ValueError(
+            f"--train_sampling_strategy {training_args.train_sampling_strategy} with --streaming: its rows are shuffled in "
+            "--shuffle_buffer. Leave one of the two options out."
+        )
     if not args.update:
         pretrained = args.encoder_name_or_path is not None or model_args.model_name_or_path is not None
         args.update = PARTS[1:] if pretrained or args.architecture != "llava" else list(PARTS)
@@ -98,8 +104,23 @@ def _check(training_args: SFTConfig, model_args: ModelConfig) -> None:
         value = getattr(training_args, name)
         if value is not None and not 0 <= value < 2**32:  # NumPy's range
             raise ValueError(f"--{name} is {value}; expected a number from 0 to {2**32 - 1}.")
+    if training_args.fp16 and training_args.device.type == "cpu":  # accelerate would ignore it there
+        raise ValueError("--fp16 needs a GPU, and there is none; --bf16 computes in 16 bits on a CPU too.")
+    kwargs = training_args.lr_scheduler_kwargs or {}
+    try:  # as the trainer will, with a few steps of nothing
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+        get_scheduler(training_args.lr_scheduler_type, optimizer, 1, 2, scheduler_specific_kwargs=dict(kwargs))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"--lr_scheduler_type {training_args.lr_scheduler_type.value} does not go with --lr_scheduler_kwargs {kwargs}: {error}."
+        ) from error
     if training_args.activation_offloading and training_args.device.type == "cpu":
         raise ValueError("--activation_offloading takes memory from a GPU, and there is none; leave it out.")
+    if model_args.lora_target_parameters and model_args.lora_dropout:
+        raise ValueError(
+            f"--lora_target_parameters with --lora_dropout {model_args.lora_dropout}: PEFT has no dropout for parameters that are not "
+            "of a layer; add --lora_dropout 0."
+        )
     if training_args.eos_token is not None and model_args.use_peft:
         raise ValueError(
             "--eos_token with --use_peft: an adapter does not keep it. Train with --eos_token and without --use_peft first, and "
@@ -111,9 +132,10 @@ def load_splits(args: ELMArguments, training_args: SFTConfig) -> dict[str, Any]:
     """The rows of `train`, and with `--eval_strategy` those of `validation`, else None."""
     splits: dict[str, Any] = {"train": None, "validation": None}
     seed, num_proc = training_args.seed, training_args.dataset_num_proc
+    order = seed if training_args.data_seed is None else training_args.data_seed  # of a stream; else the trainer has it
     for split in ["train"] if training_args.eval_strategy == "no" else ["train", "validation"]:
         if args.streaming:
-            splits[split] = load_stream(args, split, seed, args.shuffle_buffer if split == "train" else None)
+            splits[split] = load_stream(args, split, order, args.shuffle_buffer if split == "train" else None)
         else:
             with training_args.main_process_first(desc="preparing the data"):  # the others read what it has cached
                 splits[split] = load_data(args, split, seed, num_proc)

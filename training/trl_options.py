@@ -54,11 +54,16 @@ REFUSED_VALUES: dict[str, dict[str, str]] = {
 }
 _OF_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters")
 _OF_EVALUATION = ("eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size", "eval_accumulation_steps")
+_OF_WORKERS = tuple(
+    f"dataloader_{name}" for name in ("persistent_workers", "prefetch_factor", "multiprocessing_context", "in_order")
+)
 # option -> another, without which it changes nothing
 NEEDED: dict[str, str] = {
     **dict.fromkeys((*_OF_LORA, "lora_modules_to_save", "use_rslora", "use_dora"), "use_peft"),
     **dict.fromkeys((*_OF_EVALUATION, "eval_use_gather_object"), "eval_strategy"),
     **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), "eval_strategy"),
+    **dict.fromkeys(_OF_WORKERS, "dataloader_num_workers"),
+    **dict.fromkeys(("optim_args", "optim_target_modules"), "optim"),
     "shuffle_buffer": "streaming",
 }
 # what transformers is about to call otherwise -> its new name
