@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from elm_ecg.training.arguments import DataArguments
 from elm_ecg.training.collator import ELMCollator
-from elm_ecg.training.data.loading import ecgs_of, load_data, load_ecgs, load_stream, to_chat
+from elm_ecg.training.data.loading import ecgs_of, load_data, load_ecgs, load_splits, load_stream, to_chat
 from elm_ecg.training.data.schema import MESSAGES
 from elm_ecg.training.data.synthetic import make_dataset
 from elm_ecg.training.dataset_commands import main
@@ -105,6 +105,17 @@ def test_json_lines_folder(tmp_path):
     assert data[0]["ecg"]["array"].shape == (12, 500)
     assert data[0]["ecg"]["array"][3, 4] == 1.5
     assert data[1]["ecg"] is None
+
+
+def test_tables_of_other_columns(tmp_path):
+    """Such as a folder of PTB-XL's tables, where a dataset was meant."""
+    for name, header in {"records": "ecg_id,age", "statements": "code,description"}.items():
+        (tmp_path / f"{name}.csv").write_text(f"{header}\n1,2\n")
+    with pytest.raises(
+        ValueError,
+        match=r"is no dataset that can be read: .* Give a folder in which all files of a split have the same",
+    ):
+        load_splits(str(tmp_path))
 
 
 def test_home_folder(monkeypatch, tmp_path):

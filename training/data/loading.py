@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import torch.utils.data
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, List, Value
+from datasets.exceptions import DatasetGenerationError
 from datasets.formatting import NumpyFormatter, _register_formatter
 
 from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord, as_record
@@ -195,7 +196,14 @@ def load_splits(name: str, streaming: bool = False, revision: str | None = None)
             f"--data {name} is a file; give the folder that holds it, in which train.parquet or the like is a split."
         )
     if path.exists():
-        return datasets.load_dataset(str(path), streaming=streaming, cache_dir=_cache_of(path))
+        try:
+            return datasets.load_dataset(str(path), streaming=streaming, cache_dir=_cache_of(path))
+        except DatasetGenerationError as error:  # of `datasets`: files with other columns, or that it cannot read
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise ValueError(
+                f"{name} is no dataset that can be read: {reason:.300}... Give a folder in which all files of a split have the same columns, "
+                "such as `elm data build` makes."
+            ) from error
     if is_key(name):  # after folders: a local one of that name goes first
         name = f"{OWNER}/{name}"
     if name.count("/") != 1:
