@@ -40,6 +40,7 @@ _SECONDS = {
 _MIN_CSV_RATE = 10.0
 _MAX_HEAD_LINES = 60  # before the samples: names, units, and what an app says of the recording
 _MAX_LINE = 2**20
+_MAX_CELLS = 3 * 2**23  # twelve leads of 70 minutes at 500 Hz; an empty cell of one byte takes 17, and 0.15 us
 _MISSING = ("", "nan", "na", "n/a", "null", "none", "-")  # cells without a value
 _RARE_WORDS = [b"NA", b"na", b"N/A", b"n/a", b"null", b"NULL", b"None", b"none", b"-", b'""', b'"NA"', b'"-"']
 _RATE_KEYS = re.compile(r"(sampl\w*[ _]?(rate|frequency|freq)?|fs|frequency|messrate|abtastrate)( ?[(\[]hz[)\]])?")
@@ -154,6 +155,11 @@ def _table(content: bytes, start: int, single_column: bool) -> np.ndarray:
     rows = content[start:].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     first = rows[: rows.find(b"\n") if b"\n" in rows else None].decode("utf-8", "replace")
     delimiter = None if single_column else _delimiter(first)
+    cells = len(_cells(first, blanks=not single_column)) * (rows.count(b"\n") + 1)
+    if cells > _MAX_CELLS:
+        raise ValueError(
+            f"it holds {cells:,} cells; at most {_MAX_CELLS:,} are read. Cut the record, or save it as .npz."
+        )
     if b"," in rows and delimiter != ",":
         rows = rows.replace(b",", b".")
     mark = b"" if delimiter is None else delimiter.encode()

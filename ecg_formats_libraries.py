@@ -3,7 +3,8 @@
 import contextlib
 import io
 import re
-from typing import Any, Literal
+import struct
+from typing import Any
 
 import numpy as np
 
@@ -73,12 +74,12 @@ _FIRST_ELEMENTS = (
 )
 _ITEMS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # how an item of a sequence begins, little and big endian
 _MAX_DICOM_ITEMS = 50_000
-# the length of a group's samples, element (5400,1010), with a VR or without, little and big endian
-_WAVEFORMS: list[tuple[re.Pattern[bytes], Literal["little", "big"]]] = [
-    (re.compile(rb"\x00\x54\x10\x10(?:O[WB]\0\0)?(.{4})", re.DOTALL), "little"),
-    (re.compile(rb"\x54\x00\x10\x10(?:O[WB]\0\0)?(.{4})", re.DOTALL), "big"),
-]
-_MAX_DICOM_BYTES = 8 * 2**20
+# value representations whose length takes four bytes, after two that are reserved (PS3.5, table 7.1-1)
+_LONG_VRS = {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"}
+_IMPLICIT, _BIG_ENDIAN = b"1.2.840.10008.1.2", b"1.2.840.10008.1.2.2"
+_TRANSFER_SYNTAX, _WAVEFORMS, _WAVEFORM_DATA = (0x0002, 0x0010), (0x5400, 0x0100), (0x5400, 0x1010)
+_ITEM_GROUP, _UNDEFINED = 0xFFFE, 0xFFFFFFFF
+_MAX_DICOM_BYTES = 4 * 2**20
 
 
 def _dicom_lead(channel: Any) -> str:
@@ -99,6 +100,45 @@ def is_dicom(content: bytes) -> bool:
     return content[128:132] == b"DICM" or content.startswith((b"DICM", *_FIRST_ELEMENTS))
 
 
+def _waveform_bytes(content: bytes, start: int) -> int:
+    """How many bytes the samples of all waveforms take, by a walk over the elements from `start` on.
+
+    It steps into sequences and items, so that a text that looks like the beginning of a waveform counts for nothing. It ends
+    early where elements are damaged, or more than `_MAX_DICOM_BYTES` are beside the samples.
+    """
+    found, position, ends = 0, start, [len(content)]  # ends: of the sequences and items that it is in
+    order, explicit, syntax = "<", content[start + 4 : start + 6].isalpha(), b""
+    while position - start - found <= _MAX_DICOM_BYTES:
+        while len(ends) > 1 and position >= ends[-1]:
+            ends.pop()
+        if position + 8 > ends[-1]:
+            break
+        if syntax and content[position : position + 2] != b"\2\0":  # the meta information is over
+            order, explicit, syntax = ">" if syntax == _BIG_ENDIAN else "<", syntax != _IMPLICIT, b""
+        tag = struct.unpack_from(f"{order}HH", content, position)
+        vr = content[position + 4 : position + 6] if explicit and tag[0] != _ITEM_GROUP else b""
+        if vr and not vr.isalpha():
+            break
+        place, size = (8, "I") if vr in _LONG_VRS else (6, "H") if vr else (4, "I")
+        if position + place + 4 > len(content):
+            break
+        (length,) = struct.unpack_from(order + size, content, position + place)
+        position += 12 if vr in _LONG_VRS else 8
+        if length == _UNDEFINED and size == "I":  # up to a mark, which is an element too
+            continue
+        if position + length > ends[-1]:
+            break
+        if vr == b"SQ" or tag[0] == _ITEM_GROUP or tag == _WAVEFORMS:
+            ends.append(position + length)
+            continue
+        if tag == _WAVEFORM_DATA:
+            found += length
+        if tag == _TRANSFER_SYNTAX:
+            syntax = content[position : position + length].rstrip(b"\0 ")
+        position += length
+    return found
+
+
 def _dicom_dataset(content: bytes) -> Any:
     """The elements of a file, parsed; ValueError where it holds none of waveforms, or more than any ECG."""
     if _DEFLATED in content:  # pydicom unpacks it at one go, however large
@@ -107,12 +147,12 @@ def _dicom_dataset(content: bytes) -> Any:
         items := max(map(content.count, _ITEMS))
     ) > _MAX_DICOM_ITEMS:  # each takes pydicom 20 us and 2 kB, even an empty one
         raise ValueError(f"it holds {items} items; at most {_MAX_DICOM_ITEMS} are read, and an ECG has some hundreds.")
-    beside = len(content) - sum(
-        int.from_bytes(size, order) for pattern, order in _WAVEFORMS for size in pattern.findall(content)
-    )
-    if beside > _MAX_DICOM_BYTES:  # millions of elements take pydicom seconds for each
-        raise ValueError(f"it holds {beside} bytes beside its waveforms; at most {_MAX_DICOM_BYTES} are read.")
     start = 132 if content[128:132] == b"DICM" else 4 if content.startswith(b"DICM") else 0
+    # a MiB of elements takes pydicom half a second
+    if len(content) - start > _MAX_DICOM_BYTES + _waveform_bytes(content, start):
+        raise ValueError(
+            f"more than {_MAX_DICOM_BYTES // 2**20} MiB of it are no samples of waveforms; an ECG has less than one beside them."
+        )
     stream = io.BytesIO(bytes(128) + b"DICM" + content[start:])
     dataset = library("pydicom").dcmread(stream)
     if not dataset.get("WaveformSequence"):

@@ -25,7 +25,7 @@ from .ecg_formats_common import (
 # far beyond real files (20 levels, 4,000 elements and attributes); an element takes 30 times the memory of its text
 MAX_DEPTH = 100
 MAX_NODES = 200_000
-MAX_TAG_BYTES = 2**15
+MAX_TAG_BYTES, MAX_ATTRIBUTES = 2**15, 1000
 # leads x samples that compressed waveforms may unpack to: 12 leads over 46 minutes at 500 Hz
 MAX_UNPACKED_SAMPLES = 1 << 24
 
@@ -97,8 +97,14 @@ def _local_name(name: str) -> str:
 
 
 def _parse(content: bytes) -> Element:
-    if re.search(rb"<(?![!?])[^<>]{%d}" % MAX_TAG_BYTES, content):  # of a million attributes expat makes a list first
-        raise ValueError(f"Cannot read the XML: a tag is longer than {MAX_TAG_BYTES} bytes, as that of no ECG is.")
+    if (marks := content.count(b"<")) > 3 * MAX_NODES:  # elements begin and end; comments and instructions count too
+        raise ValueError(f"Cannot read the XML: it holds {marks} tags and comments; at most {3 * MAX_NODES} are read.")
+    # of a million attributes expat makes a list first; a tag ends before the next <, and > may stand within its values
+    for tag in re.finditer(rb"<[^<]{%d,}" % MAX_TAG_BYTES, content):
+        if content.count(b"=", *tag.span()) > MAX_ATTRIBUTES:
+            raise ValueError(
+                f"Cannot read the XML: a tag has more than {MAX_ATTRIBUTES} attributes, as that of no ECG has."
+            )
     parser_class = library("defusedxml.ElementTree").DefusedXMLParser
     # a DTD may be named, as by MUSE, but none is fetched, and any entity is refused
     parser = parser_class(target=_BoundedTreeBuilder(), forbid_dtd=False, forbid_entities=True, forbid_external=True)

@@ -193,7 +193,8 @@ def work(numbers: range, seed: int, files: list, present: mmap, output: Any) -> 
     def time_up(*_: Any) -> None:
         raise TimeUpError
 
-    signal.signal(signal.SIGALRM, time_up)
+    signal.signal(signal.SIGPROF, time_up)  # of CPU time: others may keep the machine busy
+    signal.signal(signal.SIGALRM, time_up)  # of one that waits for ever
     resource.setrlimit(resource.RLIMIT_AS, (HARD_BYTES, HARD_BYTES))  # above it a MemoryError, not a full machine
     with tempfile.TemporaryDirectory() as temporary:
         for number in numbers:
@@ -203,7 +204,8 @@ def work(numbers: range, seed: int, files: list, present: mmap, output: Any) -> 
                 without_checksums()  # for the rest of this process, which is short
             Path("/proc/self/clear_refs").write_text("5")
             before, start = peak_bytes(), time.process_time()
-            signal.alarm(HARD_SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, HARD_SECONDS)
+            signal.alarm(20 * HARD_SECONDS)
             outcome = "read"
             try:
                 read(name, contents, rng, Path(temporary))
@@ -213,6 +215,7 @@ def work(numbers: range, seed: int, files: list, present: mmap, output: Any) -> 
                 outcome = "TIME"
             except BaseException as error:
                 outcome = f"{type(error).__name__}: {traceback.extract_tb(error.__traceback__)[-1].name}: {str(error)[:100]!r}"
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.alarm(0)
             seconds, size = time.process_time() - start, peak_bytes() - before
             if seconds > MAX_SECONDS:

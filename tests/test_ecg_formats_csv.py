@@ -5,6 +5,7 @@ import pytest
 from ecg_files import COUNTS, LEADS
 
 from elm_ecg.ecg_formats import read_file
+from elm_ecg.ecg_formats_csv import read_csv
 from elm_ecg.ecg_utils import read_ecg
 
 
@@ -28,6 +29,12 @@ class TestCSV:
         np.testing.assert_array_equal(record["array"], COUNTS / 1000)
         assert record["lead_names"] is None
         assert read_ecg(tmp_path / "a.csv", 250).lead_names == tuple(LEADS)
+
+    def test_more_cells_than_any_recording(self):
+        """An empty cell is a byte of the file and many of memory."""
+        content = b"I,II,V1\n" + b"1,2,3\n" * 2 + b",,\n" * 9_000_000
+        with pytest.raises(ValueError, match=r"it holds 27,000,009 cells; at most 25,165,824 are read. Cut the record"):
+            read_csv(content)
 
     @pytest.mark.parametrize(("unit", "factor"), [("mV", 1), ("uV", 1e-3), ("µV", 1e-3), ("V", 1e3)])
     @pytest.mark.parametrize("form", ["I ({})", "I [{}]", '"I ( {} )"'])

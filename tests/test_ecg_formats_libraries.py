@@ -221,6 +221,24 @@ class TestDICOM:
         with pytest.raises(ValueError, match=r"it holds 10000\d\d items; at most 50000 are read"):
             read_file(tmp_path / "a")
 
+    @pytest.mark.parametrize("little_endian", [True, False])
+    def test_large_samples_are_read_and_large_elements_not(self, little_endian, tmp_path):
+        """A text that looks like the beginning of a waveform stands for none."""
+        counts = np.tile(COUNTS, 2000)  # 4.6 MiB
+        leads = [("", lead) for lead in LEADS]
+        group = dicom_group(counts, leads, dtype="<i2" if little_endian else ">i2")
+        content = dicom_bytes(group, little_endian=little_endian)
+        (tmp_path / "a").write_bytes(content)
+        assert read_file(tmp_path / "a")["array"].shape == counts.shape
+        start = content.index(b"\x10\0\x20\0LO" if little_endian else b"\0\x10\0\x20LO")
+        order = "<" if little_endian else ">"
+        element = struct.pack(f"{order}HH2sH", 0x0009, 0x1001, b"LO", 0)
+        claim = struct.pack(f"{order}HH2sHI", 0x5400, 0x1010, b"OW", 0, 2**23)
+        text = struct.pack(f"{order}HH2sH", 0x0009, 0x1001, b"LO", len(claim)) + claim
+        (tmp_path / "a").write_bytes(content[:start] + text + element * (5 * 2**17) + content[start:])
+        with pytest.raises(ValueError, match="more than 4 MiB of it are no samples of waveforms"):
+            read_file(tmp_path / "a")
+
     def test_padding_and_channels_without_a_sensitivity(self, tmp_path):
         group = dicom_group(COUNTS[:3], [("2:1", ""), ("2:2", ""), ("", "Pacing")])
         del group.ChannelDefinitionSequence[2].ChannelSensitivityUnitsSequence

@@ -236,6 +236,19 @@ class TestRealFiles:
             with pytest.raises(ValueError, match="Cannot read the XML"):
                 read_xml(content[:length])
 
+    @pytest.mark.parametrize("value", ["", ">"])
+    def test_a_tag_of_a_million_attributes(self, value: str):
+        """expat makes a list of them before anybody can count them."""
+        attributes = " ".join(f"a{number}='{value}'" for number in range(100_000))
+        content = f"<RestingECG {attributes}/>".encode()
+        with pytest.raises(ValueError, match="a tag has more than 1000 attributes"):
+            read_xml(content)
+
+    def test_a_million_comments(self):
+        content = b"<RestingECG>" + b"<!---->" * 1_000_000 + b"</RestingECG>"
+        with pytest.raises(ValueError, match="it holds 1000002 tags and comments; at most 600000 are read"):
+            read_xml(content)
+
     def test_list_of_attributes_is_refused(self):
         """Its default would be copied to each element: a file of 300 kB took gigabytes."""
         declaration = f'<!DOCTYPE RestingECG [<!ATTLIST a b CDATA "{"x" * 100_000}">]>'

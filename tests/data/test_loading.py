@@ -108,6 +108,17 @@ def test_json_lines_folder(tmp_path):
     assert data[1]["ecg"] is None
 
 
+def test_tables_of_other_columns(tmp_path):
+    """Such as a folder of PTB-XL's tables, where a dataset was meant."""
+    for name, header in {"records": "ecg_id,age", "statements": "code,description"}.items():
+        (tmp_path / f"{name}.csv").write_text(f"{header}\n1,2\n")
+    with pytest.raises(
+        ValueError,
+        match=r"is no dataset that can be read: .* Give a folder in which all files of a split have the same",
+    ):
+        load_splits(str(tmp_path))
+
+
 def test_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     json_lines(tmp_path / "chats", [{"messages": ASKED}])

@@ -1,4 +1,5 @@
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +172,17 @@ CLEANED = [
 @pytest.mark.parametrize(("text", "expected"), CLEANED)
 def test_clean(text, expected):
     assert clean(text) == expected
+
+
+def test_cleaning_takes_time_with_the_length_of_a_text():
+    start = time.process_time()
+    assert clean(f"{' ' * 40_000}x").strip() == "x"  # 4 s with its square
+    assert time.process_time() - start < 1
+
+
+def test_a_text_of_lists_in_lists():
+    with pytest.raises(ValueError, match="is no chat"):
+        to_messages("[" * 100_000)
 
 
 @pytest.mark.parametrize("asks", ["human", "Human", "user", "USER"])

@@ -45,7 +45,7 @@ class TestRecords:
         assert records.locations["2024/b"] == folder / "2024" / "b.hea"
         for name in ("00017", "17", "00017.edf", "./00017"):
             assert records.find(name) == "00017"
-        for name in ("b", "b.hea", "2024/b", "2024/b.hea"):
+        for name in ("b", "b.hea", "b.dat", "2024/b", "2024/b.hea", "2024/b.dat", "2024/b.xyz"):
             assert records.find(name) == "2024/b"
         assert records.find("c.xml") == "c.xml"
         assert records.find("d") is None

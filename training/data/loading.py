@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch.utils.data
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, List, Value
+from datasets.exceptions import DatasetGenerationError
 from datasets.formatting import NumpyFormatter, _register_formatter
 
 from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord, as_record
@@ -225,7 +226,14 @@ def _built(builder: Any, name: str, streaming: bool) -> DatasetDict | IterableDa
     _check_own(name, [file for files in (builder.config.data_files or {}).values() for file in files])
     if streaming:
         return builder.as_streaming_dataset()
-    builder.download_and_prepare()
+    try:
+        builder.download_and_prepare()
+    except DatasetGenerationError as error:  # of `datasets`: files with other columns, or that it cannot read
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(
+            f"{name} is no dataset that can be read: {reason:.300}... Give a folder in which all files of a split have the same columns, "
+            "such as `elm data build` makes."
+        ) from error
     return builder.as_dataset(in_memory=datasets.utils.info_utils.is_small_dataset(builder.info.dataset_size))
 
 

@@ -51,7 +51,8 @@ def is_reference(data: "Dataset | IterableDataset") -> bool:
 
 
 # what a text may begin with, once or more often: the role of the one who speaks, or a colon that is left of it
-_SPEAKER = re.compile(rf"(?:\s*(?:{'|'.join([*ROLE_NAMES, 'q', 'a'])})?\s*:\s*)+", re.IGNORECASE)
+# (white space stands in one place between two words, or a text of blanks would take time with its square)
+_SPEAKER = re.compile(rf"\s*(?:(?:(?:{'|'.join([*ROLE_NAMES, 'q', 'a'])})\s*)?:\s*)+", re.IGNORECASE)
 
 
 def clean(text: str) -> str:
@@ -79,6 +80,8 @@ def to_messages(text: str) -> tuple[list[dict[str, str]], str | None]:
         content = json.loads(text)
     except (json.JSONDecodeError, RecursionError):
         content = text  # plain text, no JSON: an answer as it stands
+    except RecursionError:
+        content = None  # lists in lists in lists, as no chat has
     if isinstance(content, str):
         return _chat([("user", ""), ("assistant", content)]), None
     match content:

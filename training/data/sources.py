@@ -157,8 +157,15 @@ def _folder(folder: Path) -> Records:
                     names[name].add(f"{record}#{name}")
                 continue
             locations[record] = folder / file
-            for name in (file.as_posix(), stem, file.name, file.stem, file.stem.lstrip("0")):  # tables say 17 for 00017
-                names[name].add(record)
+            of_record = of_stem if len(records) == 1 else [file]  # the signal files of a header too
+            for name in (
+                stem,
+                file.stem,
+                file.stem.lstrip("0"),
+                *map(Path.as_posix, of_record),
+                *(f.name for f in of_record),
+            ):
+                names[name].add(record)  # tables say 17 for 00017
     if not locations:
         raise ValueError(f"The folder {folder} holds no files; expected those of ECGs.")
     return Records(locations, names, folder)
