@@ -78,7 +78,7 @@ def to_messages(text: str) -> tuple[list[dict[str, str]], str | None]:
     """
     try:
         content = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+    except json.JSONDecodeError:
         content = text  # plain text, no JSON: an answer as it stands
     except RecursionError:
         content = None  # lists in lists in lists, as no chat has
