@@ -98,6 +98,12 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def let_others_read_weights(folder: Path) -> None:
+    """Gives the weights in a folder the mode of its other files; `safetensors` writes them for their owner alone (0600)."""
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)
+
+
 def check_output_folder(path: Path, new: bool = False) -> None:
     """Refuses an `--output_dir` before work that takes long; leaves nothing behind.
 
@@ -141,6 +147,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         with naming(path):
             yield temporary
         temporary.chmod(0o755)  # mkdtemp gives 0700
+        let_others_read_weights(temporary)
         if path.exists():
             path.rmdir()  # empty; Windows replaces no folder, not even such a one
         os.replace(temporary, path)
