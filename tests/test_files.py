@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from elm_ecg.training.files import (
     atomic_path,
@@ -100,6 +101,12 @@ def test_sigterm_leaves_nothing(tmp_path, place):
     assert raised.value.code == 143
     assert not list(tmp_path.iterdir())
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_others_read_the_weights_of_a_new_folder(tmp_path):
+    with new_folder(tmp_path / "model") as folder:
+        save_file({"weight": torch.zeros(2)}, folder / "model.safetensors")
+    assert (tmp_path / "model" / "model.safetensors").stat().st_mode & 0o777 == 0o644
 
 
 def test_sigterm_of_a_worker_does_not_tidy_up_for_its_parent(tmp_path):

@@ -144,6 +144,9 @@ def test_rotation_and_the_best_model(llm, data, tmp_path):
     assert json.loads((best / "trainer_state.json").read_text())["best_model_checkpoint"] == str(best)
     saved, kept = load_file(folder / "model.safetensors"), load_file(best / "model.safetensors")
     assert all(torch.equal(saved[name], kept[name]) for name in kept)
+    weights = list(folder.rglob("*.safetensors"))
+    assert len(weights) == 2
+    assert all(file.stat().st_mode & 0o777 == 0o644 for file in weights)  # others read them too
 
 
 # the model at the end

@@ -115,6 +115,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def let_others_read_weights(folder: Path) -> None:
+    """Gives the weights in a folder the mode of its other files; `safetensors` writes them for their owner alone (0600)."""
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)
+
+
 def check_output_folder(path: Path, new: bool = False) -> None:
     """Refuses an `--output_dir` before work that takes long; leaves nothing behind.
 
@@ -158,6 +164,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         with naming(path):
             yield temporary
         temporary.chmod(0o755)  # mkdtemp gives 0700
+        let_others_read_weights(temporary)
         if path.exists():
             path.rmdir()  # empty; Windows replaces no folder, not even such a one
         os.replace(temporary, path)

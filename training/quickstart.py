@@ -17,7 +17,7 @@ from elm_ecg.training.data.synthetic import make_dataset
 from elm_ecg.training.evaluation import evaluate
 from elm_ecg.training.evaluation.report import write_report
 from elm_ecg.training.figures import training_plot
-from elm_ecg.training.files import check_output_folder, resource
+from elm_ecg.training.files import check_output_folder, let_others_read_weights, resource
 
 CONFIG = resource("training/configs/quickstart.yaml")
 OWN = ("--data", "--llm", "--model_name_or_path", "--elm_ckpt")  # options of `elm sft` that are not the user's here
@@ -55,6 +55,7 @@ def save_small_llm(folder: Path, chats: Iterable[list[dict[str, str]]], seed: in
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    let_others_read_weights(folder)
 
 
 def simulate(folder: Path, num_records: int, seed: int) -> DatasetDict:

@@ -31,7 +31,7 @@ from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.command_line import run_command
 from elm_ecg.training.data.loading import load_data, load_stream
 from elm_ecg.training.evaluation.results import move_old_results
-from elm_ecg.training.files import check_output_folder, naming, write_text
+from elm_ecg.training.files import check_output_folder, let_others_read_weights, naming, write_text
 from elm_ecg.training.model_files import find_model_file
 from elm_ecg.training.resume import RunOptions, checkpoint_to_resume, fingerprint
 from elm_ecg.training.sharing.cards import write_model_card
@@ -185,6 +185,7 @@ def build_base(
                 with naming(base):
                     model.save_pretrained(unfinished)
                     processor.save_pretrained(unfinished)
+                    let_others_read_weights(unfinished)
                 shutil.rmtree(base, ignore_errors=True)  # of a run that did not end
                 os.replace(unfinished, base)
             finally:

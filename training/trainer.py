@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTTrainer
 
 from elm_ecg.training.collator import ELMCollator
-from elm_ecg.training.files import naming
+from elm_ecg.training.files import let_others_read_weights, naming
 from elm_ecg.training.resume import RunOptions
 
 UNFINISHED = ".unfinished"  # folder of what is being saved
@@ -164,7 +164,9 @@ class ELMTrainer(SFTTrainer):
         """As the trainer's, without the pickle of its arguments, which holds tokens; `RunOptions` has them to be read."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            Path(str(output_dir or self.args.output_dir), "training_args.bin").unlink(missing_ok=True)
+            folder = Path(str(output_dir or self.args.output_dir))
+            (folder / "training_args.bin").unlink(missing_ok=True)
+            let_others_read_weights(folder)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """A checkpoint holds tied weights once: those that it lacks are not missing."""
