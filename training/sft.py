@@ -237,6 +237,14 @@ def make_trainer(
         callbacks=[CountEpochs(collator)],
     )
     trainer.train_dataset = splits["train"]  # of a stream TRL checks that it is of `datasets`
+    assert trainer.model is not None
+    trained = {parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad}
+    if halves := sorted(str(dtype).removeprefix("torch.") for dtype in trained if dtype.itemsize < 4):
+        logger.warning(
+            "Weights of %s are trained, in which most small steps are lost; --dtype float32 with --bf16 computes in 16 bits and keeps "
+            "the weights in 32.",
+            ", ".join(halves),
+        )
     if peft_config is not None:
         model.lm_head.register_parameter("bias", None)  # TRL reads it, and PEFT's wrapper of the head has none
     return trainer
