@@ -451,6 +451,10 @@ def test_yes_or_no_needs_no_value(name):
     ("options", "message"),
     [
         (
+            ["--metric_for_best_model", "eval_accuracy"],
+            "--metric_for_best_model is accuracy; an evaluation while training gives loss, mean_token_accuracy, entropy",
+        ),
+        (
             ["--lr_scheduler_kwargs", '{"num_cycles": 2}'],
             r"--lr_scheduler_type linear does not go with --lr_scheduler_kwargs \{'num_cycles': 2\}: .*num_cycles",
         ),

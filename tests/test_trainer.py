@@ -149,6 +149,49 @@ def test_rotation_and_the_best_model(llm, data, tmp_path):
     assert all(file.stat().st_mode & 0o777 == 0o644 for file in weights)  # others read them too
 
 
+def test_the_best_model_of_a_run_whose_folder_was_moved(llm, data, tmp_path, monkeypatch):
+    """Its checkpoints name it by the old path: it would be taken for gone, or, by a relative path, rotated away."""
+    options = [
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        "1",
+        "--greater_is_better",
+        "true",
+        "--save_total_limit",
+        "1",
+    ]
+    options += [*SAVING, "--load_best_model_at_end", "--metric_for_best_model", "loss"]  # the first step is the best
+    sft.main(tiny_sft(llm, data, tmp_path / "run", *options, "--max_steps", "2"))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    sft.main(tiny_sft(llm, data, Path("moved"), *options, "--max_steps", "3", "--resume_from_checkpoint", "last"))
+    state = json.loads(Path("moved/trainer_state.json").read_text())
+    assert (state["global_step"], state["best_global_step"], state["best_model_checkpoint"]) == (
+        3,
+        1,
+        "moved/checkpoint-1",
+    )
+    saved, best = (load_file(f"moved/{folder}model.safetensors") for folder in ("", "checkpoint-1/"))
+    assert all(torch.equal(saved[name], best[name]) for name in best)
+
+
+def test_a_best_step_that_was_not_saved_is_told(llm, data, tmp_path, caplog):
+    options = [
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        "1",
+        "--greater_is_better",
+        "true",
+        "--save_strategy",
+        "steps",
+    ]
+    options += ["--save_steps", "2", "--load_best_model_at_end", "--metric_for_best_model", "loss", "--max_steps", "2"]
+    sft.main(tiny_sft(llm, data, tmp_path / "run", *options))
+    assert "The best step, 1, was not saved: the weights are those of the last step." in caplog.text
+
+
 # the model at the end
 
 

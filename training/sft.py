@@ -40,6 +40,8 @@ from elm_ecg.training.trl_options import NEEDED, REFUSED, REFUSED_VALUES
 
 logger = logging.getLogger(__name__)
 
+METRICS = ("loss", "mean_token_accuracy", "entropy")  # that TRL's trainer measures of a validation split
+
 
 def make_parser(prog: str = "elm sft") -> ELMParser:
     """The options of `elm sft`: ours, those of TRL's SFTConfig and ModelConfig but for `trl_options.REFUSED`, and `--config`."""
@@ -106,6 +108,11 @@ def _check(training_args: SFTConfig, model_args: ModelConfig) -> None:
             raise ValueError(f"--{name} is {value}; expected a number from 0 to {2**32 - 1}.")
     if training_args.fp16 and training_args.device.type == "cpu":  # accelerate would ignore it there
         raise ValueError("--fp16 needs a GPU, and there is none; --bf16 computes in 16 bits on a CPU too.")
+    metric = (training_args.metric_for_best_model or METRICS[0]).removeprefix("eval_")
+    if metric not in METRICS:
+        raise ValueError(
+            f"--metric_for_best_model is {metric}; an evaluation while training gives {', '.join(METRICS)}."
+        )
     kwargs = training_args.lr_scheduler_kwargs or {}
     try:  # as the trainer will, with a few steps of nothing
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
@@ -231,6 +238,14 @@ def make_trainer(
         callbacks=[CountEpochs(collator)],
     )
     trainer.train_dataset = splits["train"]  # of a stream TRL checks that it is of `datasets`
+    assert trainer.model is not None
+    trained = {parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad}
+    if halves := sorted(str(dtype).removeprefix("torch.") for dtype in trained if dtype.itemsize < 4):
+        logger.warning(
+            "Weights of %s are trained, in which most small steps are lost; --dtype float32 with --bf16 computes in 16 bits and keeps "
+            "the weights in 32.",
+            ", ".join(halves),
+        )
     if peft_config is not None:
         model.lm_head.register_parameter("bias", None)  # TRL reads it, and PEFT's wrapper of the head has none
     return trainer
@@ -267,6 +282,14 @@ def train(args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig)
 
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.log_metrics("train", result.metrics)
+    state = trainer.state
+    kept = state.best_model_checkpoint or "the last step"
+    if training_args.load_best_model_at_end and not kept.endswith(f"-{state.best_global_step}"):
+        logger.warning(
+            "The best step, %s, was not saved: the weights are those of %s. Equal --save_steps and --eval_steps save it.",
+            state.best_global_step,
+            kept,
+        )
     output_dir = Path(str(training_args.output_dir)).absolute()
     with trainer.staging(output_dir) as folder:
         trainer.save_model(str(folder))  # and the processor, which is its processing_class

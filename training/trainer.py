@@ -134,9 +134,13 @@ class ELMTrainer(SFTTrainer):
         """None of TRL's: it would replace the card of the model that is in the folder."""
 
     def _load_callback_state(self) -> None:
-        """TRL's count of tokens goes on too."""
+        """TRL's count of tokens goes on too, and the best checkpoint is found where the folder of this run is now."""
         states: Any = self.state.stateful_callbacks
         self._total_train_tokens = states.pop(type(self).__name__, {}).get("num_tokens", 0)
+        best = Path(super()._get_output_dir(None)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        options = RunOptions.read(best)  # None where there is no such folder
+        if options is not None and options.started == self.options.started:
+            self.state.best_model_checkpoint = str(best)  # as the rotation names its folders: relative, or moved
         super()._load_callback_state()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
