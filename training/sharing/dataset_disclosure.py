@@ -89,6 +89,8 @@ def _check_table(path: Path, found: dict[str, str]) -> None:
             found.setdefault(name, "holds dates or times")
         if leaf.physical_type.endswith("BYTE_ARRAY"):
             texts[leaf.path] = name
+            if leaf.logical_type.type == "NONE":  # in UTF-16, or compressed, no name would be found
+                found.setdefault(name, "holds bytes, in which nobody can look for names")
     for parquet_path, name in texts.items():  # one at a time, so that what is found has its column
         for batch in table.iter_batches(columns=[parquet_path]):
             _look(found, name, "\n".join(_texts(batch.to_pylist())), path)
