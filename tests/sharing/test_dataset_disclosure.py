@@ -48,6 +48,7 @@ def test_a_plain_dataset(tmp_path):
     [
         ({"email": "a"}, "email", "is no column that is kept unless it is named"),
         ({"site": 3}, "site", "is no column"),
+        ({"record_id": "John".encode("utf-16")}, "record_id", "holds bytes, in which nobody can look for names"),
         ({"ecg": {**ROW["ecg"], "device": {"serial": 7}}}, "ecg.device.serial", "is no column"),
         ({"messages": said("ECG of 22.11.2002?")}, "messages.content", "'22.11.2002', which looks like a date"),
         ({"messages": said("Reach him at +49 761 270-0123.")}, "messages.content", "a telephone number"),

@@ -88,10 +88,12 @@ def _check_table(path: Path, found: dict[str, str]) -> None:
         if any(kind in str(leaf.logical_type) for kind in ("Date", "Time")) or leaf.physical_type == "INT96":
             found.setdefault(name, "holds dates or times")
         if leaf.physical_type.endswith("BYTE_ARRAY"):
-            texts[leaf.path] = name
-    for parquet_path, name in texts.items():  # one at a time, so that what is found has its column
+            texts[leaf.path] = name, leaf.logical_type.type == "NONE"
+    for parquet_path, (name, is_bytes) in texts.items():  # one at a time, so that what is found has its column
         for batch in table.iter_batches(columns=[parquet_path]):
             _look(found, name, "\n".join(_texts(batch.to_pylist())), path)
+        if is_bytes:  # in UTF-16, or compressed, no name would be found
+            found.setdefault(name, "holds bytes, in which nobody can look for names")
 
 
 def _look(found: dict[str, str], name: str, text: str, path: Path, dates: bool = True) -> None:
