@@ -367,9 +367,8 @@ def lora_config(
     if "llm" not in args.update:
         raise ValueError(f"--peft adapts the language model, but --update is {' '.join(args.update)}; add llm to it.")
     modules, parameters = ([name for name, _ in pairs] for pairs in (model.named_modules(), model.named_parameters()))
-    targets = (
-        model_args.lora_target_modules
-    )  # of one name TRL makes a text, which PEFT takes for a regex of whole names
+    # of one name TRL makes a text, which PEFT takes for a regex of whole names
+    targets: str | list[str] | None = model_args.lora_target_modules
     if targets in (None, "all-linear"):  # Conv1D is the linear layer of GPT-2
         layers = model.model.language_model.named_modules()
         targets = sorted({name.rsplit(".", 1)[-1] for name, layer in layers if isinstance(layer, nn.Linear | Conv1D)})

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import get_scheduler
+from transformers import SchedulerType, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from trl import ModelConfig, SFTConfig
 
@@ -113,13 +113,13 @@ def _check(training_args: SFTConfig, model_args: ModelConfig) -> None:
         raise ValueError(
             f"--metric_for_best_model is {metric}; an evaluation while training gives {', '.join(METRICS)}."
         )
-    kwargs = training_args.lr_scheduler_kwargs or {}
+    kwargs: Any = training_args.lr_scheduler_kwargs or {}
     try:  # as the trainer will, with a few steps of nothing
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
         get_scheduler(training_args.lr_scheduler_type, optimizer, 1, 2, scheduler_specific_kwargs=dict(kwargs))
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"--lr_scheduler_type {training_args.lr_scheduler_type.value} does not go with --lr_scheduler_kwargs {kwargs}: {error}."
+            f"--lr_scheduler_type {SchedulerType(training_args.lr_scheduler_type).value} does not go with --lr_scheduler_kwargs {kwargs}: {error}."
         ) from error
     if training_args.activation_offloading and training_args.device.type == "cpu":
         raise ValueError("--activation_offloading takes memory from a GPU, and there is none; leave it out.")
