@@ -80,7 +80,8 @@ class TestReadFile:
             path.write_bytes(WHOLE[name])
         monkeypatch.setitem(sys.modules, library, None)
         with pytest.raises(
-            ImportError, match=rf'r\.hea as .*needs the library {library}: pip install "elm-ecg\[formats\]"'
+            ImportError,
+            match=rf"r\.hea as .*needs the library {library.split('.')[0]}: `pip install {library.split('.')[0]}`",
         ):
             read_file(path)
 
