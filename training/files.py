@@ -55,18 +55,25 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(number, NO_ROOM[number], str(path)) from error
 
 
+def _end(*_: object) -> None:
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+def _end_at_once_if_forked() -> None:
+    """A forked worker has no part in what its parent has to tidy up, and must end when a pool says so: Python calls handlers of
+    its own only between two steps, and a worker that waits for its next task takes none."""
+    if signal.getsignal(signal.SIGTERM) is _end:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_end_at_once_if_forked)
+
+
 @contextmanager
 def ending_on_sigterm() -> Iterator[None]:
     """SIGTERM, as of Slurm and of `docker stop`, ends the block as an exception: temporary files and folders go."""
-    process = os.getpid()
-
-    def end(*_: object) -> None:
-        if os.getpid() != process:  # a forked worker has no part in what its parent has to tidy up
-            os._exit(128 + signal.SIGTERM)
-        raise SystemExit(128 + signal.SIGTERM)
-
     try:
-        before = signal.signal(signal.SIGTERM, end)
+        before = signal.signal(signal.SIGTERM, _end)
     except ValueError:  # only the main thread may set it
         yield
         return
