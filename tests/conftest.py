@@ -30,3 +30,11 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no real recordings and golden numbers at {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def llm(tmp_path_factory) -> Path:
+    """The folder of a tiny language model, which nobody changes."""
+    from helpers import save_tiny_llm  # late: it imports PyTorch, which reads OMP_NUM_THREADS
+
+    return save_tiny_llm(tmp_path_factory.mktemp("llm") / "llm")

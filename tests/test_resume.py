@@ -8,15 +8,10 @@ from datasets import load_from_disk
 
 from elm_ecg.training import sft
 from elm_ecg.training.resume import OPTIONS_FILE, RunOptions, checkpoint_to_resume, fault_of, fingerprint
-from helpers import ROOT, losses, save_record, save_tiny_data, save_tiny_llm, tiny_sft
+from helpers import ROOT, losses, save_record, save_tiny_data, tiny_sft
 
 SAVING = ["--save_strategy", "steps", "--save_steps", "2"]
 LAST = ["--resume_from_checkpoint", "last"]
-
-
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory) -> Path:
-    return save_tiny_llm(tmp_path_factory.mktemp("llm") / "llm")
 
 
 @pytest.fixture(scope="module")

@@ -39,11 +39,6 @@ from helpers import (
 
 
 @pytest.fixture(scope="module")
-def llm(tmp_path_factory) -> Path:
-    return save_tiny_llm(tmp_path_factory.mktemp("llm") / "llm")
-
-
-@pytest.fixture(scope="module")
 def tied_llm(tmp_path_factory) -> Path:
     return save_tiny_llm(tmp_path_factory.mktemp("llm") / "tied", "qwen2_5")
 

@@ -14,14 +14,12 @@ from safetensors.torch import load_file
 from elm_ecg.training import cli, sft, trainer
 from elm_ecg.training.build import load_elm
 from elm_ecg.training.resume import OPTIONS_FILE, fault_of
-from helpers import losses, save_tiny_data, save_tiny_llm, tiny_sft
+from helpers import losses, save_tiny_data, tiny_sft
 
 SAVING = ["--save_strategy", "steps", "--save_steps", "1"]
 
-
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory) -> Path:
-    return save_tiny_llm(tmp_path_factory.mktemp("llm") / "llm")
+# the highest loss is the best, so that the first step is
+WORST = ["--eval_strategy", "steps", "--eval_steps", "1", "--greater_is_better", "true"]
 
 
 @pytest.fixture(scope="module")
@@ -151,16 +149,7 @@ def test_rotation_and_the_best_model(llm, data, tmp_path):
 
 def test_the_best_model_of_a_run_whose_folder_was_moved(llm, data, tmp_path, monkeypatch):
     """Its checkpoints name it by the old path: it would be taken for gone, or, by a relative path, rotated away."""
-    options = [
-        "--eval_strategy",
-        "steps",
-        "--eval_steps",
-        "1",
-        "--greater_is_better",
-        "true",
-        "--save_total_limit",
-        "1",
-    ]
+    options = [*WORST, "--save_total_limit", "1"]
     options += [*SAVING, "--load_best_model_at_end", "--metric_for_best_model", "loss"]  # the first step is the best
     sft.main(tiny_sft(llm, data, tmp_path / "run", *options, "--max_steps", "2"))
     (tmp_path / "run").rename(tmp_path / "moved")
@@ -177,16 +166,7 @@ def test_the_best_model_of_a_run_whose_folder_was_moved(llm, data, tmp_path, mon
 
 
 def test_a_best_step_that_was_not_saved_is_told(llm, data, tmp_path, caplog):
-    options = [
-        "--eval_strategy",
-        "steps",
-        "--eval_steps",
-        "1",
-        "--greater_is_better",
-        "true",
-        "--save_strategy",
-        "steps",
-    ]
+    options = [*WORST, "--save_strategy", "steps"]
     options += ["--save_steps", "2", "--load_best_model_at_end", "--metric_for_best_model", "loss", "--max_steps", "2"]
     sft.main(tiny_sft(llm, data, tmp_path / "run", *options))
     assert "The best step, 1, was not saved: the weights are those of the last step." in caplog.text

@@ -25,7 +25,7 @@ from elm_ecg.training.build import build_model, build_processor, freeze, lora_co
 from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.resume import RunOptions
 from elm_ecg.training.trl_options import NEEDED, REFUSED, REFUSED_VALUES, RENAMED
-from helpers import ROOT, TINY_ENCODERS, save_tiny_data, save_tiny_llm, tiny_ecg_byte, tiny_sft
+from helpers import ROOT, TINY_ENCODERS, save_tiny_data, tiny_ecg_byte, tiny_sft
 
 # fields of SFTConfig that the trainer alone reads, and a value other than the default
 TRAINER: dict[str, Any] = {
@@ -223,11 +223,6 @@ def test_help_shows_what_is_honoured(capsys):
     shown = set(re.findall(r"--(\w+)", " ".join(heads)))
     assert names_of(SFTConfig, ModelConfig) - REFUSED.keys() <= shown
     assert shown & REFUSED.keys() == set()
-
-
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory) -> Path:
-    return save_tiny_llm(tmp_path_factory.mktemp("llm") / "llm")
 
 
 @pytest.fixture(scope="module")

@@ -745,24 +745,13 @@ def test_refuses_weights_that_diverged_or_name_somebody(model, hub):
 
 def test_files_of_another_kind_and_own_code_are_named_and_stay(folders, hub, tmp_path, capsys):
     encoder = shutil.copytree(folders / "encoder", tmp_path / "encoder")
-    for name in (
-        "tokenizer.json",
-        "chat_template.jinja",
-        "adapter_config_old.json",
-        "training_options.json",
-        "mine.py",
-    ):
+    names = ["tokenizer.json", "chat_template.jinja", "adapter_config_old.json", "training_options.json", "mine.py"]
+    for name in names:
         (encoder / name).write_text("{}")
     push(encoder, "encoder")
     printed = capsys.readouterr().out
     files = hub.files("user/encoder")
-    for name in (
-        "tokenizer.json",
-        "chat_template.jinja",
-        "adapter_config_old.json",
-        "training_options.json",
-        "mine.py",
-    ):
+    for name in names:
         assert name not in files
         assert name in printed.split("Left out: ")[1].split("\n")[0]
 
