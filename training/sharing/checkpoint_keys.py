@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from elm_ecg.configuration_elm import ENCODER_CONFIGS
+from elm_ecg.modeling_common import some_of
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.training.sharing.checkpoints import Conversion, plain_key
 
@@ -196,8 +197,3 @@ def convert_state_dict(kind: str, state_dict: dict[str, Tensor]) -> dict[str, Te
             "check the kind, strip the prefix under which the module stands, or drop the entry."
         )
     return part.tensors
-
-
-def some_of(names: list[str]) -> str:
-    """The first of many names, and how many there are."""
-    return f"{', '.join(names[:5])}{f' ... ({len(names)} in all)' if len(names) > 5 else ''}"

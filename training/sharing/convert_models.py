@@ -13,12 +13,13 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from elm_ecg.configuration_elm import ENCODER_CONFIGS, IMAGE_REPRESENTATIONS
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
+from elm_ecg.modeling_common import some_of
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.tokenization_ecg_byte import ECGByteTokenizer
 from elm_ecg.training.build import build_model, build_processor
-from elm_ecg.training.sharing.checkpoint_keys import convert_part, count_indices, some_of
+from elm_ecg.training.sharing.checkpoint_keys import convert_part, count_indices
 from elm_ecg.training.sharing.checkpoints import Checkpoint, Conversion, merge_lora
 from elm_ecg.training.sharing.convert_arguments import ConvertArguments
 from elm_ecg.training.sharing.ecg_byte_import import read_reference_tokenizer
