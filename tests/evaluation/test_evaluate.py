@@ -68,6 +68,12 @@ def predictions_in(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().split("\n")[:-1]]
 
 
+@pytest.fixture
+def no_report(monkeypatch):
+    """Reports are written by `test_files` and others; here they would take longest."""
+    monkeypatch.setattr(evaluation, "write_report", lambda *args: None)
+
+
 def test_files(evaluated, data, model):
     folder, results = evaluated
     names = {"evaluation_results.json", "predictions.jsonl", "report.html"}
@@ -262,7 +268,7 @@ def test_an_interrupted_evaluation_goes_on(evaluated, model, data, tmp_path, mon
     assert (tmp_path / "predictions.jsonl").read_text() == (folder / "predictions.jsonl").read_text()
 
 
-def test_answers_of_other_settings_are_not_taken(evaluated, model, data, tmp_path):
+def test_answers_of_other_settings_are_not_taken(evaluated, model, data, tmp_path, no_report):
     (tmp_path / "predictions.partial.0.jsonl").write_text('another\n["ecg", 0, ["no", "no", "no"]]\n')
     assert evaluation.main(argv_of(model, data, tmp_path, *SETTINGS)) == evaluated[1]
 
@@ -289,9 +295,8 @@ def evaluate_in_model(model: Path, data: Path, *options: str) -> dict[str, Any]:
     return evaluation.main(["--model_name_or_path", str(model), "--data", str(data), *fast, *options])
 
 
-def test_each_evaluation_has_a_place_of_its_own(model, data, tmp_path, capsys, monkeypatch):
+def test_each_evaluation_has_a_place_of_its_own(model, data, tmp_path, capsys, monkeypatch, no_report):
     """The same one replaces its files, others stand beside; the card has all; results of other weights move aside."""
-    monkeypatch.setattr(evaluation, "write_report", lambda *args: None)  # it takes longest
     model = shutil.copytree(model, tmp_path / "elm")
     subset = evaluate_in_model(model, data, "--data_subset", "0.5")
     assert subset["num_patients"] == 5
@@ -331,9 +336,8 @@ def test_an_output_dir_with_other_results_is_not_overwritten(model, data, evalua
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_an_evaluation_that_ends_while_it_writes(model, data, tmp_path, monkeypatch):
+def test_an_evaluation_that_ends_while_it_writes(model, data, tmp_path, monkeypatch, no_report):
     """What was there is there, results and predictions belong together, and the same command ends as it would have."""
-    monkeypatch.setattr(evaluation, "write_report", lambda *args: None)  # it takes longest
     options = ["--output_dir", str(tmp_path)]
     expected = evaluate_in_model(model, data, *options)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -361,7 +365,9 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("changed", ["the ECG's file", *CHANGES])
-def test_an_interrupted_evaluation_takes_no_answers_of_what_was_changed(model, data, tmp_path, monkeypatch, changed):
+def test_an_interrupted_evaluation_takes_no_answers_of_what_was_changed(
+    model, data, tmp_path, monkeypatch, changed, no_report
+):
     """Each of these left 37 to 66 of 133 answers wrong, without a word."""
     rows = list(load_data(EvaluationArguments(data=[str(data)]), "test").with_format(None))[:2]
     for index, row in enumerate(rows):
@@ -370,7 +376,6 @@ def test_an_interrupted_evaluation_takes_no_answers_of_what_was_changed(model, d
     model = shutil.copytree(model, tmp_path / "elm")
     options = ["--conditions", "zeroed", "--max_new_tokens", "6", "--batch_size", "1", "--num_resamples", "10"]
     argv = ["--model_name_or_path", str(model), "--data", str(tmp_path / "data"), "--ecg_root", str(tmp_path), *options]
-    monkeypatch.setattr(evaluation, "write_report", lambda *args: None)  # it takes longest
     answer, asked = Answerer._answer, []
 
     def interrupted(self: Answerer, conversations: Any, condition: Any, batch: int) -> list[Any]:
@@ -511,7 +516,7 @@ def test_likelihood(model, data, tmp_path):
         evaluation.main(argv_of(model, tmp_path / "one", tmp_path / "out", *options))
 
 
-def test_folds_and_seeds(model, data, tmp_path, caplog, capsys):
+def test_folds_and_seeds(model, data, tmp_path, caplog, capsys, no_report):
     """Without sampling a further seed asks of noise and swapped ECGs alone."""
     rows = load_data(EvaluationArguments(data=[str(data)]), "test").with_format(None)
     halves = {f"fold{fold}_test": rows.select(range(start, start + 3)) for fold, start in ((1, 0), (2, 3))}
@@ -574,7 +579,7 @@ def test_over_one_run_nothing_spreads():
     assert over_runs([run, other], [0], False)["conditions"] == {"ecg": {"exact_match": {**row, "num_runs": 2}}}
 
 
-def test_compare(evaluated, model, data, tmp_path, capsys):
+def test_compare(evaluated, model, data, tmp_path, capsys, no_report):
     """The results are what `elm compare` reads."""
     folder, _ = evaluated
     evaluation.main(
