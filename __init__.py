@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from .modeling_elm import ELMForConditionalGeneration as ELMForConditionalGeneration
     from .processing_elm import ELMProcessor as ELMProcessor
     from .tokenization_ecg_byte import ECGByteTokenizer as ECGByteTokenizer
-    from .training.build import load_elm as load_elm
     from .training.build import new_elm as new_elm
     from .training.collator import ELMCollator as ELMCollator
     from .training.data.build import build_dataset as build_dataset
     from .training.evaluation.evaluate import evaluate as evaluate
+    from .training.load import load_elm as load_elm
 
 # name -> its module, imported when the name is first used: `import elm_ecg` need not wait for PyTorch
 _MODULES = {

@@ -28,19 +28,12 @@ from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.training import model_files
 from elm_ecg.training.arguments import ELMArguments
-from elm_ecg.training.build import (
-    LLMS,
-    build_model,
-    build_processor,
-    chat_template,
-    freeze,
-    limit_threads,
-    load_elm,
-    lora_config,
-    new_elm,
-    resolve_llm,
-)
+from elm_ecg.training.build import build_model, build_processor, new_elm
+from elm_ecg.training.chat_templates import chat_template
 from elm_ecg.training.data.synthetic import make_record
+from elm_ecg.training.llms import LLMS, resolve_llm
+from elm_ecg.training.load import limit_threads, load_elm
+from elm_ecg.training.lora import freeze, lora_config
 from elm_ecg.training.model_files import find_model_file
 from helpers import FAMILIES, TINY_ENCODERS, TINY_VISION, every_pair, save_tiny_llm, tiny_ecg_byte, tiny_tokenizer
 from loopback_hub import LoopbackHub, run_on_hub
@@ -490,7 +483,8 @@ def test_model_of_the_hub_that_cannot_be_read(monkeypatch):
 OFFLINE = """
 import sys
 from huggingface_hub import constants
-from elm_ecg.training.build import load_elm, new_elm
+from elm_ecg.training.build import new_elm
+from elm_ecg.training.load import load_elm
 from elm_ecg.training.cli import main
 sys.stderr = sys.stdout
 online, _ = load_elm("user/elm")

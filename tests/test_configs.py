@@ -8,7 +8,7 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from accelerate.utils import DistributedType
 
 from elm_ecg.training import sft
-from elm_ecg.training.build import LLMS
+from elm_ecg.training.llms import LLMS
 from helpers import ROOT
 
 RECIPES = sorted((ROOT / "training" / "configs").glob("*.yaml"))

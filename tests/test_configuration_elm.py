@@ -16,7 +16,7 @@ from elm_ecg.configuration_elm import (
     connectors_of,
     default_num_ecg_tokens,
 )
-from elm_ecg.modeling_elm import CONNECTOR_MODULES
+from elm_ecg.modeling_connectors import CONNECTOR_MODULES
 from helpers import (
     TINY_ENCODERS,
     TINY_VISION,

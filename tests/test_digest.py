@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from elm_ecg.training.build import load_elm
 from elm_ecg.training.digest import digest_of_folder, digest_of_model, files_of_model, folder_of
 from elm_ecg.training.files import write_text
+from elm_ecg.training.load import load_elm
 from helpers import tiny_elm, tiny_processor
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -8,8 +8,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
-from elm_ecg.training import build
-from elm_ecg.training.build import load_elm, new_elm
+from elm_ecg.training import load
+from elm_ecg.training.build import new_elm
+from elm_ecg.training.load import load_elm
 from elm_ecg.training.model_files import check_finite, non_finite
 from helpers import fork_project, save_tiny_llm, tiny_elm, tiny_elm_config, tiny_image_processor_elm, tiny_processor
 
@@ -187,11 +188,11 @@ def add_code(folder, name="tokenizer_config.json"):
 def test_code_beside_a_model_is_not_run(elm, tmp_path, monkeypatch):
     """Not even where the first line of a script, which is a question, says yes to transformers' question about it."""
     llm = save_tiny_llm(tmp_path / "llm")
-    for folder, load in ((elm, load_elm), (llm, lambda name: new_elm(name, architecture="fuyu", num_samples=500))):
+    for folder, read in ((elm, load_elm), (llm, lambda name: new_elm(name, architecture="fuyu", num_samples=500))):
         ran = add_code(folder)
         monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
         with pytest.raises(ValueError, match="code"):
-            load(str(folder))
+            read(str(folder))
         assert not ran.exists()
     assert_refused(elm, r"it comes with code of its own \(auto_map\), which `elm` does not run")
 
@@ -276,9 +277,9 @@ class TestAdapters:
             asked.append((name, revision))
             raise ValueError("not asked further")
 
-        load = build.model_folder
+        model_folder = load.model_folder
         monkeypatch.setattr(
-            build, "model_folder", lambda *args: load(*args) if args[0] == str(adapter) else find(*args)
+            load, "model_folder", lambda *args: model_folder(*args) if args[0] == str(adapter) else find(*args)
         )
         with pytest.raises(ValueError, match="not asked further"):
             load_elm(str(adapter))
@@ -306,7 +307,8 @@ class TestAdapters:
 
 DEAD_HUB = """
 import sys, time
-from elm_ecg.training.build import load_elm, new_elm
+from elm_ecg.training.build import new_elm
+from elm_ecg.training.load import load_elm
 from elm_ecg.training.cli import main
 start = time.time()
 for name in ("user/elm", "user/adapter"):

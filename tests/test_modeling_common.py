@@ -23,7 +23,7 @@ from helpers import (
 # a saved adapter answers in a fresh process as it did where it was trained
 LOAD = """
 import sys, torch
-from elm_ecg.training.build import load_elm
+from elm_ecg.training.load import load_elm
 model, _ = load_elm(sys.argv[1])
 inputs, expected = torch.load(f"{sys.argv[1]}/expected.pt")
 with torch.no_grad():

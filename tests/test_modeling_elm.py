@@ -22,8 +22,9 @@ from transformers import (
 
 from elm_ecg.configuration_elm import ENCODER_CONFIGS, IMAGE_REPRESENTATIONS, connectors_of
 from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord
+from elm_ecg.modeling_connectors import CONNECTOR_MODULES
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
-from elm_ecg.modeling_elm import CONNECTOR_MODULES, ECG_INPUTS, ELMForConditionalGeneration
+from elm_ecg.modeling_elm import ECG_INPUTS, ELMForConditionalGeneration
 from elm_ecg.training.sharing.convert import convert_state_dict
 from helpers import (
     TINY_ENCODERS,

@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from elm_ecg.configuration_elm import ELMConfig
-from elm_ecg.modeling_elm import ELMForConditionalGeneration, pool_tokens
+from elm_ecg.modeling_connectors import pool_tokens
+from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.modeling_vision_encoders import (
     blank_images,
     encode_images,

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from elm_ecg.ecg_drawing import ECGPaper, draw_ecg
 from elm_ecg.ecg_utils import as_record
 from elm_ecg.training import quickstart
-from elm_ecg.training.build import load_elm
 from elm_ecg.training.evaluation.report import examples
+from elm_ecg.training.load import load_elm
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,8 @@ from transformers.utils.logging import warning_once
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.training import sft
-from elm_ecg.training.build import build_model, load_elm
+from elm_ecg.training.build import build_model
+from elm_ecg.training.load import load_elm
 from forks import Fork
 from helpers import (
     ROOT,

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from elm_ecg.training import cli, sft, trainer
-from elm_ecg.training.build import load_elm
+from elm_ecg.training.load import load_elm
 from elm_ecg.training.resume import OPTIONS_FILE, fault_of
 from helpers import losses, save_tiny_data, tiny_sft
 

@@ -19,10 +19,11 @@ from transformers import AutoTokenizer
 from trl import ModelConfig, SFTConfig
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
-from elm_ecg.training import build, model_files, sft
+from elm_ecg.training import build, chat_templates, model_files, sft
 from elm_ecg.training.arguments import AugmentationArguments, DataArguments, ELMArguments, ModelArguments
-from elm_ecg.training.build import build_model, build_processor, freeze, lora_config, new_elm
+from elm_ecg.training.build import build_model, build_processor, new_elm
 from elm_ecg.training.collator import ELMCollator
+from elm_ecg.training.lora import freeze, lora_config
 from elm_ecg.training.resume import RunOptions
 from elm_ecg.training.trl_options import NEEDED, REFUSED, REFUSED_VALUES, RENAMED
 from helpers import ROOT, TINY_ENCODERS, save_tiny_data, tiny_ecg_byte, tiny_sft
@@ -412,7 +413,7 @@ def test_a_chat_template_of_ones_own(llm, data, elm, tmp_path, of_folder):
     trainer.processing_class.save_pretrained(tmp_path / "out")
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == NEW_TEMPLATE
     other = copy.copy(elm[1])  # of a saved ELM
-    build.set_chat_template(other, str(path))
+    chat_templates.set_chat_template(other, str(path))
     assert other.chat_template == NEW_TEMPLATE != elm[1].chat_template
 
 
@@ -436,7 +437,7 @@ def test_a_chat_template_that_cannot_be_used(elm, tmp_path, template, message, m
         (tmp_path / "a.jinja").write_text(template)
     path = tmp_path / "a.jinja" if template is not None else "nobody/nothing"
     with pytest.raises(ValueError, match=f"^--chat_template_path .*{message}"):
-        build.set_chat_template(elm[1], str(path))
+        chat_templates.set_chat_template(elm[1], str(path))
 
 
 def test_pad_to_multiple_of(llm, elm, data):

@@ -1,99 +1,36 @@
 """A new ELM and its processor from the command line's arguments."""
 
 import logging
-import os
-import re
-import warnings
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
 from tokenizers import AddedToken
-from torch import nn
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoFeatureExtractor,
-    AutoImageProcessor,
-    AutoModelForCausalLM,
-    AutoProcessor,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
-from transformers.pytorch_utils import Conv1D
-from trl import ModelConfig, get_peft_config
-from trl.chat_template_utils import has_generation_markers
 
-from elm_ecg.configuration_elm import ENCODER_CONFIGS, IMAGE_REPRESENTATIONS, ELMConfig
+from elm_ecg.configuration_elm import ENCODER_CONFIGS, IMAGE_REPRESENTATIONS
 from elm_ecg.ecg_drawing import ECGPaper
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.image_processing_elm import ECGImageProcessor
-from elm_ecg.modeling_common import some_of
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.modeling_vision_encoders import image_size, vision_config
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer
-from elm_ecg.training.arguments import VISION_BACKBONES, ELMArguments, ELMParser, ModelArguments
+from elm_ecg.training.arguments import VISION_BACKBONES, ELMParser, ModelArguments
+from elm_ecg.training.chat_templates import chat_template
 from elm_ecg.training.command_line import did_you_mean
-from elm_ecg.training.digest import base_of_adapter
 from elm_ecg.training.files import resource
-from elm_ecg.training.model_files import (
-    check_config,
-    check_finite,
-    check_processor,
-    check_weights,
-    find_model_file,
-    loading,
-    model_folder,
-)
+from elm_ecg.training.llms import place_of_llm
+from elm_ecg.training.model_files import find_model_file
 
 logger = logging.getLogger(__name__)
 
-# our commands run the code that is installed, not the copy in a model's folder
-AutoConfig.register(ELMConfig.model_type, ELMConfig)
-AutoModelForCausalLM.register(ELMConfig, ELMForConditionalGeneration)
-AutoFeatureExtractor.register(ELMConfig, ECGFeatureExtractor)
-AutoProcessor.register(ELMConfig, ELMProcessor)
 
-LLMS = {
-    "llama-3.2-1b-instruct": "meta-llama/Llama-3.2-1B-Instruct",
-    "llama-3.2-3b-instruct": "meta-llama/Llama-3.2-3B-Instruct",
-    "qwen2.5-0.5b-instruct": "Qwen/Qwen2.5-0.5B-Instruct",
-    "qwen2.5-1.5b-instruct": "Qwen/Qwen2.5-1.5B-Instruct",
-    "qwen2.5-3b-instruct": "Qwen/Qwen2.5-3B-Instruct",
-    "qwen2.5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
-    "gemma-2-2b-it": "google/gemma-2-2b-it",
-}
 # values of a stacked record that are black and white, by its normalization: millivolts, deviations, or its own range
 VALUE_RANGES = {"none": (-2.0, 2.0), "zscore": (-4.0, 4.0), "minmax": (0.0, 1.0)}
-SMALL_MODEL = 5_000_000  # parameters
 DEFAULT_ECG_TOKENIZER = resource("training/tokenizers/ptbxl_250hz")
-# a token that only tokenizers of that family have -> its chat template
-TEMPLATES = {"<|start_header_id|>": "llama3", "<|im_start|>": "qwen2_5", "<start_of_turn>": "gemma2"}
-
-
-def resolve_llm(llm: str) -> str:
-    """Hub id or local folder of a language model given by its name, id or folder."""
-    if llm in LLMS:
-        return LLMS[llm]
-    if Path(llm).is_dir() or (llm.count("/") == 1 and not llm.startswith((".", "/", "~"))):
-        return llm
-    raise ValueError(
-        f"Unknown --llm {llm!r}; expected {', '.join(LLMS)}, a Hub id such as owner/name, or a local folder."
-        f"{did_you_mean(llm, LLMS)}"
-    )
-
-
-def place_of_llm(args: ModelArguments, revision: str = "main") -> str:
-    """Where `--llm` is loaded from (ValueError: nowhere)."""
-    return find_model_file(resolve_llm(args.llm), ["config.json"], revision, label="--llm")[0]
 
 
 def place_of_encoder(args: ModelArguments) -> str | None:
@@ -101,55 +38,6 @@ def place_of_encoder(args: ModelArguments) -> str | None:
     if args.encoder_name_or_path is None or args.architecture != "llava":
         return None
     return find_model_file(args.encoder_name_or_path, ["config.json"], label="--encoder")[0]
-
-
-def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template of the tokenizer's family, with `{% generation %}` round what is learnt."""
-    vocabulary = tokenizer.get_vocab()
-    name = next((name for token, name in TEMPLATES.items() if token in vocabulary), "default")
-    return resource(f"training/templates/{name}.jinja").read_text()
-
-
-def set_chat_template(processor: ELMProcessor, name_or_path: str | None) -> None:
-    """Gives the processor another chat template; None keeps its own.
-
-    Args:
-        name_or_path: a file of Jinja, or the folder or Hub id of a model whose tokenizer has a template.
-
-    Raises:
-        ValueError: there is no template, it cannot be rendered, does not mark the answers, or leaves ECGs out.
-    """
-    if name_or_path is None:
-        return
-    label = "--chat_template_path"
-    if Path(name_or_path).is_file():
-        template = Path(name_or_path).read_text(encoding="utf-8")
-    else:
-        place, _ = find_model_file(name_or_path, ["tokenizer_config.json"], label=label)
-        template = AutoTokenizer.from_pretrained(place, trust_remote_code=False).chat_template
-    if isinstance(template, dict):  # named ones
-        template = template.get("default")
-    if not template:
-        raise ValueError(f"{label} {name_or_path} has no chat template; name a .jinja file.")
-    if not has_generation_markers(template):
-        raise ValueError(
-            f"{label} {name_or_path} does not mark what is to be learnt; put {{% generation %}} and {{% endgeneration %}} round the "
-            f"assistant's turns, as the templates in {resource('training/templates')} do."
-        )
-    chat = [
-        {"role": "user", "content": [{"type": "ecg"}, {"type": "text", "text": "?"}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "!"}]},
-    ]
-    try:
-        text = processor.tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise ValueError(f"{label} {name_or_path} cannot be rendered: {error}") from error
-    if processor.takes_ecgs and text.count(processor.ecg_token) != 1:
-        raise ValueError(
-            f"{label} {name_or_path} writes no {processor.ecg_token} for a part of type 'ecg'; add it, as the templates in "
-            f"{resource('training/templates')} do."
-        )
-    processor.chat_template = template
 
 
 def encoder_config(args: ModelArguments, num_leads: int) -> PreTrainedConfig:
@@ -322,16 +210,6 @@ def new_elm(
         return build_model(args, processor, dtype=dtype, attn_implementation=attn_implementation), processor
 
 
-def limit_threads(model: PreTrainedModel, device: torch.device) -> None:
-    """One thread for a small model on the CPU, unless OMP_NUM_THREADS is set: its operations are so short that threads
-    wait for each other longer than they work."""
-    if device.type != "cpu" or "OMP_NUM_THREADS" in os.environ or model.num_parameters() >= SMALL_MODEL:
-        return
-    if torch.get_num_threads() > 1:
-        torch.set_num_threads(1)
-        print("A model this small runs on one thread; OMP_NUM_THREADS sets another number.", flush=True)
-
-
 @torch.no_grad()
 def spread_embeddings(model: ELMForConditionalGeneration, token_ids: list[int]) -> None:
     """Starts tokens as far from each other as words are.
@@ -344,150 +222,3 @@ def spread_embeddings(model: ELMForConditionalGeneration, token_ids: list[int]) 
     words = weight[: min(token_ids)].float()  # the language model's own rows
     means, deviations = (row.expand(len(token_ids), -1) for row in (words.mean(0), words.std(0)))
     weight[token_ids] = torch.normal(means, deviations).to(weight.dtype)
-
-
-def freeze(model: ELMForConditionalGeneration, update: list[str]) -> None:
-    """Leaves only the named parts (`encoder`, `connector`, `llm`) to be trained."""
-    if "encoder" in update and model.model.encoder is None:
-        raise ValueError(f"--update encoder: a {model.config.architecture} ELM has no encoder.")
-    model.requires_grad_("llm" in update)  # the head too; encoder and connector follow
-    for name in ("encoder", "connector"):
-        part = getattr(model.model, name)
-        if part is not None:
-            part.requires_grad_(name in update)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"--update {' '.join(update)} leaves nothing to train in a {model.config.architecture} ELM.")
-
-
-def lora_config(
-    args: ELMArguments, model_args: ModelConfig, model: ELMForConditionalGeneration, processor: ELMProcessor
-) -> LoraConfig:
-    """LoRA on the language model's linear layers; connector and encoder, where updated, and the rows of the added tokens
-    in the embeddings and the head, trained in full."""
-    if "llm" not in args.update:
-        raise ValueError(f"--peft adapts the language model, but --update is {' '.join(args.update)}; add llm to it.")
-    modules, parameters = ([name for name, _ in pairs] for pairs in (model.named_modules(), model.named_parameters()))
-    # of one name TRL makes a text, which PEFT takes for a regex of whole names
-    targets: str | list[str] | None = model_args.lora_target_modules
-    if targets in (None, "all-linear"):  # Conv1D is the linear layer of GPT-2
-        layers = model.model.language_model.named_modules()
-        targets = sorted({name.rsplit(".", 1)[-1] for name, layer in layers if isinstance(layer, nn.Linear | Conv1D)})
-    elif isinstance(targets, str) and not any(re.fullmatch(targets, name) for name in modules):
-        targets = [targets]
-    if isinstance(targets, list):  # a regex: the encoder may have such names too
-        _check_ends("--lora_target_modules", targets, [name for name, _ in model.model.language_model.named_modules()])
-        targets = rf".*language_model\..*\.({'|'.join(map(re.escape, targets))})"
-    _check_ends("--lora_target_parameters", model_args.lora_target_parameters or [], parameters)
-    _check_ends("--lora_modules_to_save", model_args.lora_modules_to_save or [], modules)
-    parts = [
-        f"model.{name}"
-        for name in ("encoder", "connector")
-        if name in args.update and getattr(model.model, name) is not None
-    ]
-    # PEFT compares the ends of names, and many a backbone has a part that is called encoder too
-    if inner := [name for name, _ in model.named_modules() if name.endswith(tuple(parts)) and name not in parts]:
-        raise ValueError(
-            f"--update encoder with LoRA: PEFT cannot tell the encoder from its part {inner[0]}. Train it without --use_peft, "
-            "leave encoder out of --update, or take --image_features patches."
-        )
-    embeddings = model.get_input_embeddings()
-    name = next(name for name, module in model.named_modules() if module is embeddings)  # embed_tokens, wte, ...
-    added = [processor.ecg_token_id, *processor.signal_token_ids]
-    rows = {name.rsplit(".", 1)[-1]: added}  # PEFT compares the end of a module's name
-    if not model.config.tie_word_embeddings:  # else PEFT ties them
-        rows["lm_head"] = added
-    changes: dict[str, Any] = {
-        "use_peft": True,
-        "lora_target_modules": targets,
-        # `or` binds last: None for no module
-        "lora_modules_to_save": parts + (model_args.lora_modules_to_save or []) or None,
-    }
-    config = get_peft_config(replace(model_args, **changes))
-    assert isinstance(config, LoraConfig)
-    config.trainable_token_indices = rows
-    return config
-
-
-def _check_ends(option: str, ends: list[str], names: list[str]) -> None:
-    """ValueError for what is the end of no name, which PEFT would leave out without a word."""
-    for end in ends:
-        if not any(f".{name}".endswith(f".{end}") for name in names):
-            near = did_you_mean(end, (name.rpartition(".")[2] for name in names))
-            raise ValueError(f"{option} {end}: nothing in the model is called so.{near}")
-
-
-def load_elm(
-    name_or_path: str, revision: str = "main", **model_kwargs: Any
-) -> tuple[ELMForConditionalGeneration, ELMProcessor]:
-    """A saved ELM and its processor; a LoRA adapter is loaded on its base model and merged into it.
-
-    Args:
-        name_or_path: Hub id, or local folder of an ELM or of an adapter.
-        model_kwargs: for `from_pretrained` (`dtype`, `attn_implementation`, `device_map`, ...).
-
-    Raises:
-        ValueError: as `find_model_file`; or files are damaged, or do not go together, or hold too few weights, or NaN.
-    """
-    folder, filename = model_folder(name_or_path, ["adapter_config.json", "config.json"], revision)
-    label = f"The model {name_or_path}"
-    if filename == "config.json":
-        model = _load_whole(folder, label, **model_kwargs)
-    else:
-        model = _load_adapted(folder, label, **model_kwargs)
-    with loading(folder, label):
-        # an adapter's folder has one too; without the last, transformers asks on standard input whether its code may run
-        processor = ELMProcessor.from_pretrained(folder, trust_remote_code=False)
-        check_processor(processor, model.config, model.config.get_text_config().vocab_size)
-    return model, processor
-
-
-def _load_whole(folder: Path, label: str, **model_kwargs: Any) -> ELMForConditionalGeneration:
-    with loading(folder, label):
-        check_config(folder)
-        model, info = ELMForConditionalGeneration.from_pretrained(
-            folder, output_loading_info=True, use_safetensors=True, **model_kwargs
-        )
-        if unexpected := sorted(info["unexpected_keys"]):
-            raise ValueError(
-                f"its weights hold {some_of(unexpected)}, for which the model of config.json has no place."
-            )
-        check_finite(model.state_dict(), "it")
-    return model
-
-
-def _load_adapted(folder: Path, label: str, **model_kwargs: Any) -> ELMForConditionalGeneration:
-    with loading(folder, label):
-        config = PeftConfig.from_pretrained(str(folder))
-        if not isinstance(config.base_model_name_or_path, str):
-            raise ValueError(
-                f"adapter_config.json does not name its base model (base_model_name_or_path is {config.base_model_name_or_path})."
-            )
-    base_path = base_of_adapter(folder)
-    base_folder, _ = model_folder(base_path, ["config.json"], config.revision or "main", "The adapter's base")
-    base = _load_whole(base_folder, f"The adapter's base {base_path}", **model_kwargs)
-    # PEFT uses a name that transformers is about to change
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    with loading(folder, label), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
-        warnings.filterwarnings(
-            "ignore", "(?s).*copying from a non-meta parameter"
-        )  # on the meta device, where none is copied
-        weights = folder / "adapter_model.safetensors"
-        if not weights.is_file():
-            raise ValueError(f"it has no {weights.name}, the weights of the adapter.")
-        try:
-            model = PeftModel.from_pretrained(base, folder)
-        except KeyError as error:  # of a module that is saved whole
-            raise ValueError(f"{weights.name} is not complete: it lacks {error.args[0]}.") from error
-        with safe_open(weights, "pt") as file:
-            saved = set(file.keys())
-        expected = get_peft_model_state_dict(model, save_embedding_layers=False)
-        if lacking := sorted(expected.keys() - saved):
-            raise ValueError(f"{weights.name} is not complete: it lacks {some_of(lacking)}.")
-        if unexpected := sorted(saved - expected.keys() - model.state_dict().keys()):
-            raise ValueError(
-                f"{weights.name} holds {some_of(unexpected)}, for which its base {base_path} has no place."
-            )
-        check_weights(folder, expected)
-        check_finite(expected, "it")
-        return model.merge_and_unload()

@@ -13,13 +13,20 @@ from huggingface_hub import file_exists, snapshot_download, try_to_load_from_cac
 from huggingface_hub.errors import GatedRepoError, HFValidationError, StrictDataclassClassValidationError
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCausalLM, AutoProcessor, PreTrainedConfig
 
 from elm_ecg.configuration_elm import ELMConfig
+from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.modeling_common import some_of
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.digest import MODEL_FILES
+
+# our commands run the code that is installed, not the copy in a model's folder
+AutoConfig.register(ELMConfig.model_type, ELMConfig)
+AutoModelForCausalLM.register(ELMConfig, ELMForConditionalGeneration)
+AutoFeatureExtractor.register(ELMConfig, ECGFeatureExtractor)
+AutoProcessor.register(ELMConfig, ELMProcessor)
 
 # keys of configurations that say how many modules of a kind there are, each with a weight of its own
 MANY_LAYERS = 1000  # building these takes seconds

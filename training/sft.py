@@ -18,20 +18,15 @@ from trl import ModelConfig, SFTConfig
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import PARTS, AugmentationArguments, ELMArguments, ELMParser, new_elm_options
-from elm_ecg.training.build import (
-    build_model,
-    build_processor,
-    freeze,
-    limit_threads,
-    load_elm,
-    lora_config,
-    set_chat_template,
-)
+from elm_ecg.training.build import build_model, build_processor
+from elm_ecg.training.chat_templates import set_chat_template
 from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.command_line import run_command
 from elm_ecg.training.data.loading import load_data, load_stream
 from elm_ecg.training.evaluation.results import move_old_results
 from elm_ecg.training.files import check_output_folder, let_others_read_weights, naming, write_text
+from elm_ecg.training.load import limit_threads, load_elm
+from elm_ecg.training.lora import freeze, lora_config
 from elm_ecg.training.model_files import find_model_file
 from elm_ecg.training.resume import RunOptions, checkpoint_to_resume, fingerprint
 from elm_ecg.training.sharing.cards import write_model_card

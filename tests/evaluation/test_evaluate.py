@@ -16,7 +16,6 @@ from scipy.stats import t as student_t
 
 from elm_ecg.ecg_utils import as_record, with_notices
 from elm_ecg.training import sft
-from elm_ecg.training.build import load_elm
 from elm_ecg.training.data.loading import load_data
 from elm_ecg.training.digest import digest_of_folder
 from elm_ecg.training.evaluation import arguments, compare
@@ -31,6 +30,7 @@ from elm_ecg.training.evaluation.report import write_report
 from elm_ecg.training.evaluation.runs import over_runs
 from elm_ecg.training.evaluation.scores import METRICS
 from elm_ecg.training.figures import scores_plot
+from elm_ecg.training.load import load_elm
 from helpers import fork_two, save_record, save_tiny_data, save_tiny_llm, tiny_sft
 
 SETTINGS = ["--max_new_tokens", "6", "--batch_size", "2", "--num_resamples", "50"]

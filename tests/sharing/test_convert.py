@@ -21,7 +21,7 @@ from transformers import (
 from elm_ecg.configuration_elm import ENCODER_CONFIGS
 from elm_ecg.ecg_utils import REFERENCE_LEADS, STANDARD_LEADS
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
-from elm_ecg.training.build import load_elm
+from elm_ecg.training.load import load_elm
 from elm_ecg.training.sharing.convert import convert_state_dict, main
 from helpers import golden_state_dict, run_isolated, save_tiny_llm, tiny_image_processor, tiny_vision_config
 from loopback_hub import card_errors

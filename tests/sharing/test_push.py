@@ -24,9 +24,9 @@ from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.modeling_ecg_encoders import MERLModel
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.training import cli
-from elm_ecg.training.build import load_elm
 from elm_ecg.training.digest import digest_of_folder
 from elm_ecg.training.evaluation.results import Results
+from elm_ecg.training.load import load_elm
 from elm_ecg.training.sharing.hub import NETWORK_ERRORS
 from elm_ecg.training.sharing.push import kind_of, main
 from helpers import (

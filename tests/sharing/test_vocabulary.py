@@ -16,7 +16,7 @@ from elm_ecg.pipeline_elm import ECGQuestionAnsweringPipeline
 from elm_ecg.tokenization_ecg_byte import ECGByteTokenizer
 from elm_ecg.training import tokenizer
 from elm_ecg.training.apps.conversation import stream_answer
-from elm_ecg.training.build import load_elm
+from elm_ecg.training.load import load_elm
 from elm_ecg.training.sharing.vocabulary import REASONING_TOKENS
 from helpers import save_tiny_llm
 

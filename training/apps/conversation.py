@@ -220,7 +220,7 @@ class _Stop:
 def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, Any, str]:
     """The model of `model_parser` on the GPU, if there is one, its processor, and its name for people."""
     # late: --help need not wait for it, and a Space has no such module
-    from elm_ecg.training.build import limit_threads, load_elm
+    from elm_ecg.training.load import limit_threads, load_elm
 
     system_prompt = read_system_prompt(args.system_prompt)
     set_seed(args.seed)

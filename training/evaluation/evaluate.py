@@ -17,7 +17,6 @@ from datasets import Dataset
 from elm_ecg.ecg_utils import as_record
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
-from elm_ecg.training.build import limit_threads, load_elm
 from elm_ecg.training.command_line import run_command
 from elm_ecg.training.data.schema import counted
 from elm_ecg.training.digest import digest_of_folder, digest_of_model, files_of_model, folder_of
@@ -53,6 +52,7 @@ from elm_ecg.training.evaluation.scale import scales_of
 from elm_ecg.training.evaluation.scores import Scorer, check_contract, file_of, is_path, load_metrics, name_of
 from elm_ecg.training.evaluation.verdict import verdict
 from elm_ecg.training.files import check_output_folder
+from elm_ecg.training.load import limit_threads, load_elm
 from elm_ecg.training.model_files import find_model_file
 
 logger = logging.getLogger(__name__)

@@ -15,11 +15,11 @@ from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import ELMArguments
-from elm_ecg.training.build import resolve_llm
 from elm_ecg.training.data.schema import as_list
 from elm_ecg.training.digest import digest_of_folder
 from elm_ecg.training.evaluation.card import with_evaluations
 from elm_ecg.training.evaluation.results import results_in, results_of
+from elm_ecg.training.llms import resolve_llm
 from elm_ecg.training.markdown import CARD, TAGS, citation, environment, make_card, on_hub, public_name, use_of
 
 PREPROCESSOR = "preprocessor_config.json"

@@ -76,7 +76,7 @@ def read_reference_tokenizer(name: str) -> tuple[ECGByteTokenizer, list[int]]:
     if path.is_file():
         return read_ecg_byte_pickle(path)
     if not path.exists():
-        from elm_ecg.training.build import find_model_file  # late: it imports PyTorch, for a better error
+        from elm_ecg.training.model_files import find_model_file  # late: it imports PyTorch, for a better error
 
         find_model_file(name, [FILE_NAME], label="--ecg_tokenizer")
     ecg_byte = ECGByteTokenizer.from_pretrained(name)

@@ -219,7 +219,7 @@ def check_loads(folder: Path, kind: str) -> None:
     Raises:
         ValueError: it cannot be loaded: files are damaged, do not go together, or lack weights.
     """
-    from elm_ecg.training.build import load_elm  # late: it imports TRL, and an encoder or tokenizer does without
+    from elm_ecg.training.load import load_elm  # late: it imports TRL, and an encoder or tokenizer does without
 
     base = base_of_adapter(folder) if kind == "adapter" else ""
     if kind == "encoder":

@@ -1,0 +1,113 @@
+"""A saved ELM or LoRA adapter, checked as it is loaded."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from elm_ecg.modeling_common import some_of
+from elm_ecg.modeling_elm import ELMForConditionalGeneration
+from elm_ecg.processing_elm import ELMProcessor
+from elm_ecg.training.digest import base_of_adapter
+from elm_ecg.training.model_files import (
+    check_config,
+    check_finite,
+    check_processor,
+    check_weights,
+    loading,
+    model_folder,
+)
+
+SMALL_MODEL = 5_000_000  # parameters
+
+
+def limit_threads(model: PreTrainedModel, device: torch.device) -> None:
+    """One thread for a small model on the CPU, unless OMP_NUM_THREADS is set: its operations are so short that threads
+    wait for each other longer than they work."""
+    if device.type != "cpu" or "OMP_NUM_THREADS" in os.environ or model.num_parameters() >= SMALL_MODEL:
+        return
+    if torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+        print("A model this small runs on one thread; OMP_NUM_THREADS sets another number.", flush=True)
+
+
+def load_elm(
+    name_or_path: str, revision: str = "main", **model_kwargs: Any
+) -> tuple[ELMForConditionalGeneration, ELMProcessor]:
+    """A saved ELM and its processor; a LoRA adapter is loaded on its base model and merged into it.
+
+    Args:
+        name_or_path: Hub id, or local folder of an ELM or of an adapter.
+        model_kwargs: for `from_pretrained` (`dtype`, `attn_implementation`, `device_map`, ...).
+
+    Raises:
+        ValueError: as `find_model_file`; or files are damaged, or do not go together, or hold too few weights, or NaN.
+    """
+    folder, filename = model_folder(name_or_path, ["adapter_config.json", "config.json"], revision)
+    label = f"The model {name_or_path}"
+    if filename == "config.json":
+        model = _load_whole(folder, label, **model_kwargs)
+    else:
+        model = _load_adapted(folder, label, **model_kwargs)
+    with loading(folder, label):
+        # an adapter's folder has one too; without the last, transformers asks on standard input whether its code may run
+        processor = ELMProcessor.from_pretrained(folder, trust_remote_code=False)
+        check_processor(processor, model.config, model.config.get_text_config().vocab_size)
+    return model, processor
+
+
+def _load_whole(folder: Path, label: str, **model_kwargs: Any) -> ELMForConditionalGeneration:
+    with loading(folder, label):
+        check_config(folder)
+        model, info = ELMForConditionalGeneration.from_pretrained(
+            folder, output_loading_info=True, use_safetensors=True, **model_kwargs
+        )
+        if unexpected := sorted(info["unexpected_keys"]):
+            raise ValueError(
+                f"its weights hold {some_of(unexpected)}, for which the model of config.json has no place."
+            )
+        check_finite(model.state_dict(), "it")
+    return model
+
+
+def _load_adapted(folder: Path, label: str, **model_kwargs: Any) -> ELMForConditionalGeneration:
+    with loading(folder, label):
+        config = PeftConfig.from_pretrained(str(folder))
+        if not isinstance(config.base_model_name_or_path, str):
+            raise ValueError(
+                f"adapter_config.json does not name its base model (base_model_name_or_path is {config.base_model_name_or_path})."
+            )
+    base_path = base_of_adapter(folder)
+    base_folder, _ = model_folder(base_path, ["config.json"], config.revision or "main", "The adapter's base")
+    base = _load_whole(base_folder, f"The adapter's base {base_path}", **model_kwargs)
+    # PEFT uses a name that transformers is about to change
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    with loading(folder, label), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+        warnings.filterwarnings(
+            "ignore", "(?s).*copying from a non-meta parameter"
+        )  # on the meta device, where none is copied
+        weights = folder / "adapter_model.safetensors"
+        if not weights.is_file():
+            raise ValueError(f"it has no {weights.name}, the weights of the adapter.")
+        try:
+            model = PeftModel.from_pretrained(base, folder)
+        except KeyError as error:  # of a module that is saved whole
+            raise ValueError(f"{weights.name} is not complete: it lacks {error.args[0]}.") from error
+        with safe_open(weights, "pt") as file:
+            saved = set(file.keys())
+        expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+        if lacking := sorted(expected.keys() - saved):
+            raise ValueError(f"{weights.name} is not complete: it lacks {some_of(lacking)}.")
+        if unexpected := sorted(saved - expected.keys() - model.state_dict().keys()):
+            raise ValueError(
+                f"{weights.name} holds {some_of(unexpected)}, for which its base {base_path} has no place."
+            )
+        check_weights(folder, expected)
+        check_finite(expected, "it")
+        return model.merge_and_unload()
