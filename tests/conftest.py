@@ -1,3 +1,4 @@
+import gc
 import os
 from pathlib import Path
 
@@ -38,3 +39,15 @@ def llm(tmp_path_factory) -> Path:
     from helpers import save_tiny_llm  # late: it imports PyTorch, which reads OMP_NUM_THREADS
 
     return save_tiny_llm(tmp_path_factory.mktemp("llm") / "llm")
+
+
+def pytest_collection_finish() -> None:
+    """The modules that all tests import stay to the end: no collection of garbage, of which each training has some, looks through
+    them again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """As usual at the end, where libraries look for what they have left."""
+    gc.unfreeze()

@@ -403,6 +403,7 @@ def test_float64_records_are_cast(kind):
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.slow
 def test_compiles_without_graph_breaks(kind):
     model = tiny(kind)
     compiled = torch.compile(model, backend="eager", fullgraph=True)

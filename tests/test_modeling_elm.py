@@ -545,6 +545,7 @@ class TestNumerics:
         torch.testing.assert_close(checkpointed_loss, loss)
         torch.testing.assert_close(checkpointed, gradients)
 
+    @pytest.mark.slow
     def test_compiled_training_step(self):
         model = tiny_elm("st_mem").train()
         batch, _ = mixed_batch(model)
@@ -556,6 +557,7 @@ class TestNumerics:
         torch.testing.assert_close(compiled_loss.detach(), loss)
         torch.testing.assert_close({name: p.grad for name, p in model.named_parameters()}, gradients)
 
+    @pytest.mark.slow
     def test_compiled_as_one_graph(self):
         """Which checks the number of placeholders too."""
         model = tiny_elm()

@@ -268,6 +268,7 @@ def test_gradient_accumulation_equals_a_larger_batch(llm, data, tmp_path):
     assert losses(tmp_path / "accumulated") == pytest.approx(losses(tmp_path / "batch"), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_torch_compile(llm, data, tmp_path):
     options = ["--elm", "patch_elf", "--max_steps", "1"]
     compile_options = ["--torch_compile", "--torch_compile_backend", "aot_eager"]
@@ -641,6 +642,7 @@ def test_resumes_bit_for_bit(llm, data, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(llm, mixed_data, tmp_path):
     """Of signals as torchrun starts them, and of drawings with accelerate itself."""
     arguments = {}

@@ -154,8 +154,9 @@ def fingerprint(data: Dataset) -> dict[str, Any]:
     for start in range(0, len(data), 1000):  # in equal pieces, however the file is cut
         _add(digest, table.select_columns(["messages"])[start : start + 1000])
     if "ecg" in data.column_names:
+        of_ecgs = table.select_columns(["ecg"])
         for row in np.unique(np.linspace(0, len(data) - 1, FINGERPRINTED, dtype=int)):
-            ecgs = table.select_columns(["ecg"])[int(row) : int(row) + 1]
+            ecgs = of_ecgs[int(row) : int(row) + 1]
             paths = ecgs["ecg"].to_pylist()[0]
             for path in paths if isinstance(paths, list) else [paths]:
                 if isinstance(path, str) and Path(path).is_file():  # wherever it is

@@ -169,6 +169,7 @@ def test_answers_grow_and_are_compared_with_the_ecg_zeroed(page):
     assert not list(page.ask("  ", ecgs, [], True, []))
 
 
+@pytest.mark.slow
 def test_served_page(page, folder, tmp_path, monkeypatch):
     gradio_client = pytest.importorskip("gradio_client", reason="needs the extra demo")
     monkeypatch.chdir(tmp_path)

@@ -89,6 +89,7 @@ def ask(elm: Any, data: Dataset, condition: str = "ecg", **options: Any) -> list
     return answers
 
 
+@pytest.mark.slow
 def test_200_mixed_samples_in_batches_of_32_and_one_by_one(elm):
     """In float32, greedy: the same answers, whether what turns have in common is read once or for each of them."""
     rows = mixed_rows(80)
@@ -229,6 +230,7 @@ def test_beams(elm):
     assert ask(elm, rows, batch_size=5, **options) != ask(elm, rows)
 
 
+@pytest.mark.slow
 def test_compiled_answers_are_the_same(elm, data):
     rows, options = data.select([0]), {"generation": {"max_new_tokens": 3}}
     answers = ask(elm, rows, **options)

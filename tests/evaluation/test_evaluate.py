@@ -273,6 +273,7 @@ def test_answers_of_other_settings_are_not_taken(evaluated, model, data, tmp_pat
     assert evaluation.main(argv_of(model, data, tmp_path, *SETTINGS)) == evaluated[1]
 
 
+@pytest.mark.slow
 def test_two_processes_that_were_killed_give_what_one_gives(evaluated, model, data, tmp_path):
     folder, results = evaluated
     argv = argv_of(model, data, tmp_path, *SETTINGS)

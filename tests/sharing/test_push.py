@@ -156,7 +156,7 @@ def read_sample(sample: bytes) -> dict:
         }
 
 
-@pytest.mark.environment
+@pytest.mark.slow
 def test_a_stranger_loads_what_is_pushed(folders, hub, tmp_path, capsys):
     """By commit and by the card's tag, with every Auto class: the logits are identical.
 
