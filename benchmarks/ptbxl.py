@@ -1,21 +1,21 @@
 """An ELM on the real ECGs of the PTB-XL subset in ../shared/data/ptbxl (1,999 records at 100 Hz, CC BY 4.0).
 
     python benchmarks/ptbxl.py build runs/ptbxl                     # questions from the SCP statements, and a small LLM
-    elm sft --config training/configs/ptbxl_llava.yaml --data runs/ptbxl/data --llm runs/ptbxl/llm --output_dir runs/ptbxl/llava
-    elm evaluate runs/ptbxl/llava --data runs/ptbxl/data
-    elm evaluate runs/ptbxl/llava --data runs/ptbxl/all_questions --score likelihood --output_dir runs/ptbxl/llava_auroc
+    elm sft --config training/configs/ptbxl_llava.yaml --data runs/ptbxl/data --ecg_root runs/ptbxl --llm runs/ptbxl/llm --output_dir runs/ptbxl/llava
+    elm evaluate runs/ptbxl/llava --data runs/ptbxl/data --ecg_root runs/ptbxl
+    elm evaluate runs/ptbxl/llava --data runs/ptbxl/all_questions --ecg_root runs/ptbxl --score likelihood --output_dir runs/ptbxl/llava_auroc
 
 The last asks every record of fold 10 all five questions, and gives the area under the ROC curve of each. Another recipe learns from chats of
 all five; beside it a plain CNN:
 
-    elm sft --config training/configs/ptbxl_conversations.yaml --data runs/ptbxl/all_questions --llm runs/ptbxl/llm --output_dir runs/ptbxl/conversations
-    elm evaluate runs/ptbxl/conversations --data runs/ptbxl/all_questions --score likelihood
+    elm sft --config training/configs/ptbxl_conversations.yaml --data runs/ptbxl/all_questions --ecg_root runs/ptbxl --llm runs/ptbxl/llm --output_dir runs/ptbxl/conversations
+    elm evaluate runs/ptbxl/conversations --data runs/ptbxl/all_questions --ecg_root runs/ptbxl --score likelihood
     python benchmarks/ptbxl.py cnn                                  # the same areas, on folds 9 and 10
 
 ptbxl_fuyu.yaml, ptbxl_rgb.yaml and ptbxl_stacked_signal.yaml run as the first recipe does. The symbolic ELM has a tokenizer of its own:
 
-    elm tokenizer train --data runs/ptbxl/data --sampling_rate 50 --lead_names I II V1 V3 V5 --millivolt_range -2 2 --within_leads --num_merges 1000 --output_dir runs/ptbxl/ecg_byte
-    elm sft --config training/configs/ptbxl_symbolic.yaml --ecg_tokenizer runs/ptbxl/ecg_byte --data runs/ptbxl/data --llm runs/ptbxl/llm --output_dir runs/ptbxl/symbolic
+    elm tokenizer train --data runs/ptbxl/data --ecg_root runs/ptbxl --sampling_rate 50 --lead_names I II V1 V3 V5 --millivolt_range -2 2 --within_leads --num_merges 1000 --output_dir runs/ptbxl/ecg_byte
+    elm sft --config training/configs/ptbxl_symbolic.yaml --ecg_tokenizer runs/ptbxl/ecg_byte --data runs/ptbxl/data --ecg_root runs/ptbxl --llm runs/ptbxl/llm --output_dir runs/ptbxl/symbolic
 
 and the one that comes with the package is made so:
 
