@@ -69,6 +69,10 @@ class ELMTrainer(SFTTrainer):
         finally:
             self.data_collator = collator
 
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As TRL's, but the head scores the labelled places alone: TRL does so where it has Triton, and elsewhere scores all."""
+        return super().compute_loss(model, inputs | labelled_places(inputs["labels"]), *args, **kwargs)
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the trainer's.
 
@@ -177,6 +181,25 @@ class ELMTrainer(SFTTrainer):
         tied = getattr(self.model, "all_tied_weights_keys", {})
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]  # a namedtuple
         super()._issue_warnings_after_load(load_result)
+
+
+def labelled_places(labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Where the head is needed: the place before each label, as it predicts the next token.
+
+    Args:
+        labels: [batch, tokens], -100 where no loss is taken.
+
+    Returns:
+        `places_to_keep` [n + 1] of [`ELMModel.forward`], and `labels` [1, n + 1] of its one row. They are shifted against each
+        other as those of the batch are, so the first label and the last place count for nothing.
+    """
+    places = labels[:, 1:] != -100  # [batch, tokens - 1]: the token after is learnt
+    rows, columns = places.nonzero(as_tuple=True)
+    kept = rows * labels.shape[1] + columns
+    return {
+        "places_to_keep": torch.cat([kept, kept.new_zeros(1)]),
+        "labels": torch.cat([labels.new_full((1,), -100), labels[:, 1:][places]]).unsqueeze(0),
+    }
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
