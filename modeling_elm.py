@@ -191,6 +191,7 @@ class ELMModel(ELMPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        places_to_keep: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """
@@ -198,6 +199,8 @@ class ELMModel(ELMPreTrainedModel):
             input_ids: [batch, tokens], with `num_ecg_tokens` placeholders where each ECG stands.
             mm_encoder_outputs: in place of ECGs their embeddings, as `pooler_output` [n, tokens, width] of `ecg`; transformers
                 passes those of each part of a prompt that it reads in parts.
+            places_to_keep: [n], numbers of places among all batch x tokens: the last hidden state has these alone, as one row
+                [1, n, width], and a head computes no others. None: all, [batch, tokens, width].
             kwargs: `ECG_INPUTS`, the ECGs of the batch in the order of their placeholders, as [`get_ecg_features`] takes them; none,
                 or None, when the batch has no ECG. The others are the language model's.
         """
@@ -215,7 +218,10 @@ class ELMModel(ELMPreTrainedModel):
             inputs_embeds = inputs_embeds.masked_scatter(mask, ecg_features)  # the n-th place gets the n-th token
         elif self.training and self.connector is not None:
             inputs_embeds = inputs_embeds + self._zero_of_ecg_path(inputs_embeds)
-        return self.language_model(inputs_embeds=inputs_embeds, **kwargs)  # never input_ids: they lack the ECGs
+        outputs = self.language_model(inputs_embeds=inputs_embeds, **kwargs)  # never input_ids: they lack the ECGs
+        if places_to_keep is not None:
+            outputs.last_hidden_state = outputs.last_hidden_state.flatten(0, 1)[places_to_keep].unsqueeze(0)
+        return outputs
 
 
 class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):

@@ -1,60 +1,204 @@
-"""Training speed: batches padded to their longest chat against batches padded to 2048 tokens.
+"""Training speed of `elm sft` against a plain PyTorch loop, and of packed chats against padded ones.
 
     python benchmarks/sft.py
-    python benchmarks/sft.py --llm qwen2.5-0.5b-instruct --encoder st_mem --batch_size 4
+    python benchmarks/sft.py --vocabularies 152000 --elms merl
+    python benchmarks/sft.py --llm FOLDER --data FOLDER --elms merl --batch_size 32 --packing --use_peft
 
-A step is what training does: collating the rows (simulated ECGs and chats), forward, backward, clipping, AdamW; on a
-GPU under bf16 autocast.
+The plain loop is what one would write by hand: a data loader with the same collator, so the same batches, which are padded to
+their longest chat; the model's own forward and loss; `torch.optim.AdamW`; nothing else, not even clipping. The other side is
+the trainer of `elm sft` with all that it does, its gradients clipped, its metrics measured and logged. Both train all of the same
+weights: by default a Llama of 4 layers of width 256 and, with merl, the quickstart's encoder, on simulated records of 10 s with one
+short question and its answer each. What the command line has beside the options below is given to `elm sft`, so that
+`--use_peft` trains both sides by LoRA.
+
+Each side runs in a process of its own with one thread and takes turns with the others, a few steps at a time. What counts is CPU
+time, of reading the rows to the optimizer's step, so that what else runs on the machine changes little. Memory is the peak of a
+process above what it had before it built the model.
 """
 
 import argparse
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
 from functools import partial
+from itertools import chain, repeat
+from multiprocessing.connection import Connection
+from pathlib import Path
 
+import common
 import torch
-from common import DEVICE, add_arguments, build, interleaved, make_rows
-from torch.nn.functional import pad
+import yaml
+from datasets import Dataset, DatasetDict
+from peft import get_peft_model
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
+from elm_ecg.training import sft
 from elm_ecg.training.collator import ELMCollator
+from elm_ecg.training.lora import lora_config
+from elm_ecg.training.quickstart import CONFIG, save_small_llm
+from elm_ecg.training.resume import RunOptions
+
+ELMS = ("patch", "merl")
+PLAIN, OURS, PACKED = "plain loop", "elm sft", "elm sft --packing"
+
+
+class Turns(TrainerCallback):
+    """Of one side: sends CPU seconds and peak memory of each few steps, and waits until it is its turn again."""
+
+    def __init__(self, connection: Connection, steps: int):
+        self.connection, self.steps, self.done = connection, steps, 0
+        self.before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        self.start = 0.0
+
+    def on_step_end(self, *args: object, **kwargs: object) -> None:
+        """Called after each step of the optimizer."""
+        self.done += 1
+        if self.done % self.steps == 0:
+            kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self.before
+            self.connection.send((time.process_time() - self.start, kilobytes / 1024))
+            if not self.connection.recv():
+                os._exit(0)
+            self.start = time.process_time()
+
+
+def train_plainly(argv: list[str], turns: Turns) -> None:
+    args, training_args, model_args = sft.parse(argv)
+    torch.manual_seed(training_args.seed)
+    model, processor = sft.build_base(args, training_args, model_args)
+    collator = ELMCollator(processor)
+    if model_args.use_peft:
+        model = get_peft_model(model, lora_config(args, model_args, model, processor))
+    else:
+        sft.freeze(model, args.update)
+    model.train()
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-5)
+    rows = sft.load_splits(args, training_args)["train"]
+    loader = DataLoader(rows, training_args.per_device_train_batch_size, collate_fn=collator, drop_last=True)
+    for batch in chain.from_iterable(repeat(loader)):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        turns.on_step_end()
+
+
+def train_by_trainer(argv: list[str], turns: Turns) -> None:
+    args, training_args, model_args = sft.parse(argv)
+    torch.manual_seed(training_args.seed)
+    model, processor = sft.build_base(args, training_args, model_args)
+    splits = sft.load_splits(args, training_args)
+    options = RunOptions.of(args, training_args, model_args)
+    trainer = sft.make_trainer(args, training_args, model_args, model, processor, splits, options)
+    trainer.add_callback(turns)
+    trainer.train()
+
+
+def in_turns(
+    sides: dict[str, Callable[[Turns], None]], steps: int, repeats: int
+) -> dict[str, tuple[list[float], float]]:
+    """CPU seconds of each few steps of each side, without the first, and its peak memory in MiB."""
+    fork = multiprocessing.get_context("fork")
+    pipes, processes = {}, []
+    results: dict[str, tuple[list[float], float]] = {}
+    for name, side in sides.items():  # what comes before the first turn is no part of training
+        pipes[name], other = fork.Pipe()
+        processes.append(fork.Process(target=lambda side=side, other=other: side(Turns(other, steps)), daemon=True))
+        processes[-1].start()
+        other.close()
+        pipes[name].recv()  # the first steps
+        results[name] = ([], 0.0)
+    for turn in range(repeats):
+        for name in list(sides)[:: -1 if turn % 2 else 1]:
+            pipes[name].send(True)
+            seconds, memory = pipes[name].recv()
+            results[name] = ([*results[name][0], seconds], memory)
+    for pipe, process in zip(pipes.values(), processes, strict=True):
+        pipe.send(False)
+        process.join()
+    return results
+
+
+def save_parts(folder: Path, vocabulary: int, num_rows: int, seed: int) -> None:
+    """Simulated chats of one question, and a language model for them, where `elm sft` takes them."""
+    if not (folder / "data").exists():
+        rows = common.make_rows(num_rows, seed)
+        for row in rows:
+            row["messages"] = row["messages"][:2]
+            row["question_type"] = row["question_type"][:1]
+        DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(folder / "data")
+    llm = folder / f"llm-{vocabulary}"
+    save_small_llm(llm, [row["messages"] for row in common.make_rows(480, seed)], seed)
+    tokenizer = AutoTokenizer.from_pretrained(llm)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(llm)
+
+
+def arguments_of(elm: str) -> list[str]:
+    if elm == "patch":
+        return ["--architecture", "fuyu", "--connector", "patch"]
+    encoder_config = yaml.safe_load(CONFIG.read_text())["encoder_config"]
+    return ["--encoder", elm, "--encoder_config", json.dumps(encoder_config), "--update", "encoder", "connector", "llm"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=[2500, 152000], help="default: %(default)s")
+    parser.add_argument("--elms", nargs="+", choices=ELMS, default=ELMS, help="default: %(default)s")
+    parser.add_argument("--llm", help="language model in place of the small ones")
+    parser.add_argument("--data", help="chats in place of the simulated ones")
+    parser.add_argument("--packing", action="store_true", help="measure `elm sft --packing` too")
     parser.add_argument("--batch_size", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=2, help="optimizer steps of a repeat; default: %(default)s")
-    parser.add_argument("--pad_to", type=int, default=2048, help="tokens of the other side; default: %(default)s")
-    args = parser.parse_args()
+    parser.add_argument("--steps", type=int, default=4, help="of a turn; default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=5, help="turns that count; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    args, others = parser.parse_known_args()
 
-    model, processor = build(args)
-    model.train()
-    collator = ELMCollator(processor)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    rows = make_rows(args.batch_size * args.steps, args.seed)
-    fill = {"input_ids": processor.tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
-
-    def train(pad_to: int | None) -> None:
-        for start in range(0, len(rows), args.batch_size):
-            batch = collator(rows[start : start + args.batch_size])
-            if pad_to is not None:
-                missing = pad_to - batch["input_ids"].shape[1]
-                batch |= {name: pad(batch[name], (0, missing), value=value) for name, value in fill.items()}
-            batch = {name: tensor.to(DEVICE) for name, tensor in batch.items()}
-            with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
-                loss = model(**batch).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-
-    lengths = collator(rows)["attention_mask"].sum(-1)
-    print(f"{len(rows)} chats of {lengths.min()} to {lengths.max()} tokens, batches of {args.batch_size}")
-    times = interleaved(
-        {"longest of the batch": partial(train, None), "all": partial(train, args.pad_to)}, args.repeats
-    )
-    speeds = {name: len(rows) / median for name, median in times.items()}
-    print("\n| padded to | samples/s | ratio |\n| --- | --- | --- |")
-    for name, tokens in (("all", f"{args.pad_to} tokens"), ("longest of the batch", "longest of the batch")):
-        print(f"| {tokens} | {speeds[name]:.2f} | {speeds[name] / speeds['all']:.1f} |")
+    torch.set_num_threads(1)
+    num_chats = args.batch_size * args.steps
+    print("| vocabulary | ELM | side | samples/s | ratio | MiB | ratio |\n| --- | --- | --- | --- | --- | --- | --- |")
+    for vocabulary in [None] if args.llm else args.vocabularies:
+        for elm in args.elms:
+            with tempfile.TemporaryDirectory() as name:
+                folder = Path(name)
+                rows = num_chats * (args.repeats + 1)
+                process = multiprocessing.get_context("fork").Process(
+                    target=save_parts, args=(folder, vocabulary or 512, rows, args.seed)
+                )
+                process.start()
+                process.join()
+                argv = ["--llm", args.llm or str(folder / f"llm-{vocabulary}"), *arguments_of(elm), *others]
+                argv += ["--data", args.data or str(folder / "data"), "--seed", str(args.seed), "--use_cpu"]
+                argv += ["--batch_size", str(args.batch_size), "--max_steps", str(args.steps * (args.repeats + 1))]
+                argv += ["--train_sampling_strategy", "sequential", "--gradient_checkpointing", "false"]
+                argv += ["--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "true", "--output_dir"]
+                sides: dict[str, Callable[[Turns], None]] = {
+                    PLAIN: partial(train_plainly, [*argv, str(folder / "plain")]),
+                    OURS: partial(train_by_trainer, [*argv, str(folder / "ours")]),
+                }
+                if args.packing:
+                    sides[PACKED] = partial(train_by_trainer, [*argv, str(folder / "packed"), "--packing"])
+                results = in_turns(sides, args.steps, args.repeats)
+            plain_seconds, plain_memory = results[PLAIN]
+            for side, (seconds, memory) in results.items():
+                ratio = statistics.median(one / other for one, other in zip(plain_seconds, seconds, strict=True))
+                speed = num_chats / statistics.median(seconds)
+                row = (vocabulary or args.llm, elm, side, f"{speed:.2f}", f"{ratio:.2f}", f"{memory:.0f}")
+                print("|", " | ".join(map(str, row)), f"| {memory / plain_memory:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

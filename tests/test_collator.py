@@ -267,7 +267,7 @@ def test_each_notice_is_told_once(caplog, tmp_path):
     rows = [row("Is it?", "yes") | {"ecg": one, "record_id": name} for name, one in (("r1", ecg), ("r2", ecg))]
     rows += [row("Is it?", "yes") | {"ecg": str(tmp_path / "a.npz")}]
     collator = ELMCollator(tiny_processor(), gain_jitter=0.1)
-    for one in (collator, collator.without_augmentation()):
+    for one in (collator, collator.for_evaluation()):
         one(rows)
     assert caplog.messages == [
         "Left out, as no standard lead has that name: vx. (record r1; not told again)",
@@ -291,12 +291,12 @@ def test_notices_of_what_the_model_reads(caplog):
     ]
 
 
-def test_without_augmentation():
+def test_for_evaluation():
     options = {"augment_ecg": True, "time_shift": 0.5, "gain_jitter": 0.5, "lead_dropout": 0.5}
     collator = ELMCollator(tiny_processor(), seed=3, max_length=200, perturb="noise", **options)
     rows = [row("Is it?", "yes")]
     plain = ELMCollator(collator.processor, seed=3, perturb="noise")(rows)
-    assert_same(collator.without_augmentation()(rows), plain)
+    assert_same(collator.for_evaluation()(rows), plain)
     assert not torch.equal(collator(rows)["ecg_values"], plain["ecg_values"])
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from trl.trainer import utils as trl_utils
 
 from elm_ecg.training import cli, sft, trainer
 from elm_ecg.training.load import load_elm
-from elm_ecg.training.resume import OPTIONS_FILE, fault_of
+from elm_ecg.training.resume import OPTIONS_FILE, RunOptions, fault_of
 from helpers import losses, save_tiny_data, tiny_sft
 
 SAVING = ["--save_strategy", "steps", "--save_steps", "1"]
@@ -42,6 +43,62 @@ def folder(old, tmp_path) -> Path:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def make_trainer(*argv: str) -> trainer.ELMTrainer:
+    """The trainer of a command line, as `elm sft` makes it."""
+    args, training_args, model_args = sft.parse(list(argv))
+    torch.manual_seed(training_args.seed)
+    model, processor = sft.build_base(args, training_args, model_args)
+    splits = sft.load_splits(args, training_args)
+    options = RunOptions.of(args, training_args, model_args)
+    return sft.make_trainer(args, training_args, model_args, model, processor, splits, options)
+
+
+# the loss
+
+
+def gradients(compute_loss, run: trainer.ELMTrainer, batch: dict) -> dict[str, torch.Tensor]:
+    """Those of `compute_loss` on a batch, and its loss."""
+    assert run.model is not None
+    run.model.zero_grad()
+    torch.manual_seed(0)  # of dropout
+    loss = compute_loss(run, run.model, dict(batch), num_items_in_batch=torch.tensor(50))
+    loss.backward()
+    named = {name: parameter.grad for name, parameter in run.model.named_parameters() if parameter.requires_grad}
+    return {"loss": loss.detach(), **{name: gradient for name, gradient in named.items() if gradient is not None}}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--use_peft", "--gradient_checkpointing", "true"],
+        ["--loss_type", "dft"],
+        ["--label_smoothing_factor", "0.1"],
+    ],
+    ids=["full", "lora", "dft", "label_smoothing"],
+)
+def test_the_head_on_labels_alone_is_that_on_all_tokens(llm, data, tmp_path, options, monkeypatch):
+    """The same loss, gradients and metrics as TRL's; the head is given one place a label."""
+    run = make_trainer(*tiny_sft(llm, data, tmp_path, *options))
+    assert run.model is not None
+    run.model.train()
+    batch = next(iter(run.get_train_dataloader()))
+    ours = gradients(trainer.ELMTrainer.compute_loss, run, batch)
+    theirs = gradients(trainer.SFTTrainer.compute_loss, run, batch)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-6, msg=name)
+    for name in ("entropy", "mean_token_accuracy"):
+        one, other = run._metrics["train"][name]
+        assert one == pytest.approx(other, rel=1e-5)
+    num_labels = int((batch["labels"] != -100).sum())
+    seen = []
+    monkeypatch.setattr(trl_utils._ChunkedLogProbFunction, "apply", lambda hidden, *args: seen.append(hidden.shape[0]))
+    with pytest.raises(TypeError):
+        run.compute_loss(run.model, batch)
+    assert seen == [num_labels]
 
 
 # numbers that are none

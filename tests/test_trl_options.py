@@ -135,6 +135,9 @@ SHOWN = {
     "eos_token": "test_eos_token",
     "max_length": "test_sft.py::test_too_long_a_chat",
     "pad_to_multiple_of": "test_pad_to_multiple_of",
+    "padding_free": "test_packing.py::test_training_is_that_of_padded_chats",
+    "packing": "test_packing.py::test_training_is_that_of_padded_chats",
+    "packing_strategy": "test_refused_values_and_what_is_needed",
     "activation_offloading": "test_values_that_would_fail_later",
     # of ModelConfig
     "model_name_or_path": "test_sft.py::test_continues_from_a_trained_model",
@@ -213,7 +216,7 @@ def test_refused_values_and_what_is_needed():
 
 def test_what_is_refused_may_be_said_as_it_is():
     """So that a file that lists all defaults works."""
-    args = sft.parse([*CPU, "--push_to_hub", "false", "--packing", "false", "--packing_strategy", "bfd"])[1]
+    args = sft.parse([*CPU, "--push_to_hub", "false", "--use_liger_kernel", "false", "--packing_strategy", "bfd"])[1]
     assert not args.push_to_hub
 
 

@@ -19,6 +19,7 @@ from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import AugmentationArguments
 from elm_ecg.training.data.loading import ecgs_of, notices_of, to_chat
 from elm_ecg.training.evaluation.conditions import noise, zeros
+from elm_ecg.training.packing import ROW_TOKENS, pack, shared_rows
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ NO_AUGMENTATION: dict[str, Any] = {option.name: option.default for option in fie
 
 @dataclass
 class ELMCollator:
-    """Pads to the longest chat of the batch; labels are the assistant's turns, their end-of-turn included.
+    """Pads to the longest chat of the batch, or packs; labels are the assistant's turns, their end-of-turn included.
 
     What is random about an ECG depends on `seed`, `epoch` and the row alone, not on what else was drawn before: a run that
     is resumed, or that has other workers, sees the same. Each distinct notice about a record is logged once in each process.
@@ -42,6 +43,8 @@ class ELMCollator:
         lead_dropout: probability of each lead to be lost, see `with_lost_leads`.
         max_length: tokens that a chat may have at most; the processor may allow fewer.
         pad_to_multiple_of: number of tokens, of which that of a batch is a multiple.
+        padding_free: one row for all chats of the batch, without padding, see `pack`.
+        packing: rows of several chats, of at most `max_length` tokens, or `ROW_TOKENS`.
         epoch: the trainer counts it up, in memory that data loader workers share, those that persist too.
         told, known: the notices that were logged, and those of `notices_of`.
     """
@@ -55,6 +58,8 @@ class ELMCollator:
     lead_dropout: float = 0.0
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
+    padding_free: bool = False
+    packing: bool = False
     seed: int = 0
     epoch: Any = 0
     told: set[str] = field(default_factory=set, repr=False)
@@ -73,9 +78,9 @@ class ELMCollator:
             self.processor = copy(self.processor)
             self.processor.max_length = min(self.max_length, self.processor.max_length or self.max_length)
 
-    def without_augmentation(self) -> "ELMCollator":
-        """The collator for evaluation: nothing is augmented, and `perturb` stays."""
-        return replace(self, **NO_AUGMENTATION)
+    def for_evaluation(self) -> "ELMCollator":
+        """The same, but nothing is augmented and each chat has its row; `perturb` stays."""
+        return replace(self, **NO_AUGMENTATION, padding_free=False, packing=False)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         try:
@@ -109,7 +114,17 @@ class ELMCollator:
                 "with {% generation %}."
             )
         batch["labels"] = batch["input_ids"].masked_fill(~answers, -100)  # no loss there
-        return dict(batch)
+        if not (self.padding_free or self.packing):
+            return dict(batch)
+        lengths = batch["attention_mask"].sum(-1).tolist()
+        return pack(
+            dict(batch),
+            [list(range(len(rows)))] if self.padding_free else shared_rows(lengths, self.max_length or ROW_TOKENS),
+            [len(row["ecg"]) if with_ecg else 0 for row in rows],
+            [*self.processor.tokenizer.model_input_names, "labels"],
+            self.processor.tokenizer.pad_token_id,
+            self.pad_to_multiple_of,
+        )
 
     def _ecgs(self, row: dict[str, Any]) -> list[Any]:
         """The ECGs of a row as records, changed by the options; as drawings where `augment_rgb` changes these."""

@@ -28,6 +28,7 @@ from elm_ecg.training.files import check_output_folder, let_others_read_weights,
 from elm_ecg.training.load import limit_threads, load_elm
 from elm_ecg.training.lora import freeze, lora_config
 from elm_ecg.training.model_files import find_model_file
+from elm_ecg.training.packing import ROW_TOKENS
 from elm_ecg.training.resume import RunOptions, checkpoint_to_resume, fingerprint
 from elm_ecg.training.sharing.cards import write_model_card
 from elm_ecg.training.trainer import UNFINISHED, CountEpochs, ELMTrainer, replace_model
@@ -60,6 +61,14 @@ def make_parser(prog: str = "elm sft") -> ELMParser:
         "marks with {%% generation %%} is learnt."
     )
     options["--pad_to_multiple_of"].help = "Pad batches to a multiple of so many tokens."
+    options[
+        "--padding_free"
+    ].help = "Train on the chats of a batch as one row without padding: right for flash attention, slow with others where it gets long."
+    options["--packing"].help = (
+        f"Let chats of a batch share rows of at most --max_length tokens, or {ROW_TOKENS}, so that little is padded. "
+        "--per_device_train_batch_size still counts chats."
+    )
+    options["--packing_strategy"].help = "bfd: no chat is cut."
     parser.refuse(REFUSED, REFUSED_VALUES, NEEDED)
     return parser
 
@@ -97,6 +106,10 @@ def _check(training_args: SFTConfig, model_args: ModelConfig) -> None:
             raise ValueError(
                 f"--report_to {name}: the package {name} is not installed, or is none that reports; {here}."
             )
+    if training_args.packing and training_args.padding_free:
+        raise ValueError(
+            "--packing with --padding_free: the one makes rows of bounded length of a batch, the other one row. Leave one out."
+        )
     for name in ("seed", "data_seed"):
         value = getattr(training_args, name)
         if value is not None and not 0 <= value < 2**32:  # NumPy's range
@@ -215,11 +228,14 @@ def make_trainer(
         perturb=args.perturb,
         max_length=training_args.max_length,
         pad_to_multiple_of=training_args.pad_to_multiple_of,  # type: ignore[arg-type]  # no text any more
+        padding_free=training_args.padding_free,
+        packing=training_args.packing,
         seed=training_args.seed,
         **changes,
     )
     # TRL would do again, or otherwise, what the collator and `build_base` have done
     training_args.max_length, training_args.assistant_only_loss, training_args.chat_template_path = None, False, None
+    training_args.padding_free = training_args.packing = False
     training_args.dataset_kwargs = {"skip_prepare_dataset": True}  # TRL would tokenize the chats, without their ECGs
     trainer = ELMTrainer(
         options=options,

@@ -16,6 +16,7 @@ from trl import SFTTrainer
 
 from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.files import let_others_read_weights, naming
+from elm_ecg.training.packing import check_kept_apart, num_packed_tokens
 from elm_ecg.training.resume import RunOptions
 
 UNFINISHED = ".unfinished"  # folder of what is being saved
@@ -58,16 +59,37 @@ class ELMTrainer(SFTTrainer):
         super().__init__(**kwargs)
         self.options = options
         self._saving_to: Path | None = None  # in place of `output_dir`, while a checkpoint is saved
+        self._kept_apart = False  # whether the chats of packed rows are known to be
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As the trainer's, without augmentation."""
+        """As the trainer's, of chats that are neither augmented nor packed."""
         collator = self.data_collator
         assert isinstance(collator, ELMCollator)
-        self.data_collator = collator.without_augmentation()  # the base class reads it as it makes the loader
+        self.data_collator = collator.for_evaluation()  # the base class reads it as it makes the loader
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.data_collator = collator
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As TRL's, but the head scores the labelled places alone: TRL does so where it has Triton, and elsewhere scores all.
+
+        Raises:
+            ValueError: as `check_kept_apart`, at the first batch of packed chats.
+        """
+        positions = inputs.get("position_ids")  # [rows, tokens] of packed chats
+        if positions is not None and not self._kept_apart:
+            collator = self.data_collator
+            assert isinstance(collator, ELMCollator)
+            check_kept_apart(model, self.accelerator.unwrap_model(model).config, one_row=collator.padding_free)
+            self._kept_apart = True
+        num_tokens = self._total_train_tokens
+        loss = super().compute_loss(model, inputs | labelled_places(inputs["labels"]), *args, **kwargs)
+        if positions is not None:  # TRL counts those of one row, padding too
+            num_tokens += int(self.accelerator.gather_for_metrics(num_packed_tokens(positions)).sum())
+            self._total_train_tokens = num_tokens
+            self._metrics["train"]["num_tokens"] = [num_tokens]
+        return loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the trainer's.
@@ -177,6 +199,25 @@ class ELMTrainer(SFTTrainer):
         tied = getattr(self.model, "all_tied_weights_keys", {})
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]  # a namedtuple
         super()._issue_warnings_after_load(load_result)
+
+
+def labelled_places(labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Where the head is needed: the place before each label, as it predicts the next token.
+
+    Args:
+        labels: [batch, tokens], -100 where no loss is taken.
+
+    Returns:
+        `places_to_keep` [n + 1] of [`ELMModel.forward`], and `labels` [1, n + 1] of its one row. They are shifted against each
+        other as those of the batch are, so the first label and the last place count for nothing.
+    """
+    places = labels[:, 1:] != -100  # [batch, tokens - 1]: the token after is learnt
+    rows, columns = places.nonzero(as_tuple=True)
+    kept = rows * labels.shape[1] + columns
+    return {
+        "places_to_keep": torch.cat([kept, kept.new_zeros(1)]),
+        "labels": torch.cat([labels.new_full((1,), -100), labels[:, 1:][places]]).unsqueeze(0),
+    }
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,9 +4,7 @@ What the trainer and its data do with an option is not the same for an ELM as fo
 `ELMCollator`, where the ECGs are. An option that would change nothing there, or something else than it says, is an error."""
 
 _QUANTIZED = "quantized language models are not supported yet. --use_peft and --gradient_checkpointing save memory"
-_PACKED = (
-    "chats with ECGs are not packed. A batch is padded to its longest chat; --per_device_train_batch_size sets its size"
-)
+_CUT = "a chat is not cut, as that could go through its ECG. --packing_strategy bfd packs whole chats"
 _SHARED = (
     "training shares nothing. When it is done, `elm push FOLDER --repo_id OWNER/NAME` shares model, card and scores"
 )
@@ -27,7 +25,6 @@ _CODE = "the code of others is not run. --llm takes the models whose code is in 
 REFUSED: dict[str, str] = {
     **dict.fromkeys(("load_in_4bit", "load_in_8bit", "use_bnb_nested_quant"), _QUANTIZED),
     **dict.fromkeys(("bnb_4bit_quant_type", "bnb_4bit_quant_storage"), _QUANTIZED),
-    **dict.fromkeys(("packing", "packing_strategy", "padding_free", "eval_packing"), _PACKED),
     **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo"), _SHARED),
     **dict.fromkeys(("hub_always_push", "hub_revision"), _SHARED),
     **dict.fromkeys(("include_for_metrics", "batch_eval_metrics", "prediction_loss_only"), _SCORED),
@@ -36,6 +33,7 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(("completion_only_loss", "assistant_only_loss"), _TEMPLATE),
     **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), _LIGER),
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), _STARTED),
+    "eval_packing": "chats are packed in training alone. The loss of --eval_strategy is the same without",
     "hub_token": "it would be saved with the model. Set the environment variable HF_TOKEN, or run `hf auth login`",
     "lora_task_type": "an ELM is a causal language model. Leave the option out",
     "length_column_name": _LENGTHS,
@@ -50,7 +48,8 @@ REFUSED: dict[str, str] = {
 }
 # option -> some of its values, and why they are refused
 REFUSED_VALUES: dict[str, dict[str, str]] = {
-    "train_sampling_strategy": dict.fromkeys(("group_by_length", "batch_rebalance"), _LENGTHS)
+    "packing_strategy": dict.fromkeys(("bfd_split", "wrapped"), _CUT),
+    "train_sampling_strategy": dict.fromkeys(("group_by_length", "batch_rebalance"), _LENGTHS),
 }
 _OF_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters")
 _OF_EVALUATION = ("eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size", "eval_accumulation_steps")
