@@ -35,7 +35,7 @@ MAY_DIFFER = re.compile(
     r"|greater_is_better|ignore_data_skip|restore_callback_states_from_checkpoint|skip_memory_metrics|attn_implementation"
     r"|(gradient|activation)_checkpointing(_kwargs)?|activation_offloading|torch_compile\w*|torch_empty_cache_steps|use_cache"
     r"|dataset_num_proc|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor|multiprocessing_context)"
-    r"|(log|logging|save|eval|hub|push|trackio|ddp|include|batch_eval|enable_jit)_\w+"
+    r"|cache_features|(log|logging|save|eval|hub|push|trackio|ddp|include|batch_eval|enable_jit)_\w+"
 )
 # where these are is no matter: the fingerprint tells whether the rows are the same
 OF_DATA = ("data", "ecg_root")
