@@ -1,5 +1,7 @@
 """What the models of encoders and of ELMs share: complete weights, frozen parts, attention implementations."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -56,6 +58,20 @@ def stay_frozen(part: nn.Module) -> None:
             module.training = bool(getattr(module, "gradient_checkpointing", False))
         elif isinstance(module, nn.modules.batchnorm._NormBase):
             module.training = all([parameter.requires_grad for parameter in module.parameters()] or trained)
+
+
+@contextmanager
+def in_eval_mode(part: nn.Module | None) -> Iterator[None]:
+    """All of a part is in eval mode in the block, and behind it as it was; LoRA leaves some modules in eval mode."""
+    modules = [] if part is None else list(part.modules())
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
 
 
 def attention_of(model_class: type[PreTrainedModel], requested: str | None) -> str | None:

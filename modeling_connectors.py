@@ -41,32 +41,43 @@ def pool_tokens(tokens: torch.Tensor, num_tokens: int, mask: torch.Tensor | None
     return weights @ tokens.masked_fill(mask[..., None] == 0, 0)
 
 
-class LinearConnector(nn.Module):
-    """LLaVA's first connector: encoder tokens, averaged to `num_ecg_tokens`, and one linear map of each."""
+class EncoderConnector(nn.Module):
+    """The base of what connects an encoder. `pool` has no weights, so what it gives for an ECG changes with the encoder alone."""
 
     def __init__(self, config: ELMConfig):
         super().__init__()
         self.num_ecg_tokens = config.num_ecg_tokens
-        self.projection = nn.Linear(encoder_output_size(config), config.text_config.hidden_size)
 
-    def forward(self, encoder_tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """[ECGs, tokens, encoder width] -> [ECGs, num_ecg_tokens, width of the language model]; `mask` as of `pool_tokens`."""
-        return self.projection(pool_tokens(encoder_tokens, self.num_ecg_tokens, mask))
+    def pool(self, encoder_tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """What `forward` reads of the encoder's tokens [ECGs, tokens, width]: their averages [ECGs, num_ecg_tokens, width], as
+        `pool_tokens` makes them."""
+        return pool_tokens(encoder_tokens, self.num_ecg_tokens, mask)
 
 
-class MLPConnector(nn.Module):
-    """LLaVA-1.5's connector: encoder tokens, averaged to `num_ecg_tokens`, then linear, GELU, linear."""
+class LinearConnector(EncoderConnector):
+    """LLaVA's first connector: one linear map of each of the averaged tokens."""
 
     def __init__(self, config: ELMConfig):
-        super().__init__()
-        self.num_ecg_tokens, hidden_size = config.num_ecg_tokens, config.text_config.hidden_size
+        super().__init__(config)
+        self.projection = nn.Linear(encoder_output_size(config), config.text_config.hidden_size)
+
+    def forward(self, encoder_features: torch.Tensor) -> torch.Tensor:
+        """[ECGs, num_ecg_tokens, encoder width], as of `pool` -> [ECGs, num_ecg_tokens, width of the language model]."""
+        return self.projection(encoder_features)
+
+
+class MLPConnector(EncoderConnector):
+    """LLaVA-1.5's connector: linear, GELU, linear of each of the averaged tokens."""
+
+    def __init__(self, config: ELMConfig):
+        super().__init__(config)
+        hidden_size = config.text_config.hidden_size
         self.linear_1 = nn.Linear(encoder_output_size(config), hidden_size)
         self.linear_2 = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, encoder_tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, encoder_features: torch.Tensor) -> torch.Tensor:
         """As of `LinearConnector`."""
-        encoder_tokens = pool_tokens(encoder_tokens, self.num_ecg_tokens, mask)
-        return self.linear_2(nn.functional.gelu(self.linear_1(encoder_tokens)))
+        return self.linear_2(nn.functional.gelu(self.linear_1(encoder_features)))
 
 
 class FlatConnector(nn.Module):
@@ -118,7 +129,7 @@ class ConvConnector(nn.Module):
         return self.projection(states.mean(-1)).unflatten(0, patches.shape[:2])  # [ECGs, patches, width]
 
 
-# the module of each of CONNECTORS; those of llava take encoder tokens and their mask, those of fuyu the records
+# the module of each of CONNECTORS; those of llava pool the encoder's tokens and take these, those of fuyu the records
 CONNECTOR_MODULES: dict[str, type[nn.Module]] = {
     "linear": LinearConnector,
     "mlp": MLPConnector,

@@ -21,14 +21,21 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
 from .configuration_elm import IMAGE_REPRESENTATIONS, ELMConfig
-from .modeling_common import CompleteModel, attention_of, check_all_loaded, stay_frozen
+from .modeling_common import CompleteModel, attention_of, check_all_loaded, in_eval_mode, stay_frozen
 from .modeling_connectors import CONNECTOR_MODULES
 from .modeling_ecg_encoders import ENCODER_MODELS, without_missing_leads
 from .modeling_vision_encoders import blank_images, encode_images, load_vision_model, vision_model_class
 from .pipeline_elm import ECGQuestionAnsweringPipeline
 
 # the tensors of a batch that hold its ECGs, one row an ECG
-ECG_INPUTS = ("ecg_values", "ecg_lead_mask", "pixel_values", "pixel_attention_mask", "spatial_shapes")
+ECG_INPUTS = (
+    "ecg_values",
+    "ecg_lead_mask",
+    "pixel_values",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "encoder_features",
+)
 
 
 def make_encoder(config: ELMConfig) -> PreTrainedModel:
@@ -84,7 +91,8 @@ class ELMModel(ELMPreTrainedModel):
         if encoder is None and config.encoder_config is not None:  # fuyu and text have no encoder
             encoder = make_encoder(config)
         self.encoder = encoder
-        self.connector = CONNECTOR_MODULES[config.connector](config) if config.connector is not None else None
+        connector = CONNECTOR_MODULES[config.connector](config) if config.connector is not None else None
+        self.connector: Any = connector  # `pool` is of those of an encoder alone
         self.language_model = language_model or AutoModel.from_config(config.text_config)  # without its head
         self.post_init()
 
@@ -104,6 +112,7 @@ class ELMModel(ELMPreTrainedModel):
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
         ecg_lead_mask: torch.Tensor | None = None,
+        encoder_features: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embeddings that stand for each ECG in the text.
 
@@ -112,6 +121,7 @@ class ELMModel(ELMPreTrainedModel):
             pixel_values, pixel_attention_mask, spatial_shapes: in place of them for a vision backbone, see `encode_images`.
             ecg_lead_mask: [number of ECGs, leads], False for missing leads. Their `ecg_values` are ignored: `ECGEncoder` tells what
                 each encoder does instead; fuyu connectors read zeros.
+            encoder_features: in place of all of these, what `get_encoder_features` gave for them.
 
         Returns:
             [number of ECGs, num_ecg_tokens, width of the language model]
@@ -119,31 +129,60 @@ class ELMModel(ELMPreTrainedModel):
         Raises:
             ValueError: the model has no ECG path, or another kind of input, or makes fewer tokens than `num_ecg_tokens`.
         """
-        config = self.config
         if self.connector is None:
             raise ValueError("This ELM is text only (architecture='text'): it has no encoder or connector for an ECG.")
+        if self.encoder is None:
+            ecgs = self._checked(ecg_values)
+            return self.connector(without_missing_leads(ecgs, ecg_lead_mask).to(self.dtype))
+        if encoder_features is None:
+            encoder_features = self.get_encoder_features(
+                ecg_values, pixel_values, pixel_attention_mask, spatial_shapes, ecg_lead_mask
+            )
+        return self.connector(encoder_features)
+
+    def get_encoder_features(
+        self,
+        ecg_values: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+        ecg_lead_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What the connector reads of the encoder for each ECG, which an encoder that is not trained gives again each time.
+
+        Args:
+            ecg_values and the others: as of [`get_ecg_features`].
+
+        Returns:
+            [number of ECGs, num_ecg_tokens, width of the encoder]
+        """
+        assert self.encoder is not None
+        config = self.config
+        if config.representation not in IMAGE_REPRESENTATIONS:
+            ecgs = self._checked(ecg_values)
+            return self.connector.pool(self.encoder(ecgs, lead_mask=ecg_lead_mask).last_hidden_state)
+        pictures = self._checked(pixel_values)
+        tokens = encode_images(self.encoder, config.image_features, pictures, pixel_attention_mask, spatial_shapes)
+        # an embedding is one token without padding
+        return self.connector.pool(tokens, pixel_attention_mask if config.image_features == "patches" else None)
+
+    def _checked(self, ecgs: torch.Tensor | None) -> torch.Tensor:
+        """The samples or pictures of ECGs, as they are (ValueError: there are none, or of another shape than the model reads)."""
+        config = self.config
         reads_images = config.representation in IMAGE_REPRESENTATIONS
-        name, ecgs = ("pixel_values", pixel_values) if reads_images else ("ecg_values", ecg_values)
         if ecgs is None:
             raise ValueError(
-                f"This ELM reads {config.representation!r} ECGs as {name}, which are not given. Prepare ECGs with the "
-                "model's own processor."
+                f"This ELM reads {config.representation!r} ECGs as {'pixel_values' if reads_images else 'ecg_values'}, which are "
+                "not given. Prepare ECGs with the model's own processor."
             )
-        if not reads_images:
-            shape = (config.num_leads, config.num_samples)
-            # in silence the flat connector would take a transposed record, and MERL one of any length or rate
-            if tuple(ecgs.shape[1:]) != shape:
-                raise ValueError(
-                    f"ecg_values has shape {tuple(ecgs.shape)}; this model reads [ECGs, {shape[0]} leads, {shape[1]} samples]. "
-                    "Prepare ECGs with the model's own processor."
-                )
-        if self.encoder is None:
-            return self.connector(without_missing_leads(ecgs, ecg_lead_mask).to(self.dtype))
-        if not reads_images:
-            return self.connector(self.encoder(ecgs, lead_mask=ecg_lead_mask).last_hidden_state)
-        tokens = encode_images(self.encoder, config.image_features, ecgs, pixel_attention_mask, spatial_shapes)
-        # an embedding is one token without padding
-        return self.connector(tokens, pixel_attention_mask if config.image_features == "patches" else None)
+        shape = (config.num_leads, config.num_samples)
+        # in silence the flat connector would take a transposed record, and MERL one of any length or rate
+        if not reads_images and tuple(ecgs.shape[1:]) != shape:
+            raise ValueError(
+                f"ecg_values has shape {tuple(ecgs.shape)}; this model reads [ECGs, {shape[0]} leads, {shape[1]} samples]. "
+                "Prepare ECGs with the model's own processor."
+            )
+        return ecgs
 
     def _zero_of_ecg_path(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """A zero that depends on encoder and connector.
@@ -155,13 +194,8 @@ class ELMModel(ELMPreTrainedModel):
             inputs = blank_images(self.config.encoder_config, like=inputs_embeds)
         else:
             inputs = {"ecg_values": inputs_embeds.new_zeros(1, self.config.num_leads, self.config.num_samples)}
-        modules = [] if self.encoder is None else list(self.encoder.modules())
-        modes = [module.training for module in modules]
-        for module in modules:
-            module.training = False
-        features = self.get_ecg_features(**inputs)
-        for module, mode in zip(modules, modes, strict=True):  # LoRA leaves some of them in eval mode
-            module.training = mode
+        with in_eval_mode(self.encoder):
+            features = self.get_ecg_features(**inputs)
         return 0 * features.sum().to(inputs_embeds.device, inputs_embeds.dtype)
 
     def get_placeholder_mask(
@@ -210,7 +244,7 @@ class ELMModel(ELMPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         ecg_inputs = {name: kwargs.pop(name, None) for name in ECG_INPUTS}
         ecg_features = mm_encoder_outputs["ecg"].pooler_output if mm_encoder_outputs else None
-        if ecg_inputs["ecg_values"] is not None or ecg_inputs["pixel_values"] is not None:
+        if any(ecg_inputs[name] is not None for name in ("ecg_values", "pixel_values", "encoder_features")):
             ecg_features = self.get_ecg_features(**ecg_inputs)
         if ecg_features is not None:
             ecg_features = ecg_features.to(inputs_embeds.device, inputs_embeds.dtype)
@@ -321,6 +355,7 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
         ecg_lead_mask: torch.Tensor | None = None,
+        encoder_features: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -342,6 +377,7 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
             pixel_attention_mask=pixel_attention_mask,
             spatial_shapes=spatial_shapes,
             ecg_lead_mask=ecg_lead_mask,
+            encoder_features=encoder_features,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,

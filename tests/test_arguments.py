@@ -271,7 +271,7 @@ def test_yaml_of_pictures(tmp_path):
         ("architecture: clip\n", "architecture is 'clip'"),
         ("elm: clip\n", "elm is 'clip'"),
         ("update: [connector, head]\n", "update is 'head'"),
-        ("optimizer: muon\n", "optimizer is 'muon'"),
+        ("optimizer: dion\n", "optimizer is 'dion'"),
         ("save_strategy: no\n", "save_strategy is False"),  # YAML's no
         ("- data\n", "must contain a YAML mapping"),
     ],

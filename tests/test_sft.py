@@ -268,6 +268,29 @@ def test_gradient_accumulation_equals_a_larger_batch(llm, data, tmp_path):
     assert losses(tmp_path / "accumulated") == pytest.approx(losses(tmp_path / "batch"), abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("options", "attribute", "message"),
+    [
+        (["--optim", "muon"], "is_fsdp_enabled", "--optim muon with FSDP or DeepSpeed"),
+        (["--optim", "muon"], "is_deepspeed_enabled", "--optim muon with FSDP or DeepSpeed"),
+        (
+            ["--cache_features", "disk", "--update", "llm"],
+            "is_fsdp_enabled",
+            "--cache_features disk with FSDP or ZeRO-3",
+        ),
+    ],
+)
+def test_what_needs_whole_weights_in_each_process(llm, data, tmp_path, monkeypatch, options, attribute, message):
+    def pretend(trainer: sft.ELMTrainer, **kwargs: Any) -> None:
+        init(trainer, **kwargs)
+        setattr(trainer, attribute, True)
+
+    init = sft.ELMTrainer.__init__
+    monkeypatch.setattr(sft.ELMTrainer, "__init__", pretend)
+    with pytest.raises(ValueError, match=message):
+        sft.main(tiny_sft(llm, data, tmp_path / "run", *options))
+
+
 @pytest.mark.slow
 def test_torch_compile(llm, data, tmp_path):
     options = ["--elm", "patch_elf", "--max_steps", "1"]

@@ -297,6 +297,11 @@ class ELMArguments(AugmentationArguments, ModelArguments, DataArguments):
     shuffle_buffer: int = argument(
         1000, "Rows that --streaming holds in memory and shuffles, in each data loader worker."
     )
+    cache_features: Literal["memory", "disk"] | None = argument(
+        None,
+        "Encode each ECG once and keep what a frozen encoder gives for it: in memory, which grows with the number of ECGs, or on "
+        "disk below HF_HOME, where later runs with the same encoder find it.",
+    )
     wandb: bool = argument(False, "Report to Weights & Biases, as --report_to wandb does.")
     distributed: bool = argument(False, "Insist on several processes: start with `accelerate launch` or `torchrun`.")
 
@@ -305,6 +310,13 @@ class ELMArguments(AugmentationArguments, ModelArguments, DataArguments):
             part.__post_init__(self)
         if self.shuffle_buffer < 1:
             raise ValueError(f"--shuffle_buffer is {self.shuffle_buffer}; expected at least 1 row.")
+        changes = [f"--{option.name}" for option in fields(AugmentationArguments) if getattr(self, option.name)]
+        changes += [f"--perturb {self.perturb}"] * (self.perturb == "noise")
+        if self.cache_features and changes:
+            raise ValueError(
+                f"--cache_features {self.cache_features} with {changes[0]}: the ECGs are others in each epoch, so none is met again; "
+                "leave one of the two options out."
+            )
 
 
 def json_fields(name: str, value: Any) -> dict[str, Any]:
@@ -397,12 +409,14 @@ class ELMParser(CommandLineParser, TrlParser):
     def _add_dataclass_arguments(self, dtype: Any) -> None:
         """Each option goes into the group of the class that declares it first: EvaluationArguments inherits `--data`."""
         types = get_type_hints(dtype)  # HfArgumentParser refuses types that are strings
-        foreign = not dtype.__module__.startswith("elm_ecg.")
         for option in fields(dtype):
             if not option.init:
                 continue
             owner = next(part for part in dtype.__mro__[::-1] if option.name in getattr(part, "__annotations__", ()))
-            title = f"{dtype.__name__} of TRL" if foreign else vars(owner).get("_argument_group_name", "this command")
+            foreign = not owner.__module__.startswith("elm_ecg.")
+            title = vars(owner).get("_argument_group_name", "this command")
+            if foreign:
+                title = f"{next(part for part in dtype.__mro__ if part.__module__.startswith('trl.')).__name__} of TRL"
             if foreign and option.name in COMMON:
                 title = ELMArguments._argument_group_name
             if title not in self.groups:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from transformers import SchedulerType, get_scheduler
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations import get_available_reporting_integrations, is_deepspeed_zero3_enabled
 from trl import ModelConfig, SFTConfig
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
@@ -24,11 +24,13 @@ from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.command_line import run_command
 from elm_ecg.training.data.loading import load_data, load_stream
 from elm_ecg.training.evaluation.results import move_old_results
+from elm_ecg.training.features import FOLDER, EncoderFeatures
 from elm_ecg.training.files import check_output_folder, let_others_read_weights, naming, write_text
 from elm_ecg.training.load import limit_threads, load_elm
 from elm_ecg.training.lora import freeze, lora_config
 from elm_ecg.training.model_files import find_model_file
 from elm_ecg.training.packing import ROW_TOKENS
+from elm_ecg.training.muon import MUON, SFTConfigWithMuon, muon_options
 from elm_ecg.training.resume import RunOptions, checkpoint_to_resume, fingerprint
 from elm_ecg.training.sharing.cards import write_model_card
 from elm_ecg.training.trainer import UNFINISHED, CountEpochs, ELMTrainer, replace_model
@@ -43,7 +45,7 @@ def make_parser(prog: str = "elm sft") -> ELMParser:
     """The options of `elm sft`: ours, those of TRL's SFTConfig and ModelConfig but for `trl_options.REFUSED`, and `--config`."""
     # TRL and PEFT use a name that transformers is about to change
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing(_kwargs)?` is deprecated", FutureWarning)
-    parser = ELMParser((ELMArguments, SFTConfig, ModelConfig), prog=prog)
+    parser = ELMParser((ELMArguments, SFTConfigWithMuon, ModelConfig), prog=prog)
     parser.set_defaults(
         max_length=None,  # TRL would cut chats at 1024 tokens
         remove_unused_columns=False,  # the collator reads them
@@ -59,6 +61,11 @@ def make_parser(prog: str = "elm sft") -> ELMParser:
     options["--chat_template_path"].help = (
         "Chat template, instead of the language model's own: a .jinja file, or the folder or Hub id of a model that has one. What it "
         "marks with {%% generation %%} is learnt."
+    )
+    options["--optim"].choices = [*(options["--optim"].choices or ()), MUON]
+    options["--optim"].help = (
+        "Optimizer; muon: Muon for the matrices of the language model, AdamW for all else. --optim_args says of Muon lr=, momentum=, "
+        "weight_decay= and adjust_lr_fn=, by default as of --learning_rate and --weight_decay, with updates of AdamW's size."
     )
     options["--pad_to_multiple_of"].help = "Pad batches to a multiple of so many tokens."
     options[
@@ -91,6 +98,13 @@ def parse(argv: list[str] | None = None, prog: str = "elm sft") -> tuple[ELMArgu
     if not args.update:
         pretrained = args.encoder_name_or_path is not None or model_args.model_name_or_path is not None
         args.update = PARTS[1:] if pretrained or args.architecture != "llava" else list(PARTS)
+    if args.cache_features and "encoder" in args.update:  # that of an adapter is known once it is there
+        raise ValueError(
+            f"--cache_features {args.cache_features} with --update {' '.join(args.update)}: what a trained encoder gives for an ECG "
+            "changes. Say --update connector llm, or leave --cache_features out."
+        )
+    if training_args.optim == MUON:
+        _check_muon(args, training_args, model_args)
     if args.wandb and "wandb" not in training_args.report_to:
         training_args.report_to = [*training_args.report_to, "wandb"]  # a list by now, whatever was said
     _check(training_args, model_args)
@@ -140,6 +154,16 @@ def _check(training_args: SFTConfig, model_args: ModelConfig) -> None:
         raise ValueError(
             "--eos_token with --use_peft: an adapter does not keep it. Train with --eos_token and without --use_peft first, and "
             "adapt that model with --model_name_or_path."
+        )
+
+
+def _check_muon(args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
+    """Refuses (ValueError) `--optim muon` where there is nothing for it."""
+    muon_options(training_args.optim_args)
+    if "llm" not in args.update or model_args.use_peft:
+        trained = "--use_peft trains small matrices beside those" if model_args.use_peft else "--update leaves out"
+        raise ValueError(
+            f"--optim {MUON} is for the matrices of the language model, which {trained}; leave --optim out, or train them in full."
         )
 
 
@@ -257,9 +281,41 @@ def make_trainer(
             "the weights in 32.",
             ", ".join(halves),
         )
+    _check_sharded(args, trainer)
+    if args.cache_features is not None:
+        trainer.features = keep_features(args.cache_features, model)
     if peft_config is not None:
         model.lm_head.register_parameter("bias", None)  # TRL reads it, and PEFT's wrapper of the head has none
     return trainer
+
+
+def _check_sharded(args: ELMArguments, trainer: ELMTrainer) -> None:
+    """Refuses (ValueError) what needs whole weights in each process where these are cut among them."""
+    if args.cache_features and (trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+        raise ValueError(
+            f"--cache_features {args.cache_features} with FSDP or ZeRO-3, where no process has the whole encoder; train with DDP or "
+            "ZeRO-2, or leave the option out."
+        )
+    if trainer.args.optim == MUON and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ValueError(
+            f"--optim {MUON} with FSDP or DeepSpeed, which cut the matrices that it needs whole; train with DDP, or leave the option "
+            "out."
+        )
+
+
+def keep_features(where: str, model: ELMForConditionalGeneration) -> EncoderFeatures:
+    """Where the features of the model's encoder are kept (ValueError: it has none, or it is trained)."""
+    encoder = model.model.encoder
+    if encoder is None:
+        raise ValueError(
+            f"--cache_features {where}: a {model.config.architecture} ELM has no encoder; leave the option out."
+        )
+    if any(parameter.requires_grad for parameter in encoder.parameters()):
+        raise ValueError(
+            f"--cache_features {where}: the encoder is trained, so what it gives for an ECG changes. Freeze it with --update "
+            "connector llm, and leave it out of --lora_target_modules and --lora_modules_to_save, or leave --cache_features out."
+        )
+    return EncoderFeatures(model.model, FOLDER if where == "disk" else None)
 
 
 def train(args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
@@ -293,6 +349,8 @@ def train(args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig)
 
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.log_metrics("train", result.metrics)
+    if trainer.features is not None and trainer.is_world_process_zero():
+        print(f"{trainer.features}, by this process of {training_args.world_size}", flush=True)
     state = trainer.state
     kept = state.best_model_checkpoint or "the last step"
     if training_args.load_best_model_at_end and not kept.endswith(f"-{state.best_global_step}"):

@@ -15,8 +15,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTTrainer
 
 from elm_ecg.training.collator import ELMCollator
+from elm_ecg.training.features import EncoderFeatures
 from elm_ecg.training.files import let_others_read_weights, naming
 from elm_ecg.training.packing import check_kept_apart, num_packed_tokens
+from elm_ecg.training.muon import MUON, MuonAdamW, matrices_of, muon_options
 from elm_ecg.training.resume import RunOptions
 
 UNFINISHED = ".unfinished"  # folder of what is being saved
@@ -53,11 +55,14 @@ class ELMTrainer(SFTTrainer):
     Args:
         options: of the run; each checkpoint has them.
         kwargs: for TRL's trainer.
+
+    `features`, where they are kept, take the place of the ECGs of a batch.
     """
 
     def __init__(self, *, options: RunOptions, **kwargs: Any):
         super().__init__(**kwargs)
         self.options = options
+        self.features: EncoderFeatures | None = None
         self._saving_to: Path | None = None  # in place of `output_dir`, while a checkpoint is saved
         self._kept_apart = False  # whether the chats of packed rows are known to be
 
@@ -90,6 +95,36 @@ class ELMTrainer(SFTTrainer):
             self._total_train_tokens = num_tokens
             self._metrics["train"]["num_tokens"] = [num_tokens]
         return loss
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As the trainer's, which does not know Muon."""
+        if self.args.optim != MUON or self.optimizer is not None:
+            return super().create_optimizer(model)
+        model, args = model or self.model, self.args
+        matrices = matrices_of(model.model.language_model)
+        trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        decay = self.get_decay_parameter_names(model)  # no norms, no biases
+        rest: dict[bool, list[Any]] = {True: [], False: []}
+        for name, value in trained.items():
+            if value not in matrices:
+                rest[name in decay].append(value)
+        muon = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        adamw = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        self.optimizer = MuonAdamW(
+            [{"params": [value for value in trained.values() if value in matrices]}],
+            [{"params": rest[True], "weight_decay": args.weight_decay}, {"params": rest[False], "weight_decay": 0.0}],
+            muon | muon_options(args.optim_args),
+            {**adamw, "fused": True},
+        )
+        return self.optimizer
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As the trainer's; outside of the model, which may be compiled or wrapped, and in its precision."""
+        inputs = super()._prepare_inputs(inputs)
+        if self.features is None:
+            return inputs
+        with self.compute_loss_context_manager():
+            return self.features.replace(inputs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the trainer's.

@@ -100,6 +100,22 @@ def test_200_mixed_samples_in_batches_of_32_and_one_by_one(elm):
     assert ask(elm, rows, batch_size=32, reuse_prefix=False) == alone
 
 
+@pytest.mark.parametrize("score", ["generation", "likelihood"])
+def test_an_ecg_is_encoded_once_for_all_conditions(elm, data, score):
+    """With the same answers as if it were encoded each time; a record of zeros is one ECG."""
+    model, processor = elm
+    questions = list_questions(data)
+    candidates = None if score == "generation" else [["yes", "no"]] * len(questions)
+    options = {"generation": {"max_new_tokens": 3, "num_beams": 2}, "batch_size": 4, "candidates": candidates}
+    kept, anew = (Answerer(model, processor, data, questions, **options) for _ in range(2))
+    anew._features = None
+    for condition in CONDITIONS:
+        (found, _), (expected, _) = kept.ask(condition), anew.ask(condition)
+        assert found == (expected if candidates is None else [pytest.approx(one, abs=1e-5) for one in expected])
+    assert kept._features.computed == 7 + 1 + 7  # the records, zeros, and noise in the place of each
+    assert kept._features.found > 7
+
+
 @pytest.mark.parametrize("family", ["llama3", "qwen2_5", "gemma2"])
 def test_the_prefix_is_reused_with_every_template(family, monkeypatch):
     elm = tiny_elm(family)

@@ -25,6 +25,9 @@ from elm_ecg.training.data.loading import ecgs_of, notices_of, to_chat
 from elm_ecg.training.evaluation.conditions import CONDITIONS, ECG, Condition
 from elm_ecg.training.evaluation.progress import Progress
 from elm_ecg.training.evaluation.questions import Question, rows_to_swap
+from elm_ecg.training.features import EncoderFeatures
+
+MAX_BYTES_OF_FEATURES = 2**30  # 29,000 ECGs of ST-MEM
 
 
 class NotFiniteError(ValueError):
@@ -119,6 +122,9 @@ class Answerer:
         self._suffixes: dict[str, list[int]] = {}  # candidate -> its tokens
         self.notices: dict[str, set[tuple[int, int]]] = {}
         self._known: dict[Any, list[str]] = {}
+        elm = self.model.model
+        # the same ECG is asked about in several rows and under several conditions
+        self._features = None if elm.encoder is None else EncoderFeatures(elm, max_bytes=MAX_BYTES_OF_FEATURES)
         self._others: np.ndarray | None = None  # for each row the one whose ECGs are swapped in
         rows: dict[int, list[int]] = {}
         for index, question in enumerate(self.questions):
@@ -329,6 +335,8 @@ class Answerer:
                 for name in ECG_INPUTS
                 if any(name in own and len(own[name]) for own in ecgs)
             }
+            if self._features is not None:
+                ecg_inputs = self._features.replace(ecg_inputs)
             last = turn == num_turns - 1
             if self.candidates is not None:
                 logits, cache = self._prefill(input_ids, mask, cache, ecg_inputs, until=input_ids.shape[1])

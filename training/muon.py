@@ -1,0 +1,100 @@
+"""`--optim muon`: Muon for the matrices of the language model, AdamW for all else that is trained.
+
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) makes the update of a matrix nearly orthogonal. That has no
+meaning for vectors, and does not suit embeddings and the head, whose rows are of single tokens. The update is scaled to the size
+of AdamW's (Liu et al. 2025, https://arxiv.org/abs/2502.16982), so that one learning rate and one schedule are of both.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from trl import SFTConfig
+
+MUON = "muon"  # the value of --optim
+# what --optim_args may say of Muon, and how it is read
+OPTIONS: dict[str, Callable[[str], Any]] = {"lr": float, "weight_decay": float, "momentum": float, "adjust_lr_fn": str}
+
+
+@dataclass
+class SFTConfigWithMuon(SFTConfig):
+    """TRL's, whose `optim` may be `muon` too, which transformers does not know."""
+
+    def __post_init__(self) -> None:
+        muon = self.optim == MUON
+        if muon:
+            self.optim = SFTConfig.optim
+        super().__post_init__()
+        if muon:
+            self.optim = MUON
+
+
+def muon_options(optim_args: str | None) -> dict[str, Any]:
+    """What `--optim_args` says of Muon, such as `lr=0.002,momentum=0.9`.
+
+    Raises:
+        ValueError: it says something else.
+    """
+    options: dict[str, Any] = {}
+    for word in (optim_args or "").replace(" ", "").split(","):
+        name, _, value = word.partition("=")
+        try:
+            if word:
+                options[name] = OPTIONS[name](value)
+                torch.optim.Muon([torch.zeros(1, 1)], **options)  # refuses values
+        except (KeyError, ValueError) as error:
+            told = f": {error}" if isinstance(error, ValueError) else ""
+            raise ValueError(
+                f"--optim_args {optim_args} with --optim {MUON}: {word!r} is none of its options{told}. Expected "
+                f"{', '.join(f'{option}=...' for option in OPTIONS)}, with commas between them."
+            ) from error
+    return options
+
+
+def matrices_of(language_model: nn.Module) -> set[nn.Parameter]:
+    """The parameters of a language model without head that Muon trains: [rows, columns], not of an embedding."""
+    embeddings = {
+        parameter
+        for module in language_model.modules()
+        if isinstance(module, nn.Embedding)
+        for parameter in module.parameters()
+    }
+    matrices = (parameter for parameter in language_model.parameters() if parameter.ndim == 2)
+    return {parameter for parameter in matrices if parameter.requires_grad and parameter not in embeddings}
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Both as one optimizer, so that the scheduler, clipping and checkpoints have one.
+
+    Args:
+        muon, adamw: their groups of parameters.
+        muon_options, adamw_options: the settings of groups that have none of their own.
+    """
+
+    def __init__(
+        self,
+        muon: list[dict[str, Any]],
+        adamw: list[dict[str, Any]],
+        muon_options: dict[str, Any],
+        adamw_options: dict[str, Any],
+    ):
+        self._muon = torch.optim.Muon(muon, **muon_options)  # fills in the settings of the groups
+        self._adamw = torch.optim.AdamW(adamw, **adamw_options)
+        groups = [(True, self._muon), (False, self._adamw)]
+        super().__init__([{**group, MUON: flag} for flag, part in groups for group in part.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """As of any optimizer."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part, flag in ((self._muon, True), (self._adamw, False)):
+            # those of this optimizer, which a checkpoint replaces and a scheduler changes
+            part.param_groups = [group for group in self.param_groups if group[MUON] == flag]
+            part.state = self.state
+            part.step()
+        return loss
