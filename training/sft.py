@@ -206,7 +206,7 @@ def make_trainer(
     options: RunOptions,
 ) -> ELMTrainer:
     """TRL's trainer, which trains the parts of `--update` or a LoRA adapter."""
-    peft_config = lora_config(args, model_args, model, processor) if model_args.use_peft else None
+    peft_config = lora_config(args, model_args, model) if model_args.use_peft else None
     if peft_config is None:  # PEFT itself freezes all that the adapter does not train
         freeze(model, args.update)
     changes = {option.name: getattr(args, option.name) for option in fields(AugmentationArguments)}
