@@ -248,7 +248,9 @@ class ELMConfig(PreTrainedConfig):
         num_ecg_tokens: placeholder tokens that each ECG takes in the text.
         image_features: what the connector reads of a vision backbone: `patches`, its patch tokens pooled to `num_ecg_tokens`;
             or `embedding`, its pooled vector as in the reference, which takes one token.
-        ecg_token_id: id of the placeholder token.
+        ecg_token_id: id of the placeholder token. It may lie beyond the vocabulary, as an ECG's embeddings take its place.
+        first_signal_token_id, num_signal_tokens: ids of the tokens of symbolic ECGs, which follow each other. They are looked up in a
+            table of their own, wherever they lie; 0: they are rows of the vocabulary, as in converted models.
         num_leads, num_samples: shape of the record that a fuyu connector reads; an encoder has its own.
     """
 
@@ -266,6 +268,8 @@ class ELMConfig(PreTrainedConfig):
     num_ecg_tokens: int = 1  # the trainer fills in the connector's own, of `default_num_ecg_tokens`
     image_features: str = "patches"
     ecg_token_id: int | None = None
+    first_signal_token_id: int | None = None
+    num_signal_tokens: int = 0
     num_leads: int = 12
     num_samples: int = 2500
     tie_word_embeddings: bool = False  # any value is replaced below by that of text_config
@@ -348,6 +352,30 @@ class ELMConfig(PreTrainedConfig):
             raise ValueError(
                 "A vit_mae encoder hides and shuffles patches at random, at inference too; choose a backbone that sees the whole "
                 "picture, such as vit."
+            )
+
+    @property
+    def signal_token_ids(self) -> range:
+        """Ids of the tokens that have a table of their own."""
+        first = self.first_signal_token_id or 0
+        return range(first, first + self.num_signal_tokens)
+
+    def validate_signal_tokens(self) -> None:
+        """ValueError if the table of tokens is not of symbolic ECGs, or the placeholder is among them."""
+        ids = self.signal_token_ids
+        if self.num_signal_tokens < 0 or (self.first_signal_token_id is None) != (self.num_signal_tokens == 0):
+            raise ValueError(
+                f"num_signal_tokens={self.num_signal_tokens} with first_signal_token_id={self.first_signal_token_id}; give both, or "
+                "neither where ECGs are no tokens."
+            )
+        if ids and self.representation != "symbolic":
+            raise ValueError(
+                f"num_signal_tokens={self.num_signal_tokens} with representation={self.representation!r}; only 'symbolic' ECGs are "
+                "tokens of the text."
+            )
+        if self.ecg_token_id in ids:
+            raise ValueError(
+                f"ecg_token_id={self.ecg_token_id} is one of the {len(ids)} signal tokens from {ids.start} on; the placeholder is none."
             )
 
     def validate_tokens(self) -> None:

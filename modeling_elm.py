@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
     GenerationMixin,
+    LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -94,6 +95,8 @@ class ELMModel(ELMPreTrainedModel):
         connector = CONNECTOR_MODULES[config.connector](config) if config.connector is not None else None
         self.connector: Any = connector  # `pool` is of those of an encoder alone
         self.language_model = language_model or AutoModel.from_config(config.text_config)  # without its head
+        number, width = config.num_signal_tokens, config.text_config.hidden_size
+        self.signal_embeddings = nn.Embedding(number, width) if number else None  # of symbolic ECGs
         self.post_init()
 
     def train(self, mode: bool = True) -> "ELMModel":
@@ -104,6 +107,23 @@ class ELMModel(ELMPreTrainedModel):
             if part is not None:
                 stay_frozen(part)
         return self
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings of a text [batch, tokens] -> [batch, tokens, width of the language model].
+
+        Tokens of symbolic ECGs have a table of their own. A placeholder beyond the vocabulary is as the first token: the embeddings of
+        an ECG take its place.
+        """
+        embeddings, ids, words = self.get_input_embeddings(), self.config.signal_token_ids, input_ids
+        if (self.config.ecg_token_id or 0) >= self.config.text_config.vocab_size:
+            words = words.masked_fill(input_ids.eq(self.config.ecg_token_id or 0), 0)
+        if self.signal_embeddings is None:
+            return embeddings(words)
+        of_ecgs = (input_ids >= ids.start) & (input_ids < ids.stop)  # [batch, tokens]
+        words = embeddings(words.masked_fill(of_ecgs, 0))
+        # all places are looked up in both, so that neither a graph nor which weights are used depends on where ECGs stand
+        signals = self.signal_embeddings((input_ids - ids.start).clamp(0, len(ids) - 1)).to(words.dtype)
+        return torch.where(of_ecgs.unsqueeze(-1), signals, words)
 
     def get_ecg_features(
         self,
@@ -198,15 +218,10 @@ class ELMModel(ELMPreTrainedModel):
             features = self.get_ecg_features(**inputs)
         return 0 * features.sum().to(inputs_embeds.device, inputs_embeds.dtype)
 
-    def get_placeholder_mask(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, ecg_features: torch.Tensor
-    ) -> torch.Tensor:
+    def get_placeholder_mask(self, input_ids: torch.Tensor, ecg_features: torch.Tensor) -> torch.Tensor:
         """Where the ECG features go: a mask [batch, tokens, 1] with as many places as there are features."""
-        if input_ids is None:  # placeholders are known by their embedding
-            ecg_token = torch.tensor(self.config.ecg_token_id, device=inputs_embeds.device)
-            mask = (inputs_embeds == self.get_input_embeddings()(ecg_token)).all(-1)  # bit by bit
-        else:
-            mask = input_ids == self.config.ecg_token_id
+        assert self.config.ecg_token_id is not None  # of a model with a connector
+        mask = input_ids.eq(self.config.ecg_token_id)
         num_ecgs, tokens_per_ecg = ecg_features.shape[:2]
         matches = mask.sum() == num_ecgs * tokens_per_ecg
         if torch.compiler.is_compiling():  # an `if` on a tensor's value breaks the graph; the GPU is not waited for
@@ -233,6 +248,7 @@ class ELMModel(ELMPreTrainedModel):
             input_ids: [batch, tokens], with `num_ecg_tokens` placeholders where each ECG stands.
             mm_encoder_outputs: in place of ECGs their embeddings, as `pooler_output` [n, tokens, width] of `ecg`; transformers
                 passes those of each part of a prompt that it reads in parts.
+            inputs_embeds: [batch, tokens, width] in their place, with the embeddings of the ECGs in it.
             places_to_keep: [n], numbers of places among all batch x tokens: the last hidden state has these alone, as one row
                 [1, n, width], and a head computes no others. None: all, [batch, tokens, width].
             kwargs: `ECG_INPUTS`, the ECGs of the batch in the order of their placeholders, as [`get_ecg_features`] takes them; none,
@@ -240,15 +256,21 @@ class ELMModel(ELMPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if input_ids is not None:
+            inputs_embeds = self.embed(input_ids)
+        assert inputs_embeds is not None
         ecg_inputs = {name: kwargs.pop(name, None) for name in ECG_INPUTS}
         ecg_features = mm_encoder_outputs["ecg"].pooler_output if mm_encoder_outputs else None
         if any(ecg_inputs[name] is not None for name in ("ecg_values", "pixel_values", "encoder_features")):
             ecg_features = self.get_ecg_features(**ecg_inputs)
         if ecg_features is not None:
+            if input_ids is None:
+                raise ValueError(
+                    "ECGs beside inputs_embeds: embeddings do not tell where the ECGs stand. Give input_ids in their place, or put the "
+                    "ECGs into them yourself: `embed` gives those of a text, `get_ecg_features` those of ECGs."
+                )
             ecg_features = ecg_features.to(inputs_embeds.device, inputs_embeds.dtype)
-            mask = self.get_placeholder_mask(input_ids, inputs_embeds, ecg_features)
+            mask = self.get_placeholder_mask(input_ids, ecg_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, ecg_features)  # the n-th place gets the n-th token
         elif self.training and self.connector is not None:
             inputs_embeds = inputs_embeds + self._zero_of_ecg_path(inputs_embeds)
@@ -256,6 +278,24 @@ class ELMModel(ELMPreTrainedModel):
         if places_to_keep is not None:
             outputs.last_hidden_state = outputs.last_hidden_state.flatten(0, 1)[places_to_keep].unsqueeze(0)
         return outputs
+
+
+class LogitsOfMoreIds(LogitsProcessorList):
+    """Processors that look up the scores of all tokens of the prompt, such as a repetition penalty, where some have none: those
+    of ECGs, whose ids lie beyond the vocabulary.
+
+    Args:
+        num_beyond: how many ids there are beyond it.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, num_beyond: int):
+        super().__init__(processors)
+        self.num_beyond = num_beyond
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """As of transformers: [batch, tokens] and [batch, vocabulary] -> [batch, vocabulary]."""
+        more: Any = nn.functional.pad(scores, (0, self.num_beyond), value=-torch.inf)
+        return super().__call__(input_ids, more, **kwargs)[:, : scores.shape[1]]
 
 
 class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
@@ -276,7 +316,11 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
             self.generation_config = llm.generation_config
         if config.ecg_token_id is not None:  # a placeholder stands for an ECG that was given, so none is written
             suppressed = self.generation_config.suppress_tokens or []
-            self.generation_config.suppress_tokens = [*suppressed, config.ecg_token_id]
+            # nor are signal tokens that have spare rows of the head, which mean nothing
+            spare = range(
+                config.signal_token_ids.start, min(config.signal_token_ids.stop, config.text_config.vocab_size)
+            )
+            self.generation_config.suppress_tokens = [*suppressed, config.ecg_token_id, *spare]
         # every language model has its own name for its embeddings
         embeddings = self.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embeddings)
@@ -421,16 +465,35 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
             model_inputs.update(ecg_inputs)
         return model_inputs
 
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        """As of transformers, for prompts with ids beyond the vocabulary."""
+        processors = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]
+        config = self.config
+        end = max(config.signal_token_ids.stop, 0 if config.ecg_token_id is None else config.ecg_token_id + 1)
+        num_beyond = max(0, end - config.text_config.vocab_size)
+        return LogitsOfMoreIds(processors, num_beyond) if processors and num_beyond else processors
+
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        """As of transformers; a draft model that reads text alone gets no ECGs. It sees their placeholders, and what it drafts is
-        checked by this model, which sees the ECGs."""
+        """As of transformers; what drafts from the text alone gets no ECGs, nor ids beyond the vocabulary. What it drafts is checked
+        by this model, which sees the ECGs."""
         draft = kwargs.get("assistant_model")
+        unread = set(ECG_INPUTS)
         if draft is not None:
-            unread = set(ECG_INPUTS) - inspect.signature(draft.forward).parameters.keys()
+            unread -= inspect.signature(draft.forward).parameters.keys()
             kwargs["model_kwargs"] = {
                 name: value for name, value in kwargs["model_kwargs"].items() if name not in unread
             }
-        return super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
+        generator: Any = super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
+        if draft is not None and not unread:  # another ELM
+            return generator
+        get_candidates, vocab_size = generator.get_candidates, self.config.text_config.vocab_size
+
+        def of_text(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+            found, logits = get_candidates(input_ids.masked_fill(input_ids.ge(vocab_size), 0), *args, **kwargs)
+            return torch.cat([input_ids, found[:, input_ids.shape[1] :]], dim=1), logits
+
+        generator.get_candidates = of_text
+        return generator
 
     def _prefill(
         self,

@@ -1,5 +1,7 @@
 import json
 import re
+import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -125,19 +127,16 @@ def test_model_follows_the_arguments(llm, encoder):
     assert model.get_ecg_features(torch.zeros(3, 4, 500)).shape[:2] == (3, 4)
 
 
-def test_embeddings_grow_only_where_needed(llm, tmp_path):
-    args = arguments(llm)
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_language_model_stays_as_it_is(llm, tied, tmp_path):
+    """No row is added, of a vocabulary with spare rows none is used."""
+    llm = save_tiny_llm(tmp_path, "qwen2_5") if tied else llm
     old = AutoModelForCausalLM.from_pretrained(llm)
-    model = build(args)
-    assert model.config.text_config.vocab_size == old.config.vocab_size + 1
-    assert model.get_input_embeddings().num_embeddings == old.config.vocab_size + 1
-    assert torch.equal(model.get_input_embeddings().weight[:-1], old.get_input_embeddings().weight)
-
-    spare = save_tiny_llm(tmp_path)
-    config = AutoConfig.from_pretrained(spare)
-    config.vocab_size = 320
-    AutoModelForCausalLM.from_config(config).save_pretrained(spare)
-    assert build(arguments(spare)).get_input_embeddings().num_embeddings == 320
+    model = build(arguments(llm))
+    assert model.config.text_config.vocab_size == old.config.vocab_size == model.config.ecg_token_id
+    assert torch.equal(model.get_input_embeddings().weight, old.get_input_embeddings().weight)
+    assert torch.equal(model.lm_head.weight, old.lm_head.weight)
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) is tied
 
 
 def test_pretrained_encoder(llm, tmp_path):
@@ -178,18 +177,18 @@ def test_freeze_errors(llm):
 
 def test_lora_config(llm):
     args = arguments(llm, update=["connector", "llm"])
-    processor, model = build_processor(args), build(args)
-    config = lora_config(args, ModelConfig(lora_r=3), model, processor)
+    model = build(args)
+    config = lora_config(args, ModelConfig(lora_r=3), model)
     assert config.r == 3
     assert config.modules_to_save == ["model.connector"]
-    assert config.trainable_token_indices == {key: [processor.ecg_token_id] for key in ("embed_tokens", "lm_head")}
+    assert config.trainable_token_indices is None
     adapted = [name for name, _ in model.named_modules() if re.fullmatch(config.target_modules, name)]
     assert adapted
     assert all(name.startswith("model.language_model.layers") for name in adapted)
-    config = lora_config(arguments(llm, update=["encoder", "llm"]), ModelConfig(), model, processor)
+    config = lora_config(arguments(llm, update=["encoder", "llm"]), ModelConfig(), model)
     assert config.modules_to_save == ["model.encoder"]
     with pytest.raises(ValueError, match="--peft adapts the language model"):
-        lora_config(SimpleNamespace(update=["connector"]), ModelConfig(), model, processor)
+        lora_config(SimpleNamespace(update=["connector"]), ModelConfig(), model)
 
 
 @pytest.fixture(scope="module")
@@ -238,21 +237,40 @@ def test_symbolic_model(symbolic_args, llm):
     model = build_model(symbolic_args, processor)
     assert model.config.representation == "symbolic"
     assert model.model.connector is None
-    old = AutoModelForCausalLM.from_pretrained(llm).get_input_embeddings().weight
-    weight = model.get_input_embeddings().weight
-    assert len(weight) == len(processor.tokenizer)
-    assert torch.equal(weight[: len(old)], old)
-    new = weight[processor.signal_token_ids].detach()
+    embeddings = AutoModelForCausalLM.from_pretrained(llm).get_input_embeddings()
+    assert torch.equal(model.get_input_embeddings().weight, embeddings.weight)
+    ids = model.config.signal_token_ids
+    assert (ids.start, list(ids)) == (processor.ecg_token_id + 1, processor.signal_token_ids)
+    new, old = model.model.signal_embeddings.weight.detach(), embeddings.weight
     assert new.std(0).mean() == pytest.approx(old.std(0).mean().item(), rel=0.1)  # as far apart as words
     assert torch.pdist(new).min() > 0.5 * torch.pdist(old).min()
 
 
-def test_lora_of_symbolic_ecgs_trains_all_new_rows(symbolic_args):
-    processor = build_processor(symbolic_args)
-    model = build_model(symbolic_args, processor)
-    config = lora_config(symbolic_args, ModelConfig(), model, processor)
-    new = [processor.ecg_token_id, *processor.signal_token_ids]
-    assert config.trainable_token_indices == {"embed_tokens": new, "lm_head": new}
+def test_signal_tokens_start_as_what_embeddings_give_out(symbolic_args, tmp_path):
+    """Gemma's are the rows times the root of their width."""
+    args = replace(symbolic_args, llm=str(save_tiny_llm(tmp_path, "gemma2")))
+    model = build(args)
+    words = model.get_input_embeddings()(torch.arange(200))
+    assert words.std() > 4 * model.get_input_embeddings().weight.std()
+    assert model.model.signal_embeddings.weight.std().item() == pytest.approx(words.std().item(), rel=0.1)
+
+
+def test_a_language_model_that_has_some_of_the_tokens(symbolic_args, llm, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(llm)
+    tokenizer.add_tokens(["signal_100"])
+    shutil.copytree(llm, tmp_path, dirs_exist_ok=True)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"--llm .* has some tokens of the ECG tokenizer already"):
+        build(replace(symbolic_args, llm=str(tmp_path)))
+
+
+def test_lora_of_symbolic_ecgs_trains_their_table(symbolic_args):
+    model = build(symbolic_args)
+    config = lora_config(symbolic_args, ModelConfig(), model)
+    assert (config.modules_to_save, config.trainable_token_indices) == (["model.signal_embeddings"], None)
+    freeze(model, ["connector"])
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == ["model.signal_embeddings.weight"]
 
 
 # pictures of ECGs
@@ -369,9 +387,7 @@ def test_lora_of_a_backbone_whose_part_is_called_encoder_too(llm, backbones):
     folder = str(backbones["clip_vision_model"][0])
     args = image_arguments(llm, encoder_name_or_path=folder, update=["encoder", "llm"])
     processor = build_processor(args)
-    model = get_peft_model(
-        build_model(args, processor), lora_config(args, ModelConfig(), build_model(args, processor), processor)
-    )
+    model = get_peft_model(build_model(args, processor), lora_config(args, ModelConfig(), build_model(args, processor)))
     trained = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
     assert trained == ["base_model.model.model.encoder"]
     args = image_arguments(
@@ -380,7 +396,7 @@ def test_lora_of_a_backbone_whose_part_is_called_encoder_too(llm, backbones):
     with pytest.raises(
         ValueError, match=r"PEFT cannot tell the encoder from its part model\.encoder\.vision_model\.encoder"
     ):
-        lora_config(args, ModelConfig(), build_model(args, build_processor(args)), processor)
+        lora_config(args, ModelConfig(), build_model(args, build_processor(args)))
 
 
 def test_embedding_of_a_backbone(llm, backbones):

@@ -243,13 +243,13 @@ class TestPlacement:
         input_ids, ecg_values = batch.pop("input_ids"), batch.pop("ecg_values")
         expected = logits(model, input_ids=input_ids, ecg_values=ecg_values, **batch)
         embeddings = model.get_input_embeddings()(input_ids).detach()
-        by_model = logits(model, inputs_embeds=embeddings, ecg_values=ecg_values, **batch)
+        with pytest.raises(ValueError, match=r"embeddings do not tell where the ECGs stand\. Give input_ids"):
+            model(inputs_embeds=embeddings, ecg_values=ecg_values, **batch)
         features = iter(model.get_ecg_features(ecg_values).detach().flatten(0, 1))
         by_hand = embeddings.clone()
         for row, column in (input_ids == PLACEHOLDER).nonzero().tolist():
             by_hand[row, column] = next(features)
         assert next(features, None) is None
-        assert torch.equal(by_model, expected)
         assert torch.equal(logits(model, inputs_embeds=by_hand, **batch), expected)
         assert not torch.allclose(logits(model, inputs_embeds=embeddings, **batch), expected)
 
@@ -354,16 +354,17 @@ class TestGeneration:
     def test_from_embeddings(self, kwargs):
         model = tiny_elm()
         batch, _ = mixed_batch(model)
-        embeddings = model.get_input_embeddings()(batch["input_ids"])
-        only_embeddings = {key: value for key, value in batch.items() if key != "input_ids"} | {
-            "inputs_embeds": embeddings
-        }
-        expected = new_tokens(model, batch)
-        assert torch.equal(new_tokens(model, only_embeddings, **kwargs), expected)
-        beams = new_tokens(model, batch | {"inputs_embeds": embeddings}, num_beams=3)
-        assert torch.equal(beams, new_tokens(model, batch, num_beams=3))
+        features = model.get_ecg_features(batch["ecg_values"])
+        embeddings = model.model.embed(batch["input_ids"])
+        mask = (batch["input_ids"] == PLACEHOLDER).unsqueeze(-1)
+        prompt = {"inputs_embeds": embeddings.masked_scatter(mask, features), "attention_mask": batch["attention_mask"]}
+        assert torch.equal(new_tokens(model, prompt, **kwargs), new_tokens(model, batch))
+        assert torch.equal(new_tokens(model, prompt, num_beams=3, **kwargs), new_tokens(model, batch, num_beams=3))
+        ecgs = {"ecg_values": batch["ecg_values"]}
+        with pytest.raises(ValueError, match="embeddings do not tell where the ECGs stand"):
+            new_tokens(model, prompt | ecgs, **kwargs)
         with pytest.raises(ValueError, match="Beams and several sequences need input_ids beside the ECGs"):
-            new_tokens(model, only_embeddings, num_beams=3)
+            new_tokens(model, prompt | ecgs, num_beams=3)
 
     @pytest.mark.parametrize(
         "kwargs", [{}, {"num_beams": 2}, {"do_sample": True}, {"generation_config": GenerationConfig(max_new_tokens=5)}]
@@ -418,7 +419,6 @@ class TestGeneration:
         """Without the ECG's placeholder, as that of a language model that is not an ELM."""
         tokenizer, of_draft = tiny_processor().tokenizer, tiny_tokenizer()
         model = tiny_elm(ecg_token_id=tokenizer.convert_tokens_to_ids("<signal>"))
-        model.resize_token_embeddings(len(tokenizer))
         draft = AutoModelForCausalLM.from_config(tiny_llm_config(vocab_size=len(of_draft))).eval()
         ids = torch.tensor(
             [[model.config.ecg_token_id] * 4 + tokenizer.encode("What is it?", add_special_tokens=False)]

@@ -306,7 +306,7 @@ def test_the_libraries_read_what_is_honoured():
 
 def lora(llm: Path, elm: Any, *options: str) -> LoraConfig:
     args, _, model_args = sft.parse([*tiny_sft(llm, Path("d"), Path("o")), "--peft", *options])
-    return lora_config(args, model_args, *elm)
+    return lora_config(args, model_args, elm[0])
 
 
 def test_lora_options(llm, elm):

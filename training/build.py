@@ -160,16 +160,27 @@ def build_processor(
     )
 
 
-def build_model(args: ModelArguments, processor: ELMProcessor, **llm_kwargs: Any) -> ELMForConditionalGeneration:
-    """An ELM around the pretrained language model, with embeddings for the tokens that the processor added.
+def build_model(
+    args: ModelArguments, processor: ELMProcessor, in_vocabulary: bool = False, **llm_kwargs: Any
+) -> ELMForConditionalGeneration:
+    """An ELM around the pretrained language model, which stays as it is; tokens of symbolic ECGs get embeddings of their own.
 
     Args:
+        in_vocabulary: leave those tokens to the vocabulary, as in the reference.
         llm_kwargs: for `from_pretrained` of the language model (`dtype`, `attn_implementation`, `revision`, ...).
     """
     num_leads = len(processor.feature_extractor.lead_names)
     names = ("architecture", "connector", "representation", "num_ecg_tokens", "image_features", "num_samples")
     config: dict[str, Any] = {name: getattr(args, name) for name in names}
     config |= {"ecg_token_id": processor.ecg_token_id, "num_leads": num_leads}
+    ids = processor.signal_token_ids
+    if ids and not in_vocabulary:
+        if ids != list(range(ids[0], ids[0] + len(ids))):
+            raise ValueError(
+                f"--llm {args.llm} has some tokens of the ECG tokenizer already, as one that was trained with them has; expected a "
+                "language model of text alone."
+            )
+        config |= {"first_signal_token_id": ids[0], "num_signal_tokens": len(ids)}
     if args.architecture == "llava" and args.encoder_name_or_path is None:
         config["encoder_config"] = encoder_config(args, num_leads)  # a pretrained one brings its own
     model = ELMForConditionalGeneration.from_encoder_llm_pretrained(
@@ -178,15 +189,9 @@ def build_model(args: ModelArguments, processor: ELMProcessor, **llm_kwargs: Any
         llm_kwargs=llm_kwargs,
         **config,
     )
+    if model.config.num_signal_tokens:
+        spread_embeddings(model)
     text_config = model.config.get_text_config()
-    if len(processor.tokenizer) > text_config.vocab_size:  # some models keep spare rows
-        log = logging.getLogger("transformers.modeling_utils")  # it explains how it draws the new rows
-        level = log.level
-        log.setLevel(logging.ERROR)
-        model.resize_token_embeddings(len(processor.tokenizer))  # new rows near the mean, see `spread_embeddings`
-        log.setLevel(level)
-    if processor.ecg_tokenizer is not None:
-        spread_embeddings(model, processor.signal_token_ids)
     text_config.pad_token_id = model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     return model
 
@@ -211,14 +216,15 @@ def new_elm(
 
 
 @torch.no_grad()
-def spread_embeddings(model: ELMForConditionalGeneration, token_ids: list[int]) -> None:
-    """Starts tokens as far from each other as words are.
+def spread_embeddings(model: ELMForConditionalGeneration) -> None:
+    """Starts the tokens of symbolic ECGs where words are, and as far from each other.
 
-    transformers starts new ones at the mean of the old, where all ECGs are the same text; from there they part slowly at the
-    learning rates of fine-tuning.
+    Near one point all ECGs would be the same text, and they would part slowly at the learning rates of fine-tuning. A word is what
+    the language model's embeddings give out: some are scaled there.
     """
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, torch.Tensor)
-    words = weight[: min(token_ids)].float()  # the language model's own rows
-    means, deviations = (row.expand(len(token_ids), -1) for row in (words.mean(0), words.std(0)))
-    weight[token_ids] = torch.normal(means, deviations).to(weight.dtype)
+    embeddings: Any = model.get_input_embeddings()
+    num_words = min(model.config.ecg_token_id, embeddings.num_embeddings)  # rows behind these are spare
+    some = torch.linspace(0, num_words - 1, min(num_words, 10_000), device=embeddings.weight.device).long()
+    words = embeddings(some).float()
+    weight = model.model.signal_embeddings.weight
+    weight.copy_(torch.normal(*(row.expand(len(weight), -1) for row in (words.mean(0), words.std(0)))))

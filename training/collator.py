@@ -113,6 +113,9 @@ class ELMCollator:
                 f"The chat {row['messages']} has no assistant turn to learn from, or the chat template does not mark it "
                 "with {% generation %}."
             )
+        # an ECG in an answer is not learnt: it was given, and its tokens may lie beyond the vocabulary
+        of_ecgs = torch.tensor([self.processor.ecg_token_id, *self.processor.signal_token_ids])
+        answers &= torch.isin(batch["input_ids"], of_ecgs, invert=True)
         batch["labels"] = batch["input_ids"].masked_fill(~answers, -100)  # no loss there
         if not (self.padding_free or self.packing):
             return dict(batch)

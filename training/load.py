@@ -57,7 +57,7 @@ def load_elm(
     with loading(folder, label):
         # an adapter's folder has one too; without the last, transformers asks on standard input whether its code may run
         processor = ELMProcessor.from_pretrained(folder, trust_remote_code=False)
-        check_processor(processor, model.config, model.config.get_text_config().vocab_size)
+        check_processor(processor, model.config)
     return model, processor
 
 

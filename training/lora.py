@@ -10,7 +10,6 @@ from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig, get_peft_config
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
-from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import ELMArguments
 from elm_ecg.training.command_line import did_you_mean
 
@@ -20,6 +19,8 @@ def freeze(model: ELMForConditionalGeneration, update: list[str]) -> None:
     if "encoder" in update and model.model.encoder is None:
         raise ValueError(f"--update encoder: a {model.config.architecture} ELM has no encoder.")
     model.requires_grad_("llm" in update)  # the head too; encoder and connector follow
+    if model.model.signal_embeddings is not None:  # the new part of a symbolic ELM, as the connector is of others
+        model.model.signal_embeddings.requires_grad_(True)
     for name in ("encoder", "connector"):
         part = getattr(model.model, name)
         if part is not None:
@@ -28,11 +29,9 @@ def freeze(model: ELMForConditionalGeneration, update: list[str]) -> None:
         raise ValueError(f"--update {' '.join(update)} leaves nothing to train in a {model.config.architecture} ELM.")
 
 
-def lora_config(
-    args: ELMArguments, model_args: ModelConfig, model: ELMForConditionalGeneration, processor: ELMProcessor
-) -> LoraConfig:
-    """LoRA on the language model's linear layers; connector and encoder, where updated, and the rows of the added tokens
-    in the embeddings and the head, trained in full."""
+def lora_config(args: ELMArguments, model_args: ModelConfig, model: ELMForConditionalGeneration) -> LoraConfig:
+    """LoRA on the language model's linear layers; connector and encoder, where updated, and the embeddings of symbolic ECGs are
+    trained in full."""
     if "llm" not in args.update:
         raise ValueError(f"--peft adapts the language model, but --update is {' '.join(args.update)}; add llm to it.")
     modules, parameters = ([name for name, _ in pairs] for pairs in (model.named_modules(), model.named_parameters()))
@@ -50,8 +49,8 @@ def lora_config(
     _check_ends("--lora_modules_to_save", model_args.lora_modules_to_save or [], modules)
     parts = [
         f"model.{name}"
-        for name in ("encoder", "connector")
-        if name in args.update and getattr(model.model, name) is not None
+        for name in ("encoder", "connector", "signal_embeddings")
+        if name in (*args.update, "signal_embeddings") and getattr(model.model, name) is not None
     ]
     # PEFT compares the ends of names, and many a backbone has a part that is called encoder too
     if inner := [name for name, _ in model.named_modules() if name.endswith(tuple(parts)) and name not in parts]:
@@ -59,12 +58,6 @@ def lora_config(
             f"--update encoder with LoRA: PEFT cannot tell the encoder from its part {inner[0]}. Train it without --use_peft, "
             "leave encoder out of --update, or take --image_features patches."
         )
-    embeddings = model.get_input_embeddings()
-    name = next(name for name, module in model.named_modules() if module is embeddings)  # embed_tokens, wte, ...
-    added = [processor.ecg_token_id, *processor.signal_token_ids]
-    rows = {name.rsplit(".", 1)[-1]: added}  # PEFT compares the end of a module's name
-    if not model.config.tie_word_embeddings:  # else PEFT ties them
-        rows["lm_head"] = added
     changes: dict[str, Any] = {
         "use_peft": True,
         "lora_target_modules": targets,
@@ -73,7 +66,6 @@ def lora_config(
     }
     config = get_peft_config(replace(model_args, **changes))
     assert isinstance(config, LoraConfig)
-    config.trainable_token_indices = rows
     return config
 
 

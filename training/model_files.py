@@ -228,12 +228,8 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
         yield name, value
 
 
-def check_processor(processor: ELMProcessor, config: ELMConfig, vocabulary: int) -> None:
-    """ValueError if a processor does not go with the model of a configuration.
-
-    Args:
-        vocabulary: rows of the model's embeddings.
-    """
+def check_processor(processor: ELMProcessor, config: ELMConfig) -> None:
+    """ValueError if a processor does not go with the model of a configuration."""
     extractor = processor.feature_extractor
     pairs: list[tuple[str, Any, Any]] = [("representation", processor.representation, config.representation)]
     if config.architecture != "text":
@@ -248,9 +244,21 @@ def check_processor(processor: ELMProcessor, config: ELMConfig, vocabulary: int)
                 f"the processor's {name} is {of_processor}, the model's {of_model} (processor_config.json and config.json); "
                 "take the processor that was saved with the model."
             )
-    if len(processor.tokenizer) > vocabulary:
+    vocabulary, own = config.get_text_config().vocab_size, config.signal_token_ids
+    if own and list(own) != processor.signal_token_ids:
         raise ValueError(
-            f"the tokenizer has {len(processor.tokenizer)} tokens, the model {vocabulary}; take the tokenizer that was saved with it."
+            f"the ids of the processor's ECG tokens are not {own.start} to {own.stop - 1}, as the model's are; take the processor that "
+            "was saved with the model."
+        )
+    # special tokens may have no row: ECGs stand at placeholders, and some language models share the tokens of another that sees
+    added = [
+        token_id
+        for token_id, token in processor.tokenizer.added_tokens_decoder.items()
+        if not token.special and token_id not in own
+    ]
+    if (largest := max([processor.tokenizer.vocab_size - 1, *added])) >= vocabulary:
+        raise ValueError(
+            f"the tokenizer has {largest + 1} tokens, the model {vocabulary}; take the tokenizer that was saved with it."
         )
     if not processor.chat_template:
         raise ValueError("it has no chat template (chat_template.jinja); copy the one that was saved with it.")

@@ -29,8 +29,8 @@ from elm_ecg.training.files import check_output_folder, let_others_read_weights,
 from elm_ecg.training.load import limit_threads, load_elm
 from elm_ecg.training.lora import freeze, lora_config
 from elm_ecg.training.model_files import find_model_file
-from elm_ecg.training.packing import ROW_TOKENS
 from elm_ecg.training.muon import MUON, SFTConfigWithMuon, muon_options
+from elm_ecg.training.packing import ROW_TOKENS
 from elm_ecg.training.resume import RunOptions, checkpoint_to_resume, fingerprint
 from elm_ecg.training.sharing.cards import write_model_card
 from elm_ecg.training.trainer import UNFINISHED, CountEpochs, ELMTrainer, replace_model
@@ -243,7 +243,7 @@ def make_trainer(
     options: RunOptions,
 ) -> ELMTrainer:
     """TRL's trainer, which trains the parts of `--update` or a LoRA adapter."""
-    peft_config = lora_config(args, model_args, model, processor) if model_args.use_peft else None
+    peft_config = lora_config(args, model_args, model) if model_args.use_peft else None
     if peft_config is None:  # PEFT itself freezes all that the adapter does not train
         freeze(model, args.update)
     changes = {option.name: getattr(args, option.name) for option in fields(AugmentationArguments)}

@@ -17,8 +17,8 @@ from trl import SFTTrainer
 from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.features import EncoderFeatures
 from elm_ecg.training.files import let_others_read_weights, naming
-from elm_ecg.training.packing import check_kept_apart, num_packed_tokens
 from elm_ecg.training.muon import MUON, MuonAdamW, matrices_of, muon_options
+from elm_ecg.training.packing import check_kept_apart, num_packed_tokens
 from elm_ecg.training.resume import RunOptions
 
 UNFINISHED = ".unfinished"  # folder of what is being saved
