@@ -250,6 +250,7 @@ class ELMConfig(PreTrainedConfig):
             or `embedding`, its pooled vector as in the reference, which takes one token.
         ecg_token_id: id of the placeholder token.
         num_leads, num_samples: shape of the record that a fuyu connector reads; an encoder has its own.
+        lm_head_bias: whether the head that predicts tokens has a bias, as those of Phi and GPT-J; set where an ELM is built.
     """
 
     model_type = "elm"
@@ -268,6 +269,7 @@ class ELMConfig(PreTrainedConfig):
     ecg_token_id: int | None = None
     num_leads: int = 12
     num_samples: int = 2500
+    lm_head_bias: bool = False
     tie_word_embeddings: bool = False  # any value is replaced below by that of text_config
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -154,7 +154,9 @@ def build_processor(
         ecg_byte=ecg_byte,
         # tokens; None: any
         max_length=getattr(
-            AutoConfig.from_pretrained(llm, revision=revision, trust_remote_code=False), "max_position_embeddings", None
+            AutoConfig.from_pretrained(llm, revision=revision, trust_remote_code=False).get_text_config(),
+            "max_position_embeddings",
+            None,
         ),
         overflow=args.ecg_overflow,
     )

@@ -221,6 +221,7 @@ def make_trainer(
     # TRL would do again, or otherwise, what the collator and `build_base` have done
     training_args.max_length, training_args.assistant_only_loss, training_args.chat_template_path = None, False, None
     training_args.dataset_kwargs = {"skip_prepare_dataset": True}  # TRL would tokenize the chats, without their ECGs
+    head = model.lm_head
     trainer = ELMTrainer(
         options=options,
         model=model,
@@ -241,8 +242,8 @@ def make_trainer(
             "the weights in 32.",
             ", ".join(halves),
         )
-    if peft_config is not None:
-        model.lm_head.register_parameter("bias", None)  # TRL reads it, and PEFT's wrapper of the head has none
+    if model.lm_head is not head:
+        model.lm_head.register_parameter("bias", head.bias)  # TRL reads it, and PEFT's wrapper of the head has none
     return trainer
 
 
