@@ -252,6 +252,7 @@ class ELMConfig(PreTrainedConfig):
         first_signal_token_id, num_signal_tokens: ids of the tokens of symbolic ECGs, which follow each other. They are looked up in a
             table of their own, wherever they lie; 0: they are rows of the vocabulary, as in converted models.
         num_leads, num_samples: shape of the record that a fuyu connector reads; an encoder has its own.
+        lm_head_bias: whether the head that predicts tokens has a bias, as those of Phi and GPT-J; set where an ELM is built.
     """
 
     model_type = "elm"
@@ -272,6 +273,7 @@ class ELMConfig(PreTrainedConfig):
     num_signal_tokens: int = 0
     num_leads: int = 12
     num_samples: int = 2500
+    lm_head_bias: bool = False
     tie_word_embeddings: bool = False  # any value is replaced below by that of text_config
 
     def __post_init__(self, **kwargs: Any) -> None:

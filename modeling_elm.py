@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from transformers import (
     AutoModel,
-    AutoModelForCausalLM,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
@@ -22,9 +21,10 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
 from .configuration_elm import IMAGE_REPRESENTATIONS, ELMConfig
-from .modeling_common import CompleteModel, attention_of, check_all_loaded, in_eval_mode, stay_frozen
+from .modeling_common import CompleteModel, attention_of, in_eval_mode, stay_frozen
 from .modeling_connectors import CONNECTOR_MODULES
 from .modeling_ecg_encoders import ENCODER_MODELS, without_missing_leads
+from .modeling_language_models import load_language_model, logit_scale, without_head
 from .modeling_vision_encoders import blank_images, encode_images, load_vision_model, vision_model_class
 from .pipeline_elm import ECGQuestionAnsweringPipeline
 
@@ -60,6 +60,14 @@ class ELMPreTrainedModel(CompleteModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False, though transformers does not have these models.
+
+        Of custom code `from_pretrained` would leave buffers that are not saved, such as Falcon-H1's, as they happen to be.
+        """
+        return False
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """As of transformers; of a name that the encoder does not support, the encoder takes its own."""
@@ -114,16 +122,22 @@ class ELMModel(ELMPreTrainedModel):
         Tokens of symbolic ECGs have a table of their own. A placeholder beyond the vocabulary is as the first token: the embeddings of
         an ECG take its place.
         """
-        embeddings, ids, words = self.get_input_embeddings(), self.config.signal_token_ids, input_ids
+        ids, words = self.config.signal_token_ids, input_ids
         if (self.config.ecg_token_id or 0) >= self.config.text_config.vocab_size:
             words = words.masked_fill(input_ids.eq(self.config.ecg_token_id or 0), 0)
         if self.signal_embeddings is None:
-            return embeddings(words)
+            return self._embed_words(words)
         of_ecgs = (input_ids >= ids.start) & (input_ids < ids.stop)  # [batch, tokens]
-        words = embeddings(words.masked_fill(of_ecgs, 0))
+        words = self._embed_words(words.masked_fill(of_ecgs, 0))
         # all places are looked up in both, so that neither a graph nor which weights are used depends on where ECGs stand
         signals = self.signal_embeddings((input_ids - ids.start).clamp(0, len(ids) - 1)).to(words.dtype)
         return torch.where(of_ecgs.unsqueeze(-1), signals, words)
+
+    def _embed_words(self, input_ids: torch.Tensor) -> torch.Tensor:
+        embeddings = self.get_input_embeddings()(input_ids)
+        if self.config.text_config.model_type == "falcon_h1":  # scales the embeddings of tokens, and no others
+            embeddings = embeddings * self.config.text_config.embedding_multiplier
+        return embeddings
 
     def get_ecg_features(
         self,
@@ -234,6 +248,23 @@ class ELMModel(ELMPreTrainedModel):
             )
         return mask.unsqueeze(-1)  # `masked_scatter` repeats it over the width
 
+    def _per_layer_inputs(self, input_ids: torch.Tensor | None) -> torch.Tensor:
+        """What the layers of Gemma 3n and Gemma 4 read of the tokens [batch, tokens] beside their embeddings.
+
+        An ECG has that of padding, as pictures have in those models, and so have tokens that their table lacks.
+        """
+        config = self.config.text_config
+        if input_ids is None:
+            raise ValueError(
+                f"The layers of this language model ({config.model_type}) read the ids of the text too; give input_ids in place of "
+                "inputs_embeds."
+            )
+        ids = self.config.signal_token_ids
+        unknown = (input_ids == self.config.ecg_token_id) | (input_ids >= config.vocab_size_per_layer_input)
+        unknown |= (input_ids >= ids.start) & (input_ids < ids.stop)
+        language_model: Any = self.language_model
+        return language_model.get_per_layer_inputs(input_ids.masked_fill(unknown, config.pad_token_id or 0))
+
     @can_return_tuple
     def forward(
         self,
@@ -259,6 +290,8 @@ class ELMModel(ELMPreTrainedModel):
         if input_ids is not None:
             inputs_embeds = self.embed(input_ids)
         assert inputs_embeds is not None
+        if getattr(self.config.text_config, "hidden_size_per_layer_input", None):
+            kwargs["per_layer_inputs"] = self._per_layer_inputs(input_ids)
         ecg_inputs = {name: kwargs.pop(name, None) for name in ECG_INPUTS}
         ecg_features = mm_encoder_outputs["ecg"].pooler_output if mm_encoder_outputs else None
         if any(ecg_inputs[name] is not None for name in ("ecg_values", "pixel_values", "encoder_features")):
@@ -308,11 +341,13 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: ELMConfig, encoder: PreTrainedModel | None = None, llm: PreTrainedModel | None = None):
         super().__init__(config)
-        self.model = ELMModel(config, encoder=encoder, language_model=llm.base_model if llm is not None else None)
+        self.model = ELMModel(config, encoder=encoder, language_model=without_head(llm) if llm is not None else None)
         if llm is None:
-            self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+            text_config = config.text_config
+            self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=config.lm_head_bias)
         else:
             self.lm_head = llm.get_output_embeddings()  # with its weight, which may be that of the embeddings
+            config.lm_head_bias = getattr(self.lm_head, "bias", None) is not None
             self.generation_config = llm.generation_config
         if config.ecg_token_id is not None:  # a placeholder stands for an ECG that was given, so none is written
             suppressed = self.generation_config.suppress_tokens or []
@@ -338,17 +373,13 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
         """Builds an ELM around a pretrained language model; the connector starts at random.
 
         Args:
-            llm: Hub id or local folder of any causal language model.
+            llm: Hub id or local folder of any causal language model; of one that reads pictures or sounds too, the text part.
             encoder: Hub id or local folder of a pretrained ECG encoder, or of a model whose vision tower is taken. None: the
                 `encoder_config` of `config_kwargs`, with random weights.
-            llm_kwargs: for `AutoModelForCausalLM.from_pretrained` (`dtype`, `revision`, `attn_implementation`, ...).
+            llm_kwargs: for `from_pretrained` of the language model (`dtype`, `revision`, `attn_implementation`, ...).
             config_kwargs: the other arguments of [`ELMConfig`].
         """
-        # code beside the weights could not be saved with the ELM; transformers would ask on standard input whether to run it
-        llm_kwargs = {"trust_remote_code": False} | (llm_kwargs or {})
-        loaded: Any = AutoModelForCausalLM.from_pretrained(llm, output_loading_info=True, **llm_kwargs)
-        llm_model, info = loaded
-        check_all_loaded(llm_model, info)
+        llm_model = load_language_model(llm, **(llm_kwargs or {}))
         encoder_model: PreTrainedModel | None = None
         if encoder is not None:
             encoder_type = PreTrainedConfig.get_config_dict(encoder)[0].get("model_type")  # AutoConfig may lack ours
@@ -358,11 +389,9 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
                 encoder_model = load_vision_model(encoder, config_kwargs.get("image_features", "patches"))
             config_kwargs["encoder_config"] = encoder_model.config
         text_config = llm_model.config.get_text_config()
-        if text_config is not llm_model.config:  # a model of several modalities keeps it within
-            raise ValueError(
-                f"{llm} holds a {llm_model.config.model_type!r} model, which reads more than text; expected a causal "
-                "language model of text alone."
-            )
+        head, embeddings = llm_model.get_output_embeddings(), llm_model.get_input_embeddings()
+        # where the language model is a part, the whole says whether they are tied
+        text_config.tie_word_embeddings = getattr(head, "weight", None) is getattr(embeddings, "weight", None)
         config_kwargs["attn_implementation"] = {"text_config": text_config._attn_implementation}  # None would unset it
         config = ELMConfig(text_config=text_config, **config_kwargs)
         model = cls(config, encoder=encoder_model, llm=llm_model)
@@ -376,14 +405,23 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
 
     @torch.no_grad()  # leaves both in eval mode, as `from_pretrained` does
     def _check_same_logits(self, llm: PreTrainedModel) -> None:
-        """Without an ECG the ELM is its language model: some have a head with a bias or a scale that ours lacks."""
-        input_ids = torch.arange(8, device=llm.device).unsqueeze(0) % self.config.text_config.vocab_size  # any text
-        ours, theirs = self.eval()(input_ids=input_ids).logits, llm.eval()(input_ids=input_ids).logits
-        has_bias = getattr(self.lm_head, "bias", None) is not None  # theirs, so the logits agree until it is saved
-        if has_bias or not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
+        """ValueError if the ELM without an ECG is not its language model, or would not be once it is saved and loaded."""
+        text_config, head = self.config.text_config, self.lm_head
+        name = f"{type(llm).__name__} ({llm.config.model_type})"
+        if type(head) is not nn.Linear or (head.in_features, head.out_features) != (
+            text_config.hidden_size,
+            text_config.vocab_size,
+        ):
             raise ValueError(
-                f"{type(llm).__name__} ({llm.config.model_type}) does more to its logits than a linear head without "
-                "bias and a soft cap, so an ELM around it would not answer as it does. Choose another language model."
+                f"The head of {name} is {head}; an ELM has a linear one from the {text_config.hidden_size} numbers of a token's "
+                f"embedding to the {text_config.vocab_size} of the vocabulary. Choose another language model."
+            )
+        input_ids = torch.arange(8, device=llm.device).unsqueeze(0) % text_config.vocab_size  # any text
+        ours, theirs = self.eval()(input_ids=input_ids).logits, llm.eval()(input_ids=input_ids).logits
+        if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
+            raise ValueError(
+                f"{name} does more than its embeddings, its layers and a linear head with a scale and a soft cap, so an ELM around "
+                "it would not answer as it does. Choose another language model."
             )
 
     def get_ecg_features(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -429,13 +467,17 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        softcap = getattr(self.config.text_config, "final_logit_softcapping", None)
+        text_config = self.config.text_config
+        scale = logit_scale(text_config)
+        if scale != 1:
+            logits = logits * scale
+        softcap = getattr(text_config, "final_logit_softcapping", None)
         if softcap is not None:  # Gemma 2
             logits = softcap * torch.tanh(logits / softcap)
         loss = None
         if labels is not None:
             loss = self.loss_function(  # shifts the labels itself: a token is scored at the place before it
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+                logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs
             )
         return CausalLMOutputWithPast(
             loss=loss,

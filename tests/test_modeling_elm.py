@@ -9,16 +9,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    BertConfig,
-    CohereConfig,
-    Gemma3Config,
-    GenerationConfig,
-    GPT2Config,
-    OPTConfig,
-    PhiConfig,
-)
+from transformers import AutoModelForCausalLM, BertConfig, GenerationConfig, GPT2Config, OPTConfig, ViTConfig
 
 from elm_ecg.configuration_elm import ENCODER_CONFIGS, IMAGE_REPRESENTATIONS, connectors_of
 from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord
@@ -725,14 +716,17 @@ class TestFromPretrainedParts:
     @pytest.mark.parametrize(
         ("config", "message"),
         [
-            (PhiConfig(**SIZES), r"PhiForCausalLM \(phi\) does more to its logits than a linear head without bias"),
-            (CohereConfig(**SIZES, logit_scale=0.1), r"CohereForCausalLM \(cohere\) does more to its logits"),
-            (Gemma3Config(text_config={**SIZES, "head_dim": 16}, vision_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 28, "patch_size": 14}), r"a 'gemma3' model, which reads more than text"),
+            (BertConfig(**SIZES, is_decoder=True), r"BertLMHeadModel \(bert\) does more than its embeddings, its layers and"),
+            (OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=16), r"The head of OPTForCausalLM \(opt\) is Linear\(in_features=16.* the 32 numbers"),
+            (ViTConfig(), "holds a 'vit' model, which writes no text; expected a causal LLM"),
         ],
-        ids=["bias", "scale", "images"],
+        ids=["transform", "width", "no text"],
     )  # fmt: skip
     def test_language_model_that_does_not_fit(self, config, message, tmp_path):
-        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+        if config.model_type == "vit":
+            config.save_pretrained(tmp_path)
+        else:
+            AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
         with pytest.raises(ValueError, match=message):
             self.build(tmp_path)
 

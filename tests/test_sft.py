@@ -506,6 +506,7 @@ def test_pictures_train(image_elms):
         assert {path.name for path in folder.iterdir()} >= {
             "image_processing_elm.py",
             "ecg_drawing.py",
+            "modeling_language_models.py",
             "modeling_vision_encoders.py",
             "processor_config.json",
         }

@@ -154,7 +154,9 @@ def build_processor(
         ecg_byte=ecg_byte,
         # tokens; None: any
         max_length=getattr(
-            AutoConfig.from_pretrained(llm, revision=revision, trust_remote_code=False), "max_position_embeddings", None
+            AutoConfig.from_pretrained(llm, revision=revision, trust_remote_code=False).get_text_config(),
+            "max_position_embeddings",
+            None,
         ),
         overflow=args.ecg_overflow,
     )
@@ -222,9 +224,9 @@ def spread_embeddings(model: ELMForConditionalGeneration) -> None:
     Near one point all ECGs would be the same text, and they would part slowly at the learning rates of fine-tuning. A word is what
     the language model's embeddings give out: some are scaled there.
     """
-    embeddings: Any = model.get_input_embeddings()
-    num_words = min(model.config.ecg_token_id, embeddings.num_embeddings)  # rows behind these are spare
-    some = torch.linspace(0, num_words - 1, min(num_words, 10_000), device=embeddings.weight.device).long()
-    words = embeddings(some).float()
     weight = model.model.signal_embeddings.weight
+    # rows behind the placeholder's are spare
+    num_words = min(model.config.ecg_token_id, model.config.text_config.vocab_size)
+    some = torch.linspace(0, num_words - 1, min(num_words, 10_000), device=weight.device).long()
+    words = model.model.embed(some.unsqueeze(0))[0].float()
     weight.copy_(torch.normal(*(row.expand(len(weight), -1) for row in (words.mean(0), words.std(0)))))

@@ -261,6 +261,7 @@ def make_trainer(
     training_args.max_length, training_args.assistant_only_loss, training_args.chat_template_path = None, False, None
     training_args.padding_free = training_args.packing = False
     training_args.dataset_kwargs = {"skip_prepare_dataset": True}  # TRL would tokenize the chats, without their ECGs
+    head = model.lm_head
     trainer = ELMTrainer(
         options=options,
         model=model,
@@ -284,8 +285,8 @@ def make_trainer(
     _check_sharded(args, trainer)
     if args.cache_features is not None:
         trainer.features = keep_features(args.cache_features, model)
-    if peft_config is not None:
-        model.lm_head.register_parameter("bias", None)  # TRL reads it, and PEFT's wrapper of the head has none
+    if model.lm_head is not head:
+        model.lm_head.register_parameter("bias", head.bias)  # TRL reads it, and PEFT's wrapper of the head has none
     return trainer
 
 

@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm import tqdm
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from elm_ecg.ecg_utils import as_record
 from elm_ecg.modeling_elm import ECG_INPUTS, ELMForConditionalGeneration
@@ -204,10 +205,12 @@ class Answerer:
         read = self._read(conversations, condition)
         one_by_one = self.candidates is None and self._options.get("num_beams", 1) > 1  # beams reorder the cache
         reuse = self.reuse_prefix and not one_by_one and all(row.nested for row in read)
-        window = getattr(self.model.config.text_config, "sliding_window", None)
-        if reuse and window is not None:
-            # padding between turns would push earlier turns out of the window
-            reuse = max(len(row.prompts[-1].input_ids) for row in read) <= window // 2  # half leaves room for it
+        if reuse:
+            cache = self._new_cache()
+            windows = [layer.sliding_window for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+            longest = max(len(row.prompts[-1].input_ids) for row in read)
+            # padding between turns would push earlier turns out of a window; half of it leaves room for padding
+            reuse = _keeps_tokens(cache) and longest <= min(windows, default=2 * longest) // 2
         with torch.inference_mode():
             if reuse:
                 return self._of_conversations(read)
@@ -351,6 +354,9 @@ class Answerer:
                 answers[place].append(answer)
         return [answer for row in answers for answer in row]
 
+    def _new_cache(self) -> DynamicCache:
+        return DynamicCache(config=self.model.config.get_text_config())  # which layers have a window, or a state
+
     def _prefill(
         self,
         input_ids: torch.Tensor,
@@ -361,7 +367,7 @@ class Answerer:
     ) -> tuple[torch.Tensor, DynamicCache]:
         """Reads the tokens that the cache does not hold yet, up to `until`; the logits after the last of them."""
         if cache is None:
-            cache = DynamicCache(config=self.model.config.get_text_config())  # which layers have a window
+            cache = self._new_cache()
         start = cache.get_seq_length()
         output = self.model(
             input_ids=input_ids[:, start:until],
@@ -408,22 +414,37 @@ class Answerer:
             scores_of_tokens = first[where].gather(1, ids[:, :1])  # the prompt itself predicts the first token
             if width > 1:
                 prefix = copy.deepcopy(cache)  # the model writes the candidate into it
-                if len(rows) < len(options):
-                    prefix.batch_select_indices(where)
+                prefix.reorder_cache(where)  # type: ignore[arg-type]  # the rows that have such a candidate
                 whole = torch.cat([mask[where], real[:, :-1]], dim=1)  # the last token is only predicted, never read
-                output = self.model(
-                    input_ids=ids[:, :-1],
-                    attention_mask=whole,
-                    position_ids=_positions(whole)[:, mask.shape[1] :],
-                    past_key_values=prefix,
-                    use_cache=True,
-                )
-                require_finite(output.logits)
-                following = output.logits.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+                positions = _positions(whole)
+                steps = []
+                # some states go on by one token alone, as in `generate`
+                step = width if _keeps_tokens(cache) else 1
+                for start in range(0, width - 1, step):
+                    end = min(start + step, width - 1)
+                    output = self.model(
+                        input_ids=ids[:, start:end],
+                        attention_mask=whole[:, : mask.shape[1] + end],
+                        position_ids=positions[:, mask.shape[1] + start : mask.shape[1] + end],
+                        past_key_values=prefix,
+                        use_cache=True,
+                    )
+                    require_finite(output.logits)
+                    following = output.logits.float().log_softmax(-1)
+                    steps.append(following.gather(2, ids[:, start + 1 : end + 1, None])[..., 0])
+                following = torch.cat(steps, dim=1)
                 scores_of_tokens = torch.cat([scores_of_tokens, following * real[:, 1:]], dim=1)  # padding adds 0
             for row, value in zip(rows, scores_of_tokens.double().sum(1).tolist(), strict=True):
                 scores[row][place] = value
         return scores
+
+
+def _keeps_tokens(cache: DynamicCache) -> bool:
+    """Whether all layers keep keys and values of each token, and no state of what was read.
+
+    Padding between turns cannot be taken out of a state again, and most read on from it by one token at a time alone.
+    """
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer) for layer in cache.layers)
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:
