@@ -82,6 +82,11 @@ class ELMCollator:
         """The same, but nothing is augmented and each chat has its row; `perturb` stays."""
         return replace(self, **NO_AUGMENTATION, padding_free=False, packing=False)
 
+    @property
+    def takes_ecgs(self) -> bool:
+        """Whether the chats keep their ECGs."""
+        return self.perturb != "only_text" and self.processor.takes_ecgs
+
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         try:
             return self._batch(rows)
@@ -92,7 +97,7 @@ class ELMCollator:
             raise ValueError(f"In the batch of the records {', '.join(records)}: {error}") from error
 
     def _batch(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        with_ecg = self.perturb != "only_text" and self.processor.takes_ecgs
+        with_ecg = self.takes_ecgs
         if with_ecg:
             rows = [{**row, "ecg": self._ecgs(row)} for row in rows]
         chats = [to_chat(row, with_ecg) for row in rows]

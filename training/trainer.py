@@ -17,6 +17,7 @@ from trl import SFTTrainer
 from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.features import EncoderFeatures
 from elm_ecg.training.files import let_others_read_weights, naming
+from elm_ecg.training.lengths import GroupedByLength, chat_lengths
 from elm_ecg.training.muon import MUON, MuonAdamW, matrices_of, muon_options
 from elm_ecg.training.packing import check_kept_apart, num_packed_tokens
 from elm_ecg.training.resume import RunOptions
@@ -65,6 +66,18 @@ class ELMTrainer(SFTTrainer):
         self.features: EncoderFeatures | None = None
         self._saving_to: Path | None = None  # in place of `output_dir`, while a checkpoint is saved
         self._kept_apart = False  # whether the chats of packed rows are known to be
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        collator = self.data_collator
+        assert isinstance(collator, ELMCollator)
+        lengths = chat_lengths(self.train_dataset if train_dataset is None else train_dataset, collator)
+        args = self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return GroupedByLength(
+            lengths, args.train_batch_size * args.gradient_accumulation_steps * args.world_size, seed
+        )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As the trainer's, of chats that are neither augmented nor packed."""

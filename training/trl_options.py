@@ -10,9 +10,7 @@ _SHARED = (
 )
 _SCORED = "training measures the loss on the split validation. `elm evaluate` scores the answers"
 _COLUMNS = "rows have the columns messages and ecg, which `elm data build` makes"
-_LENGTHS = (
-    "the length of a chat is not known before its ECGs are read. --train_sampling_strategy takes random or sequential"
-)
+_REBALANCE = "it knows no ECGs. group_by_length makes batches of like lengths, for all processes at once"
 _TEMPLATE = (
     "the answers are learnt, which the chat template marks with {% generation %}. --chat_template_path takes another"
 )
@@ -36,7 +34,7 @@ REFUSED: dict[str, str] = {
     "eval_packing": "chats are packed in training alone. The loss of --eval_strategy is the same without",
     "hub_token": "it would be saved with the model. Set the environment variable HF_TOKEN, or run `hf auth login`",
     "lora_task_type": "an ELM is a causal language model. Leave the option out",
-    "length_column_name": _LENGTHS,
+    "length_column_name": "the lengths are those of the chats with their ECGs, which --train_sampling_strategy group_by_length finds",
     "local_rank": "`accelerate launch` and `torchrun` tell each process its number. Start with one of them",
     "model_init_kwargs": "--dtype, --attn_implementation and --model_revision say how the language model is loaded",
     "pad_token": _PADDING,
@@ -49,7 +47,7 @@ REFUSED: dict[str, str] = {
 # option -> some of its values, and why they are refused
 REFUSED_VALUES: dict[str, dict[str, str]] = {
     "packing_strategy": dict.fromkeys(("bfd_split", "wrapped"), _CUT),
-    "train_sampling_strategy": dict.fromkeys(("group_by_length", "batch_rebalance"), _LENGTHS),
+    "train_sampling_strategy": {"batch_rebalance": _REBALANCE},
 }
 _OF_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters")
 _OF_EVALUATION = ("eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size", "eval_accumulation_steps")
