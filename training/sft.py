@@ -123,11 +123,6 @@ def _check(training_args: SFTConfig, model_args: ModelConfig) -> None:
             f"--lora_target_parameters with --lora_dropout {model_args.lora_dropout}: PEFT has no dropout for parameters that are not "
             "of a layer; add --lora_dropout 0."
         )
-    if training_args.eos_token is not None and model_args.use_peft:
-        raise ValueError(
-            "--eos_token with --use_peft: an adapter does not keep it. Train with --eos_token and without --use_peft first, and "
-            "adapt that model with --model_name_or_path."
-        )
 
 
 def load_splits(args: ELMArguments, training_args: SFTConfig) -> dict[str, Any]:
