@@ -72,8 +72,7 @@ class ECGQuestionAnsweringPipeline(Pipeline):
 
     def postprocess(self, model_outputs: Any, **postprocess_parameters: Any) -> list[list[dict[str, str]]]:
         """The answers to each input: one, or `num_return_sequences`."""
-        texts = self.processor.batch_decode(model_outputs["answers"], skip_special_tokens=True)
-        answers = [{"answer": text.strip()} for text in texts]
+        answers = [{"answer": text} for text in self.processor.decode_answers(model_outputs["answers"])]
         each = len(answers) // model_outputs["num_inputs"]
         return [answers[start : start + each] for start in range(0, len(answers), each)]
 

@@ -14,9 +14,10 @@ from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import logging
 
+from .chat_template_elm import ChatTemplate, TemplateError, ecgs_of
 from .configuration_elm import IMAGE_REPRESENTATIONS, REPRESENTATIONS
-from .ecg_utils import STANDARD_LEADS, ECGRecord, as_record, resample, select_leads
-from .feature_extraction_elm import ECGFeatureExtractor, as_batch, nesting
+from .ecg_utils import STANDARD_LEADS, ECGRecord, resample, select_leads
+from .feature_extraction_elm import ECGFeatureExtractor, as_batch, ungrouped
 from .image_processing_elm import ECGImageProcessor
 from .tokenization_ecg_byte import ECGByteTokenizer
 
@@ -28,6 +29,9 @@ DISPENSABLE_LEADS = ("aVR", "aVL", "aVF", "III", "V4", "V6", "V2", "V3", "I", "V
 MIN_SAMPLING_RATE = 30  # hertz; below it a QRS complex is a sample or two
 # of the tokenizer; held back until the tokens of the ECGs are in the text
 PADDING_KWARGS = ("padding", "max_length", "pad_to_multiple_of", "padding_side", "return_attention_mask")
+# of apply_chat_template; all others are variables of the template
+NOT_OF_TEMPLATES = {"tokenize", "return_dict", "return_tensors", "add_generation_prompt", "continue_final_message"}
+NOT_OF_TEMPLATES |= {"return_assistant_tokens_mask", "load_audio_from_video"}
 # of from_pretrained; the ECG-Byte tokenizer is fetched from the same place
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
@@ -39,7 +43,8 @@ class ELMProcessor(ProcessorMixin):
         feature_extractor: prepares the records.
         tokenizer: of the language model, with the placeholder `<signal>` as one added token, and where the representation is
             `symbolic` the tokens `signal_tokens(ecg_byte)`.
-        chat_template: Jinja template that writes one `<signal>` where each ECG stands.
+        chat_template: Jinja template of any language model; one that knows no parts of type `ecg` gets `<signal>` and a newline in
+            the text where each ECG stands.
         num_ecg_tokens: placeholders that each ECG takes, as in the model's config; 0 for a text-only model.
         representation: what an ECG becomes. `signal`: `ecg_values` and placeholders; `rgb`, `stacked_signal`: a picture, as
             `pixel_values`, and placeholders; `symbolic`: tokens in the text. Where the feature extractor allows missing leads, they
@@ -53,6 +58,7 @@ class ELMProcessor(ProcessorMixin):
             never cut, and a warning is logged of what became of the ECGs.
         system_prompt: system message of the chats that begin with none; None or an empty text for no such message. It may be
             changed at any time, and is saved.
+        chat_template_origin: in words, where the chat template is from and why it was taken.
     """
 
     ecg_token = "<signal>"
@@ -70,6 +76,7 @@ class ELMProcessor(ProcessorMixin):
         max_length: int | None = None,
         overflow: str = "error",
         system_prompt: str | None = None,
+        chat_template_origin: str | None = None,
     ):
         if num_ecg_tokens < 0:
             raise ValueError(f"num_ecg_tokens is {num_ecg_tokens}; it must be at least 0.")
@@ -108,6 +115,7 @@ class ELMProcessor(ProcessorMixin):
         self.max_length = max_length
         self.overflow = overflow
         self.system_prompt = system_prompt
+        self.chat_template_origin = chat_template_origin
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
         self.image_processor = image_processor
         self.ecg_tokenizer = ecg_byte
@@ -233,13 +241,75 @@ class ELMProcessor(ProcessorMixin):
             data.update(self._tokenize(texts, counts, values, text_kwargs))
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
-        """As of transformers, for one chat or a batch; those that do not begin with a system message get `system_prompt`."""
-        if self.system_prompt:
-            several = len(conversation) > 0 and not isinstance(conversation[0], Mapping)
-            chats = [self._prompted(chat) for chat in (conversation if several else [conversation])]
-            conversation = chats if several else chats[0]
-        return super().apply_chat_template(conversation, *args, **kwargs)
+    def apply_chat_template(  # type: ignore[override]  # the rest by name
+        self, conversation: Any, chat_template: str | None = None, **kwargs: Any
+    ) -> Any:
+        """As of transformers, for one chat or a batch, with any chat template: see `ChatTemplate`.
+
+        Chats that do not begin with a system message get `system_prompt`. A part `{"type": "ecg"}` holds `ecg` (array, dict or
+        record) or `path`, and where these lack them `sampling_rate`, `lead_names` and `unit`. Parts without data stand for the ECGs
+        of `processor_kwargs={"ecgs": ...}`. `return_assistant_tokens_mask` needs no `{% generation %}` in the template.
+
+        Raises:
+            ValueError: the template does not take the chat, the answers cannot be told from the rest, or as `__call__`.
+        """
+        template = self.template(chat_template)
+        several = len(conversation) > 0 and not isinstance(conversation[0], Mapping)
+        chats: Any = [self._prompted(chat) for chat in (conversation if several else [conversation])]
+        processor_kwargs = dict(kwargs.pop("processor_kwargs", None) or {})
+        tokenize = kwargs.get("tokenize", False)
+        if tokenize:
+            processor_kwargs |= ecgs_of(chats)
+        spans: Any = None
+        return_tensors = kwargs.get("return_tensors")
+        try:
+            if kwargs.pop("sanitize_control_tokens", False):  # before ECGs are text: their token is no user's
+                masked = kwargs.get("return_assistant_tokens_mask", False)
+                chats = self.tokenizer._mark_chat_inputs(template.text, chats, None, None, {}, tokenize, masked)[0]
+                processor_kwargs["sanitize_control_tokens"] = True
+            chats = [template.with_texts(chat) for chat in chats]
+            if tokenize and kwargs.get("return_assistant_tokens_mask") and not template.marks_answers:
+                variables = {name: value for name, value in kwargs.items() if name not in NOT_OF_TEMPLATES}
+                spans = [template.answer_spans(chat, **variables) for chat in chats]
+                kwargs |= {"return_assistant_tokens_mask": False, "return_tensors": None}
+                processor_kwargs["return_offsets_mapping"] = True
+            kwargs["processor_kwargs"] = processor_kwargs
+            output: Any = super().apply_chat_template(chats if several else chats[0], template.text, **kwargs)
+        except TemplateError as error:
+            raise ValueError(f"The chat template does not take the chat: {error}") from error
+        if spans is not None:
+            output = self._adjust_assistant_masks_indices(output, spans)
+            output.convert_to_tensors(return_tensors)
+        return output
+
+    def template(self, chat_template: str | None = None) -> ChatTemplate:
+        """The chat template, or another one, with the tokenizer that it writes for.
+
+        Raises:
+            ValueError: there is none.
+        """
+        return ChatTemplate(self._resolve_chat_template(chat_template), self.tokenizer, self.ecg_token)
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """What ends an answer: the token that the chat template writes behind it, and the tokenizer's end of text."""
+        end = None if self.chat_template is None else self.template().end_of_turn
+        ids = [None if end is None else self.tokenizer.convert_tokens_to_ids(end), self.tokenizer.eos_token_id]
+        return list(dict.fromkeys(token_id for token_id in ids if token_id is not None))
+
+    @property
+    def answer_opening(self) -> str:
+        """What every answer begins with and is none of it, such as the empty thinking block of Qwen3; decoded as answers are."""
+        if self.chat_template is None:
+            return ""
+        ids = self.tokenizer(self.template().opening, add_special_tokens=False)["input_ids"]
+        return self.decode(ids, skip_special_tokens=True).strip()
+
+    def decode_answers(self, token_ids: Any) -> list[str]:
+        """The answers that a model wrote [batch, tokens] as texts, without their `answer_opening` and the white space round them."""
+        opening = self.answer_opening
+        texts = self.batch_decode(token_ids, skip_special_tokens=True)
+        return [text.strip().removeprefix(opening).strip() for text in texts]
 
     def with_system_prompt(self, system_prompt: str | None = None) -> "ELMProcessor":
         """A processor of the same parts with another `system_prompt`; this one, if it is None."""
@@ -250,7 +320,7 @@ class ELMProcessor(ProcessorMixin):
         return processor
 
     def _prompted(self, chat: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
-        if len(chat) and chat[0]["role"] == "system":
+        if not self.system_prompt or (len(chat) and chat[0]["role"] == "system"):
             return chat
         return [{"role": "system", "content": [{"type": "text", "text": self.system_prompt}]}, *chat]
 
@@ -509,49 +579,10 @@ class ELMProcessor(ProcessorMixin):
         return ProcessorMixin.get_possibly_dynamic_module(module_name)
 
     def _multimodal_inputs_from_conversations(
-        self, conversations: list[list[dict[str, Any]]], *args: Any, **kwargs: Any
+        self, *args: Any, **kwargs: Any
     ) -> tuple[list, list, list, dict[str, Any]]:
-        """The ECGs that stand in the chats, as the keyword `ecgs` of `__call__`.
-
-        A part `{"type": "ecg"}` holds `ecg` (array, dict or record) or `path`, and where these lack them `sampling_rate`,
-        `lead_names` and `unit`. Parts without data stand for the ECGs of
-        `processor_kwargs={"ecgs": ...}`.
-        """
-        contents = [message["content"] for chat in conversations for message in chat if message.get("content")]
-        parts = [part for content in contents if not isinstance(content, str) for part in content]
-        ecg_parts = [part for part in parts if part["type"] == "ecg"]
-        ecgs = [self._ecg_of(part) for part in ecg_parts]
-        with_data = [ecg for ecg in ecgs if ecg is not None]
-        if not with_data:  # text alone, or ECGs among the kwargs
-            return [], [], [], {}
-        if len(with_data) < len(ecgs):
-            raise ValueError(
-                f"{len(ecgs) - len(with_data)} of {len(ecgs)} ECGs of the chat have no data; give each its 'ecg' or 'path', "
-                'or none and all of them as processor_kwargs={"ecgs": [...]}.'
-            )
-        return [], [], [], {"ecgs": with_data}  # no images, videos or audio
-
-    @staticmethod
-    def _ecg_of(part: dict[str, Any]) -> Any:
-        ecg = part.get("path") if part.get("ecg") is None else part["ecg"]  # no `or`: an array has no truth value
-        described = {key: part[key] for key in ("sampling_rate", "lead_names", "unit") if part.get(key) is not None}
-        if ecg is None or not described:
-            return ecg
-        if isinstance(ecg, (str, os.PathLike, Mapping)):  # may hold some of it too
-            return as_record(ecg, **described)
-        return {"array": ecg, **described}
-
-
-def ungrouped(ecgs: Any) -> tuple[Any, list[int] | None]:
-    """ECGs in groups, one for each text, as one list, and the sizes of the groups; others as they are, and None."""
-    if not isinstance(ecgs, (list, tuple)):
-        return ecgs, None
-    if nesting(ecgs) != 4 and any(
-        not isinstance(group, (list, tuple)) or group for group in ecgs
-    ):  # all empty: groups too
-        return ecgs, None
-    groups = [as_batch(group) if nesting(group) > 1 else [] for group in ecgs]
-    return [ecg for group in groups for ecg in group], [len(group) for group in groups]
+        """No images, videos or audio: the ECGs of a chat are among the arguments of `__call__` by now."""
+        return [], [], [], {}
 
 
 ELMProcessor.register_for_auto_class()

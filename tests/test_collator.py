@@ -447,7 +447,7 @@ def test_nothing_to_learn():
         ELMCollator(tiny_processor())([row("Is it?", "yes"), row("Is it?")])
     processor = tiny_processor()
     processor.chat_template = "{% for message in messages %}{{ message['role'] }}{% endfor %}"
-    with pytest.raises(ValueError, match="the chat template does not mark it"):
+    with pytest.raises(ValueError, match="The chat template ends an answer with no token"):
         ELMCollator(processor)([row("Is it?", "yes", ecg=False)])
 
 

@@ -23,6 +23,7 @@ from elm_ecg.training import build, chat_templates, model_files, sft
 from elm_ecg.training.arguments import AugmentationArguments, DataArguments, ELMArguments, ModelArguments
 from elm_ecg.training.build import build_model, build_processor, new_elm
 from elm_ecg.training.collator import ELMCollator
+from elm_ecg.training.load import load_elm
 from elm_ecg.training.lora import freeze, lora_config
 from elm_ecg.training.resume import RunOptions
 from elm_ecg.training.trl_options import NEEDED, REFUSED, REFUSED_VALUES, RENAMED
@@ -390,12 +391,14 @@ def test_eos_token(llm, data, tmp_path):
     )
     assert processor.tokenizer.eos_token == "<|start_header_id|>"
     assert processor.tokenizer.eos_token_id in model.generation_config.eos_token_id
-    with pytest.raises(ValueError, match="--eos_token with --use_peft: an adapter does not keep it"):
-        sft.parse([*CPU, "--eos_token", "<|eot_id|>", "--use_peft"])
 
 
 TEMPLATE = (ROOT / "training" / "templates" / "llama3.jinja").read_text()
 NEW_TEMPLATE = TEMPLATE.replace("{{- '<|begin_of_text|>' -}}", "{{- '<|begin_of_text|>NEW ' -}}")
+UNMARKED = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '<|start_header_id|>' }}{% endfor %}"
+)
+UNMARKED += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 
 
 @pytest.mark.parametrize("of_folder", [False, True])
@@ -420,16 +423,47 @@ def test_a_chat_template_of_ones_own(llm, data, elm, tmp_path, of_folder):
     assert other.chat_template == NEW_TEMPLATE != elm[1].chat_template
 
 
+def test_an_adapter_keeps_its_chat_template(llm, data, tmp_path, capsys):
+    """One without marks, too. What ends its answers ends generation once the adapter is loaded, though its base does not know it."""
+    base, out, path = tmp_path / "base", tmp_path / "out", tmp_path / "mine.jinja"
+    path.write_text(UNMARKED)
+    options = ["--elm", "fuyu", "--num_ecg_tokens", "5", "--max_steps", "1"]
+    sft.main(tiny_sft(llm, data, base, *options, encoder=None))
+    assert (
+        "Chat template: llama3.jinja of elm-ecg, for the control tokens <|end_header_id|> and <|eot_id|>, as llm has none"
+        in (capsys.readouterr().out.replace(llm.name, "llm"))
+    )
+    options = ["--model_name_or_path", str(base), "--use_peft", "--chat_template_path", str(path), "--max_steps", "1"]
+    options += ["--eos_token", "<|end_header_id|>", "--lora_target_modules", "q_proj"]
+    sft.main(tiny_sft(llm, data, out, *options, encoder=None))
+    origin = "that of mine.jinja, named with --chat_template_path"
+    assert f"Chat template: {origin}\n" in capsys.readouterr().out
+    assert f"| chat template | {origin} |" in (out / "README.md").read_text()
+    model, processor = load_elm(str(out))
+    assert processor.chat_template == UNMARKED
+    assert processor.chat_template_origin == origin
+    ends = processor.tokenizer.convert_tokens_to_ids(["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"])
+    assert model.generation_config.eos_token_id == ends
+    assert load_elm(str(base))[0].generation_config.eos_token_id == ends[0]
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
         (
-            TEMPLATE.replace("generation -%}", "if true -%}").replace("endif true", "endif"),
-            "does not mark what is to be learnt",
+            TEMPLATE.replace("<signal>", "").replace("render(message['content'])", "''"),
+            "does not write the question and <signal>",
         ),
-        (TEMPLATE.replace("<signal>", "<ecg>"), "writes no <signal> for a part of type 'ecg'"),
         (TEMPLATE + "{% endif %}", "cannot be rendered: "),
-        ("{{ messages[0]['content'] + '' }}{% generation %}{% endgeneration %}", "cannot be rendered: "),
+        ("{{ messages[0]['content'] + '' }}{% generation %}{% endgeneration %}", "does not end an answer with a token"),
+        (
+            UNMARKED.replace("<|start_header_id|>", "<|im_end|>"),
+            "does not end an answer with a token of the language model",
+        ),
+        (
+            TEMPLATE.replace("+ '<|eot_id|>' -}}\n        {%- endgeneration", "-}}\n        {%- endgeneration"),
+            "does not end an answer",
+        ),
         ("", "has no chat template"),
         (None, "is no folder here"),
     ],

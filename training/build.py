@@ -19,10 +19,10 @@ from elm_ecg.modeling_vision_encoders import image_size, vision_config
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer
 from elm_ecg.training.arguments import VISION_BACKBONES, ELMParser, ModelArguments
-from elm_ecg.training.chat_templates import chat_template
+from elm_ecg.training.chat_templates import choose_chat_template, stop_at_end_of_turn
 from elm_ecg.training.command_line import did_you_mean
 from elm_ecg.training.files import resource
-from elm_ecg.training.llms import place_of_llm
+from elm_ecg.training.llms import place_of_llm, resolve_llm
 from elm_ecg.training.model_files import find_model_file
 
 logger = logging.getLogger(__name__)
@@ -142,12 +142,13 @@ def build_processor(
     image_processor = None
     if args.representation in IMAGE_REPRESENTATIONS and args.architecture == "llava":
         image_processor = build_image_processor(args, encoder_config(args, len(feature_extractor.lead_names)))
+    template, origin = choose_chat_template(tokenizer, resolve_llm(args.llm))
     assert args.num_ecg_tokens is not None  # set with the arguments
     num_ecg_tokens = 0 if args.architecture == "text" else args.num_ecg_tokens
     return ELMProcessor(
         feature_extractor,
         tokenizer,
-        chat_template(tokenizer),
+        template,
         num_ecg_tokens,
         representation=args.representation,
         image_processor=image_processor,
@@ -159,6 +160,7 @@ def build_processor(
             None,
         ),
         overflow=args.ecg_overflow,
+        chat_template_origin=origin,
     )
 
 
@@ -195,6 +197,7 @@ def build_model(
         spread_embeddings(model)
     text_config = model.config.get_text_config()
     text_config.pad_token_id = model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    stop_at_end_of_turn(model, processor)
     return model
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from elm_ecg.modeling_common import some_of
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
+from elm_ecg.training.chat_templates import stop_at_end_of_turn
 from elm_ecg.training.digest import base_of_adapter
 from elm_ecg.training.model_files import (
     check_config,
@@ -58,6 +59,7 @@ def load_elm(
         # an adapter's folder has one too; without the last, transformers asks on standard input whether its code may run
         processor = ELMProcessor.from_pretrained(folder, trust_remote_code=False)
         check_processor(processor, model.config)
+        stop_at_end_of_turn(model, processor)  # an adapter's base may have been built for another chat template
     return model, processor
 
 

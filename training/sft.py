@@ -19,7 +19,7 @@ from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import PARTS, AugmentationArguments, ELMArguments, ELMParser, new_elm_options
 from elm_ecg.training.build import build_model, build_processor
-from elm_ecg.training.chat_templates import set_chat_template
+from elm_ecg.training.chat_templates import set_chat_template, stop_at_end_of_turn
 from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.command_line import run_command
 from elm_ecg.training.data.loading import load_data, load_stream
@@ -59,8 +59,8 @@ def make_parser(prog: str = "elm sft") -> ELMParser:
     options["--max_length"].help = "Tokens that a chat may have; a longer one is an error. Default: what the LLM reads."
     options["--resume_from_checkpoint"].help = "Folder of a checkpoint, or last: the newest whole one in --output_dir."
     options["--chat_template_path"].help = (
-        "Chat template, instead of the language model's own: a .jinja file, or the folder or Hub id of a model that has one. What it "
-        "marks with {%% generation %%} is learnt."
+        "Chat template, instead of the language model's own: a .jinja file, or the folder or Hub id of a model that has one. The answers "
+        "are learnt with the token that ends them, or what it marks with {%% generation %%}."
     )
     options["--optim"].choices = [*(options["--optim"].choices or ()), MUON]
     options["--optim"].help = (
@@ -150,11 +150,6 @@ def _check(training_args: SFTConfig, model_args: ModelConfig) -> None:
             f"--lora_target_parameters with --lora_dropout {model_args.lora_dropout}: PEFT has no dropout for parameters that are not "
             "of a layer; add --lora_dropout 0."
         )
-    if training_args.eos_token is not None and model_args.use_peft:
-        raise ValueError(
-            "--eos_token with --use_peft: an adapter does not keep it. Train with --eos_token and without --use_peft first, and "
-            "adapt that model with --model_name_or_path."
-        )
 
 
 def _check_muon(args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
@@ -207,6 +202,7 @@ def build_base(
             name = os.path.abspath(name)  # the adapter names it, for any working directory
         model, processor = load_elm(name, revision=model_args.model_revision, **kwargs)
         set_chat_template(processor, training_args.chat_template_path)
+        stop_at_end_of_turn(model, processor)
         return model, processor
     processor = build_processor(args, model_args.model_revision)
     set_chat_template(processor, training_args.chat_template_path)
@@ -346,6 +342,7 @@ def train(args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig)
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in trainer.model.parameters()]
         total, trainable = sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
         chats = "streamed" if args.streaming else len(splits["train"])
+        print(f"Chat template: {processor.chat_template_origin or 'unknown'}")
         print(f"{chats} chats; {trainable:,} of {total:,} parameters trained", flush=True)
 
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

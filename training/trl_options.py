@@ -11,9 +11,7 @@ _SHARED = (
 _SCORED = "training measures the loss on the split validation. `elm evaluate` scores the answers"
 _COLUMNS = "rows have the columns messages and ecg, which `elm data build` makes"
 _REBALANCE = "it knows no ECGs. group_by_length makes batches of like lengths, for all processes at once"
-_TEMPLATE = (
-    "the answers are learnt, which the chat template marks with {% generation %}. --chat_template_path takes another"
-)
+_TEMPLATE = "the answers are learnt, each with its end of turn. A template of --chat_template_path that has {% generation %} marks what is learnt"
 _PADDING = "padding is not learnt, whatever its token is. Leave the option out"
 _LIGER = "its kernels are for other models than an ELM. --torch_compile and --attn_implementation make training faster"
 _STARTED = "`elm sft` always trains, and with --eval_strategy evaluates. `elm evaluate` scores the answers"

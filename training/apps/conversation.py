@@ -194,12 +194,16 @@ def stream_answer(
     thread = Thread(target=generate, daemon=True)  # does not hold up the end of the process
     thread.start()
     try:
-        started = False
+        opening, begun, started = processor.answer_opening, "", False
         for piece in streamer:
-            piece = piece if started else piece.lstrip()  # no blanks before the answer
-            if piece:
-                started = True
+            if not started:
+                begun = (begun + piece).lstrip()  # no blanks before the answer
+                piece = begun.removeprefix(opening).lstrip()
+                started = bool(piece) and not opening.startswith(begun)  # it may still become the opening
+            if started:
                 yield piece
+        if not started and begun != opening and begun:  # an answer that begins as the opening does, and ends
+            yield begun
     finally:
         stopped.set()  # of a reader who closed the iterator
         thread.join()  # it stops after the next token

@@ -303,6 +303,8 @@ class Answerer:
                     "score by generation."
                 )
             suffix = text[len(prompt) :].rstrip("\n")  # ChatML writes one after its end-of-turn token
+            if (end := self.processor.template().end_of_turn) is not None:  # Phi 3.5 writes an end of text behind it
+                suffix = suffix.rpartition(end)[0] + end
             self._suffixes[answer] = self.processor.tokenizer(suffix, add_special_tokens=False)["input_ids"]
         return self._suffixes[answer]
 
@@ -395,7 +397,7 @@ class Answerer:
             input_ids=input_ids, attention_mask=mask, **options
         )
         new_tokens = output[:, input_ids.shape[1] :]  # `generate` gives the prompt back too
-        return [text.strip() for text in self.processor.batch_decode(new_tokens, skip_special_tokens=True)]
+        return self.processor.decode_answers(new_tokens)
 
     def _likelihoods(
         self, logits: torch.Tensor, mask: torch.Tensor, cache: DynamicCache, options: list[list[list[int]]]

@@ -19,6 +19,7 @@ from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.tokenization_ecg_byte import ECGByteTokenizer
 from elm_ecg.training.build import build_model, build_processor
+from elm_ecg.training.chat_templates import family_template
 from elm_ecg.training.sharing.checkpoint_keys import convert_part, count_indices
 from elm_ecg.training.sharing.checkpoints import Checkpoint, Conversion, merge_lora
 from elm_ecg.training.sharing.convert_arguments import ConvertArguments
@@ -322,6 +323,9 @@ def convert_elm(
 
     ecg_byte, ecg_ids = _run_tokenizer(args)
     processor = build_processor(args, ecg_byte=ecg_byte)
+    # it was trained with the prompts of the reference, whatever those of the language model are
+    processor.chat_template, ours = family_template(processor.tokenizer)
+    processor.chat_template_origin = f"{ours}, as in the reference"
     of_llm = _state_dict_of(llm_prefix, tensors)
     merged = _merge_llm(args, of_llm)
     rest = {key: tensor for key, tensor in tensors.items() if not key.startswith(llm_prefix)}

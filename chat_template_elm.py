@@ -1,0 +1,225 @@
+"""Chats with ECGs as the chat template of any language model takes them, and where the answers stand in what it writes."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from .ecg_utils import as_record
+
+try:
+    from jinja2 import TemplateError
+except ImportError:  # transformers says so where it renders
+    TemplateError = ValueError  # type: ignore[misc,assignment]
+
+MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# an answer that no template writes by itself
+PROBE = "Sinus-rhythm-0815"
+# what may be wrong with a template: it is a program, which raises what it likes
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
+
+Chat = Sequence[Mapping[str, Any]]
+Span = tuple[int, int]
+_render_chats: Any = render_jinja_template  # it says that it returns a text; it returns texts and spans
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A chat template with the tokenizer that it writes for.
+
+    Args:
+        text: the Jinja template.
+        tokenizer: of the language model; its special tokens are variables of the template.
+        ecg_token: what stands in the text for an ECG.
+    """
+
+    text: str
+    tokenizer: Any
+    ecg_token: str
+
+    def render(self, chat: Chat, add_generation_prompt: bool = False, **variables: Any) -> str:
+        """The text of a chat, as `with_texts` gives it."""
+        return self._render(chat, add_generation_prompt=add_generation_prompt, **variables)[0][0]
+
+    def _render(self, chat: Chat, **variables: Any) -> tuple[list[str], list[list[Span]]]:
+        special = self.tokenizer.special_tokens_map
+        return _render_chats([chat], chat_template=self.text, **{**special, **variables})
+
+    def with_texts(self, chat: Chat) -> Chat:
+        """The chat as the template takes it.
+
+        The ECGs of a chat are parts of type `ecg`. A template that knows these gets the chat as it is. To any other the content of a
+        message is one text, with the ECG's token and a newline where an ECG stands.
+
+        Raises:
+            ValueError: a part is neither ECG nor text, and the template does not know it.
+        """
+        form = content_form(self.text, self.ecg_token)
+        if form == "ecg parts":
+            return chat
+        changed: list[Mapping[str, Any]] = []
+        for message in chat:
+            content = message.get("content")
+            if content is None:
+                changed.append(message)
+                continue
+            text = content if isinstance(content, str) else "".join(self._text_of(part) for part in content)
+            changed.append({**message, "content": text if form == "text" else [{"type": "text", "text": text}]})
+        return changed
+
+    def _text_of(self, part: Mapping[str, Any]) -> str:
+        if part["type"] == "ecg":
+            return f"{self.ecg_token}\n"
+        if part["type"] == "text":
+            return part["text"]
+        raise ValueError(f"content of type {part['type']!r}; expected 'ecg' or 'text'.")
+
+    @property
+    def marks_answers(self) -> bool:
+        """Whether the template itself says what is learnt, with `{% generation %}`."""
+        return MARKER.search(self.text) is not None
+
+    @property
+    def end_of_turn(self) -> str | None:
+        """The token that ends an answer: the first one behind it that is no text; None if only text ends it."""
+        tokenizer = self.tokenizer
+        return _end_of_turn(self, tuple(tokenizer.special_tokens_map.items()), len(tokenizer))
+
+    @property
+    def opening(self) -> str:
+        """What stands between the prompt and every answer, such as the empty thinking block of Qwen3."""
+        chat = self.with_texts([_message("user", "?"), _message("assistant", PROBE)])
+        prompt, whole = self.render(chat[:1], add_generation_prompt=True), self.render(chat)
+        return whole[len(prompt) :].partition(PROBE)[0] if whole.startswith(prompt) else ""
+
+    def answer_spans(self, chat: Chat, **variables: Any) -> list[Span]:
+        """Where the answers of a chat stand in its text: [start, end) in characters, the end of turn included.
+
+        They are what the template marks with `{% generation %}`. Without such marks, each begins where the prompt for it ends, and
+        ends with the token that ends a turn.
+
+        Args:
+            chat: as `with_texts` gives it.
+
+        Raises:
+            ValueError: the template has no marks, and does not write an answer behind its prompt, whole, and alike whether another
+                turn follows or not: nobody could tell what is to be learnt.
+        """
+        if self.marks_answers:
+            return [
+                (start, end) for start, end in self._render(chat, return_assistant_tokens_mask=True, **variables)[1][0]
+            ]
+        end_of_turn, whole = self.end_of_turn, self.render(chat, **variables)
+        spans: list[Span] = []
+        for place, message in enumerate(chat):
+            if message["role"] != "assistant":
+                continue
+            if end_of_turn is None:
+                raise ValueError(
+                    "The chat template ends an answer with no token, so that a model cannot learn to stop."
+                )
+            if place == 0:
+                raise ValueError("The chat begins with an answer; the chat template needs a question before it.")
+            prompt = self.render(chat[:place], add_generation_prompt=True, **variables)
+            answer = _text_of_content(message.get("content"))
+            start, ends = (
+                len(prompt),
+                answer.count(end_of_turn) + 1,
+            )  # an answer that names the token does not end there
+            *turn, rest = whole[start:].split(end_of_turn, ends)
+            end = len(whole) - len(rest)
+            # the last answer is what the model is asked for: those before it have to be written as if they were the last
+            alone = whole if place == len(chat) - 1 else self.render(chat[: place + 1], **variables)
+            if not (len(turn) == ends and whole.startswith(prompt) and alone[:end] == whole[:end]):
+                raise ValueError(
+                    f"The chat template writes the answer {answer[:40]!r} otherwise than it asks for it"
+                    f"{'' if place == len(chat) - 1 else ', or otherwise when another turn follows'}, so what is to be learnt cannot be told."
+                )
+            if _without_space(answer) not in _without_space(whole[start:end]):
+                raise ValueError(f"The chat template leaves out some of the answer {answer[:40]!r}.")
+            spans.append((start, end))
+        return spans
+
+
+def _message(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+def _text_of_content(content: Any) -> str:
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content or ())
+
+
+def _without_space(text: str) -> str:
+    return "".join(text.split())
+
+
+@lru_cache(maxsize=16)
+def _end_of_turn(template: ChatTemplate, special_tokens: tuple[Any, ...], num_tokens: int) -> str | None:
+    """As `ChatTemplate.end_of_turn`; the special tokens and the number of tokens are what the tokenizer may have got since."""
+    chat = template.with_texts([_message("user", "?"), _message("assistant", PROBE)])
+    behind = template.render(chat).partition(PROBE)[2]
+    tokenizer = template.tokenizer
+    added = tokenizer.added_tokens_decoder
+    for token_id in tokenizer(behind, add_special_tokens=False)["input_ids"]:
+        if token_id in added and not added[token_id].content.isspace():  # Gemma adds newlines too
+            return added[token_id].content
+    return None
+
+
+@lru_cache(maxsize=16)
+def content_form(template: str, ecg_token: str) -> str:
+    """What a template takes as the content of a message.
+
+    Returns:
+        `ecg parts`: a list with parts of type `ecg`; `text`; or `text part`: a list of a part of type `text`. `ecg parts` too for a
+        template that can write none of them, and says so itself where it is rendered.
+    """
+    text = f"{ecg_token}\n{PROBE}"
+    contents: dict[str, Any] = {
+        "ecg parts": [{"type": "ecg"}, {"type": "text", "text": PROBE}],
+        "text": text,
+        "text part": [{"type": "text", "text": text}],
+    }
+    no_tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "")
+    for form, content in contents.items():
+        chat = [{"role": "user", "content": content}]
+        try:
+            (rendered,), _ = _render_chats([chat], chat_template=template, add_generation_prompt=True, **no_tokens)
+        except TEMPLATE_ERRORS:
+            continue
+        if rendered.count(PROBE) == rendered.count(ecg_token) == 1:
+            return form
+    return "ecg parts"
+
+
+def ecgs_of(chats: Sequence[Chat]) -> dict[str, Any]:
+    """The ECGs that stand in the chats, as the keyword `ecgs` of the processor; nothing where they have no data."""
+    contents = [message["content"] for chat in chats for message in chat if message.get("content")]
+    parts = [part for content in contents if not isinstance(content, str) for part in content]
+    ecgs = [_ecg_of(part) for part in parts if part["type"] == "ecg"]
+    with_data = [ecg for ecg in ecgs if ecg is not None]
+    if not with_data:  # text alone, or ECGs given beside the chats
+        return {}
+    if len(with_data) < len(ecgs):
+        raise ValueError(
+            f"{len(ecgs) - len(with_data)} of {len(ecgs)} ECGs of the chat have no data; give each its 'ecg' or 'path', "
+            'or none and all of them as processor_kwargs={"ecgs": [...]}.'
+        )
+    return {"ecgs": with_data}
+
+
+def _ecg_of(part: Mapping[str, Any]) -> Any:
+    ecg = part.get("path") if part.get("ecg") is None else part["ecg"]  # no `or`: an array has no truth value
+    described = {key: part[key] for key in ("sampling_rate", "lead_names", "unit") if part.get(key) is not None}
+    if ecg is None or not described:
+        return ecg
+    if isinstance(ecg, (str, os.PathLike, Mapping)):  # may hold some of it too
+        return as_record(ecg, **described)
+    return {"array": ecg, **described}
+
+
+__all__ = ["ChatTemplate", "ecgs_of"]
