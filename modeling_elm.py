@@ -69,6 +69,13 @@ class ELMPreTrainedModel(CompleteModel):
         """
         return False
 
+    def post_init(self) -> None:
+        """As of transformers; of the classes that stay on one device those that are here, as FSDP looks for each of them."""
+        super().post_init()
+        self._no_split_modules = set(self._no_split_modules or ()) & {
+            type(module).__name__ for module in self.modules()
+        }
+
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """As of transformers; of a name that the encoder does not support, the encoder takes its own."""
         if isinstance(attn_implementation, str) and self.config.encoder_config is not None:
@@ -87,7 +94,13 @@ class ELMPreTrainedModel(CompleteModel):
         checkpoint, to resume or as the best.
         """
         kwargs.setdefault("save_original_format", False)
-        super().save_pretrained(*args, **kwargs)
+        sharded = type(self)
+        # FSDP2 makes a class of its own, whose code would be saved in place of ours
+        self.__class__ = next(base for base in sharded.__mro__ if not base.__name__.startswith("FSDP"))
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            self.__class__ = sharded
 
 
 class ELMModel(ELMPreTrainedModel):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import struct
 import zipfile
@@ -68,6 +69,10 @@ class RunOptions:
             if option.name not in NOT_KEPT
         }
         options["num_processes"] = training_args.world_size
+        # of `accelerate launch`, which tells them by its environment: by these a checkpoint has other files
+        by_fsdp, by_deepspeed = (os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
+        options["fsdp_state_dict_type"] = os.environ.get("FSDP_STATE_DICT_TYPE") if by_fsdp else None
+        options["zero_stage"] = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") if by_deepspeed else None
         options = json.loads(json.dumps(options, default=_plain))  # as it will be read
         return cls(options, None, datetime.now(UTC).isoformat())
 
@@ -220,11 +225,17 @@ def fault_of(folder: Path, num_processes: int = 1) -> str | None:
     """
     weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*"), *folder.glob("global_step*")]
     needed = [] if weights else ["model.safetensors"]
-    sharded = any(path.is_dir() for path in weights)  # FSDP and DeepSpeed have folders of their own
+    optimizer = ["optimizer.pt", "scheduler.pt"]
+    if (folder / "pytorch_model_fsdp.bin").exists():  # of FSDP with FULL_STATE_DICT
+        optimizer[0] = "optimizer.bin"
+    elif (folder / "pytorch_model_fsdp_0").exists():  # with SHARDED_STATE_DICT; PyTorch writes .metadata last
+        optimizer[:1] = ["pytorch_model_fsdp_0/.metadata", "optimizer_0/.metadata"]
+    elif list(folder.glob("global_step*")):  # of DeepSpeed, which may have no scheduler
+        optimizer = ["latest"]
     random_states = (
         ["rng_state.pth"] if num_processes == 1 else [f"rng_state_{rank}.pth" for rank in range(num_processes)]
     )
-    state = ([] if sharded else ["optimizer.pt", "scheduler.pt"]) + random_states
+    state = optimizer + random_states
     needed += [name for name in ("trainer_state.json", *state) if not (folder / name).is_file()]
     if len(random_states) > 1 and (folder / "rng_state.pth").is_file():
         return f"one process made it, and now there are {num_processes}"
@@ -264,7 +275,7 @@ def _fault_of_file(path: Path) -> str | None:
             except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError):
                 return "its header is no safetensors"
         return None if size == expected else f"{size:,} bytes of {expected:,}"
-    if path.suffix in (".pt", ".pth"):
+    if path.suffix in (".pt", ".pth", ".bin"):
         try:
             with zipfile.ZipFile(path) as archive:
                 broken = archive.testzip()

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -92,6 +94,9 @@ class ELMTrainer(SFTTrainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As TRL's, but the head scores the labelled places alone: TRL does so where it has Triton, and elsewhere scores all.
 
+        TRL reads the weight of the head without calling it. A head that is a part of its own under FSDP2 would get the gradients
+        of this process' rows alone; gathered before, it gets those of all.
+
         Raises:
             ValueError: as `check_kept_apart`, at the first batch of packed chats.
         """
@@ -101,6 +106,10 @@ class ELMTrainer(SFTTrainer):
             assert isinstance(collator, ELMCollator)
             check_kept_apart(model, self.accelerator.unwrap_model(model).config, one_row=collator.padding_free)
             self._kept_apart = True
+        of_trainer: Any = self.model
+        head = of_trainer.get_output_embeddings()
+        if isinstance(head, FSDPModule):
+            head.unshard()
         num_tokens = self._total_train_tokens
         loss = super().compute_loss(model, inputs | labelled_places(inputs["labels"]), *args, **kwargs)
         if positions is not None:  # TRL counts those of one row, padding too
@@ -226,13 +235,23 @@ class ELMTrainer(SFTTrainer):
             for name, buffer in module.named_buffers(recurse=False)
             if name not in module._non_persistent_buffers_set  # those are not saved
         )
-        for name, tensor in chain(self.model.named_parameters(), buffers):
-            if tensor.is_floating_point() and not _local(tensor).isfinite().all():
-                raise ValueError(
-                    f"The model is not saved: after step {self.state.global_step} {name} has values that are no numbers (NaN or "
-                    f"infinite). What was in {self.args.output_dir} before is there still. {WHAT_TO_DO}"
-                )
-        super().save_model(output_dir, _internal_call)
+        broken = (
+            name
+            for name, tensor in chain(self.model.named_parameters(), buffers)
+            if tensor.is_floating_point() and not _local(tensor).isfinite().all()
+        )
+        names = gather_object(
+            [next(broken, None)]
+        )  # of a sharded model each process sees a part; all stop where one does
+        if name := next(filter(None, names), None):
+            raise ValueError(
+                f"The model is not saved: after step {self.state.global_step} {name} has values that are no numbers (NaN or "
+                f"infinite). What was in {self.args.output_dir} before is there still. {WHAT_TO_DO}"
+            )
+        if self.is_fsdp_enabled and not _internal_call:  # whole, also where checkpoints are sharded
+            self._save(output_dir, self.accelerator.get_state_dict(self.model))
+        else:
+            super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """As the trainer's, without the pickle of its arguments, which holds tokens; `RunOptions` has them to be read."""
@@ -269,8 +288,10 @@ def labelled_places(labels: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """The values that this process holds, of a tensor that may be sharded."""
-    return tensor.to_local() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
+    """The values that this process holds, of a tensor that may be sharded by FSDP or ZeRO."""
+    if isinstance(tensor, torch.distributed.tensor.DTensor):
+        return tensor.to_local()
+    return getattr(tensor, "ds_tensor", tensor)
 
 
 def replace_model(new: Path, folder: Path) -> None:
