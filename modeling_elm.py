@@ -437,6 +437,16 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
                 "it would not answer as it does. Choose another language model."
             )
 
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The logits [..., vocabulary] of hidden states [..., width], with scale and soft cap as the language model has them."""
+        logits, config = self.lm_head(hidden_states), self.config.text_config
+        scale, softcap = logit_scale(config), getattr(config, "final_logit_softcapping", None)
+        if scale != 1:  # Granite, Cohere, Falcon-H1
+            logits = logits * scale
+        if softcap is not None:  # Gemma
+            logits = softcap * torch.tanh(logits / softcap)
+        return logits
+
     def get_ecg_features(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """See [`ELMModel.get_ecg_features`]."""
         return self.model.get_ecg_features(*args, **kwargs)
@@ -479,18 +489,11 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        text_config = self.config.text_config
-        scale = logit_scale(text_config)
-        if scale != 1:
-            logits = logits * scale
-        softcap = getattr(text_config, "final_logit_softcapping", None)
-        if softcap is not None:  # Gemma 2
-            logits = softcap * torch.tanh(logits / softcap)
+        logits = self.compute_logits(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(  # shifts the labels itself: a token is scored at the place before it
-                logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
         return CausalLMOutputWithPast(
             loss=loss,

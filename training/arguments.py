@@ -124,7 +124,9 @@ class ModelArguments:
     _argument_group_name = "a new model"
 
     llm: str = argument(
-        "llama-3.2-1b-instruct", "Language model: a name of the README's table, a Hub id or a local folder."
+        "llama-3.2-1b-instruct",
+        "Language model: a name of the README's table, a Hub id or a local folder. Llama, Gemma and MedGemma are gated: accept their "
+        "licence on the Hub, then run `hf auth login`.",
     )
     elm: str | None = argument(
         None, "Short for --architecture and --connector, as in the reference.", choices=list(ELMS)
