@@ -47,7 +47,10 @@ class ChatTemplate:
 
     def _render(self, chat: Chat, **variables: Any) -> tuple[list[str], list[list[Span]]]:
         special = self.tokenizer.special_tokens_map
-        return _render_chats([chat], chat_template=self.text, **{**special, **variables})
+        try:
+            return _render_chats([chat], chat_template=self.text, **{**special, **variables})
+        except TemplateError as error:
+            raise ValueError(f"The chat template does not take the chat: {error}") from error
 
     def with_texts(self, chat: Chat) -> Chat:
         """The chat as the template takes it.
@@ -93,7 +96,10 @@ class ChatTemplate:
     def opening(self) -> str:
         """What stands between the prompt and every answer, such as the empty thinking block of Qwen3."""
         chat = self.with_texts([_message("user", "?"), _message("assistant", PROBE)])
-        prompt, whole = self.render(chat[:1], add_generation_prompt=True), self.render(chat)
+        try:
+            prompt, whole = self.render(chat[:1], add_generation_prompt=True), self.render(chat)
+        except TEMPLATE_ERRORS:  # where a chat is rendered, it says so
+            return ""
         return whole[len(prompt) :].partition(PROBE)[0] if whole.startswith(prompt) else ""
 
     def answer_spans(self, chat: Chat, **variables: Any) -> list[Span]:
@@ -161,7 +167,10 @@ def _without_space(text: str) -> str:
 def _end_of_turn(template: ChatTemplate, special_tokens: tuple[Any, ...], num_tokens: int) -> str | None:
     """As `ChatTemplate.end_of_turn`; the special tokens and the number of tokens are what the tokenizer may have got since."""
     chat = template.with_texts([_message("user", "?"), _message("assistant", PROBE)])
-    behind = template.render(chat).partition(PROBE)[2]
+    try:
+        behind = template.render(chat).partition(PROBE)[2]
+    except TEMPLATE_ERRORS:  # where a chat is rendered, it says so
+        return None
     tokenizer = template.tokenizer
     added = tokenizer.added_tokens_decoder
     for token_id in tokenizer(behind, add_special_tokens=False)["input_ids"]:

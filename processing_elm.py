@@ -288,7 +288,13 @@ class ELMProcessor(ProcessorMixin):
         Raises:
             ValueError: there is none.
         """
-        return ChatTemplate(self._resolve_chat_template(chat_template), self.tokenizer, self.ecg_token)
+        own = self.chat_template
+        if isinstance(own, dict):  # several, by name
+            chat_template = own.get(chat_template or "default", chat_template)
+        text = chat_template or own
+        if not isinstance(text, str):
+            raise ValueError("The processor has no chat template; set processor.chat_template.")
+        return ChatTemplate(text, self.tokenizer, self.ecg_token)
 
     @property
     def stop_token_ids(self) -> list[int]:

@@ -2,10 +2,12 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import trl
 from transformers import PreTrainedTokenizerFast
 
+from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.processing_elm import ELMProcessor
 from helpers import tiny_tokenizer
 
@@ -30,11 +32,13 @@ PLAIN = "{% for message in messages %}{{ message['role'] + ': ' + message['conte
 PLAIN += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 
 
-def of_trl(name):
+def of_trl(name: str) -> str:
+    """A template that TRL knows, or its own for training."""
     return (OF_TRL / f"{name}.jinja").read_text()
 
 
-def message(role, *parts):
+def message(role: str, *parts: Any) -> dict[str, Any]:
+    """A message of texts and other parts."""
     return {
         "role": role,
         "content": [part if isinstance(part, dict) else {"type": "text", "text": part} for part in parts],
@@ -50,3 +54,10 @@ def tokenizer_for(template: str, eos: str = "<eos>") -> PreTrainedTokenizerFast:
     tokenizer.add_tokens(["<think>", "</think>"])  # as in Qwen3: not special, they stay in what is decoded
     tokenizer.chat_template = template
     return tokenizer
+
+
+def processor_of(template: str, **settings: Any) -> ELMProcessor:
+    """A processor of records of 2 s at 250 Hz with a chat template; pads on the left."""
+    tokenizer = tokenizer_for(template)
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
+    return ELMProcessor(ECGFeatureExtractor(num_samples=500), tokenizer, template, **{"num_ecg_tokens": 3} | settings)

@@ -6,7 +6,7 @@ from elm_ecg.chat_template_elm import ChatTemplate, content_form, ecgs_of
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.collator import ELMCollator
-from foreign_templates import FALCON, PHI4, PLAIN, SMOLLM2, message, of_trl, tokenizer_for
+from foreign_templates import FALCON, PHI4, PLAIN, SMOLLM2, message, of_trl, processor_of, tokenizer_for
 from helpers import tiny_ecg_byte, tiny_processor
 
 ECG = {"type": "ecg", "ecg": np.zeros((12, 500), dtype=np.float32), "sampling_rate": 250}
@@ -36,12 +36,6 @@ TEMPLATES = {
     "SmolVLM": (of_trl("smolvlm"), "text part", " ", "<end_of_utterance>"),
     "LLaVA-NeXT": (of_trl("llava_next"), "text part", " ", "</s>"),
 }
-
-
-def processor_of(template, **settings):
-    tokenizer = tokenizer_for(template)
-    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
-    return ELMProcessor(ECGFeatureExtractor(num_samples=500), tokenizer, template, **{"num_ecg_tokens": 3} | settings)
 
 
 @pytest.fixture(scope="module", params=TEMPLATES)
@@ -249,3 +243,25 @@ def test_labels_of_the_collator():
     assert expected.keys() == ours.keys()
     assert all(torch.equal(expected[name], ours[name]) for name in expected)
     assert (ours["labels"] >= 0).sum() > 20
+
+
+def test_templates_by_name():
+    processor = processor_of(SMOLLM2)
+    processor.chat_template = {"default": SMOLLM2, "other": PLAIN}
+    assert processor.template().text == SMOLLM2
+    assert processor.template("other").text == PLAIN
+    assert processor.template(FALCON).text == FALCON
+    processor.chat_template = None
+    assert processor.stop_token_ids == [processor.tokenizer.eos_token_id]
+    assert processor.answer_opening == ""
+    with pytest.raises(ValueError, match="has no chat template"):
+        processor.apply_chat_template(CHAT)
+
+
+def test_a_template_that_fails_says_so_where_it_is_rendered():
+    processor = processor_of(SMOLLM2)
+    processor.chat_template = SMOLLM2 + "{% if messages | length > 1 %}{{ raise_exception('never') }}{% endif %}"
+    assert processor.stop_token_ids == [processor.tokenizer.eos_token_id]
+    assert processor.answer_opening == ""
+    with pytest.raises(ValueError, match="does not take the chat: never"):
+        processor.apply_chat_template(CHAT)

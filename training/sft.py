@@ -342,7 +342,7 @@ def train(args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig)
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in trainer.model.parameters()]
         total, trainable = sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
         chats = "streamed" if args.streaming else len(splits["train"])
-        print(f"Chat template: {processor.chat_template_origin or 'unknown'}")
+        print(f"Chat template: {processor.chat_template_origin or 'that of the saved model'}")
         print(f"{chats} chats; {trainable:,} of {total:,} parameters trained", flush=True)
 
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -20,6 +20,7 @@ from elm_ecg.training.apps.chat import Chat, history_path, main, run
 from elm_ecg.training.apps.conversation import PromptCache, as_message, read_for_model, stream_answer
 from elm_ecg.training.command_line import printable
 from elm_ecg.training.data.loading import to_chat
+from foreign_templates import of_trl, processor_of
 from helpers import (
     save_record,
     tiny_elm,
@@ -189,6 +190,32 @@ def test_errors_of_the_thread_reach_the_reader(model, processor, monkeypatch):
     monkeypatch.setattr(model, "generate", generate)
     with pytest.raises(RuntimeError, match="out of memory"):
         list(stream_answer(model, processor, [as_message("user", "What?", [])]))
+
+
+@pytest.mark.parametrize(
+    ("written", "answer"),
+    [
+        ("<think>\n\n</think>\n\nyes, it is", "yes, it is"),
+        ("<think>\nBecause.\n</think>\n\nyes", "<think>\nBecause.\n</think>\n\nyes"),
+        (" yes", "yes"),
+        ("<", "<"),
+        ("<think>\n\n</think>", ""),
+    ],
+)
+def test_what_the_template_writes_before_an_answer_is_not_shown(written, answer):
+    """Of Qwen3 an empty thinking block, in pieces as the model writes it."""
+    qwen3 = processor_of(of_trl("qwen3_training"))
+
+    class Writes:
+        device, config = torch.device("cpu"), SimpleNamespace(get_text_config=lambda decoder: None)
+
+        def generate(self, input_ids, streamer, **kwargs):
+            for ids in [input_ids, *torch.tensor(qwen3.tokenizer(written)["input_ids"]).split(1)]:
+                streamer.put(ids)
+            streamer.end()
+            return input_ids
+
+    assert "".join(stream_answer(Writes(), qwen3, [as_message("user", "What?", [])])) == answer
 
 
 def test_full_context(model, processor):

@@ -303,7 +303,8 @@ class Answerer:
                     "score by generation."
                 )
             suffix = text[len(prompt) :].rstrip("\n")  # ChatML writes one after its end-of-turn token
-            if (end := self.processor.template().end_of_turn) is not None:  # Phi 3.5 writes an end of text behind it
+            end = self.processor.template().end_of_turn
+            if end is not None and end in suffix:  # Phi 3.5 writes an end of text behind it
                 suffix = suffix.rpartition(end)[0] + end
             self._suffixes[answer] = self.processor.tokenizer(suffix, add_special_tokens=False)["input_ids"]
         return self._suffixes[answer]
