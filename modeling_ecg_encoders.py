@@ -86,8 +86,8 @@ class ECGEncoder(CompleteModel):
             `last_hidden_state` [batch, tokens, output_size], before pooling.
         """
         records = self.prepare_ecg_values(ecg_values, lead_mask)
-        # reentrant checkpointing trains a block only if its input needs a gradient
-        if self.training and self.is_gradient_checkpointing:
+        # reentrant checkpointing trains a block only if its input needs a gradient; compiled, every block is trained
+        if self.training and self.is_activation_checkpointing and not torch.compiler.is_compiling():
             records = records.detach().requires_grad_()
         return BaseModelOutput(last_hidden_state=self.encode(records, lead_mask, **kwargs))
 

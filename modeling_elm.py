@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -446,6 +447,21 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
         if softcap is not None:  # Gemma
             logits = softcap * torch.tanh(logits / softcap)
         return logits
+
+    def enable_input_require_grads(self) -> None:
+        """As of transformers, for checkpointing that is reentrant; but not in a compiled model, which needs it nowhere and would be
+        cut into two graphs, and not in an encoder of which nothing is trained, through which gradients would go for nothing."""
+
+        def require_grad(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            if not torch.compiler.is_compiling():
+                output.requires_grad_(True)
+
+        inputs, encoder = [self.get_input_embeddings()], self.model.encoder
+        if encoder is not None and any(parameter.requires_grad for parameter in encoder.parameters()):
+            with suppress(NotImplementedError):  # ECG encoders do it themselves
+                inputs.append(encoder.get_input_embeddings())
+        self.disable_input_require_grads()  # those of an earlier call
+        self._require_grads_hooks = [module.register_forward_hook(require_grad) for module in inputs]
 
     def get_ecg_features(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """See [`ELMModel.get_ecg_features`]."""

@@ -278,7 +278,7 @@ def make_trainer(
             "the weights in 32.",
             ", ".join(halves),
         )
-    _check_sharded(args, trainer)
+    _check_trainer(args, trainer, model)
     if args.cache_features is not None:
         trainer.features = keep_features(args.cache_features, model)
     if model.lm_head is not head:
@@ -286,8 +286,15 @@ def make_trainer(
     return trainer
 
 
-def _check_sharded(args: ELMArguments, trainer: ELMTrainer) -> None:
-    """Refuses (ValueError) what needs whole weights in each process where these are cut among them."""
+def _check_trainer(args: ELMArguments, trainer: ELMTrainer, model: ELMForConditionalGeneration) -> None:
+    """Refuses (ValueError) what cannot be, as is known when the model and what is trained of it are there."""
+    norms = (module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm))
+    compiled = trainer.args.torch_compile and trainer.args.torch_compile_backend == "eager"
+    if compiled and trainer.args.gradient_checkpointing and any(norm.weight.requires_grad for norm in norms):
+        raise ValueError(
+            "--torch_compile_backend eager with --gradient_checkpointing and a trained encoder with batch norm: this backend, which is "
+            "for debugging, cannot compute again what counts batches. Take inductor or aot_eager, or --gradient_checkpointing false."
+        )
     if args.cache_features and (trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
         raise ValueError(
             f"--cache_features {args.cache_features} with FSDP or ZeRO-3, where no process has the whole encoder; train with DDP or "

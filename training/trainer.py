@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTTrainer
+from trl.kernels import ChunkedLogProbFunction
 
 from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.features import EncoderFeatures
@@ -66,6 +67,9 @@ class ELMTrainer(SFTTrainer):
         super().__init__(**kwargs)
         self.options = options
         self.features: EncoderFeatures | None = None
+        if self.args.torch_compile and self.args.device.type == "cpu":
+            # TRL's head writes into parts of a tensor, at which tracing would end; where there is Triton it is a kernel
+            torch.compiler.allow_in_graph(ChunkedLogProbFunction)
         self._saving_to: Path | None = None  # in place of `output_dir`, while a checkpoint is saved
         self._kept_apart = False  # whether the chats of packed rows are known to be
 

@@ -1,0 +1,95 @@
+"""Training with a frozen encoder: its features kept against computed in each step.
+
+    python benchmarks/features.py --llm FOLDER_OR_ID
+    python benchmarks/features.py --encoder merl --batch_size 4
+
+Both sides are epochs of one run of `elm sft` with LoRA, in turn, on simulated ECGs with a question of each; without --llm it is the
+quickstart's small language model. Samples by CPU seconds, all that the trainer does included.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from common import add_arguments, make_rows
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from elm_ecg.training import sft
+from elm_ecg.training.quickstart import save_small_llm
+from elm_ecg.training.resume import RunOptions
+
+
+class TakingTurns(TrainerCallback):
+    """Epochs in which features are computed, and in which they are found, in turn; the first of these fills what is kept."""
+
+    def __init__(self, trainer: sft.ELMTrainer) -> None:
+        self.trainer, self.features = trainer, trainer.features
+        self.seconds: dict[str, list[float]] = {"computed": [], "kept": []}  # CPU seconds of each epoch
+
+    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.name = "kept" if len(self.seconds["computed"]) > len(self.seconds["kept"]) else "computed"
+        self.trainer.features = self.features if self.name == "kept" else None
+        self.start = time.process_time()
+
+    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds[self.name].append(time.process_time() - self.start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--batch_size", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--rows", type=int, default=16, help="ECGs of an epoch; default: %(default)s")
+    parser.add_argument("--epochs", type=int, default=10, help="of the last column; default: %(default)s")
+    parser.set_defaults(encoder="st_mem", repeats=3)
+    args = parser.parse_args()
+
+    rows = [{**row, "messages": row["messages"][:2]} for row in make_rows(args.rows, args.seed)]
+    data = Dataset.from_list(rows).with_format("numpy", columns=["ecg"], output_all_columns=True)
+    with tempfile.TemporaryDirectory() as folder:
+        llm = args.llm
+        if llm is None:
+            llm = str(Path(folder) / "llm")
+            save_small_llm(Path(llm), [row["messages"] for row in make_rows(960, args.seed)], args.seed)
+        argv = [
+            "--data",
+            "simulated",
+            "--llm",
+            llm,
+            "--encoder",
+            args.encoder,
+            "--update",
+            "connector",
+            "llm",
+            "--use_peft",
+        ]
+        argv += ["--cache_features", "memory", "--output_dir", str(Path(folder) / "run"), "--seed", str(args.seed)]
+        argv += ["--batch_size", str(args.batch_size), "--epochs", str(2 * args.repeats + 2), "--save_strategy", "no"]
+        argv += ["--report_to", "none", "--disable_tqdm", "true", "--logging_strategy", "no"]
+        elm_args, training_args, model_args = sft.parse(argv)
+        model, processor = sft.build_base(elm_args, training_args, model_args)
+        options = RunOptions.of(elm_args, training_args, model_args)
+        splits = {"train": data, "validation": None}
+        trainer = sft.make_trainer(elm_args, training_args, model_args, model, processor, splits, options)
+        turns = TakingTurns(trainer)
+        trainer.add_callback(turns)
+        trainer.train()
+
+    computed = statistics.median(turns.seconds["computed"])
+    first, kept = turns.seconds["kept"][0], statistics.median(turns.seconds["kept"][1:])
+    seconds = {"first epoch": (computed, first), "later epochs": (computed, kept)}
+    whole = first + (args.epochs - 1) * kept
+    seconds[f"{args.epochs} epochs, the mean"] = (computed, whole / args.epochs)
+    print(turns.features)
+    print("\n| | samples/s, computed | kept | ratio |\n| --- | --- | --- | --- |")
+    for name, (without, with_features) in seconds.items():
+        speeds = args.rows / without, args.rows / with_features
+        print(f"| {name} | {speeds[0]:.2f} | {speeds[1]:.2f} | {speeds[1] / speeds[0]:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
