@@ -23,7 +23,7 @@ def test_a_language_model_without_a_template(family):
     template, origin = choose_chat_template(tiny_tokenizer(family), "owner/name")
     assert template == ours(family)
     assert origin.startswith(f"{family}.jinja of elm-ecg")
-    assert origin.endswith(", as owner/name has none")
+    assert origin.endswith(", as owner/name has no chat template")
     assert ("for the control tokens <|im_start|> and <|im_end|>" in origin) is (family == "qwen2_5")
 
 

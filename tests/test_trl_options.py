@@ -430,7 +430,7 @@ def test_an_adapter_keeps_its_chat_template(llm, data, tmp_path, capsys):
     options = ["--elm", "fuyu", "--num_ecg_tokens", "5", "--max_steps", "1"]
     sft.main(tiny_sft(llm, data, base, *options, encoder=None))
     assert (
-        "Chat template: llama3.jinja of elm-ecg, for the control tokens <|end_header_id|> and <|eot_id|>, as llm has none"
+        "Chat template: llama3.jinja of elm-ecg, for the control tokens <|end_header_id|> and <|eot_id|>, as llm has no chat template"
         in (capsys.readouterr().out.replace(llm.name, "llm"))
     )
     options = ["--model_name_or_path", str(base), "--use_peft", "--chat_template_path", str(path), "--max_steps", "1"]

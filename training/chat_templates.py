@@ -49,7 +49,7 @@ def choose_chat_template(tokenizer: PreTrainedTokenizerBase, llm: str) -> tuple[
     name, own = public_name(llm), _default(tokenizer.chat_template)
     if not own:
         template, ours = family_template(tokenizer)
-        return template, f"{ours}, as {name} has none"
+        return template, f"{ours}, as {name} has no chat template"
     for ours, (constants, difference) in MADE_FOR.items():
         if own in [getattr(chat_template_utils, constant) for constant in constants]:
             return _ours(ours), f"{ours}.jinja of elm-ecg: that of {name}, {difference}, as in the reference"

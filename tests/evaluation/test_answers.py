@@ -14,6 +14,7 @@ from elm_ecg.training.evaluation.answers import Answerer, NotFiniteError
 from elm_ecg.training.evaluation.conditions import ASKED, CONDITIONS
 from elm_ecg.training.evaluation.progress import Progress
 from elm_ecg.training.evaluation.questions import list_questions, other_patients
+from foreign_templates import message, of_trl, processor_of
 from helpers import (
     TINY_VISION,
     save_tiny_data,
@@ -315,6 +316,23 @@ def test_drawn_ecgs(data, monkeypatch):
     assert all(not torch.equal(own, other) for own, other in zip(ecg, swapped, strict=True))
     assert len(zeroed.unique(dim=0)) == 1
     assert answers["ecg"] == ask(elm, data, batch_size=1, reuse_prefix=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("phi3_5", "yes<|end|>"),  # not the end of text that it writes behind the last turn
+        ("qwen3_training", "<think>\n\n</think>\n\nyes<|im_end|>"),
+        ("smolvlm", " yes<end_of_utterance>"),
+    ],
+)
+def test_the_tokens_of_a_candidate(name, expected):
+    """They are what is learnt of an answer."""
+    processor = processor_of(of_trl(name))
+    answerer = Answerer(None, processor, Dataset.from_list([]), [])  # no model, as nothing is asked
+    chat = [message("user", "Is it?")]
+    prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+    assert processor.tokenizer.decode(answerer._suffix("yes", chat, prompt)) == expected
 
 
 def test_a_model_without_a_chat_template(elm, data, monkeypatch):

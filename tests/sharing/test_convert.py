@@ -23,7 +23,8 @@ from elm_ecg.ecg_utils import REFERENCE_LEADS, STANDARD_LEADS
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.training.load import load_elm
 from elm_ecg.training.sharing.convert import convert_state_dict, main
-from helpers import golden_state_dict, run_isolated, save_tiny_llm, tiny_image_processor, tiny_vision_config
+from foreign_templates import PLAIN
+from helpers import ROOT, golden_state_dict, run_isolated, save_tiny_llm, tiny_image_processor, tiny_vision_config
 from loopback_hub import card_errors
 
 CONNECTORS = ["linear", "mlp", "flat", "patch", "conv"]
@@ -57,7 +58,11 @@ def basic_merl():
 
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory):
-    return save_tiny_llm(tmp_path_factory.mktemp("llm"), hidden_size=64)
+    folder = save_tiny_llm(tmp_path_factory.mktemp("llm"), hidden_size=64)
+    (folder / "chat_template.jinja").write_text(
+        PLAIN.replace("'\\n'", "'<|eot_id|>'")
+    )  # its own is not the reference's
+    return folder
 
 
 def test_full_size_encoder_gives_the_golden_tokens(shapes, shared, tmp_path, capsys):
@@ -130,6 +135,8 @@ def test_whole_elms_give_the_golden_features(kind, shapes, shared, llm, tmp_path
     assert torch.equal(model.lm_head.weight, weights["llm.llm.lm_head.weight"])
     extractor = processor.feature_extractor
     assert (extractor.normalization, tuple(extractor.lead_names)) == ("minmax", REFERENCE_LEADS)
+    assert processor.chat_template == (ROOT / "training/templates/llama3.jinja").read_text()
+    assert processor.chat_template_origin.endswith("<|end_header_id|> and <|eot_id|>, as in the reference")
     assert processor.num_ecg_tokens == (5 if llava else 1 if kind == "flat" else 50)
 
 
