@@ -54,6 +54,14 @@ class ELMPreTrainedModel(CompleteModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the language model: while it is trained, other parts may be in float32 beside it."""
+        (language_model,) = (
+            module for name, module in self.named_modules() if name in ("language_model", "model.language_model")
+        )
+        return next(weight.dtype for weight in language_model.parameters() if weight.is_floating_point())
+
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """As of transformers; of a name that the encoder does not support, the encoder takes its own."""
         if isinstance(attn_implementation, str) and self.config.encoder_config is not None:
@@ -157,13 +165,14 @@ class ELMModel(ELMPreTrainedModel):
                     f"ecg_values has shape {tuple(ecgs.shape)}; this model reads [ECGs, {shape[0]} leads, {shape[1]} samples]. "
                     "Prepare ECGs with the model's own processor."
                 )
+        dtype = next(self.connector.parameters()).dtype  # float32 while it is trained, whatever the encoder is in
         if self.encoder is None:
-            return self.connector(without_missing_leads(ecgs, ecg_lead_mask).to(self.dtype))
+            return self.connector(without_missing_leads(ecgs, ecg_lead_mask).to(dtype))
         if not reads_images:
-            return self.connector(self.encoder(ecgs, lead_mask=ecg_lead_mask).last_hidden_state)
+            return self.connector(self.encoder(ecgs, lead_mask=ecg_lead_mask).last_hidden_state.to(dtype))
         tokens = encode_images(self.encoder, config.image_features, ecgs, pixel_attention_mask, spatial_shapes)
         # an embedding is one token without padding
-        return self.connector(tokens, pixel_attention_mask if config.image_features == "patches" else None)
+        return self.connector(tokens.to(dtype), pixel_attention_mask if config.image_features == "patches" else None)
 
     def _zero_of_ecg_path(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """A zero that depends on encoder and connector.
@@ -297,6 +306,8 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
     ) -> "ELMForConditionalGeneration":
         """Builds an ELM around a pretrained language model; the connector starts at random.
 
+        What is beside the language model is not in its dtype: a new part is in float32, a pretrained encoder as it was saved.
+
         Args:
             llm: Hub id or local folder of any causal language model.
             encoder: Hub id or local folder of a pretrained ECG encoder, or of a model whose vision tower is taken. None: the
@@ -326,10 +337,10 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
         config_kwargs["attn_implementation"] = {"text_config": text_config._attn_implementation}  # None would unset it
         config = ELMConfig(text_config=text_config, **config_kwargs)
         model = cls(config, encoder=encoder_model, llm=llm_model)
-        new_parts: list[nn.Module | None] = [model.model.encoder, model.model.connector]
-        for part in new_parts:  # not the language model, whose rotary frequencies stay in float32
+        parts: list[nn.Module | None] = [model.model.encoder, model.model.connector, model.model.signal_embeddings]
+        for part in parts:  # a quantized language model is where it computes
             if part is not None:
-                part.to(llm_model.dtype)
+                part.to(llm_model.device)
         if not is_deepspeed_zero3_enabled():  # there no process holds the weights to run it
             model._check_same_logits(llm_model)
         return model
