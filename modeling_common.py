@@ -7,6 +7,16 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+# the tensors of a batch that hold its ECGs, one row an ECG
+ECG_INPUTS = (
+    "ecg_values",
+    "ecg_lead_mask",
+    "pixel_values",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "encoder_features",
+)
+
 
 class CompleteModel(PreTrainedModel):
     """A model that `from_pretrained` fills wholly: in place of a missing weight transformers would draw a random one."""

@@ -1,20 +1,12 @@
 """The ELM: an ECG encoder, a connector and a causal language model that answers questions about ECGs."""
 
-import inspect
 import os
 from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModel,
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessorList,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
@@ -22,22 +14,13 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
 from .configuration_elm import IMAGE_REPRESENTATIONS, ELMConfig
-from .modeling_common import CompleteModel, attention_of, in_eval_mode, stay_frozen
+from .generation_elm import ELMGenerationMixin
+from .modeling_common import ECG_INPUTS, CompleteModel, attention_of, in_eval_mode, stay_frozen
 from .modeling_connectors import CONNECTOR_MODULES
 from .modeling_ecg_encoders import ENCODER_MODELS, without_missing_leads
 from .modeling_language_models import load_language_model, logit_scale, without_head
 from .modeling_vision_encoders import blank_images, encode_images, load_vision_model, vision_model_class
 from .pipeline_elm import ECGQuestionAnsweringPipeline
-
-# the tensors of a batch that hold its ECGs, one row an ECG
-ECG_INPUTS = (
-    "ecg_values",
-    "ecg_lead_mask",
-    "pixel_values",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "encoder_features",
-)
 
 
 def make_encoder(config: ELMConfig) -> PreTrainedModel:
@@ -76,6 +59,14 @@ class ELMPreTrainedModel(CompleteModel):
         self._no_split_modules = set(self._no_split_modules or ()) & {
             type(module).__name__ for module in self.modules()
         }
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the language model: while it is trained, other parts may be in float32 beside it."""
+        (language_model,) = (
+            module for name, module in self.named_modules() if name in ("language_model", "model.language_model")
+        )
+        return next(weight.dtype for weight in language_model.parameters() if weight.is_floating_point())
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """As of transformers; of a name that the encoder does not support, the encoder takes its own."""
@@ -179,14 +170,15 @@ class ELMModel(ELMPreTrainedModel):
         """
         if self.connector is None:
             raise ValueError("This ELM is text only (architecture='text'): it has no encoder or connector for an ECG.")
+        dtype = next(self.connector.parameters()).dtype  # float32 while it is trained, whatever the encoder is in
         if self.encoder is None:
             ecgs = self._checked(ecg_values)
-            return self.connector(without_missing_leads(ecgs, ecg_lead_mask).to(self.dtype))
+            return self.connector(without_missing_leads(ecgs, ecg_lead_mask).to(dtype))
         if encoder_features is None:
             encoder_features = self.get_encoder_features(
                 ecg_values, pixel_values, pixel_attention_mask, spatial_shapes, ecg_lead_mask
             )
-        return self.connector(encoder_features)
+        return self.connector(encoder_features.to(dtype))
 
     def get_encoder_features(
         self,
@@ -327,25 +319,7 @@ class ELMModel(ELMPreTrainedModel):
         return outputs
 
 
-class LogitsOfMoreIds(LogitsProcessorList):
-    """Processors that look up the scores of all tokens of the prompt, such as a repetition penalty, where some have none: those
-    of ECGs, whose ids lie beyond the vocabulary.
-
-    Args:
-        num_beyond: how many ids there are beyond it.
-    """
-
-    def __init__(self, processors: LogitsProcessorList, num_beyond: int):
-        super().__init__(processors)
-        self.num_beyond = num_beyond
-
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        """As of transformers: [batch, tokens] and [batch, vocabulary] -> [batch, vocabulary]."""
-        more: Any = nn.functional.pad(scores, (0, self.num_beyond), value=-torch.inf)
-        return super().__call__(input_ids, more, **kwargs)[:, : scores.shape[1]]
-
-
-class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
+class ELMForConditionalGeneration(ELMPreTrainedModel, ELMGenerationMixin):
     """An ELM that answers in text.
 
     Args:
@@ -386,6 +360,8 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
     ) -> "ELMForConditionalGeneration":
         """Builds an ELM around a pretrained language model; the connector starts at random.
 
+        What is beside the language model is not in its dtype: a new part is in float32, a pretrained encoder as it was saved.
+
         Args:
             llm: Hub id or local folder of any causal language model; of one that reads pictures or sounds too, the text part.
             encoder: Hub id or local folder of a pretrained ECG encoder, or of a model whose vision tower is taken. None: the
@@ -409,10 +385,10 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
         config_kwargs["attn_implementation"] = {"text_config": text_config._attn_implementation}  # None would unset it
         config = ELMConfig(text_config=text_config, **config_kwargs)
         model = cls(config, encoder=encoder_model, llm=llm_model)
-        new_parts: list[nn.Module | None] = [model.model.encoder, model.model.connector]
-        for part in new_parts:  # not the language model, whose rotary frequencies stay in float32
+        parts: list[nn.Module | None] = [model.model.encoder, model.model.connector, model.model.signal_embeddings]
+        for part in parts:  # a quantized language model is where it computes
             if part is not None:
-                part.to(llm_model.dtype)
+                part.to(llm_model.device)
         if not is_deepspeed_zero3_enabled():  # there no process holds the weights to run it
             model._check_same_logits(llm_model)
         return model
@@ -518,94 +494,6 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def prepare_inputs_for_generation(  # type: ignore[override]  # by keyword, as transformers calls it
-        self,
-        input_ids: torch.LongTensor,
-        inputs_embeds: torch.Tensor | None = None,  # named here, as `generate` looks for it in the signature
-        is_first_iteration: bool | None = False,
-        use_cache: bool | None = True,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """As of transformers; the ECGs go with the prompt alone, as the cache holds them then."""
-        ecg_inputs = {name: kwargs.pop(name) for name in ECG_INPUTS if name in kwargs}  # transformers forwards the rest
-        # transformers wants of `self` attributes that no model declares
-        model_inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, use_cache=use_cache, **kwargs
-        )
-        cache = kwargs.get("past_key_values")
-        # without a cache every step reads the whole prompt; the first step of a draft model does too
-        if is_first_iteration or not use_cache or (cache is not None and cache.get_seq_length() == 0):
-            model_inputs.update(ecg_inputs)
-        return model_inputs
-
-    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        """As of transformers, for prompts with ids beyond the vocabulary."""
-        processors = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]
-        config = self.config
-        end = max(config.signal_token_ids.stop, 0 if config.ecg_token_id is None else config.ecg_token_id + 1)
-        num_beyond = max(0, end - config.text_config.vocab_size)
-        return LogitsOfMoreIds(processors, num_beyond) if processors and num_beyond else processors
-
-    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        """As of transformers; what drafts from the text alone gets no ECGs, nor ids beyond the vocabulary. What it drafts is checked
-        by this model, which sees the ECGs."""
-        draft = kwargs.get("assistant_model")
-        unread = set(ECG_INPUTS)
-        if draft is not None:
-            unread -= inspect.signature(draft.forward).parameters.keys()
-            kwargs["model_kwargs"] = {
-                name: value for name, value in kwargs["model_kwargs"].items() if name not in unread
-            }
-        generator: Any = super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
-        if draft is not None and not unread:  # another ELM
-            return generator
-        get_candidates, vocab_size = generator.get_candidates, self.config.text_config.vocab_size
-
-        def of_text(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-            found, logits = get_candidates(input_ids.masked_fill(input_ids.ge(vocab_size), 0), *args, **kwargs)
-            return torch.cat([input_ids, found[:, input_ids.shape[1] :]], dim=1), logits
-
-        generator.get_candidates = of_text
-        return generator
-
-    def _prefill(
-        self,
-        input_ids: torch.LongTensor,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        is_first_iteration: bool = True,
-    ) -> Any:
-        """As of transformers; with `prefill_chunk_size` the ECGs become embeddings once, of which each chunk gets its own."""
-        if generation_config.prefill_chunk_size is not None and is_first_iteration:
-            ecg_inputs = {name: model_kwargs.pop(name) for name in ECG_INPUTS if model_kwargs.get(name) is not None}
-            if ecg_inputs:
-                features = self.get_ecg_features(**ecg_inputs)
-                model_kwargs["mm_encoder_outputs"] = {"ecg": BaseModelOutputWithPooling(pooler_output=features)}
-        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)  # type: ignore[misc]
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.LongTensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[torch.LongTensor, dict[str, Any]]:
-        """Samples hold different numbers of ECGs, so each sample's group of ECGs is repeated, not each ECG."""
-        ecg_inputs = {name: model_kwargs.pop(name) for name in ECG_INPUTS if model_kwargs.get(name) is not None}
-        if ecg_inputs and expand_size > 1:
-            if input_ids is None or input_ids.shape[1] == 0:  # empty beside inputs_embeds
-                raise ValueError(
-                    "Beams and several sequences need input_ids beside the ECGs, to tell which ECGs belong to which text."
-                )
-            placeholders: torch.Tensor = input_ids == self.config.ecg_token_id  # type: ignore[assignment]  # no bool
-            sizes = (placeholders.sum(-1) // self.config.num_ecg_tokens).tolist()  # ECGs of each sample
-            for name, values in ecg_inputs.items():  # in the order of repeat_interleave, which expands the texts
-                ecg_inputs[name] = torch.cat([group for group in values.split(sizes) for _ in range(expand_size)])
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
-            expand_size, is_encoder_decoder, input_ids, **model_kwargs
-        )
-        return input_ids, {**model_kwargs, **ecg_inputs}
 
 
 ELMForConditionalGeneration.register_for_auto_class("AutoModelForCausalLM")  # the code is saved beside the weights

@@ -1,5 +1,6 @@
 import gc
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ from hypothesis import settings
 
 # two processes run tests at a time: more threads would only wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+_bases = tempfile.TemporaryDirectory(prefix="elm-base-models-")  # of adapters, as long as the tests run
+os.environ["ELM_BASE_MODELS"] = _bases.name
 
 # the same command gives the same result; HYPOTHESIS_EXAMPLES=1000 looks further
 settings.register_profile(

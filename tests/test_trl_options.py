@@ -364,18 +364,10 @@ def test_revision(llm, elm, monkeypatch):
 
 def test_how_the_model_is_loaded(llm):
     options = ["--elm", "fuyu", "--num_ecg_tokens", "5", "--dtype", "bfloat16", "--attn_implementation", "eager"]
+    options += ["--update", "connector"]
     model, _ = sft.build_base(*sft.parse(tiny_sft(llm, Path("d"), Path("o"), *options, encoder=None)))
     assert model.dtype == torch.bfloat16
     assert model.model.language_model.config._attn_implementation == "eager"
-
-
-@pytest.mark.parametrize(("dtype", "told"), [("bfloat16", True), ("float32", False)])
-def test_training_in_16_bits_is_told(llm, data, tmp_path, caplog, dtype, told):
-    options = ["--elm", "fuyu", "--num_ecg_tokens", "5", "--dtype", dtype]
-    parts = sft.parse(tiny_sft(llm, data, tmp_path, *options, encoder=None))
-    splits = {"train": load_from_disk(str(data))["train"], "validation": None}
-    sft.make_trainer(*parts, *sft.build_base(*parts), splits, RunOptions.of(*parts))
-    assert ("Weights of bfloat16 are trained" in caplog.text) is told
 
 
 def test_eos_token(llm, data, tmp_path):

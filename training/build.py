@@ -164,15 +164,8 @@ def build_processor(
     )
 
 
-def build_model(
-    args: ModelArguments, processor: ELMProcessor, in_vocabulary: bool = False, **llm_kwargs: Any
-) -> ELMForConditionalGeneration:
-    """An ELM around the pretrained language model, which stays as it is; tokens of symbolic ECGs get embeddings of their own.
-
-    Args:
-        in_vocabulary: leave those tokens to the vocabulary, as in the reference.
-        llm_kwargs: for `from_pretrained` of the language model (`dtype`, `attn_implementation`, `revision`, ...).
-    """
+def elm_fields(args: ModelArguments, processor: ELMProcessor, in_vocabulary: bool = False) -> dict[str, Any]:
+    """The fields of a new ELM's configuration, without those of its pretrained parts."""
     num_leads = len(processor.feature_extractor.lead_names)
     names = ("architecture", "connector", "representation", "num_ecg_tokens", "image_features", "num_samples")
     config: dict[str, Any] = {name: getattr(args, name) for name in names}
@@ -187,12 +180,28 @@ def build_model(
         config |= {"first_signal_token_id": ids[0], "num_signal_tokens": len(ids)}
     if args.architecture == "llava" and args.encoder_name_or_path is None:
         config["encoder_config"] = encoder_config(args, num_leads)  # a pretrained one brings its own
-    model = ELMForConditionalGeneration.from_encoder_llm_pretrained(
-        place_of_llm(args, llm_kwargs.get("revision") or "main"),
-        encoder=place_of_encoder(args),
-        llm_kwargs=llm_kwargs,
-        **config,
-    )
+    return config
+
+
+def build_model(
+    args: ModelArguments, processor: ELMProcessor, in_vocabulary: bool = False, **llm_kwargs: Any
+) -> ELMForConditionalGeneration:
+    """An ELM around the pretrained language model, which stays as it is; tokens of symbolic ECGs get embeddings of their own.
+
+    Args:
+        in_vocabulary: leave those tokens to the vocabulary, as in the reference.
+        llm_kwargs: for `from_pretrained` of the language model (`dtype`, `attn_implementation`, `revision`, ...).
+    """
+    place = place_of_llm(args, llm_kwargs.get("revision") or "main")
+    fields = elm_fields(args, processor, in_vocabulary)
+    return build_around(place, place_of_encoder(args), fields, processor, **llm_kwargs)
+
+
+def build_around(
+    llm: str, encoder: str | None, fields: dict[str, Any], processor: ELMProcessor, **llm_kwargs: Any
+) -> ELMForConditionalGeneration:
+    """As `build_model`, of the places of the pretrained parts and the `elm_fields`."""
+    model = ELMForConditionalGeneration.from_encoder_llm_pretrained(llm, encoder, llm_kwargs, **fields)
     if model.config.num_signal_tokens:
         spread_embeddings(model)
     text_config = model.config.get_text_config()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import tempfile
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.constants import HF_HOME
 from tqdm import tqdm
 
 from elm_ecg.training.files import read_json
@@ -20,6 +22,7 @@ MODEL_FILES += ["model*.safetensors", "model*.safetensors.index.json", "adapter_
 MODEL_FILES += ["chat_template.jinja", "additional_chat_templates/*.jinja", "tokenizer.json", "tokenizer_config.json"]
 MODEL_FILES += ["special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model"]
 CODE_FILES = ["*.py"]
+OPTIONS_FILE = "training_options.json"  # what the training run of a model was begun with
 PROGRESS_FROM = 2**30  # bytes: reading fewer takes no time
 
 
@@ -111,11 +114,24 @@ def folder_of(name_or_path: str, revision: str = "main") -> Path:
     raise ValueError(f"{name_or_path} is no folder here, and not in the Hub's cache at the revision {revision}.")
 
 
+def shared_bases() -> Path:
+    """Where bases of adapters lie that runs share: `ELM_BASE_MODELS`, by default below `HF_HOME`."""
+    return Path(os.environ.get("ELM_BASE_MODELS") or Path(HF_HOME) / "elm_ecg" / "base_models").absolute()
+
+
 def base_of_adapter(folder: Path) -> str:
-    """What an adapter is loaded on: a local folder, of which one that was moved along is `base_model`, or a Hub id."""
+    """What an adapter is loaded on: a local folder, which one that was moved has as `base_model`, or a Hub id.
+
+    Of an adapter that came from another machine it is the folder in which its base would be here, whether it is there or not.
+    """
     base = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "")
-    moved = folder / "base_model"
-    return str(moved) if not Path(base).exists() and moved.is_dir() else base
+    moved, options = folder / "base_model", folder / OPTIONS_FILE
+    if Path(base).exists():
+        return base
+    if moved.is_dir():  # older adapters have it beside them
+        return str(moved)
+    recipe = read_json(options).get("base") if options.is_file() else None
+    return base if recipe is None else str(shared_bases() / recipe["name"])
 
 
 def _adapter(folder: Path) -> tuple[bytes, str]:
@@ -130,6 +146,8 @@ def _adapter(folder: Path) -> tuple[bytes, str]:
         if Path(base).resolve() == folder.resolve():
             raise ValueError(f"{folder / 'adapter_config.json'} names its own folder as base_model_name_or_path.")
         return content, digest_of_folder(base)
+    if Path(base).is_absolute():
+        raise ValueError(f"The adapter's base {base} is not here; load the adapter, which makes it again where it can.")
     try:
         return content, f"{base}@{folder_of(base, revision).name}"  # a commit is a digest of its files
     except ValueError:

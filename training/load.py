@@ -1,5 +1,6 @@
 """A saved ELM or LoRA adapter, checked as it is loaded."""
 
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -7,14 +8,17 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from elm_ecg.modeling_common import some_of
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
+from elm_ecg.training.base_models import find_base
 from elm_ecg.training.chat_templates import stop_at_end_of_turn
-from elm_ecg.training.digest import base_of_adapter
+from elm_ecg.training.digest import OPTIONS_FILE, base_of_adapter, shared_bases
+from elm_ecg.training.files import read_json
 from elm_ecg.training.model_files import (
     check_config,
     check_finite,
@@ -23,6 +27,8 @@ from elm_ecg.training.model_files import (
     loading,
     model_folder,
 )
+
+logger = logging.getLogger(__name__)
 
 SMALL_MODEL = 5_000_000  # parameters
 
@@ -44,7 +50,7 @@ def load_elm(
 
     Args:
         name_or_path: Hub id, or local folder of an ELM or of an adapter.
-        model_kwargs: for `from_pretrained` (`dtype`, `attn_implementation`, `device_map`, ...).
+        model_kwargs: for `from_pretrained` (`dtype`, `attn_implementation`, `device_map`, ...). All is in one dtype.
 
     Raises:
         ValueError: as `find_model_file`; or files are damaged, or do not go together, or hold too few weights, or NaN.
@@ -84,13 +90,14 @@ def _load_adapted(folder: Path, label: str, **model_kwargs: Any) -> ELMForCondit
             raise ValueError(
                 f"adapter_config.json does not name its base model (base_model_name_or_path is {config.base_model_name_or_path})."
             )
-    base_path = base_of_adapter(folder)
+    base_path = _base_of(folder)
     base_folder, _ = model_folder(base_path, ["config.json"], config.revision or "main", "The adapter's base")
     base = _load_whole(base_folder, f"The adapter's base {base_path}", **model_kwargs)
     # PEFT uses a name that transformers is about to change
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     with loading(folder, label), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+        warnings.filterwarnings("ignore", "All adapters are already merged")
         warnings.filterwarnings(
             "ignore", "(?s).*copying from a non-meta parameter"
         )  # on the meta device, where none is copied
@@ -112,4 +119,33 @@ def _load_adapted(folder: Path, label: str, **model_kwargs: Any) -> ELMForCondit
             )
         check_weights(folder, expected)
         check_finite(expected, "it")
-        return model.merge_and_unload()
+        return _merged(model)
+
+
+def _base_of(folder: Path) -> str:
+    """`base_of_adapter`, made again if it is gone from where runs share it."""
+    base, options = base_of_adapter(folder), folder / OPTIONS_FILE
+    if Path(base).exists() or Path(base).parent != shared_bases() or not options.is_file():
+        return base
+    recipe = read_json(options)["base"]
+    logger.warning("The adapter's base is not in %s; it is made again of %s.", base, recipe["llm"]["place"])
+    with loading(folder, f"The base of the adapter {folder}"):
+        return str(find_base(recipe, ELMProcessor.from_pretrained(folder, trust_remote_code=False)))
+
+
+def _merged(model: PeftModel) -> ELMForConditionalGeneration:
+    """The base model with the adapter in it, all in the base's dtype, to which each weight is rounded once: sums are in float32."""
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            base: Any = layer.get_base_layer()
+            weight = next(base.parameters())
+            if not weight.is_meta:  # those are elsewhere, and merged below
+                dtype = weight.dtype
+                base.to(torch.float32)
+                layer.merge()  # type: ignore[operator]
+                base.to(dtype)
+    merged: Any = model.merge_and_unload()  # what is saved whole takes its place
+    for part in (merged.model.encoder, merged.model.connector, merged.model.signal_embeddings):
+        if part is not None:
+            part.to(merged.dtype)  # they were trained in float32
+    return merged

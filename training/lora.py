@@ -4,7 +4,8 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from peft import LoraConfig
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig, get_peft_config
@@ -29,9 +30,41 @@ def freeze(model: ELMForConditionalGeneration, update: list[str]) -> None:
         raise ValueError(f"--update {' '.join(update)} leaves nothing to train in a {model.config.architecture} ELM.")
 
 
+def set_precision(model: ELMForConditionalGeneration, update: list[str], use_peft: bool, dtype: torch.dtype) -> None:
+    """Puts what is trained in full into float32, as small steps are lost in 16 bits, and what is frozen into `dtype`.
+
+    The statistics of batch norm stay in float32, and with them its weights.
+
+    Args:
+        use_peft: of the language model only an adapter is trained, which PEFT keeps in float32 itself.
+    """
+    elm = model.model
+    llm_in_full = "llm" in update and not use_peft
+    parts = [
+        (elm.encoder, "encoder" in update),
+        (elm.connector, True),  # small, whether it is trained or not
+        (elm.signal_embeddings, True),
+        (elm.language_model, llm_in_full),
+        (model.lm_head, llm_in_full),
+    ]
+    for part, trained in parts:
+        for module in () if part is None else part.modules():
+            if isinstance(module, nn.modules.batchnorm._NormBase):
+                continue
+            # of a language model the weights alone: its rotary frequencies are in float32
+            buffers = () if part is elm.language_model else module.buffers(recurse=False)
+            for tensor in (*module.parameters(recurse=False), *buffers):
+                if tensor.is_floating_point():  # quantized ones are not
+                    tensor.data = tensor.data.to(torch.float32 if trained else dtype)
+
+
 def lora_config(args: ELMArguments, model_args: ModelConfig, model: ELMForConditionalGeneration) -> LoraConfig:
     """LoRA on the language model's linear layers; connector and encoder, where updated, and the embeddings of symbolic ECGs are
-    trained in full."""
+    trained in full.
+
+    Of a new ELM the adapter holds all parts that are not pretrained, the frozen ones too (`freeze_new_parts`): its base, which
+    runs share, is made of pretrained weights.
+    """
     if "llm" not in args.update:
         raise ValueError(f"--peft adapts the language model, but --update is {' '.join(args.update)}; add llm to it.")
     modules, parameters = ([name for name, _ in pairs] for pairs in (model.named_modules(), model.named_parameters()))
@@ -47,10 +80,13 @@ def lora_config(args: ELMArguments, model_args: ModelConfig, model: ELMForCondit
         targets = rf".*language_model\..*\.({'|'.join(map(re.escape, targets))})"
     _check_ends("--lora_target_parameters", model_args.lora_target_parameters or [], parameters)
     _check_ends("--lora_modules_to_save", model_args.lora_modules_to_save or [], modules)
+    kept = {*args.update, "signal_embeddings"}
+    if model_args.model_name_or_path is None:
+        kept |= {"connector"} if args.encoder_name_or_path is not None else {"connector", "encoder"}
     parts = [
         f"model.{name}"
         for name in ("encoder", "connector", "signal_embeddings")
-        if name in (*args.update, "signal_embeddings") and getattr(model.model, name) is not None
+        if name in kept and getattr(model.model, name) is not None
     ]
     # PEFT compares the ends of names, and many a backbone has a part that is called encoder too
     if inner := [name for name, _ in model.named_modules() if name.endswith(tuple(parts)) and name not in parts]:
@@ -67,6 +103,26 @@ def lora_config(args: ELMArguments, model_args: ModelConfig, model: ELMForCondit
     config = get_peft_config(replace(model_args, **changes))
     assert isinstance(config, LoraConfig)
     return config
+
+
+def adapt_quantized(model: ELMForConditionalGeneration, config: LoraConfig, bits: int) -> PeftModel:
+    """The model with a new adapter on its language model, which is quantized to 4 or 8 `bits`.
+
+    PEFT asks the whole model whether it is quantized. TRL does so too, and would then train in bfloat16 all that is trained, the
+    parts that are trained in full among it: so the answer is given to PEFT alone.
+    """
+    setattr(model, f"is_loaded_in_{bits}bit", True)
+    adapted = get_peft_model(model, config)
+    setattr(model, f"is_loaded_in_{bits}bit", False)
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+def freeze_new_parts(model: nn.Module, update: list[str]) -> None:
+    """Freezes again what the adapter holds of encoder and connector though `update` does not name it: PEFT trains all that it saves."""
+    for name, parameter in model.named_parameters():
+        if any(f".model.{part}." in name and part not in update for part in ("encoder", "connector")):
+            parameter.requires_grad_("lora_" in name and parameter.requires_grad)
 
 
 def _check_ends(option: str, ends: list[str], names: list[str]) -> None:

@@ -21,11 +21,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import ModelConfig, SFTConfig
 
 from elm_ecg.training.arguments import ELMArguments
+from elm_ecg.training.digest import OPTIONS_FILE
 from elm_ecg.training.files import write_text
 
 logger = get_logger(__name__)  # of several processes the first speaks
 
-OPTIONS_FILE = "training_options.json"
 # options that say nothing of the run itself, or are nobody else's business
 NOT_KEPT = {"hub_token", "resume_from_checkpoint", "local_rank"}
 # options that may differ when a run goes on, because they change what is written, shown or measured, how far it goes, or how
@@ -53,11 +53,13 @@ class RunOptions:
         options: every option of `elm sft` by its name, secrets left out, and how many processes there were.
         data: `rows` and `fingerprint` of the training data; None for a stream.
         started: when the run was begun; it tells the checkpoints of two runs in one folder apart.
+        base: what the base of an adapter is made of, see `base_models`; None of another model, or where the base was saved before.
     """
 
     options: dict[str, Any]
     data: dict[str, Any] | None
     started: str
+    base: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig) -> "RunOptions":
@@ -88,7 +90,7 @@ class RunOptions:
             return None
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            return cls(dict(content["options"]), content["data"], str(content["started"]))
+            return cls(dict(content["options"]), content["data"], str(content["started"]), content.get("base"))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
 
@@ -96,6 +98,7 @@ class RunOptions:
         """Writes `OPTIONS_FILE`."""
         packages = {name: version(name) for name in ("elm-ecg", "torch", "transformers", "trl", "peft")}
         content = {"started": self.started, "packages": packages, "data": self.data, "options": self.options}
+        content |= {} if self.base is None else {"base": self.base}
         write_text(folder / OPTIONS_FILE, json.dumps(content, indent=2) + "\n")
 
     def go_on(self, checkpoint: Path) -> None:

@@ -3,21 +3,22 @@
 import json
 import logging
 import os
-import shutil
 import sys
 import warnings
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import SchedulerType, get_scheduler
 from transformers.integrations import get_available_reporting_integrations, is_deepspeed_zero3_enabled
-from trl import ModelConfig, SFTConfig
+from trl import ModelConfig, SFTConfig, get_quantization_config
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import PARTS, AugmentationArguments, ELMArguments, ELMParser, new_elm_options
+from elm_ecg.training.base_models import find_base, read_recipe, recipe_of
 from elm_ecg.training.build import build_model, build_processor
 from elm_ecg.training.chat_templates import set_chat_template, stop_at_end_of_turn
 from elm_ecg.training.collator import ELMCollator
@@ -25,19 +26,25 @@ from elm_ecg.training.command_line import run_command
 from elm_ecg.training.data.loading import load_data, load_stream
 from elm_ecg.training.evaluation.results import move_old_results
 from elm_ecg.training.features import FOLDER, EncoderFeatures
-from elm_ecg.training.files import check_output_folder, let_others_read_weights, naming, write_text
+from elm_ecg.training.files import check_output_folder, write_text
 from elm_ecg.training.load import limit_threads, load_elm
-from elm_ecg.training.lora import freeze, lora_config
+from elm_ecg.training.lora import adapt_quantized, freeze, freeze_new_parts, lora_config, set_precision
 from elm_ecg.training.model_files import find_model_file
 from elm_ecg.training.muon import MUON, SFTConfigWithMuon, muon_options
 from elm_ecg.training.packing import ROW_TOKENS
 from elm_ecg.training.resume import RunOptions, checkpoint_to_resume, fingerprint
 from elm_ecg.training.sharing.cards import write_model_card
-from elm_ecg.training.trainer import UNFINISHED, CountEpochs, ELMTrainer, replace_model
+from elm_ecg.training.trainer import CountEpochs, ELMTrainer, replace_model
 from elm_ecg.training.trl_options import NEEDED, REFUSED, REFUSED_VALUES
 
 logger = logging.getLogger(__name__)
 
+# parts of a saved ELM that --load_in_4bit and --load_in_8bit leave as they are
+NOT_QUANTIZED = ["model.encoder", "model.connector", "model.signal_embeddings", "lm_head"]
+# defaults of --learning_rate, of full training and of LoRA; the sweep that they come from stands in the README
+LEARNING_RATES = {False: 2e-5, True: 2e-4}
+BY_SIZE = 2  # of --gradient_checkpointing, where nothing is said; any other true value would do, None becomes False
+CHECKPOINTED_FROM = 1_000_000_000  # parameters, from which on it then is true
 METRICS = ("loss", "mean_token_accuracy", "entropy")  # that TRL's trainer measures of a validation split
 
 
@@ -54,6 +61,8 @@ def make_parser(prog: str = "elm sft") -> ELMParser:
         dataloader_pin_memory=torch.accelerator.is_available(),  # without one PyTorch warns of it
         bf16=None if torch.cuda.is_available() else False,  # bf16 on a CPU is slow
         logging_nan_inf_filter=False,  # it would log a loss that is no number as 0
+        learning_rate=None,  # see LEARNING_RATES
+        gradient_checkpointing=BY_SIZE,
     )
     options = parser._option_string_actions  # TRL's own texts are not true here: nothing is cut
     options["--max_length"].help = "Tokens that a chat may have; a longer one is an error. Default: what the LLM reads."
@@ -66,6 +75,11 @@ def make_parser(prog: str = "elm sft") -> ELMParser:
     options["--optim"].help = (
         "Optimizer; muon: Muon for the matrices of the language model, AdamW for all else. --optim_args says of Muon lr=, momentum=, "
         "weight_decay= and adjust_lr_fn=, by default as of --learning_rate and --weight_decay, with updates of AdamW's size."
+    )
+    options["--learning_rate"].help = "Of AdamW at first. Default: 2e-5, and 2e-4 with --use_peft."
+    options["--gradient_checkpointing"].help = (
+        "Keep the activations of few layers and compute the others again: less memory for a third more time. Default: for models of at "
+        "least a billion parameters."
     )
     options["--pad_to_multiple_of"].help = "Pad batches to a multiple of so many tokens."
     options[
@@ -105,6 +119,8 @@ def parse(argv: list[str] | None = None, prog: str = "elm sft") -> tuple[ELMArgu
         )
     if training_args.optim == MUON:
         _check_muon(args, training_args, model_args)
+    if training_args.learning_rate is None:
+        training_args.learning_rate = LEARNING_RATES[model_args.use_peft]
     if args.wandb and "wandb" not in training_args.report_to:
         training_args.report_to = [*training_args.report_to, "wandb"]  # a list by now, whatever was said
     _check(training_args, model_args)
@@ -145,6 +161,8 @@ def _check(training_args: SFTConfig, model_args: ModelConfig) -> None:
         ) from error
     if training_args.activation_offloading and training_args.device.type == "cpu":
         raise ValueError("--activation_offloading takes memory from a GPU, and there is none; leave it out.")
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        _check_quantization(training_args, model_args)
     if model_args.lora_target_parameters and model_args.lora_dropout:
         raise ValueError(
             f"--lora_target_parameters with --lora_dropout {model_args.lora_dropout}: PEFT has no dropout for parameters that are not "
@@ -160,6 +178,22 @@ def _check_muon(args: ELMArguments, training_args: SFTConfig, model_args: ModelC
         raise ValueError(
             f"--optim {MUON} is for the matrices of the language model, which {trained}; leave --optim out, or train them in full."
         )
+
+
+def _check_quantization(training_args: SFTConfig, model_args: ModelConfig) -> None:
+    """ValueError if the language model cannot be quantized as asked."""
+    option = "--load_in_4bit" if model_args.load_in_4bit else "--load_in_8bit"
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"{option} needs the package bitsandbytes, which is not installed: `uv sync --extra quantized` or "
+            "`pip install bitsandbytes`."
+        )
+    if training_args.device.type not in ("cuda", "xpu", "cpu"):
+        raise ValueError(
+            f"{option}: bitsandbytes has no {training_args.device.type} version; leave it out, or add --use_cpu."
+        )
+    if model_args.load_in_4bit and model_args.dtype == "auto":
+        raise ValueError("--load_in_4bit with --dtype auto: say in which it computes, --dtype bfloat16 or float32.")
 
 
 def load_splits(args: ELMArguments, training_args: SFTConfig) -> dict[str, Any]:
@@ -180,16 +214,24 @@ def load_splits(args: ELMArguments, training_args: SFTConfig) -> dict[str, Any]:
 
 
 def build_base(
-    args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig, resumed: bool = False
+    args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig
 ) -> tuple[ELMForConditionalGeneration, ELMProcessor]:
-    """The ELM to train: a saved one (`--model_name_or_path`) or a new one.
+    """The ELM to train, a saved one (`--model_name_or_path`) or a new one, and its processor.
 
-    LoRA leaves its base as it is, and the adapter needs it again: a new one is saved under `output_dir/base_model`.
-
-    Raises:
-        ValueError: an adapter of an earlier run is in `output_dir`, and would lose its base.
+    LoRA leaves its base as it is, and the adapter needs it again: that of a new ELM is where other runs find it too.
     """
     kwargs: dict[str, Any] = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+    in_full = "llm" in args.update and not model_args.use_peft
+    if in_full and model_args.dtype in ("bfloat16", "float16"):
+        kwargs["dtype"] = "float32"
+        logger.warning(
+            "--dtype %s: all weights of the language model are trained, so they stay in float32, in which small steps are not lost. "
+            "--bf16 computes in 16 bits.",
+            model_args.dtype,
+        )
+    quantization = get_quantization_config(model_args)
+    if quantization is not None:
+        kwargs["quantization_config"] = quantization
     name = model_args.model_name_or_path
     if name is not None:
         if unused := new_elm_options(args):
@@ -200,33 +242,27 @@ def build_base(
             )
         if model_args.use_peft and os.path.isdir(name):
             name = os.path.abspath(name)  # the adapter names it, for any working directory
+        if quantization is not None:
+            quantization.llm_int8_skip_modules = NOT_QUANTIZED  # of 4 bits too, in spite of its name
+        elif kwargs["dtype"] != "auto":
+            kwargs["dtype"] = "float32"  # what is trained passes through no other; what is not takes its own below
         model, processor = load_elm(name, revision=model_args.model_revision, **kwargs)
         set_chat_template(processor, training_args.chat_template_path)
         stop_at_end_of_turn(model, processor)
-        return model, processor
-    processor = build_processor(args, model_args.model_revision)
-    set_chat_template(processor, training_args.chat_template_path)
-    if not model_args.use_peft:
-        return build_model(args, processor, revision=model_args.model_revision, **kwargs), processor
-    folder = Path(str(training_args.output_dir)).absolute()
-    base, unfinished = folder / "base_model", folder / UNFINISHED / "base_model"
-    with training_args.main_process_first(desc="building the base model"):
-        kept = resumed and base.is_dir()  # a resumed adapter goes with the base that is there
-        if training_args.process_index == 0 and not kept:
-            if base.is_dir() and (folder / "adapter_config.json").is_file():
-                raise ValueError(f"--output_dir {folder} holds an adapter and its base; name another, or remove it.")
-            model = build_model(args, processor, revision=model_args.model_revision, **kwargs)
-            try:
-                with naming(base):
-                    model.save_pretrained(unfinished)
-                    processor.save_pretrained(unfinished)
-                    let_others_read_weights(unfinished)
-                shutil.rmtree(base, ignore_errors=True)  # of a run that did not end
-                os.replace(unfinished, base)
-            finally:
-                shutil.rmtree(unfinished.parent, ignore_errors=True)
-            logger.info("Base model of the adapter: %s", base)
-    return load_elm(str(base), **kwargs)  # so that all processes have the same weights
+    else:
+        processor = build_processor(args, model_args.model_revision)
+        set_chat_template(processor, training_args.chat_template_path)
+        needs_base = model_args.use_peft and training_args.process_index == 0  # which saves the adapter
+        if needs_base:
+            base = find_base(recipe_of(args, processor, model_args.model_revision), processor)
+        model = build_model(args, processor, revision=model_args.model_revision, **kwargs)
+        if needs_base:
+            model.name_or_path = str(base)  # PEFT writes it into the adapter's configuration
+    wanted = model_args.dtype
+    set_precision(
+        model, args.update, model_args.use_peft, model.dtype if wanted == "auto" else getattr(torch, str(wanted))
+    )
+    return model, processor
 
 
 def make_trainer(
@@ -239,9 +275,11 @@ def make_trainer(
     options: RunOptions,
 ) -> ELMTrainer:
     """TRL's trainer, which trains the parts of `--update` or a LoRA adapter."""
-    peft_config = lora_config(args, model_args, model) if model_args.use_peft else None
+    peft_config, adapted = lora_config(args, model_args, model) if model_args.use_peft else None, None
     if peft_config is None:  # PEFT itself freezes all that the adapter does not train
         freeze(model, args.update)
+    elif model_args.load_in_4bit or model_args.load_in_8bit:
+        adapted, peft_config = adapt_quantized(model, peft_config, 4 if model_args.load_in_4bit else 8), None
     changes = {option.name: getattr(args, option.name) for option in fields(AugmentationArguments)}
     collator = ELMCollator(
         processor,
@@ -253,14 +291,16 @@ def make_trainer(
         seed=training_args.seed,
         **changes,
     )
+    if training_args.gradient_checkpointing == BY_SIZE:
+        checkpointed = sum(parameter.numel() for parameter in model.parameters()) >= CHECKPOINTED_FROM
+        training_args.gradient_checkpointing = training_args.activation_checkpointing = checkpointed
     # TRL would do again, or otherwise, what the collator and `build_base` have done
     training_args.max_length, training_args.assistant_only_loss, training_args.chat_template_path = None, False, None
     training_args.padding_free = training_args.packing = False
     training_args.dataset_kwargs = {"skip_prepare_dataset": True}  # TRL would tokenize the chats, without their ECGs
-    head = model.lm_head
     trainer = ELMTrainer(
         options=options,
-        model=model,
+        model=model if adapted is None else adapted,
         args=training_args,
         train_dataset=splits["train"].sources[0] if args.streaming else splits["train"],
         eval_dataset=splits["validation"],
@@ -271,18 +311,11 @@ def make_trainer(
     )
     trainer.train_dataset = splits["train"]  # of a stream TRL checks that it is of `datasets`
     assert trainer.model is not None
-    trained = {parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad}
-    if halves := sorted(str(dtype).removeprefix("torch.") for dtype in trained if dtype.itemsize < 4):
-        logger.warning(
-            "Weights of %s are trained, in which most small steps are lost; --dtype float32 with --bf16 computes in 16 bits and keeps "
-            "the weights in 32.",
-            ", ".join(halves),
-        )
     _check_trainer(args, trainer, model)
+    if model_args.use_peft:
+        freeze_new_parts(trainer.model, args.update)
     if args.cache_features is not None:
         trainer.features = keep_features(args.cache_features, model)
-    if model.lm_head is not head:
-        model.lm_head.register_parameter("bias", head.bias)  # TRL reads it, and PEFT's wrapper of the head has none
     return trainer
 
 
@@ -339,7 +372,8 @@ def train(args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig)
         options.data = fingerprint(splits["train"])
     if checkpoint is not None:
         options.go_on_with(checkpoint)
-    model, processor = build_base(args, training_args, model_args, checkpoint is not None)
+    model, processor = build_base(args, training_args, model_args)
+    options.base = read_recipe(str(model.name_or_path))
     if args.system_prompt is not None:
         processor.system_prompt = args.system_prompt
     limit_threads(model, training_args.device)

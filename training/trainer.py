@@ -310,5 +310,4 @@ def replace_model(new: Path, folder: Path) -> None:
                 path.unlink()
     for name in sorted(names, key=lambda name: name in CONFIGS):
         os.replace(new / name, folder / name)
-    if "adapter_config.json" not in names:
-        shutil.rmtree(folder / "base_model", ignore_errors=True)  # of an adapter that was here
+    shutil.rmtree(folder / "base_model", ignore_errors=True)  # of an older adapter that was here

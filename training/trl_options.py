@@ -3,7 +3,6 @@
 What the trainer and its data do with an option is not the same for an ELM as for a language model: its chats become batches in
 `ELMCollator`, where the ECGs are. An option that would change nothing there, or something else than it says, is an error."""
 
-_QUANTIZED = "quantized language models are not supported yet. --use_peft and --gradient_checkpointing save memory"
 _CUT = "a chat is not cut, as that could go through its ECG. --packing_strategy bfd packs whole chats"
 _SHARED = (
     "training shares nothing. When it is done, `elm push FOLDER --repo_id OWNER/NAME` shares model, card and scores"
@@ -19,8 +18,6 @@ _CODE = "the code of others is not run. --llm takes the models whose code is in 
 
 # option -> why any value but its default is refused, and what to use instead
 REFUSED: dict[str, str] = {
-    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "use_bnb_nested_quant"), _QUANTIZED),
-    **dict.fromkeys(("bnb_4bit_quant_type", "bnb_4bit_quant_storage"), _QUANTIZED),
     **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo"), _SHARED),
     **dict.fromkeys(("hub_always_push", "hub_revision"), _SHARED),
     **dict.fromkeys(("include_for_metrics", "batch_eval_metrics", "prediction_loss_only"), _SCORED),
@@ -55,6 +52,8 @@ _OF_WORKERS = tuple(
 # option -> another, without which it changes nothing
 NEEDED: dict[str, str] = {
     **dict.fromkeys((*_OF_LORA, "lora_modules_to_save", "use_rslora", "use_dora"), "use_peft"),
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit"), "use_peft"),  # quantized weights cannot be trained
+    **dict.fromkeys(("use_bnb_nested_quant", "bnb_4bit_quant_type", "bnb_4bit_quant_storage"), "load_in_4bit"),
     **dict.fromkeys((*_OF_EVALUATION, "eval_use_gather_object"), "eval_strategy"),
     **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), "eval_strategy"),
     **dict.fromkeys(_OF_WORKERS, "dataloader_num_workers"),

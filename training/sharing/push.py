@@ -416,7 +416,8 @@ def with_base(
     base = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "")
     cleaned = files["adapter_config.json"]  # without local paths
     config = json.loads(cleaned if isinstance(cleaned, bytes) else cleaned.read_bytes())
-    local = next((path for path in (folder / "base_model", Path(base)) if base and path.is_dir()), None)
+    place = Path(base_of_adapter(folder))
+    local = place if base and place.is_dir() else None
     metadata: Any = card.data
     if local is not None:
         if args.pr and args.base_repo_id is None:

@@ -1,0 +1,329 @@
+"""What is trained by LoRA and in which precision, the base that its runs share, and quantized language models."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import load_from_disk
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from elm_ecg.modeling_elm import ELMForConditionalGeneration
+from elm_ecg.training import base_models, sft
+from elm_ecg.training.digest import OPTIONS_FILE, base_of_adapter, digest_of_folder
+from elm_ecg.training.load import load_elm
+from elm_ecg.training.lora import set_precision
+from elm_ecg.training.resume import RunOptions, fingerprint
+from helpers import TINY_VISION, fork_project, losses, save_tiny_data, save_tiny_llm, tiny_ecg_byte, tiny_sft
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return save_tiny_data(tmp_path_factory.mktemp("data"), without_ecg=5, train=12)
+
+
+@pytest.fixture(scope="module")
+def half_llm(tmp_path_factory) -> Path:
+    """Tied, and saved in 16 bits as those of the Hub are."""
+    folder = save_tiny_llm(tmp_path_factory.mktemp("half"), "qwen2_5")
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def of_representation(tmp_path_factory) -> dict[str, list[str]]:
+    folder = tmp_path_factory.mktemp("ecg_byte")
+    tiny_ecg_byte().save_pretrained(folder)
+    pictures = ["--encoder", "resnet", "--encoder_config", json.dumps(TINY_VISION["resnet"]), "--num_ecg_tokens", "4"]
+    return {
+        "signal": ["--encoder", "merl", "--encoder_config", '{"block": "basic", "depths": [1, 1], "widths": [8, 16]}'],
+        "symbolic": ["--representation", "symbolic", "--ecg_tokenizer", str(folder), "--lead_names", "I", "V1"],
+        "rgb": ["--representation", "rgb", *pictures],
+        "stacked_signal": ["--representation", "stacked_signal", *pictures],
+    }
+
+
+def run(llm: Path, data: Path, folder: Path, *options: str) -> sft.ELMTrainer:
+    """A trainer after its training, and what it trained saved with its logits of a batch."""
+    parts = sft.parse(tiny_sft(llm, data, folder, "--max_steps", "2", *options, encoder=None))
+    torch.manual_seed(parts[1].seed)
+    splits = {"train": load_from_disk(str(data))["train"], "validation": None}
+    model, processor = sft.build_base(*parts)
+    options_of_run = RunOptions.of(*parts)
+    options_of_run.data = fingerprint(splits["train"])
+    options_of_run.base = base_models.read_recipe(str(model.name_or_path))
+    trainer = sft.make_trainer(*parts, model, processor, splits, options_of_run)
+    trainer.train()
+    trainer.save_model(str(folder))
+    options_of_run.save(folder)
+    batch = trainer.data_collator([splits["train"][row] for row in (1, 5, 2)])
+    with torch.no_grad():
+        torch.save((batch, trainer.model.eval()(**batch).logits.float()), folder / "expected.pt")
+    return trainer
+
+
+LOAD = """
+import sys
+import torch
+from elm_ecg.training.load import load_elm
+batch, expected = torch.load(sys.argv[1] + "/expected.pt")
+with torch.no_grad():
+    model = load_elm(sys.argv[1], dtype="float32")[0]
+    print(float((model.eval()(**batch).logits - expected).abs().max()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("representation", "update"),
+    [
+        *itertools.product(["signal", "rgb"], ["llm", "connector llm", "encoder connector llm"]),
+        ("stacked_signal", "encoder connector llm"),
+        ("symbolic", "llm"),
+    ],
+)
+def test_a_saved_adapter_is_what_was_trained(representation, update, llm, data, of_representation, tmp_path):
+    """New parts too, whether they are trained or not; the base knows no seed."""
+    options = [*of_representation[representation], "--peft", "--update", *update.split(), "--seed", "3"]
+    trainer = run(llm, data, tmp_path, *options)
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    for part in ("encoder", "connector"):
+        assert any(f".model.{part}." in name for name in trained) == (part in update and representation != "symbolic")
+    assert not any("embed_tokens" in name or "lm_head" in name for name in trained)
+    assert any("signal_embeddings" in name for name in trained) == (representation == "symbolic")
+    process = fork_project(LOAD, str(tmp_path)).finish()
+    assert process.returncode == 0, process.stderr
+    assert float(process.stdout) < 1e-5
+
+
+@pytest.mark.parametrize("representation", ["signal", "symbolic", "rgb"])
+def test_what_is_trained_in_full_is_in_float32(representation, half_llm, data, of_representation, tmp_path):
+    options = [*of_representation[representation], "--dtype", "bfloat16"]
+    lora = run(half_llm, data, tmp_path / "lora", *options, "--peft")
+    dtypes = {name: parameter.dtype for name, parameter in lora.model.named_parameters()}
+    trained = {name for name, parameter in lora.model.named_parameters() if parameter.requires_grad}
+    assert {dtypes[name] for name in trained} == {torch.float32}
+    frozen = {dtypes[name] for name in dtypes if "language_model" in name and name not in trained}
+    assert frozen == {torch.bfloat16}
+    assert len(losses_of(lora)) == 2
+
+    full = run(half_llm, data, tmp_path / "full", *options, "--update", "connector", "llm")
+    model = full.model
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad or name.startswith("model.encoder.")
+        of_norm = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.modules.batchnorm._NormBase)
+        expected = torch.float32 if parameter.requires_grad or of_norm else torch.bfloat16
+        assert parameter.dtype == expected, name
+    for name, value in model.named_buffers():
+        assert "running" not in name or value.dtype == torch.float32
+    for dtype in (torch.bfloat16, torch.float32):  # to answer, all is in one
+        loaded, _ = load_elm(str(tmp_path / "lora"), dtype=dtype)
+        assert {tensor.dtype for tensor in loaded.parameters()} == {dtype}
+
+
+def losses_of(trainer) -> list[float]:
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def test_the_line_that_tells_of_float32(half_llm, data, of_representation, tmp_path, caplog):
+    argv = tiny_sft(half_llm, data, tmp_path, *of_representation["signal"], "--dtype", "bfloat16", encoder=None)
+    model, _ = sft.build_base(*sft.parse(argv))
+    assert "--dtype bfloat16: all weights of the language model are trained, so they stay in float32" in caplog.text
+    assert "--bf16 computes in 16 bits" in caplog.text
+    assert {parameter.dtype for parameter in model.model.language_model.parameters()} == {torch.float32}
+    caplog.clear()
+    model, _ = sft.build_base(*sft.parse([*argv, "--update", "connector"]))
+    assert caplog.text == ""
+    assert {parameter.dtype for parameter in model.model.language_model.parameters()} == {torch.bfloat16}
+
+
+def test_new_parts_pass_through_float32_alone(half_llm, data, of_representation, tmp_path):
+    """Of a saved ELM the trained weights too."""
+    argv = tiny_sft(half_llm, data, tmp_path / "run", *of_representation["signal"], "--peft", encoder=None)
+    models = []
+    for dtype in ("bfloat16", "float32"):
+        torch.manual_seed(0)
+        models.append(sft.build_base(*sft.parse([*argv, "--dtype", dtype]))[0])
+    for name in ("encoder", "connector"):
+        states = [model.model.get_submodule(name).state_dict() for model in models]
+        assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    processor = sft.build_base(*sft.parse(argv))[1]
+    models[1].save_pretrained(tmp_path / "elm")
+    processor.save_pretrained(tmp_path / "elm")
+    saved = tiny_sft(half_llm, data, tmp_path / "run", "--model_name_or_path", str(tmp_path / "elm"), encoder=None)
+    model, _ = sft.build_base(*sft.parse([*saved, "--peft", "--dtype", "bfloat16", "--update", "connector", "llm"]))
+    weight = model.model.connector.projection.weight
+    assert torch.equal(weight, models[1].model.connector.projection.weight)
+    assert (model.dtype, model.model.encoder.dtype) == (torch.bfloat16, torch.bfloat16)
+
+
+def test_an_adapter_is_merged_with_one_rounding(half_llm, data, of_representation, tmp_path):
+    """Into a base in 16 bits: as the sum in float32, rounded."""
+    run(half_llm, data, tmp_path, *of_representation["signal"], "--peft", "--lr", "0.1")
+    exact, _ = load_elm(str(tmp_path), dtype=torch.float32)
+    rounded, _ = load_elm(str(tmp_path), dtype=torch.bfloat16)
+    for (name, one), other in zip(exact.named_parameters(), rounded.parameters(), strict=True):
+        assert torch.equal(one.to(torch.bfloat16), other), name
+
+
+class TestBase:
+    """The base of an adapter, which its runs share."""
+
+    @pytest.fixture(autouse=True)
+    def bases(self, tmp_path, monkeypatch) -> Path:
+        monkeypatch.setenv("ELM_BASE_MODELS", str(tmp_path / "bases"))
+        return tmp_path / "bases"
+
+    def adapter(self, llm, data, folder, *options) -> Path:
+        sft.main(tiny_sft(llm, data, folder, "--max_steps", "1", "--peft", *options))
+        return folder
+
+    def test_is_written_once_in_the_dtype_of_the_llm(self, half_llm, data, bases, tmp_path):
+        one = self.adapter(half_llm, data, tmp_path / "one")
+        (base,) = bases.glob("*/")
+        before = {path: path.stat().st_mtime_ns for path in base.iterdir()}
+        copied = shutil.copytree(half_llm, tmp_path / "llm")  # the same weights elsewhere
+        other = self.adapter(copied, data, tmp_path / "other", "--seed", "1", "--dtype", "bfloat16", "--lora_r", "4")
+        assert {path: path.stat().st_mtime_ns for path in base.iterdir()} == before
+        assert base_of_adapter(one) == base_of_adapter(other) == str(base)
+        assert not (one / "base_model").exists()
+        weights = load_file(base / "model.safetensors")
+        assert {value.dtype for name, value in weights.items() if "language_model" in name} == {torch.bfloat16}
+        logits = [load_elm(str(folder))[0](input_ids=torch.arange(9)[None]).logits for folder in (one, other)]
+        assert not torch.equal(*logits)
+        self.adapter(half_llm, data, tmp_path / "third", "--connector", "mlp")
+        assert len(list(bases.glob("*/"))) == 2
+
+    def test_is_made_again(self, llm, data, bases, tmp_path, monkeypatch, caplog):
+        """Where the cache was cleaned, or the adapter came from another machine."""
+        adapter = self.adapter(llm, data, tmp_path / "adapter")
+        digest = digest_of_folder(adapter)
+        expected = load_elm(str(adapter))[0].state_dict()
+        shutil.rmtree(bases)
+        with pytest.raises(ValueError, match=r"The adapter's base .* is not here"):
+            digest_of_folder(adapter)
+        monkeypatch.setenv("ELM_BASE_MODELS", str(tmp_path / "here"))
+        found = load_elm(str(adapter))[0].state_dict()
+        assert "it is made again of" in caplog.text
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
+        assert digest_of_folder(adapter) == digest
+        assert Path(base_of_adapter(adapter)).parent == tmp_path / "here"
+
+    def test_of_another_llm_is_not_taken(self, llm, data, bases, tmp_path):
+        llm = shutil.copytree(llm, tmp_path / "llm")
+        adapter = self.adapter(llm, data, tmp_path / "adapter")
+        shutil.rmtree(bases)
+        model = AutoModelForCausalLM.from_pretrained(llm)
+        model.get_output_embeddings().weight.data += 1
+        model.save_pretrained(llm)
+        with pytest.raises(
+            ValueError, match=r"--llm .* holds other weights than those that the adapter was trained with"
+        ):
+            load_elm(str(adapter))
+        shutil.rmtree(llm)
+        with pytest.raises(ValueError, match=r"--llm .*llm is no"):
+            load_elm(str(adapter))
+        (adapter / OPTIONS_FILE).unlink()
+        with pytest.raises(ValueError, match=r"The adapter's base .* is no folder here"):
+            load_elm(str(adapter))
+
+    def test_an_older_adapter_has_it_beside(self, llm, data, bases, tmp_path):
+        adapter = self.adapter(llm, data, tmp_path / "adapter")
+        expected = load_elm(str(adapter))[0].state_dict()
+        shutil.move(base_of_adapter(adapter), adapter / "base_model")
+        (adapter / OPTIONS_FILE).unlink()
+        found = load_elm(str(adapter))[0].state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
+        assert not list(bases.glob("*/"))
+
+    def test_frozen_new_parts_stay_frozen_after_a_resume(self, llm, data, tmp_path):
+        options = ["--update", "llm", "--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2"]
+        whole, parts = tmp_path / "whole", tmp_path / "parts"
+        self.adapter(llm, data, whole, *options)
+        shutil.copytree(whole / "checkpoint-2", parts / "checkpoint-2")
+        self.adapter(llm, data, parts, *options, "--resume_from_checkpoint", "last")
+        assert losses(parts) == losses(whole)
+        first, last = (load_file(parts / name / "adapter_model.safetensors") for name in ("checkpoint-2", "."))
+        moved = {name for name, value in last.items() if not torch.equal(value, first[name])}
+        assert moved
+        assert all("lora_" in name for name in moved)
+
+
+class TestQuantized:
+    """bitsandbytes computes on the CPU too."""
+
+    @pytest.fixture(scope="class")
+    def wide_llm(self, tmp_path_factory) -> Path:
+        return save_tiny_llm(tmp_path_factory.mktemp("wide"), hidden_size=64, intermediate_size=128)
+
+    @pytest.mark.parametrize("bits", [4, 8])
+    @pytest.mark.parametrize("representation", ["signal", "symbolic"])
+    def test_trains_saves_and_resumes(self, bits, representation, wide_llm, data, of_representation, tmp_path):
+        bnb = pytest.importorskip("bitsandbytes", reason="the extra quantized is not installed")
+        options = [*of_representation[representation], "--peft", f"--load_in_{bits}bit", "--max_steps", "8"]
+        trainer = run(wide_llm, data, tmp_path, *options, "--save_strategy", "steps", "--save_steps", "4")
+        model = trainer.model.base_model.model
+        kind = bnb.nn.Linear4bit if bits == 4 else bnb.nn.Linear8bitLt
+        quantized = {name for name, module in model.named_modules() if isinstance(module, kind)}
+        assert len(quantized) == 14  # 7 linear layers in each of 2 blocks
+        assert all(".language_model.layers." in name for name in quantized)
+        values = losses_of(trainer)
+        assert sum(values[-3:]) < sum(values[:3])
+        trained = {name: value.dtype for name, value in trainer.model.named_parameters() if value.requires_grad}
+        assert set(trained.values()) == {torch.float32}
+        base = load_file(Path(base_of_adapter(tmp_path)) / "model.safetensors")
+        assert {value.dtype for value in base.values() if value.is_floating_point()} == {torch.float32}
+        assert base["model.language_model.layers.0.mlp.up_proj.weight"].shape == (128, 64)
+        batch, expected = torch.load(tmp_path / "expected.pt")
+        with torch.no_grad():  # the base is not rounded, so they differ a little
+            error = (load_elm(str(tmp_path))[0](**batch).logits - expected).std() / expected.std()
+        assert error < 0.3
+        (tmp_path / "parts").mkdir()
+        shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "parts" / "checkpoint-4")
+        argv = tiny_sft(wide_llm, data, tmp_path / "parts", *options, "--save_strategy", "steps", "--save_steps", "4", encoder=None)  # fmt: skip
+        sft.main([*argv, "--resume_from_checkpoint", "last"])
+        assert losses(tmp_path / "parts") == pytest.approx(values, abs=1e-4)
+
+    def test_of_a_saved_elm(self, wide_llm, data, of_representation, tmp_path):
+        pytest.importorskip("bitsandbytes", reason="the extra quantized is not installed")
+        sft.main(tiny_sft(wide_llm, data, tmp_path / "elm", "--max_steps", "1", encoder="mtae"))
+        options = ["--model_name_or_path", str(tmp_path / "elm"), "--peft", "--load_in_8bit"]
+        model = run(wide_llm, data, tmp_path / "lora", *options).model.base_model.model
+        dtypes = {name.split(".")[1]: value.dtype for name, value in model.named_parameters() if "weight" in name}
+        assert dtypes["encoder"] == dtypes["connector"] == torch.float32
+        assert {value.dtype for value in model.model.language_model.parameters()} == {torch.int8, torch.float32}
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--load_in_4bit"], "--load_in_4bit changes nothing without --use_peft"),
+            (["--peft", "--bnb_4bit_quant_type", "fp4"], "changes nothing without --load_in_4bit"),
+            (["--peft", "--load_in_4bit", "--load_in_8bit"], "8 bit and 4 bit precision at the same time"),
+            (["--peft", "--load_in_4bit", "--dtype", "auto"], "--load_in_4bit with --dtype auto: say in which"),
+        ],
+    )
+    def test_what_does_not_go_together(self, options, message, llm, data, tmp_path, monkeypatch):
+        monkeypatch.setattr(sft, "find_spec", lambda name: name)
+        with pytest.raises(ValueError, match=message):
+            sft.parse(tiny_sft(llm, data, tmp_path, *options))
+
+    def test_without_the_package(self, llm, data, tmp_path, monkeypatch):
+        monkeypatch.setattr(sft, "find_spec", lambda name: None)
+        with pytest.raises(
+            ValueError, match="--load_in_8bit needs the package bitsandbytes, which is not installed: `uv sync"
+        ):
+            sft.parse(tiny_sft(llm, data, tmp_path, "--peft", "--load_in_8bit"))
+
+
+def test_set_precision_keeps_ties_and_rotary_frequencies(half_llm):
+    model = ELMForConditionalGeneration.from_encoder_llm_pretrained(
+        half_llm, architecture="fuyu", connector="flat", ecg_token_id=300, llm_kwargs={"dtype": torch.float32}
+    )
+    for use_peft, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        set_precision(model, ["connector", "llm"], use_peft, torch.bfloat16)
+        assert model.lm_head.weight is model.get_input_embeddings().weight
+        assert model.dtype == model.lm_head.weight.dtype == expected
+        assert model.model.language_model.rotary_emb.inv_freq.dtype == torch.float32

@@ -1,0 +1,130 @@
+"""The base of a LoRA adapter: a new ELM of pretrained parts, written once and shared by all runs that adapt the same."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import WeakFileLock
+from transformers import PreTrainedConfig
+
+from elm_ecg.modeling_elm import ELMForConditionalGeneration
+from elm_ecg.processing_elm import ELMProcessor
+from elm_ecg.training.arguments import ModelArguments
+from elm_ecg.training.build import build_around, elm_fields, place_of_encoder
+from elm_ecg.training.digest import files_of_model, shared_bases
+from elm_ecg.training.files import UNFINISHED, let_others_read_weights, naming, read_json, write_text
+from elm_ecg.training.llms import place_of_llm
+from elm_ecg.training.model_files import find_model_file
+
+logger = logging.getLogger(__name__)
+
+RECIPE_FILE = "base_model.json"
+SHARD_SIZE = "5GB"
+
+
+def recipe_of(args: ModelArguments, processor: ELMProcessor, revision: str = "main") -> dict[str, Any]:
+    """What the base of an adapter is made of, as JSON: `llm` and `encoder` with what they hold, `fields` of the configuration, and the
+    `name` of its folder, which depends on all of that and on the processor.
+
+    New parts are no part of it: the adapter holds them. So it does not depend on the seed, nor on `--dtype`.
+    """
+    places = {"llm": place_of_llm(args, revision), "encoder": place_of_encoder(args)}
+    recipe: dict[str, Any] = {
+        name: None if place is None else _pinned(place, revision) for name, place in places.items()
+    }
+    fields = elm_fields(args, processor)
+    if "encoder_config" in fields:
+        fields["encoder_config"] = fields["encoder_config"].to_dict()
+    recipe["fields"] = json.loads(json.dumps(fields))
+    # where a folder lies is no matter
+    parts = [None if part is None else part if part["commit"] else part["content"] for part in map(recipe.get, places)]
+    digest = hashlib.sha256(json.dumps([*parts, recipe["fields"]], sort_keys=True).encode())
+    with tempfile.TemporaryDirectory() as folder:
+        processor.save_pretrained(folder)
+        for path in files_of_model(Path(folder)):
+            digest.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    recipe["name"] = digest.hexdigest()[:32]
+    return recipe
+
+
+def _pinned(place: str, revision: str) -> dict[str, str | None]:
+    """The `place` of a model, and of a Hub id its `commit`, of a folder a digest of its `content`, weights and configuration."""
+    folder = Path(place)
+    if not folder.is_dir():
+        config, _ = PreTrainedConfig.get_config_dict(place, revision=revision)
+        return {"place": place, "commit": config.get("_commit_hash"), "content": None}
+    if folder.parent.name == "snapshots":  # of the Hub's cache, read offline
+        name = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+        return {"place": name, "commit": folder.name, "content": None}
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return {"place": str(folder.absolute()), "commit": None, "content": f"sha256:{digest.hexdigest()}"}
+
+
+def find_base(recipe: dict[str, Any], processor: ELMProcessor) -> Path:
+    """The folder of the base that a recipe describes, written if it is not there, in the dtype of its language model.
+
+    Processes that look at once wait for the first.
+
+    Raises:
+        ValueError: the parts are no longer what they were.
+        OSError: the folder cannot be written.
+    """
+    folder = shared_bases() / recipe["name"]
+    if (folder / "config.json").is_file():
+        return folder
+    for option, part in (("--llm", recipe["llm"]), ("--encoder_name_or_path", recipe["encoder"])):
+        if part is not None:
+            place, _ = find_model_file(part["place"], ["config.json"], part["commit"] or "main", option)
+            if _pinned(place, part["commit"] or "main") | {"place": part["place"]} != part:
+                raise ValueError(
+                    f"{option} {part['place']} holds other weights than those that the adapter was trained with; bring those back."
+                )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(folder.with_suffix(".lock")), naming(folder):
+        if (folder / "config.json").is_file():  # another process was faster
+            return folder
+        unfinished = folder.with_suffix(UNFINISHED)
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+        try:
+            with torch.random.fork_rng(
+                devices=[]
+            ):  # what is random in it is read by nobody, and the same for all seeds
+                torch.default_generator.manual_seed(0)
+                model = _build(recipe, processor)
+            model.save_pretrained(unfinished, max_shard_size=SHARD_SIZE)
+            processor.save_pretrained(unfinished)
+            write_text(unfinished / RECIPE_FILE, json.dumps(recipe, indent=2) + "\n")
+            let_others_read_weights(unfinished)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(unfinished, folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    logger.info("Base model of the adapter, which other runs share: %s", folder)
+    return folder
+
+
+def read_recipe(name_or_path: str) -> dict[str, Any] | None:
+    """The recipe of a base that `find_base` wrote; None of any other model."""
+    path = Path(name_or_path) / RECIPE_FILE
+    return read_json(path) if path.is_file() else None
+
+
+def _build(recipe: dict[str, Any], processor: ELMProcessor) -> ELMForConditionalGeneration:
+    llm, encoder = recipe["llm"], recipe["encoder"]
+    return build_around(
+        llm["place"],
+        None if encoder is None else encoder["place"],
+        dict(recipe["fields"]),
+        processor,
+        dtype="auto",
+        revision=llm["commit"] or "main",
+    )
