@@ -406,6 +406,10 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, ELMGenerationMixin):
                 f"The head of {name} is {head}; an ELM has a linear one from the {text_config.hidden_size} numbers of a token's "
                 f"embedding to the {text_config.vocab_size} of the vocabulary. Choose another language model."
             )
+        if "past_key_values" not in inspect.signature(self.model.language_model.forward).parameters:
+            raise ValueError(
+                f"{name} keeps what it has read in a cache of its own, by which an ELM cannot answer. Choose another language model."
+            )
         input_ids = torch.arange(8, device=llm.device).unsqueeze(0) % text_config.vocab_size  # any text
         ours, theirs = self.eval()(input_ids=input_ids).logits, llm.eval()(input_ids=input_ids).logits
         if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMultimodalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
+from trl.trainer.utils import add_fused_lm_head
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.training.evaluation.answers import Answerer
@@ -194,6 +195,16 @@ class TestFamily:
         with torch.no_grad():
             others = elm.model(**elm.batch | {"ecg_values": -elm.ecg_values}).logits[:, -1]
         assert ((others - elm.last_logits).abs().amax(-1) > 1e-3).tolist() == [True, False, True]
+
+    def test_the_loss_of_trls_head_is_the_models(self, built, family):
+        elm = built(family)
+        model = copy.deepcopy(elm.model)
+        labels = elm.batch["input_ids"].masked_fill(elm.batch["attention_mask"] == 0, -100)
+        with torch.no_grad():
+            expected = model(**elm.batch, labels=labels).loss
+            add_fused_lm_head(model)
+            loss = model(**elm.batch, labels=labels, fused_lm_head=True).loss
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
 
     def test_two_steps_of_training(self, built, family):
         elm = built(family)

@@ -9,7 +9,15 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BertConfig, GenerationConfig, GPT2Config, OPTConfig, ViTConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    GenerationConfig,
+    GPT2Config,
+    MambaConfig,
+    OPTConfig,
+    ViTConfig,
+)
 
 from elm_ecg.configuration_elm import ENCODER_CONFIGS, IMAGE_REPRESENTATIONS, connectors_of
 from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord
@@ -718,9 +726,10 @@ class TestFromPretrainedParts:
         [
             (BertConfig(**SIZES, is_decoder=True), r"BertLMHeadModel \(bert\) does more than its embeddings, its layers and"),
             (OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=16), r"The head of OPTForCausalLM \(opt\) is Linear\(in_features=16.* the 32 numbers"),
+            (MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1), r"MambaForCausalLM \(mamba\) keeps what it has read in a cache of its own"),
             (ViTConfig(), "holds a 'vit' model, which writes no text; expected a causal LLM"),
         ],
-        ids=["transform", "width", "no text"],
+        ids=["transform", "width", "cache", "no text"],
     )  # fmt: skip
     def test_language_model_that_does_not_fit(self, config, message, tmp_path):
         if config.model_type == "vit":
