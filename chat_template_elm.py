@@ -19,6 +19,7 @@ except ImportError:  # transformers says so where it renders
 MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # an answer that no template writes by itself
 PROBE = "Sinus-rhythm-0815"
+HINT = "Take another template (in training: --chat_template_path)."
 # what may be wrong with a template: it is a program, which raises what it likes
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
 
@@ -70,11 +71,11 @@ class ChatTemplate:
             if content is None:
                 changed.append(message)
                 continue
-            text = content if isinstance(content, str) else "".join(self._text_of(part) for part in content)
+            text = content if isinstance(content, str) else "".join(self._text_of_part(part) for part in content)
             changed.append({**message, "content": text if form == "text" else [{"type": "text", "text": text}]})
         return changed
 
-    def _text_of(self, part: Mapping[str, Any]) -> str:
+    def _text_of_part(self, part: Mapping[str, Any]) -> str:
         if part["type"] == "ecg":
             return f"{self.ecg_token}\n"
         if part["type"] == "text":
@@ -89,8 +90,7 @@ class ChatTemplate:
     @property
     def end_of_turn(self) -> str | None:
         """The token that ends an answer: the first one behind it that is no text; None if only text ends it."""
-        tokenizer = self.tokenizer
-        return _end_of_turn(self, tuple(tokenizer.special_tokens_map.items()), len(tokenizer))
+        return _end_of_turn(self, repr(self.tokenizer.special_tokens_map), len(self.tokenizer))
 
     @property
     def opening(self) -> str:
@@ -119,43 +119,41 @@ class ChatTemplate:
             return [
                 (start, end) for start, end in self._render(chat, return_assistant_tokens_mask=True, **variables)[1][0]
             ]
-        end_of_turn, whole = self.end_of_turn, self.render(chat, **variables)
-        spans: list[Span] = []
-        for place, message in enumerate(chat):
-            if message["role"] != "assistant":
-                continue
-            if end_of_turn is None:
-                raise ValueError(
-                    "The chat template ends an answer with no token, so that a model cannot learn to stop."
-                )
-            if place == 0:
-                raise ValueError("The chat begins with an answer; the chat template needs a question before it.")
-            prompt = self.render(chat[:place], add_generation_prompt=True, **variables)
-            answer = _text_of_content(message.get("content"))
-            start, ends = (
-                len(prompt),
-                answer.count(end_of_turn) + 1,
-            )  # an answer that names the token does not end there
-            *turn, rest = whole[start:].split(end_of_turn, ends)
-            end = len(whole) - len(rest)
-            # the last answer is what the model is asked for: those before it have to be written as if they were the last
-            alone = whole if place == len(chat) - 1 else self.render(chat[: place + 1], **variables)
-            if not (len(turn) == ends and whole.startswith(prompt) and alone[:end] == whole[:end]):
-                raise ValueError(
-                    f"The chat template writes the answer {answer[:40]!r} otherwise than it asks for it"
-                    f"{'' if place == len(chat) - 1 else ', or otherwise when another turn follows'}, so what is to be learnt cannot be told."
-                )
-            if _without_space(answer) not in _without_space(whole[start:end]):
-                raise ValueError(f"The chat template leaves out some of the answer {answer[:40]!r}.")
-            spans.append((start, end))
-        return spans
+        whole = self.render(chat, **variables)
+        places = [place for place, message in enumerate(chat) if message["role"] == "assistant"]
+        return [self._answer_span(chat, place, whole, **variables) for place in places]
+
+    def _answer_span(self, chat: Chat, place: int, whole: str, **variables: Any) -> Span:
+        """Where the answer at this place of the chat stands in the `whole` text."""
+        end_of_turn, answer = self.end_of_turn, _text_of(chat[place].get("content"))
+        if end_of_turn is None:
+            raise ValueError(
+                f"The chat template ends an answer with no token, so that a model cannot learn to stop. {HINT}"
+            )
+        if place == 0:
+            raise ValueError("The chat begins with an answer; the chat template needs a question before it.")
+        prompt = self.render(chat[:place], add_generation_prompt=True, **variables)
+        start, number = len(prompt), answer.count(end_of_turn) + 1  # an answer that names the token does not end there
+        *turn, rest = whole[start:].split(end_of_turn, number)
+        end = len(whole) - len(rest)
+        # the model is asked for the last answer: those before it have to be written as if they were the last
+        is_last = place == len(chat) - 1
+        alone = whole if is_last else self.render(chat[: place + 1], **variables)
+        if not (len(turn) == number and whole.startswith(prompt) and alone[:end] == whole[:end]):
+            raise ValueError(
+                f"The chat template writes the answer {answer[:40]!r} otherwise than it asks for it"
+                f"{'' if is_last else ', or otherwise when another turn follows'}, so what is to be learnt cannot be told. {HINT}"
+            )
+        if _without_space(answer) not in _without_space(whole[start:end]):
+            raise ValueError(f"The chat template leaves out some of the answer {answer[:40]!r}. {HINT}")
+        return start, end
 
 
 def _message(role: str, text: str) -> dict[str, Any]:
     return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
-def _text_of_content(content: Any) -> str:
+def _text_of(content: Any) -> str:
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content or ())
 
 
@@ -164,7 +162,7 @@ def _without_space(text: str) -> str:
 
 
 @lru_cache(maxsize=16)
-def _end_of_turn(template: ChatTemplate, special_tokens: tuple[Any, ...], num_tokens: int) -> str | None:
+def _end_of_turn(template: ChatTemplate, special_tokens: str, num_tokens: int) -> str | None:
     """As `ChatTemplate.end_of_turn`; the special tokens and the number of tokens are what the tokenizer may have got since."""
     chat = template.with_texts([_message("user", "?"), _message("assistant", PROBE)])
     try:
