@@ -88,13 +88,11 @@ class ELMTrainer(SFTTrainer):
         """As TRL's, but the head scores the labelled places alone: TRL does so where it has Triton, and elsewhere scores all.
 
         Raises:
-            ValueError: as `check_kept_apart`, at the first batch of packed chats.
+            ValueError: as `check_kept_apart`, at the first batch of packed chats; or their padding would count among experts.
         """
         positions = inputs.get("position_ids")  # [rows, tokens] of packed chats
         if positions is not None and not self._kept_apart:
-            collator = self.data_collator
-            assert isinstance(collator, ELMCollator)
-            check_kept_apart(model, self.accelerator.unwrap_model(model).config, one_row=collator.padding_free)
+            self._check_packing(model, positions.device)
             self._kept_apart = True
         num_tokens = self._total_train_tokens
         loss = super().compute_loss(model, inputs | labelled_places(inputs["labels"]), *args, **kwargs)
@@ -103,6 +101,16 @@ class ELMTrainer(SFTTrainer):
             self._total_train_tokens = num_tokens
             self._metrics["train"]["num_tokens"] = [num_tokens]
         return loss
+
+    def _check_packing(self, model: Any, device: torch.device) -> None:
+        collator = self.data_collator
+        assert isinstance(collator, ELMCollator)
+        if self.aux_loss_enabled and (collator.packing or collator.pad_to_multiple_of):
+            raise ValueError(
+                f"--{'packing' if collator.packing else 'pad_to_multiple_of'}: this language model learns to use its experts evenly, and "
+                "padding would count. Take --padding_free alone, or --router_aux_loss_coef 0."
+            )
+        check_kept_apart(model, self.accelerator.unwrap_model(model).config, device, one_row=collator.padding_free)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the trainer's.
