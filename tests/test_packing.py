@@ -98,7 +98,7 @@ def test_the_loss_is_that_of_padded_chats(representation, attention):
             assert batch["input_ids"].shape[1] % 64 == 0
         assert found[name][0] == pytest.approx(found["padded"][0], abs=1e-5), name
         torch.testing.assert_close(found[name][1], found["padded"][1], atol=1e-5, rtol=1e-4)
-        check_kept_apart(model, model.config, one_row=name == "padding_free")
+        check_kept_apart(model, model.config, model.device, one_row=name == "padding_free")
 
 
 def test_the_first_token_of_a_chat_is_not_learnt():
@@ -143,5 +143,5 @@ def test_a_model_that_mixes_chats_is_refused(option):
     model = ELMForConditionalGeneration(tiny_elm_config(None, llm=llm))
     model.train()
     with pytest.raises(ValueError, match=f"^--{option}: lfm2 with .* attention does not keep the chats of a row apart"):
-        check_kept_apart(model, model.config, one_row=option == "padding_free")
+        check_kept_apart(model, model.config, model.device, one_row=option == "padding_free")
     assert model.training

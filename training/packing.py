@@ -81,7 +81,7 @@ def num_packed_tokens(position_ids: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def check_kept_apart(model: Any, config: ELMConfig, one_row: bool) -> None:
+def check_kept_apart(model: Any, config: ELMConfig, device: torch.device, one_row: bool) -> None:
     """Other words in one chat must leave what the model makes of the next chat of its row as it is.
 
     A recurrent layer, or attention that does not look at `position_ids`, would take something of each chat into the next. The
@@ -95,7 +95,6 @@ def check_kept_apart(model: Any, config: ELMConfig, one_row: bool) -> None:
         ValueError: the model does not keep chats apart.
     """
     length, num_rows = 8, 1 if one_row else 2
-    device = next(model.parameters()).device
     first, other, last = torch.arange(3 * length, device=device).split(length)
     positions = torch.arange(length, device=device).repeat(num_rows, 2)
     training = model.training

@@ -102,13 +102,11 @@ class ELMTrainer(SFTTrainer):
         of this process' rows alone; gathered before, it gets those of all.
 
         Raises:
-            ValueError: as `check_kept_apart`, at the first batch of packed chats.
+            ValueError: as `check_kept_apart`, at the first batch of packed chats; or their padding would count among experts.
         """
         positions = inputs.get("position_ids")  # [rows, tokens] of packed chats
         if positions is not None and not self._kept_apart:
-            collator = self.data_collator
-            assert isinstance(collator, ELMCollator)
-            check_kept_apart(model, self.accelerator.unwrap_model(model).config, one_row=collator.padding_free)
+            self._check_packing(model, positions.device)
             self._kept_apart = True
         of_trainer: Any = self.model
         head = of_trainer.get_output_embeddings()
@@ -151,6 +149,16 @@ class ELMTrainer(SFTTrainer):
             return inputs
         with self.compute_loss_context_manager():
             return self.features.replace(inputs)
+
+    def _check_packing(self, model: Any, device: torch.device) -> None:
+        collator = self.data_collator
+        assert isinstance(collator, ELMCollator)
+        if self.aux_loss_enabled and (collator.packing or collator.pad_to_multiple_of):
+            raise ValueError(
+                f"--{'packing' if collator.packing else 'pad_to_multiple_of'}: this language model learns to use its experts evenly, and "
+                "padding would count. Take --padding_free alone, or --router_aux_loss_coef 0."
+            )
+        check_kept_apart(model, self.accelerator.unwrap_model(model).config, device, one_row=collator.padding_free)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the trainer's.
