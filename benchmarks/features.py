@@ -24,14 +24,14 @@ from elm_ecg.training.resume import RunOptions
 
 
 class TakingTurns(TrainerCallback):
-    """Epochs in which features are computed, and in which they are found, in turn; the first of these fills what is kept."""
+    """Epochs in which features are found, and in which they are computed, in turn; the first one fills what is kept."""
 
     def __init__(self, trainer: sft.ELMTrainer) -> None:
         self.trainer, self.features = trainer, trainer.features
         self.seconds: dict[str, list[float]] = {"computed": [], "kept": []}  # CPU seconds of each epoch
 
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.name = "kept" if len(self.seconds["computed"]) > len(self.seconds["kept"]) else "computed"
+        self.name = "computed" if len(self.seconds["kept"]) > len(self.seconds["computed"]) else "kept"
         self.trainer.features = self.features if self.name == "kept" else None
         self.start = time.process_time()
 
@@ -68,7 +68,7 @@ def main() -> None:
             "--use_peft",
         ]
         argv += ["--cache_features", "memory", "--output_dir", str(Path(folder) / "run"), "--seed", str(args.seed)]
-        argv += ["--batch_size", str(args.batch_size), "--epochs", str(2 * args.repeats + 2), "--save_strategy", "no"]
+        argv += ["--batch_size", str(args.batch_size), "--epochs", str(2 * args.repeats + 1), "--save_strategy", "no"]
         argv += ["--report_to", "none", "--disable_tqdm", "true", "--logging_strategy", "no"]
         elm_args, training_args, model_args = sft.parse(argv)
         model, processor = sft.build_base(elm_args, training_args, model_args)

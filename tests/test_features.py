@@ -193,6 +193,7 @@ def test_a_run_with_them_equals_one_without(llm, data, tmp_path, monkeypatch, ca
         ([*FROZEN, "--gain_jitter", "0.1"], "with --gain_jitter"),
         ([*FROZEN, "--lead_dropout", "0.1"], "with --lead_dropout"),
         ([*FROZEN, "--perturb", "noise"], "with --perturb noise"),
+        ([*FROZEN, "--perturb", "only_text"], "with --perturb only_text, which leaves every ECG out"),
         ([], "with --update encoder connector llm: what a trained encoder gives .* Say --update connector llm"),
         (
             [*FROZEN, "--peft", "--lora_target_modules", ".*(q_proj|conv)"],

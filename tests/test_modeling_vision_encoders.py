@@ -397,3 +397,16 @@ class TestRealSizes:
 def test_a_width_that_the_configuration_does_not_say():
     with pytest.raises(ValueError, match=r"efficientnet.* neither hidden_size nor hidden_sizes"):
         vision_output_size(EfficientNetConfig(), "patches")
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("trained", [False, True])
+def test_no_gradient_goes_through_a_frozen_tower(trained):
+    """Reentrant checkpointing needs one that begins at the patches, but only where something is trained behind them."""
+    model = ELMForConditionalGeneration(tiny_image_elm_config("vit"))
+    model.requires_grad_(False)
+    model.model.encoder.layers[-1].requires_grad_(trained)
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    model.train()
+    assert model.model.get_encoder_features(**inputs_of("vit")).requires_grad == trained
+    assert model.get_input_embeddings()(torch.tensor([1])).requires_grad

@@ -314,6 +314,11 @@ class ELMArguments(AugmentationArguments, ModelArguments, DataArguments):
             raise ValueError(f"--shuffle_buffer is {self.shuffle_buffer}; expected at least 1 row.")
         changes = [f"--{option.name}" for option in fields(AugmentationArguments) if getattr(self, option.name)]
         changes += [f"--perturb {self.perturb}"] * (self.perturb == "noise")
+        if self.cache_features and self.perturb == "only_text":
+            raise ValueError(
+                f"--cache_features {self.cache_features} with --perturb only_text, which leaves every ECG out; leave one of the two "
+                "options out."
+            )
         if self.cache_features and changes:
             raise ValueError(
                 f"--cache_features {self.cache_features} with {changes[0]}: the ECGs are others in each epoch, so none is met again; "
