@@ -1,5 +1,6 @@
 """The ELM: an ECG encoder, a connector and a causal language model that answers questions about ECGs."""
 
+import inspect
 import os
 from contextlib import suppress
 from typing import Any
