@@ -265,3 +265,12 @@ def test_a_template_that_fails_says_so_where_it_is_rendered():
     assert processor.answer_opening == ""
     with pytest.raises(ValueError, match="does not take the chat: never"):
         processor.apply_chat_template(CHAT)
+
+
+def test_white_space_that_is_a_token_ends_nothing():
+    """Gemma's tokenizer has newlines among its added tokens."""
+    template = SMOLLM2.replace("'<|im_end|>' + '\n'", "'\n<|im_end|>'")
+    assert template != SMOLLM2
+    tokenizer = tokenizer_for(template)
+    tokenizer.add_tokens(["\n"])
+    assert ChatTemplate(template, tokenizer, "<signal>").end_of_turn == "<|im_end|>"

@@ -78,7 +78,17 @@ def test_trl_changes_some_for_training(name):
     tokenizer = tokenizer_for(of_trl(name))
     template, changes = learnable(tokenizer, of_trl(name))
     assert changes.startswith(", as TRL changes it for training")
-    assert (template == of_trl(f"{name}_training")) is (name != "gptoss")  # which has a date
+    trained, same = (
+        of_trl(f"{name}_training"),
+        name in ("qwen3", "glm4moe"),
+    )  # the others have a date, or marks too early
+    assert (template == trained) is same
+    writer = ChatTemplate(template, tokenizer, "<signal>")
+    chat = writer.with_texts(CHAT)
+    assert len(writer.answer_spans(chat)) >= 2
+    if name == "qwen3_5_think":  # its prompt ends within the thinking block
+        assert writer.render(chat) == ChatTemplate(trained, tokenizer, "<signal>").render(chat)
+        assert "if true" in template
     # a change of its text: TRL does not know it
     if name == "qwen3":
         template, changes = learnable(tokenizer, of_trl(name) + "{# mine #}")
@@ -118,6 +128,24 @@ def test_no_template_depends_on_the_day():
     assert changes == ", with 26 July 2024 for today"
     double = template.replace("'%d %B %Y'", '"%d %b"')
     assert learnable(tokenizer_for(double), double)[0] == "{{ '26 Jul' }}" + SMOLLM2
+
+
+def test_marks_that_begin_too_early():
+    """As those of SmolLM3, which have the header of the answer in them. The text stays what it was."""
+    marked = (
+        "{%- for message in messages -%}\n    {% generation %}\n    {%- if true -%}\n        {{ '<|im_start|>' + message['role'] + '\\n' + "
+        "message['content'] + '<|im_end|>\\n' }}\n    {%- endif -%}\n    {% endgeneration %}\n{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
+    )
+    tokenizer = tokenizer_for(marked)
+    template, changes = learnable(tokenizer, marked)
+    assert changes == ", without its {% generation %}, in which is what the model is asked with"
+    before, after = (ChatTemplate(text, tokenizer, "<signal>") for text in (marked, template))
+    chat = after.with_texts(CHAT)
+    whole = after.render(chat)
+    assert whole == before.render(chat)
+    assert [whole[start:end] for start, end in after.answer_spans(chat)] == ["A<|im_end|>", "B<|im_end|>"]
+    assert learnable(tokenizer_for(ours("gemma2")), ours("gemma2")) == (ours("gemma2"), "")
 
 
 class Writes(LogitsProcessor):

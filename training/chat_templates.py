@@ -34,6 +34,7 @@ MADE_FOR = {
 DATE = date(2024, 7, 26)
 TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 RHYTHM = "Which-rhythm-0815"
+MARKS = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 QUESTION = {"role": "user", "content": [{"type": "ecg"}, {"type": "text", "text": RHYTHM}]}
 ANSWER = {"role": "assistant", "content": [{"type": "text", "text": PROBE}]}
 
@@ -102,8 +103,29 @@ def learnable(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, s
         except ValueError:  # TRL does not know it, or keeps what is at fault
             check(tokenizer, template, num_answers=1)
             changes = ", for chats of one answer, as it writes an answer otherwise when another turn follows"
+    if (unmarked := _without_early_marks(tokenizer, template)) != template:
+        template, changes = (
+            unmarked,
+            f"{changes}, without its {{% generation %}}, in which is what the model is asked with",
+        )
     template, dates = TODAY.subn(lambda match: repr(DATE.strftime(match[2])), template)
     return template, f"{changes}, with {DATE:%d %B %Y} for today" if dates else changes
+
+
+def _without_early_marks(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """The template without marks that begin before the prompt of an answer ends, as in SmolLM3's: no model writes that part."""
+    writer = ChatTemplate(template, tokenizer, ELMProcessor.ecg_token)
+    chat = writer.with_texts([QUESTION, ANSWER])
+    prompt = writer.render(chat[:1], add_generation_prompt=True)
+    if not writer.marks_answers or writer.answer_spans(chat)[0][0] >= len(prompt):
+        return template
+    # a block that does nothing takes as much white space away
+    unmarked = MARKS.sub(lambda mark: f"{{%{mark[1]} {'endif' if mark[2] else 'if true'} {mark[3]}%}}", template)
+    try:
+        check(tokenizer, unmarked, num_answers=2)
+    except ValueError:  # its marks are the better guide
+        return template
+    return unmarked
 
 
 def check(tokenizer: PreTrainedTokenizerBase, template: str, num_answers: int) -> None:
