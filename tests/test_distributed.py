@@ -35,6 +35,8 @@ SHARDED = "import runpy\nrunpy.run_path('tests/sharded_run.py', run_name='__main
 # without it Adam makes a step of a tiny difference of a tiny gradient
 OPTIONS = ["--max_steps", "4", "--adam_epsilon", "1e-3", "--save_strategy", "steps", "--save_steps", "2"]
 
+pytestmark = pytest.mark.slow
+
 
 def environment_of(config: str, *options: str) -> dict[str, str]:
     """What `accelerate launch` tells the processes that it starts with a configuration of ours."""

@@ -8,6 +8,8 @@ from test_features import inputs_of
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from helpers import TINY_VISION, tiny_elm_config, tiny_image_elm_config
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def fresh():
