@@ -437,10 +437,14 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, GenerationMixin):
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         """As of transformers, for prompts with ids beyond the vocabulary."""
         processors = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]
-        config = self.config
-        end = max(config.signal_token_ids.stop, 0 if config.ecg_token_id is None else config.ecg_token_id + 1)
-        num_beyond = max(0, end - config.text_config.vocab_size)
+        num_beyond = max(0, self.config.end_of_ecg_ids - self.config.text_config.vocab_size)
         return LogitsOfMoreIds(processors, num_beyond) if processors and num_beyond else processors
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As of transformers, but for the tokens of ECGs no rows are added: PEFT asks for as many as the tokenizer has tokens."""
+        if self.config.text_config.vocab_size < (new_num_tokens or 0) <= self.config.end_of_ecg_ids:
+            return self.get_input_embeddings()
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         """As of transformers; what drafts from the text alone gets no ECGs, nor ids beyond the vocabulary. What it drafts is checked
