@@ -362,6 +362,11 @@ class ELMConfig(PreTrainedConfig):
         first = self.first_signal_token_id or 0
         return range(first, first + self.num_signal_tokens)
 
+    @property
+    def end_of_ecg_ids(self) -> int:
+        """The first id that is larger than those of ECGs."""
+        return max(self.signal_token_ids.stop, 0 if self.ecg_token_id is None else self.ecg_token_id + 1)
+
     def validate_signal_tokens(self) -> None:
         """ValueError if the table of tokens is not of symbolic ECGs, or the placeholder is among them."""
         ids = self.signal_token_ids

@@ -58,9 +58,7 @@ class ELMGenerationMixin(GenerationMixin):
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         """As of transformers, for prompts with ids beyond the vocabulary."""
         processors = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]
-        config = self.config
-        end = max(config.signal_token_ids.stop, 0 if config.ecg_token_id is None else config.ecg_token_id + 1)
-        num_beyond = max(0, end - config.text_config.vocab_size)
+        num_beyond = max(0, self.config.end_of_ecg_ids - self.config.text_config.vocab_size)
         return LogitsOfMoreIds(processors, num_beyond) if processors and num_beyond else processors
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:

@@ -500,6 +500,12 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, ELMGenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As of transformers, but for the tokens of ECGs no rows are added: PEFT asks for as many as the tokenizer has tokens."""
+        if self.config.text_config.vocab_size < (new_num_tokens or 0) <= self.config.end_of_ecg_ids:
+            return self.get_input_embeddings()
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
 
 ELMForConditionalGeneration.register_for_auto_class("AutoModelForCausalLM")  # the code is saved beside the weights
 

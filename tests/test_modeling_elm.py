@@ -666,7 +666,11 @@ class TestFromPretrainedParts:
     def test_language_model(self, family, dtype, tmp_path):
         folder = save_tiny_llm(tmp_path / "llm", family)
         model = self.build(folder, llm_kwargs={"dtype": dtype})
-        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+        assert {parameter.dtype for parameter in model.model.language_model.parameters()} == {dtype}
+        assert {parameter.dtype for parameter in model.model.encoder.parameters()} == {
+            torch.float32
+        }  # it is trained yet
+        assert model.dtype == dtype
         self.check_text_is_the_llms(model, AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), tmp_path / "elm")
         assert model.generation_config.eos_token_id == model.config.text_config.eos_token_id
 

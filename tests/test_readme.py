@@ -68,6 +68,7 @@ def test_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if program == "elm":
         parsed: list[Any] = []
         monkeypatch.setattr(sft, "main", lambda argv: parsed.append(sft.parse(argv)))
+        monkeypatch.setattr(sft, "find_spec", lambda name: name)  # of the extra `quantized`
         monkeypatch.setattr(evaluation, "main", lambda argv: parsed.append(evaluation.parse(argv)))
         monkeypatch.setattr(quickstart, "main", lambda argv: parsed.append(argv))
         monkeypatch.setattr(tokenizer, "main", lambda argv: parsed.append(tokenizer.make_parser().parse_args(argv)))

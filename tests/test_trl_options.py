@@ -158,6 +158,14 @@ LORA: dict[str, tuple[str, Any]] = {
     "use_rslora": ("use_rslora", True),
     "use_dora": ("use_dora", True),
 }
+# option -> the field of BitsAndBytesConfig that it sets, and a value other than its default
+QUANTIZATION: dict[str, tuple[str, Any]] = {
+    "load_in_4bit": ("load_in_4bit", True),
+    "load_in_8bit": ("load_in_8bit", True),
+    "bnb_4bit_quant_type": ("bnb_4bit_quant_type", "fp4"),
+    "use_bnb_nested_quant": ("bnb_4bit_use_double_quant", True),
+    "bnb_4bit_quant_storage": ("bnb_4bit_quant_storage", "uint8"),
+}
 BASE = ["--data", "d", "--output_dir", "out"]
 CPU = [*BASE, "--use_cpu"]
 
@@ -168,7 +176,7 @@ def names_of(*classes: Any) -> set[str]:
 
 def test_every_option_of_trl_is_classified():
     """One that a new version brings has to be looked at: does it do what it says, where chats have ECGs?"""
-    honoured = [*TRAINER, *PARSED, *SHOWN, *LORA]
+    honoured = [*TRAINER, *PARSED, *SHOWN, *LORA, *QUANTIZATION]
     assert len(honoured) == len(set(honoured))
     assert set(honoured) & REFUSED.keys() == set()
     assert set(honoured) | REFUSED.keys() == names_of(SFTConfig, ModelConfig)
@@ -207,7 +215,9 @@ def test_refused_values_and_what_is_needed():
         for value in reasons:
             with pytest.raises(ValueError, match=rf"^--{name} {value} cannot be used: "):
                 sft.parse([*CPU, f"--{name}", value])
-    values = {name: value for name, (_, value) in LORA.items()} | TRAINER | PARSED | {"shuffle_buffer": 5}
+    values = (
+        {name: value for name, (_, value) in (LORA | QUANTIZATION).items()} | TRAINER | PARSED | {"shuffle_buffer": 5}
+    )
     for name, other in NEEDED.items():
         value = values[name]
         words = [str(item) for item in value] if isinstance(value, list) else [str(value)]
@@ -310,6 +320,30 @@ def lora(llm: Path, elm: Any, *options: str) -> LoraConfig:
     return lora_config(args, model_args, elm[0])
 
 
+@pytest.mark.parametrize("name", QUANTIZATION)
+def test_quantization_options(llm, name, monkeypatch):
+    """They reach the language model; with others `tests/test_lora.py` trains."""
+    loaded: list[Any] = []
+    monkeypatch.setattr(sft, "find_spec", lambda name: name)  # of bitsandbytes
+    monkeypatch.setattr(sft, "build_model", lambda *args, **kwargs: loaded.append(kwargs["quantization_config"]))
+    monkeypatch.setattr(sft, "set_precision", lambda *args: None)
+    monkeypatch.setattr(sft, "find_base", lambda *args: pytest.fail("not asked for by a second process"))
+    monkeypatch.setattr(SFTConfig, "process_index", property(lambda args: 1))
+    field, value = QUANTIZATION[name]
+    options = [
+        "--peft",
+        f"--{name}",
+        str(value),
+        *([] if "load_in" in name else ["--load_in_4bit"]),
+        "--dtype",
+        "bfloat16",
+    ]
+    sft.build_base(*sft.parse([*tiny_sft(llm, Path("d"), Path("o")), *options]))
+    (config,) = loaded
+    assert str(getattr(config, field)).removeprefix("torch.") == str(value)
+    assert config.load_in_8bit or config.bnb_4bit_compute_dtype == torch.bfloat16
+
+
 def test_lora_options(llm, elm):
     before = lora(llm, elm)
     assert before.task_type == "CAUSAL_LM"
@@ -355,6 +389,7 @@ def test_revision(llm, elm, monkeypatch):
         build.AutoTokenizer, "from_pretrained", lambda name, **kwargs: asked.append(kwargs["revision"]) or load(name)
     )
     monkeypatch.setattr(sft, "build_model", lambda *args, revision, **kwargs: asked.append(revision))
+    monkeypatch.setattr(sft, "set_precision", lambda *args: None)
     parts = sft.parse([*tiny_sft(llm, Path("d"), Path("o")), "--model_revision", "v2"])
     sft.build_base(*parts)
     monkeypatch.setattr(sft, "load_elm", lambda name, revision, **kwargs: asked.append(revision) or elm)
@@ -540,7 +575,8 @@ class Asked(Exception):
 def parts_of(monkeypatch, llm: Path, *options: str) -> str:
     """All that a new ELM would be made of."""
 
-    def ask(llm: str, **kwargs: Any) -> None:
+    def ask(llm: str, encoder: str | None, llm_kwargs: dict[str, Any], **kwargs: Any) -> None:
+        kwargs |= {"encoder": encoder}
         kwargs["encoder_config"] = kwargs["encoder_config"].to_dict() if "encoder_config" in kwargs else None
         raise Asked(json.dumps(kwargs, default=str, sort_keys=True))
 

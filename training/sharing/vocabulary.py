@@ -3,6 +3,7 @@
 import torch
 from tokenizers import AddedToken
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
@@ -120,7 +121,8 @@ def fit_vocabulary(
     num_ours = max(num_rows, len(processor.tokenizer))
     _check_tokens(args, tokens, rows, own, len(names), num_ours)
     if num_ours > num_rows:
-        model.resize_token_embeddings(num_ours, mean_resizing=False)  # theirs replace the new rows
+        # theirs replace the new rows; ours would leave out those of ECGs
+        PreTrainedModel.resize_token_embeddings(model, num_ours, mean_resizing=False)
     ids, current = processor.tokenizer.get_vocab(), model.state_dict()
     places = {ids[name]: place for place, name in enumerate(names, start=len(own)) if name in ids and place < rows}
     for key, tensor in theirs.items():
