@@ -229,13 +229,15 @@ class ELMModel(ELMPreTrainedModel):
         """A zero that depends on encoder and connector.
 
         With it a training batch without ECG has gradients for all that is trained, as DDP, FSDP and ZeRO expect of every
-        process. Batch norm must not learn from the silent record that it takes, so the encoder is in eval mode for it.
+        process. Batch norm alone is in eval mode for the silent record, of which it must not learn: a checkpointed layer gathers its
+        shards in another order than one in eval mode.
         """
+        norms = nn.ModuleList(part for part in self.modules() if isinstance(part, nn.modules.batchnorm._NormBase))
         if self.config.representation in IMAGE_REPRESENTATIONS:
             inputs = blank_images(self.config.encoder_config, like=inputs_embeds)
         else:
             inputs = {"ecg_values": inputs_embeds.new_zeros(1, self.config.num_leads, self.config.num_samples)}
-        with in_eval_mode(self.encoder):
+        with in_eval_mode(norms):
             features = self.get_ecg_features(**inputs)
         return 0 * features.sum().to(inputs_embeds.device, inputs_embeds.dtype)
 

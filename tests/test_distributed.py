@@ -34,6 +34,8 @@ from helpers import (
 SHARDED = "import runpy\nrunpy.run_path('tests/sharded_run.py', run_name='__main__')"
 # without it Adam makes a step of a tiny difference of a tiny gradient
 OPTIONS = ["--max_steps", "4", "--adam_epsilon", "1e-3", "--save_strategy", "steps", "--save_steps", "2"]
+LORA = ["--peft", "--lora_r", "4", "--lora_dropout", "0"]
+EVALUATED = ["--eval_strategy", "steps", "--eval_steps", "2", "--load_best_model_at_end"]
 
 pytestmark = pytest.mark.slow
 
@@ -78,14 +80,15 @@ def test_every_class_that_stays_whole_is_there(encoder):
 def runs(tmp_path_factory) -> Path:
     """Two kinds of run, each in one process (`_one`) and in two (`_two`), where it goes on from its middle once more.
 
-    An LLM with a head of its own has checkpoints in parts, and one with tied embeddings whole ones; some batches have no ECG.
+    An LLM with a head of its own is trained in full, with checkpoints in parts, and one with tied embeddings by LoRA, with whole
+    ones, the best of which is kept. Some batches have no ECG.
     """
     folder = tmp_path_factory.mktemp("runs")
-    data = save_tiny_data(folder / "data", without_ecg=3, train=24)
+    data = save_tiny_data(folder / "data", without_ecg=3, train=24, validation=6)
     sharded = []
     for name, family, state_dict, options in (
         ("untied", "llama3", "SHARDED_STATE_DICT", ["--update", "encoder", "connector", "llm"]),
-        ("tied", "qwen2_5", "FULL_STATE_DICT", []),
+        ("tied", "qwen2_5", "FULL_STATE_DICT", [*LORA, *EVALUATED, "--gradient_checkpointing", "true"]),
     ):
         llm, two = save_tiny_llm(folder / name, family), folder / f"{name}_two"
         sft.main(tiny_sft(llm, data, folder / f"{name}_one", *OPTIONS, *options, encoder="st_mem"))
@@ -99,6 +102,7 @@ def runs(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["untied", "tied"])
 def test_fsdp_equals_one_process(runs, name):
     one, two = runs / f"{name}_one", runs / f"{name}_two"
@@ -111,6 +115,7 @@ def test_fsdp_equals_one_process(runs, name):
         assert torch.allclose(model(**batch).logits, expected(**batch).logits, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_fsdp_saves_loads_without_the_project(runs, tmp_path):
     one, two = ({path.name for path in (runs / f"untied_{name}").glob("*.py")} for name in ("one", "two"))
     assert one == two  # ours, none of PyTorch's
@@ -121,6 +126,7 @@ print(type(model).__name__, model.config.architectures)"""
     assert run_isolated(code, tmp_path).split() == ["ELMForConditionalGeneration", "['ELMForConditionalGeneration']"]
 
 
+@pytest.mark.slow
 def test_checkpoints_of_fsdp(runs, tmp_path):
     for name, weights in (("untied", "pytorch_model_fsdp_0/.metadata"), ("tied", "pytorch_model_fsdp.bin")):
         whole = runs / f"{name}_two" / "checkpoint-4"
