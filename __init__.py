@@ -31,7 +31,7 @@ _MODULES = {
     "build_dataset": "training.data.build",
     "draw_ecg": "ecg_drawing",
     "evaluate": "training.evaluation.evaluate",
-    "load_elm": "training.build",
+    "load_elm": "training.load",
     "new_elm": "training.build",
     "read_ecg": "ecg_utils",
 }

@@ -171,13 +171,13 @@ def test_lora_config(llm):
     model = build(args)
     config = lora_config(args, ModelConfig(lora_r=3), model)
     assert config.r == 3
-    assert config.modules_to_save == ["model.connector"]
+    assert config.modules_to_save == ["model.encoder", "model.connector"]  # both are new
     assert config.trainable_token_indices is None
     adapted = [name for name, _ in model.named_modules() if re.fullmatch(config.target_modules, name)]
     assert adapted
     assert all(name.startswith("model.language_model.layers") for name in adapted)
     config = lora_config(arguments(llm, update=["encoder", "llm"]), ModelConfig(), model)
-    assert config.modules_to_save == ["model.encoder"]
+    assert config.modules_to_save == ["model.encoder", "model.connector"]
     with pytest.raises(ValueError, match="--peft adapts the language model"):
         lora_config(SimpleNamespace(update=["connector"]), ModelConfig(), model)
 
@@ -380,7 +380,7 @@ def test_lora_of_a_backbone_whose_part_is_called_encoder_too(llm, backbones):
     processor = build_processor(args)
     model = get_peft_model(build_model(args, processor), lora_config(args, ModelConfig(), build_model(args, processor)))
     trained = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
-    assert trained == ["base_model.model.model.encoder"]
+    assert trained == ["base_model.model.model.encoder", "base_model.model.model.connector"]
     args = image_arguments(
         llm, encoder_name_or_path=folder, update=["encoder", "llm"], image_features="embedding", num_ecg_tokens=None
     )

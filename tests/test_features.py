@@ -197,7 +197,7 @@ def test_a_run_with_them_equals_one_without(llm, data, tmp_path, monkeypatch, ca
         ([], "with --update encoder connector llm: what a trained encoder gives .* Say --update connector llm"),
         (
             [*FROZEN, "--peft", "--lora_target_modules", ".*(q_proj|conv)"],
-            "the encoder is trained.*--lora_target_modules",
+            "names model.encoder.*, which the adapter holds whole",
         ),
         (["--elm", "fuyu"], "a fuyu ELM has no encoder; leave the option out"),
     ],

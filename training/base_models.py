@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ def recipe_of(args: ModelArguments, processor: ELMProcessor, revision: str = "ma
     # where a folder lies is no matter
     parts = [None if part is None else part if part["commit"] else part["content"] for part in map(recipe.get, places)]
     digest = hashlib.sha256(json.dumps([*parts, recipe["fields"]], sort_keys=True).encode())
+    processor = copy(processor)
+    processor.chat_template_origin = None  # names the language model's folder
     with tempfile.TemporaryDirectory() as folder:
         processor.save_pretrained(folder)
         for path in files_of_model(Path(folder)):

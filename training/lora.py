@@ -94,6 +94,15 @@ def lora_config(args: ELMArguments, model_args: ModelConfig, model: ELMForCondit
             f"--update encoder with LoRA: PEFT cannot tell the encoder from its part {inner[0]}. Train it without --use_peft, "
             "leave encoder out of --update, or take --image_features patches."
         )
+    whole = [name for name in modules if any(name.startswith(f"{part}.") for part in parts)]
+    if adapted := [
+        name for name in whole if isinstance(targets, str) and re.fullmatch(targets, name)
+    ]:  # PEFT skips them
+        part = adapted[0].split(".")[1]
+        raise ValueError(
+            f"--lora_target_modules {targets} names {adapted[0]}, of the {part}, which the adapter holds whole, as it is new or trained "
+            f"in full. Leave the {part} out of the expression; only a pretrained encoder that --update does not name can be adapted."
+        )
     changes: dict[str, Any] = {
         "use_peft": True,
         "lora_target_modules": targets,

@@ -301,7 +301,7 @@ def test_drawn_ecgs(data, monkeypatch):
 
     def watch(*args, **kwargs):
         if args[3] is None:  # the first turn
-            shown.append(args[4].get("pixel_values"))
+            shown.append(args[4].get("encoder_features"))
         return prefill(*args, **kwargs)
 
     monkeypatch.setattr(Answerer, "_prefill", watch)
@@ -329,7 +329,7 @@ def test_drawn_ecgs(data, monkeypatch):
 def test_the_tokens_of_a_candidate(name, expected):
     """They are what is learnt of an answer."""
     processor = processor_of(of_trl(name))
-    answerer = Answerer(None, processor, Dataset.from_list([]), [])  # no model, as nothing is asked
+    answerer = Answerer(tiny_elm(ecg_part=None)[0], processor, Dataset.from_list([]), [])
     chat = [message("user", "Is it?")]
     prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
     assert processor.tokenizer.decode(answerer._suffix("yes", chat, prompt)) == expected

@@ -332,7 +332,7 @@ def convert_elm(
     dtype = str(_dtype(args, rest | merged.tensors)).removeprefix("torch.")
     if dtype != "float32" and any(target.endswith("(merged)") for target in merged.used.values()):
         args.assumed.append(f"LoRA is merged in float32, and the sum is then rounded to {dtype}, as --dtype says")
-    model = build_model(args, processor, in_vocabulary=True, dtype=dtype).eval()
+    model = build_model(args, processor, in_vocabulary=True, dtype=dtype).eval().to(getattr(torch, dtype))
     if llava and not reads_signals:  # not before: its tower is made with the model
         tower = model.model.encoder
         part = _convert_vision(tower, encoder)
