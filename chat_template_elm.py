@@ -93,6 +93,25 @@ class ChatTemplate:
         return _end_of_turn(self, repr(self.tokenizer.special_tokens_map), len(self.tokenizer))
 
     @property
+    def ends_of_turn(self) -> list[str]:
+        """The tokens that an answer is learnt to end with: `end_of_turn`, and that of an answer which another turn follows, where
+        the template marks another one, as gpt-oss' does. None if only text ends it."""
+        if self.end_of_turn is None:
+            return []
+        return list(dict.fromkeys([self.end_of_turn, *self._marked_ends()]))
+
+    def _marked_ends(self) -> list[str]:
+        if not self.marks_answers:  # then all end alike, see `answer_spans`
+            return []
+        chat = self.with_texts([_message("user", "?"), _message("assistant", PROBE)] * 2)
+        try:
+            whole, spans = self.render(chat), self.answer_spans(chat)
+        except TEMPLATE_ERRORS:  # where a chat is rendered, it says so
+            return []
+        ends = [_first_token(self.tokenizer, whole[start:end].partition(PROBE)[2]) for start, end in spans]
+        return [end for end in ends if end is not None]
+
+    @property
     def opening(self) -> str:
         """What stands between the prompt and every answer, such as the empty thinking block of Qwen3."""
         chat = self.with_texts([_message("user", "?"), _message("assistant", PROBE)])
@@ -169,9 +188,13 @@ def _end_of_turn(template: ChatTemplate, special_tokens: str, num_tokens: int) -
         behind = template.render(chat).partition(PROBE)[2]
     except TEMPLATE_ERRORS:  # where a chat is rendered, it says so
         return None
-    tokenizer = template.tokenizer
+    return _first_token(template.tokenizer, behind)
+
+
+def _first_token(tokenizer: Any, text: str) -> str | None:
+    """The first token of a text that is none of its words; None if there is none."""
     added = tokenizer.added_tokens_decoder
-    for token_id in tokenizer(behind, add_special_tokens=False)["input_ids"]:
+    for token_id in tokenizer(text, add_special_tokens=False)["input_ids"]:
         if token_id in added and not added[token_id].content.isspace():  # Gemma adds newlines too
             return added[token_id].content
     return None

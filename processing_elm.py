@@ -298,9 +298,9 @@ class ELMProcessor(ProcessorMixin):
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """What ends an answer: the token that the chat template writes behind it, and the tokenizer's end of text."""
-        end = None if self.chat_template is None else self.template().end_of_turn
-        ids = [None if end is None else self.tokenizer.convert_tokens_to_ids(end), self.tokenizer.eos_token_id]
+        """What ends an answer: the tokens that the chat template writes behind it, and the tokenizer's end of text."""
+        ends = [] if self.chat_template is None else self.template().ends_of_turn
+        ids = [*self.tokenizer.convert_tokens_to_ids(ends), self.tokenizer.eos_token_id]
         return list(dict.fromkeys(token_id for token_id in ids if token_id is not None))
 
     @property

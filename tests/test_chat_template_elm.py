@@ -232,6 +232,19 @@ def test_a_token_that_is_added_later():
     assert processor.stop_token_ids == [processor.tokenizer.eos_token_id]
 
 
+def test_every_end_that_is_learnt_ends_generation():
+    """An answer that another turn follows may end otherwise than the last, as in gpt-oss."""
+    processor = processor_of(of_trl("gptoss_training"))
+    template = processor.template()
+    whole, chat = template.render(template.with_texts(CHAT)), template.with_texts(CHAT)
+    ends = [whole[start:end].rpartition("<")[1:] for start, end in template.answer_spans(chat)]
+    assert ["".join(end) for end in ends] == ["<|end|>", "<|return|>"]
+    assert template.ends_of_turn == ["<|return|>", "<|end|>"]
+    assert processor.tokenizer.convert_ids_to_tokens(processor.stop_token_ids) == ["<|return|>", "<|end|>", "<eos>"]
+    assert processor_of(FALCON).template().ends_of_turn == ["<eos>"]
+    assert processor_of(PLAIN).template().ends_of_turn == []
+
+
 def test_labels_of_the_collator():
     """The collator learns from a template without marks as from the same one with marks."""
     marked = of_trl("llama3_training")
