@@ -324,6 +324,19 @@ def test_streamed_rows_are_as_those_of_the_dataset(parquet, saved):
     assert load_stream(DataArguments(data=[str(saved)]), "validation") is None
 
 
+@pytest.mark.parametrize(
+    "ecg", [plain_ecg(), "record.npy", {"path": "record.npy", **plain_ecg()}], ids=["array", "file", "both"]
+)
+def test_a_stream_that_begins_without_an_ecg(ecg, tmp_path):
+    rows = [None, None, ecg, ecg]
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
+    Dataset.from_list([{"ecg": row, "messages": messages} for row in rows]).to_parquet(tmp_path / "train.parquet")
+    streamed = [ecgs_of(row) for row in load_stream(DataArguments(data=[str(tmp_path)]), "train")]
+    assert [len(ecgs) for ecgs in streamed] == [0, 0, 1, 1]
+    whole = [ecgs_of(row) for row in load(tmp_path)]
+    assert str(streamed) == str(whole)
+
+
 def test_a_stream_of_several_datasets(parquet, simulated):
     both = stream_ids(parquet, simulated, rows=28)
     assert len(set(both)) == 28  # all of the first pass

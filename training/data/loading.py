@@ -20,7 +20,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.formatting import NumpyFormatter, _register_formatter
 
 from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord, as_record
-from elm_ecg.training.data.paths import confined_row
+from elm_ecg.training.data.paths import confined_rows
 from elm_ecg.training.data.reference import OWNER, SAMPLING_RATE, from_reference, is_key, is_reference
 from elm_ecg.training.data.schema import ECG, LITERALS, MESSAGES, ROLES, as_list
 
@@ -296,7 +296,14 @@ def load_split(
     if _names_files(data.features.get("ecg")):
         folder = Path(name).expanduser()
         root = ecg_root or (str(folder.absolute()) if folder.exists() else None)  # None: of the Hub
-        data = data.map(confined_row, with_indices=True, fn_kwargs={"root": root}, features=data.features)
+        tables = data.with_format("arrow")
+        options: dict[str, Any] = {
+            "batched": True,
+            "with_indices": True,
+            "fn_kwargs": {"root": root},
+            "features": data.features,
+        }
+        data = tables.map(confined_rows, **options).with_format(None)
     return data
 
 
@@ -308,7 +315,10 @@ def _without_media(data: Any) -> Any:
         stored = getattr(kind, "pa_type", None)  # of all of them bytes and a path
         return (stored is not None and pa.types.is_struct(stored)) or any(map(is_media, parts))
 
-    return data.remove_columns([name for name, kind in (data.features or {}).items() if is_media(kind)])
+    columns = data.features or {}
+    kept = [name for name, kind in columns.items() if not is_media(kind)]
+    # of a stream, `remove_columns` would take each row apart and guess the types of a few rows anew, null among them
+    return data if len(kept) == len(columns) else data.select_columns(kept)
 
 
 def _names_files(ecg: Any) -> bool:

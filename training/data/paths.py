@@ -4,7 +4,9 @@ import os
 from functools import lru_cache
 from typing import Any
 
-from elm_ecg.training.data.schema import LITERALS, as_list
+import pyarrow as pa
+
+from elm_ecg.training.data.schema import LITERALS
 
 
 def confined(path: str, root: str | None) -> str:
@@ -35,16 +37,22 @@ def _real(root: str) -> str:
     return os.path.realpath(root)
 
 
-def confined_row(row: dict[str, Any], index: int, root: str | None) -> dict[str, Any]:
-    """The column `ecg` of a row, with its paths as `confined` gives them; ValueError, which names the row, if one is elsewhere."""
+def confined_rows(table: pa.Table, indices: list[int], root: str | None) -> pa.Table:
+    """The rows with the paths of their column `ecg` as `confined` gives them; ValueError, which names the row, if one is elsewhere.
+
+    Tables keep their types: of rows, a stream would guess those of a few anew, null where none of them has an ECG.
+    """
 
     def place(ecg: Any) -> Any:
         if isinstance(ecg, dict) and ecg.get("path") is not None:
             return {**ecg, "path": place(ecg["path"])}
         return confined(ecg, root) if isinstance(ecg, str) and ecg not in LITERALS else ecg
 
-    try:
-        ecgs = [place(ecg) for ecg in as_list(row["ecg"])]
-    except ValueError as error:
-        raise ValueError(f"Row {index}: {error}") from error
-    return {"ecg": ecgs if isinstance(row["ecg"], list) else ecgs[0]}
+    column = table.schema.get_field_index("ecg")
+    rows = table["ecg"].to_pylist()
+    for number, ecg in enumerate(rows):
+        try:
+            rows[number] = [place(one) for one in ecg] if isinstance(ecg, list) else place(ecg)
+        except ValueError as error:
+            raise ValueError(f"Row {indices[number]}: {error}") from error
+    return table.set_column(column, "ecg", pa.array(rows, table.schema.field(column).type))
