@@ -234,6 +234,7 @@ class TestFamily:
             assert any("language_model" in name and ("lora_B" in name or not lora) for name in learnt)
 
     @pytest.mark.parametrize("score", ["generation", "likelihood"])
+    @pytest.mark.slow
     def test_evaluation_with_shared_prefixes(self, built, family, score):
         elm, rows = built(family), chats()
         questions = list_questions(rows)

@@ -85,6 +85,7 @@ with torch.no_grad():
         ("symbolic", "llm"),
     ],
 )
+@pytest.mark.slow
 def test_a_saved_adapter_is_what_was_trained(representation, update, llm, data, of_representation, tmp_path):
     """New parts too, whether they are trained or not; the base knows no seed."""
     options = [*of_representation[representation], "--peft", "--update", *update.split(), "--seed", "3"]

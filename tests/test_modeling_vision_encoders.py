@@ -138,6 +138,7 @@ class TestPatches:
         inputs = inputs_of(model_type)
         assert torch.equal(encode(model, image_features, **inputs), encode(model, image_features, **inputs))
 
+    @pytest.mark.slow
     def test_compiled(self):
         inputs = (tiny_tower("clip_vision_model"), "patches", randn(2, 3, 160, 160))
         patches = torch.compile(encode_images, backend="aot_eager")(*inputs)

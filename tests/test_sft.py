@@ -187,6 +187,7 @@ def test_saved_folder_is_complete(trained):
     assert not (trained / "base_model").exists()
 
 
+@pytest.mark.slow
 def test_loads_and_answers_in_a_fresh_process(trained, adapters, tmp_path):
     adapter = adapters["untied"]
     printed = run_isolated(
@@ -523,6 +524,7 @@ def test_pictures_train(image_elms):
         assert f"| ECG path | `{encoder}" in card
 
 
+@pytest.mark.slow
 def test_pictures_in_a_fresh_process_without_the_project(image_elms, mixed_data, tmp_path):
     """Each of the six sees there what it sees here, and answers alike in a batch, alone and here."""
     chats = chats_about_ecgs(mixed_data)
@@ -705,6 +707,7 @@ def streamed(llm: Path, parquet: Path, folder: Path, *options: str) -> list[str]
     return tiny_sft(llm, parquet, folder, "--streaming", "--shuffle_buffer", "10", *options)
 
 
+@pytest.mark.slow
 def test_a_stream_resumes_in_mid_epoch(llm, parquet, tmp_path):
     """Of the second pass, where a pass is six steps; with what is random about its ECGs."""
     argv = streamed(llm, parquet, tmp_path, "--augment_ecg", "--eval_strategy", "steps", "--eval_steps", "6")
@@ -720,6 +723,7 @@ def test_a_stream_resumes_in_mid_epoch(llm, parquet, tmp_path):
     assert_same(weights(runs / "whole"), weights(runs / "parts"))
 
 
+@pytest.mark.slow
 def test_a_stream_of_two_processes_resumes_in_mid_epoch(llm, parquet, tmp_path):
     argv = streamed(llm, parquet, tmp_path, "--batch_size", "2", "--distributed")
     code = "import runpy\nrunpy.run_path('tests/streamed_run.py', run_name='__main__')"

@@ -211,6 +211,7 @@ def test_turns_are_no_html():
     assert "<b" in turns[0]["content"]  # what the model reads stays
 
 
+@pytest.mark.slow
 def test_uploads_and_temporary_files_go(page, monkeypatch):
     """However the command ends: SIGTERM is a SystemExit."""
     gradio = pytest.importorskip("gradio", reason="needs the extra demo")

@@ -300,6 +300,7 @@ def _ids(rows: list[dict[str, Any]]) -> list[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("workers", [0, 2, 5])  # fewer and more than row groups
+@pytest.mark.slow
 def test_a_stream_gives_every_row_once_a_pass(parquet, workers):
     rows = stream_ids(parquet, rows=72, workers=workers)
     assert rows == stream_ids(parquet, rows=72, workers=workers)
@@ -337,6 +338,7 @@ def test_a_stream_that_begins_without_an_ecg(ecg, tmp_path):
     assert str(streamed) == str(whole)
 
 
+@pytest.mark.slow
 def test_a_stream_of_several_datasets(parquet, simulated):
     both = stream_ids(parquet, simulated, rows=28)
     assert len(set(both)) == 28  # all of the first pass

@@ -240,6 +240,7 @@ def test_every_number_of_the_report_is_in_the_results(evaluated):
     assert f"{100 * score['value']:.1f} [{100 * low:.1f}, {100 * high:.1f}]" in cells
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_goes_on(evaluated, model, data, tmp_path, monkeypatch):
     """What was answered is not asked again, a line that was cut is, and the results are the same."""
     folder, results = evaluated

@@ -324,6 +324,7 @@ def test_a_failure_midway_leaves_the_remote_as_it_was(model, hub, capsys, monkey
 
 
 @pytest.mark.parametrize("failure", [ConnectionError("no network"), KeyboardInterrupt()])
+@pytest.mark.slow
 def test_a_failure_leaves_nothing_new(failure, model, folders, hub, monkeypatch):
     """Neither a repository, a branch, a Space nor the base model of an adapter."""
     push(model, "old")
@@ -446,6 +447,7 @@ def test_base_of_an_adapter(folders, hub, tmp_path, monkeypatch):
     assert "jane" not in hub.files("user/other")["README.md"].decode()
 
 
+@pytest.mark.slow
 def test_what_was_written_is_taken_back(model, folders, hub, monkeypatch, capsys):
     """Where the tag fails after the commit, and the base of an adapter where the adapter fails; both were there before."""
     push(model, "model")
@@ -591,6 +593,7 @@ def test_what_cannot_be_removed_again_is_said(model, hub, monkeypatch, capsys):
     assert "user/model could not be put back as it was: look at it on the Hub." in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_killed_while_it_uploads(model, hub):
     """The remote stays as it was, and a push that is repeated ends right."""
     push(model, "model")
