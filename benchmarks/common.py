@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
 # this folder has a benchmark named as the package `ecg_byte`: the package is to be found first
 sys.path.append(sys.path.pop(0))
@@ -22,6 +23,28 @@ from elm_ecg.training.data.synthetic import make_record
 from elm_ecg.training.quickstart import CONFIG, save_small_llm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+_LLAMA = {
+    "vocab_size": 128256,
+    "intermediate_size": 8192,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+}
+# language models of these shapes, with random weights
+SHAPES: dict[str, PreTrainedConfig] = {
+    "Llama-3.2-1B": LlamaConfig(**_LLAMA, hidden_size=2048, num_hidden_layers=16, num_attention_heads=32),
+    "Llama-3.2-3B": LlamaConfig(**_LLAMA, hidden_size=3072, num_hidden_layers=28, num_attention_heads=24),
+    "Qwen2.5-7B": Qwen2Config(
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        max_position_embeddings=32768,
+        tie_word_embeddings=False,
+    ),
+}
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DEVICE, make_rows
+from common import DEVICE, SHAPES, make_rows
 from datasets import Dataset, disable_progress_bars
-from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, TrainerCallback
+from transformers import TrainerCallback
 from transformers.utils import is_flash_attn_2_available
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
@@ -41,28 +41,7 @@ from elm_ecg.training.evaluation.questions import list_questions
 from elm_ecg.training.quickstart import save_small_llm
 from elm_ecg.training.resume import RunOptions
 
-SHAPES: dict[str, PreTrainedConfig] = {
-    "Llama-3.2-1B": LlamaConfig(
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=131072,
-        tie_word_embeddings=True,
-    ),
-    "Qwen2.5-7B": Qwen2Config(
-        vocab_size=152064,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        max_position_embeddings=32768,
-        tie_word_embeddings=False,
-    ),
-}
+LLMS = ("Llama-3.2-1B", "Qwen2.5-7B")
 # dense bf16 TFLOPS of NVIDIA's data sheets, by a part of the card's name
 PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362, "L4": 121}
 WARM_UP = 3 if DEVICE == "cuda" else 1  # steps that do not count: they allocate memory and choose kernels
@@ -93,12 +72,12 @@ class Case:
 
 def list_cases(batch_sizes: dict[str, int]) -> list[Case]:
     """The most telling first, as time may run out; what may not fit comes last."""
-    small, large = SHAPES
+    small, large = LLMS
     cases = []
     for llm, training in ((small, "LoRA"), (small, "full"), (large, "LoRA")):
         for changes in ({}, {"padding": "padding-free"}, {"checkpointing": True}):
             cases.append(Case(llm, training, batch_sizes[llm], **changes))
-    cases += [Case(llm, "evaluation", 4 * batch_sizes[llm]) for llm in SHAPES]
+    cases += [Case(llm, "evaluation", 4 * batch_sizes[llm]) for llm in LLMS]
     for training in ("LoRA", "full"):
         for padding in ("padded", "padding-free"):
             cases.append(Case(small, training, batch_sizes[small], padding, "flash_attention_2"))
@@ -264,7 +243,7 @@ def main() -> None:
     print(f"| {head} |\n|{' --- |' * 12}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, Path(folder))
-        cases = list_cases(dict(zip(SHAPES, args.batch_sizes, strict=True)))
+        cases = list_cases(dict(zip(LLMS, args.batch_sizes, strict=True)))
         for case in itertools.takewhile(lambda _: time.monotonic() - began < args.seconds, cases):
             numbers = bench.run(case)
             gc.collect()

@@ -22,33 +22,20 @@ import weakref
 from typing import Any
 
 import torch
+from common import SHAPES
 from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import LlamaConfig, PreTrainedConfig
 
 from elm_ecg.configuration_elm import ELMConfig, STMEMConfig
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 
 Bytes = dict[str, float]
 GIB = 2**30
-_LLAMA = {"vocab_size": 128256, "intermediate_size": 8192, "num_key_value_heads": 8, "tie_word_embeddings": True}
-SHAPES: dict[str, PreTrainedConfig] = {
-    "1B (Llama-3.2-1B)": LlamaConfig(**_LLAMA, hidden_size=2048, num_hidden_layers=16, num_attention_heads=32),
-    "3B (Llama-3.2-3B)": LlamaConfig(**_LLAMA, hidden_size=3072, num_hidden_layers=28, num_attention_heads=24),
-    "7B (Qwen2.5-7B)": Qwen2Config(
-        vocab_size=152064,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        tie_word_embeddings=False,
-    ),
-}
 SMALL = LlamaConfig(
     vocab_size=16000,
     hidden_size=768,
@@ -213,7 +200,7 @@ def main() -> None:
         kinds = {"full": of_all_layers(shape, False, sizes), "LoRA": lora, "QLoRA": quantized(lora, shape)}
         for training, sums in kinds.items():
             cells = [f"{size / GIB:.1f}" for size in sums.values()]
-            print(f"| {name} | {training} | {' | '.join(cells)} |", flush=True)
+            print(f"| {name.rpartition('-')[2]} ({name}) | {training} | {' | '.join(cells)} |", flush=True)
     return None
 
 
