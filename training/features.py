@@ -109,9 +109,8 @@ class EncoderFeatures:
 
     def _path(self, key: str) -> Path:
         assert self.folder is not None
-        return (
-            self.folder / key[:2] / f"{key}.safetensors"
-        )  # 256 folders, as some disks are slow with 100,000 files in one
+        # 256 folders, as some disks are slow with 100,000 files in one
+        return self.folder / key[:2] / f"{key}.safetensors"
 
 
 def _rows(ecgs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:

@@ -31,9 +31,8 @@ class GroupedByLength(LengthGroupedSampler):
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the trainer."""
-        seed = np.random.SeedSequence([self.seed, epoch]).generate_state(
-            1
-        )  # seed + epoch would repeat those of the next seed
+        # seed + epoch would repeat those of the next seed
+        seed = np.random.SeedSequence([self.seed, epoch]).generate_state(1)
         self.generator = torch.Generator().manual_seed(int(seed[0]))
 
 
