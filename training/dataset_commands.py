@@ -49,6 +49,14 @@ def push(args: argparse.Namespace) -> None:
     push.main([str(args.data), "--repo_id", args.repo_id, *options, *allow])
 
 
+def shard_of(text: str) -> tuple[int, int]:
+    """The numbers of `--shard 3/16`, for `argparse`."""
+    number, _, of = text.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise argparse.ArgumentTypeError(f"is {text!r}; expected the share and their number, 1/16 to 16/16")
+    return int(number), int(of)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The options of the four commands."""
     parser = CommandLineParser(prog="elm data", description=__doc__)
@@ -64,6 +72,8 @@ def make_parser() -> argparse.ArgumentParser:
     questions += "for PTB-XL's own folder by default its five diagnostic superclasses"
     add("--questions", type=Path, nargs="+", metavar="FILE", help=questions)
     add("--output_dir", type=Path, required=True, help="new folder of the dataset and its card")
+    shard = "this machine's share of the work, 1/16 to 16/16; all write into one folder, or into folders that are merged"
+    add("--shard", type=shard_of, metavar="I/N", help=shard)
     for option in fields(BuildArguments):
         add(f"--{option.name}", default=option.default, **option.metadata)  # metadata: keywords of argparse
     add("--name", help="title of the card; default: the folder's name")

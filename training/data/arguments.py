@@ -9,7 +9,7 @@ from typing import Any
 
 from elm_ecg.training.command_line import whole_number
 
-SPLIT_RULES = ("given", "fold", "patient")
+SPLIT_RULES = ("given", "fold", "patient", "record")
 HERTZ, SECONDS = {"type": float, "metavar": "HZ"}, {"type": float, "metavar": "SECONDS"}
 METADATA_COLUMNS = ("patient_id", "strat_fold", "age", "sex")  # that are kept of a table about the records
 # that are kept of the questions' table, beside what makes the chat: ECG-QA's, by which answers are scored, and those above.
@@ -48,6 +48,7 @@ class BuildArguments:
     question_types: Sequence[str] | None = _option(
         None, "keep the questions of these types; * stands for anything: comparison*", nargs="+", metavar="TYPE"
     )
+    no_questions: bool = _option(False, "records alone, without questions, as for pretraining an encoder")
     join_questions: bool = _option(False, "ask all questions about a record in one chat")
     sort_answers: bool = _option(False, "sort the items of answers that are lists, which ECG-QA has in any order")
     metadata: str | Path | Iterable[Mapping[str, Any]] | None = field(
@@ -57,7 +58,8 @@ class BuildArguments:
     metadata_columns: Sequence[str] = _option((), "further columns of that table to keep", nargs="+", metavar="NAME")
     split_by: str | None = _option(
         None,
-        "the questions' split, PTB-XL's fold, or patients at random; default: the first that is known",
+        "the questions' split, PTB-XL's fold, or patients at random; default: the first that is known; or records at random, where "
+        "nobody knows the patients",
         choices=SPLIT_RULES,
     )
     shares: Sequence[float] = _option(

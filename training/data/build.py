@@ -1,29 +1,23 @@
-"""Datasets made of records and questions about them: `build_dataset` in memory, and the rows that `elm data build` writes."""
+"""Datasets made of records and questions about them: `build_dataset` in memory, and the plan of what `elm data build` writes."""
 
+import hashlib
 import logging
-import os
-import signal
-import sys
-import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from threading import Thread
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from elm_ecg.ecg_utils import ZERO_CROSSINGS, as_record, cut_windows, resample, window_starts
 from elm_ecg.training.command_line import did_you_mean
-from elm_ecg.training.data.arguments import KEPT_COLUMNS, BuildArguments, in_python
-from elm_ecg.training.data.schema import ECG, MESSAGES, as_list, counted
+from elm_ecg.training.data.arguments import KEPT_COLUMNS, METADATA_COLUMNS, BuildArguments, in_python
+from elm_ecg.training.data.parts import PART_RECORDS, Block, Found, Part, in_processes, part_name, read_part
+from elm_ecg.training.data.schema import ECG, MESSAGES, as_list, counted, stored_name
 from elm_ecg.training.data.sources import (
     PTBXL_TABLE,
     QuestionRow,
@@ -40,9 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# limits of a row group, which is what a reader of a stream holds in memory at once
-ROW_GROUP_ROWS = 100
-ROW_GROUP_BYTES = 32 * 2**20
+TABLE_ROWS = 100  # of the tables of which a dataset in memory consists
 
 
 def build_dataset(
@@ -85,90 +77,167 @@ def _build_dataset(
     from datasets import Dataset, DatasetDict, NamedSplit  # seconds to import, which `elm data build` does not need
 
     plan = make_plan(records, questions, options)
-    groups = {split: list(row_groups(plan.rows(split), plan.schema)) for split in plan.questions}  # held in memory
-    splits = {
-        split: Dataset(pa.concat_tables(tables), split=NamedSplit(split)) for split, tables in groups.items() if tables
-    }
-    plan.check_rows(bool(splits))
+    blocks: dict[str, list[Block]] = {}
+    names = [name for split in plan.questions for name in plan.part_names(split)]
+    with plan.progress(names, names) as bar:
+        for part, (found, of_part) in in_processes(partial(_read_blocks, options=options), plan.parts(), options.num_proc, bar.update):
+            plan.found[part.split].add(found)
+            blocks[part.name] = of_part
+    plan.check_rows()
+    splits = {}
+    for split in plan.questions:
+        of_split = [block for name in plan.part_names(split) for block in blocks[name]]
+        if tables := list(_joined(of_split, plan)):
+            splits[split] = Dataset(pa.concat_tables(tables), split=NamedSplit(split))
     for remark in plan.remarks():
         logger.warning("%s", in_python(remark))
     # arrays as NumPy: as lists of numbers they would take longer to read than to process
     return DatasetDict(splits).with_format("numpy", columns=["ecg"], output_all_columns=True)
 
 
+def _read_blocks(part: Part, options: BuildArguments) -> tuple[Found, list[Block]]:
+    found = Found()
+    return found, list(read_part(part, options, found))
+
+
+def _joined(blocks: list[Block], plan: "Plan") -> Iterator[pa.Table]:
+    """The rows of a split with the ECGs themselves in them."""
+    schema = plan.row_schema
+    position = schema.get_field_index("ecg")
+    schema = schema.set(position, pa.field("ecg", pa.list_(ECG) if plan.several else ECG))
+    names = [member.name for member in ECG]
+    # Arrow takes a list of arrays, but no array of two dimensions
+    ecgs = {
+        ecg["id"]: {name: list(ecg[name]) if name == "array" else ecg[name] for name in names}
+        for block in blocks
+        for ecg in block.ecgs
+    }
+    rows = [row for block in blocks for row in block.rows]
+    for start in range(0, len(rows), TABLE_ROWS):
+        table = []
+        for row in rows[start : start + TABLE_ROWS]:
+            of_row = [ecgs[name.split("#", 1)[1]] for name in as_list(row["ecg"])]
+            table.append({**row, "ecg": of_row if plan.several else of_row[0]})
+        yield pa.Table.from_pylist(table, schema)
+
+
 @dataclass
 class Plan:
-    """What a dataset will hold. The records are read when its rows are asked for, a few at a time."""
+    """What a dataset will hold. The records are read part by part."""
 
     options: BuildArguments
     records: Records
     questions: dict[str, list[QuestionRow]]  # of each split
-    metadata: Metadata
-    schema: pa.Schema
+    about: Metadata  # record -> what is stored beside it
+    in_rows: tuple[str, ...]  # which of this the rows have too
+    row_schema: pa.Schema
+    ecg_schema: pa.Schema
+    several: bool  # a question compares ECGs, which makes them lists in all rows
     split_by: str  # the rule by which the questions were divided
     left_out: dict[str, int]  # what was left out -> how many
     absent: list[str]  # missing records, as the questions name them
     too_few: str | None  # a sentence about splits that get no patients
     not_kept: list[str]  # columns of the questions
-    # filled as rows are read: record -> why it cannot be read; notice -> the records that it is about
-    unreadable: dict[str, str] = field(default_factory=dict)
-    notices: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
-    gaps: dict[str, int] = field(default_factory=dict)  # record -> its windows with a gap
+    found: dict[str, Found] = field(default_factory=lambda: defaultdict(Found))  # of each split, filled as parts are read
 
-    def rows(self, split: str) -> Iterator[dict[str, Any]]:
-        """The rows of a split; of a record cut into windows as many as it has.
+    def __post_init__(self) -> None:
+        # split -> its records in random order: those of one source or patient together would fill a buffer in which they are shuffled
+        self.orders: dict[str, list[str]] = {}
+        for split, questions in self.questions.items():
+            names = np.array(sorted({record for question in questions for record in question.records}), object)
+            self.orders[split] = np.random.default_rng(self.options.seed).permutation(names).tolist()
 
-        Raises:
-            ValueError: a record cannot be read, and `skip_unreadable` is not set.
-        """
-        several = pa.types.is_list(self.schema.field("ecg").type)  # one comparing question makes it a list in all rows
-        questions = in_order(self.questions[split], self.options.seed)
-        read = read_records(questions, self.records, partial(read_ecgs, options=self.options), self.options.num_proc)
-        for question, ecgs_of_records in tqdm(read, total=len(questions), desc=split, unit="question"):
-            failed = False
-            for record, ecgs in zip(question.records, ecgs_of_records, strict=True):
-                if isinstance(ecgs, ValueError):  # `read_ecgs` returns errors in place of raising them
-                    if not self.options.skip_unreadable:
-                        raise ValueError(
-                            f"Cannot read the record {record}: {ecgs} (--skip_unreadable leaves such out.)"
-                        )
-                    self.unreadable[record], failed = str(ecgs), True
-                    continue
-                for notice in ecgs.notices:
-                    self.notices[notice].add(record)
-                if ecgs.num_gaps:
-                    self.gaps[record] = ecgs.num_gaps
-            windows = [] if failed else zip(*(ecgs.windows for ecgs in ecgs_of_records), strict=True)
-            for ecgs in windows:  # one row a window
-                about_ecgs = [
-                    {**self.metadata.get(record, {}), "record_id": record, "patient_id": patient, **ecg}
-                    for record, patient, ecg in zip(question.records, question.patients, ecgs, strict=True)
-                ]
-                row: dict[str, Any] = {"messages": question.messages, **question.columns}
-                for name in self.schema.names:
-                    if name not in row:  # these two are not about single records
-                        values = [about.get(name) for about in about_ecgs]
-                        row[name] = values if several else values[0]
-                yield row
+    def part_names(self, split: str) -> list[str]:
+        """The names of the parts of a split."""
+        number = -(-len(self.orders[split]) // PART_RECORDS)
+        return [part_name(split, index, number) for index in range(number)]
 
-    def check_rows(self, has_rows: bool) -> None:
-        """Counts the records that could not be read, once all rows were; ValueError if no row is left."""
-        if not has_rows and self.gaps:
+    def parts(self, names: Iterable[str] | None = None) -> Iterator[Part]:
+        """The parts of these names; of None all."""
+        wanted = None if names is None else set(names)
+        for split, questions in self.questions.items():
+            records, part_names = self.orders[split], self.part_names(split)
+            part_of = {record: index // PART_RECORDS for index, record in enumerate(records)}
+            of_part = defaultdict(list)
+            for question in questions:
+                of_part[part_of[question.records[0]]].append(question)
+            for index, name in enumerate(part_names):
+                if wanted is None or name in wanted:
+                    own = records[index * PART_RECORDS : (index + 1) * PART_RECORDS]
+                    asked = of_part[index]
+                    others = {record for question in asked for record in question.records[1:] if part_of[record] != index}
+                    yield Part(
+                        split,
+                        index,
+                        len(part_names),
+                        {record: self.records.locations[record] for record in own},
+                        asked,
+                        {record: self.about.get(record, {}) for record in (*own, *others)},
+                        self.in_rows,
+                        self.several,
+                        {record: (part_names[part_of[record]], self.records.locations[record]) for record in others},
+                    )
+
+    def progress(self, names: list[str], todo: list[str]) -> Any:
+        """A bar of the records of these parts, of which some are done."""
+        sizes = {}
+        for split in self.questions:
+            total, of_split = len(self.orders[split]), self.part_names(split)
+            sizes |= {name: min(PART_RECORDS, total - index * PART_RECORDS) for index, name in enumerate(of_split)}
+        total = sum(sizes[name] for name in names)
+        return tqdm(total=total, initial=total - sum(sizes[name] for name in todo), desc="records", unit="record")
+
+    def fingerprint(self) -> str:
+        """A digest of all that decides what is written, but of the samples of the records: a build that was interrupted goes on from
+        parts of the same plan alone."""
+        digest = hashlib.sha256()
+        said = {name: value for name, value in vars(self.options).items() if name not in ("num_proc", "metadata")}
+        for what in (said, self.row_schema, self.ecg_schema, self.split_by):
+            digest.update(repr(what).encode())
+        for split, questions in self.questions.items():
+            digest.update(split.encode())
+            for question in questions:
+                digest.update(repr(question).encode())
+            for record in self.orders[split]:
+                location = self.records.locations[record]
+                # of an ECG in memory no more than its kind: an archive of these is one file, which is not changed in between
+                place = location if isinstance(location, str | Path) else type(location).__name__
+                digest.update(f"{record} {place} {self.about.get(record)}".encode())
+        return digest.hexdigest()
+
+    def check_rows(self) -> None:
+        """Counts what could not be read, once all parts were; ValueError if no row is left."""
+        found = Found()
+        for of_split in self.found.values():
+            found.add(of_split)
+        if not found.rows and found.gaps:
             raise ValueError(
                 f"Each window of {self.options.window:g} s has a gap (NaN); cut shorter ones with --window."
             )
-        if not has_rows:
+        if not found.rows:
             raise ValueError(
-                f"None of the {len(self.unreadable)} records can be read. The first: {next(iter(self.unreadable.values()))}"
+                f"None of the {len(found.unreadable)} records can be read. The first: {next(iter(found.unreadable.values()))}"
             )
-        if self.gaps:
-            self.left_out[f"windows with a gap (NaN), in {counted(len(self.gaps), 'record')}"] = sum(self.gaps.values())
-        if self.unreadable:
-            self.left_out["records that cannot be read, and their questions"] = len(self.unreadable)
+        if found.gaps:
+            name = f"windows with a gap (NaN), in {counted(len(found.gaps), 'record')}"
+            self.left_out[name] = sum(found.gaps.values())
+        if found.unreadable:
+            self.left_out["records that cannot be read, and their questions"] = len(found.unreadable)
+
+    def num_records(self, split: str) -> int:
+        """How many records of a split are stored, whole or in windows."""
+        return len(self.orders[split]) - len(self.found[split].without)
+
+    def num_patients(self, split: str) -> int | None:
+        """How many patients these are of; None if that of one is unknown."""
+        without = set(self.found[split].without)
+        patients = {self.about[record].get("patient_id") for record in self.orders[split] if record not in without}
+        return None if None in patients else len(patients)
 
     def remarks(self) -> list[str]:
         """Sentences about what was left out, and about the records."""
-        lines = [f"Cannot read {record}: {reason}" for record, reason in self.unreadable.items()]
+        found = list(self.found.values())
+        lines = [f"Cannot read {record}: {why}" for of_split in found for record, why in of_split.unreadable.items()]
         lines += [f"Left out: {name} ({number:,})" for name, number in self.left_out.items()]
         if self.absent:
             names = list(dict.fromkeys(self.absent))
@@ -177,7 +246,8 @@ class Plan:
             lines.append(
                 f"Columns of the questions that are not kept: {', '.join(self.not_kept)} (--columns NAME keeps one)"
             )
-        lines += [f"{notice} (records: {len(records):,})" for notice, records in self.notices.items()]
+        notices = sum((of_split.notices for of_split in found), Counter())
+        lines += [f"{notice} (records: {number:,})" for notice, number in notices.items()]
         return lines + ([self.too_few] if self.too_few else [])
 
 
@@ -196,13 +266,19 @@ def make_plan(
         raise ValueError("--metadata_columns are those of a table about the records; name it with --metadata.")
     records = find_records(source, options.resample)  # PTB-XL has files of 100 and of 500 Hz
     left_out: dict[str, int] = {}
-    if questions is not None:
-        rows: Iterable[QuestionRow] = read_questions(questions, options.sort_answers, options.names)
+    if options.no_questions and questions is not None:
+        raise ValueError("--no_questions and --questions do not go together; leave one of them out.")
+    rows: Iterable[QuestionRow]
+    if options.no_questions:
+        rows = (QuestionRow((record,), []) for record in records.locations)
+    elif questions is not None:
+        rows = read_questions(questions, options.sort_answers, options.names)
     elif table is not None and is_ptbxl:
         rows, left_out["records of no diagnostic superclass"] = superclass_questions(table.parent)
     else:
         raise ValueError(
-            "There are no questions about the records: name a file with --questions. Only PTB-XL's own folder needs none."
+            "There are no questions about the records: name a file with --questions, or say --no_questions if there are to be none. "
+            "Only PTB-XL's own folder has some of its own."
         )
     chosen, absent = choose_questions(rows, records, options.question_types)
     kept = {*KEPT_COLUMNS, *options.names}
@@ -211,27 +287,36 @@ def make_plan(
     ]
     chosen = [replace(q, columns={name: q.columns[name] for name in q.columns if name in kept}) for q in chosen]
     left_out["questions whose records are not there"] = len(absent)
-    metadata: dict[str, dict[str, Any]] = defaultdict(dict)
+    about: dict[str, dict[str, Any]] = defaultdict(dict)
     for path in tables:
         # --metadata_columns are of the last table: the user's own, or PTB-XL's where there is no other
         for record, row in read_metadata(path, records, options.metadata_columns if path is tables[-1] else ()).items():
-            metadata[record] |= row  # later tables win
-    chosen = with_patients(chosen, metadata)
-    split_by = options.split_by or default_split(chosen, metadata)
-    parts, number = split_questions(chosen, split_by, metadata, options.shares, options.seed)  # number: those left out
-    if not parts:
+            about[record] |= row  # later tables win
+    chosen = with_patients(chosen, about)
+    split_by = options.split_by or default_split(chosen, about)
+    splits, number = split_questions(chosen, split_by, about, options.shares, options.seed)  # number: those left out
+    if not splits:
         raise ValueError(f"No question is left: all {number} are about records of different splits.")
     left_out["questions whose records are in different splits"] = number
     too_few = without_patients(chosen, options.shares) if split_by == "patient" else None
     if options.join_questions:
-        parts = {split: join_questions(part) for split, part in parts.items()}
-    remaining = [question for part in parts.values() for question in part]
+        splits = {split: join_questions(part) for split, part in splits.items()}
+    remaining = [question for part in splits.values() for question in part]
     several = any(len(question.records) > 1 for question in remaining)
     if options.window is not None and several:
         raise ValueError("--window cuts single records, and there are questions that compare several; leave it out.")
-    schema = make_schema(remaining, metadata, several, options.window is not None)
+    for question in remaining:
+        for record, patient in zip(question.records, question.patients, strict=True):
+            about[record]["patient_id"] = patient
+    stored = {record: about[record] for question in remaining for record in question.records}
+    in_rows = tuple(dict.fromkeys(["patient_id", *METADATA_COLUMNS, *options.metadata_columns]))
+    if options.no_questions:  # nothing else would say it beside the ECG
+        in_rows = tuple(dict.fromkeys([*in_rows, *(name for row in stored.values() for name in row)]))
+    schemas = make_schemas(remaining, stored, in_rows, several, options.window is not None)
     left_out = {name: number for name, number in left_out.items() if number}
-    return Plan(options, records, parts, metadata, schema, split_by, left_out, absent, too_few, not_kept)
+    return Plan(
+        options, records, splits, stored, in_rows, *schemas, several, split_by, left_out, absent, too_few, not_kept
+    )
 
 
 def choose_questions(
@@ -287,42 +372,32 @@ def join_questions(questions: list[QuestionRow]) -> list[QuestionRow]:
     return joined
 
 
-def in_order(questions: list[QuestionRow], seed: int) -> list[QuestionRow]:
-    """The questions about a record one after the other: it is read once, and its repetitions take hardly any space.
-
-    The records are in random order: those of one source or patient together would fill a buffer in which they are shuffled.
-    """
-    records = np.random.default_rng(seed).permutation(sorted({question.records[0] for question in questions})).tolist()
-    rank = {record: index for index, record in enumerate(records)}
-    return sorted(questions, key=lambda question: (rank[question.records[0]], question.records[1:]))
-
-
-def make_schema(
-    questions: Sequence[QuestionRow], metadata: Metadata, several: bool = False, windows: bool = False
-) -> pa.Schema:
-    """Types of the columns; those without any value are left out.
+def make_schemas(
+    questions: Sequence[QuestionRow], about: Metadata, in_rows: Sequence[str], several: bool, windows: bool
+) -> tuple[pa.Schema, pa.Schema]:
+    """Types of the columns of the rows, and of the records that are stored; those without any value are left out.
 
     Args:
-        several: `ecg` and the columns about records are lists.
+        in_rows: which of `about` the rows have too.
+        several: rows have lists of ECGs, and so of what is about these.
         windows: there is a `start_second`.
 
     Raises:
         ValueError: a column has values of different types.
     """
     names = dict.fromkeys(name for question in questions for name in question.columns)  # a dict keeps their order
-    of_questions = {name: [question.columns.get(name) for question in questions] for name in names}
-    rows = {record: metadata.get(record, {}) for question in questions for record in question.records}
-    names = dict.fromkeys(name for row in rows.values() for name in row if name not in of_questions)
-    of_records: dict[str, list[Any]] = {
-        "record_id": list(rows),
-        **({"start_second": [0.0]} if windows else {}),  # only its type matters here
-        "patient_id": [patient for question in questions for patient in question.patients],
-        **{name: [row.get(name) for row in rows.values()] for name in names if name != "patient_id"},
-    }
-    about_ecgs = {"ecg": ECG, **_types(of_records)}
+    of_questions = _types({name: [question.columns.get(name) for question in questions] for name in names})
+    names = dict.fromkeys(name for values in about.values() for name in values)
+    of_records = _types({name: [values.get(name) for values in about.values()] for name in names})
+    start = {"start_second": pa.float64()} if windows else {}
+    about_ecgs = {"ecg": pa.string(), "record_id": pa.string(), **start}
+    about_ecgs |= {name: of_records[name] for name in in_rows if name in of_records and name not in of_questions}
     if several:
         about_ecgs = {name: pa.list_(kind) for name, kind in about_ecgs.items()}
-    return pa.schema({"ecg": about_ecgs.pop("ecg"), "messages": MESSAGES, **about_ecgs, **_types(of_questions)})
+    chats = {"messages": MESSAGES} if any(question.messages for question in questions) else {}
+    rows = {"ecg": about_ecgs.pop("ecg"), **chats, **about_ecgs, **of_questions}
+    members = {member.name: member.type for member in ECG}
+    return pa.schema(rows), pa.schema({"id": pa.string(), **start, **members, **of_records})
 
 
 def _types(columns: Mapping[str, list[Any]]) -> dict[str, pa.DataType]:
@@ -338,99 +413,3 @@ def _types(columns: Mapping[str, list[Any]]) -> dict[str, pa.DataType]:
     return types
 
 
-class RecordECGs(NamedTuple):
-    """What a record gives: its `ecg` and `start_second`, of each window, its notices, and how many windows have a gap."""
-
-    windows: list[dict[str, Any]]
-    notices: tuple[str, ...] = ()
-    num_gaps: int = 0
-
-
-def read_ecgs(location: Any, options: BuildArguments) -> RecordECGs | ValueError:
-    """The ECGs that a record gives: itself, or its windows without a gap.
-
-    An error comes in their place: such records may be left out, and exceptions of another process would stop all.
-    """
-    try:
-        has_windows = options.window is not None
-        record = as_record(location, options.sampling_rate, options.lead_names, options.unit, has_windows)
-        rate = record.sampling_rate if options.resample is None else options.resample
-        # filters and normalisation are the model's business: a dataset keeps what was recorded
-        microvolts = np.rint(1000 * resample(record.array, record.sampling_rate, rate))  # from millivolts
-        limits = np.iinfo(np.int16)  # beyond them, `astype(np.int16)` would wrap around
-        if microvolts.min() < limits.min or microvolts.max() > limits.max:
-            raise ValueError(
-                f"It reaches {abs(microvolts).max() / 1000:.6g} mV, and 16-bit microvolts hold at most 32.767 mV; is its "
-                "unit right (--unit)?"
-            )
-        # what is filled into a gap reaches as far as the filter of resampling
-        reach = 0.0 if rate == record.sampling_rate else ZERO_CROSSINGS / min(rate, record.sampling_rate)
-        gaps = [(start - reach, end + reach) for start, end in record.metadata.get("gaps", ())]
-        metadata = {**record.metadata, "gaps": gaps}
-        record = replace(record, array=microvolts.astype(np.int16), sampling_rate=rate, metadata=metadata)
-        windows, num_gaps = [record], 0
-        if options.window is not None:
-            windows = cut_windows(record, options.window, options.stride)
-            num_gaps = len(window_starts(record, options.window, options.stride)) - len(windows)
-    except (ValueError, OSError) as error:
-        return ValueError(str(error))  # of one type, which `Plan.rows` looks for
-    about = {"sampling_rate": rate, "lead_names": list(record.lead_names), "unit": "uV"}
-    ecgs = [
-        {"ecg": {"array": window.array, **about}, "start_second": window.metadata.get("start_second", 0.0)}
-        for window in windows
-    ]
-    return RecordECGs(ecgs, record.metadata.get("notices", ()), num_gaps)
-
-
-def read_records(
-    questions: list[QuestionRow], records: Records, reader: Any, num_proc: int = 1
-) -> Iterator[tuple[QuestionRow, list[Any]]]:
-    """Each question with what `reader` makes of its records; successive questions share what is read.
-
-    Args:
-        reader: a function of one of `records.locations`.
-        num_proc: processes that read.
-    """
-    held: dict[str, Any] = {}  # the records of the present chunk, so that memory does not grow with the dataset
-    chunk = 8 * num_proc if num_proc > 1 else 1  # questions: enough that no process waits for another
-    pool = ProcessPoolExecutor(num_proc, initializer=_start_process) if num_proc > 1 else None
-    with pool or nullcontext():
-        read: Any = pool.map if pool else map  # both keep the order
-        for start in range(0, len(questions), chunk):
-            part = questions[start : start + chunk]
-            needed = dict.fromkeys(record for question in part for record in question.records)
-            new = [record for record in needed if record not in held]
-            held = {record: held[record] for record in needed if record in held}  # read for the chunk before
-            held |= zip(new, read(reader, [records.locations[record] for record in new]), strict=True)
-            yield from ((question, [held[record] for record in question.records]) for question in part)
-
-
-def _start_process() -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"  # of PyTorch, where a process imports it
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)  # its threads do not survive a fork
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the main process, and that ends this one
-    Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """Ends this process soon after the one that started it, which cannot do so if it was killed."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-def row_groups(rows: Iterable[dict[str, Any]], schema: pa.Schema) -> Iterator[pa.Table]:
-    """Tables of successive rows, of at most `ROW_GROUP_ROWS` rows and about `ROW_GROUP_BYTES` of signal."""
-    held: list[dict[str, Any]] = []
-    size = 0
-    for row in rows:
-        # Arrow takes a list of arrays, but no array of two dimensions
-        ecgs = [{**ecg, "array": list(ecg["array"])} for ecg in as_list(row["ecg"])]
-        held.append({**row, "ecg": ecgs if isinstance(row["ecg"], list) else ecgs[0]})
-        size += sum(ecg["array"].nbytes for ecg in as_list(row["ecg"]))
-        if len(held) == ROW_GROUP_ROWS or size >= ROW_GROUP_BYTES:
-            yield pa.Table.from_pylist(held, schema)
-            held, size = [], 0
-    if held:
-        yield pa.Table.from_pylist(held, schema)

@@ -1,6 +1,5 @@
 """Datasets of chats about ECGs, from the Hub or local folders, whole or streamed."""
 
-import hashlib
 import logging
 import os
 import re
@@ -18,11 +17,13 @@ import torch.utils.data
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, List, Value
 from datasets.exceptions import DatasetGenerationError
 from datasets.formatting import NumpyFormatter, _register_formatter
+from huggingface_hub import snapshot_download
 
 from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord, as_record
+from elm_ecg.training.data import records
 from elm_ecg.training.data.paths import confined_rows
 from elm_ecg.training.data.reference import OWNER, SAMPLING_RATE, from_reference, is_key, is_reference
-from elm_ecg.training.data.schema import ECG, LITERALS, MESSAGES, ROLES, as_list
+from elm_ecg.training.data.schema import ECG, LITERALS, MESSAGES, RECORDS, ROLES, WORK, as_list
 
 if TYPE_CHECKING:
     from elm_ecg.training.arguments import DataArguments  # imports TRL, which takes seconds
@@ -194,6 +195,8 @@ def load_splits(name: str, streaming: bool = False, revision: str | None = None)
 
 def _load_splits(name: str, streaming: bool, revision: str | None) -> DatasetDict | IterableDatasetDict:
     path = Path(name).expanduser()
+    if (path / WORK).is_dir():
+        raise ValueError(f"{name} is not finished: repeat the `elm data build` that was interrupted, or run its other shards.")
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():  # of `save_to_disk`
         try:
             loaded = datasets.load_from_disk(path)
@@ -211,7 +214,7 @@ def _load_splits(name: str, streaming: bool, revision: str | None) -> DatasetDic
             f"--data {name} is a file; give the folder that holds it, in which train.parquet or the like is a split."
         )
     if path.exists():
-        return _built(datasets.load_dataset_builder(str(path), cache_dir=_cache_of(path)), name, streaming)
+        return _built(datasets.load_dataset_builder(str(path), cache_dir=records.cache_of(path)), name, streaming)
     if is_key(name):  # after folders: a local one of that name goes first
         name = f"{OWNER}/{name}"
     if name.count("/") != 1:
@@ -251,15 +254,6 @@ def _check_own(name: str, files: list[str]) -> None:
             )
 
 
-def _cache_of(path: Path) -> str:
-    """A cache for these files and no others: `datasets` tells folders whose cards have `configs` apart only by name, and would give the
-    rows of another folder of that name, or of one that has changed."""
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    stats = [(str(file.resolve()), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
-    digest = hashlib.sha256(repr(stats).encode()).hexdigest()[:32]  # no contents, which would take long to read
-    return str(Path(datasets.config.HF_DATASETS_CACHE) / "local" / digest)
-
-
 def load_split(
     name: str,
     split: str,
@@ -296,15 +290,36 @@ def load_split(
     if _names_files(data.features.get("ecg")):
         folder = Path(name).expanduser()
         root = ecg_root or (str(folder.absolute()) if folder.exists() else None)  # None: of the Hub
+        stored = _stored_at(name, data) if records.is_stored(_first_ecg(data)) else None
         tables = data.with_format("arrow")
         options: dict[str, Any] = {
             "batched": True,
             "with_indices": True,
-            "fn_kwargs": {"root": root},
+            "fn_kwargs": {"root": root, "stored": stored},
             "features": data.features,
         }
         data = tables.map(confined_rows, **options).with_format(None)
     return data
+
+
+def _first_ecg(data: Any) -> Any:
+    """An ECG of the first row that has one."""
+    ecgs = (ecg for row in data.select_columns("ecg") for ecg in as_list(row["ecg"]))
+    return next((ecg for ecg in ecgs if ecg is not None), None)
+
+
+def _stored_at(name: str, data: Any) -> str:
+    """Where the folder `records` of a dataset is, which is made ready for rows in any order unless the dataset is streamed."""
+    folder = Path(name).expanduser()
+    streaming = not isinstance(data, Dataset)
+    if not folder.exists() and streaming:
+        return f"hf://datasets/{name}/"
+    if not folder.exists():
+        folder = Path(snapshot_download(name, repo_type="dataset", allow_patterns=f"{RECORDS}/*"))
+    place = f"{folder.absolute()}/"
+    if not streaming:
+        records.keep(place)
+    return place
 
 
 def _without_media(data: Any) -> Any:
@@ -519,6 +534,8 @@ def _resolved(ecg: Any, row: dict[str, Any]) -> Any:
     """The ECG of a mixed dataset as a path or a dict; `noise` and `flatline` as signals."""
     if isinstance(ecg, dict) and "path" in ecg:  # of `_ECG`
         ecg = ecg["path"] if ecg["path"] is not None else {key: value for key, value in ecg.items() if key != "path"}
+    if records.is_stored(ecg):
+        return records.read(ecg)
     if not (isinstance(ecg, str) and ecg in LITERALS):
         return ecg
     shape = (len(STANDARD_LEADS), int(row.get("num_samples") or 2500))  # 10 s at the reference's 250 Hz

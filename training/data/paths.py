@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from elm_ecg.training.data.schema import LITERALS
+from elm_ecg.training.data.schema import LITERALS, STORED
 
 
 def confined(path: str, root: str | None) -> str:
@@ -37,8 +37,12 @@ def _real(root: str) -> str:
     return os.path.realpath(root)
 
 
-def confined_rows(table: pa.Table, indices: list[int], root: str | None) -> pa.Table:
+def confined_rows(table: pa.Table, indices: list[int], root: str | None, stored: str | None = None) -> pa.Table:
     """The rows with the paths of their column `ecg` as `confined` gives them; ValueError, which names the row, if one is elsewhere.
+
+    Args:
+        root: as of `confined`.
+        stored: the folder or address that stored records are in, with what separates it from their files.
 
     Tables keep their types: of rows, a stream would guess those of a few anew, null where none of them has an ECG.
     """
@@ -46,6 +50,8 @@ def confined_rows(table: pa.Table, indices: list[int], root: str | None) -> pa.T
     def place(ecg: Any) -> Any:
         if isinstance(ecg, dict) and ecg.get("path") is not None:
             return {**ecg, "path": place(ecg["path"])}
+        if isinstance(ecg, str) and stored is not None and STORED.fullmatch(ecg):
+            return f"{stored}{ecg}"
         return confined(ecg, root) if isinstance(ecg, str) and ecg not in LITERALS else ecg
 
     column = table.schema.get_field_index("ecg")

@@ -1,5 +1,6 @@
-"""What a dataset of chats about ECGs is made of: splits, roles, and the Arrow types of its columns."""
+"""What a dataset of chats about ECGs is made of: splits, roles, the Arrow types of its columns, and names of stored records."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,16 @@ ECG = pa.struct(
         "unit": pa.string(),
     }
 )
+# Of a dataset that stores each record once: `data/train-00000-of-00002.parquet` has its rows, whose ECGs are named so that they
+# read as paths in its folder
+RECORDS = "records"
+WORK = ".unfinished"  # the folder in it where a dataset is being built
+STORED = re.compile(rf"(?P<file>{RECORDS}/[^/#]+\.parquet)#(?P<id>.+)", re.DOTALL)
+
+
+def stored_name(part: str, record: str) -> str:
+    """How rows name a stored record: `records/train-00000-of-00002.parquet#17`."""
+    return f"{RECORDS}/{part}.parquet#{record}"
 
 
 def as_list(value: Any) -> list[Any]:

@@ -62,6 +62,8 @@ def split_questions(
         splits: list[set[str | None]] = [{question.split} for question in questions]
     else:
         patients = dict(pair for q in questions for pair in zip(q.records, q.patients, strict=True))
+        if split_by == "record":
+            patients = dict(zip(patients, patients, strict=True))
         split_of = by_fold(patients, metadata) if split_by == "fold" else by_patient(patients, shares, seed)
         splits = [{split_of[record] for record in question.records} for question in questions]
     # a question whose records are in different splits is in none
@@ -115,8 +117,8 @@ def by_patient(patients: Mapping[str, str | None], shares: Sequence[float], seed
     if unknown:
         raise ValueError(
             f"The patient of {len(unknown)} of {len(patients)} records is unknown, such as {', '.join(unknown[:3])}; "
-            "--split_by patient expects a column patient_id in the questions or in the table of --metadata. Where no patient "
-            "has two records, it may repeat their names."
+            "--split_by patient expects a column patient_id in the questions or in the table of --metadata. --split_by record divides "
+            "records as if each were of another patient."
         )
     names = np.random.default_rng(seed).permutation(sorted({str(patient) for patient in patients.values()})).tolist()
     ends = np.cumsum(share_out(len(names), shares))  # where each split ends among the names

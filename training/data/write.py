@@ -1,9 +1,23 @@
-"""`elm data build`: a dataset of `build.make_plan` as parquet files and a card, in a new folder."""
+"""`elm data build`: a dataset of `build.make_plan` as parquet files and a card, part by part.
+
+    OUTPUT/README.md                                    the card
+    OUTPUT/data/train-00000-of-00002.parquet            rows: questions, and the names of their ECGs
+    OUTPUT/records/train-00000-of-00002.parquet         records, each once
+    OUTPUT/.unfinished/                                 the same, and what was found of each part, until all parts are done
+
+A part is written once it is whole, so that a build that was killed goes on with the next; machines that share the work write
+different parts, whose names are the same as if one had written all.
+"""
 
 import argparse
+import json
+import os
+import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import fields
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,81 +28,55 @@ from huggingface_hub import DatasetCardData
 
 from elm_ecg.training.command_line import printable
 from elm_ecg.training.data.arguments import BuildArguments
-from elm_ecg.training.data.build import ROW_GROUP_BYTES, Plan, make_plan, row_groups
-from elm_ecg.training.data.schema import as_list, counted
-from elm_ecg.training.files import check_output_folder, new_folder
+from elm_ecg.training.data.build import Plan, make_plan
+from elm_ecg.training.data.parts import ROW_GROUP_BYTES, Found, Part, ecg_table, in_processes, read_part
+from elm_ecg.training.data.schema import RECORDS, WORK, counted
+from elm_ecg.training.files import atomic_path, check_output_folder, ending_on_sigterm, naming, read_json, write_text
 from elm_ecg.training.markdown import CARD, TAGS, citation, make_card, use_of
 
 # the Hub's names of sizes, by the number of rows that they end before
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
-SHARD_BYTES = 500 * 10**6
+ROWS = "data"
+PLAN, DONE = "plan.json", "parts"  # in `WORK`: what is being built, and what was found of each part that is done
 
 
-def write_split(folder: Path, split: str, groups: Iterator[pa.Table], schema: pa.Schema) -> None:
-    """Writes the row groups into `SPLIT-00000-of-0000N.parquet`, as many files as it takes.
+def write_part(part: Part, folder: Path, options: BuildArguments, row_schema: pa.Schema, ecg_schema: pa.Schema) -> Found:
+    """Writes the records and rows of a part, each a file, and last what was found.
 
     The bytes of the amplitudes are separated before they are compressed, which makes files a quarter smaller; Arrow reads
-    that from version 17 on.
+    that from version 17 on. A row group of records has the same place as that of the rows about them.
     """
-    ecg = "ecg.list.element" if pa.types.is_list(schema.field("ecg").type) else "ecg"  # Parquet's path of it
-    options: dict[str, Any] = {
+    found = Found()
+    of_records: dict[str, Any] = {
         "compression": "zstd",
         "compression_level": 3,
         "use_dictionary": False,  # pyarrow takes no `column_encoding` beside dictionaries
-        "column_encoding": {f"{ecg}.array.list.element.list.element": "BYTE_STREAM_SPLIT"},
+        "column_encoding": {"array.list.element.list.element": "BYTE_STREAM_SPLIT"},
         "data_page_size": ROW_GROUP_BYTES,  # compression sees the repetitions of a page
     }
-    group = next(groups, None)  # before any file is opened: a split without rows has none
-    paths: list[Path] = []
-    while group is not None:
-        paths.append(folder / f"{split}-{len(paths):05d}.parquet")
-        with pq.ParquetWriter(paths[-1], schema, **options) as writer:
-            while group is not None and paths[-1].stat().st_size < SHARD_BYTES:
-                writer.write_table(group)
-                group = next(groups, None)
-    for path in paths:
-        path.rename(path.with_stem(f"{path.stem}-of-{len(paths):05d}"))  # N is known only now
+    paths = [folder / kind / f"{part.name}.parquet" for kind in (RECORDS, ROWS)]
+    with atomic_path(paths[0]) as records_path, atomic_path(paths[1]) as rows_path:
+        with (
+            pq.ParquetWriter(records_path, ecg_schema, **of_records) as records,
+            pq.ParquetWriter(rows_path, row_schema, compression="zstd") as rows,
+        ):
+            for block in read_part(part, options, found):
+                records.write_table(ecg_table(block.ecgs, ecg_schema))
+                rows.write_table(pa.Table.from_pylist(block.rows, row_schema))
+    write_text(folder / DONE / f"{part.name}.json", json.dumps(found.as_dict(), ensure_ascii=False))
+    return found
 
 
-@dataclass
-class Summary:
-    """What a split holds; `rates`, `leads` and `seconds` are of the ECGs of all rows."""
-
-    rows: int = 0
-    records: set[str] = field(default_factory=set)
-    patients: set[str | None] = field(default_factory=set)
-    rates: Counter[str] = field(default_factory=Counter)
-    leads: Counter[str] = field(default_factory=Counter)
-    seconds: set[float] = field(default_factory=set)
-
-    def watch(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The rows as they are, counted as they pass."""
-        for row in rows:
-            self.rows += 1
-            self.records.update(as_list(row["record_id"]))
-            self.patients.update(as_list(row.get("patient_id")))
-            for ecg in as_list(row["ecg"]):
-                self.rates[f"{ecg['sampling_rate']:g} Hz"] += 1
-                self.leads[" ".join(ecg["lead_names"])] += 1
-                self.seconds.add(ecg["array"].shape[1] / ecg["sampling_rate"])
-            yield row
-
-    @property
-    def num_patients(self) -> int | None:
-        """How many patients there are; None if the patient of a record is unknown."""
-        return None if None in self.patients else len(self.patients)
-
-
-def write_card(path: Path, args: argparse.Namespace, plan: Plan, summaries: Mapping[str, Summary]) -> None:
+def write_card(path: Path, args: argparse.Namespace, plan: Plan, found: Mapping[str, Found]) -> None:
     """The card of a dataset, from `model_cards/dataset.md`.
 
     Args:
         args: those of `build`.
-        summaries: of the splits that have rows.
+        found: of the splits that have rows.
     """
     name = args.output_dir.resolve().name
-    num_rows = sum(summary.rows for summary in summaries.values())
-    lengths = sorted(set.union(*(summary.seconds for summary in summaries.values())))
+    num_rows = sum(of_split.rows for of_split in found.values())
+    lengths = sorted(set().union(*(of_split.seconds for of_split in found.values())))
     # no `configs`: files have the names of their splits, and with it `datasets` takes folders of one name for the same data
     metadata = DatasetCardData(
         pretty_name=args.name,
@@ -103,12 +91,14 @@ def write_card(path: Path, args: argparse.Namespace, plan: Plan, summaries: Mapp
         title=args.name or name,
         args=args,
         plan=plan,
-        summaries=summaries,
-        rates=_shares(summary.rates for summary in summaries.values()),
-        leads=_shares(summary.leads for summary in summaries.values()),
+        found=found,
+        patients={split: plan.num_patients(split) for split in found},
+        rates=_shares(of_split.rates for of_split in found.values()),
+        leads=_shares(of_split.leads for of_split in found.values()),
         lengths=lengths if len(lengths) == 1 else [lengths[0], lengths[-1]],
-        columns={column.name: _type_name(column.type) for column in plan.schema},
-        use=use_of("dataset", name, split=next(iter(summaries))),
+        columns={column.name: _type_name(column.type) for column in plan.row_schema},
+        record_columns={column.name: _type_name(column.type) for column in plan.ecg_schema},
+        use=use_of("dataset", name, split=next(iter(found))),
         citation=citation(args.name or name, "dataset"),
         versions={package: version(package) for package in ("elm-ecg", "datasets")},
     )
@@ -129,29 +119,93 @@ def _type_name(kind: pa.DataType) -> str:
 
 
 def build(args: argparse.Namespace) -> None:
-    """Makes a dataset of records and questions, with its card, in a new folder; says what it holds.
+    """Makes a dataset of records and questions, with its card; says what it holds. Goes on where it was interrupted.
 
     Raises:
-        ValueError: as `build_dataset`; or the folder is there and not empty.
+        ValueError: as `build_dataset`; or the folder is there and holds something else.
     """
     options = BuildArguments(**{option.name: getattr(args, option.name) for option in fields(BuildArguments)})
-    check_output_folder(args.output_dir, new=True)  # before all is read
+    output = args.output_dir.resolve()
+    work = output / WORK
+    check_output_folder(args.output_dir, new=not work.is_dir())  # before all is read
     plan = make_plan(args.records, args.questions, options)
-    summaries = {split: Summary() for split in plan.questions}
-    with new_folder(args.output_dir) as folder:  # replaces `output_dir` if all goes well
-        data = folder / "data"
-        data.mkdir()
-        for split, summary in summaries.items():
-            write_split(data, split, row_groups(summary.watch(plan.rows(split)), plan.schema), plan.schema)
-        summaries = {split: summary for split, summary in summaries.items() if summary.rows}
-        plan.check_rows(bool(summaries))
-        write_card(folder / CARD, args, plan, summaries)
-        size = sum(file.stat().st_size for file in data.iterdir())
+    names = [name for split in plan.questions for name in plan.part_names(split)]
+    with ending_on_sigterm(), naming(output):
+        _begin(work, plan, output)
+        try:
+            mine = names if args.shard is None else names[args.shard[0] - 1 :: args.shard[1]]
+            _write_parts(work, plan, mine, options)
+            if missing := [name for name in names if not _is_done(work, name)]:
+                print(
+                    f"{len(names) - len(missing)} of {counted(len(names), 'part')} are in {output}. Once those of all shards are in one "
+                    "folder, the last of them, or the same command without --shard, ends the dataset.",
+                    flush=True,
+                )
+                return
+            size = _end(output, work, args, plan, names)
+        except ValueError:
+            if args.shard is None and not any(_is_done(work, name) for name in names):  # nothing is lost
+                shutil.rmtree(work)
+                output.rmdir()
+            raise
     for remark in plan.remarks():
         print(printable(remark))
-    for split, summary in summaries.items():
-        patients = "patients unknown" if summary.num_patients is None else counted(summary.num_patients, "patient")
-        print(f"{split:<11} {counted(summary.rows, 'row')}, {counted(len(summary.records), 'record')}, {patients}")
-    print(
-        f"Split by {plan.split_by}, {size / 1e6:,.1f} MB: dataset and card in {args.output_dir.resolve()}", flush=True
+    for split, found in plan.found.items():
+        number = plan.num_patients(split)
+        patients = "patients unknown" if number is None else counted(number, "patient")
+        print(f"{split:<11} {counted(found.rows, 'row')}, {counted(plan.num_records(split), 'record')}, {patients}")
+    print(f"Split by {plan.split_by}, {size / 1e6:,.1f} MB: dataset and card in {output}", flush=True)
+
+
+def _begin(work: Path, plan: Plan, output: Path) -> None:
+    """Makes the folder of what is not finished, or finds it.
+
+    Raises:
+        ValueError: something else was begun there.
+    """
+    fingerprint = {"plan": plan.fingerprint(), "elm-ecg": version("elm-ecg")}
+    if not (work / PLAN).is_file():
+        for name in (RECORDS, ROWS, DONE):
+            (work / name).mkdir(parents=True, exist_ok=True)
+        write_text(work / PLAN, json.dumps(fingerprint))
+    elif read_json(work / PLAN) != fingerprint:
+        raise ValueError(
+            f"{output} holds the beginning of another dataset: other records, questions, tables or options, or another version of "
+            f"elm-ecg. Repeat the command that began it, name another --output_dir, or remove {work}."
+        )
+
+
+def _is_done(work: Path, name: str) -> bool:
+    return (work / DONE / f"{name}.json").is_file()
+
+
+def _write_parts(work: Path, plan: Plan, names: list[str], options: BuildArguments) -> None:
+    """Those of the parts that are not done yet."""
+    write = partial(
+        write_part, folder=work, options=options, row_schema=plan.row_schema, ecg_schema=plan.ecg_schema
     )
+    todo = [name for name in names if not _is_done(work, name)]
+    with plan.progress(names, todo) as bar:
+        for _ in in_processes(write, plan.parts(todo), options.num_proc, bar.update):
+            pass
+
+
+def _end(output: Path, work: Path, args: argparse.Namespace, plan: Plan, names: list[str]) -> int:
+    """Makes a dataset of the parts; its size in bytes. What was begun and killed, or another shard does too, goes on."""
+    for name in names:
+        part = Found.from_dict(read_json(work / DONE / f"{name}.json"))
+        plan.found[name.split("-")[0]].add(part)
+    plan.check_rows()
+    # a split without rows has no files, which `datasets` could not read
+    plan.found = {split: found for split, found in plan.found.items() if found.rows}
+    kept = {f"{name}.parquet" for split in plan.found for name in plan.part_names(split)}
+    for kind in (RECORDS, ROWS):
+        if (work / kind).is_dir():  # else moved before the process was killed
+            for file in (work / kind).iterdir():
+                if file.name not in kept:  # of such a split, or what a killed process left
+                    file.unlink()
+            os.replace(work / kind, output / kind)
+    write_card(output / CARD, args, plan, plan.found)
+    (work / PLAN).unlink(missing_ok=True)  # by which what is there counts as unfinished
+    shutil.rmtree(work, ignore_errors=True)
+    return sum(file.stat().st_size for kind in (RECORDS, ROWS) for file in (output / kind).iterdir())
