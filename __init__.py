@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .training.build import new_elm as new_elm
     from .training.collator import ELMCollator as ELMCollator
     from .training.data.build import build_dataset as build_dataset
+    from .training.data.loading import ecgs_of as ecgs_of
+    from .training.data.loading import load_dataset as load_dataset
     from .training.evaluation.evaluate import evaluate as evaluate
     from .training.load import load_elm as load_elm
 
@@ -30,7 +32,9 @@ _MODULES = {
     "ELMProcessor": "processing_elm",
     "build_dataset": "training.data.build",
     "draw_ecg": "ecg_drawing",
+    "ecgs_of": "training.data.loading",
     "evaluate": "training.evaluation.evaluate",
+    "load_dataset": "training.data.loading",
     "load_elm": "training.load",
     "new_elm": "training.build",
     "read_ecg": "ecg_utils",

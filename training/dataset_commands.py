@@ -72,7 +72,9 @@ def make_parser() -> argparse.ArgumentParser:
     questions += "for PTB-XL's own folder by default its five diagnostic superclasses"
     add("--questions", type=Path, nargs="+", metavar="FILE", help=questions)
     add("--output_dir", type=Path, required=True, help="new folder of the dataset and its card")
-    shard = "this machine's share of the work, 1/16 to 16/16; all write into one folder, or into folders that are merged"
+    shard = (
+        "this machine's share of the work, 1/16 to 16/16; all write into one folder, or into folders that are merged"
+    )
     add("--shard", type=shard_of, metavar="I/N", help=shard)
     for option in fields(BuildArguments):
         add(f"--{option.name}", default=option.default, **option.metadata)  # metadata: keywords of argparse

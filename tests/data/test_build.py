@@ -1,24 +1,25 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from datasets import load_dataset
 
 from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord
 from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.data import build as data_build
+from elm_ecg.training.data import parts as data_parts
 from elm_ecg.training.data.build import build_dataset
-from elm_ecg.training.data.sources import QuestionRow, Records
+from elm_ecg.training.data.loading import ecgs_of, load_dataset, load_splits
+from elm_ecg.training.data.parts import Found, Part, in_processes
+from elm_ecg.training.data.schema import SPLITS
 from elm_ecg.training.dataset_commands import main
-from elm_ecg.training.files import _locked
 from forks import Fork
 from helpers import tiny_processor
 
@@ -53,8 +54,8 @@ def make_questions(*records: Any, **columns: Any) -> list[dict[str, Any]]:
     return [{**ASKED, "record": record, "patient_id": str(record), **columns} for record in records]
 
 
-def ignores_interrupts(location: Any) -> list[bool]:
-    return [signal.getsignal(signal.SIGINT) is signal.SIG_IGN]
+def ignores_interrupts(part: Part) -> Found:
+    return Found(rows=int(signal.getsignal(signal.SIGINT) is signal.SIG_IGN))
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])
@@ -83,7 +84,8 @@ def test_a_record_of_millivolts(tmp_path):
 
 def test_same_as_the_command(tmp_path, monkeypatch):
     """Of files, of a table about the records, cut and resampled, in several row groups."""
-    monkeypatch.setattr(data_build, "ROW_GROUP_ROWS", 1)
+    monkeypatch.setattr(data_build, "TABLE_ROWS", 1)
+    monkeypatch.setattr(data_build, "PART_RECORDS", 2)
     (tmp_path / "records").mkdir()
     for seed, name in enumerate("abc"):
         np.save(tmp_path / "records" / f"{name}.npy", microvolts(seed))
@@ -113,15 +115,19 @@ def test_same_as_the_command(tmp_path, monkeypatch):
             ],
         ]
     )
-    written = load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+    written = {split: load_dataset(str(tmp_path / "out"), split) for split in SPLITS}
     options = {"metadata_columns": ["site"], "seed": 3, "unit": "uV", "sampling_rate": 100, "resample": 50, "window": 5}
     options |= {"join_questions": True, "shares": [0.4, 0.3, 0.3]}
     for records, asked, table in ((paths[0], paths[1], paths[3]), (str(paths[0]), questions, metadata)):
         data = build_dataset(records, asked, metadata=table, **options)
-        assert data.num_rows == written.num_rows == {"train": 2, "validation": 2, "test": 2}
+        assert data.num_rows == {"train": 2, "validation": 2, "test": 2}
         for split, rows in data.items():
-            assert rows.features == written[split].features
-            assert rows.with_format(None)[:] == written[split][:]
+            assert rows.column_names == written[split].column_names
+            for row, of_file in zip(rows, written[split], strict=True):
+                (ecg,), (stored,) = ecgs_of(row), ecgs_of(of_file)
+                assert np.array_equal(ecg["array"], stored["array"])
+                assert [ecg["sampling_rate"], list(ecg["lead_names"])] == [50, stored["lead_names"]]
+                assert {**row, "ecg": None} == {**of_file, "ecg": None}
     assert data["test"][1]["ecg"]["array"].shape == (12, 250)
     assert data["test"][1]["start_second"] == 5
 
@@ -141,12 +147,12 @@ def test_two_ecgs_and_a_chat(tmp_path):
 
 def test_what_is_left_out_is_logged(tmp_path, monkeypatch, caplog):
     records = {**make_records(tmp_path), "broken": tmp_path / "nowhere.edf"}
-    as_record = data_build.as_record
+    as_record = data_parts.as_record
 
     def noticed(*arguments: Any) -> ECGRecord:
         return replace(as_record(*arguments), metadata={"notices": ("Lead V4R was left out.",)})
 
-    monkeypatch.setattr(data_build, "as_record", noticed)
+    monkeypatch.setattr(data_parts, "as_record", noticed)
     questions = make_questions("record", "dict", "dict", "broken", "unknown", split="train")
     data = build_dataset(records, questions, skip_unreadable=True)
     assert sorted(data["train"]["record_id"]) == ["dict", "dict", "record"]
@@ -258,50 +264,154 @@ def test_columns_are_kept_by_name_alone(caplog):
 
 KILLED = """
 import os, signal, sys
+from pathlib import Path
 
-import pyarrow.parquet
-
-from elm_ecg.training.data import build
+from elm_ecg.training.data import build, parts, write
 from elm_ecg.training.dataset_commands import main
 
-build.ROW_GROUP_ROWS = 1
-kill = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
-if sys.argv[1] == "rows":  # while records are read
-    pyarrow.parquet.ParquetWriter.write_table = kill
-else:
-    os.replace = kill
-main(sys.argv[2:])
+build.PART_RECORDS = 1
+moment, output = sys.argv[1:3]
+read, write_text, replace = parts.read_part, write.write_text, os.replace
+
+
+def kill_if(condition):
+    if condition:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def second_part(part, *arguments):
+    kill_if(moment in ("part", "process") and len(list(Path(output).glob(".unfinished/parts/*.json"))) >= 2)
+    return read(part, *arguments)
+
+
+def moving(source, target):
+    kill_if(moment == "end" and Path(source).name == "data")
+    replace(source, target)
+
+
+write.read_part, os.replace = second_part, moving
+main(sys.argv[3:])
 """
 
 
-@pytest.mark.parametrize("moment", ["rows", "replace"])
-def test_killed_and_begun_anew(moment, tmp_path):
-    """What a killed run leaves is no dataset, and goes with the next run, as the processes that read for it end too."""
+@pytest.fixture
+def four(tmp_path) -> list[str]:
+    """The command that builds a dataset of four records, but for its folder."""
     (tmp_path / "records").mkdir()
-    for seed, name in enumerate("abc"):
+    for seed, name in enumerate("abcd"):
         np.savez(tmp_path / "records" / f"{name}.npz", ecg=microvolts(seed), sampling_rate=100, unit="uV")
-    (tmp_path / "q.json").write_text(json.dumps(make_questions(*"abc", split="train")))
-    before = {path.name for path in tmp_path.iterdir()}
-    command = f"build {tmp_path}/records --questions {tmp_path}/q.json --output_dir {tmp_path}/out --num_proc 2".split()
-    for _ in range(2):
-        killed = Fork(KILLED, moment, *command, cwd=tmp_path, environment={**os.environ}, project=True).finish()
+    questions = [
+        *make_questions(*"abcd", split="train"),
+        {**ASKED, "record": "c", "question": "What?", "split": "train"},
+    ]
+    (tmp_path / "q.json").write_text(json.dumps(questions))
+    return f"build {tmp_path}/records --questions {tmp_path}/q.json --name four --output_dir".split()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("moment", ["part", "process", "end"])
+def test_killed_and_repeated(moment, four, tmp_path, monkeypatch):
+    """What was done is not done again, and the dataset is that of a build which was not interrupted."""
+    out = tmp_path / "out" / "set"
+    options = ["--num_proc", "2"] if moment == "process" else []
+    command = [*four, str(out), *options]
+    killed = Fork(KILLED, moment, str(out), *command, cwd=tmp_path, environment={**os.environ}, project=True).finish()
+    if moment == "process":
+        assert (
+            "A process that read records was killed, perhaps for want of memory. The same command goes on"
+            in killed.stderr
+        )
+    else:
         assert killed.returncode == -signal.SIGKILL, killed.stderr
-        (left,) = {path.name for path in tmp_path.iterdir()} - before  # one, not two
-        assert left.startswith(".out-")
-        end = time.monotonic() + 20
-        while (lock := _locked(tmp_path / left)) is None and time.monotonic() < end:
-            time.sleep(0.1)
-        assert lock is not None
-        os.close(lock)
-    main(command)
-    assert {path.name for path in tmp_path.iterdir()} == {*before, "out"}
-    assert len(load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))) == 3
+    done = len(list(out.glob(".unfinished/parts/*.json")))
+    assert done == (4 if moment == "end" else 2)
+    with pytest.raises(ValueError, match="is not finished: repeat the `elm data build` that was interrupted"):
+        load_splits(str(out))
+    monkeypatch.setattr(data_build, "PART_RECORDS", 1)
+    with pytest.raises(
+        ValueError, match="holds the beginning of another dataset: other records, questions, tables or options"
+    ):
+        main([*command, "--seed", "1"])
+    read = []
+    as_record = data_parts.as_record
+    monkeypatch.setattr(data_parts, "as_record", lambda path, *said: read.append(path) or as_record(path, *said))
+    main([*four, str(out)])
+    assert len(read) == 4 - done
+    main([*four, str(tmp_path / "whole" / "set")])
+    assert contents(out) == contents(tmp_path / "whole" / "set")
+    with pytest.raises(ValueError, match="is there and not empty"):
+        main(command)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_shards(together, four, tmp_path, monkeypatch, capsys):
+    """Each writes its parts, into the same folder or into one of its own, and all together are what one build writes."""
+    monkeypatch.setattr(data_build, "PART_RECORDS", 1)
+    folders = [tmp_path / ("merged" if together else f"shard{number}") / "set" for number in (1, 2, 3)]
+    for number, folder in enumerate(folders, 1):
+        main([*four, str(folder), "--shard", f"{number}/3"])
+    merged = tmp_path / "merged" / "set"
+    if not together:
+        assert "1 of 4 parts are in" in capsys.readouterr().out
+        for folder in folders:
+            shutil.copytree(folder, merged, dirs_exist_ok=True)
+        main([*four, str(merged)])
+    main([*four, str(tmp_path / "whole" / "set")])
+    assert contents(merged) == contents(tmp_path / "whole" / "set")
+
+
+@pytest.mark.parametrize("shard", ["0/3", "4/3", "3", "a/b"])
+def test_no_shard(shard, four, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([*four, str(tmp_path / "out"), "--shard", shard])
+    assert f"argument --shard: is '{shard}'; expected the share and their number" in capsys.readouterr().err
+
+
+def test_records_without_questions(four, tmp_path):
+    """For pretraining: each record is a row, with what is known of it."""
+    table = [{"record": name, "patient_id": name, "age": 60, "site": "x"} for name in "abcd"]
+    (tmp_path / "m.json").write_text(json.dumps(table))
+    options = f"--no_questions --metadata {tmp_path}/m.json --metadata_columns site --shares 1 0 0".split()
+    main(["build", str(tmp_path / "records"), "--output_dir", str(tmp_path / "out"), *options])
+    data = load_dataset(str(tmp_path / "out"), "train")
+    assert data.column_names == ["ecg", "record_id", "patient_id", "age", "site"]
+    assert sorted(data["record_id"]) == list("abcd")
+    assert ecgs_of(data[0])[0]["array"].shape == (12, 1000)
+    with pytest.raises(ValueError, match="--no_questions and --questions do not go together"):
+        main([*four, str(tmp_path / "both"), "--no_questions"])
+
+
+def test_split_by_record(four, tmp_path):
+    """Where nobody knows the patients."""
+    main([*four, str(tmp_path / "out"), "--split_by", "record", "--shares", "0.5", "0.25", "0.25"])
+    ids = [set(load_dataset(str(tmp_path / "out"), split)["record_id"]) for split in SPLITS]
+    assert [len(names) for names in ids] == [2, 1, 1]
+    assert set.union(*ids) == set("abcd")
+    assert "No record is in two; a patient may be." in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("part_records", [1, 8])
+def test_a_question_needs_all_of_its_records(part_records, tmp_path, monkeypatch):
+    """Wherever the one lies that cannot be read: in the same part, or in one that another process reads."""
+    monkeypatch.setattr(data_build, "PART_RECORDS", part_records)
+    records = {
+        **{name: {"array": microvolts(0), "sampling_rate": 100, "unit": "uV"} for name in "abcd"},
+        "x": tmp_path / "x.edf",
+    }
+    pairs = [["a", "b"], ["x", "a"], ["c", "x"], ["d", "c"]]
+    questions = [{**ASKED, "record": pair, "split": "train"} for pair in pairs]
+    data = build_dataset(records, questions, skip_unreadable=True)["train"]
+    assert sorted(data["record_id"]) == [["a", "b"], ["d", "c"]]
+    assert all(len(ecgs_of(row)) == 2 for row in data)
 
 
 def test_ctrl_c_is_left_to_the_main_process():
-    questions = [QuestionRow((name,), []) for name in "ab"]
-    read = data_build.read_records(questions, Records({"a": 1, "b": 2}), ignores_interrupts, num_proc=2)
-    assert [answers for _, answers in read] == [[[True]], [[True]]]
+    parts = [Part("train", number, 2, {"a": 1}, [], {}, (), False) for number in range(2)]
+    watched = []
+    assert [found.rows for _, found in in_processes(ignores_interrupts, parts, 2, watched.append)] == [1, 1]
 
 
 def test_imports_are_few(tmp_path):

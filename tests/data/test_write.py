@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from datasets import DatasetDict, List, Value, load_dataset
+from datasets import Dataset, List, Value, load_dataset
 from huggingface_hub import DatasetCard
 
 from elm_ecg.ecg_utils import STANDARD_LEADS
 from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.data import build as data_build
-from elm_ecg.training.data import write as data_write
-from elm_ecg.training.data.loading import to_chat
+from elm_ecg.training.data import parts as data_parts
+from elm_ecg.training.data.loading import ecgs_of, load_split, load_splits, to_chat
 from elm_ecg.training.data.splits import FOLDS
 from elm_ecg.training.dataset_commands import main
 from helpers import tiny_processor
@@ -39,9 +39,9 @@ def save_rows(path: Path, *rows: dict[str, Any]) -> Path:
     return path
 
 
-def build(records: Path, output_dir: Path, *options: Any) -> DatasetDict:
+def build(records: Path, output_dir: Path, *options: Any) -> dict[str, Dataset]:
     main(["build", str(records), "--output_dir", str(output_dir), *map(str, options)])
-    return load_dataset(str(output_dir), cache_dir=str(output_dir.parent / "cache"))
+    return {split: load_split(str(output_dir), split, "ecg") for split in load_splits(str(output_dir))}
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -69,7 +69,7 @@ def small(tmp_path_factory) -> tuple[Path, Path]:
 
 class TestRealData:
     @pytest.fixture(scope="class")
-    def compared(self, shared, tmp_path_factory) -> tuple[DatasetDict, Path, list[dict[str, Any]]]:
+    def compared(self, shared, tmp_path_factory) -> tuple[dict[str, Dataset], Path, list[dict[str, Any]]]:
         """Sixty of ECG-QA's comparisons, at 100 Hz."""
         folder = tmp_path_factory.mktemp("ecg_qa")
         with (shared / "data" / "ecg_qa" / "ecgqa_ptbxl_matched.jsonl").open() as file:
@@ -101,7 +101,7 @@ class TestRealData:
         expected = {entry["sample_id"]: entry for entry in entries if set(entry["ecg_id"]) <= set(signals)}
         seen = set()
         for split, name in (("train", "train"), ("validation", "valid"), ("test", "test")):
-            for row in data[split].with_format("numpy", columns=["ecg"], output_all_columns=True):
+            for row in data[split]:
                 entry = expected[row["sample_id"]]
                 seen.add(row["sample_id"])
                 assert entry["split"] == name
@@ -109,7 +109,7 @@ class TestRealData:
                 assert row["patient_id"] == [table[ecg_id]["patient_id"] for ecg_id in row["record_id"]]
                 assert row["device"] == [table[ecg_id]["device"].strip() or None for ecg_id in row["record_id"]]
                 assert [turn["content"] for turn in row["messages"]] == [entry["question"], "; ".join(entry["answer"])]
-                for ecg, ecg_id in zip(row["ecg"], entry["ecg_id"], strict=True):
+                for ecg, ecg_id in zip(ecgs_of(row), entry["ecg_id"], strict=True):
                     assert np.array_equal(ecg["array"], signals[ecg_id])
                 assert len(to_chat(row)[0]["content"]) == 3  # two ECGs and the question
         assert seen == set(expected)
@@ -117,21 +117,30 @@ class TestRealData:
 
     def test_features(self, compared):
         data, folder, _ = compared
-        ecg = {
-            "array": List(List(Value("int16"))),
-            "sampling_rate": Value("float32"),
-            "lead_names": List(Value("string")),
-            "unit": Value("string"),
-        }
         features = data["train"].features
-        assert features["ecg"] == List(ecg)
+        assert features["ecg"] == List(Value("string"))
         assert features["messages"] == List({"role": Value("string"), "content": Value("string")})
         assert features["patient_id"] == features["record_id"] == List(Value("string"))
         assert features["question_type"] == Value("string")
         assert features["strat_fold"] == List(Value("int64"))
         streamed = load_dataset(str(folder), split="train", streaming=True)
         assert streamed.features == features
-        assert next(iter(streamed)) == data["train"][0]
+        first = data["train"][0]
+        assert next(iter(streamed)) == {**first, "ecg": [name.removeprefix(f"{folder}/") for name in first["ecg"]]}
+        stored = load_dataset("parquet", data_files=str(folder / "records" / "train-*.parquet"), split="train")
+        assert stored.features == {
+            "id": Value("string"),
+            "array": List(List(Value("int16"))),
+            "sampling_rate": Value("float32"),
+            "lead_names": List(Value("string")),
+            "unit": Value("string"),
+            "patient_id": Value("string"),
+            "strat_fold": Value("int64"),
+            "age": Value("float64"),
+            "sex": Value("int64"),
+            "device": Value("string"),
+        }
+        assert len(stored) == len({name for names in data["train"]["record_id"] for name in names})  # each once
 
     def test_card(self, compared):
         data, folder, _ = compared
@@ -165,10 +174,11 @@ class TestRealData:
         }
         raw = np.load(shared / "data" / "ptbxl" / "raw100.npz")
         signals = dict(zip(raw["ecg_id"].tolist(), raw["ecg"], strict=True))
-        rows = data["train"].with_format("numpy", columns=["ecg"], output_all_columns=True)
+        rows = data["train"]
         for row in rows:
-            assert np.array_equal(row["ecg"]["array"], signals[int(row["record_id"])])
-            assert row["ecg"]["lead_names"].tolist() == list(STANDARD_LEADS)
+            (ecg,) = ecgs_of(row)
+            assert np.array_equal(ecg["array"], signals[int(row["record_id"])])
+            assert ecg["lead_names"] == list(STANDARD_LEADS)
         assert sorted(set(rows["question_type"])) == ["CD", "HYP", "MI", "NORM", "STTC"]
         assert all("." not in patient for patient in rows["patient_id"])
 
@@ -186,15 +196,16 @@ class TestRealData:
         starts = {name: [] for name in data["record_id"]}
         for row in data:
             starts[row["record_id"]].append(row["start_second"])
-            assert len(row["ecg"]["array"][0]) == 1250
-            assert row["ecg"]["sampling_rate"] == 250
+            (ecg,) = ecgs_of(row)
+            assert ecg["array"].shape[1] == 1250
+            assert ecg["sampling_rate"] == 250
         assert starts["edf/ptbxl_00017"] == [0, 4]
         assert starts["s0010_re"] == [4 * index for index in range(9)]  # 38.4 s
         assert "start_second" in (tmp_path / "out" / "README.md").read_text()
 
     def test_trains(self, compared):
         """What the collator makes of two ECGs a row."""
-        rows = [compared[0]["train"].with_format("numpy", columns=["ecg"], output_all_columns=True)[i] for i in (0, 1)]
+        rows = [compared[0]["train"][index] for index in (0, 1)]
         processor = tiny_processor()
         processor.feature_extractor.truncation = "start"
         batch = ELMCollator(processor)(rows)
@@ -213,8 +224,8 @@ def test_twice_the_same(small, tmp_path):
 
 def test_questions_of_a_record_are_neighbours_and_it_is_read_once(small, tmp_path, monkeypatch):
     read = []
-    as_record = data_build.as_record
-    monkeypatch.setattr(data_build, "as_record", lambda path, *said: read.append(path.stem) or as_record(path, *said))
+    as_record = data_parts.as_record
+    monkeypatch.setattr(data_parts, "as_record", lambda path, *said: read.append(path.stem) or as_record(path, *said))
     records, questions = small
     data = build(records, tmp_path / "out", "--questions", questions, "--shares", 1, 0, 0)
     ids = data["train"]["record_id"]
@@ -253,26 +264,29 @@ def test_too_few_patients(small, tmp_path, capsys):
     assert "too few" not in capsys.readouterr().out
 
 
-def test_shards_and_row_groups(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(data_build, "ROW_GROUP_ROWS", 2)
-    monkeypatch.setattr(data_write, "SHARD_BYTES", 12_000)
+def test_parts_and_row_groups(small, tmp_path, monkeypatch):
+    """A row group of records has the same place as that of the rows about them."""
+    monkeypatch.setattr(data_parts, "ROW_GROUP_RECORDS", 2)
+    monkeypatch.setattr(data_build, "PART_RECORDS", 3)
     records, questions = small
     data = build(records, tmp_path / "out", "--questions", questions, "--shares", 1, 0, 0)
-    files = sorted((tmp_path / "out" / "data").iterdir())
-    assert len(files) > 1
-    assert [file.name for file in files] == [f"train-{i:05d}-of-{len(files):05d}.parquet" for i in range(len(files))]
+    for folder, sizes in (("records", [[2, 1], [2]]), ("data", [[4, 2], [4]])):
+        files = sorted((tmp_path / "out" / folder).iterdir())
+        assert [file.name for file in files] == [f"train-0000{index}-of-00002.parquet" for index in range(2)]
+        groups = [pq.ParquetFile(file).metadata for file in files]
+        assert [[g.row_group(i).num_rows for i in range(g.num_row_groups)] for g in groups] == sizes
     assert len(data["train"]) == 10
-    for file in files:
-        content = pq.ParquetFile(file).metadata
-        assert all(content.row_group(index).num_rows == 2 for index in range(content.num_row_groups))
+    expected = {name: microvolts(number) for number, name in enumerate("abcde")}
+    for row in data["train"]:
+        assert np.array_equal(ecgs_of(row)[0]["array"], expected[row["record_id"]])
 
 
 def test_long_records_fill_row_groups_sooner(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(data_build, "ROW_GROUP_BYTES", 3 * microvolts(0).nbytes)
+    monkeypatch.setattr(data_parts, "ROW_GROUP_BYTES", 3 * microvolts(0).nbytes)
     build(small[0], tmp_path / "out", "--questions", small[1], "--shares", 1, 0, 0)
-    (file,) = (tmp_path / "out" / "data").iterdir()
+    (file,) = (tmp_path / "out" / "records").iterdir()
     content = pq.ParquetFile(file).metadata
-    assert [content.row_group(index).num_rows for index in range(content.num_row_groups)] == [3, 3, 3, 1]
+    assert [content.row_group(index).num_rows for index in range(content.num_row_groups)] == [3, 2]
 
 
 def test_repetitions_take_hardly_any_space(tmp_path):
@@ -293,9 +307,9 @@ def test_floats_are_rounded_to_microvolts(tmp_path):
     millivolts = np.linspace(-32.768, 32.767, 1200).reshape(12, 100)
     np.savez(tmp_path / "a.npz", ecg=millivolts, sampling_rate=100)
     questions = save_rows(tmp_path / "train.jsonl", {**ASKED, "record": "a"})
-    row = build(tmp_path / "a.npz", tmp_path / "out", "--questions", questions)["train"][0]
-    assert np.array_equal(row["ecg"]["array"], np.rint(1000 * millivolts.astype(np.float32)))
-    assert row["ecg"]["unit"] == "uV"
+    (ecg,) = ecgs_of(build(tmp_path / "a.npz", tmp_path / "out", "--questions", questions)["train"][0])
+    assert np.array_equal(ecg["array"], np.rint(1000 * millivolts.astype(np.float32)))
+    assert ecg["unit"] == "uV"
 
 
 def test_datasets_of_one_name_are_not_mixed_up(small, tmp_path):
@@ -324,7 +338,7 @@ class TestUnreadable:
         np.savez(folder / "huge.npz", ecg=np.full((12, 100), 40.0), sampling_rate=100)
         return folder
 
-    def build(self, records: Path, *names: str, options: Any = ()) -> DatasetDict:
+    def build(self, records: Path, *names: str, options: Any = ()) -> dict[str, Dataset]:
         rows = ({**ASKED, "record": name} for name in names)
         questions = save_rows(records.parent / "train.jsonl", *rows)
         return build(records, records.parent / "out", "--questions", questions, *options)
@@ -417,13 +431,13 @@ class TestInputAtFault:
 
 def test_notices_are_told_once(small, tmp_path, monkeypatch, capsys):
     """Each with the number of the records that it is about, however many questions there are about these."""
-    as_record = data_build.as_record
+    as_record = data_parts.as_record
 
     def noticed(path: Path, *arguments: Any) -> Any:
         notices = ("Lead V4R was left out.", *(["It is short."] if path.stem == "a" else []))
         return replace(as_record(path, *arguments), metadata={"notices": notices})
 
-    monkeypatch.setattr(data_build, "as_record", noticed)
+    monkeypatch.setattr(data_parts, "as_record", noticed)
     build(small[0], tmp_path / "out", "--questions", small[1], "--shares", 0.5, 0.5, 0)
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if "V4R" in line] == ["Lead V4R was left out. (records: 5)"]
@@ -434,7 +448,8 @@ def test_unknown_licence_is_said(small, tmp_path):
     options = ["--source", "Recorded in our ward.", "--name", "Our ECGs", "--columns", "what"]
     build(small[0], tmp_path / "out", "--questions", small[1], *options)
     card = DatasetCard.load(tmp_path / "out" / "README.md")
-    assert "| `ecg` | {array, sampling_rate, lead_names, unit} | the signal" in card.text
+    assert "| `ecg` | string | which of the records below" in card.text
+    assert "| `array` | list of list of int16 | [leads, samples]" in card.text
     assert "| `what` | string | as its source says |" in card.text
     assert "| length | 2 s |" in card.text
     assert card.data.license is None

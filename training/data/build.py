@@ -17,7 +17,7 @@ from tqdm import tqdm
 from elm_ecg.training.command_line import did_you_mean
 from elm_ecg.training.data.arguments import KEPT_COLUMNS, METADATA_COLUMNS, BuildArguments, in_python
 from elm_ecg.training.data.parts import PART_RECORDS, Block, Found, Part, in_processes, part_name, read_part
-from elm_ecg.training.data.schema import ECG, MESSAGES, as_list, counted, stored_name
+from elm_ecg.training.data.schema import ECG, MESSAGES, as_list, counted
 from elm_ecg.training.data.sources import (
     PTBXL_TABLE,
     QuestionRow,
@@ -80,7 +80,9 @@ def _build_dataset(
     blocks: dict[str, list[Block]] = {}
     names = [name for split in plan.questions for name in plan.part_names(split)]
     with plan.progress(names, names) as bar:
-        for part, (found, of_part) in in_processes(partial(_read_blocks, options=options), plan.parts(), options.num_proc, bar.update):
+        for part, (found, of_part) in in_processes(
+            partial(_read_blocks, options=options), plan.parts(), options.num_proc, bar.update
+        ):
             plan.found[part.split].add(found)
             blocks[part.name] = of_part
     plan.check_rows()
@@ -138,7 +140,9 @@ class Plan:
     absent: list[str]  # missing records, as the questions name them
     too_few: str | None  # a sentence about splits that get no patients
     not_kept: list[str]  # columns of the questions
-    found: dict[str, Found] = field(default_factory=lambda: defaultdict(Found))  # of each split, filled as parts are read
+    found: dict[str, Found] = field(
+        default_factory=lambda: defaultdict(Found)
+    )  # of each split, filled as parts are read
 
     def __post_init__(self) -> None:
         # split -> its records in random order: those of one source or patient together would fill a buffer in which they are shuffled
@@ -165,7 +169,9 @@ class Plan:
                 if wanted is None or name in wanted:
                     own = records[index * PART_RECORDS : (index + 1) * PART_RECORDS]
                     asked = of_part[index]
-                    others = {record for question in asked for record in question.records[1:] if part_of[record] != index}
+                    others = {
+                        record for question in asked for record in question.records[1:] if part_of[record] != index
+                    }
                     yield Part(
                         split,
                         index,
@@ -411,5 +417,3 @@ def _types(columns: Mapping[str, list[Any]]) -> dict[str, pa.DataType]:
         if kind not in (pa.null(), pa.list_(pa.null())):  # no row has a value
             types[name] = kind
     return types
-
-

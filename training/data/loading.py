@@ -85,6 +85,22 @@ def load_data(args: "DataArguments", split: str, seed: int = 0, num_proc: int | 
     return _mix(_load_parts(args, split, "messages", num_proc=num_proc), args, seed, weighted=split == "train")
 
 
+def load_dataset(name: str, split: str, *, ecg_root: str | None = None, fold: int | None = None) -> Dataset:
+    """The rows of one split of a dataset, for Python: what `elm sft --data NAME` trains on, with a column `ecg` that `ecgs_of` reads.
+
+    Args:
+        name: a local folder, a Hub id, or a key of the reference's datasets.
+        ecg_root: the folder of the ECG files that the rows name; default: the dataset's own.
+
+    Raises:
+        ValueError: as `load_data`; or there is no such split.
+    """
+    data = load_split(name, split, "ecg", fold, ecg_root)
+    if data is None:
+        raise ValueError(f"{name} has no split {split!r}; it has {', '.join(map(str, load_splits(name)))}.")
+    return with_arrays(data)
+
+
 def load_ecgs(args: "DataArguments", split: str, seed: int = 0) -> Dataset | None:
     """The column `ecg` of the rows that `load_data` gives; no other column has to be there."""
     parts = _load_parts(args, split, "ecg")
@@ -196,7 +212,9 @@ def load_splits(name: str, streaming: bool = False, revision: str | None = None)
 def _load_splits(name: str, streaming: bool, revision: str | None) -> DatasetDict | IterableDatasetDict:
     path = Path(name).expanduser()
     if (path / WORK).is_dir():
-        raise ValueError(f"{name} is not finished: repeat the `elm data build` that was interrupted, or run its other shards.")
+        raise ValueError(
+            f"{name} is not finished: repeat the `elm data build` that was interrupted, or run its other shards."
+        )
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():  # of `save_to_disk`
         try:
             loaded = datasets.load_from_disk(path)

@@ -184,7 +184,9 @@ def _read(record: str, location: Any, options: BuildArguments, found: Found) -> 
         return read_ecgs(location, options)
     except (ValueError, OSError) as error:
         if not options.skip_unreadable:
-            raise ValueError(f"Cannot read the record {record}: {error} (--skip_unreadable leaves such out.)") from error
+            raise ValueError(
+                f"Cannot read the record {record}: {error} (--skip_unreadable leaves such out.)"
+            ) from error
         found.unreadable[record] = str(error)
         return RecordECGs([])
 

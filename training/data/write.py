@@ -15,7 +15,6 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from importlib.metadata import version
@@ -40,7 +39,9 @@ ROWS = "data"
 PLAN, DONE = "plan.json", "parts"  # in `WORK`: what is being built, and what was found of each part that is done
 
 
-def write_part(part: Part, folder: Path, options: BuildArguments, row_schema: pa.Schema, ecg_schema: pa.Schema) -> Found:
+def write_part(
+    part: Part, folder: Path, options: BuildArguments, row_schema: pa.Schema, ecg_schema: pa.Schema
+) -> Found:
     """Writes the records and rows of a part, each a file, and last what was found.
 
     The bytes of the amplitudes are separated before they are compressed, which makes files a quarter smaller; Arrow reads
@@ -55,14 +56,15 @@ def write_part(part: Part, folder: Path, options: BuildArguments, row_schema: pa
         "data_page_size": ROW_GROUP_BYTES,  # compression sees the repetitions of a page
     }
     paths = [folder / kind / f"{part.name}.parquet" for kind in (RECORDS, ROWS)]
-    with atomic_path(paths[0]) as records_path, atomic_path(paths[1]) as rows_path:
-        with (
-            pq.ParquetWriter(records_path, ecg_schema, **of_records) as records,
-            pq.ParquetWriter(rows_path, row_schema, compression="zstd") as rows,
-        ):
-            for block in read_part(part, options, found):
-                records.write_table(ecg_table(block.ecgs, ecg_schema))
-                rows.write_table(pa.Table.from_pylist(block.rows, row_schema))
+    with (
+        atomic_path(paths[0]) as records_path,
+        atomic_path(paths[1]) as rows_path,
+        pq.ParquetWriter(records_path, ecg_schema, **of_records) as records,
+        pq.ParquetWriter(rows_path, row_schema, compression="zstd") as rows,
+    ):
+        for block in read_part(part, options, found):
+            records.write_table(ecg_table(block.ecgs, ecg_schema))
+            rows.write_table(pa.Table.from_pylist(block.rows, row_schema))
     write_text(folder / DONE / f"{part.name}.json", json.dumps(found.as_dict(), ensure_ascii=False))
     return found
 
@@ -181,9 +183,7 @@ def _is_done(work: Path, name: str) -> bool:
 
 def _write_parts(work: Path, plan: Plan, names: list[str], options: BuildArguments) -> None:
     """Those of the parts that are not done yet."""
-    write = partial(
-        write_part, folder=work, options=options, row_schema=plan.row_schema, ecg_schema=plan.ecg_schema
-    )
+    write = partial(write_part, folder=work, options=options, row_schema=plan.row_schema, ecg_schema=plan.ecg_schema)
     todo = [name for name in names if not _is_done(work, name)]
     with plan.progress(names, todo) as bar:
         for _ in in_processes(write, plan.parts(todo), options.num_proc, bar.update):
