@@ -13,7 +13,7 @@ from typing import Any
 
 from .ecg_formats_arrays import is_mat_4, read_mat, read_mat_4, read_npy, read_npz
 from .ecg_formats_binary import read_ishne, read_scp
-from .ecg_formats_common import MAX_FILE_BYTES, NOTHING_GIVEN, UTF8_MARK, Given, agreed_lead_names, unit_of
+from .ecg_formats_common import MAX_FILE_BYTES, NOTHING_GIVEN, UTF8_MARK, Given, agreed
 from .ecg_formats_csv import is_csv, read_csv
 from .ecg_formats_hdf5 import is_hdf5, read_hdf5
 from .ecg_formats_libraries import is_dicom, read_dicom, read_edf
@@ -50,15 +50,7 @@ def _is_xml(content: bytes) -> bool:
 
 def _without_caller(read: Callable[[bytes], dict[str, Any]]) -> Callable[[bytes, Given], dict[str, Any]]:
     """A reader of a format in which all signals have one unit: what the file says is agreed with the caller's afterwards."""
-
-    def reader(content: bytes, given: Given) -> dict[str, Any]:
-        record = read(content)
-        record["unit"] = unit_of(record.get("unit"), given)
-        if given.lead_names is not None:
-            record["lead_names"] = agreed_lead_names(record.get("lead_names"), given.lead_names)
-        return record
-
-    return reader
+    return lambda content, given: agreed(read(content), given)
 
 
 # name, whether content is of this kind, its reader; the first that fits
@@ -71,7 +63,7 @@ _FORMATS: list[tuple[str, Callable[[bytes], bool], Callable[[bytes, Given], dict
     ("SCP-ECG", lambda content: content[16:22] == b"SCPECG", _without_caller(read_scp)),
     # ANN: refused by the reader
     ("ISHNE", lambda content: content.startswith((b"ISHNE1.0", b"ANN  1.0")), _without_caller(read_ishne)),
-    ("MATLAB", lambda content: content.startswith(b"MATLAB 5.0 MAT-file"), _without_caller(read_mat)),
+    ("MATLAB", lambda content: content.startswith(b"MATLAB 5.0 MAT-file"), read_mat),
     ("MATLAB 4", is_mat_4, _without_caller(read_mat_4)),
     ("XML (HL7 aECG, GE MUSE or Philips Sierra)", _is_xml, read_xml),
     ("CSV", is_csv, read_csv),

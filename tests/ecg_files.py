@@ -32,6 +32,30 @@ def mat_bytes(compressed: bool = False, **variables: object) -> bytes:
     return stream.getvalue()
 
 
+def mat_73_bytes(compression: str | None = None, **variables: object) -> bytes:
+    """A file as MATLAB's -v7.3 writes it: HDF5 behind 512 bytes, dimensions in reverse, texts as numbers, structs as groups."""
+    stream = io.BytesIO()
+
+    def write(group: h5py.Group, name: str, value: object) -> None:
+        if isinstance(value, dict):
+            group.create_group(name).attrs["MATLAB_class"] = np.bytes_("struct")
+            for field, part in value.items():
+                write(group[name], field, part)
+            return
+        is_text = isinstance(value, str)
+        array = np.array([list(value.encode("latin-1"))], np.uint16) if is_text else np.atleast_2d(value)
+        data = group.create_dataset(name, data=array.T, compression=compression)
+        data.attrs["MATLAB_class"] = np.bytes_(
+            "char" if is_text else {"f8": "double", "f4": "single"}.get(array.dtype.str[1:], "int16")
+        )
+
+    with h5py.File(stream, "w", userblock_size=512) as file:
+        for name, value in variables.items():
+            write(file, name, value)
+    text = b"MATLAB 7.3 MAT-file, Platform: GLNXA64, Created on: Mon Jan  1 00:00:00 2024 HDF5 schema 1.00 .".ljust(124)
+    return text + b"\0\2IM" + stream.getvalue()[128:]
+
+
 def hdf5_bytes(tracings: np.ndarray) -> bytes:
     """A file as CODE publishes them, without ids; tracings [records, samples, leads]."""
     stream = io.BytesIO()
@@ -104,6 +128,7 @@ WHOLE = {
     "dicom": dicom_bytes(dicom_group(COUNTS, [("", lead) for lead in LEADS])),
     "mat": mat_bytes(ECG={"sex": "Male", "age": 52, "data": COUNTS / 1000}),
     "compressed mat": mat_bytes(True, feats=(COUNTS / 1000).astype(np.float32), curr_sample_rate=400),
+    "mat 7.3": mat_73_bytes("gzip", ECG={"sex": "Male", "age": 52.0, "data": COUNTS / 1000}),
     "hdf5": hdf5_bytes((COUNTS.T / 1000).astype(np.float32)[None]),
     "csv": "\n".join(["time,I,II", *(f"{n / 250:.3f},{n % 7 / 10:.3f},-0.25" for n in range(100))]).encode(),
 }
