@@ -164,6 +164,13 @@ def _check_file(file: Path, signals: list[dict[str, str]], frames: int) -> None:
     size, wfdb_format = file.stat().st_size, signals[0]["fmt"]
     if size > MAX_FILE_BYTES:
         raise ValueError(f"{name} has {size} bytes; expected at most {MAX_FILE_BYTES / 2**20:g} MiB.")
+    if file.suffix == ".mat":
+        with file.open("rb") as mat:
+            version = re.match(rb"MATLAB (\d\.\d)", mat.read(10))
+        if version:  # its head would be taken for samples
+            raise ValueError(
+                f"{name} is of MATLAB {version[1].decode()}, and headers describe MATLAB 4; save it with -v4."
+            )
     per_frame = sum(_samples_per_frame(signal) for signal in signals)
     skew = max(int(signal["skew"] or 0) for signal in signals)
     if wfdb_format in _BITS_PER_SAMPLE:
@@ -188,7 +195,7 @@ def _samples_per_frame(signal: dict[str, str]) -> int:
 
 
 def _plain_signals(folder: Path, header: _Header, rows: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Counts and values of signals, as `_packed_signals`, where all are of `_PLAIN_FORMAT` and none is skewed."""
+    """Counts of signals, and their values in the signal's unit; each [samples]. All are of `_PLAIN_FORMAT`, none is skewed."""
     counts, frames = [], header.frames
     for name, signals in header.files:
         ends = np.cumsum([0, *map(_samples_per_frame, signals)])
@@ -211,7 +218,7 @@ def _plain_signals(folder: Path, header: _Header, rows: list[int]) -> list[tuple
 
 
 def _packed_signals(path: Path, header: _Header, rows: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Counts of signals, and their values in the signal's unit; each [samples], of any format."""
+    """As `_plain_signals`, of any format."""
     if "::" in str(path.absolute()):  # fsspec, below wfdb, would take it for a chain of addresses
         raise ValueError("its path holds '::'; rename the folder.")
     with _readable(path, header) as name:
