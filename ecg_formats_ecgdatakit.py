@@ -3,11 +3,12 @@
 It bounds neither time nor memory, and warns of much that makes a record another one: both is seen to here.
 """
 
+import re
 import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from xml.etree.ElementTree import Element
 
 import numpy as np
@@ -23,9 +24,16 @@ _HARMLESS = (
 
 # MFER: ISO 22077-1, https://www.mfer.org/en/document.htm
 _MAX_MFER_BYTES = 2**26
-_MAX_MFER_SAMPLES = 2**24  # or bytes of them, each of which may take 20: ten minutes of twelve leads at 500 Hz
-_MAX_MFER_DEFINITIONS, _MAX_MFER_OTHERS = 20_000, 2**20  # bytes of what are no samples
-_MAX_MFER_CHANNELS, _MAX_MFER_BLOCKS = 100, 100_000  # the latter: channels of all frames together
+# what all definitions together may claim; a byte of waves may take 20: ten minutes of twelve leads at 500 Hz
+_MFER_LIMITS = {
+    "channels": 100,
+    "definitions": 20_000,
+    "blocks": 100_000,
+    "bytes of waves": 2**24,
+    "other bytes": 2**20,
+}
+_MFER_FILLED = 2**20  # bytes that ecgdatakit fills a cut frame up by
+_ZEROS = re.compile(rb"\0+")  # between definitions, to fill up
 # tags
 _ZERO, _BYTE_ORDER, _BLOCK, _CHANNELS = 0x00, 0x01, 0x04, 0x05
 _WAVES, _ATTRIBUTES, _GROUP, _END = 0x1E, 0x3F, 0x67, 0x80
@@ -51,60 +59,54 @@ def _check_mfer(content: bytes) -> None:
     """ValueError where the definitions of a file claim more than any ECG does; a walk over all of them, nested ones too."""
     if len(content) > _MAX_MFER_BYTES:
         raise ValueError(f"it has {len(content)} bytes; at most {_MAX_MFER_BYTES} are read.")
-    position = nested_end = definitions = others = blocks = samples = 0
-    order, channels, block = "big", 1, 1
+    claims = dict.fromkeys(_MFER_LIMITS, 0) | {"channels": 1}
+    position, nested_end, block = 0, 0, 1
+    order: Literal["little", "big"] = "big"
     while position < len(content):
-        tag = content[position]
-        position += 1
-        if tag == _ZERO:
-            continue
+        zeros = _ZEROS.match(content, position)
+        tag, start, end = (_ZERO, position, zeros.end()) if zeros else _mfer_definition(content, position)
         if tag == _END:
-            if position > nested_end:
+            if position >= nested_end:
                 break
             raise ValueError("it ends within a definition; it is damaged.")
-        while tag == _ATTRIBUTES and content[position : position + 1] >= b"\x80":  # a channel of more than seven bits
-            position += 1
-        position += tag == _ATTRIBUTES
-        length = int.from_bytes(content[position : position + 1])
-        if length == 0x80:
-            raise ValueError("a definition leaves its length open, which is not read.")
-        if length > 0x80:  # so many bytes follow, and make the length
-            position, length = (
-                position + length - 0x80,
-                int.from_bytes(content[position + 1 : position + length - 0x7F]),
-            )
-        position += 1
-        value = content[position : position + min(length, 5)]
-        definitions += 1
+        value = content[start : min(end, start + 5)]
+        position = end
+        claims["definitions"] += 1
+        if tag == _WAVES:
+            size = end - start
+            claims["blocks"] += claims["channels"]
+            claims["bytes of waves"] += size + min(block * claims["channels"] * 8, size + _MFER_FILLED)
+        else:
+            claims["other bytes"] += end - start
         if tag in (_ATTRIBUTES, _GROUP):  # what they hold is walked over next
-            nested_end = max(nested_end, position + length)
-            continue
-        position += length
-        if tag == _BYTE_ORDER:
+            position, nested_end = start, max(nested_end, end)
+        elif tag == _BYTE_ORDER:
             order = "little" if value == b"\1" else "big"
         elif tag == _BLOCK:
-            block = max(block, int.from_bytes(value, order))
+            block = max(block, int.from_bytes(value, order))  # samples of a channel in a frame
         elif tag == _CHANNELS:
-            channels = int.from_bytes(value, order)
-        if tag == _WAVES:
-            blocks += channels
-            samples += length + min(
-                block * channels * 8, length + 2**20
-            )  # the latter: what a cut frame is filled up to
-        else:
-            others += length
-        if (
-            definitions > _MAX_MFER_DEFINITIONS
-            or others > _MAX_MFER_OTHERS
-            or channels > _MAX_MFER_CHANNELS
-            or blocks > _MAX_MFER_BLOCKS
-            or samples > _MAX_MFER_SAMPLES
-        ):
-            raise ValueError(
-                f"it claims {channels} channels, {samples} samples, and {others} bytes of {definitions} definitions by byte "
-                f"{position}; at most {_MAX_MFER_CHANNELS}, {_MAX_MFER_SAMPLES}, {_MAX_MFER_OTHERS} and {_MAX_MFER_DEFINITIONS} "
-                "are read."
-            )
+            claims["channels"] = int.from_bytes(value, order)
+        for name, limit in _MFER_LIMITS.items():
+            if claims[name] > limit:
+                raise ValueError(f"it claims {claims[name]} {name} by byte {position}; at most {limit} are read.")
+
+
+def _mfer_definition(content: bytes, position: int) -> tuple[int, int, int]:
+    """Tag of a definition, and where its value starts and ends."""
+    tag = content[position]
+    position += 1
+    if tag == _ATTRIBUTES:  # with the number of a channel, in groups of seven bits
+        while content[position : position + 1] >= b"\x80":
+            position += 1
+        position += 1
+    length = int.from_bytes(content[position : position + 1])
+    position += 1
+    if length == 0x80 and tag != _END:
+        raise ValueError("a definition leaves its length open, which is not read.")
+    if length > 0x80:  # so many bytes follow, and make the length
+        start, position = position, position + length - 0x80
+        length = int.from_bytes(content[start:position])
+    return tag, position, position + length
 
 
 def is_kardia(content: bytes) -> bool:

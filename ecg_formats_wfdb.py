@@ -206,7 +206,7 @@ def _plain_signals(folder: Path, header: _Header, rows: list[int]) -> list[tuple
         if len(data) < frames * ends[-1]:
             raise ValueError(f"{name} is cut: it holds {len(data)} samples, expected {frames * ends[-1]}.")
         table = data[: frames * ends[-1]].reshape(frames, -1)
-        counts += [table[:, start:end].reshape(-1) for start, end in pairwise(ends)]
+        counts += [np.ascontiguousarray(table[:, start:end]).reshape(-1) for start, end in pairwise(ends)]
     signals, read = header.signals, []
     for row in rows:
         gain = float(signals[row]["adc_gain"] or 0) or _DEFAULT_GAIN

@@ -144,9 +144,11 @@ class TestDamagedFiles:
             (mfer_bytes(more=b"\x3f\x00\x80\0\0"), "leaves its length open"),
             (mfer_bytes(more=mfer_definition(0x67, b"\x80\0")), "ends within a definition"),
             (mfer_bytes(more=mfer_definition(0x05, b"\xff\xff")), "it claims 65535 channels"),
-            (mfer_bytes(more=mfer_definition(0x16, b"x" * 2**21)), "at most 100, 16777216, 1048576 and 20000 are read"),
-            (mfer_bytes(more=mfer_definition(0x16, b"") * 30_000), "bytes of 20001 definitions"),
-            (mfer_bytes(more=mfer_definition(0x1E, bytes(2**25))), "at most 100, 16777216"),
+            (mfer_bytes(more=mfer_definition(0x16, b"x" * 2**21)), "other bytes by byte 2097"),
+            (mfer_bytes(more=mfer_definition(0x16, b"") * 30_000), "it claims 20001 definitions"),
+            (mfer_bytes(more=mfer_definition(0x1E, bytes(2**25))), "bytes of waves by byte"),
+            (mfer_bytes(more=b"\x3f\0\0" * 30_000), "it claims 20001 definitions"),
+            (mfer_bytes(more=bytes(2**21)), "other bytes by byte"),
             (b"\x40\x06MFR  \0", "no waveform data"),
         ],
     )
@@ -154,13 +156,19 @@ class TestDamagedFiles:
         with pytest.raises(ValueError, match=re.escape(message)):
             read_mfer(content)
 
-    def test_mfer_takes_little(self):
-        """Frames of a byte that claim a million samples each: the library would fill them up."""
-        frames = mfer_definition(0x0A, b"\3") + mfer_definition(0x04, struct.pack("<I", 2**19))
-        content = mfer_bytes(more=frames + mfer_definition(0x1E, bytes(2)) * 1000)
+    @pytest.mark.parametrize("kind", ["frames", "groups"])
+    def test_mfer_takes_little(self, kind):
+        """Frames of two bytes that claim a million samples each would be filled up, and each group within another be copied."""
+        if kind == "frames":
+            frames = mfer_definition(0x0A, b"\3") + mfer_definition(0x04, struct.pack("<I", 2**19))
+            content = mfer_bytes(more=frames + mfer_definition(0x1E, bytes(2)) * 1000)
+        else:
+            waves = mfer_definition(0x1E, bytes(2**22))
+            groups = b"".join(b"\x67\x84" + struct.pack(">I", 6 * level + len(waves)) for level in range(500, -1, -1))
+            content = mfer_bytes(more=groups + waves)
         tracemalloc.start()
         start = time.process_time()
-        with pytest.raises(ValueError, match="at most 100, 16777216"):
+        with pytest.raises(ValueError, match="bytes of waves by byte" if kind == "frames" else "other bytes by byte"):
             read_mfer(content)
         assert time.process_time() - start < 1
         assert tracemalloc.get_traced_memory()[1] < 10e6
