@@ -24,6 +24,7 @@ from .ecg_formats_common import (
 
 CODE_RATE = 400.0  # hertz; of all sets of the study (Ribeiro et al. 2020, doi 10.1038/s41467-020-15432-4)
 _MAX_RECORDS = 2**20
+_MAX_ITEM_BYTES = 64  # of a number, or of a name
 _MAX_TEXT = 1000  # letters of a text of MATLAB
 # deflate, shuffle, checksum, LZF: any other filter may be a library that HDF5 would load
 _FILTERS = {1, 2, 3, 32000}
@@ -52,9 +53,9 @@ def _tracings(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 # not the open files: h5py could not write to them meanwhile, and opening one takes a tenth of the time of a record
-@lru_cache(maxsize=4)
-def _sorted_names(path: Path, size: int, changed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The name of each record, its `exam_id` or else its number from 0; the order that sorts them; and them sorted.
+@lru_cache(maxsize=32)  # CODE-15% has 18 files, whose records may be read in any order; each takes a MB
+def _names_of(path: Path, size: int, changed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The name of each record as bytes, its `exam_id` or else its number from 0; and the order that sorts them.
 
     Args:
         size, changed: those of the file now, so that it is read anew after a change.
@@ -67,23 +68,22 @@ def _sorted_names(path: Path, size: int, changed: int) -> tuple[np.ndarray, np.n
             if ids.shape != (num_records,):
                 raise ValueError(f"it holds {list(ids.shape)} exam_id for {num_records} tracings.")
             names = ids[:]
-    names = names.astype(str)
-    order = np.argsort(names, kind="stable")
-    return names, order, names[order]
+    names = names.astype("S")
+    return names, np.argsort(names, kind="stable")
 
 
-def _names(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _names(path: Path) -> tuple[np.ndarray, np.ndarray]:
     state = path.stat()
-    return _sorted_names(path.absolute(), state.st_size, state.st_mtime_ns)
+    return _names_of(path.absolute(), state.st_size, state.st_mtime_ns)
 
 
 def _own_data(file: Any, name: str, kinds: str) -> Any:
     """A dataset whose numbers are in the file itself, without a filter that would have to be loaded."""
     h5py = library("h5py")
-    link, data = file.get(name, getlink=True), file[name]
-    if not isinstance(link, h5py.HardLink) or not isinstance(data, h5py.Dataset) or data.external or data.is_virtual:
+    data = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
+    if not isinstance(data, h5py.Dataset) or data.external or data.is_virtual:
         raise ValueError(f"its {name} is no dataset of its own; what other files hold is not read.")
-    if data.dtype.kind not in kinds:
+    if data.dtype.kind not in kinds or data.dtype.itemsize > _MAX_ITEM_BYTES:
         raise ValueError(f"its {name} holds {data.dtype}; expected numbers.")
     settings = data.id.get_create_plist()
     filters = {settings.get_filter(index)[0] for index in range(settings.get_nfilters())}
@@ -97,7 +97,7 @@ def _own_data(file: Any, name: str, kinds: str) -> Any:
 def hdf5_records(path: Path) -> list[str]:
     """The names of the records of a file, by which `read_hdf5` reads them; CODE-15% fills its last row with the exam_id 0."""
     try:
-        names, *_ = _names(path)
+        names = _names(path)[0].astype(str)
         return names[: -1 if len(names) > 1 and names[-1] == "0" else None].tolist()
     except ImportError:
         raise
@@ -115,16 +115,17 @@ def read_hdf5(path: Path, given: Given = NOTHING_GIVEN) -> dict[str, Any]:
     with path.open("rb") as file:
         if file.read(10) == b"MATLAB 7.3":
             return _read_mat_73(path, given)
-    names, order, in_order = _names(path)
-    first, last = 0, len(names)
+    names, rows = _names(path)
     if given.record is not None:
-        first, last = (int(np.searchsorted(in_order, given.record, side)) for side in ("left", "right"))
-    if last - first != 1:
+        ends = [np.searchsorted(names, given.record.encode(), side, sorter=rows) for side in ("left", "right")]
+        rows = rows[slice(*ends)]
+    if len(rows) != 1:
         whose = "without a choice" if given.record is None else f"of the name {given.record!r}"
+        example = names[0].decode() if len(names) else "ID"
         raise ValueError(
-            f"it holds {last - first} records {whose}; name one of {listed(names)}: {path.name}#{names[0] if len(names) else 'ID'}."
+            f"it holds {len(rows)} records {whose}; name one of {listed(names.astype(str))}: {path.name}#{example}."
         )
-    row = int(order[first])
+    row = int(rows[0])
     with _tracings(path) as (_, tracings):
         array = tracings[row].T
     present = np.flatnonzero(array.any(axis=0))
@@ -137,7 +138,7 @@ def read_hdf5(path: Path, given: Given = NOTHING_GIVEN) -> dict[str, Any]:
         "unit": unit_of(None, given),
         "metadata": {
             "format": "HDF5, CODE",
-            **stated(record=str(names[row]), padding_seconds=padding if any(padding) else None),
+            **stated(record=names[row].decode(), padding_seconds=padding if any(padding) else None),
         },
     }
 

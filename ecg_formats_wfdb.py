@@ -164,7 +164,7 @@ def _check_file(file: Path, signals: list[dict[str, str]], frames: int) -> None:
     size, wfdb_format = file.stat().st_size, signals[0]["fmt"]
     if size > MAX_FILE_BYTES:
         raise ValueError(f"{name} has {size} bytes; expected at most {MAX_FILE_BYTES / 2**20:g} MiB.")
-    if file.suffix == ".mat":
+    if file.suffix.lower() == ".mat":
         with file.open("rb") as mat:
             version = re.match(rb"MATLAB (\d\.\d)", mat.read(10))
         if version:  # its head would be taken for samples

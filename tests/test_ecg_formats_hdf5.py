@@ -74,6 +74,8 @@ class TestCODE15:
             (TRACINGS, [1, 2], r"holds \[2\] exam_id for 3 tracings"),
             (TRACINGS, [5, 5, 6], "holds 2 records of the name '5'"),
             (TRACINGS, [0.5, 5, 6], "its exam_id holds float64"),
+            (TRACINGS, np.array([b"5" * 99] * 3), r"its exam_id holds \|S99"),
+            (TRACINGS, [50, 55, 15], "holds 0 records of the name '5'"),
             (TRACINGS.astype("S8"), None, r"its tracings holds \|S8; expected numbers"),
         ],
     )
