@@ -40,6 +40,9 @@ _BITS_PER_SAMPLE["311"] = _BITS_PER_SAMPLE["310"]
 _FLAC_FORMATS = ("508", "516", "524")  # compressed: their size says nothing about the number of samples
 # integers of 16 bits, as in most large data sets: read here, as wfdb takes ten times as long over the header alone
 _PLAIN_FORMAT, _PLAIN_GAP = "16", -(2**15)
+# wfdb's patterns take what they know of a field, and the rest for the next one: of "1_000/mV" a gain of 1
+_FORMAT_FIELD = re.compile(r"\d+(x\d+)?(:\d+)?(\+\d+)?")
+_GAIN_FIELD = re.compile(r"-?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?(\(-?\d+\))?(/\S*)?|(?![-.(\d]).*")  # or a name in its place
 _DEFAULT_GAIN = 200.0  # counts in a unit, where a header says nothing or 0
 
 
@@ -130,10 +133,11 @@ def _wfdb_header(path: Path) -> _Header:
     signals = []
     for line in map(bytes.decode, lines[1:]):
         match = patterns.rx_signal.match(line)
-        if match is None:
+        _, wfdb_format, gain = [*line.split(), "", ""][:3]
+        if match is None or not _FORMAT_FIELD.fullmatch(wfdb_format) or not _GAIN_FIELD.fullmatch(gain):
             raise ValueError(
                 f"its line {line[:80]!r} describes no signal; expected the plain name of a file in the header's folder, a "
-                "format, and what follows."
+                "format such as 16, a gain such as 1000(0)/mV, and what follows."
             )
         signals.append(match.groupdict())
     if len(signals) != int(record["n_sig"]) or not signals:
