@@ -40,9 +40,10 @@ _BITS_PER_SAMPLE["311"] = _BITS_PER_SAMPLE["310"]
 _FLAC_FORMATS = ("508", "516", "524")  # compressed: their size says nothing about the number of samples
 # integers of 16 bits, as in most large data sets: read here, as wfdb takes ten times as long over the header alone
 _PLAIN_FORMAT, _PLAIN_GAP = "16", -(2**15)
-# wfdb's patterns take what they know of a field, and the rest for the next one: of "1_000/mV" a gain of 1
+# wfdb's patterns take what they know of a field, and the rest for the next one: of "1_000/mV" a gain of 1. The
+# name of a signal may stand in the place of its gain
 _FORMAT_FIELD = re.compile(r"\d+(x\d+)?(:\d+)?(\+\d+)?")
-_GAIN_FIELD = re.compile(r"-?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?(\(-?\d+\))?(/\S*)?|(?![-.(\d]).*")  # or a name in its place
+_GAIN_FIELD = re.compile(r"-?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?(\(-?\d+\))?(/\S*)?|(?![-.(\d]).*")
 _DEFAULT_GAIN = 200.0  # counts in a unit, where a header says nothing or 0
 
 
