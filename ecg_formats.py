@@ -13,8 +13,9 @@ from typing import Any
 
 from .ecg_formats_arrays import is_mat_4, read_mat, read_mat_4, read_npy, read_npz
 from .ecg_formats_binary import read_ishne, read_scp
-from .ecg_formats_common import MAX_FILE_BYTES, NOTHING_GIVEN, UTF8_MARK, Given, agreed_lead_names, unit_of
+from .ecg_formats_common import MAX_FILE_BYTES, NOTHING_GIVEN, UTF8_MARK, Given, agreed
 from .ecg_formats_csv import is_csv, read_csv
+from .ecg_formats_ecgdatakit import is_kardia, is_mfer, read_kardia, read_mfer
 from .ecg_formats_hdf5 import is_hdf5, read_hdf5
 from .ecg_formats_libraries import is_dicom, read_dicom, read_edf
 from .ecg_formats_wfdb import header_fault, is_wfdb_header, read_wfdb, wfdb_header
@@ -50,15 +51,7 @@ def _is_xml(content: bytes) -> bool:
 
 def _without_caller(read: Callable[[bytes], dict[str, Any]]) -> Callable[[bytes, Given], dict[str, Any]]:
     """A reader of a format in which all signals have one unit: what the file says is agreed with the caller's afterwards."""
-
-    def reader(content: bytes, given: Given) -> dict[str, Any]:
-        record = read(content)
-        record["unit"] = unit_of(record.get("unit"), given)
-        if given.lead_names is not None:
-            record["lead_names"] = agreed_lead_names(record.get("lead_names"), given.lead_names)
-        return record
-
-    return reader
+    return lambda content, given: agreed(read(content), given)
 
 
 # name, whether content is of this kind, its reader; the first that fits
@@ -71,9 +64,11 @@ _FORMATS: list[tuple[str, Callable[[bytes], bool], Callable[[bytes, Given], dict
     ("SCP-ECG", lambda content: content[16:22] == b"SCPECG", _without_caller(read_scp)),
     # ANN: refused by the reader
     ("ISHNE", lambda content: content.startswith((b"ISHNE1.0", b"ANN  1.0")), _without_caller(read_ishne)),
-    ("MATLAB", lambda content: content.startswith(b"MATLAB 5.0 MAT-file"), _without_caller(read_mat)),
+    ("MATLAB", lambda content: content.startswith(b"MATLAB 5.0 MAT-file"), read_mat),
     ("MATLAB 4", is_mat_4, _without_caller(read_mat_4)),
-    ("XML (HL7 aECG, GE MUSE or Philips Sierra)", _is_xml, read_xml),
+    ("MFER", is_mfer, read_mfer),
+    ("AliveCor Kardia", is_kardia, read_kardia),
+    ("XML (HL7 aECG, GE MUSE, Philips Sierra or Mortara ELI)", _is_xml, read_xml),
     ("CSV", is_csv, read_csv),
 ]
 
@@ -107,8 +102,8 @@ def read_file(path: str | os.PathLike, given: Given = NOTHING_GIVEN) -> dict[str
     """What an ECG file states, in any known format.
 
     NumPy (`.npy`, `.npz`), WFDB (its `.hea`, one of its signal files, or its name without suffix), EDF, EDF+ and BDF,
-    DICOM, HL7 aECG, GE MUSE XML, Philips Sierra XML, SCP-ECG, ISHNE, MATLAB 5 (CPSC 2018, CODE-15), HDF5 (CODE-15: the path
-    with `#` and the record's `exam_id`), and CSV.
+    DICOM, HL7 aECG, GE MUSE XML, Philips Sierra XML, Mortara ELI XML, SCP-ECG, ISHNE, MFER, AliveCor Kardia JSON, MATLAB 5 to
+    7.3 (CPSC 2018, CODE-15), HDF5 (CODE-15: the path with `#` and the record's `exam_id`), and CSV.
 
     Nothing is executed or fetched, and no more memory is taken than a few times the file's size and `MAX_SAMPLES`.
 

@@ -1,4 +1,4 @@
-"""ECG files of numerical software: NumPy's .npy and .npz, and MATLAB 5."""
+"""ECG files of numerical software: NumPy's .npy and .npz, and MATLAB's up to version 7."""
 
 import io
 import math
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .ecg_formats_common import MAX_SAMPLES, REFERENCE_LEADS, stated, to_number, to_sex
+from .ecg_formats_common import MAX_SAMPLES, NOTHING_GIVEN, REFERENCE_LEADS, Given, agreed, stated, to_number, to_sex
 from .plain_pickle import Inert, load_plain_pickle
 
 # NumPy
@@ -204,8 +204,8 @@ def _mat_matrix(content: memoryview, order: str) -> tuple[str, Any]:
     return str(name, "latin-1"), value
 
 
-def read_mat(content: bytes) -> dict[str, Any]:
-    """MATLAB 5, as CPSC 2018 and CODE-15 use it."""
+def read_mat(content: bytes, given: Given = NOTHING_GIVEN) -> dict[str, Any]:
+    """MATLAB 5 to 7, as `mat_record` says."""
     order = {b"IM": "<", b"MI": ">"}[content[126:128]]  # the letters MI as a 16-bit number of the file
     limit = 8 * MAX_SAMPLES
     variables: dict[str, Any] = {}
@@ -220,6 +220,30 @@ def read_mat(content: bytes) -> dict[str, Any]:
         if kind == _MAT_MATRIX:
             name, value = _mat_matrix(data, order)
             variables[name] = value
+    return mat_record(variables, given)
+
+
+# the variables that are read, beside the struct ECG, and the fields of that
+MAT_ARRAYS, MAT_FIELDS = ("feats", "curr_sample_rate", "val"), ("data", "age", "sex")
+_NO_HEADER = (
+    "its matrix holds counts without rate, leads and gain, which the WFDB header beside it states; put NAME.hea into the "
+    "same folder"
+)
+
+
+def mat_record(variables: dict[str, Any], given: Given) -> dict[str, Any]:
+    """What MATLAB's variables say: those of CPSC 2018 and CODE-15, or the counts `val` of PhysioNet's.
+
+    Args:
+        variables: arrays and texts by name; a struct is a dict of these.
+
+    Raises:
+        ValueError: it is none of these, or `val`, and the caller does not say what a count is.
+    """
+    return agreed(_mat_record(variables, given), given)
+
+
+def _mat_record(variables: dict[str, Any], given: Given) -> dict[str, Any]:
     ecg = variables.get("ECG")
     if isinstance(ecg, dict) and isinstance(ecg.get("data"), np.ndarray):  # CPSC 2018
         age = ecg.get("age")
@@ -242,18 +266,17 @@ def read_mat(content: bytes) -> dict[str, Any]:
             "sampling_rate": rate.item() if isinstance(rate, np.ndarray) and rate.size == 1 else None,
             "metadata": {"format": "MATLAB, CODE-15"},
         }
-    if "val" in variables:  # as WFDB's wfdb2mat names it
-        raise ValueError(_NO_HEADER)
+    if isinstance(variables.get("val"), np.ndarray):  # as WFDB's wfdb2mat names it
+        if given.unit is None:
+            raise ValueError(
+                f"{_NO_HEADER}, or give unit and sampling_rate (for a file: --unit uV --sampling_rate 500), if a count is one "
+                "microvolt."
+            )
+        return {"array": variables["val"], "metadata": {"format": "MATLAB, val"}}
     raise ValueError(
-        f"it holds the variables {sorted(variables)[:8]}; expected the struct ECG of CPSC 2018, or feats and "
-        "curr_sample_rate."
+        f"it holds the variables {sorted(variables)[:8]}; expected the struct ECG of CPSC 2018, feats and curr_sample_rate of "
+        "CODE-15, or val."
     )
-
-
-_NO_HEADER = (
-    "its matrix holds counts without rate, leads and gain, which the WFDB header beside it states; put NAME.hea into the "
-    "same folder."
-)
 
 
 def is_mat_4(content: bytes) -> bool:
@@ -271,4 +294,4 @@ def is_mat_4(content: bytes) -> bool:
 
 def read_mat_4(content: bytes) -> dict[str, Any]:
     """ValueError: such files are the signals of WFDB records, which are read by their headers."""
-    raise ValueError(_NO_HEADER)
+    raise ValueError(f"{_NO_HEADER}.")

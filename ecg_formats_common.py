@@ -159,6 +159,18 @@ def agreed_lead_names(own: Iterable[str] | None, given: Iterable[str] | None) ->
     return wanted
 
 
+def agreed(record: dict[str, Any], given: Given) -> dict[str, Any]:
+    """What a file says of signals of one unit, agreed with what the caller says.
+
+    Raises:
+        ValueError: as `unit_of` and `agreed_lead_names`.
+    """
+    unit, lead_names = unit_of(record.get("unit"), given), record.get("lead_names")
+    if given.lead_names is not None:
+        lead_names = agreed_lead_names(lead_names, given.lead_names)
+    return {**record, "unit": unit, "lead_names": lead_names}
+
+
 def is_in_volts(unit: str) -> bool:
     """Whether a unit, as a file writes it, is one of volts."""
     return unit.strip().casefold() in PER_MILLIVOLT_IN_ANY_CASE

@@ -7,8 +7,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,13 @@ _MAX_HEADER_LINE = 1000
 _BITS_PER_SAMPLE = {"8": 8, "16": 16, "24": 24, "32": 32, "61": 16, "80": 8, "160": 16, "212": 12, "310": 32 / 3}
 _BITS_PER_SAMPLE["311"] = _BITS_PER_SAMPLE["310"]
 _FLAC_FORMATS = ("508", "516", "524")  # compressed: their size says nothing about the number of samples
+# integers of 16 bits, as in most large data sets: read here, as wfdb takes ten times as long over the header alone
+_PLAIN_FORMAT, _PLAIN_GAP = "16", -(2**15)
+# wfdb's patterns take what they know of a field, and the rest for the next one: of "1_000/mV" a gain of 1. The
+# name of a signal may stand in the place of its gain
+_FORMAT_FIELD = re.compile(r"\d+(x\d+)?(:\d+)?(\+\d+)?")
+_GAIN_FIELD = re.compile(r"-?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?(\(-?\d+\))?(/\S*)?|(?![-.(\d]).*")
+_DEFAULT_GAIN = 200.0  # counts in a unit, where a header says nothing or 0
 
 
 def is_wfdb_header(content: bytes) -> bool:
@@ -81,17 +89,43 @@ def _fault_of(header: Path, path: Path) -> str | None:
     return None
 
 
-def _wfdb_signals(header: Path) -> tuple[list[bytes], float, list[dict[str, str]]]:
-    """Lines, frames per second and the fields of a header's signal lines, checked against the signal files."""
-    with header.open("rb") as file:
+@dataclass(frozen=True)
+class _Header:
+    """What a header says, checked against its signal files.
+
+    Args:
+        lines: all that are no comments.
+        comments: without their mark.
+        frame_rate: frames per second.
+        frames: their number, 0 where the header does not say it.
+        files: name of each signal file, and the fields of its signals.
+    """
+
+    lines: list[bytes]
+    comments: list[str]
+    frame_rate: float
+    frames: int
+    files: list[tuple[str, list[dict[str, str]]]]
+
+    @property
+    def signals(self) -> list[dict[str, str]]:
+        """The fields of all signals, in the order of the header."""
+        return [signal for _, signals in self.files for signal in signals]
+
+    @property
+    def moment(self) -> list[str]:
+        """What stands in the place of time and date."""
+        return [field.decode("ascii") for field in self.lines[0].split()[4:]]
+
+
+def _wfdb_header(path: Path) -> _Header:
+    with path.open("rb") as file:
         content = file.read(_MAX_HEADER_BYTES + 1)  # one more shows that it is longer
     lines = content_lines(content)
     if len(content) > _MAX_HEADER_BYTES or max(map(len, lines)) > _MAX_HEADER_LINE:
         raise ValueError(f"its header is longer than {_MAX_HEADER_BYTES} bytes, or a line than {_MAX_HEADER_LINE}.")
     if not all(line.isascii() for line in lines):  # wfdb drops the mu of "μV"
         raise ValueError("its header holds other characters than ASCII; write a unit as mV or uV.")
-    if "::" in str(header.absolute()):  # fsspec, below wfdb, would take it for a chain of addresses
-        raise ValueError("its path holds '::'; rename the folder.")
     patterns = library("wfdb.io.header")  # wfdb's own, so that it reads what was checked here
     record = patterns.rx_record.match(lines[0].decode())
     if record["n_seg"]:
@@ -100,56 +134,114 @@ def _wfdb_signals(header: Path) -> tuple[list[bytes], float, list[dict[str, str]
     signals = []
     for line in map(bytes.decode, lines[1:]):
         match = patterns.rx_signal.match(line)
-        if match is None:
+        _, wfdb_format, gain = [*line.split(), "", ""][:3]
+        if match is None or not _FORMAT_FIELD.fullmatch(wfdb_format) or not _GAIN_FIELD.fullmatch(gain):
             raise ValueError(
                 f"its line {line[:80]!r} describes no signal; expected the plain name of a file in the header's folder, a "
-                "format, and what follows."
+                "format such as 16, a gain such as 1000(0)/mV, and what follows."
             )
         signals.append(match.groupdict())
     if len(signals) != int(record["n_sig"]) or not signals:
         raise ValueError(f"its header announces {record['n_sig']} signals and describes {len(signals)}; it is cut.")
     if not content.endswith(b"\n") and len(lines[-1].split()) < len(lines[1].split()):
         raise ValueError("its header is cut in the last line.")
-    frames = int(record["sig_len"] or 0)  # 0: not stated
-    groups = [(name, list(parts)) for name, parts in groupby(signals, key=lambda signal: signal["file_name"])]
-    if len({name for name, _ in groups}) < len(groups):  # wfdb would take one signal for another
+    files = [(name, list(parts)) for name, parts in groupby(signals, key=lambda signal: signal["file_name"])]
+    if len({name for name, _ in files}) < len(files):  # wfdb would take one signal for another
         raise ValueError("its header describes the signals of one file in several places.")
-    for name, parts in groups:
-        file = header.parent / name
-        if not file.is_file():
-            raise ValueError(f"its signal file {name!r} is not beside the header; fetch it too.")
-        size, wfdb_format = file.stat().st_size, parts[0]["fmt"]
-        if size > MAX_FILE_BYTES:
-            raise ValueError(f"{name} has {size} bytes; expected at most {MAX_FILE_BYTES / 2**20:g} MiB.")
-        per_frame = sum(int(signal["samps_per_frame"] or 1) for signal in parts)  # a fast signal has several
-        skew = max(int(signal["skew"] or 0) for signal in parts)
-        if wfdb_format in _BITS_PER_SAMPLE:
-            required = math.ceil(frames * per_frame * _BITS_PER_SAMPLE[wfdb_format] / 8)
-            required += int(parts[0]["byte_offset"] or 0)
-            if required > size:
-                raise ValueError(f"{name} is cut: it has {size} bytes, the header claims {required}.")
-        elif wfdb_format not in _FLAC_FORMATS:
-            raise ValueError(f"{name} is of format {wfdb_format!r}, which wfdb does not read.")
-        elif not 0 < frames * per_frame <= MAX_SAMPLES:
-            raise ValueError(f"{name} unpacks to {frames * per_frame} samples; expected 1 to {MAX_SAMPLES}.")
-        if skew * per_frame > max(size, frames * per_frame):
-            raise ValueError(f"{name} has a skew of {skew} frames, more than it holds.")
-    return content.splitlines(), float(record["fs"] or 250), signals  # 250: the standard's default
+    frames = int(record["sig_len"] or 0)
+    for name, parts in files:
+        _check_file(path.parent / name, parts, frames)
+    comments = [line.strip(b" \t#") for line in map(bytes.strip, content.splitlines()) if line.startswith(b"#")]
+    return _Header(
+        lines,
+        [comment.decode("utf-8", "replace") for comment in comments],
+        float(record["fs"] or 250),  # the standard's default
+        frames,
+        files,
+    )
+
+
+def _check_file(file: Path, signals: list[dict[str, str]], frames: int) -> None:
+    """ValueError where a signal file is not there, or does not hold so many frames of these signals."""
+    name = file.name
+    if not file.is_file():
+        raise ValueError(f"its signal file {name!r} is not beside the header; fetch it too.")
+    size, wfdb_format = file.stat().st_size, signals[0]["fmt"]
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f"{name} has {size} bytes; expected at most {MAX_FILE_BYTES / 2**20:g} MiB.")
+    if file.suffix.lower() == ".mat":
+        with file.open("rb") as mat:
+            version = re.match(rb"MATLAB (\d\.\d)", mat.read(10))
+        if version:  # its head would be taken for samples
+            raise ValueError(
+                f"{name} is of MATLAB {version[1].decode()}, and headers describe MATLAB 4; save it with -v4."
+            )
+    per_frame = sum(_samples_per_frame(signal) for signal in signals)
+    skew = max(int(signal["skew"] or 0) for signal in signals)
+    if wfdb_format in _BITS_PER_SAMPLE:
+        required = math.ceil(frames * per_frame * _BITS_PER_SAMPLE[wfdb_format] / 8)
+        required += int(signals[0]["byte_offset"] or 0)
+        if required > size:
+            raise ValueError(f"{name} is cut: it has {size} bytes, the header claims {required}.")
+    elif wfdb_format not in _FLAC_FORMATS:
+        raise ValueError(f"{name} is of format {wfdb_format!r}, which wfdb does not read.")
+    elif not 0 < frames * per_frame <= MAX_SAMPLES:
+        raise ValueError(f"{name} unpacks to {frames * per_frame} samples; expected 1 to {MAX_SAMPLES}.")
+    if skew * per_frame > max(size, frames * per_frame):
+        raise ValueError(f"{name} has a skew of {skew} frames, more than it holds.")
+
+
+def _samples_per_frame(signal: dict[str, str]) -> int:
+    """A fast signal has several in each frame."""
+    samples = int(signal["samps_per_frame"] or 1)
+    if not samples:
+        raise ValueError(f"{signal['file_name']} has 0 samples of a signal in each frame; expected 1 or more.")
+    return samples
+
+
+def _plain_signals(folder: Path, header: _Header, rows: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Counts of signals, and their values in the signal's unit; each [samples]. All are of `_PLAIN_FORMAT`, none is skewed."""
+    counts, frames = [], header.frames
+    for name, signals in header.files:
+        ends = np.cumsum([0, *map(_samples_per_frame, signals)])
+        data = np.fromfile(
+            folder / name, "<i2", frames * ends[-1] if frames else -1, offset=int(signals[0]["byte_offset"] or 0)
+        )
+        frames = frames or len(data) // ends[-1]  # of the first file, where the header does not say it
+        if len(data) < frames * ends[-1]:
+            raise ValueError(f"{name} is cut: it holds {len(data)} samples, expected {frames * ends[-1]}.")
+        table = data[: frames * ends[-1]].reshape(frames, -1)
+        counts += [np.ascontiguousarray(table[:, start:end]).reshape(-1) for start, end in pairwise(ends)]
+    signals, read = header.signals, []
+    for row in rows:
+        gain = float(signals[row]["adc_gain"] or 0) or _DEFAULT_GAIN
+        baseline = float(signals[row]["baseline"] or signals[row]["adc_zero"] or 0)
+        values = (counts[row] - baseline) / gain
+        values[counts[row] == _PLAIN_GAP] = np.nan
+        read.append((counts[row], values))
+    return read
+
+
+def _packed_signals(path: Path, header: _Header, rows: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """As `_plain_signals`, of any format."""
+    if "::" in str(path.absolute()):  # fsspec, below wfdb, would take it for a chain of addresses
+        raise ValueError("its path holds '::'; rename the folder.")
+    with _readable(path, header) as name:
+        record = library("wfdb").rdrecord(name, channels=rows, smooth_frames=False, physical=False)
+    return list(zip(record.e_d_signal, record.dac(expanded=True), strict=True))
 
 
 @contextmanager
-def _readable(header: Path, lines: list[bytes]) -> Iterator[str]:
+def _readable(path: Path, header: _Header) -> Iterator[str]:
     """The record's path without suffix, as wfdb takes it: that of a copy where it could not read the time or date."""
-    place = next(index for index, line in enumerate(lines) if line.strip() and not line.lstrip().startswith(b"#"))
-    fields = lines[place].split()
-    if len(fields) <= 4 or _is_moment([field.decode("latin-1") for field in fields[4:]]):
-        yield str(header.absolute().with_suffix(""))
+    if not header.moment or _moment(header.moment):
+        yield str(path.absolute().with_suffix(""))
         return
     with tempfile.TemporaryDirectory() as folder:
-        copy = [*lines[:place], b" ".join(fields[:4]), *lines[place + 1 :]]
-        (Path(folder) / "record.hea").write_bytes(b"\n".join(copy) + b"\n")
-        for name in {line.split()[0].decode("latin-1") for line in content_lines(b"\n".join(lines[place + 1 :]))}:
-            file = (header.parent / name).absolute()
+        lines = [b" ".join(header.lines[0].split()[:4]), *header.lines[1:]]
+        (Path(folder) / "record.hea").write_bytes(b"\n".join(lines) + b"\n")
+        for name, _ in header.files:
+            file = (path.parent / name).absolute()
             try:
                 (Path(folder) / name).symlink_to(file)
             except OSError:  # Windows asks for a right
@@ -157,15 +249,13 @@ def _readable(header: Path, lines: list[bytes]) -> Iterator[str]:
         yield str(Path(folder) / "record")
 
 
-def _is_moment(fields: list[str]) -> bool:
-    """Whether these are a time, and perhaps a date, in the only form that the standard has."""
-    time, *date = fields
-    layout = "%H:%M:%S.%f" if "." in time else "%H:%M:%S"
+def _moment(fields: list[str]) -> datetime | None:
+    """A time, and perhaps a date, in the only form that the standard has; None of any other."""
+    layout = "%H:%M:%S.%f" if "." in fields[0] else "%H:%M:%S"
     try:
-        datetime.strptime(" ".join([time, *date]), " ".join([layout, "%d/%m/%Y"][: len(fields)]))
+        return datetime.strptime(" ".join(fields), " ".join([layout, "%d/%m/%Y"][: len(fields)]))
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def _check_samples(name: str, signal: dict[str, str], samples: np.ndarray) -> None:
@@ -190,32 +280,32 @@ def _check_samples(name: str, signal: dict[str, str], samples: np.ndarray) -> No
         )
 
 
-def read_wfdb(header: Path, given: Given = NOTHING_GIVEN) -> dict[str, Any]:
-    """A WFDB record; its header is checked before the library wfdb reads the signal files, its checksums after."""
-    lines, frame_rate, signals = _wfdb_signals(header)
+def read_wfdb(path: Path, given: Given = NOTHING_GIVEN) -> dict[str, Any]:
+    """A WFDB record by its header, which is checked before the signal files are read, its checksums after."""
+    header = _wfdb_header(path)
+    signals = header.signals
     names = [signal["sig_name"].strip() for signal in signals]
     units = [signal["units"] or "mV" for signal in signals]  # the standard's default
-    rates = [frame_rate * int(signal["samps_per_frame"] or 1) for signal in signals]
+    rates = [header.frame_rate * _samples_per_frame(signal) for signal in signals]
     chosen = select_signals(names, units, rates, given)
-    with _readable(header, lines) as path:
-        record = library("wfdb").rdrecord(path, channels=chosen.rows, smooth_frames=False, physical=False)
-    for row, samples in zip(chosen.rows, record.e_d_signal, strict=True):
-        _check_samples(names[row] or str(row), signals[row], samples)
-    record.dac(expanded=True, inplace=True)  # to physical units
-    comments = [comment.strip() for comment in record.comments]
-    facts = {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in comments)}
+    if all(signal["fmt"] == _PLAIN_FORMAT and not int(signal["skew"] or 0) for signal in signals):
+        read = _plain_signals(path.parent, header, chosen.rows)
+    else:
+        read = _packed_signals(path, header, chosen.rows)
+    for row, (counts, _) in zip(chosen.rows, read, strict=True):
+        _check_samples(names[row] or str(row), signals[row], counts)
+    facts = {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in header.comments)}
+    moment = _moment(header.moment) if len(header.moment) == 2 else None  # a time alone is no date
     metadata = stated(
         age=to_number(facts.get("age", "")),
         sex=to_sex(facts.get("sex", "")),
         dx=facts.get("dx"),
-        date=record.base_date and record.base_date.isoformat(),
-        comments=comments,
+        date=moment and moment.date().isoformat(),
+        comments=header.comments,
         left_out=chosen.left_out,
     )
     return {
-        "array": np.stack(
-            [in_millivolts(signal, unit) for signal, unit in zip(record.e_p_signal, chosen.units, strict=True)]
-        ),
+        "array": np.stack([in_millivolts(values, unit) for (_, values), unit in zip(read, chosen.units, strict=True)]),
         "sampling_rate": rates[chosen.rows[0]],
         "lead_names": chosen.lead_names if any(chosen.lead_names) else None,
         "unit": "mV",

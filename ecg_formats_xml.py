@@ -1,4 +1,4 @@
-"""ECG files in XML: HL7 annotated ECG, GE MUSE, Philips Sierra."""
+"""ECG files in XML: HL7 annotated ECG, GE MUSE, Philips Sierra; and those of Mortara, handed on to a library."""
 
 import base64
 import math
@@ -21,6 +21,7 @@ from .ecg_formats_common import (
     stated,
     to_number,
 )
+from .ecg_formats_ecgdatakit import read_eli
 
 # far beyond real files (20 levels, 4,000 elements and attributes); an element takes 30 times the memory of its text
 MAX_DEPTH = 100
@@ -42,23 +43,25 @@ PHILIPS_VERSIONS = ("1.03", "1.04", "1.04.01", "1.04.02")
 
 
 def read_xml(content: bytes, given: Given = NOTHING_GIVEN) -> dict[str, Any]:
-    """Reads an HL7 annotated ECG, a GE MUSE RestingECG or a Philips Sierra ECG, told apart by their root element.
+    """Reads an HL7 annotated ECG, a GE MUSE RestingECG, a Philips Sierra or a Mortara ELI ECG, told apart by their root element.
 
     Args:
         content: the bytes of the file, in UTF-8, UTF-16 or the encoding that it declares.
         given: its unit stands for one that the file lacks or that is none of volts.
 
     Returns:
-        As `ecg_formats.read_file`; the array is float32 [leads, samples] in microvolts.
+        As `ecg_formats.read_file`; the array is float32 [leads, samples] in microvolts, or millivolts of Mortara's.
 
     Raises:
         ValueError: the content is no such file or is damaged. Entities and lists of attributes are refused, no DTD is fetched,
             and depth and number of elements are bounded.
-        ImportError: defusedxml is not installed.
+        ImportError: defusedxml, or for Mortara ecgdatakit, is not installed.
     """
     root = _parse(content)
+    if root.tag == "ECG":
+        return read_eli(content, root, given)
     if root.tag not in READERS:
-        raise ValueError(f"The XML's root element is <{root.tag[:100]}>; expected one of {', '.join(READERS)}.")
+        raise ValueError(f"The XML's root element is <{root.tag[:100]}>; expected one of {', '.join(READERS)}, ECG.")
     array, sampling_rate, lead_names, metadata = READERS[root.tag](root, given.unit)
     return {
         "array": array,

@@ -549,9 +549,9 @@ def read_ecg(
     """Reads one ECG from a file; the other arguments are those of `as_record`, for what the file does not say.
 
     NumPy (`.npy`; `.npz` with the keys `array` or `ecg` [leads, samples], and where known `sampling_rate`, `lead_names` and
-    `unit`), WFDB, EDF and BDF, DICOM, HL7 aECG, GE MUSE XML, Philips Sierra XML, SCP-ECG, ISHNE, MATLAB (CPSC 2018, CODE-15),
-    HDF5 (CODE-15: `exams_part0.hdf5#EXAM_ID`) and CSV; `ecg_formats.read_file` tells the format by the content, and never
-    executes any.
+    `unit`), WFDB, EDF and BDF, DICOM, HL7 aECG, GE MUSE XML, Philips Sierra XML, Mortara ELI XML, SCP-ECG, ISHNE, MFER, AliveCor
+    Kardia, MATLAB (CPSC 2018, CODE-15), HDF5 (CODE-15: `exams_part0.hdf5#EXAM_ID`) and CSV; `ecg_formats.read_file` tells the
+    format by the content, and never executes any.
 
     Beside those of `as_record`, notices tell which signals of the file are not in the record, whether its limb leads
     contradict each other, and whether the file holds padding.

@@ -23,7 +23,7 @@ class TestReadFile:
         path.write_bytes(WHOLE[name])
         record = read_file(path)
         assert list(record) == ["array", "sampling_rate", "lead_names", "unit", "metadata"]
-        assert record["array"].shape == ((2, 100) if name == "csv" else (12, 100))
+        assert record["array"].shape == ({"csv": 2, "kardia": 6}.get(name, 12), 100)
         np.testing.assert_array_equal(read_ecg(path, 250 if name == "npy" else None).array.shape, record["array"].shape)
 
     @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ class TestReadFile:
     @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
     def test_xml_in_any_encoding(self, encoding, tmp_path):
         (tmp_path / "a").write_bytes("\n <Recipe/>".encode(encoding))
-        with pytest.raises(ValueError, match=r"a as XML \(HL7 aECG, GE MUSE or Philips Sierra\):"):
+        with pytest.raises(ValueError, match=r"a as XML \(HL7 aECG, GE MUSE, Philips Sierra or Mortara ELI\):"):
             read_file(tmp_path / "a")
 
     def test_no_file_no_content_and_no_recording(self, tmp_path, monkeypatch):

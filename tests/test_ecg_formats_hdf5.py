@@ -1,11 +1,13 @@
+import os
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
-from ecg_files import LEADS
+from ecg_files import COUNTS, LEADS, mat_73_bytes, mat_bytes
 
 from elm_ecg.ecg_formats import read_file
+from elm_ecg.ecg_formats_common import Given
 from elm_ecg.ecg_formats_hdf5 import hdf5_records
 from elm_ecg.ecg_utils import read_ecg
 
@@ -72,6 +74,8 @@ class TestCODE15:
             (TRACINGS, [1, 2], r"holds \[2\] exam_id for 3 tracings"),
             (TRACINGS, [5, 5, 6], "holds 2 records of the name '5'"),
             (TRACINGS, [0.5, 5, 6], "its exam_id holds float64"),
+            (TRACINGS, np.array([b"5" * 99] * 3), r"its exam_id holds \|S99"),
+            (TRACINGS, [50, 55, 15], "holds 0 records of the name '5'"),
             (TRACINGS.astype("S8"), None, r"its tracings holds \|S8; expected numbers"),
         ],
     )
@@ -119,8 +123,79 @@ class TestCODE15:
                 read_file(f"{tmp_path}/a.hdf5#1")
             with pytest.raises(ValueError, match=r"Cannot read .*a\.hdf5 as HDF5"):
                 hdf5_records(tmp_path / "a.hdf5")
-        with pytest.raises(ValueError, match=r"-v7.3; save it with -v7"):
-            read_file(tmp_path / "a.hdf5")
         (tmp_path / "b.csv").write_text("I,II\n0.1,0.2\n0.1,0.2\n")
         with pytest.raises(ValueError, match=r"b\.csv holds one record; leave out #5"):
             read_file(tmp_path / "b.csv#5")
+
+    def test_a_file_that_changes(self, tmp_path):
+        """The ids of a file are kept, not the file: who writes to it later is not kept from it, and is read."""
+        path = write_code(tmp_path / "a.hdf5", ids=[1, 2, 3])
+        read_file(f"{path}#3")
+        write_code(path, TRACINGS[:2], ids=[3, 4])
+        os.utime(path, ns=(0, 0))
+        np.testing.assert_array_equal(read_file(f"{path}#3")["array"], TRACINGS[0].T)
+        assert hdf5_records(path) == ["3", "4"]
+
+    def test_one_record_is_read_at_a_time(self, tmp_path, monkeypatch):
+        """Of a file of gigabytes, only the rows asked for; its ids once."""
+        path = write_code(tmp_path / "a.hdf5", ids=[30, 10, 20], chunks=(1, 400, 12), compression="gzip")
+        asked, read = [], h5py.Dataset.__getitem__
+        monkeypatch.setattr(h5py.Dataset, "__getitem__", lambda data, args: asked.append(args) or read(data, args))
+        for name, row in (("10", 1), ("20", 2), ("30", 0)):
+            np.testing.assert_array_equal(read_file(f"{path}#{name}")["array"], TRACINGS[row].T)
+        assert asked == [slice(None), 1, 2, 0]
+
+
+class TestMATLAB73:
+    @pytest.mark.parametrize("compression", [None, "gzip"])
+    def test_as_in_the_older_format(self, compression, tmp_path):
+        cpsc = {"ECG": {"sex": "Female", "age": 52.0, "data": COUNTS / 1000}}
+        code = {"feats": (COUNTS / 1000).astype(np.float32), "curr_sample_rate": 400.0}
+        for variables in (cpsc, code, {"val": COUNTS}):
+            given = Given(unit="uV" if "val" in variables else None)
+            (tmp_path / "old.mat").write_bytes(mat_bytes(**variables))
+            (tmp_path / "new.mat").write_bytes(mat_73_bytes(compression, **variables))
+            expected, record = read_file(tmp_path / "old.mat", given), read_file(tmp_path / "new.mat", given)
+            np.testing.assert_array_equal(record["array"], expected["array"])
+            assert {**record, "array": None} == {**expected, "array": None}
+        assert read_file(tmp_path / "new.mat", Given(unit="uV", lead_names=LEADS))["lead_names"] == tuple(LEADS)
+
+    def test_counts_alone(self, tmp_path):
+        (tmp_path / "a.mat").write_bytes(mat_73_bytes(val=COUNTS))
+        with pytest.raises(ValueError, match=r"put NAME\.hea into the same folder, or give unit and sampling_rate"):
+            read_ecg(tmp_path / "a.mat")
+        record = read_ecg(tmp_path / "a.mat", sampling_rate=500, unit="uV")
+        np.testing.assert_array_equal(record.array, (COUNTS / np.float32(1000)))
+
+    @pytest.mark.parametrize(
+        ("variables", "message"),
+        [
+            ({"x": COUNTS}, r"holds the variables \['x'\]; expected the struct ECG"),
+            ({"ECG": {"leads": COUNTS}}, r"holds the variables \['ECG'\]; expected the struct ECG"),
+            ({"val": "text" * 300}, "its val claims 1200 numbers"),
+        ],
+    )
+    def test_other_content(self, variables, message, tmp_path):
+        (tmp_path / "a.mat").write_bytes(mat_73_bytes(**variables))
+        with pytest.raises(ValueError, match=message):
+            read_file(tmp_path / "a.mat", Given(unit="uV"))
+        with pytest.raises(ValueError, match="holds one record; leave out #5"):
+            read_file(f"{tmp_path / 'a.mat'}#5")
+
+    def test_claims_are_checked(self, tmp_path):
+        path = tmp_path / "a.mat"
+        path.write_bytes(mat_73_bytes(x=COUNTS))
+        with h5py.File(path, "a") as file:
+            file.create_dataset("val", (12, 2**40), "i2", chunks=(12, 100))
+        with pytest.raises(ValueError, match="its val claims 13194139533312 numbers"):
+            read_file(path, Given(unit="uV"))
+
+    def test_other_files_are_not_read(self, tmp_path):
+        (tmp_path / "other.mat").write_bytes(mat_73_bytes(ECG={"data": COUNTS / 1000}))
+        for name, inner in (("ECG", "ECG"), ("feats", "ECG/data")):
+            path = tmp_path / f"{name}.mat"
+            path.write_bytes(mat_73_bytes(x=COUNTS))
+            with h5py.File(path, "a") as file:
+                file[name] = h5py.ExternalLink(str(tmp_path / "other.mat"), inner)
+            with pytest.raises(ValueError, match=r"no dataset of its own|holds the variables \['ECG', 'x'\]"):
+                read_file(path)

@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import wfdb
-from ecg_files import COUNTS, LEADS, write_wfdb
+from ecg_files import COUNTS, LEADS, mat_73_bytes, mat_bytes, write_wfdb
+from hypothesis import given
+from hypothesis import strategies as st
 
 from elm_ecg.ecg_formats import read_file
 from elm_ecg.ecg_utils import read_ecg
@@ -69,6 +71,38 @@ class TestWFDB:
             with pytest.raises(ValueError, match=r"Cannot read .*r\.hea as WFDB"):
                 read_file("r.hea")
 
+    @given(st.data())
+    def test_format_16_as_wfdb_reads_it(self, tmp_path_factory, data):
+        """It is read without wfdb, which takes ten times as long."""
+        folder = tmp_path_factory.mktemp("wfdb")
+        frames, lines = data.draw(st.integers(1, 9)), []
+        for file in ("a", "b")[: data.draw(st.integers(1, 2))]:
+            sizes = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
+            offset = data.draw(st.sampled_from([0, 0, 24]))
+            counts = data.draw(
+                st.lists(
+                    st.integers(-(2**15), 2**15 - 1), min_size=frames * sum(sizes), max_size=frames * sum(sizes) + 2
+                )
+            )
+            (folder / f"{file}.dat").write_bytes(bytes(offset) + np.array(counts, "<i2").tobytes())
+            for size in sizes:
+                gain = data.draw(
+                    st.sampled_from(["", " 200", " 0", " 1000.5/uV", " 200(-7)/mV", " -3.5e2(12)/mV", " 5/V 16 9"])
+                )
+                lines.append(f"{file}.dat 16{f'x{size}' if size > 1 else ''}{f'+{offset}' if offset else ''}{gain}")
+        stated = data.draw(st.booleans()) or len({line[0] for line in lines}) > 1
+        (folder / "r.hea").write_text("\n".join([f"r {len(lines)} 100{f' {frames}' if stated else ''}", *lines]) + "\n")
+        read = read_file(folder / "r.hea")
+        record = wfdb.rdrecord(str(folder / "r"), smooth_frames=False)
+        highest = max(record.samps_per_frame)
+        expected = [
+            signal / {"mV": 1, "uV": 1000, "V": 0.001}[unit]
+            for signal, unit, size in zip(record.e_p_signal, record.units, record.samps_per_frame, strict=True)
+            if size == highest
+        ]
+        np.testing.assert_array_equal(read["array"], np.array(expected, np.float32))
+        assert read["sampling_rate"] == 100 * highest
+
     def test_invalid_samples_stay_nan(self, tmp_path):
         counts = np.array([1, -32768, 3], dtype="<i2")
         record = read_file(write_wfdb(tmp_path, ["r 1 100 3", "r.dat 16 1(0)/mV 16 0 0 0 0 II"], r=counts.tobytes()))
@@ -101,6 +135,9 @@ class TestWFDB:
             (["r 1 100 5", "../r.dat 16"], r"'\.\./r\.dat 16' describes no signal; expected the plain name"),
             (["r 1 100 5", "/etc/passwd 16"], "describes no signal"),
             (["r 1 100 5", "https://example.org/r.dat 16"], "describes no signal"),
+            (["r 1 100 5", "r.dat 16y"], "describes no signal"),
+            (["r 1 100 5", "r.dat 16 1_000(0)/mV"], r"describes no signal; .* a gain such as 1000\(0\)/mV"),
+            (["r 1 100 5", "r.dat 16 1000(1e3)/mV"], "describes no signal"),
             (["r 1 100 5", "s.dat 16"], r"signal file 's\.dat' is not beside the header"),
             (["r 2 100 5", "r.dat 16"], "announces 2 signals and describes 1; it is cut"),
             (["r 1 100 101", "r.dat 16"], "it has 200 bytes, the header claims 202"),
@@ -110,7 +147,8 @@ class TestWFDB:
             (["r 1 100 50", "r.dat 16:9999999999"], "skew of 9999999999 frames"),
             (["r 1 100 999999999", "r.dat 516"], "unpacks to 999999999 samples; expected 1 to"),
             (["r 1 100", "r.dat 516"], "unpacks to 0 samples"),
-            (["r 1 100 50", "r.dat 16x0"], "Cannot read"),
+            (["r 1 100 50", "r.dat 16x0"], r"r\.dat has 0 samples of a signal in each frame"),
+            (["r 2 100", "r.dat 16", "q.dat 16x2"], r"q\.dat is cut: it holds 100 samples, expected 200"),
             (["r 1 100 50", "r.dat 99"], "format '99', which wfdb does not read"),
             (["r 1 100 50", "r.dat 16 200/mmHg 16 0 0 0 0 ABP"], r"no signal in volts, but ABP \(unit 'mmHg'\)"),
             (["r 1 100 50", "r.dat 16 200/µV 16 0 0 0 0 I"], "other characters than ASCII; write a unit as mV or uV"),
@@ -132,6 +170,17 @@ class TestWFDB:
         (tmp_path / "E07500.hea").write_text((folder / "JS20000.hea").read_text())
         with pytest.raises(ValueError, match=r"E07500\.hea describes the signals of JS20000\.mat, not of E07500\.mat"):
             read_file(tmp_path / "E07500.mat")
+
+    @pytest.mark.parametrize("content", [mat_bytes(val=COUNTS), mat_73_bytes(val=COUNTS)])
+    def test_another_matlab_than_the_header_describes(self, content, tmp_path):
+        """Its bytes would be taken for samples."""
+        (tmp_path / "r.mat").write_bytes(content)
+        (tmp_path / "r.hea").write_text("r 1 100 50\nr.mat 16+24 1000/mV 16 0 0 0 0 I\n")
+        for name in ("r.mat", "r.hea", "r"):
+            with pytest.raises(
+                ValueError, match=r"r\.mat is of MATLAB [57]\.., and headers describe MATLAB 4; save it with -v4"
+            ):
+                read_file(tmp_path / name)
 
     @pytest.mark.parametrize(
         ("content", "message"),

@@ -464,7 +464,7 @@ class TestHostileXML:
         np.testing.assert_array_equal(read_xml(content)["array"], [[1002.5, 1005, 1007.5]])
 
     def test_unknown_root(self):
-        message = "root element is <svg>; expected one of AnnotatedECG, RestingECG, restingecgdata"
+        message = "root element is <svg>; expected one of AnnotatedECG, RestingECG, restingecgdata, ECG"
         with pytest.raises(ValueError, match=message):
             read_xml(b'<svg xmlns="http://www.w3.org/2000/svg"/>')
 
