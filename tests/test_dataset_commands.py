@@ -34,6 +34,18 @@ print(json.dumps({split: list(rows) for split, rows in loaded.items()}))
 """
 
 
+JOIN = """
+import json
+from elm_ecg import ecgs_of, load_dataset
+from elm_ecg.training.arguments import DataArguments
+from elm_ecg.training.data.loading import load_stream
+
+whole = load_dataset("user/ecgs", "train", revision="first")
+stream = load_stream(DataArguments(data=["user/ecgs"]), "train")
+print(json.dumps([ecgs_of(next(iter(rows)))[0]["array"].tolist() for rows in (whole, stream)]))
+"""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A dataset of two rows in `data`, the same without licence in `unlicensed`."""
@@ -60,19 +72,23 @@ def test_push_and_load(folder, tmp_path):
     with LoopbackHub() as hub:
         said = run_on_hub(PUSH.format(data=str(folder / "data")), hub, tmp_path)
         rows = run_on_hub(LOAD, hub, tmp_path, environment_of(["datasets"], tmp_path / "stranger"))
+        joined = run_on_hub(JOIN, hub, tmp_path)
         pushed = hub.files("user/ecgs", repo_type="dataset")
         commits = {name for name in hub.repos["datasets/user/ecgs"] if len(name) == 40}
-    assert said.count(f"3 files in {hub.url}/datasets/user/ecgs\n") == 1
+    assert said.count(f"5 files in {hub.url}/datasets/user/ecgs\n") == 1
     assert said.count(f"{hub.url}/datasets/user/ecgs holds all of it already; nothing was sent.") == 2
     card = pushed.pop("README.md").decode()
     assert card in hub.cards  # the Hub has validated it
     (tag,) = (name for name in hub.repos["datasets/user/ecgs"] if name.startswith("elm-"))
-    assert f'load_dataset("user/ecgs", revision="{tag}", split="train")' in card
+    assert f'load_dataset("user/ecgs", "train", revision="{tag}")' in card
     assert f"howpublished = {{{hub.url}/datasets/user/ecgs}}" in card
-    assert pushed == {f"data/{file.name}": file.read_bytes() for file in (folder / "data" / "data").glob("*.parquet")}
+    files = [file for part in ("data", "records") for file in (folder / "data" / part).glob("*.parquet")]
+    assert pushed == {f"{file.parent.name}/{file.name}": file.read_bytes() for file in files}
     assert len(commits) == 2  # the empty one of a new repository, and one
     local = load_dataset(str(folder / "data"), cache_dir=str(tmp_path))
     assert json.loads(rows) == {split: list(part) for split, part in local.items()}
+    microvolts = np.rint(1000 * np.load(folder / "records" / "a.npz")["ecg"]).astype(int).tolist()
+    assert json.loads(joined) == [microvolts] * 2
 
 
 def without_card(data: Path) -> None:
@@ -101,7 +117,10 @@ def without_data(data: Path) -> None:
     ("change", "message"),
     [
         (without_card, "has no card"),
-        (with_another_file, r"holds patients\.csv; only README\.md and data/\*\.parquet are pushed"),
+        (
+            with_another_file,
+            r"holds patients\.csv; only README\.md, data/\*\.parquet and records/\*\.parquet are pushed",
+        ),
         (with_a_deep_file, r"holds data/old/train\.parquet; only"),
         (with_unknown_licence, "names no licence"),
         (without_data, "holds no dataset"),
@@ -120,7 +139,7 @@ def test_shows_what_it_would_send(folder, monkeypatch, capsys):
     monkeypatch.setattr("elm_ecg.training.sharing.push.get_token", lambda: None)
     assert cli.main(["data", "push", str(folder / "data"), "--repo_id", "user/ecgs", "--dry_run"]) == 0
     said = capsys.readouterr().out
-    assert "README.md, data/test-00000-of-00001.parquet, data/train-00000-of-00001.parquet" in said
+    assert "README.md, data/test-00000-of-00001.parquet, data/train-00000-of-00001.parquet, records/test-" in said
     assert "train-00000-of-00001.parquet: 1 row of ecg, messages, record_id" in said
     assert "'content': 'Is it?'" in said
     assert "Nothing was sent" in said

@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import ModelConfig, SFTConfig
 
 from elm_ecg.training.arguments import ELMArguments
+from elm_ecg.training.data import records
 from elm_ecg.training.digest import OPTIONS_FILE
 from elm_ecg.training.files import write_text
 
@@ -168,7 +169,9 @@ def fingerprint(data: Dataset) -> dict[str, Any]:
             ecgs = of_ecgs[int(row) : int(row) + 1]
             paths = ecgs["ecg"].to_pylist()[0]
             for path in paths if isinstance(paths, list) else [paths]:
-                if isinstance(path, str) and Path(path).is_file():  # wherever it is
+                if records.is_stored(path):  # wherever it is
+                    digest.update(records.read(path)["array"].tobytes())
+                elif isinstance(path, str) and Path(path).is_file():
                     digest.update(Path(path).read_bytes())
                 else:
                     _add(digest, ecgs)

@@ -158,8 +158,8 @@ def test_damaged_dataset(tmp_path):
 def test_description(tmp_path):
     lines = describe_dataset(save(tmp_path)).splitlines()
     assert lines[:2] == [
-        "train.parquet: 1 row of messages, ecg, record_id, patient_id, question_type, age",
-        "Its first row:",
+        "data/train.parquet: 1 row of messages, ecg, record_id, patient_id, question_type, age",
+        "The first of them:",
     ]
     assert "Is the QRS wide?" in lines[2]
     assert "  patient_id: p17" in lines

@@ -85,17 +85,21 @@ def load_data(args: "DataArguments", split: str, seed: int = 0, num_proc: int | 
     return _mix(_load_parts(args, split, "messages", num_proc=num_proc), args, seed, weighted=split == "train")
 
 
-def load_dataset(name: str, split: str, *, ecg_root: str | None = None, fold: int | None = None) -> Dataset:
+def load_dataset(
+    name: str, split: str, *, ecg_root: str | None = None, fold: int | None = None, revision: str | None = None
+) -> Dataset:
     """The rows of one split of a dataset, for Python: what `elm sft --data NAME` trains on, with a column `ecg` that `ecgs_of` reads.
 
     Args:
         name: a local folder, a Hub id, or a key of the reference's datasets.
         ecg_root: the folder of the ECG files that the rows name; default: the dataset's own.
+        fold: of a dataset that has folds.
+        revision: of the Hub: a tag, branch or commit.
 
     Raises:
         ValueError: as `load_data`; or there is no such split.
     """
-    data = load_split(name, split, "ecg", fold, ecg_root)
+    data = load_split(name, split, "ecg", fold, ecg_root, load_splits(name, revision=revision), revision=revision)
     if data is None:
         raise ValueError(f"{name} has no split {split!r}; it has {', '.join(map(str, load_splits(name)))}.")
     return with_arrays(data)
@@ -280,6 +284,7 @@ def load_split(
     ecg_root: str | None = None,
     splits: Any = None,
     num_proc: int | None = None,
+    revision: str | None = None,
 ) -> Any:
     """One split of one dataset, a `Dataset`, or of streamed ones an `IterableDataset`, or None where it has no such split.
 
@@ -308,7 +313,7 @@ def load_split(
     if _names_files(data.features.get("ecg")):
         folder = Path(name).expanduser()
         root = ecg_root or (str(folder.absolute()) if folder.exists() else None)  # None: of the Hub
-        stored = _stored_at(name, data) if records.is_stored(_first_ecg(data)) else None
+        stored = _stored_at(name, data, revision) if records.is_stored(_first_ecg(data)) else None
         tables = data.with_format("arrow")
         options: dict[str, Any] = {
             "batched": True,
@@ -326,14 +331,14 @@ def _first_ecg(data: Any) -> Any:
     return next((ecg for ecg in ecgs if ecg is not None), None)
 
 
-def _stored_at(name: str, data: Any) -> str:
+def _stored_at(name: str, data: Any, revision: str | None) -> str:
     """Where the folder `records` of a dataset is, which is made ready for rows in any order unless the dataset is streamed."""
     folder = Path(name).expanduser()
     streaming = not isinstance(data, Dataset)
     if not folder.exists() and streaming:
-        return f"hf://datasets/{name}/"
+        return f"hf://datasets/{name}{'' if revision is None else f'@{revision}'}/"
     if not folder.exists():
-        folder = Path(snapshot_download(name, repo_type="dataset", allow_patterns=f"{RECORDS}/*"))
+        folder = Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=f"{RECORDS}/*"))
     place = f"{folder.absolute()}/"
     if not streaming:
         records.keep(place)
@@ -535,13 +540,17 @@ def notices_of(record: ECGRecord, extractor: Any, known: dict[Any, list[str]]) -
     return read + known[shape]
 
 
-def ecgs_of(row: dict[str, Any]) -> list[Any]:
-    """The ECGs of a row: none, one or several, each a dict or the path of a file."""
+def ecgs_of(row: dict[str, Any], read: bool = True) -> list[Any]:
+    """The ECGs of a row: none, one or several, each a dict or the path of a file.
+
+    Args:
+        read: False leaves those that the dataset stores as their names, which `records.read` reads.
+    """
     ecg = row.get("ecg")
     ecgs = [] if ecg is None else as_list(ecg)  # several come out of `datasets` as an array of objects
     if any(one is None for one in ecgs):
         raise ValueError(f"{_name(row)} lists {len(ecgs)} ECGs, one of which is null; leave it out.")
-    return [_resolved(one, row) for one in ecgs]
+    return [one if not read and records.is_stored(one) else _resolved(one, row) for one in ecgs]
 
 
 def _name(row: dict[str, Any]) -> str:

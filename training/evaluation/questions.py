@@ -13,6 +13,7 @@ from datasets import Dataset, List
 from tqdm import tqdm
 
 from elm_ecg.ecg_utils import as_record
+from elm_ecg.training.data import records
 from elm_ecg.training.data.loading import ecgs_of
 from elm_ecg.training.data.schema import counted
 
@@ -93,12 +94,12 @@ def fingerprint_of(data: Dataset, questions: list[Question]) -> str:
     known: dict[str, str] = {}  # path -> digest: a record may have many questions
     for row in tqdm(data, desc="Digest of the data", unit="row", disable=len(data) < 1000):
         of_ecgs = []
-        for ecg in ecgs_of(row):
+        for ecg in ecgs_of(row, read=False):
             if not isinstance(ecg, str):
                 of_ecgs.append(_digest_of_ecg(ecg))
                 continue
             if ecg not in known:
-                known[ecg] = _digest_of_ecg(ecg)
+                known[ecg] = _digest_of_ecg(records.read(ecg) if records.is_stored(ecg) else ecg)
             of_ecgs.append(known[ecg])
         turns = [[message["role"], _text(message["content"])] for message in row["messages"]]
         of_rows.append([turns, [_kinds(message["content"]) for message in row["messages"]], of_ecgs])

@@ -9,17 +9,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from elm_ecg.training.data.arguments import KEPT_COLUMNS, METADATA_COLUMNS
-from elm_ecg.training.data.schema import ECG, counted
+from elm_ecg.training.data.schema import ECG, RECORDS, counted
 from elm_ecg.training.markdown import CARD
 from elm_ecg.training.sharing.disclosure import DATES, NAMES, check_secrets
 
-DATASET_FILES = r"README\.md|data/[^/]+\.parquet"
+DATASET_FOLDERS = ("data", RECORDS)
+DATASET_FILES = rf"README\.md|({'|'.join(DATASET_FOLDERS)})/[^/]+\.parquet"
 ALLOW_HELP = (
     "columns of a dataset to share though they are none that `elm data build` keeps by itself, or seem to be personal"
 )
 # the leaves of the columns that `elm data build` writes, and of chats whose contents are parts
 KNOWN = {"record_id", "patient_id", "start_second", *KEPT_COLUMNS, *METADATA_COLUMNS, "ecg", "ecg.path"}
-KNOWN |= {f"ecg.{member.name}" for member in ECG}
+KNOWN |= {f"ecg.{member.name}" for member in ECG} | {"id", *(member.name for member in ECG)}
 KNOWN |= {"messages.role", "messages.content", "messages.content.type", "messages.content.text"}
 _LETTER, _CAPITAL = r"[^\W\d_]", r"[^\W\d_a-zß-öø-ÿ]"  # of any alphabet
 PERSONAL_TEXT = re.compile(
@@ -51,8 +52,8 @@ def check_dataset(folder: Path, allowed: Collection[str] = ()) -> None:
     others = [path.as_posix() for path in files if not re.fullmatch(DATASET_FILES, path.as_posix())]
     if others:
         raise ValueError(
-            f"{folder} holds {', '.join(others[:5])}{'...' if len(others) > 5 else ''}; only {CARD} and data/*.parquet are pushed. "
-            "Move the others away, or nobody knows what is shared."
+            f"{folder} holds {', '.join(others[:5])}{'...' if len(others) > 5 else ''}; only {CARD}, data/*.parquet and {RECORDS}/*.parquet are "
+            "pushed. Move the others away, or nobody knows what is shared."
         )
     found: dict[str, str] = {}  # column or file -> what is wrong with it, of the first place where it is
     if (folder / CARD).is_file():
@@ -136,11 +137,19 @@ def _metadata_of(schema: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 def describe_dataset(folder: Path) -> str:
     """What a dataset shows to others: its splits, columns, and the first row without its signals."""
     lines = []
-    for path in sorted((folder / "data").glob("*.parquet")):
-        table = pq.ParquetFile(path)
-        lines.append(f"{path.name}: {counted(table.metadata.num_rows, 'row')} of {', '.join(table.schema_arrow.names)}")
-        if len(lines) == 1 and table.metadata.num_rows:
-            (row,) = next(table.iter_batches(1)).to_pylist()
-            shown = {name: value for name, value in row.items() if name != "ecg"}
-            lines += ["Its first row:", *(f"  {name}: {value}" for name, value in shown.items())]
+    for part in DATASET_FOLDERS:
+        first = True
+        for path in sorted((folder / part).glob("*.parquet")):
+            table = pq.ParquetFile(path)
+            number = counted(table.metadata.num_rows, "record" if part == RECORDS else "row")
+            lines.append(f"{part}/{path.name}: {number} of {', '.join(table.schema_arrow.names)}")
+            if first and table.metadata.num_rows:
+                (row,) = next(table.iter_batches(1)).to_pylist()
+                shown = {
+                    name: value
+                    for name, value in row.items()
+                    if (name == "ecg" and isinstance(value, str)) or name not in ("ecg", "array")
+                }
+                lines += ["The first of them:", *(f"  {name}: {value}" for name, value in shown.items())]
+            first = False
     return "\n".join(lines)

@@ -43,7 +43,7 @@ from elm_ecg.training.markdown import CARD, CITATION, SAMPLE, citation, on_hub, 
 from elm_ecg.training.model_files import loading
 from elm_ecg.training.sharing.cards import PREPROCESSOR, elm_card, encoder_card
 from elm_ecg.training.sharing.contents import check_contents, module_file, own_file
-from elm_ecg.training.sharing.dataset_disclosure import DATASET_FILES, check_dataset, describe_dataset
+from elm_ecg.training.sharing.dataset_disclosure import DATASET_FILES, DATASET_FOLDERS, check_dataset, describe_dataset
 from elm_ecg.training.sharing.disclosure import (
     PICKLES,
     check_folder,
@@ -173,7 +173,8 @@ def gather(folder: Path, kind: str, allowed: Collection[str] = ()) -> dict[str, 
     """
     if kind == "dataset":
         check_dataset(folder, allowed)
-        return {path.relative_to(folder).as_posix(): path for path in sorted((folder / "data").glob("*.parquet"))}
+        files = sorted(path for part in DATASET_FOLDERS for path in (folder / part).glob("*.parquet"))
+        return {path.relative_to(folder).as_posix(): path for path in files}
     if kind == "tokenizer":
         with tempfile.TemporaryDirectory() as code:
             custom_object_save(ECGByteTokenizer, code)  # the installed code, not that of the folder
@@ -472,7 +473,9 @@ def facts_of_use(folder: Path, kind: str, files: Mapping[str, Any]) -> dict[str,
     if kind == "encoder":
         return {"prepares": PREPROCESSOR in files}
     if kind == "dataset":
-        splits = [re.split("[-.]", Path(name).name)[0] for name in files]  # of train-00000-of-00001.parquet
+        splits = [
+            re.split("[-.]", Path(name).name)[0] for name in files if name.startswith("data/")
+        ]  # of train-00000-of-00001.parquet
         return {"split": "train" if "train" in splits else splits[0]}
     return {}
 

@@ -1,0 +1,132 @@
+"""Records that a dataset stores once: written by `elm data build`, read by row groups or from `datasets`' own files."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from elm_ecg.ecg_utils import STANDARD_LEADS
+from elm_ecg.training.arguments import DataArguments
+from elm_ecg.training.data import build as data_build
+from elm_ecg.training.data import parts as data_parts
+from elm_ecg.training.data import records
+from elm_ecg.training.data.loading import ecgs_of, load_data, load_dataset, load_stream
+from elm_ecg.training.dataset_commands import main
+from elm_ecg.training.evaluation.questions import fingerprint_of, list_questions
+from elm_ecg.training.resume import fingerprint
+from forks import Fork
+
+NAMES = [f"rec {number}#{number % 2}" for number in range(7)]  # of any form
+
+
+def signal(number: int) -> np.ndarray:
+    return np.random.default_rng(number).integers(-2000, 2000, (12, 100 + number), dtype=np.int16)
+
+
+@pytest.fixture
+def stored(tmp_path, monkeypatch) -> Path:
+    """Seven records of different lengths in three parts of two row groups, three questions about each."""
+    monkeypatch.setattr(data_build, "PART_RECORDS", 3)
+    monkeypatch.setattr(data_parts, "ROW_GROUP_RECORDS", 2)
+    (tmp_path / "records").mkdir()
+    for number, name in enumerate(NAMES):
+        np.savez(tmp_path / "records" / f"{name}.npz", ecg=signal(number), sampling_rate=100, unit="uV")
+    rows = [
+        {"record": name, "question": f"Is it {what}?", "answer": "yes", "split": "train"}
+        for name in NAMES
+        for what in "xyz"
+    ]
+    (tmp_path / "q.json").write_text(json.dumps(rows))
+    main(["build", f"{tmp_path}/records", "--questions", f"{tmp_path}/q.json", "--output_dir", f"{tmp_path}/set"])
+    return tmp_path / "set"
+
+
+def check(rows: Any) -> None:
+    seen = []
+    for row in rows:
+        (ecg,) = ecgs_of(row)
+        assert np.array_equal(ecg["array"], signal(NAMES.index(row["record_id"])))
+        assert ecg["array"].dtype == np.int16
+        assert [ecg["sampling_rate"], ecg["unit"], ecg["lead_names"]] == [100, "uV", list(STANDARD_LEADS)]
+        seen.append((row["record_id"], row["messages"][0]["content"]))
+    assert sorted(seen) == sorted((name, f"Is it {what}?") for name in NAMES for what in "xyz")
+
+
+def test_whole(stored, monkeypatch):
+    """From memory-mapped files, whatever the order."""
+    monkeypatch.setattr(records, "_row_group", None)  # not by row groups
+    data = load_dataset(str(stored), "train")
+    check(data)
+    check(data.shuffle(seed=3))
+    check(load_data(DataArguments(data=[str(stored)]), "train"))
+
+
+def test_in_a_stream(stored, monkeypatch):
+    """By row groups, of which few are held; nothing is made beside them."""
+    monkeypatch.setattr(records, "HELD_BYTES", 3000)
+    read = []
+    row_group = records.pq.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        records.pq.ParquetFile, "read_row_group", lambda *args: read.append(args[1:]) or row_group(*args)
+    )
+    check(load_stream(DataArguments(data=[str(stored)]), "train"))
+    assert (
+        sum("array" in columns for _, columns in read) == 5
+    )  # each row group once, as rows come in the order of records
+    stream = iter(load_stream(DataArguments(data=[str(stored)]), "train", shuffle_buffer=5))
+    check([next(stream) for _ in range(21)])
+    assert sum(table.nbytes for table in records._held.values()) <= 6000
+
+
+def test_mixed_with_arrays_and_files(stored, tmp_path):
+    """Datasets of other forms beside it."""
+    np.savez(tmp_path / "other.npz", ecg=signal(0), sampling_rate=100, unit="uV")
+    (tmp_path / "files").mkdir()
+    row = {"messages": [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "b"}], "ecg": "other.npz"}
+    (tmp_path / "files" / "train.jsonl").write_text(json.dumps(row))
+    data = load_data(DataArguments(data=[str(stored), str(tmp_path / "files")], ecg_root=str(tmp_path)), "train")
+    assert len(data) == 22
+    check(row for row in data if row["record_id"])
+    assert ecgs_of(data[21])[0] == str(tmp_path / "other.npz")
+
+
+def test_in_another_process(stored):
+    code = """
+import sys
+from elm_ecg.training.data.loading import ecgs_of, load_dataset
+data = load_dataset(sys.argv[1], "train")
+print(sum(int(ecgs_of(row)[0]["array"].sum()) for row in data))
+"""
+    run = Fork(code, str(stored), cwd=stored.parent, environment={**os.environ}, project=True).finish()
+    assert int(run.stdout) == 3 * sum(int(signal(number).sum()) for number in range(7)), run.stderr
+
+
+def test_a_record_that_is_not_there(stored):
+    path = f"{stored}/records/train-00000-of-00003.parquet#"
+    with pytest.raises(
+        ValueError, match=r"train-00000-of-00003\.parquet has no record 'nobody', which a row of the dataset"
+    ):
+        records.read(path + "nobody")
+    load_dataset(str(stored), "train")
+    with pytest.raises(ValueError, match="has no record 'nobody'"):
+        records.read(path + "nobody")
+
+
+def test_digests_do_not_depend_on_the_place(stored, tmp_path):
+    """A dataset that was moved is the same; one with another sample is not."""
+    questions = list_questions(load_dataset(str(stored), "train"))
+
+    def digests(folder: Path) -> list[Any]:
+        data = load_dataset(str(folder), "train")
+        return [fingerprint(data), fingerprint_of(data, questions)]
+
+    first = digests(stored)
+    moved = stored.rename(tmp_path / "elsewhere")
+    assert digests(moved) == first
+    np.savez(tmp_path / "records" / f"{NAMES[0]}.npz", ecg=signal(0) + 1, sampling_rate=100, unit="uV")
+    options = ["--questions", f"{tmp_path}/q.json", "--output_dir", f"{tmp_path}/third"]
+    main(["build", f"{tmp_path}/records", *options])
+    assert not {*map(str, digests(tmp_path / "third"))} & {*map(str, first)}
