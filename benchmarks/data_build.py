@@ -1,0 +1,181 @@
+"""`elm data build` at scale: as fast as reading allows, in memory that does not grow, each record once, in any number of shards.
+
+    python benchmarks/data_build.py make FOLDER [--records 20000]      # WFDB records in MIMIC-IV-ECG's layout, with its two tables
+    python benchmarks/data_build.py build FOLDER                       # beside the reader alone, on both cores
+    python benchmarks/data_build.py once FOLDER [--questions 400000]   # many questions about each record: size, and a pass over them
+
+Figures are seconds of wall time within one run, and MiB of the largest process.
+"""
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+# this folder has a benchmark named as the package `ecg_byte`: the package is to be found first
+sys.path.append(sys.path.pop(0))
+
+from elm_ecg.ecg_utils import as_record
+from elm_ecg.training.data.synthetic import make_record
+
+LEADS = ["I", "II", "III", "aVR", "aVF", "aVL", "V1", "V2", "V3", "V4", "V5", "V6"]  # MIMIC's order
+KINDS = 50  # different recordings, which are shifted for each record
+
+
+def make(folder: Path, number: int, seed: int) -> None:
+    """Records of 12 x 5000 samples, with MIMIC-IV-ECG's tables of them."""
+    rng = np.random.default_rng(seed)
+    kinds = []
+    for index in range(KINDS):
+        ecg = make_record(index, seed)["ecg"]
+        array = np.asarray(ecg["array"], float) * (1 if ecg["unit"] == "uV" else 1000)  # microvolts
+        rows = dict(zip(ecg["lead_names"], array, strict=True))
+        of_leads = np.stack([rows[lead] for lead in LEADS])
+        kinds.append(np.stack([np.interp(np.linspace(0, 1, 5000), np.linspace(0, 1, len(x)), x) for x in of_leads]))
+    records, measurements = [], []
+    for index in tqdm(range(number), unit="record"):
+        subject, study = 10_000_000 + index // 5, 40_000_000 + index
+        path = f"files/p{str(subject)[:4]}/p{subject}/s{study}/{study}"
+        place = folder / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        noise = rng.normal(0, 5, (12, 5000))
+        samples = np.clip(np.rint((np.roll(kinds[index % KINDS], index, axis=1) + noise) / 5), -32767, 32767).astype(
+            "<i2"
+        )
+        samples.T.tofile(place.with_suffix(".dat"))  # 200 a millivolt, as MIMIC has them
+        lines = [f"{study} 12 500 5000"]
+        for lead, of_lead in zip(LEADS, samples, strict=True):
+            checksum = int(of_lead.sum(dtype=np.int64)) & 0xFFFF
+            checksum -= 0x10000 * (checksum >= 0x8000)
+            lines.append(f"{study}.dat 16 200/mV 16 0 {of_lead[0]} {checksum} 0 {lead}")
+        place.with_suffix(".hea").write_text("\n".join(lines) + "\n")
+        about = {"subject_id": subject, "study_id": study}
+        records.append({**about, "file_name": study, "ecg_time": "2150-01-01 00:00:00", "path": path})
+        reports = {f"report_{i}": text for i, text in enumerate(["Sinus rhythm", "Normal ECG"])}
+        measurements.append({**about, "cart_id": 1, "ecg_time": "2150-01-01 00:00:00", **reports})
+    for name, rows in (("record_list", records), ("machine_measurements", measurements)):
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def read_all(paths: list[Path]) -> int:
+    return sum(as_record(path).array.size for path in paths)
+
+
+def only_read(folder: Path, processes: int) -> float:
+    """Seconds in which the reader alone reads all records."""
+    paths = sorted(folder.rglob("*.hea"))
+    start = time.perf_counter()
+    with ProcessPoolExecutor(processes) as pool:
+        for _ in pool.map(read_all, [paths[i : i + 200] for i in range(0, len(paths), 200)]):
+            pass
+    return time.perf_counter() - start
+
+
+def command(folder: Path, output: Path, *options: str) -> tuple[float, float]:
+    """Seconds and MiB of an `elm data build` in a process of its own."""
+    shutil.rmtree(output, ignore_errors=True)
+    code = (
+        "import resource, sys; from elm_ecg.training.dataset_commands import main; main(sys.argv[1:]);"
+        "print(*(resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))"
+    )
+    start = time.perf_counter()
+    arguments = ["build", str(folder), "--output_dir", str(output), *options]
+    run = subprocess.run([sys.executable, "-c", code, *arguments], check=True, stdout=subprocess.PIPE, text=True)
+    seconds = time.perf_counter() - start
+    return seconds, max(map(float, run.stdout.split()[-2:]))
+
+
+def build(folder: Path, processes: int) -> None:
+    """How fast records become a dataset, against how fast they are read."""
+    options = ["--source", "mimic-iv-ecg", "--no_questions", "--num_proc", str(processes)]
+    number = len(list(folder.rglob("*.hea")))
+    alone = only_read(folder, processes)
+    seconds, mebibytes = command(folder, folder.parent / "built", *options)
+    print(
+        f"{number} records, {processes} processes: read alone {number / alone:.0f}/s, built {number / seconds:.0f}/s, "
+        f"{alone / seconds:.2f} of it; at most {mebibytes:.0f} MiB in one process"
+    )
+
+
+def once(folder: Path, num_questions: int, processes: int) -> None:
+    """Many questions about each record: how large the dataset is, and how long a pass over its rows in random order takes."""
+    from elm_ecg.training.data.loading import ecgs_of, load_dataset
+
+    studies = [path.stem for path in sorted(folder.rglob("*.hea"))]
+    place = folder.parent / "questions.jsonl"
+    with place.open("w") as file:
+        for index in range(num_questions):
+            question = f"Is the rate above {40 + index % 97} beats per minute?"
+            row = {"record": studies[index % len(studies)], "question": question, "answer": ["yes", "no"][index % 2]}
+            file.write(json.dumps(row) + "\n")
+    output = folder.parent / "asked"
+    options = [
+        "--source",
+        "mimic-iv-ecg",
+        "--questions",
+        str(place),
+        "--num_proc",
+        str(processes),
+        "--shares",
+        "1",
+        "0",
+        "0",
+    ]
+    seconds, mebibytes = command(folder, output, *options)
+    sizes = {part: sum(file.stat().st_size for file in (output / part).iterdir()) for part in ("records", "data")}
+    print(
+        f"{num_questions} questions about {len(studies)} records: built in {seconds:.0f} s, at most {mebibytes:.0f} MiB in one process; "
+        f"{sum(sizes.values()) / sizes['records']:.3f} of the size of the records ({sizes['records'] / 1e6:.0f} MB)"
+    )
+    data: Any = load_dataset(str(output), "train").shuffle(seed=0)
+    rows = data.select(range(min(len(data), 20_000)))
+    held = [{**row, "ecg": ecg} for row in rows.select(range(2000)) for ecg in ecgs_of(row)]
+    from datasets import Dataset
+
+    from elm_ecg.training.data.loading import with_arrays
+
+    # the form of before, each row with its array
+    inline = Dataset.from_list([{**row, "ecg": {**row["ecg"], "array": list(row["ecg"]["array"])}} for row in held])
+    inline.save_to_disk(folder.parent / "inline")
+    inline = with_arrays(Dataset.load_from_disk(folder.parent / "inline"))
+    timings = {}
+    for name, part in (("inline", inline), ("stored once", rows.select(range(2000)))) * 2:  # the second time warm
+        start = time.process_time()
+        for row in part:
+            ecgs_of(row)[0]["array"].sum()
+        timings[name] = (time.process_time() - start) / len(part)
+    print(", ".join(f"{name}: {1e6 * value:.0f} us of CPU a row" for name, value in timings.items()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", choices=("make", "build", "once"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--records", type=int, default=20_000)
+    parser.add_argument("--questions", type=int, default=400_000)
+    parser.add_argument("--num_proc", type=int, default=os.cpu_count())
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.work == "make":
+        make(args.folder, args.records, args.seed)
+    elif args.work == "build":
+        build(args.folder, args.num_proc)
+    else:
+        once(args.folder, args.questions, args.num_proc)
+
+
+if __name__ == "__main__":
+    main()
