@@ -58,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("build", help="a dataset of your own records and questions, or of PTB-XL")
     command.set_defaults(work=build)
     add: Any = command.add_argument
-    records = "folder of ECG files, .npz archive of records, or PTB-XL's own folder"
+    records = "folder of ECG files, .npz archive of records, PTB-XL's own folder, or that of the download of --source"
     add("records", type=Path, metavar="RECORDS", help=records)
     questions = "CSV, JSON or JSON Lines with record, question and answer (or messages), or a folder of these, such as ECG-QA's; "
     questions += "for PTB-XL's own folder by default its five diagnostic superclasses"
@@ -67,9 +67,9 @@ def make_parser() -> argparse.ArgumentParser:
     for option in fields(BuildArguments):
         add(f"--{option.name}", default=option.default, **option.metadata)  # metadata: keywords of argparse
     add("--name", help="title of the card; default: the folder's name")
-    add("--license", metavar="ID", help="as the Hub spells it, such as cc-by-4.0")
-    source = "for the card: where the data are from, and how to cite them"
-    add("--source", nargs="+", default=[], metavar="TEXT", help=source)
+    add("--license", metavar="ID", help="as the Hub spells it, such as cc-by-4.0; default: that of --source")
+    attribution = "for the card: where the data are from, and how to cite them; default: as of --source"
+    add("--attribution", nargs="+", default=[], metavar="TEXT", help=attribution)
 
     text = "what a dataset holds, and what is wrong with it; status 1 if it has errors"
     command = commands.add_parser("check", help=text)

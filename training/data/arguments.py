@@ -10,6 +10,8 @@ from typing import Any
 from elm_ecg.training.command_line import whole_number
 
 SPLIT_RULES = ("given", "fold", "patient")
+# public sets of recordings, see `downloads.DOWNLOADS`
+SOURCES = ("ptb-xl", "mimic-iv-ecg", "code-15", "challenge", "csn")
 HERTZ, SECONDS = {"type": float, "metavar": "HZ"}, {"type": float, "metavar": "SECONDS"}
 METADATA_COLUMNS = ("patient_id", "strat_fold", "age", "sex")  # that are kept of a table about the records
 # that are kept of the questions' table, beside what makes the chat: ECG-QA's, by which answers are scored, and those above.
@@ -35,9 +37,14 @@ class BuildArguments:
 
     Raises:
         ValueError: a value is not of the kind that its argument takes, a rate or length is not above 0, or there is a `stride`
-            without a `window`.
+            without a `window`, or `source` is none of `SOURCES`.
     """
 
+    source: str | None = _option(
+        None,
+        "the public set that RECORDS holds, as its authors publish it; its patients, folds, ages and sexes are taken over",
+        choices=SOURCES,
+    )
     columns: Sequence[str] = _option(
         (),
         "of the questions: NAME keeps a further column, NAME=THEIRS says how they call one of ours, such as question=Frage; "
@@ -90,6 +97,8 @@ class BuildArguments:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):  # NaN is not either
                 raise ValueError(f"--{name} is {value}; expected a number above 0.")
+        if self.source is not None and self.source not in SOURCES:
+            raise ValueError(f"--source is {self.source!r}; expected one of {', '.join(SOURCES)}.")
         if self.stride is not None and self.window is None:
             raise ValueError("--stride is from one window to the next; say with --window how long they are.")
         shares = self.shares

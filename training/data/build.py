@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from elm_ecg.ecg_utils import ZERO_CROSSINGS, as_record, cut_windows, resample, window_starts
 from elm_ecg.training.command_line import did_you_mean
-from elm_ecg.training.data.arguments import KEPT_COLUMNS, BuildArguments, in_python
+from elm_ecg.training.data.arguments import KEPT_COLUMNS, METADATA_COLUMNS, BuildArguments, in_python
 from elm_ecg.training.data.schema import ECG, MESSAGES, as_list, counted
 from elm_ecg.training.data.sources import (
     PTBXL_TABLE,
@@ -31,9 +31,11 @@ from elm_ecg.training.data.sources import (
     find_records,
     read_metadata,
     read_questions,
+    read_source,
     superclass_questions,
 )
 from elm_ecg.training.data.splits import Metadata, default_split, split_questions, with_patients, without_patients
+from elm_ecg.training.data.tables import demand
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -189,20 +191,22 @@ def make_plan(
     Raises:
         ValueError: records, questions or tables are at fault, or no question is left.
     """
-    table = None if isinstance(source, Mapping) else Path(source) / PTBXL_TABLE
-    is_ptbxl = table is not None and table.is_file()
-    tables = [path for path in (table if is_ptbxl else None, options.metadata) if path is not None]
-    if options.metadata_columns and not tables:
+    records = _records_of(source, options)
+    ptbxl = records.folder if options.source == "ptb-xl" else None
+    if options.source is None and not isinstance(source, Mapping) and (Path(source) / PTBXL_TABLE).is_file():
+        ptbxl = Path(source)
+    table = ptbxl / PTBXL_TABLE if ptbxl is not None and options.source is None else None
+    tables = [path for path in (table, options.metadata) if path is not None]
+    if options.metadata_columns and not tables and options.source is None:
         raise ValueError("--metadata_columns are those of a table about the records; name it with --metadata.")
-    records = find_records(source, options.resample)  # PTB-XL has files of 100 and of 500 Hz
     left_out: dict[str, int] = {}
     if questions is not None:
         rows: Iterable[QuestionRow] = read_questions(questions, options.sort_answers, options.names)
-    elif table is not None and is_ptbxl:
-        rows, left_out["records of no diagnostic superclass"] = superclass_questions(table.parent)
+    elif ptbxl is not None:
+        rows, left_out["records of no diagnostic superclass"] = superclass_questions(ptbxl)
     else:
         raise ValueError(
-            "There are no questions about the records: name a file with --questions. Only PTB-XL's own folder needs none."
+            "There are no questions about the records: name a file with --questions. Only PTB-XL needs none."
         )
     chosen, absent = choose_questions(rows, records, options.question_types)
     kept = {*KEPT_COLUMNS, *options.names}
@@ -212,6 +216,9 @@ def make_plan(
     chosen = [replace(q, columns={name: q.columns[name] for name in q.columns if name in kept}) for q in chosen]
     left_out["questions whose records are not there"] = len(absent)
     metadata: dict[str, dict[str, Any]] = defaultdict(dict)
+    columns = {*METADATA_COLUMNS, *(() if tables else options.metadata_columns)}
+    for record in {record for question in chosen for record in question.records} & records.about.keys():
+        metadata[record] |= {name: value for name, value in records.about[record].items() if name in columns}
     for path in tables:
         # --metadata_columns are of the last table: the user's own, or PTB-XL's where there is no other
         for record, row in read_metadata(path, records, options.metadata_columns if path is tables[-1] else ()).items():
@@ -232,6 +239,18 @@ def make_plan(
     schema = make_schema(remaining, metadata, several, options.window is not None)
     left_out = {name: number for name, number in left_out.items() if number}
     return Plan(options, records, parts, metadata, schema, split_by, left_out, absent, too_few, not_kept)
+
+
+def _records_of(source: str | Path | Mapping[Any, Any], options: BuildArguments) -> Records:
+    if options.source is None:
+        return find_records(source, options.resample)  # PTB-XL has files of 100 and of 500 Hz
+    if isinstance(source, Mapping):
+        raise ValueError(f"--source {options.source} is a folder, and the records are a mapping; leave it out.")
+    records = read_source(options.source, source, options.resample)
+    if options.metadata is None:  # else the columns are that table's
+        known = dict.fromkeys(name for facts in records.about.values() for name in facts)
+        demand(options.metadata_columns, known, f"--source {options.source}")
+    return records
 
 
 def choose_questions(

@@ -15,6 +15,7 @@ from huggingface_hub import DatasetCardData
 from elm_ecg.training.command_line import printable
 from elm_ecg.training.data.arguments import BuildArguments
 from elm_ecg.training.data.build import ROW_GROUP_BYTES, Plan, make_plan, row_groups
+from elm_ecg.training.data.downloads import DOWNLOADS
 from elm_ecg.training.data.schema import as_list, counted
 from elm_ecg.training.files import check_output_folder, new_folder
 from elm_ecg.training.markdown import CARD, TAGS, citation, make_card, use_of
@@ -87,12 +88,14 @@ def write_card(path: Path, args: argparse.Namespace, plan: Plan, summaries: Mapp
         summaries: of the splits that have rows.
     """
     name = args.output_dir.resolve().name
+    source = DOWNLOADS.get(args.source)
+    licence = args.license or (source and source.license)
     num_rows = sum(summary.rows for summary in summaries.values())
     lengths = sorted(set.union(*(summary.seconds for summary in summaries.values())))
     # no `configs`: files have the names of their splits, and with it `datasets` takes folders of one name for the same data
     metadata = DatasetCardData(
         pretty_name=args.name,
-        license=args.license,
+        license=licence,
         task_categories=["question-answering"],
         tags=[*TAGS, "medical", "elm"],
         size_categories=next((size for limit, size in SIZES.items() if num_rows < limit), "n>10M"),
@@ -102,6 +105,8 @@ def write_card(path: Path, args: argparse.Namespace, plan: Plan, summaries: Mapp
         metadata,
         title=args.name or name,
         args=args,
+        attribution=args.attribution or ([source.attribution] if source else []),
+        licence=licence,
         plan=plan,
         summaries=summaries,
         rates=_shares(summary.rates for summary in summaries.values()),
