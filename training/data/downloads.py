@@ -20,14 +20,7 @@ from elm_ecg.training.files import resource
 logger = logging.getLogger(__name__)
 
 # of the Challenge's sources, in `training`; its `ptb` and `ptb-xl` are left out here, as other folders have these names too
-CHALLENGE_FOLDERS = (
-    "cpsc_2018",
-    "cpsc_2018_extra",
-    "georgia",
-    "chapman_shaoxing",
-    "ningbo",
-    "st_petersburg_incart",
-)
+CHALLENGE_FOLDERS = ("cpsc_2018", "cpsc_2018_extra", "georgia", "chapman_shaoxing", "ningbo", "st_petersburg_incart")
 # columns of CODE-15%'s exams.csv -> what they say
 CODE_LABELS = {
     "1dAVb": "first-degree AV block",
@@ -115,7 +108,9 @@ def read_rows(table: Path, *columns: str) -> Iterator[tuple[str, ...]]:
                     raise ValueError(f"line {lines.line_num} has {len(row)} cells, and the header {len(header)}")
                 yield pick(row)
         except (ValueError, csv.Error) as error:
-            raise ValueError(f"Cannot read {table}: {error}. It is cut, or of another version: fetch it anew.") from error
+            raise ValueError(
+                f"Cannot read {table}: {error}. It is cut, or of another version: fetch it anew."
+            ) from error
 
 
 def _patient(text: str) -> str | None:
@@ -336,7 +331,9 @@ def find_root(source: str, folder: Path) -> Path:
             f"folder of the download, or leave out --source {source}."
         )
     if len(found) > 1:
-        raise ValueError(f"{download.title} is in {folder} {len(found)} times: {found[0]}, {found[1]}. Name one of them.")
+        raise ValueError(
+            f"{download.title} is in {folder} {len(found)} times: {found[0]}, {found[1]}. Name one of them."
+        )
     return found[0]
 
 

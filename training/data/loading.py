@@ -20,8 +20,9 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.formatting import NumpyFormatter, _register_formatter
 
 from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord, as_record
-from elm_ecg.training.data.paths import confined_rows
-from elm_ecg.training.data.reference import OWNER, SAMPLING_RATE, from_reference, is_key, is_reference
+from elm_ecg.training.data.paths import confined_rows, split_segment
+from elm_ecg.training.data.reference import OWNER, from_reference, is_key, is_reference
+from elm_ecg.training.data.reference_files import SAMPLING_RATE, Segment
 from elm_ecg.training.data.schema import ECG, LITERALS, MESSAGES, ROLES, as_list
 
 if TYPE_CHECKING:
@@ -516,9 +517,12 @@ def _name(row: dict[str, Any]) -> str:
 
 
 def _resolved(ecg: Any, row: dict[str, Any]) -> Any:
-    """The ECG of a mixed dataset as a path or a dict; `noise` and `flatline` as signals."""
+    """The ECG of a mixed dataset as a path or a dict; `noise` and `flatline` as signals; segments as dicts that are read when they
+    are looked into."""
     if isinstance(ecg, dict) and "path" in ecg:  # of `_ECG`
         ecg = ecg["path"] if ecg["path"] is not None else {key: value for key, value in ecg.items() if key != "path"}
+    if isinstance(ecg, str) and split_segment(ecg):
+        return Segment(ecg)
     if not (isinstance(ecg, str) and ecg in LITERALS):
         return ecg
     shape = (len(STANDARD_LEADS), int(row.get("num_samples") or 2500))  # 10 s at the reference's 250 Hz

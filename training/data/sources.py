@@ -120,7 +120,9 @@ def read_source(source: str, folder: str | Path, resample: float | None = None) 
     root = find_root(source, Path(folder))
     listing = download.listing(root, resample)
     if not listing.locations:
-        raise ValueError(f"{download.title} in {root} has no records: its tables are empty, or none of its files is there.")
+        raise ValueError(
+            f"{download.title} in {root} has no records: its tables are empty, or none of its files is there."
+        )
     return Records(listing.locations, folder=root, about=listing.about, alias=download.record_of)
 
 
