@@ -88,8 +88,8 @@ class Download:
         return str(int(part)) if part.isdecimal() else part
 
 
-def read_rows(table: Path, *columns: str) -> Iterator[tuple[str, ...]]:
-    """Two or more columns of a CSV file of any length, row by row.
+def read_rows(table: Path, *columns: str) -> Iterator[Any]:
+    """Two or more columns of a CSV file of any length: a tuple of texts for each row.
 
     Raises:
         ValueError: the file is not there, lacks a column, or is damaged.

@@ -36,6 +36,14 @@ DATASETS = {
     "rl-ecg-r1": "ECG-R1, reinforcement learning",
     "ecg-instruct-ecg-r1": "ECG-R1, instructions",
 }
+# of the rows that are made of those of its datasets
+_SCHEMA = pa.schema(
+    {
+        "messages": MESSAGES,
+        **dict.fromkeys(("ecg", "record_id", "patient_id", "question_type"), pa.string()),
+        "num_samples": pa.int32(),
+    }
+)
 # as the turns of its chats spell the roles, in small letters
 ROLE_NAMES = {"human": "user", "gpt": "assistant", "model": "assistant", **{role: role for role in ROLES}}
 
@@ -128,17 +136,16 @@ def from_reference(
         files.check(name, _counted_paths(column) if isinstance(data, Dataset) else [(path, 1)])
     length = re.search(r"-250-(\d+)$", name)  # the keys end in rate and samples
     num_samples = int(length.group(1)) if length else 2500  # at 250 Hz
-    names = {
-        "record_id": pa.string(),
-        "patient_id": pa.string(),
-        "question_type": pa.string(),
-        "num_samples": pa.int32(),
+    map_options: dict[str, Any] = {
+        "batched": True,
+        "with_indices": True,
+        "remove_columns": data.column_names,
+        "features": Features.from_arrow_schema(_SCHEMA),
+        "fn_kwargs": {"files": files, "num_samples": num_samples},
     }
-    features = Features.from_arrow_schema(pa.schema({"messages": MESSAGES, "ecg": pa.string(), **names}))
-    map_options: dict[str, Any] = {"fn_kwargs": {"files": files, "num_samples": num_samples}}
     if isinstance(data, Dataset):  # streamed ones show no progress and have no processes
         map_options |= {"num_proc": num_proc, "desc": f"chats of {name}"}
-    return data.map(_from_row, with_indices=True, remove_columns=data.column_names, features=features, **map_options)
+    return data.with_format("arrow").map(_from_rows, **map_options).with_format(None)
 
 
 def _counted_paths(column: "Dataset") -> Iterator[tuple[str, int]]:
@@ -149,19 +156,25 @@ def _counted_paths(column: "Dataset") -> Iterator[tuple[str, int]]:
             yield count["values"], count["counts"]
 
 
-def _from_row(row: dict[str, Any], index: int, files: ReferenceFiles, num_samples: int) -> dict[str, Any]:
-    path = row["ecg_path"]
-    literal = path in LITERALS  # each row has a recording of its own
-    try:
-        messages, question_type = to_messages(row["text"])
-        ecg, patient = (path, None) if literal else files.locate(path)
-    except (ValueError, FileNotFoundError) as error:
-        raise type(error)(f"Row {index}: {error}") from error
-    return {
-        "messages": messages,
-        "ecg": ecg,
-        "record_id": f"{path} {index}" if literal else path,
-        "patient_id": patient,
-        "question_type": question_type or row.get("name") or "all",
-        "num_samples": num_samples,  # of `noise` and `flatline`
-    }
+def _from_rows(table: pa.Table, indices: list[int], files: ReferenceFiles, num_samples: int) -> pa.Table:
+    """Rows as of `from_reference`. Tables keep their types: of rows, a stream would guess those of a few, null where no patient is known."""
+    rows = []
+    for row, index in zip(table.to_pylist(), indices, strict=True):
+        path = row["ecg_path"]
+        literal = path in LITERALS  # each row has a recording of its own
+        try:
+            messages, question_type = to_messages(row["text"])
+            ecg, patient = (path, None) if literal else files.locate(path)
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"Row {index}: {error}") from error
+        rows.append(
+            {
+                "messages": messages,
+                "ecg": ecg,
+                "record_id": f"{path} {index}" if literal else path,
+                "patient_id": patient,
+                "question_type": question_type or row.get("name") or "all",
+                "num_samples": num_samples,  # of `noise` and `flatline`
+            }
+        )
+    return pa.Table.from_pylist(rows, _SCHEMA)

@@ -89,7 +89,7 @@ def write_card(path: Path, args: argparse.Namespace, plan: Plan, summaries: Mapp
     """
     name = args.output_dir.resolve().name
     source = DOWNLOADS.get(args.source)
-    licence = args.license or (source and source.license)
+    licence = args.license or (source.license if source else None)
     num_rows = sum(summary.rows for summary in summaries.values())
     lengths = sorted(set.union(*(summary.seconds for summary in summaries.values())))
     # no `configs`: files have the names of their splits, and with it `datasets` takes folders of one name for the same data

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from elm_ecg.ecg_utils import as_record
 from elm_ecg.training.data.loading import ecgs_of
+from elm_ecg.training.data.reference_files import Segment
 from elm_ecg.training.data.schema import counted
 
 MAX_CANDIDATES = 50  # each is read by the model after every question
@@ -90,11 +91,11 @@ def fingerprint_of(data: Dataset, questions: list[Question]) -> str:
     them, not by their place; one that cannot be read counts as such.
     """
     of_rows: list[Any] = []
-    known: dict[str, str] = {}  # path -> digest: a record may have many questions
+    known: dict[str | Segment, str] = {}  # path -> digest: a record may have many questions
     for row in tqdm(data, desc="Digest of the data", unit="row", disable=len(data) < 1000):
         of_ecgs = []
         for ecg in ecgs_of(row):
-            if not isinstance(ecg, str):
+            if not isinstance(ecg, str | Segment):
                 of_ecgs.append(_digest_of_ecg(ecg))
                 continue
             if ecg not in known:
