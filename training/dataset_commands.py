@@ -78,7 +78,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("data", metavar="DATA", help="a dataset as of `elm sft --data`")
     add("--splits", nargs="+", metavar="SPLIT", help="default: all")
     add("--fold", type=int, help="of datasets that have splits such as fold1_train")
-    add("--ecg_root", metavar="FOLDER", help="of the ECG files that the dataset names; default: its own folder")
+    ecg_root = "of the ECG files that the dataset names, or of the downloads that the reference made them of; default: its own folder"
+    add("--ecg_root", metavar="FOLDER", help=ecg_root)
     read_files = "read all ECG files; default: those of some 100 rows of each split"
     add("--read_files", action="store_true", help=read_files)
     add("--output", type=Path, metavar="FILE.json", help="the report, as JSON")

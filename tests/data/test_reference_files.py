@@ -18,9 +18,13 @@ from elm_ecg.ecg_utils import STANDARD_LEADS, as_record
 from elm_ecg.training import cli
 from elm_ecg.training.arguments import DataArguments
 from elm_ecg.training.collator import ELMCollator
+from elm_ecg.training.data import reference_files
+from elm_ecg.training.data.check import Checker
 from elm_ecg.training.data.loading import ecgs_of, load_data, load_ecgs, load_stream, to_chat
 from elm_ecg.training.data.paths import confined, file_of, segment_location, split_segment
 from elm_ecg.training.data.reference_files import ReferenceFiles, Segment
+from elm_ecg.training.evaluation.questions import fingerprint_of, list_questions
+from elm_ecg.training.tokenizer import read_records
 from helpers import tiny_processor
 from public_sets import MIMIC_LEADS, challenge, code_15, csn, mimic, ptbxl, save_table, save_wfdb, signal
 
@@ -289,6 +293,19 @@ class TestLoading:
         again = pickle.loads(pickle.dumps(files))
         assert again.digest == files.digest != ""
         assert [again.locate(path) for path in paths] == [files.locate(path) for path in paths]
+
+    def test_a_segment_of_many_rows_is_read_once(self, root, tmp_path, monkeypatch):
+        read: list[str] = []
+        as_it_is = reference_files.read_ecg
+        monkeypatch.setattr(reference_files, "read_ecg", lambda path: read.append(path) or as_it_is(path))
+        rows = load(save_rows(tmp_path / "data", train=[SETS[0][0]] * 3 + [SETS[2][0]]), root)
+        assert len(list(read_records(rows, None, None))) == len(read) == 2
+        fingerprint_of(rows, list_questions(rows))
+        assert len(read) == 4
+        checker = Checker()
+        for index, row in enumerate(rows):
+            checker.add(row, "train", index)
+        assert len(read) == 6
 
     @pytest.mark.parametrize(
         ("path", "wanted"),

@@ -40,11 +40,6 @@ class BuildArguments:
             without a `window`, or `source` is none of `SOURCES`.
     """
 
-    source: str | None = _option(
-        None,
-        "the public set that RECORDS holds, as its authors publish it; its patients, folds, ages and sexes are taken over",
-        choices=SOURCES,
-    )
     columns: Sequence[str] = _option(
         (),
         "of the questions: NAME keeps a further column, NAME=THEIRS says how they call one of ours, such as question=Frage; "
@@ -71,6 +66,11 @@ class BuildArguments:
         (0.8, 0.1, 0.1), "of the patients in each split; default: 0.8 0.1 0.1", type=float, nargs=3, metavar="SHARE"
     )
     seed: int = _option(0, "of the order of records and of the patients' splits; default: %(default)s", type=int)
+    source: str | None = _option(
+        None,
+        "the public set that RECORDS holds, as its authors publish it; its patients, folds, ages and sexes are taken over",
+        choices=SOURCES,
+    )
     sampling_rate: float | None = _option(None, "of the files in RECORDS that do not say it themselves", **HERTZ)
     unit: str | None = _option(None, "of the files in RECORDS that do not say it themselves: mV, uV or V")
     lead_names: Sequence[str] | None = _option(

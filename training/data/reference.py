@@ -125,7 +125,7 @@ def from_reference(
     from datasets import Dataset, Features  # seconds to import, which `to_messages` does not need
 
     column = data.select_columns("ecg_path")
-    path = next((row["ecg_path"] for row in column if row["ecg_path"] not in LITERALS), None)
+    path = next((row["ecg_path"] for row in column if row["ecg_path"] not in (None, *LITERALS)), None)
     if path is not None and ecg_root is None:
         raise ValueError(
             f"{name} names its ECGs as files, such as {path!r}; say under which folder they are with --ecg_root."
@@ -163,6 +163,8 @@ def _from_rows(table: pa.Table, indices: list[int], files: ReferenceFiles, num_s
         path = row["ecg_path"]
         literal = path in LITERALS  # each row has a recording of its own
         try:
+            if path is None or row["text"] is None:
+                raise ValueError("It has no ecg_path or no text; expected a path, noise or flatline, and a chat.")
             messages, question_type = to_messages(row["text"])
             ecg, patient = (path, None) if literal else files.locate(path)
         except (ValueError, FileNotFoundError) as error:

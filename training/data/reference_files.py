@@ -136,7 +136,7 @@ class ReferenceFiles:
         rows, missing, first = 0, 0, None
         for path, count in paths:
             rows += count
-            if path in LITERALS:
+            if path in (None, *LITERALS):
                 continue
             try:
                 file = self._find(path)
