@@ -94,7 +94,9 @@ class DataArguments:
     )
     fold: int | None = argument(None, "Fold of datasets that have splits such as fold1_train and fold1_test.")
     ecg_root: str | None = argument(
-        None, "Folder of the ECG files that a dataset names; others are not read. Default: its own, if it is local."
+        None,
+        "Folder of the ECG files that a dataset names, or of the downloads that the reference made them of; others are not read. Default: "
+        "its own, if it is local.",
     )
     data_subset: float | None = argument(None, "Use this share of the rows, in (0, 1], chosen at random by --seed.")
     perturb: Literal["noise", "zeros", "only_text"] | None = argument(

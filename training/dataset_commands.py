@@ -66,7 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("build", help="a dataset of your own records and questions, or of PTB-XL")
     command.set_defaults(work=build)
     add: Any = command.add_argument
-    records = "folder of ECG files, .npz archive of records, or PTB-XL's own folder"
+    records = "folder of ECG files, .npz archive of records, PTB-XL's own folder, or that of the download of --source"
     add("records", type=Path, metavar="RECORDS", help=records)
     questions = "CSV, JSON or JSON Lines with record, question and answer (or messages), or a folder of these, such as ECG-QA's; "
     questions += "for PTB-XL's own folder by default its five diagnostic superclasses"
@@ -79,9 +79,9 @@ def make_parser() -> argparse.ArgumentParser:
     for option in fields(BuildArguments):
         add(f"--{option.name}", default=option.default, **option.metadata)  # metadata: keywords of argparse
     add("--name", help="title of the card; default: the folder's name")
-    add("--license", metavar="ID", help="as the Hub spells it, such as cc-by-4.0")
-    source = "for the card: where the data are from, and how to cite them"
-    add("--source", nargs="+", default=[], metavar="TEXT", help=source)
+    add("--license", metavar="ID", help="as the Hub spells it, such as cc-by-4.0; default: that of --source")
+    attribution = "for the card: where the data are from, and how to cite them; default: as of --source"
+    add("--attribution", nargs="+", default=[], metavar="TEXT", help=attribution)
 
     text = "what a dataset holds, and what is wrong with it; status 1 if it has errors"
     command = commands.add_parser("check", help=text)
@@ -90,7 +90,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("data", metavar="DATA", help="a dataset as of `elm sft --data`")
     add("--splits", nargs="+", metavar="SPLIT", help="default: all")
     add("--fold", type=int, help="of datasets that have splits such as fold1_train")
-    add("--ecg_root", metavar="FOLDER", help="of the ECG files that the dataset names; default: its own folder")
+    ecg_root = "of the ECG files that the dataset names, or of the downloads that the reference made them of; default: its own folder"
+    add("--ecg_root", metavar="FOLDER", help=ecg_root)
     read_files = "read all ECG files; default: those of some 100 rows of each split"
     add("--read_files", action="store_true", help=read_files)
     add("--output", type=Path, metavar="FILE.json", help="the report, as JSON")

@@ -23,6 +23,7 @@ from elm_ecg.tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer, ecg_byte
 from elm_ecg.training.arguments import DataArguments
 from elm_ecg.training.command_line import CommandLineParser, printable, whole_number
 from elm_ecg.training.data.loading import ecgs_of, load_ecgs
+from elm_ecg.training.data.reference_files import Segment
 from elm_ecg.training.figures import plot_tokens
 from elm_ecg.training.files import new_folder, write_text
 from elm_ecg.training.markdown import CARD, TAGS, citation, environment, make_card, on_hub, public_name, use_of
@@ -61,10 +62,10 @@ def read_records(
     Raises:
         ValueError: an ECG is invalid or lacks a lead.
     """
-    seen: set[str | bytes] = set()
+    seen: set[str | Segment | bytes] = set()
     for index, row in enumerate(rows):
         for ecg in ecgs_of(row):
-            if isinstance(ecg, str):  # a path: once is enough to read the file
+            if isinstance(ecg, str | Segment):  # of a file, which is read once
                 if ecg in seen:
                     continue
                 seen.add(ecg)

@@ -97,6 +97,15 @@ def test_missing_files(parquet, ecgs, tmp_path):
         load_data(arguments(parquet, tmp_path, fold=1), "train")
 
 
+@pytest.mark.parametrize("missing", ["ecg_path", "text"])
+def test_rows_without_a_path_or_text(missing, ecgs, tmp_path):
+    rows = [{"ecg_path": path, "text": json.dumps(text), "name": "ecg-qa"} for text, path in ROWS]
+    rows[1][missing] = None
+    Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"Row 1: It has no ecg_path or no text"):
+        load_data(arguments(tmp_path, ecgs), "train")
+
+
 def test_mixed_with_another_form(parquet, ecgs, tmp_path):
     """Paths and arrays in one dataset, in weighted turns."""
     ecg = {"array": [[0.5] * 500] * 12, "sampling_rate": 250, "unit": "mV"}

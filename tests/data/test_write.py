@@ -445,7 +445,7 @@ def test_notices_are_told_once(small, tmp_path, monkeypatch, capsys):
 
 
 def test_unknown_licence_is_said(small, tmp_path):
-    options = ["--source", "Recorded in our ward.", "--name", "Our ECGs", "--columns", "what"]
+    options = ["--attribution", "Recorded in our ward.", "--name", "Our ECGs", "--columns", "what"]
     build(small[0], tmp_path / "out", "--questions", small[1], *options)
     card = DatasetCard.load(tmp_path / "out" / "README.md")
     assert "| `ecg` | string | which of the records below" in card.text

@@ -10,6 +10,8 @@ from typing import Any
 from elm_ecg.training.command_line import whole_number
 
 SPLIT_RULES = ("given", "fold", "patient", "record")
+# public sets of recordings, see `downloads.DOWNLOADS`
+SOURCES = ("ptb-xl", "mimic-iv-ecg", "code-15", "challenge", "csn")
 HERTZ, SECONDS = {"type": float, "metavar": "HZ"}, {"type": float, "metavar": "SECONDS"}
 METADATA_COLUMNS = ("patient_id", "strat_fold", "age", "sex")  # that are kept of a table about the records
 # that are kept of the questions' table, beside what makes the chat: ECG-QA's, by which answers are scored, and those above.
@@ -35,7 +37,7 @@ class BuildArguments:
 
     Raises:
         ValueError: a value is not of the kind that its argument takes, a rate or length is not above 0, or there is a `stride`
-            without a `window`.
+            without a `window`, or `source` is none of `SOURCES`.
     """
 
     columns: Sequence[str] = _option(
@@ -66,6 +68,11 @@ class BuildArguments:
         (0.8, 0.1, 0.1), "of the patients in each split; default: 0.8 0.1 0.1", type=float, nargs=3, metavar="SHARE"
     )
     seed: int = _option(0, "of the order of records and of the patients' splits; default: %(default)s", type=int)
+    source: str | None = _option(
+        None,
+        "the public set that RECORDS holds, as its authors publish it; its patients, folds, ages and sexes are taken over",
+        choices=SOURCES,
+    )
     sampling_rate: float | None = _option(None, "of the files in RECORDS that do not say it themselves", **HERTZ)
     unit: str | None = _option(None, "of the files in RECORDS that do not say it themselves: mV, uV or V")
     lead_names: Sequence[str] | None = _option(
@@ -92,6 +99,8 @@ class BuildArguments:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):  # NaN is not either
                 raise ValueError(f"--{name} is {value}; expected a number above 0.")
+        if self.source is not None and self.source not in SOURCES:
+            raise ValueError(f"--source is {self.source!r}; expected one of {', '.join(SOURCES)}.")
         if self.stride is not None and self.window is None:
             raise ValueError("--stride is from one window to the next; say with --window how long they are.")
         shares = self.shares

@@ -25,9 +25,11 @@ from elm_ecg.training.data.sources import (
     find_records,
     read_metadata,
     read_questions,
+    read_source,
     superclass_questions,
 )
 from elm_ecg.training.data.splits import Metadata, default_split, split_questions, with_patients, without_patients
+from elm_ecg.training.data.tables import demand
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -265,12 +267,14 @@ def make_plan(
     Raises:
         ValueError: records, questions or tables are at fault, or no question is left.
     """
-    table = None if isinstance(source, Mapping) else Path(source) / PTBXL_TABLE
-    is_ptbxl = table is not None and table.is_file()
-    tables = [path for path in (table if is_ptbxl else None, options.metadata) if path is not None]
-    if options.metadata_columns and not tables:
+    records = _records_of(source, options)
+    ptbxl = records.folder if options.source == "ptb-xl" else None
+    if options.source is None and not isinstance(source, Mapping) and (Path(source) / PTBXL_TABLE).is_file():
+        ptbxl = Path(source)
+    table = ptbxl / PTBXL_TABLE if ptbxl is not None and options.source is None else None
+    tables = [path for path in (table, options.metadata) if path is not None]
+    if options.metadata_columns and not tables and options.source is None:
         raise ValueError("--metadata_columns are those of a table about the records; name it with --metadata.")
-    records = find_records(source, options.resample)  # PTB-XL has files of 100 and of 500 Hz
     left_out: dict[str, int] = {}
     if options.no_questions and questions is not None:
         raise ValueError("--no_questions and --questions do not go together; leave one of them out.")
@@ -279,12 +283,12 @@ def make_plan(
         rows = (QuestionRow((record,), []) for record in records.locations)
     elif questions is not None:
         rows = read_questions(questions, options.sort_answers, options.names)
-    elif table is not None and is_ptbxl:
-        rows, left_out["records of no diagnostic superclass"] = superclass_questions(table.parent)
+    elif ptbxl is not None:
+        rows, left_out["records of no diagnostic superclass"] = superclass_questions(ptbxl)
     else:
         raise ValueError(
             "There are no questions about the records: name a file with --questions, or say --no_questions if there are to be none. "
-            "Only PTB-XL's own folder has some of its own."
+            "Only PTB-XL has some of its own."
         )
     chosen, absent = choose_questions(rows, records, options.question_types)
     kept = {*KEPT_COLUMNS, *options.names}
@@ -294,6 +298,8 @@ def make_plan(
     chosen = [replace(q, columns={name: q.columns[name] for name in q.columns if name in kept}) for q in chosen]
     left_out["questions whose records are not there"] = len(absent)
     about: dict[str, dict[str, Any]] = defaultdict(dict)
+    for record in {record for question in chosen for record in question.records} & records.about.keys():
+        about[record] |= records.about[record]
     for path in tables:
         # --metadata_columns are of the last table: the user's own, or PTB-XL's where there is no other
         for record, row in read_metadata(path, records, options.metadata_columns if path is tables[-1] else ()).items():
@@ -323,6 +329,18 @@ def make_plan(
     return Plan(
         options, records, splits, stored, in_rows, *schemas, several, split_by, left_out, absent, too_few, not_kept
     )
+
+
+def _records_of(source: str | Path | Mapping[Any, Any], options: BuildArguments) -> Records:
+    if options.source is None:
+        return find_records(source, options.resample)  # PTB-XL has files of 100 and of 500 Hz
+    if isinstance(source, Mapping):
+        raise ValueError(f"--source {options.source} is a folder, and the records are a mapping; leave it out.")
+    records = read_source(options.source, source, options.resample)
+    if options.metadata is None:  # else the columns are that table's
+        known = dict.fromkeys(name for facts in records.about.values() for name in facts)
+        demand(options.metadata_columns, known, f"--source {options.source}")
+    return records
 
 
 def choose_questions(

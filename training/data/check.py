@@ -6,16 +6,18 @@ import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from itertools import compress
+from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
 from tqdm import tqdm
 
-from elm_ecg.ecg_formats import record_path
 from elm_ecg.ecg_utils import MAX_LIMB_LEAD_ERROR, as_record, lead_quality, limb_lead_error
 from elm_ecg.training.command_line import printable
 from elm_ecg.training.data.loading import FOLD_SPLIT, check_fold, ecgs_of, load_split, load_splits, to_chat, with_arrays
+from elm_ecg.training.data.paths import LazyECG, file_of
+from elm_ecg.training.data.records import is_stored
 from elm_ecg.training.data.schema import LITERALS, ROLES, as_list, counted
 from elm_ecg.training.files import resource, write_text
 
@@ -139,8 +141,9 @@ class Checker:
         names = records if len(records) == len(ecgs) else [""] * len(ecgs)
         keys = []
         for ecg, name in zip(ecgs, names, strict=True):
-            if isinstance(ecg, str):
-                signal = self._file(ecg, name, split, where, read_files)
+            if isinstance(ecg, str | LazyECG):
+                # what the dataset stores itself is read in any case
+                signal = self._file(ecg, name, split, where, read_files or is_stored(str(ecg)))
             else:
                 signal = self._ecg(ecg, name, split, where)
             if signal is not None:
@@ -158,13 +161,14 @@ class Checker:
         splits.add(split)
         return first
 
-    def _file(self, path: str, name: str, split: str, where: str, read: bool) -> bytes | None:
+    def _file(self, ecg: str | LazyECG, name: str, split: str, where: str, read: bool) -> bytes | None:
+        path = str(ecg)
         if path not in self.files:  # many rows may name one file: it is read once
-            if not record_path(path)[0].is_file():
+            if not Path(file_of(path)).is_file():
                 self.findings["missing_files"].add(f"{where}: {path}")
                 self.files[path] = None
             elif read:  # else not noted, so that a later row may still read it
-                self.files[path] = self._ecg(path, name, split, where)
+                self.files[path] = self._ecg(ecg, name, split, where)
         signal = self.files.get(path)
         if signal in self.splits_of["signals"]:  # None is not, nor are flat ECGs
             self._is_new("signals", signal, split)

@@ -21,8 +21,9 @@ from huggingface_hub import snapshot_download
 
 from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord, as_record
 from elm_ecg.training.data import records
-from elm_ecg.training.data.paths import confined_rows
-from elm_ecg.training.data.reference import OWNER, SAMPLING_RATE, from_reference, is_key, is_reference
+from elm_ecg.training.data.paths import confined_rows, split_segment
+from elm_ecg.training.data.reference import OWNER, from_reference, is_key, is_reference
+from elm_ecg.training.data.reference_files import SAMPLING_RATE, Segment
 from elm_ecg.training.data.schema import ECG, LITERALS, MESSAGES, RECORDS, ROLES, WORK, as_list
 
 if TYPE_CHECKING:
@@ -540,17 +541,14 @@ def notices_of(record: ECGRecord, extractor: Any, known: dict[Any, list[str]]) -
     return read + known[shape]
 
 
-def ecgs_of(row: dict[str, Any], read: bool = True) -> list[Any]:
-    """The ECGs of a row: none, one or several, each a dict or the path of a file.
-
-    Args:
-        read: False leaves those that the dataset stores as their names, which `records.read` reads.
-    """
+def ecgs_of(row: dict[str, Any]) -> list[Any]:
+    """The ECGs of a row: none, one or several, each a dict or the path of a file. A dict of what the dataset stores once, or of a
+    segment of a recording, is read when it is looked into."""
     ecg = row.get("ecg")
     ecgs = [] if ecg is None else as_list(ecg)  # several come out of `datasets` as an array of objects
     if any(one is None for one in ecgs):
         raise ValueError(f"{_name(row)} lists {len(ecgs)} ECGs, one of which is null; leave it out.")
-    return [one if not read and records.is_stored(one) else _resolved(one, row) for one in ecgs]
+    return [_resolved(one, row) for one in ecgs]
 
 
 def _name(row: dict[str, Any]) -> str:
@@ -558,11 +556,14 @@ def _name(row: dict[str, Any]) -> str:
 
 
 def _resolved(ecg: Any, row: dict[str, Any]) -> Any:
-    """The ECG of a mixed dataset as a path or a dict; `noise` and `flatline` as signals."""
+    """The ECG of a mixed dataset as a path or a dict; `noise` and `flatline` as signals; segments as dicts that are read when they
+    are looked into."""
     if isinstance(ecg, dict) and "path" in ecg:  # of `_ECG`
         ecg = ecg["path"] if ecg["path"] is not None else {key: value for key, value in ecg.items() if key != "path"}
     if records.is_stored(ecg):
-        return records.read(ecg)
+        return records.StoredECG(ecg)
+    if isinstance(ecg, str) and split_segment(ecg):
+        return Segment(ecg)
     if not (isinstance(ecg, str) and ecg in LITERALS):
         return ecg
     shape = (len(STANDARD_LEADS), int(row.get("num_samples") or 2500))  # 10 s at the reference's 250 Hz

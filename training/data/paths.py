@@ -1,12 +1,79 @@
 """Which files the rows of a dataset may name: those of one folder. A dataset of a stranger may name any file of this machine."""
 
 import os
-from functools import lru_cache
+import re
+from collections.abc import Iterator, Mapping
+from functools import cached_property, lru_cache
 from typing import Any
 
 import pyarrow as pa
 
+from elm_ecg.ecg_formats import record_path
 from elm_ecg.training.data.schema import LITERALS, STORED
+
+_SEGMENT = re.compile(r"(.+)#segment=(\d+),(\d+)", re.DOTALL)
+
+
+def segment_location(path: str, index: int, num_samples: int) -> str:
+    """The place of one segment of a record, as a text that a row can hold.
+
+    Args:
+        path: of the record, as `read_ecg` takes it.
+        index: of the segment, from 0; they follow each other without overlap.
+        num_samples: of a segment, at the sampling rate of the reference's datasets.
+    """
+    return f"{path}#segment={index},{num_samples}"
+
+
+def split_segment(location: str) -> tuple[str, int, int] | None:
+    """Path, index and number of samples of what `segment_location` wrote; None for any other path."""
+    match = _SEGMENT.fullmatch(location)
+    return match and (match[1], int(match[2]), int(match[3]))
+
+
+def file_of(location: str) -> str:
+    """The file that a location is in, without the record or segment of it that it names."""
+    if stored := STORED.search(location):
+        return location[: stored.end("file")]
+    segment = split_segment(location)
+    return str(record_path(segment[0] if segment else location)[0])
+
+
+class LazyECG(Mapping[str, Any]):
+    """An ECG that lies somewhere, as a dict of it that `as_record` takes: what is there is read when the dict is looked into.
+
+    Args:
+        location: by which two are equal.
+    """
+
+    def __init__(self, location: str) -> None:
+        self.location = location
+
+    def read(self) -> dict[str, Any]:
+        """`array` [leads, samples], `sampling_rate`, `lead_names` and `unit`."""
+        raise NotImplementedError
+
+    @cached_property
+    def _members(self) -> dict[str, Any]:
+        return self.read()
+
+    def __str__(self) -> str:
+        return self.location
+
+    def __hash__(self) -> int:
+        return hash(self.location)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LazyECG) and self.location == other.location
+
+    def __getitem__(self, name: str) -> Any:
+        return self._members[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._members)
+
+    def __len__(self) -> int:
+        return len(self._members)
 
 
 def confined(path: str, root: str | None) -> str:
@@ -22,9 +89,10 @@ def confined(path: str, root: str | None) -> str:
     if root is None:
         raise ValueError(f"The ECG is the file {path!r}; say under which folder such files are with --ecg_root.")
     whole = os.path.join(root, path)  # an absolute path stays what it is
-    target, folder = os.path.realpath(whole), _real(root)
+    file = file_of(whole) if "#" in path else whole
+    target, folder = os.path.realpath(file), _real(root)
     if os.path.commonpath((folder, target)) != folder:
-        leads_to = "" if target == whole else f", which leads to {target}"
+        leads_to = "" if target == file else f", which leads to {target}"
         raise ValueError(
             f"The ECG is the file {path!r}{leads_to}, outside of {root}: no other files are read. Name the folder that holds it "
             "with --ecg_root, if you trust the dataset."

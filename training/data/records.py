@@ -16,6 +16,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from elm_ecg.training.data.paths import LazyECG
 from elm_ecg.training.data.schema import ECG, RECORDS, STORED
 
 # of the row groups of a stream, in each process: enough that a buffer of shuffled rows does not read one again and again
@@ -55,6 +56,14 @@ def read(path: str) -> dict[str, Any]:
             f"{folder}{file} has no record {record!r}, which a row of the dataset names; it is damaged, or not whole."
         )
     return _as_ecg(kept[0].fast_slice(place, 1))
+
+
+class StoredECG(LazyECG):
+    """A record that is stored once; `location` is the path that `read` takes."""
+
+    def read(self) -> dict[str, Any]:
+        """The record."""
+        return read(self.location)
 
 
 def is_stored(ecg: Any) -> bool:

@@ -2,13 +2,14 @@
 
 import json
 import re
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from elm_ecg.training.data.paths import confined
+from elm_ecg.training.data.reference_files import ReferenceFiles
 from elm_ecg.training.data.schema import LITERALS, MESSAGES, ROLES
 
 if TYPE_CHECKING:
@@ -35,7 +36,14 @@ DATASETS = {
     "rl-ecg-r1": "ECG-R1, reinforcement learning",
     "ecg-instruct-ecg-r1": "ECG-R1, instructions",
 }
-SAMPLING_RATE = 250  # hertz; the 250 of the keys
+# of the rows that are made of those of its datasets
+_SCHEMA = pa.schema(
+    {
+        "messages": MESSAGES,
+        **dict.fromkeys(("ecg", "record_id", "patient_id", "question_type"), pa.string()),
+        "num_samples": pa.int32(),
+    }
+)
 # as the turns of its chats spell the roles, in small letters
 ROLE_NAMES = {"human": "user", "gpt": "assistant", "model": "assistant", **{role: role for role in ROLES}}
 
@@ -105,44 +113,70 @@ def _chat(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
 def from_reference(
     data: "Dataset | IterableDataset", name: str, ecg_root: str | None, num_proc: int | None = None
 ) -> "Dataset | IterableDataset":
-    """Rows with `messages`, `ecg` (the path of a file, or `noise` or `flatline`), `record_id` and `question_type`, of rows with
-    `text`, `ecg_path` and `name`.
+    """Rows with `messages`, `ecg`, `record_id`, `patient_id` and `question_type`, of rows with `text`, `ecg_path` and `name`.
+
+    The `ecg` is `noise` or `flatline`, the path of a file below `ecg_root`, or where that is not there the segment of the record that it
+    was made of, in a download below `ecg_root` (see `reference_files`). The patient is that of the record, None where nothing tells.
 
     Raises:
         ValueError: there are paths, but no `ecg_root`, or they lead out of it; a text is no chat.
-        FileNotFoundError: the first file is not under `ecg_root`.
+        FileNotFoundError: an ECG is not there; of a stream the first one.
     """
     from datasets import Dataset, Features  # seconds to import, which `to_messages` does not need
 
-    path = next((row["ecg_path"] for row in data.select_columns("ecg_path") if row["ecg_path"] not in LITERALS), None)
+    column = data.select_columns("ecg_path")
+    path = next((row["ecg_path"] for row in column if row["ecg_path"] not in (None, *LITERALS)), None)
     if path is not None and ecg_root is None:
         raise ValueError(
             f"{name} names its ECGs as files, such as {path!r}; say under which folder they are with --ecg_root."
         )
-    if path is not None and not (Path(ecg_root or "") / path).is_file():  # one file stands for all of them
-        raise FileNotFoundError(f"{name} has the ECG {path!r}, but there is no such file under --ecg_root {ecg_root}.")
+    files = ReferenceFiles(ecg_root or "")
+    if path is not None:
+        # a stream is not read twice: its first path stands for all of them
+        files.check(name, _counted_paths(column) if isinstance(data, Dataset) else [(path, 1)])
     length = re.search(r"-250-(\d+)$", name)  # the keys end in rate and samples
     num_samples = int(length.group(1)) if length else 2500  # at 250 Hz
-    names = {"record_id": pa.string(), "question_type": pa.string(), "num_samples": pa.int32()}
-    features = Features.from_arrow_schema(pa.schema({"messages": MESSAGES, "ecg": pa.string(), **names}))
-    map_options: dict[str, Any] = {"fn_kwargs": {"root": ecg_root, "num_samples": num_samples}}
+    map_options: dict[str, Any] = {
+        "batched": True,
+        "with_indices": True,
+        "remove_columns": data.column_names,
+        "features": Features.from_arrow_schema(_SCHEMA),
+        "fn_kwargs": {"files": files, "num_samples": num_samples},
+    }
     if isinstance(data, Dataset):  # streamed ones show no progress and have no processes
         map_options |= {"num_proc": num_proc, "desc": f"chats of {name}"}
-    return data.map(_from_row, with_indices=True, remove_columns=data.column_names, features=features, **map_options)
+    return data.with_format("arrow").map(_from_rows, **map_options).with_format(None)
 
 
-def _from_row(row: dict[str, Any], index: int, root: str | None, num_samples: int) -> dict[str, Any]:
-    path = row["ecg_path"]
-    literal = path in LITERALS  # each row has a recording of its own
-    try:
-        messages, question_type = to_messages(row["text"])
-        ecg = path if literal else confined(path, root)
-    except ValueError as error:
-        raise ValueError(f"Row {index}: {error}") from error
-    return {
-        "messages": messages,
-        "ecg": ecg,
-        "record_id": f"{path} {index}" if literal else path,
-        "question_type": question_type or row.get("name") or "all",
-        "num_samples": num_samples,  # of `noise` and `flatline`
-    }
+def _counted_paths(column: "Dataset") -> Iterator[tuple[str, int]]:
+    """Each different path of a dataset of one column, and how many rows have it."""
+    counts = pc.value_counts(column.with_format("arrow")[:]["ecg_path"])
+    for start in range(0, len(counts), 10_000):  # as Python's objects, all at once would take much memory
+        for count in counts[start : start + 10_000].to_pylist():
+            yield count["values"], count["counts"]
+
+
+def _from_rows(table: pa.Table, indices: list[int], files: ReferenceFiles, num_samples: int) -> pa.Table:
+    """Rows as of `from_reference`. Tables keep their types: of rows, a stream would guess those of a few, null where no patient is known."""
+    rows = []
+    for row, index in zip(table.to_pylist(), indices, strict=True):
+        path = row["ecg_path"]
+        literal = path in LITERALS  # each row has a recording of its own
+        try:
+            if path is None or row["text"] is None:
+                raise ValueError("It has no ecg_path or no text; expected a path, noise or flatline, and a chat.")
+            messages, question_type = to_messages(row["text"])
+            ecg, patient = (path, None) if literal else files.locate(path)
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"Row {index}: {error}") from error
+        rows.append(
+            {
+                "messages": messages,
+                "ecg": ecg,
+                "record_id": f"{path} {index}" if literal else path,
+                "patient_id": patient,
+                "question_type": question_type or row.get("name") or "all",
+                "num_samples": num_samples,  # of `noise` and `flatline`
+            }
+        )
+    return pa.Table.from_pylist(rows, _SCHEMA)

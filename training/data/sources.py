@@ -3,7 +3,7 @@
 import ast
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from elm_ecg.ecg_formats_arrays import FACTS, as_fact
 from elm_ecg.ecg_formats_common import listed
 from elm_ecg.ecg_formats_hdf5 import hdf5_records
 from elm_ecg.training.data.arguments import METADATA_COLUMNS
+from elm_ecg.training.data.downloads import DOWNLOADS, find_root
 from elm_ecg.training.data.reference import ROLE_NAMES, to_messages
 from elm_ecg.training.data.schema import SPLITS, as_list
 from elm_ecg.training.data.tables import (
@@ -63,13 +64,23 @@ class Records:
         locations: id -> what `as_record` reads: a file, or an ECG in memory.
         names: other names of a record -> the ids that it may mean.
         folder: that may stand in front of a name, as a path or by its own name.
+        about: id -> what the source of the records says of it, as of `Listing`; of other records nothing is known.
+        alias: tells from another name of a record its id; None where it cannot.
     """
 
     def __init__(
-        self, locations: Mapping[str, Any], names: Mapping[str, set[str]] | None = None, folder: Path | None = None
+        self,
+        locations: Mapping[str, Any],
+        names: Mapping[str, set[str]] | None = None,
+        folder: Path | None = None,
+        about: Mapping[str, Mapping[str, Any]] | None = None,
+        alias: Callable[[str], str | None] = str,
     ) -> None:
         self.locations = locations
         self.names = names or {}
+        self.folder = folder
+        self.about = about or {}
+        self.alias = alias
         paths = (folder, folder.absolute(), folder.resolve(), Path(folder.absolute().name)) if folder else ()
         self.fronts = [f"{path.as_posix()}/" for path in paths]
 
@@ -91,7 +102,28 @@ class Records:
                 )
             if ids:
                 return ids[0]
-        return None
+        record = self.alias(name)
+        return record if record in self.locations else None
+
+
+def read_source(source: str, folder: str | Path, resample: float | None = None) -> Records:
+    """The records of a public set, with what its tables and headers say of them; its root is the folder, or one below it.
+
+    Args:
+        source: one of `DOWNLOADS`.
+        resample: the sampling rate that is wanted; of PTB-XL the files of 100 Hz are taken for 100, else those of 500 Hz.
+
+    Raises:
+        ValueError: the folder holds no such set, none of its records, or a table that is damaged.
+    """
+    download = DOWNLOADS[source]
+    root = find_root(source, Path(folder))
+    listing = download.listing(root, resample)
+    if not listing.locations:
+        raise ValueError(
+            f"{download.title} in {root} has no records: its tables are empty, or none of its files is there."
+        )
+    return Records(listing.locations, folder=root, about=listing.about, alias=download.record_of)
 
 
 def find_records(source: str | Path | Mapping[Any, Any], resample: float | None = None) -> Records:

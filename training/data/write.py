@@ -28,6 +28,7 @@ from huggingface_hub import DatasetCardData
 from elm_ecg.training.command_line import printable
 from elm_ecg.training.data.arguments import BuildArguments
 from elm_ecg.training.data.build import Plan, make_plan
+from elm_ecg.training.data.downloads import DOWNLOADS
 from elm_ecg.training.data.parts import Found, Part, ecg_table, in_processes, read_part
 from elm_ecg.training.data.schema import RECORDS, WORK, counted
 from elm_ecg.training.files import atomic_path, check_output_folder, ending_on_sigterm, naming, read_json, write_text
@@ -77,12 +78,14 @@ def write_card(path: Path, args: argparse.Namespace, plan: Plan, found: Mapping[
         found: of the splits that have rows.
     """
     name = args.output_dir.resolve().name
+    source = DOWNLOADS.get(args.source)
+    licence = args.license or (source.license if source else None)
     num_rows = sum(of_split.rows for of_split in found.values())
     lengths = sorted(set().union(*(of_split.seconds for of_split in found.values())))
     # no `configs`: files have the names of their splits, and with it `datasets` takes folders of one name for the same data
     metadata = DatasetCardData(
         pretty_name=args.name,
-        license=args.license,
+        license=licence,
         task_categories=["question-answering"],
         tags=[*TAGS, "medical", "elm"],
         size_categories=next((size for limit, size in SIZES.items() if num_rows < limit), "n>10M"),
@@ -92,6 +95,8 @@ def write_card(path: Path, args: argparse.Namespace, plan: Plan, found: Mapping[
         metadata,
         title=args.name or name,
         args=args,
+        attribution=args.attribution or ([source.attribution] if source else []),
+        licence=licence,
         plan=plan,
         found=found,
         patients={split: plan.num_patients(split) for split in found},

@@ -13,8 +13,8 @@ from datasets import Dataset, List
 from tqdm import tqdm
 
 from elm_ecg.ecg_utils import as_record
-from elm_ecg.training.data import records
 from elm_ecg.training.data.loading import ecgs_of
+from elm_ecg.training.data.paths import LazyECG
 from elm_ecg.training.data.schema import counted
 
 MAX_CANDIDATES = 50  # each is read by the model after every question
@@ -91,15 +91,15 @@ def fingerprint_of(data: Dataset, questions: list[Question]) -> str:
     them, not by their place; one that cannot be read counts as such.
     """
     of_rows: list[Any] = []
-    known: dict[str, str] = {}  # path -> digest: a record may have many questions
+    known: dict[str | LazyECG, str] = {}  # path -> digest: a record may have many questions
     for row in tqdm(data, desc="Digest of the data", unit="row", disable=len(data) < 1000):
         of_ecgs = []
-        for ecg in ecgs_of(row, read=False):
-            if not isinstance(ecg, str):
+        for ecg in ecgs_of(row):
+            if not isinstance(ecg, str | LazyECG):
                 of_ecgs.append(_digest_of_ecg(ecg))
                 continue
             if ecg not in known:
-                known[ecg] = _digest_of_ecg(records.read(ecg) if records.is_stored(ecg) else ecg)
+                known[ecg] = _digest_of_ecg(ecg)
             of_ecgs.append(known[ecg])
         turns = [[message["role"], _text(message["content"])] for message in row["messages"]]
         of_rows.append([turns, [_kinds(message["content"]) for message in row["messages"]], of_ecgs])
