@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 from elm_ecg.training.arguments import DataArguments
 from elm_ecg.training.collator import ELMCollator
-from elm_ecg.training.data.loading import load_data, load_stream
+from elm_ecg.training.data.loading import load_data
+from elm_ecg.training.data.streams import load_stream
 from elm_ecg.training.data.synthetic import make_record
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # workers are forked

@@ -61,7 +61,8 @@ def make(folder: Path, number: int, seed: int) -> None:
         place.with_suffix(".hea").write_text("\n".join(lines) + "\n")
         about = {"subject_id": subject, "study_id": study}
         records.append({**about, "file_name": study, "ecg_time": "2150-01-01 00:00:00", "path": path})
-        reports = {f"report_{i}": text for i, text in enumerate(["Sinus rhythm", "Normal ECG"])}
+        reports = dict.fromkeys((f"report_{i}" for i in range(18)), "")
+        reports |= {"report_0": "Sinus rhythm", "report_1": "Normal ECG"}
         measurements.append({**about, "cart_id": 1, "ecg_time": "2150-01-01 00:00:00", **reports})
     for name, rows in (("record_list", records), ("machine_measurements", measurements)):
         with (folder / f"{name}.csv").open("w", newline="") as file:

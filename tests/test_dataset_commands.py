@@ -38,7 +38,7 @@ JOIN = """
 import json
 from elm_ecg import ecgs_of, load_dataset
 from elm_ecg.training.arguments import DataArguments
-from elm_ecg.training.data.loading import load_stream
+from elm_ecg.training.data.streams import load_stream
 
 whole = load_dataset("user/ecgs", "train", revision="first")
 stream = load_stream(DataArguments(data=["user/ecgs"]), "train")

@@ -23,7 +23,8 @@ from elm_ecg.training.build import build_model, build_processor
 from elm_ecg.training.chat_templates import set_chat_template, stop_at_end_of_turn
 from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.command_line import run_command
-from elm_ecg.training.data.loading import load_data, load_stream
+from elm_ecg.training.data.loading import load_data
+from elm_ecg.training.data.streams import load_stream
 from elm_ecg.training.evaluation.results import move_old_results
 from elm_ecg.training.features import FOLDER, EncoderFeatures
 from elm_ecg.training.files import check_output_folder, write_text

@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 
 from elm_ecg.training.arguments import DataArguments
 from elm_ecg.training.collator import ELMCollator
-from elm_ecg.training.data.loading import ecgs_of, load_data, load_ecgs, load_splits, load_stream, to_chat
+from elm_ecg.training.data.loading import ecgs_of, load_data, load_ecgs, load_splits, to_chat
 from elm_ecg.training.data.schema import MESSAGES
+from elm_ecg.training.data.streams import load_stream
 from elm_ecg.training.data.synthetic import make_dataset
 from elm_ecg.training.dataset_commands import main
 from helpers import save_tiny_data, tiny_processor

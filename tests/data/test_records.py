@@ -13,7 +13,8 @@ from elm_ecg.training.arguments import DataArguments
 from elm_ecg.training.data import build as data_build
 from elm_ecg.training.data import parts as data_parts
 from elm_ecg.training.data import records
-from elm_ecg.training.data.loading import ecgs_of, load_data, load_dataset, load_stream
+from elm_ecg.training.data.loading import ecgs_of, load_data, load_dataset
+from elm_ecg.training.data.streams import load_stream
 from elm_ecg.training.dataset_commands import main
 from elm_ecg.training.evaluation.questions import fingerprint_of, list_questions
 from elm_ecg.training.resume import fingerprint

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from elm_ecg.training.arguments import DataArguments
 from elm_ecg.training.collator import ELMCollator
-from elm_ecg.training.data.loading import ecgs_of, load_data, load_ecgs, load_stream
+from elm_ecg.training.data.loading import ecgs_of, load_data, load_ecgs
 from elm_ecg.training.data.reference import DATASETS, clean, is_key, to_messages
+from elm_ecg.training.data.streams import load_stream
 from helpers import tiny_processor
 from loopback_hub import LoopbackHub, run_on_hub
 
@@ -134,7 +135,8 @@ def test_key_on_the_hub(parquet, ecgs, tmp_path):
             hub.commit(repo, "main", files)
         code = f"""
 from elm_ecg.training.arguments import DataArguments
-from elm_ecg.training.data.loading import load_data, load_stream
+from elm_ecg.training.data.loading import load_data
+from elm_ecg.training.data.streams import load_stream
 for name in ("{parquet.name}", "willxxy/{parquet.name}", "ELM-Research/{parquet.name}"):
     args = DataArguments(data=[name], fold=2, ecg_root={str(ecgs)!r})
     print(len(load_data(args, "train")), load_data(args, "test")[1]["messages"][1]["content"])

@@ -20,9 +20,10 @@ from elm_ecg.training.arguments import DataArguments
 from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.data import reference_files
 from elm_ecg.training.data.check import Checker
-from elm_ecg.training.data.loading import ecgs_of, load_data, load_ecgs, load_stream, to_chat
+from elm_ecg.training.data.loading import ecgs_of, load_data, load_ecgs, to_chat
 from elm_ecg.training.data.paths import confined, file_of, segment_location, split_segment
 from elm_ecg.training.data.reference_files import ReferenceFiles, Segment
+from elm_ecg.training.data.streams import load_stream
 from elm_ecg.training.evaluation.questions import fingerprint_of, list_questions
 from elm_ecg.training.tokenizer import read_records
 from helpers import tiny_processor

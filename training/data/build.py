@@ -188,7 +188,7 @@ class Plan:
 
     def progress(self, names: list[str], todo: list[str]) -> Any:
         """A bar of the records of these parts, of which some are done."""
-        sizes = {}
+        sizes: dict[str, int] = {}
         for split in self.questions:
             total, of_split = len(self.orders[split]), self.part_names(split)
             sizes |= {name: min(PART_RECORDS, total - index * PART_RECORDS) for index, name in enumerate(of_split)}

@@ -152,7 +152,8 @@ class Checker:
                 report.leads[leads] += 1
                 report.seconds[seconds] += 1
             keys.append(signal or str(ecg).encode())  # a file that is not read is known by its path
-        self._chat(row, b" ".join(keys), report, where)
+        if "messages" in row:  # a dataset for pretraining has none
+            self._chat(row, b" ".join(keys), report, where)
 
     def _is_new(self, kind: str, name: Any, split: str) -> bool:
         """Notes that a patient, record or signal is in a split; whether it was not there before."""
@@ -270,7 +271,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.data} has no split {', '.join(missing)}; it has {', '.join(keys)}.")
     checker = Checker()
     for split in args.splits or names:
-        data = with_arrays(load_split(args.data, split, "messages", args.fold, args.ecg_root, stored))
+        data = with_arrays(load_split(args.data, split, "ecg", args.fold, args.ecg_root, stored))
         step = 1 if args.read_files else max(1, len(data) // SAMPLED_ROWS)  # 1: the files of all rows
         for index, row in enumerate(tqdm(data, desc=split, unit="row")):
             checker.add(row, split, index, read_files=index % step == 0)

@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from multiprocessing import Value
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,7 @@ PART_RECORDS = 512  # what a killed process has to do again, at most; 10 s at 50
 ROW_GROUP_RECORDS = 100
 ROW_GROUP_BYTES = 32 * 2**20
 
+Result = TypeVar("Result")
 _read_records: Any = None  # of a process of a pool: the counter that its parent shows
 
 
@@ -224,7 +225,7 @@ def _row(part: Part, question: QuestionRow, start: float | None) -> dict[str, An
         name = part.name if record in part.locations else part.elsewhere[record][0]
         places.append(stored_name(name, _key(record, start)))
     about = [part.about.get(record, {}) for record in question.records]
-    columns = {
+    columns: dict[str, Any] = {
         "ecg": places,
         "record_id": list(question.records),
         "start_second": [start],
@@ -251,8 +252,8 @@ def ecg_table(ecgs: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
 
 
 def in_processes(
-    work: Callable[[Part], Found], parts: Iterable[Part], num_proc: int, watch: Callable[[int], Any]
-) -> Iterator[tuple[Part, Found]]:
+    work: Callable[[Part], Result], parts: Iterable[Part], num_proc: int, watch: Callable[[int], Any]
+) -> Iterator[tuple[Part, Result]]:
     """Each part with what `work` gives for it, as soon as it is done.
 
     Args:
@@ -264,19 +265,19 @@ def in_processes(
     """
     if num_proc == 1:
         for part in parts:
-            found = work(part)
+            result = work(part)
             watch(len(part.locations))
-            yield part, found
+            yield part, result
         return
     counter = Value("q", 0)
     shown = 0
     with ProcessPoolExecutor(num_proc, initializer=_start_process, initargs=(counter,)) as pool:
-        todo, pending = iter(parts), dict[Future[Found], Part]()
+        todo, pending = iter(parts), dict[Future[Result], Part]()
         try:
             while True:
                 # few ahead: each part that waits holds its questions
-                while len(pending) < 2 * num_proc and (part := next(todo, None)) is not None:
-                    pending[pool.submit(work, part)] = part
+                while len(pending) < 2 * num_proc and (one := next(todo, None)) is not None:
+                    pending[pool.submit(work, one)] = one
                 if not pending:
                     return
                 done, _ = wait(pending, 0.5, FIRST_COMPLETED)

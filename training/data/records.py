@@ -47,15 +47,16 @@ def read(path: str) -> dict[str, Any]:
     match = STORED.search(path)
     assert match is not None  # else `is_stored` was not asked
     folder, file, record = path[: match.start()], match["file"], match["id"]
-    kept = _kept(folder)
-    place: Any = None if kept is None else kept[1].get(record)
-    if kept is None and (place := _places(folder + file, os.getpid())[1].get(record)) is not None:
-        return _as_ecg(_row_group(folder + file, place[0]).slice(place[1], 1))
-    if place is None:
-        raise ValueError(
-            f"{folder}{file} has no record {record!r}, which a row of the dataset names; it is damaged, or not whole."
-        )
-    return _as_ecg(kept[0].fast_slice(place, 1))
+    if (kept := _kept(folder)) is not None:
+        table, rows = kept
+        if (row := rows.get(record)) is not None:
+            return _as_ecg(table.fast_slice(row, 1))
+    elif (place := _places(folder + file, os.getpid())[1].get(record)) is not None:
+        group, row = place
+        return _as_ecg(_row_group(folder + file, group).slice(row, 1))
+    raise ValueError(
+        f"{folder}{file} has no record {record!r}, which a row of the dataset names; it is damaged, or not whole."
+    )
 
 
 class StoredECG(LazyECG):
@@ -109,7 +110,7 @@ def _kept(folder: str) -> tuple[Any, dict[str, int]] | None:
 def _places(path: str, process: int) -> tuple[pq.ParquetFile, dict[str, tuple[int, int]]]:
     """A file of records, and the row group and row of each. A forked process opens it anew: the place where a file is read is shared."""
     file = pq.ParquetFile(fsspec.open(path).open()) if "://" in path else pq.ParquetFile(path, memory_map=True)
-    places = {}
+    places: dict[str, tuple[int, int]] = {}
     for group in range(file.num_row_groups):
         ids = file.read_row_group(group, ["id"])["id"].to_pylist()
         places |= {record: (group, row) for row, record in enumerate(ids)}

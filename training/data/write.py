@@ -86,7 +86,7 @@ def write_card(path: Path, args: argparse.Namespace, plan: Plan, found: Mapping[
     metadata = DatasetCardData(
         pretty_name=args.name,
         license=licence,
-        task_categories=["question-answering"],
+        task_categories=["question-answering"] if "messages" in plan.row_schema.names else None,
         tags=[*TAGS, "medical", "elm"],
         size_categories=next((size for limit, size in SIZES.items() if num_rows < limit), "n>10M"),
     )

@@ -173,8 +173,8 @@ def gather(folder: Path, kind: str, allowed: Collection[str] = ()) -> dict[str, 
     """
     if kind == "dataset":
         check_dataset(folder, allowed)
-        files = sorted(path for part in DATASET_FOLDERS for path in (folder / part).glob("*.parquet"))
-        return {path.relative_to(folder).as_posix(): path for path in files}
+        tables = sorted(path for part in DATASET_FOLDERS for path in (folder / part).glob("*.parquet"))
+        return {path.relative_to(folder).as_posix(): path for path in tables}
     if kind == "tokenizer":
         with tempfile.TemporaryDirectory() as code:
             custom_object_save(ECGByteTokenizer, code)  # the installed code, not that of the folder
