@@ -19,6 +19,7 @@ from transformers import (
     ViTConfig,
 )
 
+from elm_ecg import modeling_elm
 from elm_ecg.configuration_elm import ENCODER_CONFIGS, IMAGE_REPRESENTATIONS, connectors_of
 from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord
 from elm_ecg.modeling_connectors import CONNECTOR_MODULES
@@ -268,6 +269,20 @@ class TestPlacement:
             ValueError, match=rf"The text has 12 ECG placeholder tokens, but {num_ecgs} ECGs of 4 tokens"
         ):
             model(**batch | {"ecg_values": records(num_ecgs)})
+
+    @pytest.mark.parametrize("ecg_part", ["merl", "patch", "vit"])
+    @pytest.mark.parametrize("training", [False, True])
+    def test_a_placeholder_without_an_ecg(self, ecg_part, training):
+        """Its embedding would be that of any other token."""
+        model = tiny_elm(ecg_part).train(training)
+        text = torch.tensor([[1, 2, 3], [4, PLACEHOLDER, PLACEHOLDER]])
+        with pytest.raises(
+            ValueError, match="The text has 2 ECG placeholder tokens, but 0 ECGs of 4 tokens each need 0"
+        ):
+            model(input_ids=text)
+        model(input_ids=text[:1])
+        with pytest.raises(ValueError, match="The text has 2 ECG placeholder tokens, but 0 ECGs"):
+            model.generate(input_ids=text, max_new_tokens=1)
 
     def test_ids_or_embeddings(self):
         model = tiny_elm()
@@ -818,3 +833,28 @@ def test_a_training_batch_without_ecg_teaches_the_language_model_alone(ecg_part,
     hidden = model.model.language_model(**text).last_hidden_state
     labels = text["input_ids"][:, 1:].flatten()
     assert torch.equal(nn.functional.cross_entropy(model.lm_head(hidden)[:, :-1].flatten(0, 1), labels), loss)
+
+
+@pytest.mark.parametrize("ecg_part", ["merl", "vit"])
+def test_a_frozen_encoder_does_not_run_without_ecg(ecg_part, monkeypatch):
+    """The connector does while it is trained; of an encoder in shards each process has to take part."""
+    model = tiny_elm(ecg_part).train()
+    elm, ran = model.model, []
+    for name in ("encoder", "connector"):
+        getattr(elm, name).register_forward_hook(lambda *args, name=name: ran.append(name))
+    text = {"input_ids": torch.arange(10, 18)[None], "attention_mask": torch.ones(1, 8, dtype=int)}
+    elm.encoder.requires_grad_(False)
+    _, gradients = train_step(model, text)
+    assert ran == ["connector"]
+    of_connector = {name: gradient for name, gradient in gradients.items() if name.startswith("model.connector.")}
+    assert of_connector
+    assert not any(gradient is None or gradient.any() for gradient in of_connector.values())
+    elm.connector.requires_grad_(False)
+    train_step(model, text)
+    assert ran == ["connector"]
+    with torch.no_grad():
+        model.eval()(**text)
+    assert ran == ["connector"]
+    monkeypatch.setattr(modeling_elm, "is_deepspeed_zero3_enabled", lambda: True)
+    train_step(model.train(), text)
+    assert ran == ["connector", "encoder", "connector"]
