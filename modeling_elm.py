@@ -260,7 +260,7 @@ class ELMModel(ELMPreTrainedModel):
 
     def get_placeholder_mask(self, input_ids: torch.Tensor, ecg_features: torch.Tensor | None) -> torch.Tensor:
         """Where the ECG features go: a mask [batch, tokens, 1] with as many places as there are features; None are no ECGs."""
-        assert self.config.ecg_token_id is not None  # of a model with a connector
+        assert self.config.ecg_token_id is not None
         mask = input_ids.eq(self.config.ecg_token_id)
         num_ecgs, tokens_per_ecg = (0, self.config.num_ecg_tokens) if ecg_features is None else ecg_features.shape[:2]
         matches = mask.sum() == num_ecgs * tokens_per_ecg
@@ -331,12 +331,12 @@ class ELMModel(ELMPreTrainedModel):
             ecg_features = ecg_features.to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, ecg_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, ecg_features)  # the n-th place gets the n-th token
-        elif self.connector is not None:
-            if input_ids is not None:
-                self.get_placeholder_mask(input_ids, None)  # a placeholder without an ECG is an error
-            zero = self._zero_of_ecg_path(inputs_embeds) if self.training else None
-            if zero is not None:
-                inputs_embeds = inputs_embeds + zero
+        elif input_ids is not None and input_ids.shape[1] > 1 and self.config.ecg_token_id is not None:
+            # a placeholder without an ECG is an error; a token by itself is one that the model has written
+            self.get_placeholder_mask(input_ids, None)
+        if ecg_features is None and self.training and self.connector is not None:
+            zero = self._zero_of_ecg_path(inputs_embeds)
+            inputs_embeds = inputs_embeds if zero is None else inputs_embeds + zero
         outputs = self.language_model(inputs_embeds=inputs_embeds, **kwargs)  # never input_ids: they lack the ECGs
         if places_to_keep is not None:
             outputs.last_hidden_state = outputs.last_hidden_state.flatten(0, 1)[places_to_keep].unsqueeze(0)

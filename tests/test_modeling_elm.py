@@ -270,11 +270,11 @@ class TestPlacement:
         ):
             model(**batch | {"ecg_values": records(num_ecgs)})
 
-    @pytest.mark.parametrize("ecg_part", ["merl", "patch", "vit"])
+    @pytest.mark.parametrize("ecg_part", ["merl", "patch", "vit", None])
     @pytest.mark.parametrize("training", [False, True])
     def test_a_placeholder_without_an_ecg(self, ecg_part, training):
         """Its embedding would be that of any other token."""
-        model = tiny_elm(ecg_part).train(training)
+        model = tiny_elm(ecg_part, ecg_token_id=PLACEHOLDER).train(training)
         text = torch.tensor([[1, 2, 3], [4, PLACEHOLDER, PLACEHOLDER]])
         with pytest.raises(
             ValueError, match="The text has 2 ECG placeholder tokens, but 0 ECGs of 4 tokens each need 0"
