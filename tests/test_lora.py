@@ -253,6 +253,45 @@ class TestBase:
         assert all("lora_" in name for name in moved)
 
 
+class TestFolder:
+    """What is in `--output_dir` already."""
+
+    SAVING = ("--peft", "--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1")
+
+    @pytest.fixture(scope="class")
+    def finished(self, llm, data, tmp_path_factory) -> Path:
+        folder = tmp_path_factory.mktemp("finished") / "adapter"
+        sft.main(tiny_sft(llm, data, folder, *self.SAVING))
+        return folder
+
+    def test_a_finished_adapter_is_not_replaced(self, finished, llm, data, monkeypatch):
+        before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+        monkeypatch.setattr(sft, "load_splits", None)  # found out before
+        for options in ([], ["--seed", "1"], ["--lora_r", "4"], ["--resume_from_checkpoint", "false"]):
+            with pytest.raises(
+                ValueError, match="holds a finished adapter, which would be replaced; name another, remove"
+            ):
+                sft.main(tiny_sft(llm, data, finished, *self.SAVING, *options))
+        assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+    def test_its_run_may_go_on(self, finished, llm, data, tmp_path):
+        folder = shutil.copytree(finished, tmp_path / "adapter")
+        options = ["--max_steps", "3", "--resume_from_checkpoint", "last"]
+        sft.main(tiny_sft(llm, data, folder, *self.SAVING, *options))
+        assert losses(folder)[:2] == losses(finished)
+        assert len(losses(folder)) == 3
+        load_elm(str(folder))
+
+    @pytest.mark.parametrize("name", ["adapter", "adapter/../adapter/."])
+    def test_the_base_is_not_replaced(self, finished, llm, data, tmp_path, name):
+        folder = shutil.copytree(finished, tmp_path / "adapter")
+        options = ["--peft", "--max_steps", "1", "--model_name_or_path", str(tmp_path / name)]
+        with pytest.raises(ValueError, match="is that of --model_name_or_path, the base of the new adapter"):
+            sft.main(tiny_sft(llm, data, folder, *options))
+        sft.main(tiny_sft(llm, data, tmp_path / "other", *options))
+        load_elm(str(tmp_path / "other"))
+
+
 class TestQuantized:
     """bitsandbytes computes on the CPU too."""
 

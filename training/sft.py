@@ -355,6 +355,20 @@ def keep_features(where: str, model: ELMForConditionalGeneration) -> EncoderFeat
     return EncoderFeatures(model.model, FOLDER if where == "disk" else None)
 
 
+def _check_adapter_folder(folder: Path, base: str | None, goes_on: bool) -> None:
+    """ValueError if `folder` has an adapter that a new one would replace, or is the `base` on which the new one is to be loaded."""
+    if base is not None and Path(base).resolve() == folder.resolve():
+        raise ValueError(
+            f"--output_dir {folder} is that of --model_name_or_path, the base of the new adapter, which would be replaced by it; name "
+            "another --output_dir."
+        )
+    if not goes_on and (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"--output_dir {folder} holds a finished adapter, which would be replaced; name another, remove that folder, or go on "
+            "from its last checkpoint with --resume_from_checkpoint last."
+        )
+
+
 def train(args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
     """Trains an ELM and saves it, its processor and its card to `output_dir`."""
     check_output_folder(Path(str(training_args.output_dir)))
@@ -365,6 +379,10 @@ def train(args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig)
     torch.manual_seed(training_args.seed)  # of the new weights; the trainer seeds again
     options = RunOptions.of(args, training_args, model_args)
     checkpoint = checkpoint_to_resume(training_args)
+    if model_args.use_peft:
+        _check_adapter_folder(
+            Path(str(training_args.output_dir)), model_args.model_name_or_path, checkpoint is not None
+        )
     if checkpoint is not None:  # before the data are read and the model is built, which take long
         options.go_on(checkpoint)
     splits = load_splits(args, training_args)
