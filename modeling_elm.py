@@ -418,7 +418,7 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, ELMGenerationMixin):
         return model
 
     @torch.no_grad()  # leaves both in eval mode, as `from_pretrained` does
-    def _check_same_logits(self, llm: PreTrainedModel) -> None:
+    def _check_same_logits(self, llm: Any) -> None:
         """ValueError if the ELM without an ECG is not its language model, or would not be once it is saved and loaded."""
         text_config, head = self.config.text_config, self.lm_head
         name = f"{type(llm).__name__} ({llm.config.model_type})"
@@ -430,7 +430,8 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, ELMGenerationMixin):
                 f"The head of {name} is {head}; an ELM has a linear one from the {text_config.hidden_size} numbers of a token's "
                 f"embedding to the {text_config.vocab_size} of the vocabulary. Choose another language model."
             )
-        if "past_key_values" not in inspect.signature(self.model.language_model.forward).parameters:
+        by_cache = "past_key_values" in inspect.signature(self.model.language_model.forward).parameters
+        if not by_cache or not llm._supports_default_dynamic_cache():  # of transformers' own `generate`
             raise ValueError(
                 f"{name} keeps what it has read in a cache of its own, by which an ELM cannot answer. Choose another language model."
             )

@@ -12,15 +12,14 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMultimodalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.pytorch_utils import Conv1D
 from trl.trainer.utils import add_fused_lm_head
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.training.evaluation.answers import Answerer
 from elm_ecg.training.evaluation.questions import list_questions
+from elm_ecg.training.lora import linear_layers
 from forks import Fork
 from helpers import tiny_processor
 
@@ -58,6 +57,8 @@ FAMILIES: dict[str, dict] = {
     "qwen3": {},
     "olmo2": {},
     "smollm3": {},
+    "apertus": {},
+    "arcee": {},
     "gemma2": {"query_pre_attn_scalar": 16},
     "gemma3_text": {"sliding_window": 512},
     # heads with a scale or a bias
@@ -65,7 +66,15 @@ FAMILIES: dict[str, dict] = {
     "cohere2": {"logit_scale": 0.25},
     "phi": {},
     "gptj": {"rotary_dim": 8},
+    # experts, and attention with a sink
+    "gpt_oss": {**EXPERTS, "intermediate_size": 32, "sliding_window": 512, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     # layers with a state
+    "bamba": {**MAMBA, "attn_layer_indices": [1]},
+    "nemotron_h": {**EXPERTS, "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "num_hidden_layers": 4, "n_routed_experts": 4, "moe_shared_expert_intermediate_size": 32, "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 1, "chunk_size": 16},
+    "granitemoehybrid": {**MAMBA, **EXPERTS, "num_local_experts": 4, "shared_intermediate_size": 32, "layer_types": ["linear_attention", "full_attention"], "logits_scaling": 4.0, "embedding_multiplier": 3.0},
+    "olmo_hybrid": {**DELTA_NET, "linear_num_key_heads": 2, "linear_num_value_heads": 2},
+    "lfm2_moe": {**EXPERTS, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
+    "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"], "n_mamba_heads": 4, "mamba_d_state": 16, "head_dim": 32, "chunk_size": 16, "num_key_value_heads": 2, "use_mem_rope": True, "use_shared_attention_adapter": True, "adapter_rank": 4},
     "falcon_h1": {**MAMBA, "mamba_d_ssm": 64, "embedding_multiplier": 5.6, "lm_head_multiplier": 0.5, "ssm_multipliers": [0.4, 0.25, 0.2, 0.5, 0.3]},
     "jamba": {**EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 4},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 16},
@@ -211,9 +220,7 @@ class TestFamily:
         for lora in (False, True):
             model = copy.deepcopy(elm.model)
             if lora:
-                layers = model.model.language_model.named_modules()
-                names = {name.rpartition(".")[2] for name, layer in layers if isinstance(layer, nn.Linear | Conv1D)}
-                targets = rf".*language_model\..*\.({'|'.join(map(re.escape, sorted(names)))})"
+                targets = linear_layers(model.model.language_model)
                 model = get_peft_model(
                     model, LoraConfig(r=4, target_modules=targets, modules_to_save=["model.connector"])
                 )
