@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from trl.trainer.utils import add_fused_lm_head
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
+from elm_ecg.modeling_language_models import load_language_model
 from elm_ecg.training.evaluation.answers import Answerer
 from elm_ecg.training.evaluation.questions import list_questions
 from elm_ecg.training.lora import linear_layers
@@ -144,7 +146,7 @@ def built(tmp_path_factory):
 @pytest.fixture(scope="module")
 def loaded(built, request):
     """The logits of the families that are tested, as one fresh process has them."""
-    here = [item for item in request.session.items if item.path == request.path]
+    here = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
     folders = {family: str(built(family).folder) for family in {item.callspec.params["family"] for item in here}}
     code = (
         "import json, sys, torch\n"
@@ -268,3 +270,40 @@ class TestFamily:
 
     def test_loaded_in_a_fresh_process(self, built, loaded, family):
         torch.testing.assert_close(loaded[family], built(family).last_logits, rtol=0, atol=1e-6)
+
+
+# language models that are refused, or need help
+
+
+def test_gemma_4_without_a_token_for_padding(tmp_path):
+    settings = copy.deepcopy(FAMILIES["gemma4"])
+    settings["text_config"]["pad_token_id"] = None
+    llm = AutoModelForMultimodalLM.from_config(CONFIG_MAPPING["gemma4"](**settings)).eval()
+    llm.save_pretrained(tmp_path)
+    model = ELMForConditionalGeneration.from_encoder_llm_pretrained(tmp_path, ecg_token_id=301, **FUYU)
+    llm.config.text_config.pad_token_id = 0
+    input_ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=input_ids).logits, llm(input_ids=input_ids).logits)
+
+
+@pytest.mark.skipif(find_spec("timm") is not None, reason="timm is installed")
+def test_gemma_3n_needs_timm(tmp_path):
+    """Whose weights are of no matter: it is found out before they are read."""
+    CONFIG_MAPPING["gemma3n"]().save_pretrained(tmp_path)
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ImportError, match=r"cannot be loaded: TimmWrapperModel requires the timm library .* `pip install timm`"
+    ):
+        load_language_model(tmp_path)
+
+
+def test_a_cache_of_its_own_is_refused(tmp_path):
+    """`generate` would give MiniMax another."""
+    layers = ["linear_attention", "full_attention"]
+    settings = {**SIZES, **EXPERTS, "num_local_experts": 4, "layer_types": layers, "block_size": 16}
+    AutoModelForCausalLM.from_config(CONFIG_MAPPING["minimax"](**settings)).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"MiniMaxForCausalLM \(minimax\) keeps what it has read in a cache of its own"
+    ):
+        ELMForConditionalGeneration.from_encoder_llm_pretrained(tmp_path, ecg_token_id=301, **FUYU)
