@@ -174,9 +174,10 @@ def _check_muon(args: ELMArguments, training_args: SFTConfig, model_args: ModelC
     """Refuses (ValueError) `--optim muon` where there is nothing for it."""
     muon_options(training_args.optim_args)
     if "llm" not in args.update or model_args.use_peft:
-        trained = "--use_peft trains small matrices beside those" if model_args.use_peft else "--update leaves out"
+        option = "--use_peft" if model_args.use_peft else f"--update {' '.join(args.update)}"
         raise ValueError(
-            f"--optim {MUON} is for the matrices of the language model, which {trained}; leave --optim out, or train them in full."
+            f"--optim {MUON} with {option}: Muon is for the language model's own matrices, which are not trained then; leave one of the "
+            "two options out."
         )
 
 
