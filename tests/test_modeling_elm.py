@@ -682,9 +682,8 @@ class TestFromPretrainedParts:
         folder = save_tiny_llm(tmp_path / "llm", family)
         model = self.build(folder, llm_kwargs={"dtype": dtype})
         assert {parameter.dtype for parameter in model.model.language_model.parameters()} == {dtype}
-        assert {parameter.dtype for parameter in model.model.encoder.parameters()} == {
-            torch.float32
-        }  # it is trained yet
+        # the encoder is trained yet
+        assert {parameter.dtype for parameter in model.model.encoder.parameters()} == {torch.float32}
         assert model.dtype == dtype
         self.check_text_is_the_llms(model, AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), tmp_path / "elm")
         assert model.generation_config.eos_token_id == model.config.text_config.eos_token_id

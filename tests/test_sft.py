@@ -564,9 +564,8 @@ for folder in {list(map(str, image_elms.values()))}:
         inputs = here["inputs_of"](processor, chats)
         assert together == alone == here["answers"](model.eval(), inputs), name
         np.testing.assert_allclose(seen, here["features"](model, inputs), atol=1e-5, err_msg=name)
-        np.testing.assert_allclose(
-            seen[3:], seen[:2], atol=1e-5, err_msg=name
-        )  # the last chat's are those of two others
+        # the last chat's are those of two others
+        np.testing.assert_allclose(seen[3:], seen[:2], atol=1e-5, err_msg=name)
         assert np.abs(np.subtract(seen[0], seen[1])).max() > 1e-4, name
 
 

@@ -96,9 +96,8 @@ def lora_config(args: ELMArguments, model_args: ModelConfig, model: ELMForCondit
             "leave encoder out of --update, or take --image_features patches."
         )
     whole = [name for name in modules if any(name.startswith(f"{part}.") for part in parts)]
-    if adapted := [
-        name for name in whole if isinstance(targets, str) and re.fullmatch(targets, name)
-    ]:  # PEFT skips them
+    # PEFT skips them
+    if adapted := [name for name in whole if isinstance(targets, str) and re.fullmatch(targets, name)]:
         part = adapted[0].split(".")[1]
         raise ValueError(
             f"--lora_target_modules {targets} names {adapted[0]}, of the {part}, which the adapter holds whole, as it is new or trained "
