@@ -161,6 +161,10 @@ def _check(training_args: SFTConfig, model_args: ModelConfig) -> None:
         ) from error
     if training_args.activation_offloading and training_args.device.type == "cpu":
         raise ValueError("--activation_offloading takes memory from a GPU, and there is none; leave it out.")
+    if model_args.attn_implementation == "flex_attention" and training_args.device.type == "cpu":
+        raise ValueError(
+            "--attn_implementation flex_attention needs a GPU: PyTorch has no gradients of it on a CPU. Leave it out, or take sdpa."
+        )
     if model_args.load_in_4bit or model_args.load_in_8bit:
         _check_quantization(training_args, model_args)
     if model_args.lora_target_parameters and model_args.lora_dropout:
