@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import load_from_disk
-from peft import get_peft_model
+from peft import AutoPeftModelForCausalLM, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedConfig, Zamba2Config
@@ -288,6 +288,24 @@ class TestBase:
         assert all(torch.equal(value, expected[name]) for name, value in found.items())
         assert digest_of_folder(adapter) == digest
         assert Path(base_of_adapter(adapter)).parent == tmp_path / "here"
+
+    def test_comes_back_for_peft_and_transformers(self, llm, data, bases, tmp_path):
+        """They cannot make it again themselves; the card says what does."""
+        adapter = self.adapter(llm, data, tmp_path / "adapter")
+        place = base_of_adapter(adapter)
+        auto = (AutoModelForCausalLM, AutoPeftModelForCausalLM)
+        expected = [one.from_pretrained(adapter, trust_remote_code=True).state_dict() for one in auto]
+        shutil.rmtree(bases)
+        for one in auto:
+            with pytest.raises(OSError, match=re.escape(place)):
+                one.from_pretrained(adapter, trust_remote_code=True)
+        assert (
+            "makes the folder again from the recipe in `training_options.json`" in (adapter / "README.md").read_text()
+        )
+        load_elm(str(adapter))
+        for one, state in zip(auto, expected, strict=True):
+            found = one.from_pretrained(adapter, trust_remote_code=True).state_dict()
+            assert all(torch.equal(value, state[name]) for name, value in found.items())
 
     def test_of_another_llm_is_not_taken(self, llm, data, bases, tmp_path):
         llm = shutil.copytree(llm, tmp_path / "llm")

@@ -1,4 +1,8 @@
-"""The base of a LoRA adapter: a new ELM of pretrained parts, written once and shared by all runs that adapt the same."""
+"""The base of a LoRA adapter: a new ELM of pretrained parts, written once and shared by all runs that adapt the same.
+
+Where it is gone, `load_elm` makes it again. transformers and PEFT cannot: they look for the base before they read any code of the
+adapter's folder, so the adapter's card tells it.
+"""
 
 import hashlib
 import json
