@@ -88,6 +88,17 @@ class ChatTemplate:
         return MARKER.search(self.text) is not None
 
     @property
+    def marked_prompt(self) -> str:
+        """What the template marks as the beginning of an answer though it is the end of the prompt, as gpt-oss' does: the model
+        never writes it. Most mark nothing of it."""
+        return _marked_prompt(self, repr(self.tokenizer.special_tokens_map), len(self.tokenizer))
+
+    def _marked(self, chat: Chat, **variables: Any) -> tuple[str, list[Span]]:
+        """The text of a chat, and what the template marks in it."""
+        (whole,), (spans,) = self._render(chat, return_assistant_tokens_mask=True, **variables)
+        return whole, [(start, end) for start, end in spans]
+
+    @property
     def end_of_turn(self) -> str | None:
         """The token that ends an answer: the first one behind it that is no text; None if only text ends it."""
         return _end_of_turn(self, repr(self.tokenizer.special_tokens_map), len(self.tokenizer))
@@ -124,7 +135,7 @@ class ChatTemplate:
     def answer_spans(self, chat: Chat, **variables: Any) -> list[Span]:
         """Where the answers of a chat stand in its text: [start, end) in characters, the end of turn included.
 
-        They are what the template marks with `{% generation %}`. Without such marks, each begins where the prompt for it ends, and
+        They are what the template marks with `{% generation %}`, but for its `marked_prompt`. Without such marks, each begins where the prompt for it ends, and
         ends with the token that ends a turn.
 
         Args:
@@ -135,9 +146,9 @@ class ChatTemplate:
                 turn follows or not: nobody could tell what is to be learnt.
         """
         if self.marks_answers:
-            return [
-                (start, end) for start, end in self._render(chat, return_assistant_tokens_mask=True, **variables)[1][0]
-            ]
+            whole, spans = self._marked(chat, **variables)
+            asked = self.marked_prompt
+            return [(start + len(asked) * whole.startswith(asked, start), end) for start, end in spans]
         whole = self.render(chat, **variables)
         places = [place for place, message in enumerate(chat) if message["role"] == "assistant"]
         return [self._answer_span(chat, place, whole, **variables) for place in places]
@@ -189,6 +200,17 @@ def _end_of_turn(template: ChatTemplate, special_tokens: str, num_tokens: int) -
     except TEMPLATE_ERRORS:  # where a chat is rendered, it says so
         return None
     return _first_token(template.tokenizer, behind)
+
+
+@lru_cache(maxsize=16)
+def _marked_prompt(template: ChatTemplate, special_tokens: str, num_tokens: int) -> str:
+    """As `ChatTemplate.marked_prompt`; the other arguments as of `_end_of_turn`."""
+    chat = template.with_texts([_message("user", "?"), _message("assistant", PROBE)])
+    try:
+        prompt, (whole, spans) = template.render(chat[:1], add_generation_prompt=True), template._marked(chat)
+    except TEMPLATE_ERRORS:  # where a chat is rendered, it says so
+        return ""
+    return prompt[spans[0][0] :] if spans and whole.startswith(prompt) else ""
 
 
 def _first_token(tokenizer: Any, text: str) -> str | None:

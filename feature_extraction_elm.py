@@ -290,9 +290,8 @@ def ungrouped(ecgs: Any) -> tuple[Any, list[int] | None]:
     """ECGs in groups, one for each text, as one list, and the sizes of the groups; others as they are, and None."""
     if not isinstance(ecgs, (list, tuple)):
         return ecgs, None
-    if nesting(ecgs) != 4 and any(
-        not isinstance(group, (list, tuple)) or group for group in ecgs
-    ):  # all empty: groups too
+    all_empty = all(isinstance(group, (list, tuple)) and not group for group in ecgs)  # groups too
+    if nesting(ecgs) != 4 and not all_empty:
         return ecgs, None
     groups = [as_batch(group) if nesting(group) > 1 else [] for group in ecgs]
     return [ecg for group in groups for ecg in group], [len(group) for group in groups]

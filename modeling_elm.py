@@ -17,7 +17,7 @@ from transformers.utils import can_return_tuple
 from .configuration_elm import IMAGE_REPRESENTATIONS, ELMConfig
 from .generation_elm import ELMGenerationMixin
 from .modeling_common import ECG_INPUTS, CompleteModel, attention_of, in_eval_mode, stay_frozen
-from .modeling_connectors import CONNECTOR_MODULES
+from .modeling_connectors import CONNECTOR_MODULES, encoder_output_size
 from .modeling_ecg_encoders import ENCODER_MODELS, without_missing_leads
 from .modeling_language_models import load_language_model, logit_scale, without_head
 from .modeling_vision_encoders import blank_images, encode_images, load_vision_model, vision_model_class
@@ -31,6 +31,17 @@ def make_encoder(config: ELMConfig) -> PreTrainedModel:
     encoder_class = ecg_encoder or vision_model_class(encoder_config, config.image_features)
     encoder_config._attn_implementation = attention_of(encoder_class, encoder_config._attn_implementation)
     return encoder_class(encoder_config)
+
+
+def _is_trained(part: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in part.parameters())
+
+
+def _is_sharded(part: nn.Module) -> bool:
+    """Whether shards of it are gathered where it runs, as FSDP and ZeRO-3 do: then no process may leave it out."""
+    # by name: PyTorch may be built without what is distributed
+    classes = {base.__name__ for module in part.modules() for base in type(module).__mro__}
+    return is_deepspeed_zero3_enabled() or not classes.isdisjoint(("FSDPModule", "FullyShardedDataParallel"))
 
 
 class ELMPreTrainedModel(CompleteModel):
@@ -225,15 +236,21 @@ class ELMModel(ELMPreTrainedModel):
             )
         return ecgs
 
-    def _zero_of_ecg_path(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """A zero that depends on encoder and connector.
+    def _zero_of_ecg_path(self, inputs_embeds: torch.Tensor) -> torch.Tensor | None:
+        """A zero that depends on what is trained of encoder and connector; None where nothing has to run for that.
 
         With it a training batch without ECG has gradients for all that is trained, as DDP, FSDP and ZeRO expect of every
         process. Batch norm alone is in eval mode for the silent record, of which it must not learn: a checkpointed layer gathers its
         shards in another order than one in eval mode.
         """
+        encoder_runs = self.encoder is not None and (_is_trained(self.encoder) or _is_sharded(self.encoder))
+        if not (encoder_runs or _is_trained(self.connector) or _is_sharded(self.connector)):
+            return None
         norms = nn.ModuleList(part for part in self.modules() if isinstance(part, nn.modules.batchnorm._NormBase))
-        if self.config.representation in IMAGE_REPRESENTATIONS:
+        if self.encoder is not None and not encoder_runs:
+            width = encoder_output_size(self.config)
+            inputs = {"encoder_features": inputs_embeds.new_zeros(1, self.config.num_ecg_tokens, width)}
+        elif self.config.representation in IMAGE_REPRESENTATIONS:
             inputs = blank_images(self.config.encoder_config, like=inputs_embeds)
         else:
             inputs = {"ecg_values": inputs_embeds.new_zeros(1, self.config.num_leads, self.config.num_samples)}
@@ -241,11 +258,11 @@ class ELMModel(ELMPreTrainedModel):
             features = self.get_ecg_features(**inputs)
         return 0 * features.sum().to(inputs_embeds.device, inputs_embeds.dtype)
 
-    def get_placeholder_mask(self, input_ids: torch.Tensor, ecg_features: torch.Tensor) -> torch.Tensor:
-        """Where the ECG features go: a mask [batch, tokens, 1] with as many places as there are features."""
-        assert self.config.ecg_token_id is not None  # of a model with a connector
+    def get_placeholder_mask(self, input_ids: torch.Tensor, ecg_features: torch.Tensor | None) -> torch.Tensor:
+        """Where the ECG features go: a mask [batch, tokens, 1] with as many places as there are features; None are no ECGs."""
+        assert self.config.ecg_token_id is not None
         mask = input_ids.eq(self.config.ecg_token_id)
-        num_ecgs, tokens_per_ecg = ecg_features.shape[:2]
+        num_ecgs, tokens_per_ecg = (0, self.config.num_ecg_tokens) if ecg_features is None else ecg_features.shape[:2]
         matches = mask.sum() == num_ecgs * tokens_per_ecg
         if torch.compiler.is_compiling():  # an `if` on a tensor's value breaks the graph; the GPU is not waited for
             torch._assert_async(matches, "The ECG placeholder tokens of the text are not as many as the ECGs need.")
@@ -314,8 +331,12 @@ class ELMModel(ELMPreTrainedModel):
             ecg_features = ecg_features.to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, ecg_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, ecg_features)  # the n-th place gets the n-th token
-        elif self.training and self.connector is not None:
-            inputs_embeds = inputs_embeds + self._zero_of_ecg_path(inputs_embeds)
+        elif input_ids is not None and input_ids.shape[1] > 1 and self.config.ecg_token_id is not None:
+            # a placeholder without an ECG is an error; a token by itself is one that the model has written
+            self.get_placeholder_mask(input_ids, None)
+        if ecg_features is None and self.training and self.connector is not None:
+            zero = self._zero_of_ecg_path(inputs_embeds)
+            inputs_embeds = inputs_embeds if zero is None else inputs_embeds + zero
         outputs = self.language_model(inputs_embeds=inputs_embeds, **kwargs)  # never input_ids: they lack the ECGs
         if places_to_keep is not None:
             outputs.last_hidden_state = outputs.last_hidden_state.flatten(0, 1)[places_to_keep].unsqueeze(0)
@@ -397,7 +418,7 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, ELMGenerationMixin):
         return model
 
     @torch.no_grad()  # leaves both in eval mode, as `from_pretrained` does
-    def _check_same_logits(self, llm: PreTrainedModel) -> None:
+    def _check_same_logits(self, llm: Any) -> None:
         """ValueError if the ELM without an ECG is not its language model, or would not be once it is saved and loaded."""
         text_config, head = self.config.text_config, self.lm_head
         name = f"{type(llm).__name__} ({llm.config.model_type})"
@@ -409,11 +430,13 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, ELMGenerationMixin):
                 f"The head of {name} is {head}; an ELM has a linear one from the {text_config.hidden_size} numbers of a token's "
                 f"embedding to the {text_config.vocab_size} of the vocabulary. Choose another language model."
             )
-        if "past_key_values" not in inspect.signature(self.model.language_model.forward).parameters:
+        by_cache = "past_key_values" in inspect.signature(self.model.language_model.forward).parameters
+        if not by_cache or not llm._supports_default_dynamic_cache():  # of transformers' own `generate`
             raise ValueError(
                 f"{name} keeps what it has read in a cache of its own, by which an ELM cannot answer. Choose another language model."
             )
-        input_ids = torch.arange(8, device=llm.device).unsqueeze(0) % text_config.vocab_size  # any text
+        words = [word for word in range(min(9, text_config.vocab_size)) if word != self.config.ecg_token_id]  # any text
+        input_ids = torch.tensor([words], device=llm.device)
         ours, theirs = self.eval()(input_ids=input_ids).logits, llm.eval()(input_ids=input_ids).logits
         if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
             raise ValueError(

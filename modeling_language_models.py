@@ -25,6 +25,7 @@ def load_language_model(llm: str | os.PathLike, **kwargs: Any) -> PreTrainedMode
 
     Raises:
         ValueError: it is no causal language model, or its weights are not complete.
+        ImportError: it needs a package that is not installed.
     """
     # code beside the weights could not be saved with the ELM; transformers would ask on standard input whether to run it
     kwargs = {"trust_remote_code": False} | kwargs
@@ -45,9 +46,15 @@ def load_language_model(llm: str | os.PathLike, **kwargs: Any) -> PreTrainedMode
         model_class = _without_towers(model_class)
         if isinstance(kwargs.get("attn_implementation"), str):  # what the towers support does not matter
             kwargs["attn_implementation"] = {"text_config": kwargs["attn_implementation"]}
-    loaded: Any = model_class.from_pretrained(llm, output_loading_info=True, **kwargs)
+    try:
+        loaded: Any = model_class.from_pretrained(llm, output_loading_info=True, **kwargs)
+    except ImportError as error:  # of a tower, which is made before it is left out; Gemma 3n's is of timm
+        raise ImportError(f"{llm} cannot be loaded: {' '.join(str(error).split())}") from error
     model, info = loaded
     check_all_loaded(model, info)
+    of_text = model.config.get_text_config()
+    if getattr(of_text, "hidden_size_per_layer_input", None) and of_text.pad_token_id is None:
+        of_text.pad_token_id = 0  # Gemma 4 reads it in place of pictures, and fails on a text alone without it
     return model
 
 

@@ -268,7 +268,8 @@ class ELMProcessor(ProcessorMixin):
                 chats = self.tokenizer._mark_chat_inputs(template.text, chats, None, None, {}, tokenize, masked)[0]
                 processor_kwargs["sanitize_control_tokens"] = True
             chats = [template.with_texts(chat) for chat in chats]
-            if tokenize and kwargs.get("return_assistant_tokens_mask") and not template.marks_answers:
+            marks_alone = template.marks_answers and not template.marked_prompt
+            if tokenize and kwargs.get("return_assistant_tokens_mask") and not marks_alone:
                 variables = {name: value for name, value in kwargs.items() if name not in NOT_OF_TEMPLATES}
                 spans = [template.answer_spans(chat, **variables) for chat in chats]
                 kwargs |= {"return_assistant_tokens_mask": False, "return_tensors": None}

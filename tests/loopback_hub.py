@@ -119,9 +119,8 @@ class _Handler(BaseHTTPRequestHandler):
         """Commit and files of a revision; answers 404 where there is none."""
         hidden = repo in self.server.private and "Authorization" not in self.headers
         if repo not in self.server.repos or hidden:
-            status = (
-                401 if "Authorization" not in self.headers else 404
-            )  # the Hub does not tell strangers what there is
+            # the Hub does not tell strangers what there is
+            status = 401 if "Authorization" not in self.headers else 404
             self.send(status, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
             return None
         commits = self.server.repos[repo]

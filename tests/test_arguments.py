@@ -466,6 +466,10 @@ def test_yes_or_no_needs_no_value(name):
             ["--use_peft", "--lora_target_parameters", "a.weight"],
             r"--lora_target_parameters with --lora_dropout 0.05: .*add --lora_dropout 0\.",
         ),
+        (
+            ["--packing", "--attn_implementation", "flex_attention"],
+            "--attn_implementation flex_attention needs a GPU: PyTorch has no gradients of it on a CPU",
+        ),
     ],
 )
 def test_options_of_libraries_that_do_not_go_together(options, message):

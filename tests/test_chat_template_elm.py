@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -243,6 +245,27 @@ def test_every_end_that_is_learnt_ends_generation():
     assert processor.tokenizer.convert_ids_to_tokens(processor.stop_token_ids) == ["<|return|>", "<|end|>", "<eos>"]
     assert processor_of(FALCON).template().ends_of_turn == ["<eos>"]
     assert processor_of(PLAIN).template().ends_of_turn == []
+
+
+def test_a_prompt_within_the_marks_is_not_learnt():
+    """gpt-oss is asked with `<|start|>assistant`, which TRL's template marks as the answer's."""
+    processor = processor_of(of_trl("gptoss_training"))
+    template, chat = processor.template(), processor.template().with_texts(CHAT)
+    assert template.marked_prompt == "<|start|>assistant"
+    whole, answers = template.render(chat), [message for message in CHAT if message["role"] == "assistant"]
+    for (start, end), answer in zip(template.answer_spans(chat), answers, strict=True):
+        assert whole[:start].endswith("<|start|>assistant")
+        assert re.fullmatch(r"<\|channel\|>final<\|message\|>.*<\|(end|return)\|>", whole[start:end])
+        assert answer["content"][-1]["text"] in whole[start:end]
+    batch = ELMCollator(processor)(
+        [{"messages": [{**m, "content": m["content"][-1].get("text", "more")} for m in CHAT], "ecg": None}]
+    )
+    learnt = processor.tokenizer.decode(batch["labels"][batch["labels"] >= 0])
+    assert learnt.startswith("<|channel|>final<|message|>")
+    assert "<|start|>" not in learnt
+    # a newline that ends the prompt, and nothing
+    assert processor_of(of_trl("qwen2_5_training")).template().marked_prompt == "\n"
+    assert processor_of(of_trl("llama3_training")).template().marked_prompt == ""
 
 
 def test_labels_of_the_collator():

@@ -26,6 +26,7 @@ from helpers import (
     run_isolated,
     save_tiny_data,
     save_tiny_llm,
+    tiny_ecg_byte,
     tiny_elm_config,
     tiny_image_elm_config,
     tiny_sft,
@@ -137,3 +138,37 @@ def test_checkpoints_of_fsdp(runs, tmp_path):
         assert fault_of(cut, num_processes=2) == f"it lacks {optimizer}"
         (cut / weights).unlink()
         assert fault_of(cut, num_processes=2)
+
+
+FROZEN = ["--update", "connector", "llm"]
+# what the fixture's runs lack: 16 bits, tokens and pictures of ECGs, LoRA beside a head of its own; frozen encoders, which run in
+# one process of two where the other has ECGs
+CASES: dict[str, tuple[str | None, list[str]]] = {
+    "bf16": ("st_mem", ["--bf16", *FROZEN]),
+    "symbolic": (None, ["--representation", "symbolic", "--num_samples", "50", "--truncation", "start"]),
+    "rgb": (None, ["--representation", "rgb", "--encoder", "vit", "--num_ecg_tokens", "4", *FROZEN]),
+    "untied LoRA": ("st_mem", [*LORA, *FROZEN]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fsdp_of_other_kinds_equals_one_process(case, llm, tmp_path):
+    encoder, options = CASES[case]
+    if case == "symbolic":
+        tiny_ecg_byte().save_pretrained(tmp_path / "ecg_byte")
+        options = [*options, "--ecg_tokenizer", str(tmp_path / "ecg_byte")]
+    if case == "rgb":
+        options = [*options, "--encoder_config", json.dumps(TINY_VISION["vit"])]
+    data = save_tiny_data(tmp_path / "data", without_ecg=2, train=24)
+    options = [*OPTIONS[:4], *options]
+    sft.main(tiny_sft(llm, data, tmp_path / "one", *options, encoder=encoder))
+    environment = environment_of("fsdp", *(["--mixed_precision", "bf16"] if case == "bf16" else []))
+    two = tiny_sft(llm, data, tmp_path / "two", *options, "--batch_size", "2", "--distributed", encoder=encoder)
+    (tmp_path / "runs.json").write_text(json.dumps([{"environment": environment, "arguments": two}]))
+    finish(*fork_two(SHARDED, str(tmp_path / "runs.json")))
+    error = 2e-2 if case == "bf16" else 1e-4
+    assert len(losses(tmp_path / "one")) == 4
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=error)
+    (expected, _), (model, _) = (load_elm(str(tmp_path / name)) for name in ("one", "two"))
+    for name, weight in model.state_dict().items():
+        assert torch.allclose(weight, expected.state_dict()[name], atol=10 * error), name

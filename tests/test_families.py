@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -12,15 +13,15 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMultimodalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.pytorch_utils import Conv1D
 from trl.trainer.utils import add_fused_lm_head
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
+from elm_ecg.modeling_language_models import load_language_model
 from elm_ecg.training.evaluation.answers import Answerer
 from elm_ecg.training.evaluation.questions import list_questions
+from elm_ecg.training.lora import linear_layers
 from forks import Fork
 from helpers import tiny_processor
 
@@ -58,6 +59,8 @@ FAMILIES: dict[str, dict] = {
     "qwen3": {},
     "olmo2": {},
     "smollm3": {},
+    "apertus": {},
+    "arcee": {},
     "gemma2": {"query_pre_attn_scalar": 16},
     "gemma3_text": {"sliding_window": 512},
     # heads with a scale or a bias
@@ -65,7 +68,15 @@ FAMILIES: dict[str, dict] = {
     "cohere2": {"logit_scale": 0.25},
     "phi": {},
     "gptj": {"rotary_dim": 8},
+    # experts, and attention with a sink
+    "gpt_oss": {**EXPERTS, "intermediate_size": 32, "sliding_window": 512, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     # layers with a state
+    "bamba": {**MAMBA, "attn_layer_indices": [1]},
+    "nemotron_h": {**EXPERTS, "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "num_hidden_layers": 4, "n_routed_experts": 4, "moe_shared_expert_intermediate_size": 32, "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 1, "chunk_size": 16},
+    "granitemoehybrid": {**MAMBA, **EXPERTS, "num_local_experts": 4, "shared_intermediate_size": 32, "layer_types": ["linear_attention", "full_attention"], "logits_scaling": 4.0, "embedding_multiplier": 3.0},
+    "olmo_hybrid": {**DELTA_NET, "linear_num_key_heads": 2, "linear_num_value_heads": 2},
+    "lfm2_moe": {**EXPERTS, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
+    "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"], "n_mamba_heads": 4, "mamba_d_state": 16, "head_dim": 32, "chunk_size": 16, "num_key_value_heads": 2, "use_mem_rope": True, "use_shared_attention_adapter": True, "adapter_rank": 4},
     "falcon_h1": {**MAMBA, "mamba_d_ssm": 64, "embedding_multiplier": 5.6, "lm_head_multiplier": 0.5, "ssm_multipliers": [0.4, 0.25, 0.2, 0.5, 0.3]},
     "jamba": {**EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 4},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 16},
@@ -135,7 +146,7 @@ def built(tmp_path_factory):
 @pytest.fixture(scope="module")
 def loaded(built, request):
     """The logits of the families that are tested, as one fresh process has them."""
-    here = [item for item in request.session.items if item.path == request.path]
+    here = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
     folders = {family: str(built(family).folder) for family in {item.callspec.params["family"] for item in here}}
     code = (
         "import json, sys, torch\n"
@@ -211,9 +222,7 @@ class TestFamily:
         for lora in (False, True):
             model = copy.deepcopy(elm.model)
             if lora:
-                layers = model.model.language_model.named_modules()
-                names = {name.rpartition(".")[2] for name, layer in layers if isinstance(layer, nn.Linear | Conv1D)}
-                targets = rf".*language_model\..*\.({'|'.join(map(re.escape, sorted(names)))})"
+                targets = linear_layers(model.model.language_model)
                 model = get_peft_model(
                     model, LoraConfig(r=4, target_modules=targets, modules_to_save=["model.connector"])
                 )
@@ -261,3 +270,40 @@ class TestFamily:
 
     def test_loaded_in_a_fresh_process(self, built, loaded, family):
         torch.testing.assert_close(loaded[family], built(family).last_logits, rtol=0, atol=1e-6)
+
+
+# language models that are refused, or need help
+
+
+def test_gemma_4_without_a_token_for_padding(tmp_path):
+    settings = copy.deepcopy(FAMILIES["gemma4"])
+    settings["text_config"]["pad_token_id"] = None
+    llm = AutoModelForMultimodalLM.from_config(CONFIG_MAPPING["gemma4"](**settings)).eval()
+    llm.save_pretrained(tmp_path)
+    model = ELMForConditionalGeneration.from_encoder_llm_pretrained(tmp_path, ecg_token_id=301, **FUYU)
+    llm.config.text_config.pad_token_id = 0
+    input_ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=input_ids).logits, llm(input_ids=input_ids).logits)
+
+
+@pytest.mark.skipif(find_spec("timm") is not None, reason="timm is installed")
+def test_gemma_3n_needs_timm(tmp_path):
+    """Whose weights are of no matter: it is found out before they are read."""
+    CONFIG_MAPPING["gemma3n"]().save_pretrained(tmp_path)
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ImportError, match=r"cannot be loaded: TimmWrapperModel requires the timm library .* `pip install timm`"
+    ):
+        load_language_model(tmp_path)
+
+
+def test_a_cache_of_its_own_is_refused(tmp_path):
+    """`generate` would give MiniMax another."""
+    layers = ["linear_attention", "full_attention"]
+    settings = {**SIZES, **EXPERTS, "num_local_experts": 4, "layer_types": layers, "block_size": 16}
+    AutoModelForCausalLM.from_config(CONFIG_MAPPING["minimax"](**settings)).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"MiniMaxForCausalLM \(minimax\) keeps what it has read in a cache of its own"
+    ):
+        ELMForConditionalGeneration.from_encoder_llm_pretrained(tmp_path, ecg_token_id=301, **FUYU)

@@ -1,24 +1,37 @@
 """What is trained by LoRA and in which precision, the base that its runs share, and quantized language models."""
 
+import copy
 import itertools
 import json
+import re
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import load_from_disk
+from peft import AutoPeftModelForCausalLM, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedConfig, Zamba2Config
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.training import base_models, sft
 from elm_ecg.training.digest import OPTIONS_FILE, base_of_adapter, digest_of_folder
 from elm_ecg.training.load import load_elm
-from elm_ecg.training.lora import set_precision
+from elm_ecg.training.lora import linear_layers, lora_config, set_precision
 from elm_ecg.training.resume import RunOptions, fingerprint
-from helpers import TINY_VISION, fork_project, losses, save_tiny_data, save_tiny_llm, tiny_ecg_byte, tiny_sft
+from helpers import (
+    TINY_VISION,
+    fork_project,
+    losses,
+    save_tiny_data,
+    save_tiny_llm,
+    tiny_ecg_byte,
+    tiny_elm_config,
+    tiny_sft,
+)
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +183,69 @@ def test_an_adapter_is_merged_with_one_rounding(half_llm, data, of_representatio
         assert torch.equal(one.to(torch.bfloat16), other), name
 
 
+def save_llm(folder: Path, config: PreTrainedConfig) -> Path:
+    """A random language model of another family with the tokenizer of `save_tiny_llm`."""
+    save_tiny_llm(folder)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def test_the_transposed_layers_of_gpt2(data, of_representation, tmp_path):
+    """PEFT has to be told of them, else it warns."""
+    config = GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=512)
+    llm, options = save_llm(tmp_path / "llm", config), [*of_representation["signal"], "--peft", "--lr", "0.1"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "fan_in_fan_out")
+        run(llm, data, tmp_path / "run", *options)
+        loaded, _ = load_elm(str(tmp_path / "run"))
+    assert json.loads((tmp_path / "run" / "adapter_config.json").read_text())["fan_in_fan_out"] is True
+    batch, expected = torch.load(tmp_path / "run" / "expected.pt")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def zamba2(**changes) -> PreTrainedConfig:
+    """Layers with Mamba alone, and with attention that shares its weights with the others."""
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_attention_heads": 2, "n_mamba_heads": 4, "mamba_d_state": 16}
+    sizes |= {"chunk_size": 16, "use_shared_attention_adapter": True, "adapter_rank": 4, "intermediate_size": 64}
+    return Zamba2Config(**sizes | changes)
+
+
+def test_layers_that_share_a_weight(llm, data, tmp_path):
+    """Merged, it would have the changes of both."""
+    layers = ["linear_attention", "hybrid", "hybrid"]
+    elm = ELMForConditionalGeneration(
+        tiny_elm_config("patch", llm=zamba2(num_hidden_layers=3, layers_block_type=layers))
+    )
+    for options, fits in (([], False), (["q_proj"], False), (["in_proj", "linear", "out_proj"], True)):
+        argv = tiny_sft(
+            llm, data, tmp_path, "--peft", *(["--lora_target_modules", *options] if options else []), encoder=None
+        )
+        args, _, model_args = sft.parse([*argv, "--elm", "patch_elf"])
+        if fits:
+            adapted = get_peft_model(copy.deepcopy(elm), lora_config(args, model_args, elm)).eval()
+            with torch.no_grad():
+                for name, parameter in adapted.named_parameters():
+                    if "lora_B" in name:
+                        parameter.normal_(std=0.3)
+                before = adapted(input_ids=torch.arange(9)[None]).logits
+                torch.testing.assert_close(adapted.merge_and_unload()(input_ids=torch.arange(9)[None]).logits, before)
+        else:
+            with pytest.raises(ValueError, match=r"share their weight.* --lora_target_modules in_proj linear out_proj"):
+                lora_config(args, model_args, elm)
+
+
+def test_linear_layers_with_a_number_for_a_name():
+    """Those of a list, whose other members are none."""
+    config = zamba2(num_hidden_layers=2, layers_block_type=["linear_attention", "hybrid"])
+    elm = ELMForConditionalGeneration(tiny_elm_config("patch", llm=config))
+    found = {name for name, _ in elm.named_modules() if re.fullmatch(linear_layers(elm.model.language_model), name)}
+    linear = {name for name, module in elm.named_modules() if isinstance(module, nn.Linear)}
+    assert found == {name for name in linear if name.startswith("model.language_model.")}
+    assert any(name.endswith(".0") for name in found)
+
+
 class TestBase:
     """The base of an adapter, which its runs share."""
 
@@ -213,6 +289,24 @@ class TestBase:
         assert digest_of_folder(adapter) == digest
         assert Path(base_of_adapter(adapter)).parent == tmp_path / "here"
 
+    def test_comes_back_for_peft_and_transformers(self, llm, data, bases, tmp_path):
+        """They cannot make it again themselves; the card says what does."""
+        adapter = self.adapter(llm, data, tmp_path / "adapter")
+        place = base_of_adapter(adapter)
+        auto = (AutoModelForCausalLM, AutoPeftModelForCausalLM)
+        expected = [one.from_pretrained(adapter, trust_remote_code=True).state_dict() for one in auto]
+        shutil.rmtree(bases)
+        for one in auto:
+            with pytest.raises(OSError, match=re.escape(place)):
+                one.from_pretrained(adapter, trust_remote_code=True)
+        assert (
+            "makes the folder again from the recipe in `training_options.json`" in (adapter / "README.md").read_text()
+        )
+        load_elm(str(adapter))
+        for one, state in zip(auto, expected, strict=True):
+            found = one.from_pretrained(adapter, trust_remote_code=True).state_dict()
+            assert all(torch.equal(value, state[name]) for name, value in found.items())
+
     def test_of_another_llm_is_not_taken(self, llm, data, bases, tmp_path):
         llm = shutil.copytree(llm, tmp_path / "llm")
         adapter = self.adapter(llm, data, tmp_path / "adapter")
@@ -251,6 +345,45 @@ class TestBase:
         moved = {name for name, value in last.items() if not torch.equal(value, first[name])}
         assert moved
         assert all("lora_" in name for name in moved)
+
+
+class TestFolder:
+    """What is in `--output_dir` already."""
+
+    SAVING = ("--peft", "--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1")
+
+    @pytest.fixture(scope="class")
+    def finished(self, llm, data, tmp_path_factory) -> Path:
+        folder = tmp_path_factory.mktemp("finished") / "adapter"
+        sft.main(tiny_sft(llm, data, folder, *self.SAVING))
+        return folder
+
+    def test_a_finished_adapter_is_not_replaced(self, finished, llm, data, monkeypatch):
+        before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+        monkeypatch.setattr(sft, "load_splits", None)  # found out before
+        for options in ([], ["--seed", "1"], ["--lora_r", "4"], ["--resume_from_checkpoint", "false"]):
+            with pytest.raises(
+                ValueError, match="holds a finished adapter, which would be replaced; name another, remove"
+            ):
+                sft.main(tiny_sft(llm, data, finished, *self.SAVING, *options))
+        assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+    def test_its_run_may_go_on(self, finished, llm, data, tmp_path):
+        folder = shutil.copytree(finished, tmp_path / "adapter")
+        options = ["--max_steps", "3", "--resume_from_checkpoint", "last"]
+        sft.main(tiny_sft(llm, data, folder, *self.SAVING, *options))
+        assert losses(folder)[:2] == losses(finished)
+        assert len(losses(folder)) == 3
+        load_elm(str(folder))
+
+    @pytest.mark.parametrize("name", ["adapter", "adapter/../adapter/."])
+    def test_the_base_is_not_replaced(self, finished, llm, data, tmp_path, name):
+        folder = shutil.copytree(finished, tmp_path / "adapter")
+        options = ["--peft", "--max_steps", "1", "--model_name_or_path", str(tmp_path / name)]
+        with pytest.raises(ValueError, match="is that of --model_name_or_path, the base of the new adapter"):
+            sft.main(tiny_sft(llm, data, folder, *options))
+        sft.main(tiny_sft(llm, data, tmp_path / "other", *options))
+        load_elm(str(tmp_path / "other"))
 
 
 class TestQuantized:

@@ -416,9 +416,8 @@ def test_compiles_without_graph_breaks(kind):
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_initialisation_leaves_nothing_undefined(kind):
     torch.manual_seed(0)
-    wide = (
-        {"num_leads": 12, "hidden_size": 64} if kind in TRANSFORMERS else {}
-    )  # enough numbers for a standard deviation
+    # enough numbers for a standard deviation
+    wide = {"num_leads": 12, "hidden_size": 64} if kind in TRANSFORMERS else {}
     model = ENCODER_MODELS[kind](tiny_config(kind, **wide))
     for name, parameter in model.named_parameters():
         assert parameter.isfinite().all(), name

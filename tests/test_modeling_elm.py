@@ -19,6 +19,7 @@ from transformers import (
     ViTConfig,
 )
 
+from elm_ecg import modeling_elm
 from elm_ecg.configuration_elm import ENCODER_CONFIGS, IMAGE_REPRESENTATIONS, connectors_of
 from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord
 from elm_ecg.modeling_connectors import CONNECTOR_MODULES
@@ -268,6 +269,20 @@ class TestPlacement:
             ValueError, match=rf"The text has 12 ECG placeholder tokens, but {num_ecgs} ECGs of 4 tokens"
         ):
             model(**batch | {"ecg_values": records(num_ecgs)})
+
+    @pytest.mark.parametrize("ecg_part", ["merl", "patch", "vit", None])
+    @pytest.mark.parametrize("training", [False, True])
+    def test_a_placeholder_without_an_ecg(self, ecg_part, training):
+        """Its embedding would be that of any other token."""
+        model = tiny_elm(ecg_part, ecg_token_id=PLACEHOLDER).train(training)
+        text = torch.tensor([[1, 2, 3], [4, PLACEHOLDER, PLACEHOLDER]])
+        with pytest.raises(
+            ValueError, match="The text has 2 ECG placeholder tokens, but 0 ECGs of 4 tokens each need 0"
+        ):
+            model(input_ids=text)
+        model(input_ids=text[:1])
+        with pytest.raises(ValueError, match="The text has 2 ECG placeholder tokens, but 0 ECGs"):
+            model.generate(input_ids=text, max_new_tokens=1)
 
     def test_ids_or_embeddings(self):
         model = tiny_elm()
@@ -667,9 +682,8 @@ class TestFromPretrainedParts:
         folder = save_tiny_llm(tmp_path / "llm", family)
         model = self.build(folder, llm_kwargs={"dtype": dtype})
         assert {parameter.dtype for parameter in model.model.language_model.parameters()} == {dtype}
-        assert {parameter.dtype for parameter in model.model.encoder.parameters()} == {
-            torch.float32
-        }  # it is trained yet
+        # the encoder is trained yet
+        assert {parameter.dtype for parameter in model.model.encoder.parameters()} == {torch.float32}
         assert model.dtype == dtype
         self.check_text_is_the_llms(model, AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), tmp_path / "elm")
         assert model.generation_config.eos_token_id == model.config.text_config.eos_token_id
@@ -818,3 +832,28 @@ def test_a_training_batch_without_ecg_teaches_the_language_model_alone(ecg_part,
     hidden = model.model.language_model(**text).last_hidden_state
     labels = text["input_ids"][:, 1:].flatten()
     assert torch.equal(nn.functional.cross_entropy(model.lm_head(hidden)[:, :-1].flatten(0, 1), labels), loss)
+
+
+@pytest.mark.parametrize("ecg_part", ["merl", "vit"])
+def test_a_frozen_encoder_does_not_run_without_ecg(ecg_part, monkeypatch):
+    """The connector does while it is trained; of an encoder in shards each process has to take part."""
+    model = tiny_elm(ecg_part).train()
+    elm, ran = model.model, []
+    for name in ("encoder", "connector"):
+        getattr(elm, name).register_forward_hook(lambda *args, name=name: ran.append(name))
+    text = {"input_ids": torch.arange(10, 18)[None], "attention_mask": torch.ones(1, 8, dtype=int)}
+    elm.encoder.requires_grad_(False)
+    _, gradients = train_step(model, text)
+    assert ran == ["connector"]
+    of_connector = {name: gradient for name, gradient in gradients.items() if name.startswith("model.connector.")}
+    assert of_connector
+    assert not any(gradient is None or gradient.any() for gradient in of_connector.values())
+    elm.connector.requires_grad_(False)
+    train_step(model, text)
+    assert ran == ["connector"]
+    with torch.no_grad():
+        model.eval()(**text)
+    assert ran == ["connector"]
+    monkeypatch.setattr(modeling_elm, "is_deepspeed_zero3_enabled", lambda: True)
+    train_step(model.train(), text)
+    assert ran == ["connector", "encoder", "connector"]

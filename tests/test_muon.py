@@ -100,9 +100,12 @@ def test_a_run(llm, data, tmp_path, monkeypatch):
     [
         (
             ["--update", "connector"],
-            "--optim muon is for the matrices of the language model, which --update leaves out",
+            "--optim muon with --update connector: Muon is for the language model's own matrices",
         ),
-        (["--peft"], "which --use_peft trains small matrices beside"),
+        (
+            ["--peft"],
+            "--optim muon with --use_peft: Muon is for the language model's own matrices, which are not trained then",
+        ),
         (["--optim_args", "lr"], "'lr' is none of its options"),
         (
             ["--optim_args", "beta=1"],

@@ -4,7 +4,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import load_from_disk
+from safetensors.torch import load_file
 
 from elm_ecg.training import sft
 from elm_ecg.training.resume import OPTIONS_FILE, RunOptions, checkpoint_to_resume, fault_of, fingerprint
@@ -110,6 +112,34 @@ def test_what_may_differ_is_said_and_the_run_is_the_same(straight, stopped, llm,
     assert counts[0] == counts[1]
     assert sorted(counts[0]) == counts[0]
     assert RunOptions.read(stopped).started == RunOptions.read(straight).started  # it is the same run
+
+
+@pytest.mark.parametrize("option", ["packing", "group_by_length", "chat_template_path"])
+def test_what_makes_the_batches_goes_on(option, llm, tmp_path):
+    """In the middle of the second epoch, of chats with an ECG and without."""
+    data = save_tiny_data(tmp_path / "data", without_ecg=3, train=14)
+    template = shutil.copy(ROOT / "training" / "templates" / "default.jinja", tmp_path)
+    options = {
+        "packing": ["--packing", "--max_length", "500"],
+        "group_by_length": ["--train_sampling_strategy", "group_by_length"],
+        "chat_template_path": ["--chat_template_path", str(template)],
+    }[option]
+    options += ["--max_steps", "7", "--save_strategy", "steps", "--save_steps", "6"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    sft.main(tiny_sft(llm, data, whole, *options))
+    shutil.copytree(whole / "checkpoint-6", parts / "checkpoint-6")
+    sft.main(tiny_sft(llm, data, parts, *options, *LAST))
+    assert len(losses(whole)) == 7
+    assert losses(parts) == losses(whole)
+    weights = [load_file(folder / "model.safetensors") for folder in (whole, parts)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    if option == "packing":  # which may differ
+        return
+    without = options[2:]
+    with pytest.raises(
+        ValueError, match=rf"the run was begun with --{options[0][2:]} .*{re.escape(options[1])} \(now "
+    ):
+        sft.main(tiny_sft(llm, data, parts, *without, *LAST))
 
 
 def test_other_data(stopped, llm, tmp_path):

@@ -564,9 +564,8 @@ for folder in {list(map(str, image_elms.values()))}:
         inputs = here["inputs_of"](processor, chats)
         assert together == alone == here["answers"](model.eval(), inputs), name
         np.testing.assert_allclose(seen, here["features"](model, inputs), atol=1e-5, err_msg=name)
-        np.testing.assert_allclose(
-            seen[3:], seen[:2], atol=1e-5, err_msg=name
-        )  # the last chat's are those of two others
+        # the last chat's are those of two others
+        np.testing.assert_allclose(seen[3:], seen[:2], atol=1e-5, err_msg=name)
         assert np.abs(np.subtract(seen[0], seen[1])).max() > 1e-4, name
 
 
@@ -705,6 +704,23 @@ def parquet(data, tmp_path_factory) -> Path:
 
 def streamed(llm: Path, parquet: Path, folder: Path, *options: str) -> list[str]:
     return tiny_sft(llm, parquet, folder, "--streaming", "--shuffle_buffer", "10", *options)
+
+
+def test_a_stream_of_json_lines_without_some_ecgs(llm, mixed_data, tmp_path):
+    """The first ones, which show no type; it is trained on as the same rows of Parquet are."""
+    rows = load_from_disk(mixed_data)["train"].with_format(None)
+    order = sorted(range(len(rows)), key=lambda row: rows[row]["ecg"] is not None)
+    rows = rows.select(order)
+    assert [row["ecg"] is None for row in rows][:: len(rows) - 1] == [True, False]
+    folders = [tmp_path / "parquet", tmp_path / "lines"]
+    for folder in folders:
+        folder.mkdir()
+    rows.to_parquet(folders[0] / "train.parquet")
+    (folders[1] / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for folder in folders:
+        sft.main(streamed(llm, folder, folder / "run", "--max_steps", "4"))
+    assert len(losses(folders[0] / "run")) == 4
+    assert losses(folders[1] / "run") == losses(folders[0] / "run")
 
 
 @pytest.mark.slow

@@ -663,14 +663,8 @@ def test_augmentation_arguments(elm, data):
 
 
 def test_options_of_training(elm, data):
-    shown = {
-        "update",
-        "streaming",
-        "shuffle_buffer",
-        "wandb",
-        "distributed",
-        "cache_features",
-    }  # that one: test_features.py
+    # those of features are in test_features.py
+    shown = {"update", "streaming", "shuffle_buffer", "wandb", "distributed", "cache_features"}
     assert shown == names_of(ELMArguments) - names_of(DataArguments, ModelArguments, AugmentationArguments)
     freeze(elm[0], ["connector"])
     assert {name for name, parameter in elm[0].named_parameters() if parameter.requires_grad} == {

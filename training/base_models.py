@@ -1,4 +1,8 @@
-"""The base of a LoRA adapter: a new ELM of pretrained parts, written once and shared by all runs that adapt the same."""
+"""The base of a LoRA adapter: a new ELM of pretrained parts, written once and shared by all runs that adapt the same.
+
+Where it is gone, `load_elm` makes it again. transformers and PEFT cannot: they look for the base before they read any code of the
+adapter's folder, so the adapter's card tells it.
+"""
 
 import hashlib
 import json
@@ -98,9 +102,8 @@ def find_base(recipe: dict[str, Any], processor: ELMProcessor) -> Path:
         unfinished = folder.with_suffix(UNFINISHED)
         shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
         try:
-            with torch.random.fork_rng(
-                devices=[]
-            ):  # what is random in it is read by nobody, and the same for all seeds
+            # what is random in it is read by nobody, and the same for all seeds
+            with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(0)
                 model = _build(recipe, processor)
             model.save_pretrained(unfinished, max_shard_size=SHARD_SIZE)

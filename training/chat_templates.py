@@ -114,10 +114,7 @@ def learnable(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, s
 
 def _without_early_marks(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     """The template without marks that begin before the prompt of an answer ends, as in SmolLM3's: no model writes that part."""
-    writer = ChatTemplate(template, tokenizer, ELMProcessor.ecg_token)
-    chat = writer.with_texts([QUESTION, ANSWER])
-    prompt = writer.render(chat[:1], add_generation_prompt=True)
-    if not writer.marks_answers or writer.answer_spans(chat)[0][0] >= len(prompt):
+    if not ChatTemplate(template, tokenizer, ELMProcessor.ecg_token).marked_prompt:
         return template
     # a block that does nothing takes as much white space away
     unmarked = MARKS.sub(lambda mark: f"{{%{mark[1]} {'endif' if mark[2] else 'if true'} {mark[3]}%}}", template)

@@ -142,9 +142,8 @@ def check_output_folder(path: Path, new: bool = False) -> None:
         if new and path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ValueError(f"--output_dir {path} is there and not empty; name another, or remove it.")
         nearest = next(parent for parent in (path, *path.parents) if parent.exists())
-        tempfile.TemporaryFile(
-            dir=nearest
-        ).close()  # asks the disk itself: permissions do not tell that it is read-only
+        # asks the disk itself: permissions do not tell that it is read-only
+        tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:
         raise ValueError(f"--output_dir {path} cannot be written: {error.strerror}. Name another.") from error
 

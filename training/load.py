@@ -98,9 +98,8 @@ def _load_adapted(folder: Path, label: str, **model_kwargs: Any) -> ELMForCondit
     with loading(folder, label), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
         warnings.filterwarnings("ignore", "All adapters are already merged")
-        warnings.filterwarnings(
-            "ignore", "(?s).*copying from a non-meta parameter"
-        )  # on the meta device, where none is copied
+        # on the meta device none is copied
+        warnings.filterwarnings("ignore", "(?s).*copying from a non-meta parameter")
         weights = folder / "adapter_model.safetensors"
         if not weights.is_file():
             raise ValueError(f"it has no {weights.name}, the weights of the adapter.")

@@ -1,6 +1,8 @@
 """Which parts of an ELM are trained, in full or by LoRA."""
 
 import re
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -70,9 +72,8 @@ def lora_config(args: ELMArguments, model_args: ModelConfig, model: ELMForCondit
     modules, parameters = ([name for name, _ in pairs] for pairs in (model.named_modules(), model.named_parameters()))
     # of one name TRL makes a text, which PEFT takes for a regex of whole names
     targets: str | list[str] | None = model_args.lora_target_modules
-    if targets in (None, "all-linear"):  # Conv1D is the linear layer of GPT-2
-        layers = model.model.language_model.named_modules()
-        targets = sorted({name.rsplit(".", 1)[-1] for name, layer in layers if isinstance(layer, nn.Linear | Conv1D)})
+    if targets in (None, "all-linear"):
+        targets = linear_layers(model.model.language_model)
     elif isinstance(targets, str) and not any(re.fullmatch(targets, name) for name in modules):
         targets = [targets]
     if isinstance(targets, list):  # a regex: the encoder may have such names too
@@ -95,9 +96,8 @@ def lora_config(args: ELMArguments, model_args: ModelConfig, model: ELMForCondit
             "leave encoder out of --update, or take --image_features patches."
         )
     whole = [name for name in modules if any(name.startswith(f"{part}.") for part in parts)]
-    if adapted := [
-        name for name in whole if isinstance(targets, str) and re.fullmatch(targets, name)
-    ]:  # PEFT skips them
+    # PEFT skips them
+    if adapted := [name for name in whole if isinstance(targets, str) and re.fullmatch(targets, name)]:
         part = adapted[0].split(".")[1]
         raise ValueError(
             f"--lora_target_modules {targets} names {adapted[0]}, of the {part}, which the adapter holds whole, as it is new or trained "
@@ -111,7 +111,44 @@ def lora_config(args: ELMArguments, model_args: ModelConfig, model: ELMForCondit
     }
     config = get_peft_config(replace(model_args, **changes))
     assert isinstance(config, LoraConfig)
+    layers = {name: layer for name, layer in _linear(model) if isinstance(targets, str) and re.fullmatch(targets, name)}
+    _check_not_shared(layers, model.model.language_model)
+    # PEFT finds it out too, and warns
+    config.fan_in_fan_out = any(isinstance(layer, Conv1D) for layer in layers.values())
     return config
+
+
+def linear_layers(language_model: nn.Module) -> str:
+    """A regular expression of the names in an ELM of all linear layers of its language model, for `target_modules` of LoRA.
+
+    It has the ends of their names, and of a layer that is a number in a list, the name of that list.
+    """
+    ends = set()
+    for name, _ in _linear(language_model):
+        parts = name.split(".")
+        first = max(place for place, part in enumerate(parts) if not part.isdigit())
+        ends.add(r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in parts[first:]))
+    return rf".*language_model\..*\.({'|'.join(sorted(ends))})"
+
+
+def _linear(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Names and modules of linear layers; Conv1D is that of GPT-2."""
+    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D))
+
+
+def _check_not_shared(layers: dict[str, Any], language_model: nn.Module) -> None:
+    """ValueError if two of the layers have one weight, as in Zamba2: an adapter of each could not be merged into it."""
+    first: dict[nn.Parameter, str] = {}
+    for name, layer in layers.items():
+        if (other := first.setdefault(layer.weight, name)) != name:
+            uses = Counter(layer.weight for _, layer in _linear(language_model))
+            own = sorted(
+                {name.rpartition(".")[2] for name, layer in _linear(language_model) if uses[layer.weight] == 1}
+            )
+            raise ValueError(
+                f"--use_peft: {other} and {name} of this language model share their weight, into which an adapter of each cannot be "
+                f"merged. Name other layers: --lora_target_modules {' '.join(own)}."
+            )
 
 
 def adapt_quantized(model: ELMForConditionalGeneration, config: LoraConfig, bits: int) -> PeftModel:

@@ -162,6 +162,10 @@ def _check(training_args: SFTConfig, model_args: ModelConfig) -> None:
         ) from error
     if training_args.activation_offloading and training_args.device.type == "cpu":
         raise ValueError("--activation_offloading takes memory from a GPU, and there is none; leave it out.")
+    if model_args.attn_implementation == "flex_attention" and training_args.device.type == "cpu":
+        raise ValueError(
+            "--attn_implementation flex_attention needs a GPU: PyTorch has no gradients of it on a CPU. Leave it out, or take sdpa."
+        )
     if model_args.load_in_4bit or model_args.load_in_8bit:
         _check_quantization(training_args, model_args)
     if model_args.lora_target_parameters and model_args.lora_dropout:
@@ -175,9 +179,10 @@ def _check_muon(args: ELMArguments, training_args: SFTConfig, model_args: ModelC
     """Refuses (ValueError) `--optim muon` where there is nothing for it."""
     muon_options(training_args.optim_args)
     if "llm" not in args.update or model_args.use_peft:
-        trained = "--use_peft trains small matrices beside those" if model_args.use_peft else "--update leaves out"
+        option = "--use_peft" if model_args.use_peft else f"--update {' '.join(args.update)}"
         raise ValueError(
-            f"--optim {MUON} is for the matrices of the language model, which {trained}; leave --optim out, or train them in full."
+            f"--optim {MUON} with {option}: Muon is for the language model's own matrices, which are not trained then; leave one of the "
+            "two options out."
         )
 
 
@@ -356,6 +361,20 @@ def keep_features(where: str, model: ELMForConditionalGeneration) -> EncoderFeat
     return EncoderFeatures(model.model, FOLDER if where == "disk" else None)
 
 
+def _check_adapter_folder(folder: Path, base: str | None, goes_on: bool) -> None:
+    """ValueError if `folder` has an adapter that a new one would replace, or is the `base` on which the new one is to be loaded."""
+    if base is not None and Path(base).resolve() == folder.resolve():
+        raise ValueError(
+            f"--output_dir {folder} is that of --model_name_or_path, the base of the new adapter, which would be replaced by it; name "
+            "another --output_dir."
+        )
+    if not goes_on and (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"--output_dir {folder} holds a finished adapter, which would be replaced; name another, remove that folder, or go on "
+            "from its last checkpoint with --resume_from_checkpoint last."
+        )
+
+
 def train(args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
     """Trains an ELM and saves it, its processor and its card to `output_dir`."""
     check_output_folder(Path(str(training_args.output_dir)))
@@ -366,6 +385,10 @@ def train(args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig)
     torch.manual_seed(training_args.seed)  # of the new weights; the trainer seeds again
     options = RunOptions.of(args, training_args, model_args)
     checkpoint = checkpoint_to_resume(training_args)
+    if model_args.use_peft:
+        _check_adapter_folder(
+            Path(str(training_args.output_dir)), model_args.model_name_or_path, checkpoint is not None
+        )
     if checkpoint is not None:  # before the data are read and the model is built, which take long
         options.go_on(checkpoint)
     splits = load_splits(args, training_args)

@@ -252,9 +252,8 @@ class ELMTrainer(SFTTrainer):
             for name, tensor in chain(self.model.named_parameters(), buffers)
             if tensor.is_floating_point() and not _local(tensor).isfinite().all()
         )
-        names = gather_object(
-            [next(broken, None)]
-        )  # of a sharded model each process sees a part; all stop where one does
+        # of a sharded model each process sees a part; all stop where one does
+        names = gather_object([next(broken, None)])
         if name := next(filter(None, names), None):
             raise ValueError(
                 f"The model is not saved: after step {self.state.global_step} {name} has values that are no numbers (NaN or "

@@ -252,11 +252,12 @@ def build_demo(page: Page, name: str, questions: Sequence[str] = QUESTIONS) -> A
 
         chats, private = [turns, chatbot, compared, chatbot_zeroed], {"api_visibility": "private"}
         upload = {"fn": page.upload, "inputs": [files, *described], "outputs": [ecgs, pictures]}
-        for event, other in (  # what visitors do: `change` would also fire where the other choice is emptied
+        # another ECG empties the other choice of a record, and the chats; `change` would fire for that too, not for visitors alone
+        for event, other in (
             (gr.on([files.upload, files.delete, files.clear], **upload, api_name="upload"), picked),
             (again.click(**upload, **private), picked),
             (picked.input(page.pick, picked, [ecgs, pictures], api_name="pick"), files),
-        ):  # another ECG empties the other choice of a record, and the chats
+        ):
             event.then(lambda: [None, [], [], [], []], None, [other, *chats], **private)
         answering = gr.on(
             [send.click, question.submit],
