@@ -16,7 +16,8 @@ from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord
 from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.data import build as data_build
 from elm_ecg.training.data.build import build_dataset
-from elm_ecg.training.data.sources import QuestionRow, Records
+from elm_ecg.training.data.questions import QuestionRow
+from elm_ecg.training.data.sources import Records
 from elm_ecg.training.dataset_commands import main
 from elm_ecg.training.files import _locked
 from forks import Fork

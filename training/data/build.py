@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
-from fnmatch import fnmatchcase
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,17 +23,12 @@ from tqdm import tqdm
 from elm_ecg.ecg_utils import ZERO_CROSSINGS, as_record, cut_windows, resample, window_starts
 from elm_ecg.training.command_line import did_you_mean
 from elm_ecg.training.data.arguments import KEPT_COLUMNS, BuildArguments, in_python
+from elm_ecg.training.data.labels import label_questions, read_labels, superclass_questions
+from elm_ecg.training.data.questions import QuestionRow, choose_questions, count_absent, read_questions
 from elm_ecg.training.data.schema import ECG, MESSAGES, as_list, counted
-from elm_ecg.training.data.sources import (
-    PTBXL_TABLE,
-    QuestionRow,
-    Records,
-    find_records,
-    read_metadata,
-    read_questions,
-    superclass_questions,
-)
+from elm_ecg.training.data.sources import PTBXL_TABLE, Records, find_records, read_metadata
 from elm_ecg.training.data.splits import Metadata, default_split, split_questions, with_patients, without_patients
+from elm_ecg.training.data.tables import demand, table_rows
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -53,9 +48,9 @@ def build_dataset(
     Args:
         records: a folder of ECG files, an `.npz` archive, PTB-XL's own folder, or a mapping of id -> record in any form that
             `as_record` takes (an `ECGRecord`, an array [leads, samples], a dict, the path of a file).
-        questions: a CSV, JSON or JSON Lines file, a folder of these, or a list of such paths and of dicts with `record`,
-            `question` and `answer` (or `messages`), and where known `patient_id` and `split`. None is for PTB-XL's own folder:
-            its five diagnostic superclasses.
+        questions: a CSV, Excel, Parquet, JSON or JSON Lines file, a folder of these, or a list of such paths and of dicts with
+            `record`, `question` and `answer` (or `messages`), and where known `patient_id` and `split`. None is for PTB-XL's own
+            folder, its five diagnostic superclasses, and for questions that `make_questions` makes of labels.
         options: the arguments of `BuildArguments`, as the options of `elm data build`: `split_by`, `resample`, `window`, ...
 
     Returns:
@@ -195,26 +190,42 @@ def make_plan(
     if options.metadata_columns and not tables:
         raise ValueError("--metadata_columns are those of a table about the records; name it with --metadata.")
     records = find_records(source, options.resample)  # PTB-XL has files of 100 and of 500 Hz
+    # columns of --columns may be those of the questions or of the user's own table
+    own_table = [] if options.metadata is None else table_rows(options.metadata, options.names, options.names)
+    found = {name for name in options.names if own_table and name in own_table[0]}
     left_out: dict[str, int] = {}
+    rows: list[Iterable[QuestionRow]] = []
     if questions is not None:
-        rows: Iterable[QuestionRow] = read_questions(questions, options.sort_answers, options.names)
-    elif table is not None and is_ptbxl:
-        rows, left_out["records of no diagnostic superclass"] = superclass_questions(table.parent)
-    else:
+        rows.append(read_questions(questions, options.sort_answers, options.names, found))
+    elif missing := {ours: theirs for ours, theirs in options.names.items() if ours not in found}:
+        demand(missing.values(), own_table[0] if own_table else {}, "The table of --metadata")
+    if options.make_questions:
+        labels = read_labels(read_metadata(own_table, records, options.label_columns), options.label_columns)
+        about = {record: labels.get(record, {}) for record in records.locations}
+        made, of_labels = label_questions(about, options.make_questions, options.seed, options.min_records)
+        rows.append(made)
+        left_out |= of_labels
+    elif table is not None and is_ptbxl and not rows:
+        made, left_out["records of no diagnostic superclass"] = superclass_questions(table.parent)
+        rows.append(made)
+    if not rows:
         raise ValueError(
-            "There are no questions about the records: name a file with --questions. Only PTB-XL's own folder needs none."
+            "There are no questions about the records: name a file with --questions, or let --make_questions make them of labels. "
+            "Only PTB-XL's own folder needs none."
         )
-    chosen, absent = choose_questions(rows, records, options.question_types)
+    chosen, absent = choose_questions(chain.from_iterable(rows), records, options.question_types)
     kept = {*KEPT_COLUMNS, *options.names}
     not_kept = [
         name for name in dict.fromkeys(name for question in chosen for name in question.columns) if name not in kept
     ]
     chosen = [replace(q, columns={name: q.columns[name] for name in q.columns if name in kept}) for q in chosen]
-    left_out["questions whose records are not there"] = len(absent)
+    left_out |= count_absent(absent)
     metadata: dict[str, dict[str, Any]] = defaultdict(dict)
     for path in tables:
         # --metadata_columns are of the last table: the user's own, or PTB-XL's where there is no other
-        for record, row in read_metadata(path, records, options.metadata_columns if path is tables[-1] else ()).items():
+        is_own = path is options.metadata
+        columns = options.metadata_columns if path is tables[-1] else ()
+        for record, row in read_metadata(own_table if is_own else path, records, columns).items():
             metadata[record] |= row  # later tables win
     chosen = with_patients(chosen, metadata)
     split_by = options.split_by or default_split(chosen, metadata)
@@ -232,41 +243,6 @@ def make_plan(
     schema = make_schema(remaining, metadata, several, options.window is not None)
     left_out = {name: number for name, number in left_out.items() if number}
     return Plan(options, records, parts, metadata, schema, split_by, left_out, absent, too_few, not_kept)
-
-
-def choose_questions(
-    questions: Iterable[QuestionRow], records: Records, question_types: Sequence[str] | None = None
-) -> tuple[list[QuestionRow], list[str]]:
-    """The questions whose records exist, with the ids of these; and for each other question the name of a missing record.
-
-    Args:
-        question_types: patterns of the `question_type` that are kept; None for all.
-
-    Raises:
-        ValueError: no question is left, or a name means several records.
-    """
-    if question_types is not None:
-        by_type = defaultdict(list)
-        for question in questions:
-            by_type[str(question.columns.get("question_type"))].append(question)  # "None" where it has none
-        types = [name for name in by_type if any(fnmatchcase(name, pattern) for pattern in question_types)]
-        if not types:
-            raise ValueError(f"--question_types {' '.join(question_types)} fits none of {', '.join(sorted(by_type))}.")
-        questions = [question for name in types for question in by_type[name]]
-    chosen, absent = [], []
-    for question in questions:
-        ids = [records.find(name) for name in question.records]
-        if None in ids:
-            absent.append(question.records[ids.index(None)])
-        else:
-            chosen.append(replace(question, records=tuple(map(str, ids))))
-    if not chosen:
-        raise ValueError(
-            f"None of the {len(absent)} questions is about one of the {len(records.locations)} records: the questions name "
-            f"{', '.join(absent[:3])}, and the records are {', '.join(list(records.locations)[:3])}... Records are named by their "
-            "path in the folder, with or without suffix, or by their id in the archive."
-        )
-    return chosen, absent
 
 
 def join_questions(questions: list[QuestionRow]) -> list[QuestionRow]:
