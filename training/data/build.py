@@ -200,7 +200,9 @@ def make_plan(
     elif missing := {ours: theirs for ours, theirs in options.names.items() if ours not in found}:
         demand(missing.values(), own_table[0] if own_table else {}, "The table of --metadata")
     if options.make_questions:
-        labels = read_labels(read_metadata(own_table, records, options.label_columns), options.label_columns)
+        labels: dict[str, dict[str, Any]] = {}
+        if options.label_columns:
+            labels |= read_labels(read_metadata(own_table, records, options.label_columns), options.label_columns)
         about = {record: labels.get(record, {}) for record in records.locations}
         made, of_labels = label_questions(about, options.make_questions, options.seed, options.min_records)
         rows.append(made)

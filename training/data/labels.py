@@ -111,12 +111,11 @@ def _is_empty(cell: Any) -> bool:
 
 
 def _names(cell: Any, separator: str) -> list[str]:
-    parts = (
-        listed_cell(cell) if isinstance(cell, list | tuple) or str(cell).startswith("[") else str(cell).split(separator)
-    )
-    if parts == [[]]:  # an empty list
-        return []
-    return [identifier(part) for part in parts if str(part).strip()]
+    if isinstance(cell, list | tuple):
+        parts = list(cell)
+    else:
+        parts = listed_cell(cell) if str(cell).startswith("[") else str(cell).split(separator)
+    return [identifier(part) for part in parts if part != [] and str(part).strip()]  # `listed_cell` gives [[]] for "[]"
 
 
 def label_questions(
@@ -146,7 +145,7 @@ def label_questions(
         The questions, with `question_type` and `attribute`, the list of labels asked about; and what was left out -> how many.
 
     Raises:
-        ValueError: no record has labels, or there is nothing to ask.
+        ValueError: no record has labels, or there is nothing to ask of a kind.
     """
     labels = {
         record: _tidied(about[record]["labels"]) for record in sorted(about) if about[record].get("labels") is not None
@@ -172,10 +171,12 @@ def label_questions(
         "records without labels": len(about) - len(labels),
         f"labels of fewer than {min_records} records (--min_records)": len(counts) - len(asked),
     }
-    if not rows:
+    there = {row.columns["question_type"] for row in rows}
+    if absent := [kind for kind in wanted if f"single-{kind}" not in there]:
         raise ValueError(
-            f"--make_questions {' '.join(wanted)}: there is nothing to ask about {len(asked)} of {len(counts)} labels, which at least "
-            f"{min_records} of {len(labels):,} records have (--min_records). Each needs records without it, too."
+            f"--make_questions {' '.join(absent)}: there is nothing to ask about {len(asked)} of {len(counts)} labels, which at least "
+            f"{min_records} of {len(labels):,} records have (--min_records). verify needs records with and without a label, choose two "
+            "labels that are not always together."
         )
     return rows, left_out
 
