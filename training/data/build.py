@@ -22,13 +22,13 @@ from tqdm import tqdm
 
 from elm_ecg.ecg_utils import ZERO_CROSSINGS, as_record, cut_windows, resample, window_starts
 from elm_ecg.training.command_line import did_you_mean
-from elm_ecg.training.data.arguments import KEPT_COLUMNS, BuildArguments, in_python
+from elm_ecg.training.data.arguments import KEPT_COLUMNS, METADATA_COLUMNS, BuildArguments, in_python
 from elm_ecg.training.data.labels import label_questions, read_labels, superclass_questions
 from elm_ecg.training.data.questions import QuestionRow, choose_questions, count_absent, read_questions
 from elm_ecg.training.data.schema import ECG, MESSAGES, as_list, counted
 from elm_ecg.training.data.sources import PTBXL_TABLE, Records, find_records, read_metadata
 from elm_ecg.training.data.splits import Metadata, default_split, split_questions, with_patients, without_patients
-from elm_ecg.training.data.tables import demand, table_rows
+from elm_ecg.training.data.tables import RECORD_COLUMNS, demand, table_rows
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -190,9 +190,9 @@ def make_plan(
     if options.metadata_columns and not tables:
         raise ValueError("--metadata_columns are those of a table about the records; name it with --metadata.")
     records = find_records(source, options.resample)  # PTB-XL has files of 100 and of 500 Hz
-    # columns of --columns may be those of the questions or of the user's own table
-    own_table = [] if options.metadata is None else table_rows(options.metadata, options.names, options.names)
-    found = {name for name in options.names if own_table and name in own_table[0]}
+    own_table, found = ([], set()) if options.metadata is None else table_rows(options.metadata, options.names)
+    # --columns may be of that table alone, where it makes something of them
+    found &= {*METADATA_COLUMNS, *RECORD_COLUMNS, *options.metadata_columns, *options.label_columns}
     left_out: dict[str, int] = {}
     rows: list[Iterable[QuestionRow]] = []
     if questions is not None:
@@ -220,7 +220,8 @@ def make_plan(
     not_kept = [
         name for name in dict.fromkeys(name for question in chosen for name in question.columns) if name not in kept
     ]
-    chosen = [replace(q, columns={name: q.columns[name] for name in q.columns if name in kept}) for q in chosen]
+    if not_kept:
+        chosen = [replace(q, columns={name: q.columns[name] for name in q.columns if name in kept}) for q in chosen]
     left_out |= count_absent(absent)
     metadata: dict[str, dict[str, Any]] = defaultdict(dict)
     for path in tables:

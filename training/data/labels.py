@@ -166,7 +166,9 @@ def label_questions(
         rng = np.random.default_rng([seed, number])
         maker = _Maker({record: labels[record] for record in splits[split]}, asked, rng)
         made = [row for kind in wanted for row in getattr(maker, kind)()]
-        rows += [made[index] for index in rng.permutation(len(made))]  # the questions about a record in any order
+        rows += [
+            made[index] for index in rng.permutation(len(made)).tolist()
+        ]  # the questions about a record in any order
     left_out = {
         "records without labels": len(about) - len(labels),
         f"labels of fewer than {min_records} records (--min_records)": len(counts) - len(asked),
@@ -207,7 +209,7 @@ class _Maker:
 
     def verify(self) -> Iterator[QuestionRow]:
         for label, having in zip(self.asked, self.having, strict=True):
-            lacking = self._others(having)
+            lacking = np.delete(np.arange(len(self.records)), having)
             number = min(len(having), len(lacking))
             columns = {"question_type": "single-verify", "attribute": [label]}
             wordings = [wording.format(label=label) for wording in WORDINGS["verify"]]
@@ -218,25 +220,27 @@ class _Maker:
         pairs = self._pairs()
         limit = math.ceil(len(self.records) / (4 * len(pairs))) if pairs else 0  # four answers
         for one, other in pairs:
-            first, second = self.having[one], self.having[other]
-            only_first = np.setdiff1d(first, second, assume_unique=True)
-            only_second = np.setdiff1d(second, first, assume_unique=True)
-            neither = self._others(np.union1d(first, second))
+            shown = np.zeros(len(self.records), dtype=np.int8)  # of each record: 1 for the one label, 2 for the other
+            shown[self.having[one]] += 1
+            shown[self.having[other]] += 2
+            neither, only_first, only_second, both = (np.flatnonzero(shown == value) for value in range(4))
             number = min(limit, len(only_first), len(only_second), len(neither) or limit)
             a, b = self.asked[one], self.asked[other]
             columns = {"question_type": "single-choose", "attribute": [a, b]}
             # each label stands first as often as second
             orders = [dict(zip("ab", order, strict=True)) for order in ((a, b), (b, a))]
             wordings = [wording.format(**order) for wording, order in product(WORDINGS["choose"], orders)]
-            both = np.intersect1d(first, second, assume_unique=True)
             answers = ((only_first, a), (only_second, b), (both, f"{a}{SEPARATOR}{b}"), (neither, NONE))
             for among, answer in answers:
                 yield from self._ask(self._draw(among, min(number, len(among))), wordings, answer, columns)
 
     def query(self) -> Iterator[QuestionRow]:
         columns = {"question_type": "single-query", "attribute": None}
+        by_answer = defaultdict(list)
         for index, of_record in enumerate(self.labels.values()):
-            yield from self._ask([index], WORDINGS["query"], SEPARATOR.join(of_record) or NONE, columns)
+            by_answer[SEPARATOR.join(of_record) or NONE].append(index)
+        for answer, indices in by_answer.items():
+            yield from self._ask(indices, WORDINGS["query"], answer, columns)
 
     def _pairs(self) -> list[tuple[int, int]]:
         """Pairs of labels, each label with equally many others: in a random circle, those at most `PARTNERS` / 2 away."""
@@ -248,18 +252,13 @@ class _Maker:
         }
         return sorted(pairs)  # type: ignore[arg-type]
 
-    def _others(self, indices: np.ndarray) -> np.ndarray:
-        are_others = np.ones(len(self.records), dtype=bool)
-        are_others[indices] = False
-        return np.flatnonzero(are_others)
-
-    def _draw(self, among: np.ndarray, number: int) -> np.ndarray:
-        return self.rng.choice(among, number, replace=False, shuffle=False)
+    def _draw(self, among: np.ndarray, number: int) -> list[int]:
+        return self.rng.choice(among, number, replace=False, shuffle=False).tolist()
 
     def _ask(
-        self, indices: Sequence[int] | np.ndarray, wordings: Sequence[str], answer: str, columns: Mapping[str, Any]
+        self, indices: Sequence[int], wordings: Sequence[str], answer: str, columns: Mapping[str, Any]
     ) -> Iterator[QuestionRow]:
         said = {"role": "assistant", "content": answer}
         chats = [[{"role": "user", "content": wording}, said] for wording in wordings]
-        for index, wording in zip(indices, self.rng.integers(len(wordings), size=len(indices)), strict=True):
+        for index, wording in zip(indices, self.rng.integers(len(wordings), size=len(indices)).tolist(), strict=True):
             yield QuestionRow(self.records[index], chats[wording], columns=columns)

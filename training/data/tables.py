@@ -73,9 +73,7 @@ def iter_table(
     """
     names = names or {}
     rows = _rows(path, names)
-    first = next(rows, None)
-    if first is None:
-        raise ValueError(f"Cannot read {path}: it has no rows.")
+    first = next(rows)
     demand((theirs for ours, theirs in names.items() if ours not in elsewhere), first, str(path))
     first = renamed(first, names)
     demand(columns, first, str(path))
@@ -84,17 +82,12 @@ def iter_table(
 
 
 def table_rows(
-    table: str | Path | Iterable[Mapping[str, Any]],
-    names: Mapping[str, str] | None = None,
-    elsewhere: Collection[str] = (),
-) -> list[dict[str, Any]]:
-    """The rows of a file as of `iter_table`, or of a list of them, under our names; arguments and errors as there."""
-    if isinstance(table, str | Path):
-        return read_table(Path(table), (), names, elsewhere)
-    rows = list(table)
-    if rows:
-        demand((theirs for ours, theirs in (names or {}).items() if ours not in elsewhere), rows[0], "The metadata")
-    return [renamed(row, names or {}) for row in rows]
+    table: str | Path | Iterable[Mapping[str, Any]], names: Mapping[str, str]
+) -> tuple[list[dict[str, Any]], set[str]]:
+    """The rows of a file as of `iter_table`, or of a list of them, under our names; and those of `names` that it has by theirs."""
+    rows = list(_rows(Path(table), names) if isinstance(table, str | Path) else table)
+    found = {ours for ours, theirs in names.items() if rows and theirs in rows[0]}
+    return [renamed(row, names) for row in rows], found
 
 
 def table_file(path: str | Path) -> tuple[Path, str | None]:
@@ -114,10 +107,14 @@ def _rows(path: Path, names: Mapping[str, str]) -> Iterator[dict[str, Any]]:
             content = _parquet(file)
         else:
             content = _text_rows(file, names)
+        is_empty = True
         for row in content:
             if not isinstance(row, dict):
                 raise ValueError("it has rows other than objects")
+            is_empty = False
             yield row
+        if is_empty:
+            raise ValueError("it has no rows")
     except (ValueError, RecursionError, csv.Error) as error:
         raise ValueError(
             f"Cannot read {path}: {error}. Expected CSV with a header ({', '.join(TEXT_TABLES)}), Excel ({WORKBOOKS[0]}), Parquet, "
@@ -149,6 +146,8 @@ def renamed(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     Args:
         names: our name of a column -> its name in the row; those that the row lacks stay away.
     """
+    if not names:
+        return dict(row)
     ours = {name: value_of(row, theirs) for name, theirs in names.items() if theirs in row or "." in theirs}
     taken = {*ours, *(names[name] for name in ours)}
     return {name: value for name, value in row.items() if name not in taken} | ours
@@ -247,7 +246,7 @@ def _parquet(file: Path) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(file) as table:
+        with file.open("rb") as binary, pq.ParquetFile(binary) as table:
             leaves = [table.schema.column(number) for number in range(len(table.schema))]
             # bytes are pictures, beside the path that names the record
             kept = [
@@ -255,7 +254,7 @@ def _parquet(file: Path) -> Iterator[dict[str, Any]]:
             ]
             for batch in table.iter_batches(BATCH, columns=kept):
                 yield from ({name: _plain(value) for name, value in row.items()} for row in batch.to_pylist())
-    except (pa.ArrowException, OSError) as error:
+    except pa.ArrowException as error:
         raise ValueError(f"it is no Parquet file, or damaged ({error})") from error
 
 
