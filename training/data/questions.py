@@ -144,6 +144,8 @@ def _question(row: Mapping[str, Any], split: str | None, sort_answers: bool) -> 
 
 def _records_of(row: Mapping[str, Any]) -> tuple[str, ...]:
     for name in RECORD_COLUMNS:
+        if value_of(row, name) is None:
+            continue
         parts = [part.get("path") if isinstance(part, Mapping) else part for part in listed_cell(value_of(row, name))]
         if all(isinstance(part, str | int | float) and str(part).strip() for part in parts):  # no arrays or bytes
             return tuple(map(identifier, parts))
@@ -198,7 +200,9 @@ def _turn(turn: Any, has_image: bool) -> dict[str, str]:
             f"{turn!r} is no turn; expected a role ({', '.join(ROLE_NAMES)}) and its content, or these in 'from' and 'value'."
         )
     content = turn.get("content", turn.get("value"))
-    text = "" if content is None else PLACEHOLDER.sub("", str(content)).strip()
+    # patterns take their time on long texts, of which most have nothing to be replaced
+    text = "" if content is None else str(content)
+    text = PLACEHOLDER.sub("", text).strip() if "<" in text else text.strip()
     # numbers may be answers, JSON's true and false not; of what the user says, the ECG alone may be left
     if (
         isinstance(content, bool)
@@ -206,7 +210,9 @@ def _turn(turn: Any, has_image: bool) -> dict[str, str]:
         or not (text or (role == "user" and str(content).strip()))
     ):
         raise ValueError(f"What the {said} says is {content!r}; expected a text.")
-    return {"role": role, "content": _IMAGE.sub(r"ECG\1", text) if has_image else text}
+    if has_image and "image" in text.lower():
+        text = _IMAGE.sub(r"ECG\1", text)
+    return {"role": role, "content": text}
 
 
 def candidates(name: str) -> list[str]:
