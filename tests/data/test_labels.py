@@ -13,6 +13,7 @@ from elm_ecg.training.data.arguments import QUESTION_KINDS
 from elm_ecg.training.data.build import build_dataset
 from elm_ecg.training.data.labels import WORDINGS, label_questions, read_labels, superclass_questions
 from elm_ecg.training.data.questions import QuestionRow
+from elm_ecg.training.data.tables import read_table
 from helpers import write_rows
 
 LABELS = ["atrial fibrillation", "left axis deviation", "normal ECG", "pacing"]
@@ -185,6 +186,23 @@ class TestReadLabels:
 def records(names: Any) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     return {str(name): {"array": rng.normal(size=(12, 50)), "sampling_rate": 100, "unit": "mV"} for name in names}
+
+
+def test_statements_of_ptbxl(shared):
+    """Real labels, of which the frequent ones are asked about, each as often where it is as where it is not."""
+    rows = read_table(shared / "data" / "ptbxl" / "records.csv")
+    statements = {str(row["ecg_id"]): row for row in rows}
+    about = read_labels(statements, ["statement_text_en"])
+    assert about["1"]["labels"] == statements["1"]["statement_text_en"].split("; ")
+    questions, left_out = label_questions(about, min_records=20)
+    answers = defaultdict(Counter)
+    for question in questions:
+        answers[question.columns["question_type"], str(question.columns["attribute"])][answer_of(question)] += 1
+    normal = sum("normal ECG" in (row["labels"] or ()) for row in about.values())
+    fewer = min(normal, sum(row["labels"] is not None for row in about.values()) - normal)
+    assert answers["single-verify", "['normal ECG']"] == {"yes": fewer, "no": fewer}
+    assert len(answers) > 100
+    assert left_out["labels of fewer than 20 records (--min_records)"] > 10
 
 
 class TestBuilt:

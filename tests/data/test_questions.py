@@ -4,6 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from elm_ecg.training.data.build import build_dataset
 from elm_ecg.training.data.questions import (
     QuestionRow,
     candidates,
@@ -291,6 +292,40 @@ class TestRecordColumns:
             list(read_questions([{**ROW, "answer": "<ecg>"}]))
 
 
+class TestBuilt:
+    """`--columns` over the two tables of a dataset."""
+
+    ASKED = [{"filename": name, "prompt": "Is it?", "response": "yes", "site": "x"} for name in "abc"]
+    ABOUT = [{"filename": name, "subject": f"s{name}", "years": 50, "prompt": "of nobody"} for name in "abc"]
+
+    def build(self, *columns: str, **options: Any) -> Any:
+        ecg = {"array": np.ones((12, 50)), "sampling_rate": 100, "unit": "mV"}
+        names = ["question=prompt", "answer=response", "record=filename", *columns]
+        return build_dataset(dict.fromkeys("abc", ecg), self.ASKED, columns=names, metadata=self.ABOUT, **options)
+
+    def test_columns_of_both(self):
+        data = self.build("patient_id=subject", "age=years", "site", shares=(1, 0, 0))["train"]
+        rows = {row["record_id"]: row for row in data}
+        assert {name: row["patient_id"] for name, row in rows.items()} == {name: f"s{name}" for name in "abc"}
+        assert [rows["a"][name] for name in ("age", "site")] == [50, "x"]
+        assert [turn["content"] for turn in rows["a"]["messages"]] == ["Is it?", "yes"]
+        data = self.build("patient_id=subject", "alter=years", metadata_columns=["alter"], shares=(1, 0, 0))["train"]
+        assert data[0]["alter"] == 50
+
+    @pytest.mark.parametrize(
+        ("column", "message"),
+        [
+            ("patient_id=Subject", "Question 1 has no column Subject; it has filename, prompt, response, site"),
+            ("years", "Question 1 has no column years"),  # of --metadata, where it would have to be named
+            ("alter=years", "Question 1 has no column years"),
+            ("split=sight", r"no column sight; .* Did you mean site\?"),
+        ],
+    )
+    def test_at_fault(self, column, message):
+        with pytest.raises(ValueError, match=message):
+            self.build(column)
+
+
 class TestRows:
     def read(self, tmp_path: Path, *rows: dict[str, Any], name: str = "questions.jsonl", **options: Any) -> list:
         return list(read_questions(write_rows(tmp_path / name, *rows), **options))
@@ -400,6 +435,7 @@ class TestRows:
         assert compared.split == "test"
         assert compared.columns["question_type"] == "comparison_irrelevant-query"
         assert compared.columns["template_id"] == 69
+        assert len(list(read_questions(shared / "data" / "ecg_qa" / "ecgqa_ptbxl_diverse200.jsonl"))) == 200
 
     def test_pulse(self, shared):
         questions = list(read_questions(shared / "data" / "ecgbench_pulse" / "ptb_test_report_500.jsonl"))

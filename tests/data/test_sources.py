@@ -158,6 +158,10 @@ class TestMetadata:
         [
             ([{"name": "a"}], "expected one of record, record_id"),
             ([{"record": "a", "age": 1}], "has no column site"),
+            (
+                [{"record": "b", "site": 1}],
+                "is about none of the 1 records: its column record names b, and the records are a",
+            ),
             ([{"record": "a", "site": 1}, {"record": "a.edf", "site": 2}], "of the record a; expected one row"),
         ],
     )

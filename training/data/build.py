@@ -198,7 +198,8 @@ def make_plan(
     if questions is not None:
         rows.append(read_questions(questions, options.sort_answers, options.names, found))
     elif missing := {ours: theirs for ours, theirs in options.names.items() if ours not in found}:
-        demand(missing.values(), own_table[0] if own_table else {}, "The table of --metadata")
+        theirs = {options.names.get(name, name): None for name in own_table[0]} if own_table else {}
+        demand(missing.values(), theirs, "The table of --metadata")
     if options.make_questions:
         labels: dict[str, dict[str, Any]] = {}
         if options.label_columns:

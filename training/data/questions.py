@@ -52,7 +52,7 @@ _IMAGE = re.compile(r"\b(?:(?:ecg|ekg|electrocardiogram)\s+)?image(s?)\b", re.IG
 
 @dataclass(frozen=True, slots=True)
 class QuestionRow:
-    """A chat about one record or several, from which the rows of a dataset are built."""
+    """A chat about one record or several, from which the rows of a dataset are built; rows may share their values."""
 
     records: tuple[str, ...]  # their names in the questions' file; after `choose_questions` their ids
     messages: list[dict[str, str]]

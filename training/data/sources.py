@@ -168,7 +168,8 @@ def read_metadata(
         table: a file as of `read_table`, or its rows.
 
     Raises:
-        ValueError: the table has no column of `RECORD_COLUMNS`, lacks one of `columns`, or contradicts itself.
+        ValueError: the table has no column of `RECORD_COLUMNS`, lacks one of `columns`, is about none of the
+            records, or contradicts itself.
     """
     if isinstance(table, str | Path):
         where, rows = str(table), read_table(Path(table))
@@ -191,4 +192,9 @@ def read_metadata(
             raise ValueError(
                 f"{where} says {metadata[record]} and {values} of the record {record}; expected one row for each."
             )
+    if not metadata:
+        raise ValueError(
+            f"{where} is about none of the {len(records.locations)} records: its column {key} names "
+            f"{', '.join(identifier(row[key]) for row in rows[:3])}, and the records are {', '.join(list(records.locations)[:3])}..."
+        )
     return metadata
