@@ -46,8 +46,8 @@ sys.path.append(sys.path.pop(0))
 
 from elm_ecg.ecg_utils import STANDARD_LEADS
 from elm_ecg.feature_extraction_elm import NORMALIZATIONS, ECGFeatureExtractor
+from elm_ecg.training.data.labels import SUPERCLASSES
 from elm_ecg.training.data.schema import ECG, SPLITS
-from elm_ecg.training.data.sources import SUPERCLASSES
 from elm_ecg.training.data.splits import FOLDS
 from elm_ecg.training.quickstart import save_small_llm
 

@@ -1,5 +1,6 @@
 """What several test files share: weights by the golden formula, and processes without the project."""
 
+import csv
 import json
 import math
 import os
@@ -10,11 +11,15 @@ import zlib
 from collections.abc import Sequence
 from importlib.metadata import distribution
 from pathlib import Path
+from typing import Any
 from venv import EnvBuilder
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, DatasetDict
+from openpyxl import Workbook
 from packaging.requirements import Requirement
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -57,6 +62,29 @@ def golden_state_dict(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
         return values / math.sqrt(math.prod(shape[1:]))
 
     return {key: fill(key, shape) for key, shape in shapes.items()}
+
+
+def write_rows(path: Path, *rows: dict[str, Any]) -> Path:
+    """Writes a table in the form that the suffix of its name says; a `.csv` or `.xlsx` has the columns of its first row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    match path.suffix:
+        case ".csv":
+            with path.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
+        case ".xlsx":
+            workbook = Workbook()
+            for cells in (rows[0], *(row.values() for row in rows)):
+                workbook.active.append(list(cells))
+            workbook.save(path)
+        case ".parquet":
+            pq.write_table(pa.Table.from_pylist(list(rows)), path)
+        case ".jsonl":
+            path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        case _:
+            path.write_text(json.dumps(rows), encoding="utf-8")
+    return path
 
 
 def run_isolated(code: str, cwd: str | Path, anew: bool = False) -> str:

@@ -68,7 +68,10 @@ def make_parser() -> argparse.ArgumentParser:
     add: Any = command.add_argument
     records = "folder of ECG files, .npz archive of records, PTB-XL's own folder, or that of the download of --source"
     add("records", type=Path, metavar="RECORDS", help=records)
-    questions = "CSV, JSON or JSON Lines with record, question and answer (or messages), or a folder of these, such as ECG-QA's; "
+    questions = "CSV, Excel (FILE.xlsx or FILE.xlsx#SHEET), Parquet, JSON or JSON Lines with record, question and answer (or messages), "
+    questions += (
+        "or a folder of these, as the text sets are published: ECG-QA, ECG-Chat, PULSE, GEM, ECG-R1, OpenTSLM; "
+    )
     questions += "for PTB-XL's own folder by default its five diagnostic superclasses"
     add("--questions", type=Path, nargs="+", metavar="FILE", help=questions)
     add("--output_dir", type=Path, required=True, help="new folder of the dataset and its card")

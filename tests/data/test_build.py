@@ -380,7 +380,7 @@ def test_records_without_questions(four, tmp_path):
     assert data.column_names == ["ecg", "record_id", "patient_id", "age", "site"]
     assert sorted(data["record_id"]) == list("abcd")
     assert ecgs_of(data[0])[0]["array"].shape == (12, 1000)
-    with pytest.raises(ValueError, match="--no_questions and --questions do not go together"):
+    with pytest.raises(ValueError, match="--no_questions goes with neither --questions nor --make_questions"):
         main([*four, str(tmp_path / "both"), "--no_questions"])
 
 

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 
 from elm_ecg.ecg_utils import as_record
-from elm_ecg.training.data.sources import find_records, read_metadata, read_questions, superclass_questions
-
-ROW = {"record": "a", "question": "Is it?", "answer": "yes"}
+from elm_ecg.training.data.sources import find_records, read_metadata
 
 
 def write(path: Path, *rows: dict[str, Any]) -> Path:
@@ -145,164 +143,6 @@ class TestRecords:
         assert find_records(folder, 100).locations["17"] == folder / "records100/00000/00017_lr.hea"
 
 
-class TestQuestions:
-    def read(self, tmp_path: Path, *rows: dict[str, Any], name: str = "questions.jsonl", **options: Any) -> list:
-        return list(read_questions(write(tmp_path / name, *rows), **options))
-
-    def test_question_and_answer(self, tmp_path):
-        row = {"ecg_id": 17, "question": " Is it? ", "answer": 3, "patient_id": 5.0, "split": "Valid", "grade": 2}
-        (question,) = self.read(tmp_path, row)
-        assert question.records == ("17",)
-        assert question.patients == ("5",)
-        assert question.split == "validation"
-        assert question.messages == [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "3"}]
-        assert question.columns == {"grade": 2}
-
-    def test_names_of_theirs(self, tmp_path):
-        """Their text stays a text, also where it is a number; what is no name of theirs is said."""
-        names = {"question": "Frage", "answer": "Antwort", "record": "EKG", "grade": "Note"}
-        row = {"EKG": "a", "Frage": "How long?", "Antwort": "1.50", "Note": "2", "answer": "not this"}
-        for name in ("questions.csv", "questions.json"):
-            (question,) = self.read(tmp_path, row, name=name, names=names)
-            assert question.records == ("a",)
-            assert [turn["content"] for turn in question.messages] == ["How long?", "1.50"]
-            assert question.columns == {"grade": 2 if name.endswith("csv") else "2"}
-        (question,) = read_questions([row], names=names)
-        assert question.messages[1]["content"] == "1.50"
-        for source in (write(tmp_path / "q.csv", row), write(tmp_path / "q.jsonl", row), [row]):
-            with pytest.raises(ValueError, match="has no column Antwrot; it has EKG, Frage, Antwort"):
-                list(read_questions(source, names={"answer": "Antwrot"}))
-
-    def test_roles_as_chats_spell_them(self, tmp_path):
-        turns = [{"role": "Human", "content": "Is it?"}, {"role": "model", "content": "yes"}]
-        (question,) = self.read(tmp_path, {"record": "a", "messages": turns})
-        assert [turn["role"] for turn in question.messages] == ["user", "assistant"]
-
-    def test_several_records_in_csv(self, tmp_path):
-        row = {"record": "[46, 81]", "question": "Is it?", "answer": "no", "patient_id": '["a", "b"]'}
-        (question,) = self.read(tmp_path, row, name="questions.csv")
-        assert question.records == ("46", "81")
-        assert question.patients == ("a", "b")
-
-    def test_one_patient_of_several_records(self, tmp_path):
-        (question,) = self.read(tmp_path, {**ROW, "record": ["a", "b"], "patient_id": "p"})
-        assert question.patients == ("p", "p")
-
-    def test_chats(self, tmp_path):
-        turns = [
-            {"role": "system", "content": "Be brief."},
-            *({"role": r, "content": r} for r in ("user", "assistant")),
-        ]
-        said = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A normal image."}]
-        one, two = self.read(tmp_path, {"record": "a", "messages": turns}, {"record": "a", "conversation": said})
-        assert one.messages == turns
-        assert [turn["content"] for turn in two.messages] == ["What?", "A normal signal."]
-
-    def test_split_by_name(self, tmp_path):
-        write(tmp_path / "qa" / "train" / "0.json", ROW)
-        write(tmp_path / "qa" / "valid" / "0.json", ROW, {**ROW, "split": "test"})
-        write(tmp_path / "qa" / "other" / "test.csv", ROW)
-        assert sorted(str(question.split) for question in read_questions(tmp_path / "qa")) == [
-            *("test", "test"),
-            *("train", "validation"),
-        ]
-
-    def test_where_the_questions_lie_is_no_split(self, tmp_path):
-        file = write(tmp_path / "test" / "questions.csv", ROW)
-        assert [question.split for path in (file, file.parent) for question in read_questions(path)] == [None, None]
-
-    def test_answers_that_are_lists(self, tmp_path):
-        row = {**ROW, "answer": ["qt interval", "p duration"]}
-        (as_is,), (as_sorted,) = self.read(tmp_path, row), self.read(tmp_path, row, sort_answers=True)
-        assert as_is.messages[1]["content"] == "qt interval; p duration"
-        assert as_sorted.messages[1]["content"] == "p duration; qt interval"
-
-    @pytest.mark.parametrize(
-        ("row", "message"),
-        [
-            ({"question": "Is it?", "answer": "yes"}, "expected its record in one of record, record_id"),
-            ({**ROW, "question": " "}, "What the user says is ' '"),
-            ({**ROW, "answer": []}, "What the assistant says is ''"),
-            ({**ROW, "answer": True}, "What the assistant says is True"),
-            ({"record": "a", "question": "Is it?", "answer": None}, "What the assistant says is None"),
-            (
-                {"record": "a", "question": "Is it?"},
-                "columns record, question, but no answer. --columns answer=NAME says",
-            ),
-            ({"record": "a"}, "but no question and no answer. --columns question=NAME says"),
-            ({"EKG": "a"}, "columns EKG; expected its record in one of record, .*--columns record=NAME says"),
-            ({"record": "a", "messages": [{"role": "user", "content": "Is it?"}]}, "lack a question or an answer"),
-            ({"record": "a", "messages": [{"role": "doctor", "content": "x"}]}, "is no turn"),
-            ({"record": "a", "conversation": [{"from": "doctor", "value": "x"}]}, "is no chat"),
-            ({**ROW, "split": "holdout"}, "Its split is 'holdout'; expected train, validation, test"),
-            ({**ROW, "record": ["a", "b", "c"], "patient_id": ["p", "q"]}, "2 patients and 3 records"),
-        ],
-    )
-    def test_at_fault(self, row, message, tmp_path):
-        with pytest.raises(ValueError, match=f"questions.jsonl, row 2: .*{message}"):
-            self.read(tmp_path, ROW, row)
-
-    def test_nothing_there(self, tmp_path):
-        with pytest.raises(ValueError, match="No questions at"):
-            list(read_questions(tmp_path))
-
-    def test_ecg_qa(self, shared):
-        questions = list(read_questions(shared / "data" / "ecg_qa" / "ecgqa_ptbxl_matched.jsonl"))
-        assert len(questions) == 5766
-        compared = questions[0]
-        assert compared.records == ("46", "81")
-        assert compared.split == "test"
-        assert compared.columns["question_type"] == "comparison_irrelevant-query"
-        assert compared.columns["template_id"] == 69
-
-    def test_pulse(self, shared):
-        questions = list(read_questions(shared / "data" / "ecgbench_pulse" / "ptb_test_report_500.jsonl"))
-        assert len(questions) == 500
-        assert questions[0].messages[1]["content"] == "Sinus rhythm, normal axis, normal ECG."
-
-
-class TestSuperclasses:
-    def test_ptbxl(self, shared):
-        folder = shared / "data" / "ptbxl" / "wfdb_examples"
-        questions, without = superclass_questions(folder)
-        with (shared / "data" / "ptbxl" / "records.csv").open(newline="") as file:
-            known = {row["ecg_id"]: set(row["superclass"].split()) for row in csv.DictReader(file)}
-        said = {
-            record: {
-                q.columns["question_type"]
-                for q in questions
-                if q.records == (record,) and q.messages[1]["content"] == "yes"
-            }
-            for record in {question.records[0] for question in questions}
-        }
-        assert said == {record: known[record] for record in said}
-        assert len(said) + without == 22
-        assert len(questions) == 5 * len(said)
-
-    def tables(self, folder: Path, codes: str) -> Path:
-        write(
-            folder / "scp_statements.csv",
-            {"": "IMI", "diagnostic": 1.0, "diagnostic_class": "MI"},
-            {"": "SR", "diagnostic": "", "diagnostic_class": ""},
-        )
-        write(folder / "ptbxl_database.csv", {"ecg_id": 1, "scp_codes": codes})
-        return folder
-
-    def test_likelihood_0_counts_as_unknown(self, tmp_path):
-        questions, without = superclass_questions(self.tables(tmp_path, "{'IMI': 0.0, 'SR': 0.0}"))
-        answers = {question.columns["question_type"]: question.messages[1]["content"] for question in questions}
-        assert answers == {"NORM": "no", "MI": "yes", "STTC": "no", "CD": "no", "HYP": "no"}
-        assert without == 0
-
-    def test_no_superclass(self, tmp_path):
-        assert superclass_questions(self.tables(tmp_path, "{'SR': 100.0}")) == ([], 1)
-
-    @pytest.mark.parametrize("codes", ["__import__('os').getcwd()", "[1]", "{'IMI'"])
-    def test_codes_are_not_executed(self, codes, tmp_path):
-        with pytest.raises(ValueError, match=r"scp_codes of ecg_id 1 are .*; expected a dict"):
-            superclass_questions(self.tables(tmp_path, codes))
-
-
 class TestMetadata:
     def test_columns(self, tmp_path):
         records = find_records(touch(tmp_path / "records", "00001.edf", "2.edf"))
@@ -318,6 +158,10 @@ class TestMetadata:
         [
             ([{"name": "a"}], "expected one of record, record_id"),
             ([{"record": "a", "age": 1}], "has no column site"),
+            (
+                [{"record": "b", "site": 1}],
+                "is about none of the 1 records: its column record names b, and the records are a",
+            ),
             ([{"record": "a", "site": 1}, {"record": "a.edf", "site": 2}], "of the record a; expected one row"),
         ],
     )

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from elm_ecg.training.data import splits
-from elm_ecg.training.data.sources import QuestionRow
+from elm_ecg.training.data.questions import QuestionRow
 
 
 def question_of(record: str, patient: str | None = None, split: str | None = None) -> QuestionRow:

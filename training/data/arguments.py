@@ -12,6 +12,7 @@ from elm_ecg.training.command_line import whole_number
 SPLIT_RULES = ("given", "fold", "patient", "record")
 # public sets of recordings, see `downloads.DOWNLOADS`
 SOURCES = ("ptb-xl", "mimic-iv-ecg", "code-15", "challenge", "csn")
+QUESTION_KINDS = ("verify", "choose", "query")  # that are made from labels
 HERTZ, SECONDS = {"type": float, "metavar": "HZ"}, {"type": float, "metavar": "SECONDS"}
 METADATA_COLUMNS = ("patient_id", "strat_fold", "age", "sex")  # that are kept of a table about the records
 # that are kept of the questions' table, beside what makes the chat: ECG-QA's, by which answers are scored, and those above.
@@ -42,8 +43,8 @@ class BuildArguments:
 
     columns: Sequence[str] = _option(
         (),
-        "of the questions: NAME keeps a further column, NAME=THEIRS says how they call one of ours, such as question=Frage; "
-        f"kept anyway are {', '.join(KEPT_COLUMNS)}",
+        "NAME=THEIRS says how the tables of --questions and --metadata call one of our columns, such as question=prompt; NAME keeps "
+        f"a further column of the questions; kept anyway are {', '.join(KEPT_COLUMNS)}",
         nargs="+",
         metavar="NAME",
     )
@@ -51,6 +52,22 @@ class BuildArguments:
         None, "keep the questions of these types; * stands for anything: comparison*", nargs="+", metavar="TYPE"
     )
     no_questions: bool = _option(False, "records alone, without questions, as for pretraining an encoder")
+    make_questions: Sequence[str] = _option(
+        (),
+        "make questions of the records' labels: verify (is it there?), choose (which of two?), query (what is there?)",
+        nargs="+",
+        choices=QUESTION_KINDS,
+    )
+    label_columns: Sequence[str] = _option(
+        (),
+        "columns of the table of --metadata with these labels: names, separated by semicolons or commas or as a JSON list, or 0 and 1 "
+        "for the label that the column is called after; default: the labels that --source knows",
+        nargs="+",
+        metavar="NAME",
+    )
+    min_records: int = _option(
+        10, "that a label needs for questions to be made of it; default: %(default)s", type=whole_number
+    )
     join_questions: bool = _option(False, "ask all questions about a record in one chat")
     sort_answers: bool = _option(False, "sort the items of answers that are lists, which ECG-QA has in any order")
     metadata: str | Path | Iterable[Mapping[str, Any]] | None = field(
@@ -91,7 +108,7 @@ class BuildArguments:
                 raise ValueError(f"--{option.name} is {value!r}; expected a list.")
             if option.default is False and not isinstance(value, bool):
                 raise ValueError(f"--{option.name} is {value!r}; expected True or False.")
-        for name, least in {"seed": 0, "num_proc": 1}.items():
+        for name, least in {"seed": 0, "num_proc": 1, "min_records": 1}.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"--{name} is {value!r}; expected a whole number of at least {least}.")
@@ -106,12 +123,20 @@ class BuildArguments:
         shares = self.shares
         if len(shares) != 3 or not all(isinstance(share, int | float) and share >= 0 for share in shares):
             raise ValueError(f"--shares is {' '.join(map(str, shares))}; expected three numbers that sum to 1.")
+        if unknown := [kind for kind in self.make_questions if kind not in QUESTION_KINDS]:
+            raise ValueError(f"--make_questions is {' '.join(unknown)}; expected any of {', '.join(QUESTION_KINDS)}.")
+        if self.label_columns and not self.make_questions:
+            raise ValueError(
+                f"--label_columns are for questions about labels; say which with --make_questions ({', '.join(QUESTION_KINDS)})."
+            )
+        if self.label_columns and self.metadata is None:
+            raise ValueError("--label_columns are those of a table about the records; name it with --metadata.")
         if len(self.names) < len(self.columns):
             raise ValueError(f"--columns is {' '.join(self.columns)}; expected each name once.")
 
     @property
     def names(self) -> dict[str, str]:
-        """The further columns of the questions, and those that they call otherwise: our name -> theirs."""
+        """The further columns of the questions, and those that the tables call otherwise: our name -> theirs."""
         pairs = (column.partition("=") for column in self.columns)
         return {ours: theirs if equals else ours for ours, equals, theirs in pairs}
 

@@ -5,8 +5,8 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from fnmatch import fnmatchcase
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,20 +16,13 @@ from tqdm import tqdm
 
 from elm_ecg.training.command_line import did_you_mean
 from elm_ecg.training.data.arguments import KEPT_COLUMNS, METADATA_COLUMNS, BuildArguments, in_python
+from elm_ecg.training.data.labels import label_questions, read_labels, superclass_questions
 from elm_ecg.training.data.parts import PART_RECORDS, Block, Found, Part, in_processes, part_name, read_part
+from elm_ecg.training.data.questions import QuestionRow, choose_questions, count_absent, read_questions
 from elm_ecg.training.data.schema import ECG, MESSAGES, as_list, counted
-from elm_ecg.training.data.sources import (
-    PTBXL_TABLE,
-    QuestionRow,
-    Records,
-    find_records,
-    read_metadata,
-    read_questions,
-    read_source,
-    superclass_questions,
-)
+from elm_ecg.training.data.sources import PTBXL_TABLE, Records, find_records, read_metadata, read_source
 from elm_ecg.training.data.splits import Metadata, default_split, split_questions, with_patients, without_patients
-from elm_ecg.training.data.tables import demand
+from elm_ecg.training.data.tables import RECORD_COLUMNS, demand, table_rows
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -47,9 +40,9 @@ def build_dataset(
     Args:
         records: a folder of ECG files, an `.npz` archive, PTB-XL's own folder, or a mapping of id -> record in any form that
             `as_record` takes (an `ECGRecord`, an array [leads, samples], a dict, the path of a file).
-        questions: a CSV, JSON or JSON Lines file, a folder of these, or a list of such paths and of dicts with `record`,
-            `question` and `answer` (or `messages`), and where known `patient_id` and `split`. None is for PTB-XL's own folder:
-            its five diagnostic superclasses.
+        questions: a CSV, Excel, Parquet, JSON or JSON Lines file, a folder of these, or a list of such paths and of dicts with
+            `record`, `question` and `answer` (or `messages`), and where known `patient_id` and `split`. None is for PTB-XL's own
+            folder, its five diagnostic superclasses, and for questions that `make_questions` makes of labels.
         options: the arguments of `BuildArguments`, as the options of `elm data build`: `split_by`, `resample`, `window`, ...
 
     Returns:
@@ -268,42 +261,25 @@ def make_plan(
         ValueError: records, questions or tables are at fault, or no question is left.
     """
     records = _records_of(source, options)
-    ptbxl = records.folder if options.source == "ptb-xl" else None
-    if options.source is None and not isinstance(source, Mapping) and (Path(source) / PTBXL_TABLE).is_file():
-        ptbxl = Path(source)
-    table = ptbxl / PTBXL_TABLE if ptbxl is not None and options.source is None else None
-    tables = [path for path in (table, options.metadata) if path is not None]
+    # PTB-XL's own folder, found without --source
+    table = None if options.source or isinstance(source, Mapping) else Path(source) / PTBXL_TABLE
+    tables: list[Any] = [table] if table is not None and table.is_file() else []
+    own_rows, found = ([], set()) if options.metadata is None else table_rows(options.metadata, options.names)
+    if options.metadata is not None:
+        tables.append(own_rows)
     if options.metadata_columns and not tables and options.source is None:
         raise ValueError("--metadata_columns are those of a table about the records; name it with --metadata.")
     left_out: dict[str, int] = {}
-    if options.no_questions and questions is not None:
-        raise ValueError("--no_questions and --questions do not go together; leave one of them out.")
-    rows: Iterable[QuestionRow]
-    if options.no_questions:
-        rows = (QuestionRow((record,), []) for record in records.locations)
-    elif questions is not None:
-        rows = read_questions(questions, options.sort_answers, options.names)
-    elif ptbxl is not None:
-        rows, left_out["records of no diagnostic superclass"] = superclass_questions(ptbxl)
-    else:
-        raise ValueError(
-            "There are no questions about the records: name a file with --questions, or say --no_questions if there are to be none. "
-            "Only PTB-XL has some of its own."
-        )
-    chosen, absent = choose_questions(rows, records, options.question_types)
+    asked = _asked(questions, records, tables, found, options, left_out)
+    chosen, absent = choose_questions(asked, records, options.question_types)
     kept = {*KEPT_COLUMNS, *options.names}
     not_kept = [
         name for name in dict.fromkeys(name for question in chosen for name in question.columns) if name not in kept
     ]
-    chosen = [replace(q, columns={name: q.columns[name] for name in q.columns if name in kept}) for q in chosen]
-    left_out["questions whose records are not there"] = len(absent)
-    about: dict[str, dict[str, Any]] = defaultdict(dict)
-    for record in {record for question in chosen for record in question.records} & records.about.keys():
-        about[record] |= records.about[record]
-    for path in tables:
-        # --metadata_columns are of the last table: the user's own, or PTB-XL's where there is no other
-        for record, row in read_metadata(path, records, options.metadata_columns if path is tables[-1] else ()).items():
-            about[record] |= row  # later tables win
+    if not_kept:
+        chosen = [replace(q, columns={name: q.columns[name] for name in q.columns if name in kept}) for q in chosen]
+    left_out |= count_absent(absent)
+    about = _about(chosen, records, tables, options)
     chosen = with_patients(chosen, about)
     split_by = options.split_by or default_split(chosen, about)
     splits, number = split_questions(chosen, split_by, about, options.shares, options.seed)  # number: those left out
@@ -343,39 +319,74 @@ def _records_of(source: str | Path | Mapping[Any, Any], options: BuildArguments)
     return records
 
 
-def choose_questions(
-    questions: Iterable[QuestionRow], records: Records, question_types: Sequence[str] | None = None
-) -> tuple[list[QuestionRow], list[str]]:
-    """The questions whose records exist, with the ids of these; and for each other question the name of a missing record.
+def _asked(
+    questions: Any,
+    records: Records,
+    tables: list[Any],
+    found: set[str],
+    options: BuildArguments,
+    left_out: dict[str, int],
+) -> Iterable[QuestionRow]:
+    """The questions that are asked: those of files, those made of labels, or those that PTB-XL has of its own.
 
     Args:
-        question_types: patterns of the `question_type` that are kept; None for all.
-
-    Raises:
-        ValueError: no question is left, or a name means several records.
+        tables: about the records, the user's own last.
+        found: the names of `options.names` that the user's own table has.
+        left_out: where it is counted what no questions are made of.
     """
-    if question_types is not None:
-        by_type = defaultdict(list)
-        for question in questions:
-            by_type[str(question.columns.get("question_type"))].append(question)  # "None" where it has none
-        types = [name for name in by_type if any(fnmatchcase(name, pattern) for pattern in question_types)]
-        if not types:
-            raise ValueError(f"--question_types {' '.join(question_types)} fits none of {', '.join(sorted(by_type))}.")
-        questions = [question for name in types for question in by_type[name]]
-    chosen, absent = [], []
-    for question in questions:
-        ids = [records.find(name) for name in question.records]
-        if None in ids:
-            absent.append(question.records[ids.index(None)])
-        else:
-            chosen.append(replace(question, records=tuple(map(str, ids))))
-    if not chosen:
+    if options.no_questions and (questions is not None or options.make_questions):
+        raise ValueError("--no_questions goes with neither --questions nor --make_questions; leave one of them out.")
+    if options.no_questions:
+        return (QuestionRow((record,), []) for record in records.locations)
+    rows: list[Iterable[QuestionRow]] = []
+    # --columns may be of the table about records alone, where it makes something of them
+    found = found & {*METADATA_COLUMNS, *RECORD_COLUMNS, *options.metadata_columns, *options.label_columns}
+    if questions is not None:
+        rows.append(read_questions(questions, options.sort_answers, options.names, found))
+    elif missing := {ours: theirs for ours, theirs in options.names.items() if ours not in found}:
+        own_rows = tables[-1] if options.metadata is not None else []
+        known = {options.names.get(name, name): None for name in own_rows[0]} if own_rows else {}
+        demand(missing.values(), known, "The table of --metadata")
+    if options.make_questions:
+        about: Mapping[str, Mapping[str, Any]] = records.about
+        if options.label_columns:
+            about = read_labels(read_metadata(tables[-1], records, options.label_columns), options.label_columns)
+        of_all = {record: about.get(record, {}) for record in records.locations}
+        made, of_labels = label_questions(of_all, options.make_questions, options.seed, options.min_records)
+        rows.append(made)
+        left_out |= of_labels
+    elif not rows and (folder := _ptbxl(records, tables, options)) is not None:
+        made, left_out["records of no diagnostic superclass"] = superclass_questions(folder)
+        rows.append(made)
+    if not rows:
         raise ValueError(
-            f"None of the {len(absent)} questions is about one of the {len(records.locations)} records: the questions name "
-            f"{', '.join(absent[:3])}, and the records are {', '.join(list(records.locations)[:3])}... Records are named by their "
-            "path in the folder, with or without suffix, or by their id in the archive."
+            "There are no questions about the records: name a file with --questions, let --make_questions make them of labels, or say "
+            "--no_questions if there are to be none. Only PTB-XL has some of its own."
         )
-    return chosen, absent
+    return chain.from_iterable(rows)
+
+
+def _ptbxl(records: Records, tables: list[Any], options: BuildArguments) -> Path | None:
+    """PTB-XL's own folder, if the records are of it."""
+    if options.source == "ptb-xl":
+        return records.folder
+    return tables[0].parent if tables and isinstance(tables[0], Path) else None
+
+
+def _about(
+    questions: list[QuestionRow], records: Records, tables: list[Any], options: BuildArguments
+) -> dict[str, dict[str, Any]]:
+    """What the source and the tables say of each record; later tables win."""
+    about: dict[str, dict[str, Any]] = defaultdict(dict)
+    for record in {record for question in questions for record in question.records} & records.about.keys():
+        about[record] |= records.about[record]
+    for table in tables:
+        # --metadata_columns are of the last table: the user's own, or PTB-XL's where there is no other
+        for record, row in read_metadata(
+            table, records, options.metadata_columns if table is tables[-1] else ()
+        ).items():
+            about[record] |= row
+    return about
 
 
 def join_questions(questions: list[QuestionRow]) -> list[QuestionRow]:

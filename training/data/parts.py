@@ -18,8 +18,8 @@ import pyarrow as pa
 
 from elm_ecg.ecg_utils import ZERO_CROSSINGS, as_record, cut_windows, resample, window_starts
 from elm_ecg.training.data.arguments import BuildArguments
+from elm_ecg.training.data.questions import QuestionRow
 from elm_ecg.training.data.schema import stored_name
-from elm_ecg.training.data.sources import QuestionRow
 
 PART_RECORDS = 512  # what a killed process has to do again, at most; 10 s at 500 Hz: 30 MB
 # limits of a row group, which is what a reader of a stream holds in memory at once

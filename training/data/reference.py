@@ -58,6 +58,8 @@ def is_reference(data: "Dataset | IterableDataset") -> bool:
     return {"text", "ecg_path"} <= set(data.column_names or []) and "messages" not in data.column_names
 
 
+# where a text has the ECG, with the white space that follows
+PLACEHOLDER = re.compile(r"<\s*(?:ecg|image)\s*>\s*", re.IGNORECASE)
 # what a text may begin with, once or more often: the role of the one who speaks, or a colon that is left of it
 # (white space stands in one place between two words, or a text of blanks would take time with its square)
 _SPEAKER = re.compile(rf"\s*(?:(?:(?:{'|'.join([*ROLE_NAMES, 'q', 'a'])})\s*)?:\s*)+", re.IGNORECASE)
@@ -69,7 +71,7 @@ def clean(text: str) -> str:
 
     Other white space round the text stays, such as a line break before a removed tag.
     """
-    text = re.sub(r"<\s*(?:ecg|image)\s*>\s*", "", text, flags=re.IGNORECASE)  # `to_chat` puts the ECG in
+    text = PLACEHOLDER.sub("", text)  # `to_chat` puts the ECG in
     text = text[match.end() :] if (match := _SPEAKER.match(text)) else text
     # "IMAGE" becomes "Signal" there too
     return re.sub(r"\b(i)mage\b", lambda image: "Signal" if image[1] == "I" else "signal", text, flags=re.IGNORECASE)

@@ -1,10 +1,7 @@
-"""What datasets are built from: records in folders and archives, questions about them, tables about them."""
+"""What datasets are built from: records in folders and archives, and tables about them."""
 
-import ast
-import json
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,46 +12,10 @@ from elm_ecg.ecg_formats_common import listed
 from elm_ecg.ecg_formats_hdf5 import hdf5_records
 from elm_ecg.training.data.arguments import METADATA_COLUMNS
 from elm_ecg.training.data.downloads import DOWNLOADS, find_root
-from elm_ecg.training.data.reference import ROLE_NAMES, to_messages
-from elm_ecg.training.data.schema import SPLITS, as_list
-from elm_ecg.training.data.tables import (
-    CHAT_COLUMNS,
-    QUESTION_COLUMNS,
-    RECORD_COLUMNS,
-    TEXT_TABLES,
-    demand,
-    identifier,
-    read_table,
-    renamed,
-)
+from elm_ecg.training.data.tables import RECORD_COLUMNS, demand, identifier, read_table
 
-# as the questions' files and folders spell them
-SPLIT_NAMES = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
 HDF5_SUFFIXES = (".hdf5", ".h5")  # files of many records
 PTBXL_TABLE = "ptbxl_database.csv"
-# superclass of PTB-XL's SCP-ECG statements -> what is asked
-SUPERCLASSES = {
-    "NORM": "Is this a normal ECG?",
-    "MI": "Does this ECG show myocardial infarction?",
-    "STTC": "Does this ECG show ST or T wave changes?",
-    "CD": "Does this ECG show a conduction disturbance?",
-    "HYP": "Does this ECG show hypertrophy?",
-}
-
-
-@dataclass(frozen=True)
-class QuestionRow:
-    """A chat about one record or several, from which the rows of a dataset are built."""
-
-    records: tuple[str, ...]  # their names in the questions' file; after `choose_questions` their ids
-    messages: list[dict[str, str]]
-    split: str | None = None
-    patients: tuple[str | None, ...] = (None,)  # of each record, None where unknown
-    columns: Mapping[str, Any] = field(default_factory=dict)  # further ones of the file
 
 
 class Records:
@@ -230,149 +191,6 @@ def _archive(path: Path) -> dict[str, Any] | None:
     return _by_id(ids[0], [{"array": ecg, **shared} for ecg in ecgs], str(path))
 
 
-def read_questions(
-    source: str | Path | Iterable[Any], sort_answers: bool = False, names: Mapping[str, str] | None = None
-) -> Iterator[QuestionRow]:
-    """The questions of a file, of all CSV, JSON and JSON Lines files of a folder, or of a list of rows (dicts) and paths.
-
-    A row names the record, or a list of them, in one of `RECORD_COLUMNS`; has a `question` and an `answer`, of which a list
-    is joined with "; ", or a chat in `messages` (turns of `role` and `content`) or `conversation` (of `from` and `value`);
-    and may have `patient_id` and `split`. The split may also be the name of the file, or of the folder inside the path that
-    it is in. The files of ECG-QA have this form (Oh et al. 2023, https://arxiv.org/abs/2306.15681).
-
-    Args:
-        sort_answers: sort the items of an answer that is a list. ECG-QA has them in any order, for equal questions too.
-        names: our name of a column -> its name in the source, where it is another.
-
-    Raises:
-        ValueError: a row lacks its record or a text, or has another split.
-    """
-    for where, row, split in _question_rows(source, names or {}):
-        try:
-            yield _question(row, split, sort_answers)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-
-
-def _question_rows(
-    source: str | Path | Iterable[Any], names: Mapping[str, str]
-) -> Iterator[tuple[str, Mapping[str, Any], str | None]]:
-    """Where each row stands, the row, and the split that the name of its file or folder says."""
-    if not isinstance(source, str | Path):
-        for number, part in enumerate(source, 1):
-            if isinstance(part, Mapping):
-                demand(names.values(), part, f"Question {number}")
-                yield f"Question {number}", renamed(part, names), None
-            else:
-                yield from _question_rows(part, names)
-        return
-    path = Path(source)
-    suffixes = (*TEXT_TABLES, ".json", ".jsonl")
-    files = [path]
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
-    if not files or not files[0].is_file():
-        raise ValueError(f"No questions at {path}: expected a file ({', '.join(suffixes)}), or a folder of these.")
-    for file in files:
-        stems = (file.stem, file.relative_to(path).parent.name)  # folders above `path` say nothing about the split
-        split = next((name for name in stems if name.lower() in SPLIT_NAMES), None)
-        for number, row in enumerate(read_table(file, names=names), 1):
-            yield f"{file}, row {number}", row, split
-
-
-def _question(row: Mapping[str, Any], split: str | None, sort_answers: bool) -> QuestionRow:
-    record = next((row[name] for name in RECORD_COLUMNS if row.get(name) is not None), None)
-    if record is None:
-        raise ValueError(
-            f"It has the columns {', '.join(row)}; expected its record in one of {', '.join(RECORD_COLUMNS)}. --columns record=NAME "
-            "says that it is in another."
-        )
-    records, patients = _listed(record), _listed(row.get("patient_id"))
-    if len(patients) not in (1, len(records)):  # one patient may stand for all of its records
-        raise ValueError(f"It has {len(patients)} patients and {len(records)} records; expected a patient for each.")
-    split = row.get("split") or split
-    if split is not None and str(split).lower() not in SPLIT_NAMES:
-        raise ValueError(f"Its split is {split!r}; expected {', '.join(SPLITS)}.")
-    patient_ids = tuple(None if patient is None else identifier(patient) for patient in patients)
-    return QuestionRow(
-        records=tuple(map(identifier, records)),
-        messages=_messages(row, sort_answers),
-        split=None if split is None else SPLIT_NAMES[str(split).lower()],
-        patients=patient_ids if len(patient_ids) == len(records) else patient_ids * len(records),  # one for all
-        columns={name: value for name, value in row.items() if name not in QUESTION_COLUMNS},
-    )
-
-
-def _listed(cell: Any) -> list[Any]:
-    """A value as a list; in CSV, lists are written as JSON."""
-    if isinstance(cell, str) and cell.startswith("["):
-        try:
-            cell = json.loads(cell)
-        except RecursionError as error:
-            raise ValueError(f"a cell that begins with {cell[:20]!r} is nested too deeply") from error
-    return as_list(cell) or [cell]
-
-
-def _messages(row: Mapping[str, Any], sort_answers: bool = False) -> list[dict[str, str]]:
-    column = next((name for name in CHAT_COLUMNS if row.get(name) is not None), None)
-    turns: list[Any]
-    if column == "messages":
-        turns = _listed(row[column])
-    elif column is not None:
-        turns = to_messages(json.dumps(_listed(row[column])))[0]  # in the reference's own form
-    else:
-        if missing := [name for name in ("question", "answer") if name not in row]:
-            raise ValueError(
-                f"It has the columns {', '.join(row)}, but no {' and no '.join(missing)}. --columns {missing[0]}=NAME says which of "
-                "them that is."
-            )
-        answer = row["answer"]
-        if isinstance(answer, list):
-            items = list(map(str, answer))
-            answer = "; ".join(sorted(items) if sort_answers else items)
-        turns = [{"role": "user", "content": row.get("question")}, {"role": "assistant", "content": answer}]
-    roles = []
-    for turn in turns:
-        if not isinstance(turn, dict) or str(turn.get("role")).lower() not in ROLE_NAMES:
-            raise ValueError(f"{turn!r} is no turn; expected a role ({', '.join(ROLE_NAMES)}) and its content.")
-        roles.append(ROLE_NAMES[turn["role"].lower()])
-        content = turn.get("content")  # numbers may be answers, JSON's true and false not
-        if isinstance(content, bool) or not isinstance(content, str | int | float) or not str(content).strip():
-            raise ValueError(f"What the {turn['role']} says is {content!r}; expected a text.")
-    if not {"user", "assistant"} <= {*roles}:
-        raise ValueError("Its messages lack a question or an answer; expected turns of user and assistant.")
-    return [{"role": role, "content": str(turn["content"]).strip()} for role, turn in zip(roles, turns, strict=True)]
-
-
-def superclass_questions(folder: Path) -> tuple[list[QuestionRow], int]:
-    """Yes/no questions about the five diagnostic superclasses of PTB-XL's records, and how many records have none of these.
-
-    A record is of a superclass if its `scp_codes` name a diagnostic statement of it, however likely: a likelihood of 0 means
-    that it is unknown, and PTB-XL's benchmark counts them all (Strodthoff et al. 2020, https://arxiv.org/abs/2004.13701).
-    Records of no superclass are left out: nobody has judged them, so "no" to all five might be wrong.
-
-    Raises:
-        ValueError: a table lacks a column, or `scp_codes` are no dict.
-    """
-    # the column of the codes has an empty name
-    statements = read_table(folder / "scp_statements.csv", ("", "diagnostic", "diagnostic_class"))
-    classes = {row[""]: row["diagnostic_class"] for row in statements if row["diagnostic"]}  # not of form or rhythm
-    questions, without = [], 0
-    for row in read_table(folder / PTBXL_TABLE, ("ecg_id", "scp_codes")):
-        try:
-            codes = dict(ast.literal_eval(row["scp_codes"]))  # written by Python with single quotes, so no JSON
-        except (ValueError, SyntaxError, TypeError) as error:
-            raise ValueError(
-                f"The scp_codes of ecg_id {row['ecg_id']} are {row['scp_codes']!r}; expected a dict."
-            ) from error
-        superclasses = {classes[code] for code in codes if code in classes}
-        without += not superclasses
-        for superclass, question in SUPERCLASSES.items() if superclasses else ():
-            turns = _messages({"question": question, "answer": "yes" if superclass in superclasses else "no"})
-            questions.append(QuestionRow((identifier(row["ecg_id"]),), turns, columns={"question_type": superclass}))
-    return questions, without
-
-
 def read_metadata(
     table: str | Path | Iterable[Mapping[str, Any]], records: Records, columns: Iterable[str] = ()
 ) -> dict[str, dict[str, Any]]:
@@ -382,7 +200,8 @@ def read_metadata(
         table: a file as of `read_table`, or its rows.
 
     Raises:
-        ValueError: the table has no column of `RECORD_COLUMNS`, lacks one of `columns`, or contradicts itself.
+        ValueError: the table has no column of `RECORD_COLUMNS`, lacks one of `columns`, is about none of the
+            records, or contradicts itself.
     """
     if isinstance(table, str | Path):
         where, rows = str(table), read_table(Path(table))
@@ -391,7 +210,10 @@ def read_metadata(
     first = rows[0] if rows else {}
     key = next((name for name in RECORD_COLUMNS if name in first), None)
     if key is None:
-        raise ValueError(f"{where} has the columns {', '.join(first)}; expected one of {', '.join(RECORD_COLUMNS)}.")
+        raise ValueError(
+            f"{where} has the columns {', '.join(first)}; expected one of {', '.join(RECORD_COLUMNS)}. --columns record=NAME says that "
+            "the record is in another."
+        )
     demand(columns, first, where)
     names = [name for name in (*METADATA_COLUMNS, *columns) if name in first]
     metadata: dict[str, dict[str, Any]] = {}
@@ -402,4 +224,9 @@ def read_metadata(
             raise ValueError(
                 f"{where} says {metadata[record]} and {values} of the record {record}; expected one row for each."
             )
+    if not metadata:
+        raise ValueError(
+            f"{where} is about none of the {len(records.locations)} records: its column {key} names "
+            f"{', '.join(identifier(row[key]) for row in rows[:3])}, and the records are {', '.join(list(records.locations)[:3])}..."
+        )
     return metadata

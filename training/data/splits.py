@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from elm_ecg.training.data.arguments import SPLIT_RULES
+from elm_ecg.training.data.questions import QuestionRow
 from elm_ecg.training.data.schema import SPLITS
-from elm_ecg.training.data.sources import QuestionRow
 from elm_ecg.training.data.tables import identifier
 
 Metadata = Mapping[str, Mapping[str, Any]]  # id of a record -> column -> value

@@ -271,7 +271,7 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     "atrial_fibrillation": YES_NO,
 }
 # question type -> its wordings; those of `st_elevation` leave a place for the territory
-QUESTIONS_FILE = resource("training/data/questions.yaml")
+QUESTIONS_FILE = resource("training/data/synthetic.yaml")
 WORDINGS: dict[str, list[str]] = yaml.safe_load(QUESTIONS_FILE.read_text(encoding="utf-8"))
 # Every record is asked about its axis, its QRS, its ST segments and its rhythm, the rhythm in one of three ways. The rate is
 # asked together with atrial fibrillation, because fast rhythms have no premature complexes here.
