@@ -12,7 +12,7 @@ from elm_ecg.ecg_utils import as_record
 from elm_ecg.training.data.arguments import SOURCES
 from elm_ecg.training.data.build import build_dataset
 from elm_ecg.training.data.downloads import CODE_LABELS, DOWNLOADS, find_downloads, find_root, read_rows, snomed_names
-from elm_ecg.training.data.sources import read_source
+from elm_ecg.training.data.sources import find_records, read_source
 from elm_ecg.training.dataset_commands import main
 from public_sets import MIMIC_LEADS, challenge, code_15, csn, mimic, ptbxl, save_table, save_wfdb, signal
 
@@ -133,6 +133,8 @@ class TestSources:
         assert len(records.locations) == 22
         assert records.about["2"]["labels"] == ["normal ECG", "sinus bradycardia"]
         assert records.about["2"]["sex"] == "male"
+        own_folder = find_records(shared / "data" / "ptbxl" / "wfdb_examples")
+        assert own_folder.find("records500/00000/00017_hr") == own_folder.find("00017_hr-0.png") == "17"
 
     @given(st.text())
     def test_any_name(self, name):

@@ -206,10 +206,10 @@ def _interpolated(array: np.ndarray, total: int, start: int, end: int) -> np.nda
     Args:
         array: float32 [leads, samples], the whole record.
     """
-    from scipy.interpolate import CubicSpline  # late: most data do without
+    from scipy.interpolate import make_interp_spline  # late: most data do without
 
     places = np.linspace(0, array.shape[1] - 1, total)[start:end]
-    return CubicSpline(np.arange(array.shape[1]), array, axis=1)(places).astype(np.float32)
+    return make_interp_spline(np.arange(array.shape[1]), array, axis=1)(places).astype(np.float32)
 
 
 def _files_in(folder: str) -> dict[str, bool]:

@@ -120,7 +120,8 @@ def find_records(source: str | Path | Mapping[Any, Any], resample: float | None 
     if (path / PTBXL_TABLE).is_file():
         column = "filename_lr" if resample == 100 else "filename_hr"  # PTB-XL's low and high rate, 100 and 500 Hz
         rows = read_table(path / PTBXL_TABLE, {"ecg_id", column})
-        return Records({identifier(row["ecg_id"]): path / f"{row[column]}.hea" for row in rows})  # names have no suffix
+        locations = {identifier(row["ecg_id"]): path / f"{row[column]}.hea" for row in rows}  # names have no suffix
+        return Records(locations, folder=path, alias=DOWNLOADS["ptb-xl"].record_of)
     return _folder(path)
 
 
