@@ -1,6 +1,7 @@
 import datetime
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,16 @@ class TestTable:
     def test_missing_column(self, tmp_path):
         with pytest.raises(ValueError, match="has no column c; it has a, b"):
             read_table(write_rows(tmp_path / "t.csv", {"a": 1, "b": 2}), ["a", "c"])
+
+    @pytest.mark.parametrize("suffix", [".parquet", ".xlsx", ".json"])
+    def test_damaged(self, suffix, tmp_path):
+        """One error, whatever byte is another; or rows, where nothing depends on it."""
+        file = write_rows(tmp_path / f"t{suffix}", *({"record": "a", "number": n} for n in range(20)))
+        content = file.read_bytes()
+        for position in range(0, len(content), max(1, len(content) // 60)):
+            file.write_bytes(content[:position] + bytes([content[position] ^ 0x55]) + content[position + 1 :])
+            with suppress(ValueError):
+                assert read_table(file)
 
     def test_missing_file(self, tmp_path):
         for name in ("t.csv", "t.json", "t.parquet", "t.xlsx", "t.xlsx#Sheet"):

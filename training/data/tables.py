@@ -245,8 +245,9 @@ def _parquet(file: Path) -> Iterator[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        with file.open("rb") as binary, pq.ParquetFile(binary) as table:
+    with file.open("rb") as binary:
+        try:
+            table = pq.ParquetFile(binary)
             leaves = [table.schema.column(number) for number in range(len(table.schema))]
             # bytes are pictures, beside the path that names the record
             kept = [
@@ -254,8 +255,8 @@ def _parquet(file: Path) -> Iterator[dict[str, Any]]:
             ]
             for batch in table.iter_batches(BATCH, columns=kept):
                 yield from ({name: _plain(value) for name, value in row.items()} for row in batch.to_pylist())
-    except pa.ArrowException as error:
-        raise ValueError(f"it is no Parquet file, or damaged ({error})") from error
+        except (pa.ArrowException, OSError) as error:  # of damaged files Arrow raises the latter too
+            raise ValueError(f"it is no Parquet file, or damaged ({' '.join(str(error).split())})") from error
 
 
 def _plain(value: Any) -> Any:
