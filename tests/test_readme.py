@@ -17,7 +17,7 @@ from elm_ecg.training import cli, quickstart, sft, tokenizer
 from elm_ecg.training import dataset_commands as data_tool
 from elm_ecg.training.apps import chat, demo, plot
 from elm_ecg.training.arguments import ALIASES, ELMS, VISION_BACKBONES, DataArguments
-from elm_ecg.training.data.loading import load_data
+from elm_ecg.training.data.loading import ecgs_of, load_data
 from elm_ecg.training.evaluation import compare
 from elm_ecg.training.evaluation import evaluate as evaluation
 from elm_ecg.training.llms import LLMS
@@ -197,7 +197,7 @@ def test_own_data_to_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     patients = {split: set(rows["patient_id"]) for split, rows in splits.items()}
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 32, "validation": 4, "test": 4}
     assert len(set.union(*patients.values())) == sum(map(len, patients.values())), "a patient is in two splits"
-    ecg = splits["train"][0]["ecg"]
+    (ecg,) = ecgs_of(splits["train"][0])
     assert np.shape(ecg["array"]) == (12, 5000)
     assert ecg["unit"] == "uV"
 
