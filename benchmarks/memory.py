@@ -1,7 +1,9 @@
 """GPU memory that training takes, for language models of 1B, 3B and 7B in full, by LoRA and by QLoRA, without a GPU.
 
     python benchmarks/memory.py                 # a Markdown table, about three minutes on one core
-    python benchmarks/memory.py --check         # the same sums for a small model, beside what its training really takes
+    python benchmarks/memory.py --check --batch_size 1 --tokens 64 --learnt 8   # for a small model, beside what its training takes
+
+The second takes two minutes on one core, and far longer for larger sizes, as few CPUs compute in bfloat16.
 
 Steps of the very model run on PyTorch's fake tensors, which have shapes and no values, and all tensors that live are counted: weights,
 gradients, AdamW's states, activations and temporary ones, at their largest together. Two and four layers of the language model are followed and the others are
