@@ -813,7 +813,7 @@ def test_dataset(hub, tmp_path, capsys):
     push(tmp_path, "ecgs")
     repo = hub.repos["datasets/user/ecgs"]
     assert repo["main"].keys() == {"README.md", "data/train.parquet", "data/test-1.parquet"}
-    assert 'split="train")' in repo["main"]["README.md"].decode()
+    assert 'load_dataset("user/ecgs", "train"' in repo["main"]["README.md"].decode()
     (tmp_path / "data" / "train.parquet").unlink()
     others = {"LICENSE": b"mit", "data/raw/x.parquet": b"theirs"}
     hub.commit("datasets/user/ecgs", "main", repo["main"] | others)
@@ -821,7 +821,7 @@ def test_dataset(hub, tmp_path, capsys):
     push(tmp_path, "ecgs")
     assert "Removed, as it is no longer in the folder: data/train.parquet\n" in capsys.readouterr().out
     assert repo["main"].keys() == {"README.md", "data/test-1.parquet", *others}
-    assert 'split="test")' in repo["main"]["README.md"].decode()
+    assert '"test")' in repo["main"]["README.md"].decode()
     hub.read_only = {"datasets/user/ecgs"}
     write("test-1", "no")
     before = repo["main"]["data/test-1.parquet"]
