@@ -267,7 +267,18 @@ def test_space(adapter, page, folder, tmp_path):
     assert "not a medical device" in card.text
     requirements = (space / "requirements.txt").read_text().split()
     names = [re.split("[<>=]", line)[0] for line in requirements]
-    assert names == ["defusedxml", "edfio", "h5py", "numpy", "pillow", "pydicom", "torch", "transformers", "wfdb"]
+    assert names == [
+        "defusedxml",
+        "ecgdatakit",
+        "edfio",
+        "h5py",
+        "numpy",
+        "pillow",
+        "pydicom",
+        "torch",
+        "transformers",
+        "wfdb",
+    ]
     assert json.loads((space / "space.json").read_text())["revision"] == "abc123"
 
     # runs without this project, with the code of the model's own folder

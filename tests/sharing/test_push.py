@@ -821,7 +821,7 @@ def test_dataset(hub, tmp_path, capsys):
     push(tmp_path, "ecgs")
     assert "Removed, as it is no longer in the folder: data/train.parquet\n" in capsys.readouterr().out
     assert repo["main"].keys() == {"README.md", "data/test-1.parquet", *others}
-    assert '"test")' in repo["main"]["README.md"].decode()
+    assert 'load_dataset("user/ecgs", "test"' in repo["main"]["README.md"].decode()
     hub.read_only = {"datasets/user/ecgs"}
     write("test-1", "no")
     before = repo["main"]["data/test-1.parquet"]
