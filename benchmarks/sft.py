@@ -73,7 +73,7 @@ def train_plainly(argv: list[str], turns: Turns) -> None:
     model, processor = sft.build_base(args, training_args, model_args)
     collator = ELMCollator(processor)
     if model_args.use_peft:
-        model = get_peft_model(model, lora_config(args, model_args, model, processor))
+        model = get_peft_model(model, lora_config(args, model_args, model))
     else:
         sft.freeze(model, args.update)
     model.train()
