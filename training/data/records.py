@@ -30,8 +30,15 @@ def keep(folder: str) -> None:
     Args:
         folder: of the dataset, on this machine.
     """
+    forget()
     _builder(folder).download_and_prepare()
+
+
+def forget() -> None:
+    """Lets go of what was read, as there may be another dataset in its place."""
     _kept.cache_clear()
+    _places.cache_clear()
+    _held.clear()
 
 
 def read(path: str) -> dict[str, Any]:
