@@ -327,7 +327,8 @@ def test_killed_and_repeated(moment, four, tmp_path, monkeypatch):
     else:
         assert killed.returncode == -signal.SIGKILL, killed.stderr
     done = len(list(out.glob(".unfinished/parts/*.json")))
-    assert done == (4 if moment == "end" else 2)
+    # another process may end its part before it is told
+    assert done in {"part": [2], "process": [2, 3], "end": [4]}[moment]
     with pytest.raises(ValueError, match="is not finished: repeat the `elm data build` that was interrupted"):
         load_splits(str(out))
     monkeypatch.setattr(data_build, "PART_RECORDS", 1)
