@@ -338,6 +338,7 @@ def _stored_at(name: str, data: Any, ecg_root: str | None, revision: str | None)
     Raises:
         ValueError: it is not there, as rows alone were copied.
     """
+    records.forget()  # there may be another dataset in the place of one that was read
     folder = Path(name).expanduser()
     streaming = not isinstance(data, Dataset)
     if not folder.exists() and streaming:
@@ -352,9 +353,7 @@ def _stored_at(name: str, data: Any, ecg_root: str | None, revision: str | None)
             "--ecg_root."
         )
     place = f"{folder.absolute()}/"
-    if streaming:
-        records.forget()
-    else:
+    if not streaming:
         records.keep(place)
     return place
 

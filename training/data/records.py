@@ -30,12 +30,11 @@ def keep(folder: str) -> None:
     Args:
         folder: of the dataset, on this machine.
     """
-    forget()
     _builder(folder).download_and_prepare()
 
 
 def forget() -> None:
-    """Lets go of what was read, as there may be another dataset in its place."""
+    """Lets go of all that was read."""
     _kept.cache_clear()
     _places.cache_clear()
     _held.clear()
