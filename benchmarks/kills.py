@@ -31,6 +31,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 import numpy as np
 import pyarrow.parquet as pq
 
+from elm_ecg.training.data.schema import WORK
 from elm_ecg.training.data.synthetic import make_record
 from elm_ecg.training.resume import fault_of
 from forks import Fork
@@ -183,7 +184,7 @@ class DataBuild(Command):
 
     def result(self, folder: Path) -> Any:
         """The rows of each split."""
-        if not (folder / "out").is_dir():
+        if not (folder / "out").is_dir() or (folder / "out" / WORK).is_dir():
             return None
         rows = {path.name: pq.read_table(path).to_pylist() for path in sorted((folder / "out").rglob("*.parquet"))}
         return hashlib.sha256(repr(rows).encode()).hexdigest(), (folder / "out" / "README.md").is_file()

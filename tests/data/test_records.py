@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 
@@ -103,6 +105,36 @@ print(sum(int(ecgs_of(row)[0]["array"].sum()) for row in data))
 """
     run = Fork(code, str(stored), cwd=stored.parent, environment={**os.environ}, project=True).finish()
     assert int(run.stdout) == 3 * sum(int(signal(number).sum()) for number in range(7)), run.stderr
+
+
+def test_another_dataset_in_its_place(stored, tmp_path):
+    """As where it is built again while a notebook is open: a stream gives what is there now."""
+
+    def sums() -> list[int]:
+        rows = load_stream(DataArguments(data=[str(stored)]), "train")
+        return [int(ecgs_of(row)[0]["array"].sum(dtype=int)) for row in rows]
+
+    before = sums()
+    for number, name in enumerate(NAMES):
+        np.savez(tmp_path / "records" / f"{name}.npz", ecg=signal(number) + 1, sampling_rate=100, unit="uV")
+    shutil.rmtree(stored)
+    main(["build", f"{tmp_path}/records", "--questions", f"{tmp_path}/q.json", "--output_dir", f"{tmp_path}/set"])
+    assert not {*sums()} & {*before}
+
+
+def test_rows_that_were_taken_from_a_dataset(stored, tmp_path):
+    """Saved by `datasets`, with names of records that lie elsewhere."""
+    load_dataset(str(stored), "train").filter(lambda row: row["record_id"] == NAMES[0]).save_to_disk(tmp_path / "ours")
+    rows = datasets.load_dataset(str(stored), split="train")
+    rows.filter(lambda row: row["record_id"] == NAMES[0]).save_to_disk(tmp_path / "plain")
+    for folder in (tmp_path / "ours", tmp_path / "plain"):
+        data = load_dataset(str(folder), "train", ecg_root=str(stored))
+        assert len(data) == 3
+        assert np.array_equal(ecgs_of(data[0])[0]["array"], signal(0))
+        streamed = load_stream(DataArguments(data=[str(folder)], ecg_root=str(stored)), "train")
+        assert np.array_equal(ecgs_of(next(iter(streamed)))[0]["array"], signal(0))
+        with pytest.raises(ValueError, match=r"there is no folder records in .*; name that dataset's .* --ecg_root"):
+            load_dataset(str(folder), "train")
 
 
 def test_a_record_that_is_not_there(stored):

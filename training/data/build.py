@@ -192,7 +192,9 @@ class Plan:
         """A digest of all that decides what is written, but of the samples of the records: a build that was interrupted goes on from
         parts of the same plan alone."""
         digest = hashlib.sha256()
-        said = {name: value for name, value in vars(self.options).items() if name not in ("num_proc", "metadata")}
+        # parts without a record that cannot be read are alike with and without --skip_unreadable, unless questions compare
+        others = ("num_proc", "metadata", *(() if self.several else ("skip_unreadable",)))
+        said = {name: value for name, value in vars(self.options).items() if name not in others}
         for what in (said, self.row_schema, self.ecg_schema, self.split_by):
             digest.update(repr(what).encode())
         for split, questions in self.questions.items():
@@ -200,11 +202,15 @@ class Plan:
             for question in questions:
                 digest.update(repr(question).encode())
             for record in self.orders[split]:
-                location = self.records.locations[record]
-                # of an ECG in memory no more than its kind: an archive of these is one file, which is not changed in between
-                place = location if isinstance(location, str | Path) else type(location).__name__
-                digest.update(f"{record} {place} {self.about.get(record)}".encode())
+                digest.update(f"{record} {self._place(record)} {self.about.get(record)}".encode())
         return digest.hexdigest()
+
+    def _place(self, record: str) -> str:
+        """Where a record is in its folder, which other machines may have elsewhere."""
+        location, folder = self.records.locations[record], self.records.folder
+        if not isinstance(location, str | Path):  # of an archive, which is one file and not changed in between
+            return type(location).__name__
+        return Path(location).name if folder is None else str(location).removeprefix(str(folder))
 
     def check_rows(self) -> None:
         """Counts what could not be read, once all parts were; ValueError if no row is left."""
@@ -297,6 +303,9 @@ def make_plan(
         for record, patient in zip(question.records, question.patients, strict=True):
             about[record]["patient_id"] = patient
     stored = {record: about[record] for question in remaining for record in question.records}
+    for record in stored:
+        if not _is_text(record):
+            raise ValueError(f"The name of the record {record!a} is not in UTF-8; rename its file.")
     in_rows = tuple(dict.fromkeys(["patient_id", *METADATA_COLUMNS, *options.metadata_columns]))
     if options.no_questions:  # nothing else would say it beside the ECG
         in_rows = tuple(dict.fromkeys([*in_rows, *(name for row in stored.values() for name in row)]))
@@ -305,6 +314,15 @@ def make_plan(
     return Plan(
         options, records, splits, stored, in_rows, *schemas, several, split_by, left_out, absent, too_few, not_kept
     )
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be stored: that of a file may hold any bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _records_of(source: str | Path | Mapping[Any, Any], options: BuildArguments) -> Records:

@@ -228,7 +228,10 @@ def _load_splits(name: str, streaming: bool, revision: str | None) -> DatasetDic
         if not streaming:
             return splits
         shards = {split: max(1, len(data) // STREAMED_ROWS) for split, data in splits.items()}
-        return IterableDatasetDict({split: data.to_iterable_dataset(shards[split]) for split, data in splits.items()})
+        plain = splits.with_format(
+            None
+        )  # `datasets` streams none that was saved in a format, as of `load_dataset` below
+        return IterableDatasetDict({split: data.to_iterable_dataset(shards[split]) for split, data in plain.items()})
     if path.is_file():
         raise ValueError(
             f"--data {name} is a file; give the folder that holds it, in which train.parquet or the like is a split."
@@ -311,7 +314,7 @@ def load_split(
     if _names_files(data.features.get("ecg")):
         folder = Path(name).expanduser()
         root = ecg_root or (str(folder.absolute()) if folder.exists() else None)  # None: of the Hub
-        stored = _stored_at(name, data, revision) if records.is_stored(_first_ecg(data)) else None
+        stored = _stored_at(name, data, ecg_root, revision) if records.is_stored(_first_ecg(data)) else None
         tables = data.with_format("arrow")
         options: dict[str, Any] = {
             "batched": True,
@@ -329,14 +332,26 @@ def _first_ecg(data: Any) -> Any:
     return next((ecg for ecg in ecgs if ecg is not None), None)
 
 
-def _stored_at(name: str, data: Any, revision: str | None) -> str:
-    """Where the folder `records` of a dataset is, which is made ready for rows in any order unless the dataset is streamed."""
+def _stored_at(name: str, data: Any, ecg_root: str | None, revision: str | None) -> str:
+    """Where the folder `records` of a dataset is, which is made ready for rows in any order unless the dataset is streamed.
+
+    Raises:
+        ValueError: it is not there, as rows alone were copied.
+    """
+    records.forget()  # there may be another dataset in the place of one that was read
     folder = Path(name).expanduser()
     streaming = not isinstance(data, Dataset)
     if not folder.exists() and streaming:
         return f"hf://datasets/{name}{'' if revision is None else f'@{revision}'}/"
     if not folder.exists():
         folder = Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=f"{RECORDS}/*"))
+    if not (folder / RECORDS).is_dir() and ecg_root is not None:  # rows that were taken from another dataset
+        folder = Path(ecg_root)
+    if not (folder / RECORDS).is_dir():
+        raise ValueError(
+            f"The rows of {name} name records of a dataset, and there is no folder {RECORDS} in {folder}; name that dataset's folder with "
+            "--ecg_root."
+        )
     place = f"{folder.absolute()}/"
     if not streaming:
         records.keep(place)

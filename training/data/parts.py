@@ -3,13 +3,12 @@
 import os
 import signal
 import sys
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
-from multiprocessing import Value
+from multiprocessing import Value, parent_process
 from threading import Thread
 from typing import Any, NamedTuple, TypeVar
 
@@ -152,9 +151,12 @@ def read_part(part: Part, options: BuildArguments, found: Found) -> Iterator[Blo
     windows: dict[str, list[float]] = {}  # record -> where those that are stored begin
     ecgs: list[dict[str, Any]] = []
     size = 0
-    pending: list[str] = []  # records of this block
+    pending: list[str] = []  # records that are read, whose rows are to follow
+
+    def is_full() -> bool:
+        return len(ecgs) >= ROW_GROUP_RECORDS or size >= ROW_GROUP_BYTES
+
     for record, location in part.locations.items():
-        pending.append(record)
         read = _read(record, location, options, found)
         windows[record] = [start for start, _ in read.windows]
         found.notices.update(set(read.notices))
@@ -163,6 +165,9 @@ def read_part(part: Part, options: BuildArguments, found: Found) -> Iterator[Blo
         if not read.windows:
             found.without.append(record)
         for start, ecg in read.windows:
+            if is_full():  # of the windows of a long recording; the rows about them follow when all are known
+                yield Block(ecgs, _rows(part, pending, questions, windows, options, found))
+                ecgs, size, pending = [], 0, []
             found.ecgs += 1
             found.rates[f"{ecg['sampling_rate']:g} Hz"] += 1
             found.leads[" ".join(ecg["lead_names"])] += 1
@@ -170,10 +175,11 @@ def read_part(part: Part, options: BuildArguments, found: Found) -> Iterator[Blo
             key = _key(record, start if options.window is not None else None)
             ecgs.append({"id": key, "start_second": start, **ecg, **part.about.get(record, {})})
             size += ecg["array"].nbytes
+        pending.append(record)
         if _read_records is not None:
             with _read_records.get_lock():
                 _read_records.value += 1
-        if len(ecgs) >= ROW_GROUP_RECORDS or size >= ROW_GROUP_BYTES:
+        if is_full():
             yield Block(ecgs, _rows(part, pending, questions, windows, options, found))
             ecgs, size, pending = [], 0, []
     if pending:
@@ -194,7 +200,9 @@ def _read(record: str, location: Any, options: BuildArguments, found: Found) -> 
 
 def _key(record: str, start: float | None) -> str:
     """How what is stored of a record is called: a window by where it begins."""
-    return record if start is None else f"{record}@{start:g}"
+    return (
+        record if start is None else f"{record}@{start:.12g}"
+    )  # recordings of days have windows that begin at 100000.5 s
 
 
 def _rows(
@@ -281,8 +289,9 @@ def in_processes(
                 if not pending:
                     return
                 done, _ = wait(pending, 0.5, FIRST_COMPLETED)
-                watch(counter.value - shown)
-                shown = counter.value
+                now = counter.get_obj().value  # without its lock, which a process that was killed may hold
+                watch(now - shown)
+                shown = now
                 for future in done:
                     yield pending.pop(future), future.result()
         except BrokenProcessPool as error:
@@ -290,6 +299,14 @@ def in_processes(
                 "A process that read records was killed, perhaps for want of memory. The same command goes on from here; a smaller "
                 "--num_proc needs less memory."
             ) from error
+        except (
+            KeyboardInterrupt,
+            SystemExit,
+            GeneratorExit,
+        ):  # nobody waits for parts that have begun, as for those of an error
+            for process in list(pool._processes.values()):  # private: before Python 3.14 there is no public way
+                process.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -301,11 +318,12 @@ def _start_process(counter: Any) -> None:
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)  # its threads do not survive a fork
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the main process, and that ends this one
-    Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
-    """Ends this process soon after the one that started it, which cannot do so if it was killed."""
-    while os.getppid() == parent:
-        time.sleep(1)
+def _end_with_parent() -> None:
+    """Ends this process after the one that started it, which cannot do so if it was killed."""
+    parent = parent_process()
+    assert parent is not None  # this is a process of a pool
+    parent.join()
     os._exit(1)

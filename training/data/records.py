@@ -31,7 +31,13 @@ def keep(folder: str) -> None:
         folder: of the dataset, on this machine.
     """
     _builder(folder).download_and_prepare()
+
+
+def forget() -> None:
+    """Lets go of all that was read."""
     _kept.cache_clear()
+    _places.cache_clear()
+    _held.clear()
 
 
 def read(path: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from importlib.metadata import version
@@ -37,6 +38,7 @@ from elm_ecg.training.markdown import CARD, TAGS, citation, make_card, use_of
 # the Hub's names of sizes, by the number of rows that they end before
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
 ROWS = "data"
+FINISHED = ".finished"  # what `WORK` is called while it is removed
 PLAN, DONE = "plan.json", "parts"  # in `WORK`: what is being built, and what was found of each part that is done
 
 
@@ -46,7 +48,7 @@ def write_part(
     """Writes the records and rows of a part, each a file, and last what was found.
 
     Of amplitudes the differences from one to the next are packed: smaller and faster than what zstd alone makes of them. A row group
-    of records has the same place as that of the rows about them.
+    of records has the same place as that of the rows about them, unless a recording has more windows than a row group takes.
     """
     found = Found()
     of_records: dict[str, Any] = {
@@ -64,8 +66,15 @@ def write_part(
         pq.ParquetWriter(rows_path, row_schema, compression="zstd") as rows,
     ):
         for block in read_part(part, options, found):
-            records.write_table(ecg_table(block.ecgs, ecg_schema))
-            rows.write_table(pa.Table.from_pylist(block.rows, row_schema))
+            for writer, table in (
+                (records, ecg_table(block.ecgs, ecg_schema)),
+                (rows, pa.Table.from_pylist(block.rows, row_schema)),
+            ):
+                if len(table):  # `datasets` reads no file that begins with an empty row group
+                    writer.write_table(table)
+    for path, number in zip(paths, (found.ecgs, found.rows), strict=True):
+        if not number:  # nor an empty file
+            path.unlink()
     write_text(folder / DONE / f"{part.name}.json", json.dumps(found.as_dict(), ensure_ascii=False))
     return found
 
@@ -134,7 +143,8 @@ def build(args: argparse.Namespace) -> None:
     options = BuildArguments(**{option.name: getattr(args, option.name) for option in fields(BuildArguments)})
     output = args.output_dir.resolve()
     work = output / WORK
-    check_output_folder(args.output_dir, new=not work.is_dir())  # before all is read
+    new = not work.is_dir()
+    _check_output(args, output, new)  # before all is read
     plan = make_plan(args.records, args.questions, options)
     names = [name for split in plan.questions for name in plan.part_names(split)]
     with ending_on_sigterm(), naming(output):
@@ -142,18 +152,23 @@ def build(args: argparse.Namespace) -> None:
         try:
             mine = names if args.shard is None else names[args.shard[0] - 1 :: args.shard[1]]
             _write_parts(work, plan, mine, options)
-            if missing := [name for name in names if not _is_done(work, name)]:
+            parts = {name: found for name in names if (found := _found(work, name, options)) is not None}
+            if not work.is_dir():
+                print(f"Another shard has ended the dataset in {output}.", flush=True)
+                return
+            if len(parts) < len(names):
                 print(
-                    f"{len(names) - len(missing)} of {counted(len(names), 'part')} are in {output}. Once those of all shards are in one "
-                    "folder, the last of them, or the same command without --shard, ends the dataset.",
+                    f"{len(parts)} of {counted(len(names), 'part')} are in {output}. Once those of all shards are in one folder, the last "
+                    "of them, or the same command without --shard, ends the dataset.",
                     flush=True,
                 )
                 return
-            size = _end(output, work, args, plan, names)
+            size = _end(output, work, args, plan, parts)
         except ValueError:
-            if args.shard is None and not any(_is_done(work, name) for name in names):  # nothing is lost
+            if new and args.shard is None and not any(_found(work, name, options) for name in names):  # nothing is lost
                 shutil.rmtree(work)
-                output.rmdir()
+                with suppress(OSError):  # where a disk is mounted, or of a folder of others
+                    output.rmdir()
             raise
     for remark in plan.remarks():
         print(printable(remark))
@@ -162,6 +177,23 @@ def build(args: argparse.Namespace) -> None:
         patients = "patients unknown" if number is None else counted(number, "patient")
         print(f"{split:<11} {counted(found.rows, 'row')}, {counted(plan.num_records(split), 'record')}, {patients}")
     print(f"Split by {plan.split_by}, {size / 1e6:,.1f} MB: dataset and card in {output}", flush=True)
+
+
+def _check_output(args: argparse.Namespace, output: Path, new: bool) -> None:
+    """ValueError if the dataset cannot be written there, or would be read when the command is repeated."""
+    if new and args.shard is not None and (output / CARD).is_file():
+        raise ValueError(
+            f"--output_dir {output} holds a dataset. If it is what the other shards have ended, nothing is left to do; else name another."
+        )
+    check_output_folder(args.output_dir, new=new)
+    # of a public set, tables say which files are records
+    sources = {"RECORDS": [args.records] if args.source is None else [], "--questions": args.questions or []}
+    for name, paths in sources.items():
+        for path in paths:
+            if path.is_dir() and output.is_relative_to(path.resolve()):
+                raise ValueError(
+                    f"--output_dir {output} is in the folder of {name}, {path}, so that its files would be read as such; name another."
+                )
 
 
 def _begin(work: Path, plan: Plan, output: Path) -> None:
@@ -182,35 +214,49 @@ def _begin(work: Path, plan: Plan, output: Path) -> None:
         )
 
 
-def _is_done(work: Path, name: str) -> bool:
-    return (work / DONE / f"{name}.json").is_file()
+def _found(work: Path, name: str, options: BuildArguments) -> Found | None:
+    """What a part holds; None where it is not done, or not whole: a folder may be copied before that, or a disk have lost something."""
+    try:
+        found = Found.from_dict(read_json(work / DONE / f"{name}.json"))
+        for kind, number in ((RECORDS, found.ecgs), (ROWS, found.rows)):
+            file = f"{kind}/{name}.parquet"
+            if number and number not in (_num_rows(work / file), _num_rows(work.parent / file)):  # may just be moved
+                return None
+    except (ValueError, OSError, KeyError, TypeError):
+        return None
+    return None if found.unreadable and not options.skip_unreadable else found
+
+
+def _num_rows(path: Path) -> int | None:
+    return pq.read_metadata(path).num_rows if path.is_file() else None
 
 
 def _write_parts(work: Path, plan: Plan, names: list[str], options: BuildArguments) -> None:
     """Those of the parts that are not done yet."""
     write = partial(write_part, folder=work, options=options, row_schema=plan.row_schema, ecg_schema=plan.ecg_schema)
-    todo = [name for name in names if not _is_done(work, name)]
+    todo = [name for name in names if _found(work, name, options) is None]
     with plan.progress(names, todo) as bar:
         for _ in in_processes(write, plan.parts(todo), options.num_proc, bar.update):
             pass
 
 
-def _end(output: Path, work: Path, args: argparse.Namespace, plan: Plan, names: list[str]) -> int:
-    """Makes a dataset of the parts; its size in bytes. What was begun and killed, or another shard does too, goes on."""
-    for name in names:
-        part = Found.from_dict(read_json(work / DONE / f"{name}.json"))
-        plan.found[name.split("-")[0]].add(part)
+def _end(output: Path, work: Path, args: argparse.Namespace, plan: Plan, parts: Mapping[str, Found]) -> int:
+    """Makes a dataset of the parts; its size in bytes. What was begun and killed goes on; several shards may do it at the same time."""
+    for name, found in parts.items():
+        plan.found[name.split("-")[0]].add(found)
     plan.check_rows()
     # a split without rows has no files, which `datasets` could not read
     plan.found = {split: found for split, found in plan.found.items() if found.rows}
     kept = {f"{name}.parquet" for split in plan.found for name in plan.part_names(split)}
     for kind in (RECORDS, ROWS):
-        if (work / kind).is_dir():  # else moved before the process was killed
+        with suppress(FileNotFoundError):  # moved before the process was killed, or by another shard
             for file in (work / kind).iterdir():
                 if file.name not in kept:  # of such a split, or what a killed process left
-                    file.unlink()
+                    file.unlink(missing_ok=True)
             os.replace(work / kind, output / kind)
     write_card(output / CARD, args, plan, plan.found)
-    (work / PLAN).unlink(missing_ok=True)  # by which what is there counts as unfinished
-    shutil.rmtree(work, ignore_errors=True)
+    finished = output / FINISHED
+    with suppress(FileNotFoundError):
+        os.replace(work, finished)  # at once, as what is there counts as unfinished while it has this folder
+    shutil.rmtree(finished, ignore_errors=True)
     return sum(file.stat().st_size for kind in (RECORDS, ROWS) for file in (output / kind).iterdir())
