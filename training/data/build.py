@@ -286,9 +286,10 @@ def make_plan(
     if not splits:
         raise ValueError(f"No question is left: all {number} are about records of different splits.")
     left_out["questions whose records are in different splits"] = number
+    too_few = without_patients(chosen, options.shares) if split_by == "patient" else None
+    del chosen  # rows that `_with_made` takes away, perhaps millions
     splits, of_labels = _with_made(splits, labels, options)
     left_out |= of_labels
-    too_few = without_patients(chosen, options.shares) if split_by == "patient" else None
     if options.join_questions:
         splits = {split: join_questions(part) for split, part in splits.items()}
     remaining = [question for part in splits.values() for question in part]
@@ -389,7 +390,9 @@ def _with_made(
     split_of = {record: split for (record,), (split, _) in waiting.items()}
     made, left_out = label_questions(labels, kinds, options.seed, options.min_records, split_of)
     parts = {split: [question for question in part if question.messages] for split, part in splits.items()}
-    for question in made:
+    made.reverse()
+    while made:  # one is gone before the next is copied
+        question = made.pop()
         split, patients = waiting[question.records]
         parts[split].append(replace(question, patients=patients))
     return {split: part for split, part in parts.items() if part}, left_out
