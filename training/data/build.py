@@ -341,9 +341,13 @@ def _asked(
         The questions, and what `label_questions` makes more of. That is done by `_with_made` once the splits are known; until then a
         row without a chat stands for the questions of a kind about a record.
     """
-    if options.no_questions and (questions is not None or options.make_questions):
-        raise ValueError("--no_questions goes with neither --questions nor --make_questions; leave one of them out.")
     if options.no_questions:
+        about_questions = {
+            name: getattr(options, name)
+            for name in ("make_questions", "question_types", "join_questions", "sort_answers")
+        }
+        if others := [f"--{name}" for name, value in {"questions": questions, **about_questions}.items() if value]:
+            raise ValueError(f"--no_questions does not go with {' and '.join(others)}; leave it or the others out.")
         return (QuestionRow((record,), []) for record in records.locations), {}
     labels: Metadata = {}
     rows: list[Iterable[QuestionRow]] = []

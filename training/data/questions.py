@@ -149,6 +149,12 @@ def _records_of(row: Mapping[str, Any]) -> tuple[str, ...]:
         parts = [part.get("path") if isinstance(part, Mapping) else part for part in listed_cell(value_of(row, name))]
         if all(isinstance(part, str | int | float) and str(part).strip() for part in parts):  # no arrays or bytes
             return tuple(map(identifier, parts))
+    unnamed = next((name for name in RECORD_COLUMNS if value_of(row, name) is not None), None)
+    if unnamed is not None:
+        raise ValueError(
+            f"Its {unnamed} is {str(value_of(row, unnamed))[:60]!r}, which names no record; expected the name, number or path of one. "
+            "--columns record=NAME says that it is in another column."
+        )
     raise ValueError(
         f"It has the columns {', '.join(row)}; expected its record in one of {', '.join(RECORD_COLUMNS)}. --columns record=NAME "
         "says that it is in another."

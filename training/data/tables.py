@@ -117,8 +117,9 @@ def _rows(path: Path, names: Mapping[str, str]) -> Iterator[dict[str, Any]]:
         if is_empty:
             raise ValueError("it has no rows")
     except (ValueError, RecursionError, csv.Error) as error:
+        end = "" if str(error).endswith("?") else "."
         raise ValueError(
-            f"Cannot read {path}: {error}. Expected CSV with a header ({', '.join(TEXT_TABLES)}), Excel ({WORKBOOKS[0]}), Parquet, "
+            f"Cannot read {path}: {error}{end} Expected CSV with a header ({', '.join(TEXT_TABLES)}), Excel ({WORKBOOKS[0]}), Parquet, "
             "JSON or JSON Lines."
         ) from error
 
