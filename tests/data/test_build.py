@@ -532,8 +532,11 @@ def test_records_without_questions(four, tmp_path):
     assert data.column_names == ["ecg", "record_id", "patient_id", "age", "site"]
     assert sorted(data["record_id"]) == list("abcd")
     assert ecgs_of(data[0])[0]["array"].shape == (12, 1000)
-    with pytest.raises(ValueError, match="--no_questions goes with neither --questions nor --make_questions"):
+    with pytest.raises(ValueError, match="--no_questions does not go with --questions;"):
         main([*four, str(tmp_path / "both"), "--no_questions"])
+    options = {"no_questions": True, "question_types": ["x"], "join_questions": True}
+    with pytest.raises(ValueError, match="`no_questions` does not go with `question_types` and `join_questions`"):
+        build_dataset({"a": np.ones((12, 500))}, **options)
 
 
 def test_split_by_record(four, tmp_path):

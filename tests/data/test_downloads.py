@@ -192,6 +192,39 @@ class TestBuild:
         with pytest.raises(ValueError, match="--source mimic-iv-ecg has no column weight; it has patient_id, report"):
             self.build(downloads, tmp_path / "other", *options, "--metadata_columns", "weight")
 
+    def test_cards_say_how_it_was_made(self, downloads, tmp_path):
+        """Of questions of files, of those made of labels, and of records alone."""
+        (tmp_path / "q.json").write_text(json.dumps([{"record": "JS00001", "question": "Is it?", "answer": "yes"}]))
+        of_file, of_labels = (
+            ["--questions", str(tmp_path / "q.json")],
+            ["--make_questions", "query", "--min_records", "1"],
+        )
+        cards = {}
+        for name, options in {
+            "files": of_file,
+            "labels": of_labels,
+            "both": of_file + of_labels,
+            "none": ["--no_questions"],
+        }.items():
+            self.build(downloads, tmp_path / name, "--source", "csn", "--shares", "1", "0", "0", *options)
+            cards[name] = (tmp_path / name / "README.md").read_text()
+        sentences = {
+            "The questions are those of `q.json`.": {"files"},
+            "licence of `q.json` are to be added": {"files", "both"},
+            "The questions (query) were made by templates from the labels": {"labels"},
+            "The questions of files are those of `q.json`.": {"both"},
+            "Further questions (query) were made": {"both"},
+            "at least 1 records have (seed 0)": {"labels", "both"},
+            "without questions: for pretraining": {"none"},
+            "Answers are as right as": {"files", "labels", "both"},
+            "superclasses": set(),
+            "Those of verify": set(),
+            "The records are those of Chapman-Shaoxing-Ningbo, with": {*cards},
+            "and of their headers age, sex and diagnoses: no names": {*cards},
+        }
+        for sentence, expected in sentences.items():
+            assert {name for name, card in cards.items() if sentence in card} == expected, sentence
+
     def test_what_the_user_says_goes_first(self, downloads, tmp_path):
         table = tmp_path / "t.csv"
         save_table(table, {"record": "17", "age": 99})

@@ -237,11 +237,39 @@ class TestBuilt:
         assert len(chats) == 21
         assert "Is it?" in chats
 
+    @pytest.mark.parametrize("split_by", ["patient", "record", "fold"])
+    def test_answers_are_balanced_in_each_split(self, split_by):
+        """And which records a split has does not depend on what is asked about them."""
+        rows = [
+            {"record": i, "patient_id": i // 2, "strat_fold": i % 10 // 2 * 2 + 2, "AF": int(i % 5 == 0)}
+            for i in range(60)
+        ]
+        options = {"label_columns": ["AF"], "metadata": rows, "split_by": split_by, "shares": (0.5, 0.25, 0.25)}
+        data = {
+            kind: build_dataset(records(range(60)), make_questions=[kind], **options) for kind in ("verify", "query")
+        }
+        for split, part in data["verify"].items():
+            answers = Counter(chat[1]["content"] for chat in part["messages"])
+            assert answers["yes"] == answers["no"] > 0
+            assert {*part["record_id"]} <= {*data["query"][split]["record_id"]}
+            assert all(row["patient_id"] == str(int(row["record_id"]) // 2) for row in part)
+
+    def test_types_of_both(self):
+        table = [{"record": str(i), "patient_id": i, "labels": "a" if i % 2 else "none"} for i in range(20)]
+        asked = [{"record": "3", "question": "Is it?", "answer": "yes", "question_type": kind} for kind in "xy"]
+        options = {"make_questions": ["verify", "query"], "label_columns": ["labels"], "metadata": table}
+        data = build_dataset(records(range(20)), asked, question_types=["x", "single-query"], **options)
+        kinds = Counter(row["question_type"] for part in data.values() for row in part)
+        assert kinds == {"x": 1, "single-query": 20}
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
             ({"make_questions": ["ask"]}, "`make_questions` is ask; expected any of verify, choose, query"),
-            ({"make_questions": ["query"]}, "none of the 2 records has labels. .* with `label_columns`"),
+            (
+                {"make_questions": ["query"]},
+                "none of the 2 records has labels. .* with `source`, .* with `label_columns`",
+            ),
             (
                 {"label_columns": ["x"]},
                 "`label_columns` are for questions about labels; say which with `make_questions`",

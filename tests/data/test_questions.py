@@ -411,6 +411,10 @@ class TestRows:
                 "columns record, question, but no answer. --columns answer=NAME says",
             ),
             ({"record": "a"}, "but no question and no answer. --columns question=NAME says"),
+            (
+                {"time_series": [[0.1, 0.2]], "question": "Is it?", "answer": "yes"},
+                r"Its time_series is '\[\[0.1, 0.2\]\]', which names no record; .*--columns record=NAME says",
+            ),
             ({"EKG": "a"}, "columns EKG; expected its record in one of record, .*--columns record=NAME says"),
             ({"record": "a", "messages": [{"role": "user", "content": "Is it?"}]}, "lack a question or an answer"),
             ({"record": "a", "messages": [{"role": "doctor", "content": "x"}]}, "is no turn"),

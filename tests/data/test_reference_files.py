@@ -145,6 +145,14 @@ def test_every_set(saved, root, tmp_path):
         assert_same(ecg, expected, REFERENCE_LEADS if leads else list(STANDARD_LEADS))
 
 
+def test_a_root_from_where_one_stands(root, tmp_path, monkeypatch):
+    """`--ecg_root root` finds downloads as its whole path does."""
+    monkeypatch.chdir(root.parent)
+    data = save_rows(tmp_path / "data", train=[path for path, *_ in SETS])
+    for row in load(data, Path(root.name)):
+        assert as_record(ecgs_of(row)[0]).array.any()
+
+
 class TestRealRecords:
     """The raw files against what the reference makes of them."""
 

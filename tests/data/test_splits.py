@@ -59,6 +59,11 @@ def test_default():
         ([("a", "p", None)], {"by": "given"}, "about the record a has no split"),
         ([("a", "p", None)], {"by": "fold"}, "record a has strat_fold None"),
         ([("a", "p", None)], {"by": "fold", "metadata": {"a": {"strat_fold": 11}}}, "record a has strat_fold 11"),
+        (
+            [("a", "p", None), ("b", "p", None), ("c", None, None)],
+            {"by": "fold", "metadata": {"a": {"strat_fold": 1}, "b": {"strat_fold": 9}, "c": {"strat_fold": 10}}},
+            r"1 of 1 are in several splits by the folds: patient p \(train, validation\).*correct the folds",
+        ),
         ([("a", None, None), ("b", "p", None)], {}, "patient of 1 of 2 records is unknown, such as a"),
         ([("a", "p", None)], {"shares": (0.8, 0.1, 0.2)}, "--shares is 0.8 0.1 0.2"),
     ],

@@ -182,6 +182,11 @@ class TestRealData:
         assert sorted(set(rows["question_type"])) == ["CD", "HYP", "MI", "NORM", "STTC"]
         assert all("." not in patient for patient in rows["patient_id"])
 
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert "license: cc-by-4.0" in card
+        assert "10.13026/kfzx-aw45" in card
+        assert "five diagnostic superclasses" in card
+
     def test_formats_and_windows(self, shared, tmp_path):
         """A folder of several formats, rates and lead orders, cut into windows and resampled."""
         for name in ("edf/ptbxl_00017.edf", "hl7_aecg/fda_subject1_0.xml", "ge_muse_xml/braveheart_example1.xml"):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from elm_ecg.training.command_line import did_you_mean
 from elm_ecg.training.data.arguments import KEPT_COLUMNS, METADATA_COLUMNS, BuildArguments, in_python
-from elm_ecg.training.data.labels import label_questions, read_labels, superclass_questions
+from elm_ecg.training.data.labels import KIND, label_questions, labelled, read_labels, superclass_questions
 from elm_ecg.training.data.parts import PART_RECORDS, Block, Found, Part, in_processes, part_name, read_part
 from elm_ecg.training.data.questions import QuestionRow, choose_questions, count_absent, read_questions
 from elm_ecg.training.data.schema import ECG, MESSAGES, as_list, counted
@@ -276,7 +276,7 @@ def make_plan(
     if options.metadata_columns and not tables and options.source is None:
         raise ValueError("--metadata_columns are those of a table about the records; name it with --metadata.")
     left_out: dict[str, int] = {}
-    asked = _asked(questions, records, tables, found, options, left_out)
+    asked, labels = _asked(questions, records, tables, found, options, left_out)
     chosen, absent = choose_questions(asked, records, options.question_types)
     kept = {*KEPT_COLUMNS, *options.names}
     not_kept = [
@@ -293,6 +293,9 @@ def make_plan(
         raise ValueError(f"No question is left: all {number} are about records of different splits.")
     left_out["questions whose records are in different splits"] = number
     too_few = without_patients(chosen, options.shares) if split_by == "patient" else None
+    del chosen  # rows that `_with_made` takes away, perhaps millions
+    splits, of_labels = _with_made(splits, labels, options)
+    left_out |= of_labels
     if options.join_questions:
         splits = {split: join_questions(part) for split, part in splits.items()}
     remaining = [question for part in splits.values() for question in part]
@@ -344,18 +347,27 @@ def _asked(
     found: set[str],
     options: BuildArguments,
     left_out: dict[str, int],
-) -> Iterable[QuestionRow]:
-    """The questions that are asked: those of files, those made of labels, or those that PTB-XL has of its own.
+) -> tuple[Iterable[QuestionRow], Metadata]:
+    """The questions that are asked: those of files, those to be made of labels, or those that PTB-XL has of its own.
 
     Args:
         tables: about the records, the user's own last.
         found: the names of `options.names` that the user's own table has.
         left_out: where it is counted what no questions are made of.
+
+    Returns:
+        The questions, and what `label_questions` makes more of. That is done by `_with_made` once the splits are known; until then a
+        row without a chat stands for the questions of a kind about a record.
     """
-    if options.no_questions and (questions is not None or options.make_questions):
-        raise ValueError("--no_questions goes with neither --questions nor --make_questions; leave one of them out.")
     if options.no_questions:
-        return (QuestionRow((record,), []) for record in records.locations)
+        about_questions = {
+            name: getattr(options, name)
+            for name in ("make_questions", "question_types", "join_questions", "sort_answers")
+        }
+        if others := [f"--{name}" for name, value in {"questions": questions, **about_questions}.items() if value]:
+            raise ValueError(f"--no_questions does not go with {' and '.join(others)}; leave it or the others out.")
+        return (QuestionRow((record,), []) for record in records.locations), {}
+    labels: Metadata = {}
     rows: list[Iterable[QuestionRow]] = []
     # --columns may be of the table about records alone, where it makes something of them
     found = found & {*METADATA_COLUMNS, *RECORD_COLUMNS, *options.metadata_columns, *options.label_columns}
@@ -369,10 +381,9 @@ def _asked(
         about: Mapping[str, Mapping[str, Any]] = records.about
         if options.label_columns:
             about = read_labels(read_metadata(tables[-1], records, options.label_columns), options.label_columns)
-        of_all = {record: about.get(record, {}) for record in records.locations}
-        made, of_labels = label_questions(of_all, options.make_questions, options.seed, options.min_records)
-        rows.append(made)
-        left_out |= of_labels
+        labels = {record: about.get(record, {}) for record in records.locations}
+        kinds = [{"question_type": KIND + kind} for kind in dict.fromkeys(options.make_questions)]
+        rows.append(QuestionRow((record,), [], columns=kind) for record in labelled(labels) for kind in kinds)
     elif not rows and (folder := _ptbxl(records, tables, options)) is not None:
         made, left_out["records of no diagnostic superclass"] = superclass_questions(folder)
         rows.append(made)
@@ -381,7 +392,32 @@ def _asked(
             "There are no questions about the records: name a file with --questions, let --make_questions make them of labels, or say "
             "--no_questions if there are to be none. Only PTB-XL has some of its own."
         )
-    return chain.from_iterable(rows)
+    return chain.from_iterable(rows), labels
+
+
+def _with_made(
+    splits: dict[str, list[QuestionRow]], labels: Metadata, options: BuildArguments
+) -> tuple[dict[str, list[QuestionRow]], dict[str, int]]:
+    """The questions of each split, with those made of labels in place of the rows that stand for them; and what was left out -> how
+    many. Their answers are balanced in each split, and which split a record is in does not depend on the kinds of questions."""
+    waiting = {
+        question.records: (split, question.patients)
+        for split, part in splits.items()
+        for question in part
+        if labels and not question.messages
+    }
+    if not waiting:
+        return splits, {}
+    kinds = {q.columns["question_type"].removeprefix(KIND) for part in splits.values() for q in part if not q.messages}
+    split_of = {record: split for (record,), (split, _) in waiting.items()}
+    made, left_out = label_questions(labels, kinds, options.seed, options.min_records, split_of)
+    parts = {split: [question for question in part if question.messages] for split, part in splits.items()}
+    made.reverse()
+    while made:  # one is gone before the next is copied
+        question = made.pop()
+        split, patients = waiting[question.records]
+        parts[split].append(replace(question, patients=patients))
+    return {split: part for split, part in parts.items() if part}, left_out
 
 
 def _ptbxl(records: Records, tables: list[Any], options: BuildArguments) -> Path | None:

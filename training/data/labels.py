@@ -27,6 +27,7 @@ SUPERCLASSES = {
 }
 # kind of question -> its wordings
 WORDINGS: dict[str, list[str]] = yaml.safe_load(resource("training/data/labels.yaml").read_text(encoding="utf-8"))
+KIND = "single-"  # before the kind of a question, as ECG-QA calls those about one ECG
 NONE = "none"  # the answer where there is no label, as ECG-QA has it
 SEPARATOR = "; "  # of the labels of an answer, as of ECG-QA's lists
 PARTNERS = 20  # with how many others a label is compared at most: the pairs of hundreds of labels would be too many
@@ -118,6 +119,17 @@ def _names(cell: Any, separator: str) -> list[str]:
     return [identifier(part) for part in parts if part != [] and str(part).strip()]  # `listed_cell` gives [[]] for "[]"
 
 
+def labelled(about: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The records that have `labels`, which may be none; ValueError if no record has them."""
+    records = [record for record, row in about.items() if row.get("labels") is not None]
+    if not records:
+        raise ValueError(
+            f"--make_questions: none of the {len(about):,} records has labels. Those of public sets are known with --source, but for "
+            "MIMIC-IV-ECG, which has none; of others name the columns of the table of --metadata that hold them with --label_columns."
+        )
+    return records
+
+
 def label_questions(
     about: Mapping[str, Mapping[str, Any]],
     kinds: Iterable[str] = QUESTION_KINDS,
@@ -147,14 +159,7 @@ def label_questions(
     Raises:
         ValueError: no record has labels, or there is nothing to ask of a kind.
     """
-    labels = {
-        record: _tidied(about[record]["labels"]) for record in sorted(about) if about[record].get("labels") is not None
-    }
-    if not labels:
-        raise ValueError(
-            f"--make_questions: none of the {len(about):,} records has labels. Name the columns of the table of --metadata that hold "
-            "them with --label_columns."
-        )
+    labels = {record: _tidied(about[record]["labels"]) for record in sorted(labelled(about))}
     counts = Counter(label for of_record in labels.values() for label in of_record)
     asked = sorted(label for label, number in counts.items() if number >= min_records)
     splits = defaultdict(list)
@@ -174,7 +179,7 @@ def label_questions(
         f"labels of fewer than {min_records} records (--min_records)": len(counts) - len(asked),
     }
     there = {row.columns["question_type"] for row in rows}
-    if absent := [kind for kind in wanted if f"single-{kind}" not in there]:
+    if absent := [kind for kind in wanted if KIND + kind not in there]:
         raise ValueError(
             f"--make_questions {' '.join(absent)}: there is nothing to ask about {len(asked)} of {len(counts)} labels, which at least "
             f"{min_records} of {len(labels):,} records have (--min_records). verify needs records with and without a label, choose two "
@@ -211,7 +216,7 @@ class _Maker:
         for label, having in zip(self.asked, self.having, strict=True):
             lacking = np.delete(np.arange(len(self.records)), having)
             number = min(len(having), len(lacking))
-            columns = {"question_type": "single-verify", "attribute": [label]}
+            columns = {"question_type": KIND + "verify", "attribute": [label]}
             wordings = [wording.format(label=label) for wording in WORDINGS["verify"]]
             for among, answer in ((having, "yes"), (lacking, "no")):
                 yield from self._ask(self._draw(among, number), wordings, answer, columns)
@@ -226,7 +231,7 @@ class _Maker:
             neither, only_first, only_second, both = (np.flatnonzero(shown == value) for value in range(4))
             number = min(limit, len(only_first), len(only_second), len(neither) or limit)
             a, b = self.asked[one], self.asked[other]
-            columns = {"question_type": "single-choose", "attribute": [a, b]}
+            columns = {"question_type": KIND + "choose", "attribute": [a, b]}
             # each label stands first as often as second
             orders = [dict(zip("ab", order, strict=True)) for order in ((a, b), (b, a))]
             wordings = [wording.format(**order) for wording, order in product(WORDINGS["choose"], orders)]
@@ -235,7 +240,7 @@ class _Maker:
                 yield from self._ask(self._draw(among, min(number, len(among))), wordings, answer, columns)
 
     def query(self) -> Iterator[QuestionRow]:
-        columns = {"question_type": "single-query", "attribute": None}
+        columns = {"question_type": KIND + "query", "attribute": None}
         by_answer = defaultdict(list)
         for index, of_record in enumerate(self.labels.values()):
             by_answer[SEPARATOR.join(of_record) or NONE].append(index)

@@ -149,6 +149,12 @@ def _records_of(row: Mapping[str, Any]) -> tuple[str, ...]:
         parts = [part.get("path") if isinstance(part, Mapping) else part for part in listed_cell(value_of(row, name))]
         if all(isinstance(part, str | int | float) and str(part).strip() for part in parts):  # no arrays or bytes
             return tuple(map(identifier, parts))
+    unnamed = next((name for name in RECORD_COLUMNS if value_of(row, name) is not None), None)
+    if unnamed is not None:
+        raise ValueError(
+            f"Its {unnamed} is {str(value_of(row, unnamed))[:60]!r}, which names no record; expected the name, number or path of one. "
+            "--columns record=NAME says that it is in another column."
+        )
     raise ValueError(
         f"It has the columns {', '.join(row)}; expected its record in one of {', '.join(RECORD_COLUMNS)}. --columns record=NAME "
         "says that it is in another."
@@ -245,12 +251,12 @@ class _Finder:
         Raises:
             ValueError: several records have that name, or records of two sets would be the same.
         """
-        for candidate in candidates(name):
+        if (record := self.records.find(name)) is not None:
+            return record
+        for candidate in candidates(name)[1:]:
             record = self.records.find(candidate)
             if record is None:
                 continue
-            if candidate == name:
-                return record
             location, source = self.records.locations[record], set_of(name)
             found = set_of(str(location)) if isinstance(location, str | Path) else None
             if found is None and source in SAME_NUMBERS and candidate.isdigit():
@@ -290,7 +296,9 @@ def choose_questions(
         if None in ids:
             absent.append(question.records[ids.index(None)])
         else:
-            chosen.append(replace(question, records=tuple(map(str, ids))))
+            # a copy only where the id is another name: there may be millions
+            same = ids == list(question.records)
+            chosen.append(question if same else replace(question, records=tuple(map(str, ids))))
     if question_types is not None and not any(fits.values()):
         raise ValueError(f"--question_types {' '.join(question_types)} fits none of {', '.join(sorted(fits))}.")
     if not chosen:

@@ -84,7 +84,8 @@ class ReferenceFiles:
 
     @cached_property
     def _found(self) -> Found:
-        return find_downloads(Path(self.root))
+        # absolute, as `confined` puts the root before other paths
+        return find_downloads(Path(os.path.abspath(self.root)))
 
     @cached_property
     def _ptbxl_patients(self) -> dict[str, str]:

@@ -53,7 +53,7 @@ def split_questions(
         shares: of the patients, for `patient`.
 
     Raises:
-        ValueError: a split, fold or patient is unknown, or a patient is in several of the given splits.
+        ValueError: a split, fold or patient is unknown, or a patient is in several of the given splits or folds.
     """
     if split_by not in SPLIT_RULES:
         raise ValueError(f"--split_by is {split_by!r}; expected one of {', '.join(SPLIT_RULES)}.")
@@ -65,6 +65,11 @@ def split_questions(
         if split_by == "record":
             patients = dict(zip(patients, patients, strict=True))
         split_of = by_fold(patients, metadata) if split_by == "fold" else by_patient(patients, shares, seed)
+        if split_by == "fold":
+            check_apart(
+                ((f"patient {patients[record]}", split) for record, split in split_of.items() if patients[record]),
+                "folds",
+            )
         splits = [{split_of[record] for record in question.records} for question in questions]
     # a question whose records are in different splits is in none
     parts = {
@@ -76,20 +81,37 @@ def split_questions(
 
 def check_given(questions: list[QuestionRow]) -> None:
     """ValueError if a question has no split, or a patient (or record, where the patient is unknown) is in several."""
+    without = next((question for question in questions if question.split is None), None)
+    if without is not None:
+        raise ValueError(
+            f"A question about the record {without.records[0]} has no split; give each of them one in a column 'split', "
+            "or choose --split_by patient or fold."
+        )
+    check_apart(
+        (
+            (f"record {record}" if patient is None else f"patient {patient}", str(question.split))
+            for question in questions
+            for record, patient in zip(question.records, question.patients, strict=True)
+        ),
+        "given splits",
+    )
+
+
+def check_apart(places: Iterable[tuple[str, str]], what: str) -> None:
+    """ValueError if a patient or record is in several splits.
+
+    Args:
+        places: the patient or record, and its split.
+        what: divides them.
+    """
     splits = defaultdict(set)
-    for question in questions:
-        if question.split is None:
-            raise ValueError(
-                f"A question about the record {question.records[0]} has no split; give each of them one in a column 'split', "
-                "or choose --split_by patient or fold."
-            )
-        for record, patient in zip(question.records, question.patients, strict=True):
-            splits[f"record {record}" if patient is None else f"patient {patient}"].add(question.split)
+    for name, split in places:
+        splits[name].add(split)
     shared = [f"{name} ({', '.join(sorted(among))})" for name, among in splits.items() if len(among) > 1]
     if shared:
         raise ValueError(
-            f"{len(shared)} of {len(splits)} are in several of the given splits: {', '.join(shared[:3])}. The test would be "
-            "about patients seen in training: choose --split_by patient or fold, or correct the splits."
+            f"{len(shared)} of {len(splits)} are in several splits by the {what}: {', '.join(shared[:3])}. The test would be about "
+            f"patients seen in training: choose --split_by patient or record, or correct the {what}."
         )
 
 

@@ -40,7 +40,8 @@ BATCH = 1000  # rows of Parquet that are read at once
 
 def identifier(value: Any) -> str:
     """An id as text; 17, 17.0 and "17.0" are one, as a table with gaps makes floats of integers."""
-    return re.sub(r"^(\d+)\.0$", r"\1", str(value).strip())
+    text = str(value).strip()
+    return text[:-2] if text.endswith(".0") and text[:-2].isdecimal() else text
 
 
 def read_table(
@@ -116,8 +117,9 @@ def _rows(path: Path, names: Mapping[str, str]) -> Iterator[dict[str, Any]]:
         if is_empty:
             raise ValueError("it has no rows")
     except (ValueError, RecursionError, csv.Error) as error:
+        end = "" if str(error).endswith("?") else "."
         raise ValueError(
-            f"Cannot read {path}: {error}. Expected CSV with a header ({', '.join(TEXT_TABLES)}), Excel ({WORKBOOKS[0]}), Parquet, "
+            f"Cannot read {path}: {error}{end} Expected CSV with a header ({', '.join(TEXT_TABLES)}), Excel ({WORKBOOKS[0]}), Parquet, "
             "JSON or JSON Lines."
         ) from error
 

@@ -32,6 +32,7 @@ from elm_ecg.training.data.build import Plan, make_plan
 from elm_ecg.training.data.downloads import DOWNLOADS
 from elm_ecg.training.data.parts import Found, Part, ecg_table, in_processes, read_part
 from elm_ecg.training.data.schema import RECORDS, WORK, counted
+from elm_ecg.training.data.sources import PTBXL_TABLE
 from elm_ecg.training.files import atomic_path, check_output_folder, ending_on_sigterm, naming, read_json, write_text
 from elm_ecg.training.markdown import CARD, TAGS, citation, make_card, use_of
 
@@ -87,7 +88,8 @@ def write_card(path: Path, args: argparse.Namespace, plan: Plan, found: Mapping[
         found: of the splits that have rows.
     """
     name = args.output_dir.resolve().name
-    source = DOWNLOADS.get(args.source)
+    is_ptbxl = (args.records / PTBXL_TABLE).is_file()  # its own folder, which is known without --source
+    source = DOWNLOADS.get(args.source or ("ptb-xl" if is_ptbxl else None))
     licence = args.license or (source.license if source else None)
     num_rows = sum(of_split.rows for of_split in found.values())
     lengths = sorted(set().union(*(of_split.seconds for of_split in found.values())))
@@ -105,6 +107,7 @@ def write_card(path: Path, args: argparse.Namespace, plan: Plan, found: Mapping[
         title=args.name or name,
         args=args,
         attribution=args.attribution or ([source.attribution] if source else []),
+        source=source,
         licence=licence,
         plan=plan,
         found=found,
