@@ -89,7 +89,7 @@ def write_card(path: Path, args: argparse.Namespace, plan: Plan, found: Mapping[
     """
     name = args.output_dir.resolve().name
     is_ptbxl = (args.records / PTBXL_TABLE).is_file()  # its own folder, which is known without --source
-    source = DOWNLOADS.get(args.source or ("ptb-xl" if is_ptbxl else None))
+    source = DOWNLOADS.get(args.source or ("ptb-xl" if is_ptbxl else ""))
     licence = args.license or (source.license if source else None)
     num_rows = sum(of_split.rows for of_split in found.values())
     lengths = sorted(set().union(*(of_split.seconds for of_split in found.values())))
