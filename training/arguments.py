@@ -299,7 +299,9 @@ class ELMArguments(AugmentationArguments, ModelArguments, DataArguments):
         False, "Read the rows as they are needed instead of caching them first; say --max_steps."
     )
     shuffle_buffer: int = argument(
-        1000, "Rows that --streaming holds in memory and shuffles, in each data loader worker."
+        1000,
+        "Rows that --streaming holds in memory and shuffles, in each data loader worker. Records that a dataset stores once are read anew "
+        "where these are about more than 256 MB of them.",
     )
     cache_features: Literal["memory", "disk"] | None = argument(
         None,

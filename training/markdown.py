@@ -53,6 +53,7 @@ def use_of(
     prepares: bool = False,
     num_leads: int = 12,
     split: str = "train",
+    has_chats: bool = True,
 ) -> str:
     """How to load what the card is about: code in Markdown.
 
@@ -62,9 +63,15 @@ def use_of(
         takes_ecgs: of a model or adapter, whether it does.
         prepares: of an encoder, whether its feature extractor is there.
         num_leads: of an encoder.
-        split: of a dataset, one that it has.
+        split, has_chats: of a dataset, one that it has, and whether it has questions.
     """
-    facts = {"takes_ecgs": takes_ecgs, "prepares": prepares, "num_leads": num_leads, "split": split}
+    facts = {
+        "takes_ecgs": takes_ecgs,
+        "prepares": prepares,
+        "num_leads": num_leads,
+        "split": split,
+        "has_chats": has_chats,
+    }
     return TEMPLATES.get_template("use.md").render(kind=kind, name=name, revision=revision, **facts).strip()
 
 

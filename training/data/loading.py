@@ -6,6 +6,7 @@ import re
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import datasets
 import numpy as np
@@ -342,7 +343,8 @@ def _stored_at(name: str, data: Any, ecg_root: str | None, revision: str | None)
     folder = Path(name).expanduser()
     streaming = not isinstance(data, Dataset)
     if not folder.exists() and streaming:
-        return f"hf://datasets/{name}{'' if revision is None else f'@{revision}'}/"
+        pinned = "" if revision is None else f"@{quote(revision, safe='')}"
+        return f"hf://datasets/{name}{pinned}/"
     if not folder.exists():
         folder = Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=f"{RECORDS}/*"))
     if not (folder / RECORDS).is_dir() and ecg_root is not None:  # rows that were taken from another dataset

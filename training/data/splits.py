@@ -139,8 +139,8 @@ def by_patient(patients: Mapping[str, str | None], shares: Sequence[float], seed
     if unknown:
         raise ValueError(
             f"The patient of {len(unknown)} of {len(patients)} records is unknown, such as {', '.join(unknown[:3])}; "
-            "--split_by patient expects a column patient_id in the questions or in the table of --metadata. --split_by record divides "
-            "records as if each were of another patient."
+            "--split_by patient expects a column patient_id in the questions or in the table of --metadata; --source knows the patients of "
+            "public sets that name them. --split_by record divides records as if each were of another patient."
         )
     names = np.random.default_rng(seed).permutation(sorted({str(patient) for patient in patients.values()})).tolist()
     ends = np.cumsum(share_out(len(names), shares))  # where each split ends among the names

@@ -117,7 +117,7 @@ def write_card(path: Path, args: argparse.Namespace, plan: Plan, found: Mapping[
         lengths=lengths if len(lengths) == 1 else [lengths[0], lengths[-1]],
         columns={column.name: _type_name(column.type) for column in plan.row_schema},
         record_columns={column.name: _type_name(column.type) for column in plan.ecg_schema},
-        use=use_of("dataset", name, split=next(iter(found))),
+        use=use_of("dataset", name, split=next(iter(found)), has_chats="messages" in plan.row_schema.names),
         citation=citation(args.name or name, "dataset"),
         versions={package: version(package) for package in ("elm-ecg", "datasets")},
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import yaml
 from huggingface_hub import (
     CommitOperationAdd,
@@ -476,7 +477,8 @@ def facts_of_use(folder: Path, kind: str, files: Mapping[str, Any]) -> dict[str,
         splits = [
             re.split("[-.]", Path(name).name)[0] for name in files if name.startswith("data/")
         ]  # of train-00000-of-00001.parquet
-        return {"split": "train" if "train" in splits else splits[0]}
+        table = pq.read_schema(next((folder / "data").glob("*.parquet")))
+        return {"split": "train" if "train" in splits else splits[0], "has_chats": "messages" in table.names}
     return {}
 
 
