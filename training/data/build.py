@@ -135,9 +135,8 @@ class Plan:
     absent: list[str]  # missing records, as the questions name them
     too_few: str | None  # a sentence about splits that get no patients
     not_kept: list[str]  # columns of the questions
-    found: dict[str, Found] = field(
-        default_factory=lambda: defaultdict(Found)
-    )  # of each split, filled as parts are read
+    # of each split, filled as parts are read
+    found: dict[str, Found] = field(default_factory=lambda: defaultdict(Found))
 
     def __post_init__(self) -> None:
         # split -> its records in random order: those of one source or patient together would fill a buffer in which they are shuffled

@@ -171,9 +171,8 @@ def label_questions(
         rng = np.random.default_rng([seed, number])
         maker = _Maker({record: labels[record] for record in splits[split]}, asked, rng)
         made = [row for kind in wanted for row in getattr(maker, kind)()]
-        rows += [
-            made[index] for index in rng.permutation(len(made)).tolist()
-        ]  # the questions about a record in any order
+        # the questions about a record in any order
+        rows += [made[index] for index in rng.permutation(len(made)).tolist()]
     left_out = {
         "records without labels": len(about) - len(labels),
         f"labels of fewer than {min_records} records (--min_records)": len(counts) - len(asked),
@@ -252,10 +251,8 @@ class _Maker:
         number = len(self.asked)
         circle = self.rng.permutation(number).tolist()
         steps = range(1, min(number // 2, PARTNERS // 2) + 1)
-        pairs = {
-            tuple(sorted((circle[start], circle[(start + step) % number]))) for step in steps for start in range(number)
-        }
-        return sorted(pairs)  # type: ignore[arg-type]
+        pairs = ((circle[start], circle[(start + step) % number]) for step in steps for start in range(number))
+        return sorted({(min(pair), max(pair)) for pair in pairs})
 
     def _draw(self, among: np.ndarray, number: int) -> list[int]:
         return self.rng.choice(among, number, replace=False, shuffle=False).tolist()

@@ -200,9 +200,8 @@ def _read(record: str, location: Any, options: BuildArguments, found: Found) -> 
 
 def _key(record: str, start: float | None) -> str:
     """How what is stored of a record is called: a window by where it begins."""
-    return (
-        record if start is None else f"{record}@{start:.12g}"
-    )  # recordings of days have windows that begin at 100000.5 s
+    # recordings of days have windows that begin at 100000.5 s, which are more digits than `:g` writes
+    return record if start is None else f"{record}@{start:.12g}"
 
 
 def _rows(
@@ -299,11 +298,8 @@ def in_processes(
                 "A process that read records was killed, perhaps for want of memory. The same command goes on from here; a smaller "
                 "--num_proc needs less memory."
             ) from error
-        except (
-            KeyboardInterrupt,
-            SystemExit,
-            GeneratorExit,
-        ):  # nobody waits for parts that have begun, as for those of an error
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            # nobody waits for parts that have begun, as for those of an error
             for process in list(pool._processes.values()):  # private: before Python 3.14 there is no public way
                 process.terminate()
             raise

@@ -2,6 +2,7 @@
 
 import os
 import re
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from functools import cached_property, lru_cache
 from typing import Any
@@ -49,9 +50,9 @@ class LazyECG(Mapping[str, Any]):
     def __init__(self, location: str) -> None:
         self.location = location
 
+    @abstractmethod
     def read(self) -> dict[str, Any]:
         """`array` [leads, samples], `sampling_rate`, `lead_names` and `unit`."""
-        raise NotImplementedError
 
     @cached_property
     def _members(self) -> dict[str, Any]:
