@@ -130,6 +130,7 @@ class Plan:
     row_schema: pa.Schema
     ecg_schema: pa.Schema
     several: bool  # a question compares ECGs, which makes them lists in all rows
+    source: str | None  # the public set that the records are of, as --source names it or its table tells
     split_by: str  # the rule by which the questions were divided
     left_out: dict[str, int]  # what was left out -> how many
     absent: list[str]  # missing records, as the questions name them
@@ -275,7 +276,9 @@ def make_plan(
     if options.metadata_columns and not tables and options.source is None:
         raise ValueError("--metadata_columns are those of a table about the records; name it with --metadata.")
     left_out: dict[str, int] = {}
-    asked, labels = _asked(questions, records, tables, found, options, left_out)
+    known = options.source or ("ptb-xl" if tables and tables[0] is table else None)
+    folder = records.folder if options.source else table.parent if table else None
+    asked, labels = _asked(questions, records, tables, found, options, left_out, folder if known == "ptb-xl" else None)
     chosen, absent = choose_questions(asked, records, options.question_types)
     kept = {*KEPT_COLUMNS, *options.names}
     not_kept = [
@@ -314,7 +317,19 @@ def make_plan(
     schemas = make_schemas(remaining, stored, in_rows, several, options.window is not None)
     left_out = {name: number for name, number in left_out.items() if number}
     return Plan(
-        options, records, splits, stored, in_rows, *schemas, several, split_by, left_out, absent, too_few, not_kept
+        options,
+        records,
+        splits,
+        stored,
+        in_rows,
+        *schemas,
+        several,
+        known,
+        split_by,
+        left_out,
+        absent,
+        too_few,
+        not_kept,
     )
 
 
@@ -346,6 +361,7 @@ def _asked(
     found: set[str],
     options: BuildArguments,
     left_out: dict[str, int],
+    ptbxl: Path | None,
 ) -> tuple[Iterable[QuestionRow], Metadata]:
     """The questions that are asked: those of files, those to be made of labels, or those that PTB-XL has of its own.
 
@@ -353,6 +369,7 @@ def _asked(
         tables: about the records, the user's own last.
         found: the names of `options.names` that the user's own table has.
         left_out: where it is counted what no questions are made of.
+        ptbxl: the folder of PTB-XL, if the records are its.
 
     Returns:
         The questions, and what `label_questions` makes more of. That is done by `_with_made` once the splits are known; until then a
@@ -383,8 +400,8 @@ def _asked(
         labels = {record: about.get(record, {}) for record in records.locations}
         kinds = [{"question_type": KIND + kind} for kind in dict.fromkeys(options.make_questions)]
         rows.append(QuestionRow((record,), [], columns=kind) for record in labelled(labels) for kind in kinds)
-    elif not rows and (folder := _ptbxl(records, tables, options)) is not None:
-        made, left_out["records of no diagnostic superclass"] = superclass_questions(folder)
+    elif not rows and ptbxl is not None:
+        made, left_out["records of no diagnostic superclass"] = superclass_questions(ptbxl)
         rows.append(made)
     if not rows:
         raise ValueError(
@@ -417,13 +434,6 @@ def _with_made(
         split, patients = waiting[question.records]
         parts[split].append(replace(question, patients=patients))
     return {split: part for split, part in parts.items() if part}, left_out
-
-
-def _ptbxl(records: Records, tables: list[Any], options: BuildArguments) -> Path | None:
-    """PTB-XL's own folder, if the records are of it."""
-    if options.source == "ptb-xl":
-        return records.folder
-    return tables[0].parent if tables and isinstance(tables[0], Path) else None
 
 
 def _about(

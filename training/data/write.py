@@ -32,7 +32,6 @@ from elm_ecg.training.data.build import Plan, make_plan
 from elm_ecg.training.data.downloads import DOWNLOADS
 from elm_ecg.training.data.parts import Found, Part, ecg_table, in_processes, read_part
 from elm_ecg.training.data.schema import RECORDS, WORK, counted
-from elm_ecg.training.data.sources import PTBXL_TABLE
 from elm_ecg.training.files import atomic_path, check_output_folder, ending_on_sigterm, naming, read_json, write_text
 from elm_ecg.training.markdown import CARD, TAGS, citation, make_card, use_of
 
@@ -88,8 +87,7 @@ def write_card(path: Path, args: argparse.Namespace, plan: Plan, found: Mapping[
         found: of the splits that have rows.
     """
     name = args.output_dir.resolve().name
-    is_ptbxl = (args.records / PTBXL_TABLE).is_file()  # its own folder, which is known without --source
-    source = DOWNLOADS.get(args.source or ("ptb-xl" if is_ptbxl else ""))
+    source = None if plan.source is None else DOWNLOADS[plan.source]
     licence = args.license or (source.license if source else None)
     num_rows = sum(of_split.rows for of_split in found.values())
     lengths = sorted(set().union(*(of_split.seconds for of_split in found.values())))
