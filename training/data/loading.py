@@ -216,7 +216,8 @@ def _load_splits(name: str, streaming: bool, revision: str | None) -> DatasetDic
     path = Path(name).expanduser()
     if (path / WORK).is_dir():
         raise ValueError(
-            f"{name} is not finished: repeat the `elm data build` that was interrupted, or run its other shards."
+            f"{name} is not finished: repeat the `elm data build` that was interrupted, or run its other shards and then the same "
+            "command without --shard."
         )
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():  # of `save_to_disk`
         try:
