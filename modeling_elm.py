@@ -18,7 +18,8 @@ from .configuration_elm import IMAGE_REPRESENTATIONS, ELMConfig
 from .generation_elm import ELMGenerationMixin
 from .modeling_common import ECG_INPUTS, CompleteModel, attention_of, in_eval_mode, stay_frozen
 from .modeling_connectors import CONNECTOR_MODULES, encoder_output_size
-from .modeling_ecg_encoders import ENCODER_MODELS, without_missing_leads
+from .modeling_ecg_base import without_missing_leads
+from .modeling_ecg_encoders import ENCODER_MODELS
 from .modeling_language_models import load_language_model, logit_scale, without_head
 from .modeling_vision_encoders import blank_images, encode_images, load_vision_model, vision_model_class
 from .pipeline_elm import ECGQuestionAnsweringPipeline

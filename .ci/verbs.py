@@ -21,7 +21,7 @@ import peft  # noqa: F401
 import torch
 import trl  # noqa: F401
 
-from elm_ecg.configuration_elm import MERLConfig
+from elm_ecg.configuration_ecg_encoders import MERLConfig
 from elm_ecg.modeling_ecg_encoders import MERLModel
 from elm_ecg.training.cli import main
 from elm_ecg.training.data.synthetic import make_record
@@ -126,7 +126,7 @@ elm("plot recordings/0.npz --layout 3x4 --output ecg.png", "png")
 files_of(".", "tokenizer/ecg_byte.json", "tokenizer/README.md", "tokens.png", "ecg.png")
 torch.save(reference_encoder(), "merl.pt")
 elm("convert merl.pt --encoder merl --num_samples 500 --output_dir converted", "converted")
-files_of("converted", "model.safetensors", "README.md", "conversion.json", "modeling_ecg_encoders.py")
+files_of("converted", "model.safetensors", "README.md", "conversion.json", "modeling_ecg_resnets.py")
 show_demo("model")
 elm("chat model --max_new_tokens 4", "leads", typed="/ecg recordings/0.npz\nWhat is the rhythm?\n/quit\n")
 elm("push model --repo_id user/model --license mit", "user/model")

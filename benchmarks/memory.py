@@ -33,7 +33,8 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import LlamaConfig, PreTrainedConfig
 
-from elm_ecg.configuration_elm import ELMConfig, STMEMConfig
+from elm_ecg.configuration_ecg_encoders import STMEMConfig
+from elm_ecg.configuration_elm import ELMConfig
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 
 Bytes = dict[str, float]

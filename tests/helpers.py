@@ -32,7 +32,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from elm_ecg.configuration_elm import ENCODER_CONFIGS, ELMConfig
+from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
+from elm_ecg.configuration_elm import ELMConfig
 from elm_ecg.ecg_utils import STANDARD_LEADS
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.image_processing_elm import ECGImageProcessor

@@ -23,7 +23,7 @@ from transformers import (
 )
 from trl import ModelConfig
 
-from elm_ecg.configuration_elm import ENCODER_CONFIGS
+from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
 from elm_ecg.ecg_drawing import ECGPaper, draw_ecg
 from elm_ecg.ecg_utils import as_record
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS

@@ -4,9 +4,9 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPConfig, CLIPVisionConfig, Siglip2Config, ViTMAEConfig
 
+from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
 from elm_ecg.configuration_elm import (
     CONNECTORS,
-    ENCODER_CONFIGS,
     IMAGE_REPRESENTATIONS,
     ELMConfig,
     MERLConfig,

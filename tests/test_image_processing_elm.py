@@ -258,6 +258,7 @@ def test_saved_and_loaded(model_type, representation, tmp_path):
     assert saved["paper"].items() >= paper.items()
     assert {path.name for path in tmp_path.glob("*.py")} == {
         "configuration_elm.py",
+        "configuration_ecg_encoders.py",
         "image_processing_elm.py",
         "ecg_drawing.py",
         "ecg_utils.py",

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from elm_ecg.configuration_elm import ENCODER_CONFIGS
+from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.training.sharing.convert import convert_state_dict
 from helpers import golden_state_dict, run_isolated

@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from elm_ecg import modeling_elm
-from elm_ecg.configuration_elm import ENCODER_CONFIGS, IMAGE_REPRESENTATIONS, connectors_of
+from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
+from elm_ecg.configuration_elm import IMAGE_REPRESENTATIONS, connectors_of
 from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord
 from elm_ecg.modeling_connectors import CONNECTOR_MODULES
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS

@@ -11,10 +11,10 @@ from typing import Any, Literal, get_type_hints
 
 from trl import TrlParser
 
+from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
 from elm_ecg.configuration_elm import (
     ARCHITECTURES,
     CONNECTORS,
-    ENCODER_CONFIGS,
     IMAGE_FEATURES,
     IMAGE_REPRESENTATIONS,
     REPRESENTATIONS,

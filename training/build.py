@@ -10,7 +10,8 @@ from tokenizers import AddedToken
 from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
-from elm_ecg.configuration_elm import ENCODER_CONFIGS, IMAGE_REPRESENTATIONS
+from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
+from elm_ecg.configuration_elm import IMAGE_REPRESENTATIONS
 from elm_ecg.ecg_drawing import ECGPaper
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.image_processing_elm import ECGImageProcessor

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from elm_ecg.configuration_elm import ENCODER_CONFIGS
+from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.training.sharing.checkpoint_keys import convert_state_dict
 from helpers import golden_state_dict

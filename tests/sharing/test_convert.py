@@ -18,7 +18,7 @@ from transformers import (
     ViTForMaskedImageModeling,
 )
 
-from elm_ecg.configuration_elm import ENCODER_CONFIGS
+from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
 from elm_ecg.ecg_utils import REFERENCE_LEADS, STANDARD_LEADS
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.training.load import load_elm

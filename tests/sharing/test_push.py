@@ -18,7 +18,7 @@ from huggingface_hub import HfApi, ModelCard, constants
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from elm_ecg.configuration_elm import MERLConfig
+from elm_ecg.configuration_ecg_encoders import MERLConfig
 from elm_ecg.ecg_utils import REFERENCE_LEADS, lead_quality, limb_lead_error, read_ecg
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.modeling_ecg_encoders import MERLModel

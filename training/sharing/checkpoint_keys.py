@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elm_ecg.configuration_elm import ENCODER_CONFIGS
+from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
 from elm_ecg.modeling_common import some_of
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.training.sharing.checkpoints import Conversion, plain_key

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from elm_ecg.configuration_elm import ENCODER_CONFIGS, IMAGE_REPRESENTATIONS
+from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
+from elm_ecg.configuration_elm import IMAGE_REPRESENTATIONS
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.modeling_common import some_of
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS

@@ -27,7 +27,8 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from peft import PeftConfig
 from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
 
-from elm_ecg.configuration_elm import ENCODER_CONFIGS, ELMConfig
+from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
+from elm_ecg.configuration_elm import ELMConfig
 from elm_ecg.ecg_utils import STANDARD_LEADS
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
