@@ -460,7 +460,8 @@ class ELMParser(CommandLineParser, TrlParser):
             foreign = not owner.__module__.startswith("elm_ecg.")
             title = vars(owner).get("_argument_group_name", "this command")
             if foreign:
-                title = f"{next(part for part in dtype.__mro__ if part.__module__.startswith('trl.')).__name__} of TRL"
+                first = next(part for part in dtype.__mro__ if not part.__module__.startswith("elm_ecg."))
+                title = f"{first.__name__} of {'TRL' if first.__module__.startswith('trl.') else 'transformers'}"
             if foreign and option.name in COMMON:
                 title = ELMArguments._argument_group_name
             if title not in self.groups:

@@ -56,7 +56,9 @@ class MovingAverage(TrainerCallback):
         """
         path = folder / FILE_NAME
         if not path.is_file():
-            raise ValueError(f"--ema_decay {self.decay}, but the checkpoint {folder} has no {FILE_NAME}; leave the option out.")
+            raise ValueError(
+                f"--ema_decay {self.decay}, but the checkpoint {folder} has no {FILE_NAME}; leave the option out."
+            )
         saved, ours = load_file(path), self._tensors()
         if saved.keys() != ours.keys():
             raise ValueError(f"{path} is of another model.")

@@ -28,11 +28,11 @@ _REFUSED = {
     "augment_rgb": "an ECG encoder reads signals. --augment_ecg changes these",
     "label_smoothing_factor": "there are no labels. Leave the option out",
     "neftune_noise_alpha": "it is noise for the embeddings of words. --augment_ecg adds noise to the ECGs",
-    "include_num_input_tokens_seen": "records have no tokens. Leave the option out",
     "train_sampling_strategy": "all records are padded to --num_samples. Leave the option out",
-    "average_tokens_across_devices": "records have no tokens. Leave the option out",
 }
-REFUSED_HERE = {name: why for name, why in REFUSED.items() if name in {option.name for option in fields(TrainingArguments)}}
+REFUSED_HERE = {
+    name: why for name, why in REFUSED.items() if name in {option.name for option in fields(TrainingArguments)}
+}
 REFUSED_HERE |= _REFUSED
 # fields of the pretraining model's configuration that have an option of their own
 OF_OPTIONS = ("mask_ratio", "contrastive_loss", "temperature", "contrastive_weight", "text_pooling", "projection_size")
@@ -56,7 +56,8 @@ class ObjectiveArguments:
     _argument_group_name = "the encoder and what it learns"
 
     model_name_or_path: str | None = argument(
-        None, "Pretraining model to go on from, with its decoder and heads: the --output_dir of an earlier run, or a Hub id."
+        None,
+        "Pretraining model to go on from, with its decoder and heads: the --output_dir of an earlier run, or a Hub id.",
     )
     encoder: str = argument(
         "st_mem",
@@ -71,21 +72,27 @@ class ObjectiveArguments:
         f"Both together are added. Default: masked for {', '.join(MASKED_ENCODERS)}, contrastive for others.",
         choices=list(OBJECTIVES),
     )
-    mask_ratio: float = argument(_default("mask_ratio"), "Share of the patches that are masked; of st_mem in each lead.")
+    mask_ratio: float = argument(
+        _default("mask_ratio"), "Share of the patches that are masked; of st_mem in each lead."
+    )
     targets: Literal["standardised", "plain"] | None = argument(
         None,
         "What the decoder draws: each patch with mean 0 and deviation 1, or as it is. Default: plain for mlae, whose patches are whole "
         "leads, else standardised.",
     )
     text_encoder: str | None = argument(
-        None, "Text encoder of the reports for contrastive: folder or Hub id of any encoder of transformers, such as a BERT."
+        None,
+        "Text encoder of the reports for contrastive: folder or Hub id of any encoder of transformers, such as a BERT.",
     )
     train_text_encoder: bool = argument(False, "Train the text encoder too; else it stays as it is.")
     text_pooling: str = argument(
-        _default("text_pooling"), "What stands for a report: mean of its tokens, cls, or pooler.", choices=["mean", "cls", "pooler"]
+        _default("text_pooling"),
+        "What stands for a report: mean of its tokens, cls, or pooler.",
+        choices=["mean", "cls", "pooler"],
     )
     report_column: str = argument(
-        "report", f"Column of the reports; {ANSWERS}: the answers of the chats, as in the reference's pretrain-mimic datasets."
+        "report",
+        f"Column of the reports; {ANSWERS}: the answers of the chats, as in the reference's pretrain-mimic datasets.",
     )
     max_report_tokens: int = argument(128, "Tokens of a report that are read; what follows is cut.")
     contrastive_loss: str = argument(
@@ -94,7 +101,9 @@ class ObjectiveArguments:
         choices=["infonce", "sigmoid"],
     )
     temperature: float = argument(_default("temperature"), "Of infonce, and of the two views of each ECG.")
-    contrastive_weight: float = argument(_default("contrastive_weight"), "Factor of the contrastive loss beside the masked one.")
+    contrastive_weight: float = argument(
+        _default("contrastive_weight"), "Factor of the contrastive loss beside the masked one."
+    )
     projection_size: int = argument(_default("projection_size"), "Width in which ECGs and reports are compared.")
     pretraining_config: str | None = argument(
         None, f"JSON with further fields of the pretraining model: {', '.join(FREE_FIELDS)}."
@@ -102,7 +111,9 @@ class ObjectiveArguments:
     ema_decay: float | None = argument(
         None, "Keep a moving average of the weights, such as 0.999, which is what is saved in the end. Default: none."
     )
-    num_pictures: int = argument(8, "Records of the validation split, or else of train, that are drawn with their reconstruction.")
+    num_pictures: int = argument(
+        8, "Records of the validation split, or else of train, that are drawn with their reconstruction."
+    )
 
     def __post_init__(self) -> None:
         self.encoder_fields = json_fields("encoder_config", self.encoder_config)  # no dataclass field, so no option
@@ -151,7 +162,12 @@ class PretrainArguments(RunArguments, AugmentationArguments, RecordArguments, Ob
     """All of `elm pretrain` that transformers does not know."""
 
     def __post_init__(self) -> None:
-        for part in (DataArguments, ObjectiveArguments, AugmentationArguments, RunArguments):  # super() would call one alone
+        for part in (
+            DataArguments,
+            ObjectiveArguments,
+            AugmentationArguments,
+            RunArguments,
+        ):  # super() would call one alone
             part.__post_init__(self)
 
 

@@ -80,7 +80,9 @@ class PretrainingCollator:
             records.append(augmented(record, self, rng, as_missing))
         features = self.feature_extractor(records, padding=False)
         lengths = [signal.shape[1] for signal in features["ecg_values"]]
-        values = np.zeros((len(rows), len(self.feature_extractor.lead_names), self.feature_extractor.num_samples), np.float32)
+        values = np.zeros(
+            (len(rows), len(self.feature_extractor.lead_names), self.feature_extractor.num_samples), np.float32
+        )
         for index, signal in enumerate(features["ecg_values"]):
             values[index, :, : lengths[index]] = signal
         batch = {"ecg_values": torch.from_numpy(values), "num_samples": torch.tensor(lengths)}
