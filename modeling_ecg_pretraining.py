@@ -148,7 +148,8 @@ class ECGForPreTraining(CompleteModel):
 
     def get_text_embeddings(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Unit vectors [batch, projection_size] of texts [batch, tokens]; ValueError without the objective contrastive."""
-        return nn.functional.normalize(self._embed_texts(input_ids, attention_mask).float(), dim=1)
+        features = self.get_text_features(input_ids, attention_mask)
+        return nn.functional.normalize(self.heads.text_projection(features).float(), dim=1)
 
     def _check_contrastive(self) -> None:
         if self.heads is None:
@@ -163,20 +164,20 @@ class ECGForPreTraining(CompleteModel):
         self._check_contrastive()
         return self.heads.embed_ecgs(self.encoder(ecg_values, lead_mask=lead_mask).last_hidden_state)
 
-    def _embed_texts(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """What the text encoder gives for texts [batch, tokens], pooled: [batch, width of the text encoder]. One that is frozen gives
+        the same for a text each time."""
         self._check_contrastive()
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trained(self.text_encoder)):
             output = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask)
         if self.config.text_pooling == "pooler":
-            pooled = output.pooler_output
-        elif self.config.text_pooling == "cls":
-            pooled = output.last_hidden_state[:, 0]
-        else:
-            attended = attention_mask[..., None].to(output.last_hidden_state.dtype)
-            pooled = (output.last_hidden_state * attended).sum(1) / attended.sum(1).clamp(min=1)
-        return self.heads.text_projection(pooled)
+            return output.pooler_output
+        if self.config.text_pooling == "cls":
+            return output.last_hidden_state[:, 0]
+        attended = attention_mask[..., None].to(output.last_hidden_state.dtype)
+        return (output.last_hidden_state * attended).sum(1) / attended.sum(1).clamp(min=1)
 
     def _masked(
         self,
@@ -218,6 +219,7 @@ class ECGForPreTraining(CompleteModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         has_report: torch.Tensor | None = None,
+        text_features: torch.Tensor | None = None,
     ) -> ECGPretrainingOutput:
         """
         Args:
@@ -229,6 +231,7 @@ class ECGForPreTraining(CompleteModel):
             mask: bool [batch, *mask_shape(config)], True where masked, as many in each row; None: `mask_ratio` at random.
             input_ids, attention_mask: [batch, tokens] of the reports; None: no record has a report, and the ECGs' views alone are
                 compared. With several processes and a text encoder that is trained, give them in each batch.
+            text_features: in place of them, what `get_text_features` gave for them.
             has_report: bool [batch], False where the text is no report; such records have their views compared alone. None: all have.
 
         Raises:
@@ -244,7 +247,9 @@ class ECGForPreTraining(CompleteModel):
             output = self._masked(ecg_values, lead_mask, num_samples, mask)
             losses.append(output.masked_loss)
         if self.heads is not None:
-            output.contrastive_loss = self._contrast(ecg_values, lead_mask, input_ids, attention_mask, has_report)
+            if text_features is None and input_ids is not None:
+                text_features = self.get_text_features(input_ids, attention_mask)
+            output.contrastive_loss = self._contrast(ecg_values, lead_mask, text_features, has_report)
             weight = 1 if self.decoder is None else self.config.contrastive_weight
             losses.append(weight * output.contrastive_loss)
         output.loss = sum(losses)
@@ -254,20 +259,18 @@ class ECGForPreTraining(CompleteModel):
         self,
         ecg_values: torch.Tensor,
         lead_mask: torch.Tensor | None,
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
+        text_features: torch.Tensor | None,
         has_report: torch.Tensor | None,
     ) -> torch.Tensor:
         ecgs = self._embed_ecgs(ecg_values, lead_mask)
         batch = len(ecg_values)
-        if input_ids is None:
+        if text_features is None:
             # nothing reads these, but all processes gather as much, and DDP waits for the gradients of the projection
-            texts = self.heads.text_projection(ecgs[0].new_zeros(batch, self.config.text_config.hidden_size))
+            text_features = ecgs[0].new_zeros(batch, self.config.text_config.hidden_size)
             has_report = torch.zeros(batch, dtype=torch.bool, device=ecg_values.device)
-        else:
-            texts = self._embed_texts(input_ids, attention_mask)
-            if has_report is None:
-                has_report = torch.ones(batch, dtype=torch.bool, device=ecg_values.device)
+        texts = self.heads.text_projection(text_features)
+        if has_report is None:
+            has_report = torch.ones(batch, dtype=torch.bool, device=ecg_values.device)
         if len(texts) != batch or len(has_report) != batch:
             raise ValueError(
                 f"The batch has {batch} ECGs, {len(texts)} texts and {len(has_report)} values of has_report; give one of each for each "

@@ -26,6 +26,7 @@ class PretrainingTrainer(WholeCheckpoints):
         self.average = average
         if average is not None:
             self.add_callback(average)
+        self._texts: dict[bytes, torch.Tensor] = {}  # ids of a text -> what a frozen text encoder gives for it
         # sums of the parts of the loss, and of how many batches, since they were logged; in training and in evaluation
         self._parts: dict[str, dict[str, Any]] = {"train": defaultdict(float), "eval": defaultdict(float)}
 
@@ -38,6 +39,23 @@ class PretrainingTrainer(WholeCheckpoints):
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.data_collator = collator
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As the trainer's; a text encoder that is frozen reads each text once."""
+        inputs = super()._prepare_inputs(inputs)
+        text_encoder = self.model.text_encoder
+        if "input_ids" not in inputs or any(weight.requires_grad for weight in text_encoder.parameters()):
+            return inputs
+        texts = inputs.pop("input_ids"), inputs.pop("attention_mask")
+        keys = [bytes(ids[mask.bool()].cpu().numpy()) for ids, mask in zip(*texts, strict=True)]
+        new = {key: index for index, key in enumerate(keys) if key not in self._texts}
+        if new:
+            rows = list(new.values())
+            # outside of the model, which may be compiled or wrapped
+            with torch.no_grad(), self.compute_loss_context_manager():
+                features = self.accelerator.unwrap_model(self.model).get_text_features(*(part[rows] for part in texts))
+            self._texts |= dict(zip(new, features.float().cpu(), strict=True))
+        return {**inputs, "text_features": torch.stack([self._texts[key] for key in keys]).to(self.args.device)}
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As the trainer's; the parts of the loss are kept for the log."""
