@@ -79,7 +79,9 @@ def info_nce(first: torch.Tensor, second: torch.Tensor, temperature: float, coun
     logits = F.normalize(first, dim=1) @ F.normalize(second, dim=1).T / temperature
     # a finite number: of a row without any column -inf would make NaN
     logits = logits.masked_fill(~(counted[:, None] & counted), torch.finfo(logits.dtype).min)
-    labels = torch.arange(len(logits), device=logits.device).masked_fill(~counted, -100)  # which cross_entropy leaves out
+    labels = torch.arange(len(logits), device=logits.device).masked_fill(
+        ~counted, -100
+    )  # which cross_entropy leaves out
     directions = [F.cross_entropy(matrix, labels, reduction="sum") for matrix in (logits, logits.T)]
     return sum(directions, logits.new_zeros(())) / counted.sum().clamp(min=1)
 

@@ -29,7 +29,9 @@ def kept_places(mask: torch.Tensor, number: int) -> torch.Tensor:
     return mask.byte().argsort(dim=-1, stable=True)[..., :number]  # of the bools False comes first
 
 
-def _run(config: Any, layers: Iterable[nn.Module], states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
+def _run(
+    config: Any, layers: Iterable[nn.Module], states: torch.Tensor, token_mask: torch.Tensor | None
+) -> torch.Tensor:
     """States [batch, tokens, width] through blocks; tokens whose `token_mask` is False are not attended to."""
     attention_mask = create_bidirectional_mask(config, states, token_mask)
     for layer in layers:
