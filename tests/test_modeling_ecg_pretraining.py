@@ -1,5 +1,6 @@
 import copy
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModel, BertConfig, BertModel
+from transformers import BertConfig, BertModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
@@ -34,9 +35,9 @@ KINDS += [(kind, "contrastive") for kind in ENCODER_MODELS] + [("st_mem", "both"
 SMALL = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
 
 
-def tiny_config(kind="st_mem", objectives="masked", encoder=None, **changes):
+def tiny_config(kind="st_mem", objectives="masked", encoder=None, text=None, **changes):
     encoder_config = ENCODER_CONFIGS[kind](num_samples=NUM_SAMPLES, **TINY_ENCODERS[kind] | (encoder or {}))
-    text_config = None if objectives == "masked" else BertConfig(**TEXT)
+    text_config = None if objectives == "masked" else BertConfig(**TEXT | (text or {}))
     fields = {"objectives": OBJECTIVES[objectives], "projection_size": 8, "projection_dropout": 0.0} | SMALL | changes
     return ECGPretrainingConfig(encoder_config=encoder_config, text_config=text_config, **fields)
 
@@ -49,6 +50,9 @@ def tiny(kind="st_mem", objectives="masked", **changes):
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+tiny_once = cache(tiny)  # for all examples of a property
 
 
 def batch_of(number=4, text=False, num_samples=NUM_SAMPLES, seed=1):
@@ -200,10 +204,12 @@ def test_shorter_records(kind):
 @given(seed=st.integers(0, 2**31), data=st.data())
 def test_padding_and_missing_leads_do_not_count(kind, seed, data):
     """Whatever stands there, also NaN: the same loss, and gradients for all other values alone."""
-    model = _model(kind)
+    model = tiny_once(kind)
     values = batch_of(2, seed=seed)["ecg_values"]
     num_samples = torch.tensor([data.draw(st.integers(0, NUM_SAMPLES)), NUM_SAMPLES])
-    lead_mask = torch.tensor(data.draw(st.lists(st.lists(st.booleans(), min_size=12, max_size=12), min_size=2, max_size=2)))
+    lead_mask = torch.tensor(
+        data.draw(st.lists(st.lists(st.booleans(), min_size=12, max_size=12), min_size=2, max_size=2))
+    )
     mask = mask_of(model.config, 2, seed)
     there = lead_mask[..., None] & (torch.arange(NUM_SAMPLES) < num_samples[:, None])[:, None]
     results = []
@@ -217,16 +223,6 @@ def test_padding_and_missing_leads_do_not_count(kind, seed, data):
     for loss, gradient in results[1:]:
         assert torch.equal(loss, results[0][0])
         assert torch.equal(gradient, results[0][1])
-
-
-_MODELS = {}
-
-
-def _model(kind):
-    """One model for all examples of a property."""
-    if kind not in _MODELS:
-        _MODELS[kind] = tiny(kind)
-    return _MODELS[kind]
 
 
 @pytest.mark.parametrize("kind", ["mtae", "st_mem"])
@@ -265,8 +261,7 @@ def test_a_batch_where_nothing_counts(kind):
 @pytest.mark.parametrize(("kind", "objectives"), KINDS)
 @given(order=st.permutations(range(4)))
 def test_permuted_batches(kind, objectives, order):
-    model = _MODELS.setdefault((kind, objectives), None) or tiny(kind, objectives)
-    _MODELS[kind, objectives] = model
+    model = tiny_once(kind, objectives)
     batch = batch_of(text=objectives != "masked")
     if objectives != "contrastive":
         batch["mask"] = mask_of(model.config)
@@ -305,3 +300,213 @@ def test_standardised_targets():
 def test_bad_masks(mask, message):
     with pytest.raises(ValueError, match=message):
         tiny("mtae")(**batch_of(), mask=mask)
+
+
+# reports
+
+
+def test_both_objectives_are_the_sum_of_each():
+    model, batch = tiny("st_mem", "both", contrastive_weight=0.3), batch_of(text=True)
+    mask = mask_of(model.config)
+    output = model(**batch, mask=mask)
+    assert output.loss.item() == pytest.approx(output.masked_loss.item() + 0.3 * output.contrastive_loss.item())
+    for objectives, name in (("masked", "masked_loss"), ("contrastive", "contrastive_loss")):
+        alone = tiny("st_mem", objectives)
+        weights = {key: weight for key, weight in model.state_dict().items() if key in alone.state_dict()}
+        alone.load_state_dict(weights)
+        single = alone(**batch, mask=mask)
+        assert single.loss.item() == pytest.approx(output[name].item(), rel=1e-5)
+        assert [key for key in ("masked_loss", "contrastive_loss") if getattr(single, key) is not None] == [name]
+
+
+@pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
+def test_records_without_report_have_their_views_compared(loss):
+    model, batch = tiny("merl", "contrastive", contrastive_loss=loss), batch_of(text=True)
+    has_report = torch.tensor([True, False, True, True])
+    expected = model(**batch, has_report=has_report).loss
+    batch["input_ids"][1] = 3  # whatever the text is
+    assert torch.equal(model(**batch, has_report=has_report).loss, expected)
+    assert model(**batch).loss != expected
+    without = model(ecg_values=batch["ecg_values"])
+    assert torch.equal(without.loss, model(**batch, has_report=torch.zeros(4, dtype=torch.bool)).loss)
+    without.loss.backward()  # as DDP wants it, each head has a gradient
+    assert all(parameter.grad is not None for parameter in model.heads.text_projection.parameters())
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "pooler"])
+def test_pooling_of_the_text(pooling):
+    model, batch = tiny("merl", "contrastive", text_pooling=pooling), batch_of(text=True)
+    assert (model.text_encoder.pooler is None) == (pooling != "pooler")
+    texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    output = model.text_encoder(**texts)
+    states = output.last_hidden_state
+    pooled = {"mean": torch.stack([states[0, :4].mean(0), *states[1:].mean(1)]), "cls": states[:, 0]}
+    pooled |= {"pooler": output.pooler_output}
+    expected = nn.functional.normalize(model.heads.text_projection(pooled[pooling]), dim=1)
+    torch.testing.assert_close(model.get_text_embeddings(**texts), expected)
+    assert model.get_ecg_embeddings(batch["ecg_values"]).norm(dim=1).tolist() == pytest.approx([1] * 4)
+
+
+def test_training_tells_ecgs_apart_by_their_reports():
+    torch.manual_seed(0)
+    model, batch = ECGForPreTraining(tiny_config("mtae", "contrastive")), batch_of(text=True)
+    times = torch.arange(NUM_SAMPLES) / 250
+    batch["ecg_values"] *= 0.1
+    batch["ecg_values"] += torch.stack([torch.sin(2 * torch.pi * rate * times) for rate in (1, 3, 6, 10)])[:, None]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(80):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    ecgs = model.eval().get_ecg_embeddings(batch["ecg_values"])
+    texts = model.get_text_embeddings(batch["input_ids"], batch["attention_mask"])
+    assert (ecgs @ texts.T).argmax(1).tolist() == [0, 1, 2, 3]
+
+
+def test_a_frozen_text_encoder():
+    model, batch = ECGForPreTraining(tiny_config("st_mem", "both")), batch_of(text=True)
+    model.text_encoder.requires_grad_(False)
+    model.train()
+    assert model.encoder.training
+    assert not any(module.training for module in model.text_encoder.modules())
+    seen = []
+    model.text_encoder.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state))
+    model(**batch).loss.backward()
+    assert not seen[0].requires_grad
+    assert all(parameter.grad is None for parameter in model.text_encoder.parameters())
+    assert all(parameter.grad is not None for parameter in model.heads.parameters())
+
+
+def test_every_weight_gets_a_gradient():
+    """DDP waits for each of them."""
+    for kind, objectives in KINDS:
+        model = tiny(kind, objectives).train()
+        model(**batch_of(text=objectives != "masked")).loss.backward()
+        without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+        assert without == [], (kind, objectives)
+
+
+def test_wrong_number_of_tokens():
+    model = tiny("merl", "contrastive")
+    with pytest.raises(
+        ValueError, match="makes 100 tokens of these records, and the contrastive head has positions for 125"
+    ):
+        model(**batch_of(text=True, num_samples=400))
+
+
+def test_texts_of_another_batch():
+    batch = batch_of(text=True)
+    with pytest.raises(ValueError, match="4 ECGs, 3 texts and 3 values of has_report"):
+        batch |= {name: batch[name][:3] for name in ("input_ids", "attention_mask")}
+        tiny("merl", "contrastive")(**batch, has_report=torch.ones(3, dtype=torch.bool))
+
+
+def test_embeddings_of_a_model_without_heads():
+    with pytest.raises(ValueError, match="This model was made for masked"):
+        tiny("st_mem").get_ecg_embeddings(batch_of()["ecg_values"])
+
+
+# as any model of transformers
+
+
+def test_given_parts_stay_as_they_are():
+    torch.manual_seed(3)
+    config = tiny_config("st_mem", "both")
+    encoder, text_encoder = ENCODER_MODELS["st_mem"](config.encoder_config), BertModel(BertConfig(**TEXT))
+    expected = copy.deepcopy((encoder.state_dict(), text_encoder.state_dict()))
+    model = ECGForPreTraining(tiny_config("st_mem", "both"), encoder, text_encoder)
+    for part, weights in zip((model.encoder, model.text_encoder), expected, strict=True):
+        for name, weight in part.state_dict().items():
+            assert torch.equal(weight, weights[name]), name
+    assert model.config.encoder_config is encoder.config
+    assert model.config.num_encoder_tokens == 12 * 25
+
+
+def test_new_weights():
+    torch.manual_seed(0)
+    model = ECGForPreTraining(tiny_config("st_mem", "both", projection_size=64))
+    for parameter in (model.decoder.mask_token, model.heads.attention_pool.positions, model.heads.view_1.weight):
+        assert 0.01 < parameter.std() < 0.03
+    positions = model.decoder.positions[0]
+    assert not positions[0].any()
+    assert not positions[-1].any()
+    assert positions[1].tolist() == pytest.approx([0] * 8 + [1] * 8)  # sines and cosines of 0
+    assert model.heads.attention_pool.attention.in_proj_weight.std() > 0.05  # PyTorch's own
+
+
+RELOAD = """
+import torch
+from transformers import AutoModel
+model = AutoModel.from_pretrained("saved", trust_remote_code=True).eval()
+batch = torch.load("batch.pt")
+with torch.no_grad():
+    print(repr(model(**batch).loss.item()), model.config.model_type, type(model.encoder).__module__.split(".")[0])
+"""
+
+
+@pytest.mark.parametrize(("kind", "objectives"), [("mtae", "masked"), ("st_mem", "both")])
+def test_saved_models_load_without_the_project(kind, objectives, tmp_path):
+    model, batch = tiny(kind, objectives), batch_of(text=objectives != "masked")
+    batch["mask"] = mask_of(model.config)
+    model.save_pretrained(tmp_path / "saved")
+    torch.save(batch, tmp_path / "batch.pt")
+    with torch.no_grad():
+        loss = model(**batch).loss.item()
+    assert run_isolated(RELOAD, tmp_path).split() == [repr(loss), "ecg_pretraining", "transformers_modules"]
+    again = ECGForPreTraining.from_pretrained(tmp_path / "saved")
+    assert again.config.to_dict().keys() == model.config.to_dict().keys()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight), name
+
+
+def test_incomplete_files(tmp_path):
+    model = tiny("st_mem")
+    weights = {name: weight for name, weight in model.state_dict().items() if name != "decoder.mask_token"}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(ValueError, match="decoder.mask_token"):
+        ECGForPreTraining.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "objectives"), KINDS)
+def test_gradient_checkpointing(kind, objectives):
+    gradients = []
+    for checkpointed in (False, True):
+        model, batch = tiny(kind, objectives), batch_of(text=objectives != "masked")
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+            assert all(block.gradient_checkpointing for block in blocks)
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        torch.manual_seed(1)
+        model(**batch).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+@pytest.mark.parametrize(("kind", "objectives"), KINDS)
+def test_bfloat16(kind, objectives):
+    model, batch = tiny(kind, objectives), batch_of(text=objectives != "masked")
+    if objectives != "contrastive":
+        batch["mask"] = mask_of(model.config)
+    expected = model(**batch).loss.item()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(**batch)
+    assert output.loss.dtype == torch.float32
+    output.loss.backward()
+    assert output.loss.item() == pytest.approx(expected, rel=0.1)
+    assert model.to(torch.bfloat16)(**batch).loss.dtype == torch.float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "objectives"), [("mtae", "masked"), ("st_mem", "both"), ("merl", "contrastive")])
+def test_one_graph(kind, objectives):
+    model, batch = tiny(kind, objectives), batch_of(text=objectives != "masked")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(0)
+    expected = model(**batch).loss
+    torch.manual_seed(0)
+    torch.testing.assert_close(compiled(**batch).loss, expected)

@@ -165,7 +165,9 @@ def convert_part(kind: str, state_dict: dict[str, Tensor]) -> Conversion:
     """An encoder or a connector; see `convert_state_dict`, which admits nothing missing or left over."""
     part = Conversion()
     # ST-MEM's patch embedding stands under two names, of which the reference fills this one last
-    twice = {f"encoder.{key}" for key in state_dict if key.startswith("to_patch_embedding.")} if kind == "st_mem" else set()
+    twice = (
+        {f"encoder.{key}" for key in state_dict if key.startswith("to_patch_embedding.")} if kind == "st_mem" else set()
+    )
     for key, tensor in state_dict.items():
         try:
             ours = None if key in twice else _convert_key(RULES[kind], key)
@@ -211,7 +213,9 @@ def convert_pretraining_part(kind: str, state_dict: dict[str, Tensor]) -> Conver
     pool = ("heads.attention_pool.cls_token", "heads.attention_pool.positions")
     if part.tensors.keys() >= set(pool):
         cls_token, positions = (part.tensors[name] for name in pool)
-        if cls_token.shape == positions.shape[2:] and positions.shape[:1] == (1,) and positions.shape[1]:  # else refused later
+        if (
+            cls_token.shape == positions.shape[2:] and positions.shape[:1] == (1,) and positions.shape[1]
+        ):  # else refused later
             part.tensors[pool[0]] = cls_token + positions[0, 0]  # the reference adds the first position twice
     return part
 
