@@ -10,7 +10,7 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from .ecg_utils import STANDARD_LEADS, ECGRecord, canonical_lead_names
 
@@ -27,6 +27,9 @@ SEPARATOR = ((-7.0, -3.0), (3.0, 7.0))  # from 0 mV; leaves the trace free
 TEXT_SIZE = 4.5
 CAPITAL_HEIGHT = 0.72  # of text of size 1
 LABEL_HEIGHT = 10.0  # over 0 mV, where the row is that high
+
+# of what is shown beside a record: a second trace, and which of its parts are meant
+OVERLAY_COLOR, SHADE_COLOR = "#d55e00", "#d7e6f5"
 
 # pixels
 MIN_GRID_SPACING = 3.0  # closer lines are noise
@@ -157,8 +160,10 @@ def strips(paper: ECGPaper, lead_names: Sequence[str], seconds: float, height_mm
     return page
 
 
-def _traces(record: ECGRecord, paper: ECGPaper, page: Iterable[Strip]) -> Iterator[tuple[list[Strip], Lines]]:
-    """Strips that stand below each other, and their signals in mm."""
+def _traces(
+    record: ECGRecord, paper: ECGPaper, page: Iterable[Strip], beside: ECGRecord | None = None
+) -> Iterator[tuple[list[Strip], Lines]]:
+    """Strips that stand below each other, and their signals in mm; those of `beside` against the baselines of `record`."""
     rate, num_samples = record.sampling_rate, record.array.shape[1]
     for (x, start, stop), group in groupby(page, key=lambda strip: (strip.x, strip.start, strip.stop)):
         # the sample at `stop` is the next strip's; rounding shall not move it
@@ -167,9 +172,10 @@ def _traces(record: ECGRecord, paper: ECGPaper, page: Iterable[Strip]) -> Iterat
             column = [strip for strip in group if strip.lead in record.lead_names]
             if not column:
                 continue
-            leads = record.array[[record.lead_names.index(strip.lead) for strip in column]]
+            rows = [record.lead_names.index(strip.lead) for strip in column]
+            leads = (record if beside is None else beside).array[rows, first:last]
             baselines = np.array([[strip.y] for strip in column])  # [strips, 1]; a lead's median stands there
-            y = baselines - paper.gain * (leads[:, first:last] - np.median(leads, axis=1, keepdims=True))
+            y = baselines - paper.gain * (leads - np.median(record.array[rows], axis=1, keepdims=True))
             yield column, (x + (np.arange(first, last) / rate - start) * paper.speed, y)
 
 
@@ -296,6 +302,37 @@ def _page(
     return page, picture  # cached: not to be painted on
 
 
+def _shaded(
+    page: Iterable[Strip],
+    shades: np.ndarray,
+    record: ECGRecord,
+    size: tuple[int, int],
+    scale: float,
+    per_second: float,
+    row_height: float,
+) -> Image.Image:
+    """Mask of the parts that are meant: 255 where a share is 1. A pixel shows that of the sample in its middle.
+
+    Args:
+        size: width and height in pixels.
+        scale, per_second: pixels for a millimetre and for a second.
+        row_height: in pixels.
+    """
+    mask = np.zeros(size[::-1], dtype=np.uint8)
+    num_samples = shades.shape[1]
+    for strip in page:
+        if strip.lead in record.lead_names:
+            left = strip.x * scale
+            columns = np.arange(
+                math.ceil(left), min(size[0], math.ceil(left + (strip.stop - strip.start) * per_second))
+            )
+            seconds = strip.start + (columns - left) / per_second
+            samples = (seconds * record.sampling_rate).astype(int).clip(0, num_samples - 1)
+            rows = slice(max(0, round(strip.y * scale - row_height / 2)), round(strip.y * scale + row_height / 2))
+            mask[rows, columns] = np.rint(255 * shades[record.lead_names.index(strip.lead), samples])
+    return Image.fromarray(mask)
+
+
 def draw_ecg(
     record: ECGRecord,
     height: int,
@@ -303,6 +340,8 @@ def draw_ecg(
     paper: ECGPaper = ECGPaper(),  # frozen, so it may be a default
     caption: str = "",
     lead_names: tuple[str, ...] | None = None,
+    beside: ECGRecord | None = None,
+    shades: np.ndarray | None = None,
 ) -> Image.Image:
     """The record on ECG paper, as an RGB picture; the same input gives the same pixels.
 
@@ -315,10 +354,17 @@ def draw_ecg(
         caption: at the bottom left, in one line.
         lead_names: that have a place on the page; default: those of the record. One that the record has not is named, and no
             line is drawn, as a flat one would say that the heart stands still.
+        beside: another record of the same leads, rate and length, such as a reconstruction, in another colour under the trace.
+        shades: [leads, samples] in [0, 1], how strongly the paper is shaded there.
 
     Raises:
-        ValueError: the size is impossible or too small for the leads, or the record has not the rhythm leads.
+        ValueError: the size is impossible or too small for the leads, the record has not the rhythm leads, or what is shown with it
+            has another shape.
     """
+    shapes = [] if beside is None else [("beside", beside.array.shape)]
+    for name, shape in [*shapes, *([] if shades is None else [("shades", shades.shape)])]:
+        if shape != record.array.shape:
+            raise ValueError(f"{name} has the shape {shape}; expected that of the record, {record.array.shape}.")
     for name, size in (("height", height), ("width", width)):
         if not isinstance(size, (int, np.integer)) or size < 1:
             raise ValueError(f"{name} is {size!r}; expected a whole number of pixels, such as 512.")
@@ -326,9 +372,20 @@ def draw_ecg(
     page, picture = _page(
         paper, lead_names or record.lead_names, seconds, height, width, " ".join(caption.splitlines())
     )
-    lines = [lines for _, lines in _traces(record, paper, page)]
-    mask = _pen(lines, height, width, paper.line_width, width / page_width(paper, seconds))
-    return Image.composite(Image.new("RGB", picture.size, paper.trace_color), picture, mask)
+    scale = width / page_width(paper, seconds)
+    if shades is not None:
+        row_height = (height - 2 * VERTICAL_MARGIN * scale) / _num_rows(paper, lead_names or record.lead_names)
+        mask = _shaded(page, shades, record, picture.size, scale, scale * paper.speed, row_height)
+        # darkened, so that the grid is seen through it
+        picture = Image.composite(
+            ImageChops.multiply(picture, Image.new("RGB", picture.size, SHADE_COLOR)), picture, mask
+        )
+    traces = [] if beside is None else [(beside, OVERLAY_COLOR)]
+    for trace, color in [*traces, (record, paper.trace_color)]:
+        lines = [lines for _, lines in _traces(record, paper, page, trace)]
+        mask = _pen(lines, height, width, paper.line_width, scale)
+        picture = Image.composite(Image.new("RGB", picture.size, color), picture, mask)
+    return picture
 
 
 def ecg_svg(record: ECGRecord, paper: ECGPaper = ECGPaper(), caption: str = "") -> str:

@@ -2,7 +2,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -543,3 +543,50 @@ def test_paper_survives_json():
     assert paper.rhythm_leads == ("II", "V1")
     assert ECGPaper(**json.loads(json.dumps(asdict(paper)))) == paper
     assert ECGPaper(**json.loads(json.dumps(asdict(ECGPaper())))) == ECGPaper()
+
+
+class TestBeside:
+    """What is shown with a record: a second trace, and which of its parts are meant."""
+
+    def record(self):
+        return as_record({"array": np.zeros((12, 500), np.float32), "sampling_rate": 100, "unit": "mV"})
+
+    def test_a_second_trace_lies_under_the_first(self):
+        record = self.record()
+        plain = np.array(draw_ecg(record, 600, 500, beside=record))
+        black = (np.array(draw_ecg(record, 600, 500)) < 30).all(-1)
+        assert np.array_equal((plain < 30).all(-1), black)
+        array = record.array.copy()
+        array[3, 100:200] = 1.0  # of aVR, against its own baseline
+        changed = np.array(draw_ecg(record, 600, 500, beside=replace(record, array=array)))
+        rows, columns = np.nonzero((changed != plain).any(-1))
+        scale = 500 / page_width(ECGPaper(), 5.0)
+        assert columns.min() >= (10 + 25 * 0.99) * scale - 2
+        assert columns.max() <= (10 + 25 * 2.0) * scale + 2
+        assert rows.max() - rows.min() == pytest.approx(10 * scale, abs=3)  # 1 mV are 10 mm
+
+    def test_shades(self):
+        record, paper = self.record(), ECGPaper()
+        shades = np.zeros((12, 500))
+        shades[0, 250:] = 1.0
+        shades[11, :100] = 0.5
+        plain, shaded = (
+            np.array(draw_ecg(record, 600, 500)).astype(int),
+            np.array(draw_ecg(record, 600, 500, shades=shades)),
+        )
+        darker = (plain - shaded).sum(-1)  # [rows, columns]
+        assert (darker >= 0).all()
+        scale, height = 500 / page_width(paper, 5.0), 600 / 12
+        middle = round((10 + 25 * 2.5) * scale)  # of the second 2.5
+        assert (darker[20 : int(height), middle + 1 : middle + 100] > 0).mean() > 0.8
+        assert not darker[: int(height), : middle - 1].any()
+        assert 0 < darker[545:580, 40:60].mean() < darker[20 : int(height), middle + 1 : middle + 100].mean()
+
+    def test_other_shapes(self):
+        record = self.record()
+        with pytest.raises(
+            ValueError, match=r"shades has the shape \(12, 499\); expected that of the record, \(12, 500\)"
+        ):
+            draw_ecg(record, 600, 500, shades=np.zeros((12, 499)))
+        with pytest.raises(ValueError, match="beside has the shape"):
+            draw_ecg(record, 600, 500, beside=replace(record, array=record.array[:, 1:]))

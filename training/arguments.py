@@ -120,7 +120,45 @@ class DataArguments:
 
 
 @dataclass
-class ModelArguments:
+class RecordArguments:
+    """How records are prepared."""
+
+    _argument_group_name = "records"
+
+    sampling_rate: int = argument(250, "Hz to which records are resampled.")
+    num_samples: int = argument(2500, "Samples per lead: records are padded to it.")
+    truncation: str | None = argument(
+        None, "Which part of a longer record to keep. Default: a longer record is an error.", choices=TRUNCATIONS[1:]
+    )
+    lead_names: list[str] | None = argument(None, "Leads and their order. Default: I II III aVR aVL aVF V1 ... V6.")
+    missing_leads: str = argument(
+        "error",
+        "Leads that a record lacks and I and II do not give: an error, or zeros that the model is told of.",
+        choices=MISSING_LEADS,
+    )
+    bandpass: list[float] | None = argument(
+        None, "Low and high frequency in Hz that pass, such as 0.5 40. Default: no filter."
+    )
+    notch: float | None = argument(None, "Hz of the mains that is taken out, 50 or 60. Default: no filter.")
+    normalization: str | None = argument(
+        None,
+        "none keeps millivolts (default); zscore and minmax (default of stacked_signal) are of each record.",
+        choices=NORMALIZATIONS,
+    )
+
+    @property
+    def extractor_fields(self) -> dict[str, Any]:
+        """The arguments of the feature extractor."""
+        names = ("sampling_rate", "num_samples", "bandpass", "notch", "missing_leads")
+        settings: dict[str, Any] = {name: getattr(self, name) for name in names}
+        if self.lead_names is not None:
+            settings["lead_names"] = self.lead_names
+        # truncation False: a longer record is an error
+        return {**settings, "normalization": self.normalization or "none", "truncation": self.truncation or False}
+
+
+@dataclass
+class ModelArguments(RecordArguments):
     """What a new ELM is made of."""
 
     _argument_group_name = "a new model"
@@ -187,26 +225,6 @@ class ModelArguments:
         "Tokens of the language model that each ECG takes. Default: of a picture "
         f"{IMAGE_FEATURES['patches']}, or {IMAGE_FEATURES['embedding']} of its embedding; else "
         f"{', '.join(f'{spec.num_ecg_tokens} for {name}' for name, spec in CONNECTORS.items())}.",
-    )
-    sampling_rate: int = argument(250, "Hz to which records are resampled.")
-    num_samples: int = argument(2500, "Samples per lead: records are padded to it.")
-    truncation: str | None = argument(
-        None, "Which part of a longer record to keep. Default: a longer record is an error.", choices=TRUNCATIONS[1:]
-    )
-    lead_names: list[str] | None = argument(None, "Leads and their order. Default: I II III aVR aVL aVF V1 ... V6.")
-    missing_leads: str = argument(
-        "error",
-        "Leads that a record lacks and I and II do not give: an error, or zeros that the model is told of.",
-        choices=MISSING_LEADS,
-    )
-    bandpass: list[float] | None = argument(
-        None, "Low and high frequency in Hz that pass, such as 0.5 40. Default: no filter."
-    )
-    notch: float | None = argument(None, "Hz of the mains that is taken out, 50 or 60. Default: no filter.")
-    normalization: str | None = argument(
-        None,
-        "none keeps millivolts (default); zscore and minmax (default of stacked_signal) are of each record.",
-        choices=NORMALIZATIONS,
     )
 
     def __post_init__(self) -> None:
@@ -286,15 +304,12 @@ class AugmentationArguments:
                 raise ValueError(f"--{name} is {getattr(self, name)}; expected a share in [0, 1).")
 
 
-@dataclass  # fields stand from the last base to the first: --data, which has no default, must lead
-class ELMArguments(AugmentationArguments, ModelArguments, DataArguments):
-    """All of `elm sft` that TRL does not know."""
+@dataclass
+class RunArguments:
+    """How a training run goes, beside what transformers and TRL know of it."""
 
     _argument_group_name = "training"
 
-    update: list[str] = argument(
-        [], "Parts that are trained. Default: connector and llm, and an encoder with random weights.", choices=PARTS
-    )
     streaming: bool = argument(
         False, "Read the rows as they are needed instead of caching them first; say --max_steps."
     )
@@ -303,19 +318,37 @@ class ELMArguments(AugmentationArguments, ModelArguments, DataArguments):
         "Rows that --streaming holds in memory and shuffles, in each data loader worker. Records that a dataset stores once are read anew "
         "where these are about more than 256 MB of them.",
     )
+    wandb: bool = argument(False, "Report to Weights & Biases, as --report_to wandb does.")
+    distributed: bool = argument(False, "Insist on several processes: start with `accelerate launch` or `torchrun`.")
+
+    def __post_init__(self) -> None:
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"--shuffle_buffer is {self.shuffle_buffer}; expected at least 1 row.")
+
+
+@dataclass  # fields stand from the last base to the first: --data, which has no default, must lead
+class ELMArguments(RunArguments, AugmentationArguments, ModelArguments, DataArguments):
+    """All of `elm sft` that TRL does not know."""
+
+    _argument_group_name = "training"
+
+    update: list[str] = argument(
+        [], "Parts that are trained. Default: connector and llm, and an encoder with random weights.", choices=PARTS
+    )
     cache_features: Literal["memory", "disk"] | None = argument(
         None,
         "Encode each ECG once and keep what a frozen encoder gives for it: in memory, which grows with the number of ECGs, or on "
         "disk below HF_HOME, where later runs with the same encoder find it.",
     )
-    wandb: bool = argument(False, "Report to Weights & Biases, as --report_to wandb does.")
-    distributed: bool = argument(False, "Insist on several processes: start with `accelerate launch` or `torchrun`.")
 
     def __post_init__(self) -> None:
-        for part in (DataArguments, ModelArguments, AugmentationArguments):  # super() would call one alone
+        for part in (
+            DataArguments,
+            ModelArguments,
+            AugmentationArguments,
+            RunArguments,
+        ):  # super() would call one alone
             part.__post_init__(self)
-        if self.shuffle_buffer < 1:
-            raise ValueError(f"--shuffle_buffer is {self.shuffle_buffer}; expected at least 1 row.")
         changes = [f"--{option.name}" for option in fields(AugmentationArguments) if getattr(self, option.name)]
         changes += [f"--perturb {self.perturb}"] * (self.perturb == "noise")
         if self.cache_features and self.perturb == "only_text":
@@ -427,7 +460,8 @@ class ELMParser(CommandLineParser, TrlParser):
             foreign = not owner.__module__.startswith("elm_ecg.")
             title = vars(owner).get("_argument_group_name", "this command")
             if foreign:
-                title = f"{next(part for part in dtype.__mro__ if part.__module__.startswith('trl.')).__name__} of TRL"
+                first = next(part for part in dtype.__mro__ if not part.__module__.startswith("elm_ecg."))
+                title = f"{first.__name__} of {'TRL' if first.__module__.startswith('trl.') else 'transformers'}"
             if foreign and option.name in COMMON:
                 title = ELMArguments._argument_group_name
             if title not in self.groups:

@@ -122,13 +122,7 @@ def build_processor(
         ecg_byte = ECGByteTokenizer.from_pretrained(place)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # Llama has none; labels do not depend on it
-    names = ("sampling_rate", "num_samples", "bandpass", "notch", "missing_leads")
-    settings: dict[str, Any] = {name: getattr(args, name) for name in names}
-    if args.lead_names is not None:
-        settings["lead_names"] = args.lead_names
-    feature_extractor = ECGFeatureExtractor(  # truncation False: a longer record is an error
-        normalization=args.normalization or "none", truncation=args.truncation or False, **settings
-    )
+    feature_extractor = ECGFeatureExtractor(**args.extractor_fields)
     if ecg_byte is not None:
         if ecg_byte.sampling_rate not in (None, args.sampling_rate):
             logger.warning(

@@ -9,6 +9,11 @@ from elm_ecg.training.command_line import did_you_mean, run_command
 # verb -> module below elm_ecg.training whose main(argv) does it, what it does, example arguments (empty: it runs without)
 COMMANDS = {
     "quickstart": ("quickstart", "simulate ECGs, fine-tune a small ELM on them, evaluate it; minutes, offline", ""),
+    "pretrain": (
+        "pretrain",
+        "pretrain an ECG encoder on records, with masked patches or reports",
+        "--data DATA --encoder st_mem --output_dir FOLDER",
+    ),
     "sft": (
         "sft",
         "fine-tune an ELM, with the options of TRL's SFTConfig",

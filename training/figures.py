@@ -104,15 +104,15 @@ def confusion_plot(closed: dict[str, Any]) -> bytes:
     return _svg(figure)
 
 
-def training_plot(history: list[dict[str, float]]) -> bytes:
+def training_plot(history: list[dict[str, float]], label: str = "loss per answer token") -> bytes:
     """SVG of the training loss, and the validation loss where there is one, from the trainer's `log_history`."""
     figure, axes = plt.subplots(figsize=(6, 3.2))
-    for key, label in (("loss", "training"), ("eval_loss", "validation")):
+    for key, split in (("loss", "training"), ("eval_loss", "validation")):
         points = [(row["step"], row[key]) for row in history if key in row]
         if points:
-            axes.plot(*zip(*points, strict=True), label=label)
+            axes.plot(*zip(*points, strict=True), label=split)
     axes.set_xlabel("optimiser step")
-    axes.set_ylabel("loss per answer token")
+    axes.set_ylabel(label)
     axes.set_yscale("log")
     axes.spines[["top", "right"]].set_visible(False)
     if axes.lines:

@@ -17,10 +17,9 @@ import numpy as np
 import pyarrow as pa
 from accelerate.logging import get_logger
 from datasets import Dataset
+from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import ModelConfig, SFTConfig
 
-from elm_ecg.training.arguments import ELMArguments
 from elm_ecg.training.data import records
 from elm_ecg.training.digest import OPTIONS_FILE
 from elm_ecg.training.files import write_text
@@ -38,7 +37,7 @@ MAY_DIFFER = re.compile(
     r"|(gradient|activation)_checkpointing(_kwargs)?|activation_offloading|torch_compile\w*|torch_empty_cache_steps|use_cache"
     r"|dataset_num_proc|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor|multiprocessing_context)"
     r"|padding_free|packing(_strategy)?"
-    r"|cache_features|(log|logging|save|eval|hub|push|trackio|ddp|include|batch_eval|enable_jit)_\w+"
+    r"|cache_features|num_pictures|(log|logging|save|eval|hub|push|trackio|ddp|include|batch_eval|enable_jit)_\w+"
 )
 # where these are is no matter: the fingerprint tells whether the rows are the same
 OF_DATA = ("data", "ecg_root")
@@ -51,7 +50,7 @@ class RunOptions:
     """What a run was begun with, as `OPTIONS_FILE` beside its weights and in its checkpoints tells it.
 
     Args:
-        options: every option of `elm sft` by its name, secrets left out, and how many processes there were.
+        options: every option of the command by its name, secrets left out, and how many processes there were.
         data: `rows` and `fingerprint` of the training data; None for a stream.
         started: when the run was begun; it tells the checkpoints of two runs in one folder apart.
         base: what the base of an adapter is made of, see `base_models`; None of another model, or where the base was saved before.
@@ -63,11 +62,12 @@ class RunOptions:
     base: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig) -> "RunOptions":
-        """Those of a command line; `data` is not known yet."""
+    def of(cls, *parts: Any) -> "RunOptions":
+        """Those of a command line, in the dataclasses of its arguments, one of which is `TrainingArguments`; `data` is not known yet."""
+        (training_args,) = (part for part in parts if isinstance(part, TrainingArguments))
         options = {
             option.name: getattr(part, option.name)
-            for part in (args, model_args, training_args)
+            for part in parts
             for option in fields(part)
             if option.name not in NOT_KEPT
         }
@@ -157,12 +157,14 @@ def _told(old: Mapping[str, Any], new: Mapping[str, Any], names: Iterable[str]) 
     return ", ".join(f"--{name} {_word(old[name])} (now {_word(new[name])})" for name in names)
 
 
-def fingerprint(data: Dataset) -> dict[str, Any]:
-    """Number of rows and a digest of the training data: of all chats, and of `FINGERPRINTED` ECGs from first to last row."""
+def fingerprint(data: Dataset, texts: Iterable[str] = ("messages",)) -> dict[str, Any]:
+    """Number of rows and a digest of the training data: of all chats, or other columns of `texts`, and of `FINGERPRINTED` ECGs from
+    first to last row."""
     digest = hashlib.sha256()
     table = data.with_format("arrow")
-    for start in range(0, len(data), 1000):  # in equal pieces, however the file is cut
-        _add(digest, table.select_columns(["messages"])[start : start + 1000])
+    texts = [name for name in texts if name in data.column_names]
+    for start in range(0, len(data) if texts else 0, 1000):  # in equal pieces, however the file is cut
+        _add(digest, table.select_columns(texts)[start : start + 1000])
     if "ecg" in data.column_names:
         of_ecgs = table.select_columns(["ecg"])
         for row in np.unique(np.linspace(0, len(data) - 1, FINGERPRINTED, dtype=int)):
@@ -186,7 +188,7 @@ def _add(digest: Any, table: pa.Table) -> None:
     digest.update(sink.getvalue())
 
 
-def checkpoint_to_resume(training_args: SFTConfig) -> Path | None:
+def checkpoint_to_resume(training_args: TrainingArguments) -> Path | None:
     """The checkpoint that `--resume_from_checkpoint` names, whole; `last` and `true` are the newest whole one of `--output_dir`.
 
     Raises:

@@ -21,6 +21,7 @@ from elm_ecg.training.arguments import PARTS, AugmentationArguments, ELMArgument
 from elm_ecg.training.base_models import find_base, read_recipe, recipe_of
 from elm_ecg.training.build import build_model, build_processor
 from elm_ecg.training.chat_templates import set_chat_template, stop_at_end_of_turn
+from elm_ecg.training.checkpoints import CountEpochs, replace_model
 from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.command_line import run_command
 from elm_ecg.training.data.loading import load_data
@@ -35,7 +36,7 @@ from elm_ecg.training.muon import MUON, SFTConfigWithMuon, muon_options
 from elm_ecg.training.packing import ROW_TOKENS
 from elm_ecg.training.resume import RunOptions, checkpoint_to_resume, fingerprint
 from elm_ecg.training.sharing.cards import write_model_card
-from elm_ecg.training.trainer import CountEpochs, ELMTrainer, replace_model
+from elm_ecg.training.trainer import ELMTrainer
 from elm_ecg.training.trl_options import NEEDED, REFUSED, REFUSED_VALUES
 
 logger = logging.getLogger(__name__)

@@ -1,76 +1,36 @@
-"""TRL's trainer for ELMs: it augments in training only, keeps no half-written checkpoint, and stops where numbers end."""
+"""TRL's trainer for ELMs: it augments in training only, scores labelled places alone, and packs without mixing chats."""
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTTrainer
 from trl.kernels import ChunkedLogProbFunction
 
+from elm_ecg.training.checkpoints import WholeCheckpoints
 from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.features import EncoderFeatures
-from elm_ecg.training.files import let_others_read_weights, naming
 from elm_ecg.training.lengths import GroupedByLength, chat_lengths
 from elm_ecg.training.muon import MUON, MuonAdamW, matrices_of, muon_options
 from elm_ecg.training.packing import check_kept_apart, num_packed_tokens
-from elm_ecg.training.resume import RunOptions
-
-UNFINISHED = ".unfinished"  # folder of what is being saved
-# without one of them a folder is no model: they go first when another takes its place, and come last
-CONFIGS = ("config.json", "adapter_config.json")
-# beside those, what a model of another kind would leave for the loading of a new one
-OF_A_MODEL = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "ecg_byte.json",
-)
-WHAT_TO_DO = (
-    "Try a lower --learning_rate, a longer --warmup_steps, a lower --max_grad_norm, or --bf16 in place of --fp16; "
-    "--resume_from_checkpoint last goes on from the newest checkpoint, if there is one."
-)
 
 
-class CountEpochs(TrainerCallback):
-    """Tells the collator the epoch, on which the random changes of the ECGs depend."""
-
-    def __init__(self, collator: ELMCollator):
-        self.collator = collator
-
-    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Called by the trainer."""
-        self.collator.epoch.fill_(int(state.epoch or 0))  # None at first, a fraction after a resume
-
-
-class ELMTrainer(SFTTrainer):
-    """TRL's trainer, with checkpoints that are whole or not there.
+class ELMTrainer(WholeCheckpoints, SFTTrainer):
+    """TRL's trainer for ELMs.
 
     Args:
-        options: of the run; each checkpoint has them.
-        kwargs: for TRL's trainer.
+        kwargs: for `WholeCheckpoints` and TRL's trainer.
 
     `features`, where they are kept, take the place of the ECGs of a batch.
     """
 
-    def __init__(self, *, options: RunOptions, **kwargs: Any):
+    def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
-        self.options = options
         self.features: EncoderFeatures | None = None
         if self.args.torch_compile and self.args.device.type == "cpu":
             # TRL's head writes into parts of a tensor, at which tracing would end; where there is Triton it is a kernel
             torch.compiler.allow_in_graph(ChunkedLogProbFunction)
-        self._saving_to: Path | None = None  # in place of `output_dir`, while a checkpoint is saved
         self._kept_apart = False  # whether the chats of packed rows are known to be
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -160,123 +120,17 @@ class ELMTrainer(SFTTrainer):
             )
         check_kept_apart(model, self.accelerator.unwrap_model(model).config, device, one_row=collator.padding_free)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As the trainer's.
-
-        Raises:
-            ValueError: the loss is no number, in all processes where it is so in one. The weights are those before this step.
-        """
-        loss = super().training_step(*args, **kwargs)
-        losses = torch.as_tensor(self.accelerator.gather(loss))  # [processes]
-        if not losses.isfinite().all():
-            raise ValueError(
-                f"Training stopped at step {self.state.global_step + 1}: the loss is {losses.sum().item()} at the learning rate "
-                f"{self._get_learning_rate():g}. Nothing of this step is kept. {WHAT_TO_DO}"
-            )
-        return loss
-
-    @contextmanager
-    def staging(self, target: Path) -> Iterator[Path]:
-        """An empty folder below `output_dir/.unfinished` for what becomes `target`, the same one for all processes and of its
-        name; it is gone after the block, as is what a process that was killed has left there."""
-        folder = Path(str(self.args.output_dir)) / UNFINISHED / target.name
-        if self.args.should_save:
-            shutil.rmtree(folder.parent, ignore_errors=True)
-            with naming(target):
-                folder.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        try:
-            with naming(target):
-                yield folder
-        finally:
-            if self.args.should_save:
-                shutil.rmtree(folder.parent, ignore_errors=True)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._saving_to is None else str(self._saving_to)
-
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """As the trainer's, but written beside and renamed: a kill or a full disk leaves the checkpoints that were there."""
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        run = Path(super()._get_output_dir(trial))
-        with self.staging(run / name) as folder:
-            self._saving_to = folder.parent
-            try:
-                states: Any = self.state.stateful_callbacks  # a dict, whatever its annotation says
-                states[type(self).__name__] = {"num_tokens": self._total_train_tokens}
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._saving_to = None
-            if self.state.best_model_checkpoint == str(folder):  # this one: where it will be
-                self.state.best_model_checkpoint = str(run / name)
-            if self.args.should_save:
-                self.state.save_to_json(str(folder / "trainer_state.json"))
-                self.options.save(folder)
-            self.accelerator.wait_for_everyone()  # each writes the state of its random numbers
-            if self.args.should_save:
-                if (run / name).exists():  # of an earlier run
-                    os.replace(run / name, folder.parent / "replaced")
-                os.replace(folder, run / name)
-        if self.args.should_save:
-            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-            rotate_checkpoints(str(run), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """None of TRL's: it would replace the card of the model that is in the folder."""
+        """As of `WholeCheckpoints`, with TRL's count of tokens."""
+        states: Any = self.state.stateful_callbacks  # a dict, whatever its annotation says
+        states[type(self).__name__] = {"num_tokens": self._total_train_tokens}
+        super()._save_checkpoint(model, trial)
 
     def _load_callback_state(self) -> None:
-        """TRL's count of tokens goes on too, and the best checkpoint is found where the folder of this run is now."""
+        """TRL's count of tokens goes on too."""
         states: Any = self.state.stateful_callbacks
         self._total_train_tokens = states.pop(type(self).__name__, {}).get("num_tokens", 0)
-        best = Path(super()._get_output_dir(None)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-        options = RunOptions.read(best)  # None where there is no such folder
-        if options is not None and options.started == self.options.started:
-            self.state.best_model_checkpoint = str(best)  # as the rotation names its folders: relative, or moved
         super()._load_callback_state()
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the trainer's.
-
-        Raises:
-            ValueError: a weight is no number; nothing is written.
-        """
-        assert self.model is not None
-        buffers = (
-            (f"{prefix}.{name}", buffer)
-            for prefix, module in self.model.named_modules()
-            for name, buffer in module.named_buffers(recurse=False)
-            if name not in module._non_persistent_buffers_set  # those are not saved
-        )
-        broken = (
-            name
-            for name, tensor in chain(self.model.named_parameters(), buffers)
-            if tensor.is_floating_point() and not _local(tensor).isfinite().all()
-        )
-        # of a sharded model each process sees a part; all stop where one does
-        names = gather_object([next(broken, None)])
-        if name := next(filter(None, names), None):
-            raise ValueError(
-                f"The model is not saved: after step {self.state.global_step} {name} has values that are no numbers (NaN or "
-                f"infinite). What was in {self.args.output_dir} before is there still. {WHAT_TO_DO}"
-            )
-        if self.is_fsdp_enabled and not _internal_call:  # whole, also where checkpoints are sharded
-            self._save(output_dir, self.accelerator.get_state_dict(self.model))
-        else:
-            super().save_model(output_dir, _internal_call)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """As the trainer's, without the pickle of its arguments, which holds tokens; `RunOptions` has them to be read."""
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            folder = Path(str(output_dir or self.args.output_dir))
-            (folder / "training_args.bin").unlink(missing_ok=True)
-            let_others_read_weights(folder)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """A checkpoint holds tied weights once: those that it lacks are not missing."""
-        tied = getattr(self.model, "all_tied_weights_keys", {})
-        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]  # a namedtuple
-        super()._issue_warnings_after_load(load_result)
 
 
 def labelled_places(labels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -296,25 +150,3 @@ def labelled_places(labels: torch.Tensor) -> dict[str, torch.Tensor]:
         "places_to_keep": torch.cat([kept, kept.new_zeros(1)]),
         "labels": torch.cat([labels.new_full((1,), -100), labels[:, 1:][places]]).unsqueeze(0),
     }
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """The values that this process holds, of a tensor that may be sharded by FSDP or ZeRO."""
-    if isinstance(tensor, torch.distributed.tensor.DTensor):
-        return tensor.to_local()
-    return getattr(tensor, "ds_tensor", tensor)
-
-
-def replace_model(new: Path, folder: Path) -> None:
-    """Moves the files of a saved model to where another may be, which goes.
-
-    No file is copied, so this takes a moment; a process that is killed in it leaves no folder that loads.
-    """
-    names = sorted(path.name for path in new.iterdir())
-    for pattern in (*CONFIGS, *OF_A_MODEL):  # the configs first
-        for path in folder.glob(pattern):
-            if path.name in CONFIGS or path.name not in names:
-                path.unlink()
-    for name in sorted(names, key=lambda name: name in CONFIGS):
-        os.replace(new / name, folder / name)
-    shutil.rmtree(folder / "base_model", ignore_errors=True)  # of an older adapter that was here

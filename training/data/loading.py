@@ -42,6 +42,7 @@ _FORMS = pa.schema(
         "ecg": pa.list_(_ECG),
         "messages": MESSAGES,
         **dict.fromkeys(("patient_id", "record_id", "question_type"), pa.list_(pa.string())),
+        "report": pa.string(),
         "num_samples": pa.int32(),  # of the reference's ECGs that are no files
     }
 )
@@ -80,7 +81,7 @@ def load_data(args: "DataArguments", split: str, seed: int = 0, num_proc: int | 
         ValueError: a dataset has other columns, cannot be found, has folds and `args.fold` names none, or names files that
             are neither under `args.ecg_root` nor in its own folder.
     """
-    return _mix(load_parts(args, split, "messages", num_proc=num_proc), args, seed, weighted=split == "train")
+    return mix(load_parts(args, split, "messages", num_proc=num_proc), args, seed, weighted=split == "train")
 
 
 def load_dataset(
@@ -111,7 +112,7 @@ def load_ecgs(args: "DataArguments", split: str, seed: int = 0) -> Dataset | Non
         None if part is None else part.select_columns([c for c in ("ecg", "num_samples") if c in part.column_names])
         for part in parts
     ]
-    return _mix(ecgs, args, seed, weighted=split == "train")
+    return mix(ecgs, args, seed, weighted=split == "train")
 
 
 def load_parts(args: "DataArguments", split: str, column: str, streaming: bool = False, **kwargs: Any) -> list[Any]:
@@ -141,7 +142,7 @@ def folds_of(splits: Any) -> list[str]:
     return sorted({match[1] for key in splits if (match := FOLD_SPLIT.fullmatch(str(key)))}, key=int)
 
 
-def _mix(loaded: list[Dataset | None], args: "DataArguments", seed: int, weighted: bool) -> Dataset | None:
+def mix(loaded: list[Dataset | None], args: "DataArguments", seed: int, weighted: bool) -> Dataset | None:
     """The datasets as one. Where a column has another type in one of them, all get the columns and types of `_FORMS`."""
     parts = [part for part in loaded if part is not None]
     if not parts:
@@ -417,7 +418,7 @@ def _in_forms(table: pa.Table) -> pa.Table:
 def _in_form(column: pa.ChunkedArray, name: str) -> pa.Array:
     """A column as lists of one type: of a value, or list of values, or null, in each row."""
     values = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
-    if name in ("messages", "num_samples"):
+    if name in ("messages", "num_samples", "report"):
         return values.cast(_FORMS.field(name).type)
     if pa.types.is_list(values.type):
         counts, values = values.value_lengths().fill_null(0).to_numpy(), values.flatten()

@@ -20,11 +20,12 @@ logger = logging.getLogger(__name__)
 
 
 def load_stream(
-    args: "DataArguments", split: str, seed: int = 0, shuffle_buffer: int | None = None
+    args: "DataArguments", split: str, seed: int = 0, shuffle_buffer: int | None = None, column: str = "messages"
 ) -> "RowStream | None":
     """The rows of `load_data`, read as they are needed; None where no dataset has that split.
 
     Args:
+        column: that the rows have to have, as of `load_split`.
         shuffle_buffer: rows that are shuffled among each other; the stream is then endless. None reads them once, in order.
 
     Raises:
@@ -34,7 +35,7 @@ def load_stream(
         raise ValueError(
             "--data_subset with --streaming, which does not know the number of rows; set --max_steps instead."
         )
-    parts = load_parts(args, split, "messages", streaming=True)
+    parts = load_parts(args, split, column, streaming=True)
     have_split = [part is not None for part in parts]
     if not any(have_split):
         return None
@@ -115,7 +116,7 @@ class RowStream(torch.utils.data.IterableDataset):
         for index in order:
             block, number = held[index]
             row = block[number]
-            if is_answered(row["messages"]):
+            if is_answered(row.get("messages")):
                 yield row
                 continue
             self.left_out += 1

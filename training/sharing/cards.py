@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 from trl import ModelConfig, SFTConfig
 
+from elm_ecg.configuration_ecg_pretraining import ECGPretrainingConfig
 from elm_ecg.configuration_elm import ELMConfig
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
@@ -21,6 +22,7 @@ from elm_ecg.training.evaluation.card import with_evaluations
 from elm_ecg.training.evaluation.results import results_in, results_of
 from elm_ecg.training.llms import resolve_llm
 from elm_ecg.training.markdown import CARD, TAGS, citation, environment, make_card, on_hub, public_name, use_of
+from elm_ecg.training.pretrain_arguments import PretrainArguments
 
 PREPROCESSOR = "preprocessor_config.json"
 # the arguments of TRL and PEFT that matter most to a run
@@ -50,14 +52,14 @@ def count(data: Any) -> tuple[Any, Any, Any]:
     return f"{len(data):,}", distinct("record_id"), distinct("patient_id")
 
 
-def _training_rows(args: SFTConfig, model_args: ModelConfig) -> list[tuple[str, Any]]:
+def _training_rows(args: TrainingArguments, model_args: ModelConfig | None = None) -> list[tuple[str, Any]]:
     """Names and values of the arguments that were in force and say most of a run."""
     rows: list[tuple[str, Any]] = [
         ("batch size", args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
     ]
     rows.append(("threads of the CPU", torch.get_num_threads()))  # sums of another order end at other weights
     rows += [(f"`{name}`", getattr(args, name)) for name in TRAINING if getattr(args, name, None) is not None]
-    if model_args.use_peft:
+    if model_args is not None and model_args.use_peft:
         rows += [(f"`{name}`", getattr(model_args, name)) for name in LORA]
     # of these two, the other one had no effect
     idle = "`num_train_epochs`" if args.max_steps > 0 else "`max_steps`"
@@ -155,9 +157,22 @@ def elm_card(
 
 
 def encoder_card(
-    folder: Path, config: PreTrainedConfig, name: str, source: str = "Its folder does not say."
+    folder: Path,
+    config: PreTrainedConfig,
+    name: str,
+    source: str = "Its folder does not say.",
+    splits: list[tuple[Any, ...]] | None = None,
+    training: list[tuple[str, Any]] | None = None,
+    datasets: list[str] | None = None,
 ) -> ModelCard:
-    """The card of an ECG encoder, and of its feature extractor where one is in its folder."""
+    """The card of an ECG encoder, and of its feature extractor where one is in its folder.
+
+    Args:
+        source: where the weights are from, in whole sentences.
+        splits: name, rows, records and patients of each split that it was pretrained on.
+        training: names and values of what was in force then.
+        datasets: of the Hub.
+    """
     assert isinstance(config.num_leads, int)
     with torch.device("meta"):  # shapes alone; nothing is computed
         encoder: PreTrainedModel = ENCODER_MODELS[config.model_type](config)
@@ -166,7 +181,7 @@ def encoder_card(
     tags = [*TAGS, "ecg-encoder", config.model_type]
     return make_card(
         "encoder.md",
-        ModelCardData(library_name="transformers", pipeline_tag="feature-extraction", tags=tags),
+        ModelCardData(library_name="transformers", pipeline_tag="feature-extraction", tags=tags, datasets=datasets),
         model_name=name,
         config=config,
         num_tokens=tokens.shape[1],
@@ -175,7 +190,49 @@ def encoder_card(
         parameters=encoder.num_parameters(),
         extractor=ECGFeatureExtractor.from_pretrained(folder) if prepares else None,
         source=source,
+        splits=splits,
+        training=training,
         use=use_of("encoder", name, num_leads=config.num_leads, prepares=prepares),
         environment=environment(),
         citation=citation(name, "encoder"),
     )
+
+
+def write_encoder_card(
+    folder: Path,
+    name: str,
+    config: ECGPretrainingConfig,
+    args: PretrainArguments,
+    training_args: TrainingArguments,
+    splits: Mapping[str, Any],
+) -> None:
+    """Writes `README.md` into the folder of an encoder that `elm pretrain` has trained.
+
+    Args:
+        name: of the run.
+        splits: the records of each split, None where there were none.
+    """
+    begun = "random weights" if args.encoder in ENCODER_MODELS else f"the encoder `{public_name(args.encoder)}`"
+    if args.model_name_or_path is not None:
+        begun = f"the pretraining model `{public_name(args.model_name_or_path)}`"
+    objectives = []
+    if "masked" in config.objectives:
+        targets = "standardised patches" if config.normalize_targets else "plain values"
+        objectives.append(f"masked reconstruction ({config.mask_ratio:.0%} of the patches, {targets})")
+    if "contrastive" in config.objectives:
+        trained = "trained with it" if args.train_text_encoder else "as it was"
+        text = public_name(args.text_encoder) if args.text_encoder else "that of the model"
+        objectives.append(f"ECGs against their reports ({config.contrastive_loss}; text encoder `{text}`, {trained})")
+    source = f"Pretrained by `elm pretrain`, without labels, from {begun}: {' and '.join(objectives)}."
+    rows = _training_rows(training_args)
+    rows += [("moving average of the weights", args.ema_decay)] if args.ema_decay is not None else []
+    card = encoder_card(
+        folder,
+        config.encoder_config,
+        name,
+        source,
+        [(split, *count(data)) for split, data in splits.items() if data is not None],
+        rows,
+        [data for data in args.data if on_hub(data)] or None,
+    )
+    card.save(folder / CARD)

@@ -1,0 +1,318 @@
+"""Pretrains an ECG encoder: `elm pretrain ...`, or `accelerate launch training/pretrain.py ...` with several processes."""
+
+import json
+import logging
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+
+from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
+from elm_ecg.configuration_ecg_pretraining import ECGPretrainingConfig
+from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
+from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
+from elm_ecg.modeling_ecg_pretraining import ECGForPreTraining
+from elm_ecg.training.augmentation import NO_AUGMENTATION
+from elm_ecg.training.checkpoints import CountEpochs, replace_model
+from elm_ecg.training.command_line import printable, run_command
+from elm_ecg.training.data.record_rows import load_records, report_of
+from elm_ecg.training.data.schema import counted
+from elm_ecg.training.data.streams import load_stream
+from elm_ecg.training.figures import training_plot
+from elm_ecg.training.files import check_output_folder, write_text
+from elm_ecg.training.load import limit_threads
+from elm_ecg.training.model_files import find_model_file, loading, model_folder
+from elm_ecg.training.pretrain_arguments import PretrainArguments, make_parser
+from elm_ecg.training.pretrain_collator import PretrainingCollator
+from elm_ecg.training.pretrain_trainer import MovingAverage, PretrainingTrainer
+from elm_ecg.training.reconstructions import draw_reconstructions
+from elm_ecg.training.resume import RunOptions, checkpoint_to_resume, fingerprint
+from elm_ecg.training.sharing.cards import write_encoder_card
+
+logger = logging.getLogger(__name__)
+
+ENCODER = "encoder"  # folder of the encoder alone, in that of the pretraining model
+PICTURES = "reconstructions"
+# options that a model to go on from has answered already
+OF_THE_MODEL = (
+    "encoder",
+    "encoder_config",
+    "targets",
+    "text_encoder",
+    "text_pooling",
+    "contrastive_loss",
+    "temperature",
+)
+OF_THE_MODEL += ("projection_size", "pretraining_config", "sampling_rate", "num_samples", "lead_names", "missing_leads")
+OF_THE_MODEL += ("bandpass", "notch", "normalization", "truncation")
+
+
+def parse(argv: list[str] | None = None, prog: str = "elm pretrain") -> tuple[PretrainArguments, TrainingArguments]:
+    """What the command line says, checked (ValueError) as far as it can be without data and model; writes nothing."""
+    args, training_args = make_parser(prog).parse_args_and_config(argv)
+    args.check_objectives()
+    if args.distributed and training_args.world_size == 1:
+        raise ValueError(
+            "--distributed, but there is one process: start with `accelerate launch --multi_gpu training/pretrain.py ...` or "
+            "`torchrun --nproc_per_node N training/pretrain.py ...`."
+        )
+    if args.streaming and training_args.max_steps < 1:
+        raise ValueError("--streaming does not know the number of rows; set --max_steps.")
+    if args.wandb and "wandb" not in training_args.report_to:
+        training_args.report_to = [*training_args.report_to, "wandb"]  # a list by now, whatever was said
+    for name in training_args.report_to or []:
+        if name not in get_available_reporting_integrations():
+            raise ValueError(f"--report_to {name}: the package {name} is not installed, or is none that reports.")
+    if training_args.fp16 and training_args.device.type == "cpu":  # accelerate would ignore it there
+        raise ValueError("--fp16 needs a GPU, and there is none; --bf16 computes in 16 bits on a CPU too.")
+    training_args.prediction_loss_only = True  # reconstructions of all records would fill the memory
+    return args, training_args
+
+
+def load_encoder(name: str) -> tuple[PreTrainedModel, ECGFeatureExtractor | None]:
+    """A pretrained ECG encoder by its folder or Hub id, and the feature extractor beside it, if there is one."""
+    folder, _ = model_folder(name, ["config.json"], label="--encoder")
+    if (folder / ENCODER / "config.json").is_file():  # of a pretraining model
+        folder = folder / ENCODER
+    with loading(folder, f"The encoder {name}"):
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        if kind not in ENCODER_MODELS:
+            raise ValueError(f"it is a {kind!r} model; expected an ECG encoder: {', '.join(ENCODER_MODELS)}.")
+        encoder = ENCODER_MODELS[kind].from_pretrained(folder)
+        has_extractor = (folder / "preprocessor_config.json").is_file()
+        return encoder, ECGFeatureExtractor.from_pretrained(folder) if has_extractor else None
+
+
+def build_model(args: PretrainArguments) -> tuple[ECGForPreTraining, ECGFeatureExtractor, Any]:
+    """The model to pretrain, its feature extractor, and the tokenizer of its text encoder (None without reports)."""
+    if args.model_name_or_path is not None:
+        return _load_model(args)
+    extractor = ECGFeatureExtractor(**args.extractor_fields)
+    encoder: PreTrainedModel | None = None
+    if args.encoder in ENCODER_CONFIGS:
+        config_class = ENCODER_CONFIGS[args.encoder]
+        if unknown := args.encoder_fields.keys() - {option.name for option in fields(config_class)}:
+            raise ValueError(f"--encoder_config: {config_class.__name__} has no field {', '.join(sorted(unknown))}.")
+        shape = {"num_leads": len(extractor.lead_names), "num_samples": extractor.num_samples}
+        encoder_config: Any = config_class(**{**shape, **args.encoder_fields})
+    else:
+        encoder, own = load_encoder(args.encoder)
+        encoder_config, extractor = encoder.config, own or extractor
+    _check_shape(encoder_config, extractor)
+    text_encoder, tokenizer = None, None
+    if "contrastive" in args.objectives:
+        place, _ = find_model_file(str(args.text_encoder), ["config.json"], label="--text_encoder")
+        text_encoder = AutoModel.from_pretrained(place, trust_remote_code=False, dtype="float32")
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    config = ECGPretrainingConfig(
+        encoder_config=encoder_config,
+        text_config=None if text_encoder is None else text_encoder.config,
+        objectives=args.objectives,
+        mask_ratio=args.mask_ratio,
+        normalize_targets=None if args.targets is None else args.targets == "standardised",
+        projection_size=args.projection_size,
+        contrastive_loss=args.contrastive_loss,
+        temperature=args.temperature,
+        text_pooling=args.text_pooling,
+        contrastive_weight=args.contrastive_weight,
+        **args.pretraining_fields,
+    )
+    return ECGForPreTraining(config, encoder=encoder, text_encoder=text_encoder), extractor, tokenizer
+
+
+def _check_shape(config: Any, extractor: ECGFeatureExtractor) -> None:
+    for option, of_encoder, of_records in (
+        ("num_samples", config.num_samples, extractor.num_samples),
+        ("lead_names", config.num_leads, len(extractor.lead_names)),
+    ):
+        if of_encoder != of_records:
+            raise ValueError(
+                f"The encoder reads {of_encoder} {'samples' if option == 'num_samples' else 'leads'}, and --{option} makes records of "
+                f"{of_records}; give the same."
+            )
+
+
+def _load_model(args: PretrainArguments) -> tuple[ECGForPreTraining, ECGFeatureExtractor, Any]:
+    """A saved pretraining model, with what of the options may change as it goes on."""
+    name = str(args.model_name_or_path)
+    folder, _ = model_folder(name, ["config.json"], label="--model_name_or_path")
+    defaults = PretrainArguments(data=args.data)
+    if unused := [f"--{name}" for name in OF_THE_MODEL if getattr(args, name) != getattr(defaults, name)]:
+        logger.warning(
+            "--model_name_or_path %s is a finished model: %s, of a new one, change nothing.", name, ", ".join(unused)
+        )
+    with loading(folder, f"The model {name}"):
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        if kind != ECGPretrainingConfig.model_type:
+            raise ValueError(
+                f"it is a {kind!r} model; expected what `elm pretrain` saves. An encoder to begin with is --encoder {name}."
+            )
+        model = ECGForPreTraining.from_pretrained(folder)
+        extractor = ECGFeatureExtractor.from_pretrained(folder)
+        reads = "contrastive" in model.config.objectives
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if reads else None
+    saved = list(model.config.objectives)
+    if args.objectives_said and args.objectives != saved:
+        raise ValueError(
+            f"--objectives {' '.join(args.objectives)}, and {name} was made for {' and '.join(saved)}; leave the option out, or begin with its "
+            f"encoder alone: --encoder {name}."
+        )
+    args.objectives = saved
+    model.config.mask_ratio, model.config.contrastive_weight = args.mask_ratio, args.contrastive_weight
+    return model, extractor, tokenizer
+
+
+def load_splits(args: PretrainArguments, training_args: TrainingArguments) -> dict[str, Any]:
+    """The records of `train`, and with `--eval_strategy` those of `validation`, else None."""
+    splits: dict[str, Any] = {"train": None, "validation": None}
+    reports = args.report_column if "contrastive" in args.objectives else None
+    seed = training_args.seed
+    order = seed if training_args.data_seed is None else training_args.data_seed
+    for split in ["train"] if training_args.eval_strategy == "no" else ["train", "validation"]:
+        if args.streaming:
+            splits[split] = load_stream(
+                args, split, order, args.shuffle_buffer if split == "train" else None, column="ecg"
+            )
+        else:
+            with training_args.main_process_first(desc="preparing the data"):  # the others read what it has cached
+                splits[split] = load_records(args, split, seed, reports)
+        if splits[split] is None:
+            hint = "; leave --eval_strategy out" if split == "validation" else ""
+            raise ValueError(f"--data {' '.join(args.data)} has no split {split!r}{hint}.")
+    return splits
+
+
+def make_trainer(
+    args: PretrainArguments,
+    training_args: TrainingArguments,
+    model: ECGForPreTraining,
+    collator: PretrainingCollator,
+    splits: dict[str, Any],
+    options: RunOptions,
+) -> PretrainingTrainer:
+    """transformers' trainer for the parts that are trained: all but a text encoder without `--train_text_encoder`."""
+    if model.text_encoder is not None:
+        model.text_encoder.requires_grad_(args.train_text_encoder)
+    average = None if args.ema_decay is None else MovingAverage(model, args.ema_decay)
+    trainer = PretrainingTrainer(
+        options=options,
+        average=average,
+        model=model,
+        args=training_args,
+        train_dataset=splits["train"],
+        eval_dataset=splits["validation"],
+        data_collator=collator,
+        processing_class=collator.feature_extractor,
+        callbacks=[CountEpochs(collator)],
+    )
+    if average is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ValueError(
+            f"--ema_decay {args.ema_decay} with FSDP or DeepSpeed, where no process has all weights; train with DDP, or leave the option "
+            "out."
+        )
+    return trainer
+
+
+def _told(args: PretrainArguments, model: ECGForPreTraining, data: Any) -> str:
+    """What is about to be trained on what, in a line."""
+    sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
+    trained, total = sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
+    records = "streamed records"
+    if not args.streaming:
+        records = counted(len(data), "record")
+        if "contrastive" in args.objectives:
+            column = data.select_columns([args.report_column]) if args.report_column in data.column_names else []
+            number = sum(bool(report_of(row, args.report_column)) for row in column)
+            if number == 0:
+                raise ValueError(f"--report_column {args.report_column}: none of the {records} has a report.")
+            records += f", {number:,} with a report"
+    return f"{' and '.join(args.objectives)}: {records}; {trained:,} of {total:,} parameters trained"
+
+
+def train(args: PretrainArguments, training_args: TrainingArguments) -> None:
+    """Pretrains a model, and saves it, and its encoder alone with a card, to `output_dir`."""
+    output_dir = Path(str(training_args.output_dir)).absolute()
+    check_output_folder(output_dir)
+    torch.manual_seed(training_args.seed)  # of the new weights; the trainer seeds again
+    options = RunOptions.of(args, training_args)
+    checkpoint = checkpoint_to_resume(training_args)
+    if checkpoint is not None:  # before the data are read and the model is built, which take long
+        options.go_on(checkpoint)
+    model, extractor, tokenizer = build_model(args)
+    splits = load_splits(args, training_args)
+    if not args.streaming:
+        options.data = fingerprint(splits["train"], [args.report_column])
+    if checkpoint is not None:
+        options.go_on_with(checkpoint)
+    limit_threads(model, training_args.device)
+    changes = {name: getattr(args, name) for name in NO_AUGMENTATION if name != "augment_rgb"}
+    collator = PretrainingCollator(
+        model.config,
+        extractor,
+        tokenizer,
+        None if tokenizer is None else args.report_column,
+        args.max_report_tokens,
+        seed=training_args.seed,
+        **changes,
+    )
+    trainer = make_trainer(args, training_args, model, collator, splits, options)
+    told = _told(args, model, splits["train"])
+    if trainer.is_world_process_zero():
+        print(told, flush=True)
+    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.log_metrics("train", result.metrics)
+    if trainer.average is not None:
+        trainer.average.replace()
+        logger.info("The weights that are saved are the moving average (--ema_decay %g)", trainer.average.decay)
+    with trainer.staging(output_dir) as folder:
+        trainer.save_model(str(folder))  # and the feature extractor, which is its processing_class
+        trainer.accelerator.wait_for_everyone()  # of a sharded model each process writes a part
+        if trainer.is_world_process_zero():
+            _save_rest(folder, output_dir.name, args, trainer, collator, splits, result.metrics)
+            options.save(folder)
+            replace_model(folder, output_dir)
+            drawn = f", reconstructions in {PICTURES}/" if (output_dir / PICTURES).is_dir() else ""
+            print(
+                printable(f"Saved the encoder to {output_dir / ENCODER}, the pretraining model to {output_dir}{drawn}"),
+                flush=True,
+            )
+
+
+def _save_rest(
+    folder: Path,
+    name: str,
+    args: PretrainArguments,
+    trainer: PretrainingTrainer,
+    collator: PretrainingCollator,
+    splits: dict[str, Any],
+    metrics: dict[str, float],
+) -> None:
+    """All that stands beside the weights of the pretraining model: its encoder alone, plots and numbers."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if collator.tokenizer is not None:
+        collator.tokenizer.save_pretrained(folder)
+    encoder = folder / ENCODER
+    model.encoder.save_pretrained(encoder)
+    collator.feature_extractor.save_pretrained(encoder)
+    write_encoder_card(encoder, name, model.config, args, trainer.args, splits)
+    history: Any = trainer.state.log_history
+    trainer.state.save_to_json(str(folder / "trainer_state.json"))
+    write_text(folder / "train_results.json", json.dumps(metrics, indent=2) + "\n")
+    (folder / "training.svg").write_bytes(training_plot(history, "loss"))
+    if "masked" in model.config.objectives and args.num_pictures and not args.streaming:
+        rows = splits["train"] if splits["validation"] is None else splits["validation"]
+        rows = [rows[index] for index in range(min(args.num_pictures, len(rows)))]
+        draw_reconstructions(folder / PICTURES, model, collator.for_evaluation(), rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs `elm pretrain`."""
+    train(*parse(argv))
+
+
+if __name__ == "__main__":  # as `accelerate launch` and `torchrun` start it
+    sys.exit(run_command("elm pretrain", main))

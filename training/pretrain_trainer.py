@@ -1,0 +1,84 @@
+"""transformers' trainer for the pretraining of ECG encoders: each part of the loss is logged, and a moving average kept."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from elm_ecg.training.checkpoints import WholeCheckpoints
+from elm_ecg.training.ema import MovingAverage
+from elm_ecg.training.pretrain_collator import PretrainingCollator
+
+PARTS = ("masked_loss", "contrastive_loss")  # of the output of the model
+
+
+class PretrainingTrainer(WholeCheckpoints):
+    """
+    Args:
+        average: of the weights, which checkpoints have too; None: none is kept.
+        kwargs: for `WholeCheckpoints` and transformers' trainer.
+    """
+
+    def __init__(self, *, average: MovingAverage | None = None, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.average = average
+        if average is not None:
+            self.add_callback(average)
+        # sums of the parts of the loss, and of how many batches, since they were logged; in training and in evaluation
+        self._parts: dict[str, dict[str, Any]] = {"train": defaultdict(float), "eval": defaultdict(float)}
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As the trainer's, of records that are not augmented, with the same masks each time."""
+        collator = self.data_collator
+        assert isinstance(collator, PretrainingCollator)
+        self.data_collator = collator.for_evaluation()  # the base class reads it as it makes the loader
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As the trainer's; the parts of the loss are kept for the log."""
+        outputs = model(**inputs)
+        sums = self._parts["train" if self.model.training else "eval"]
+        for name in PARTS:
+            if outputs.get(name) is not None:
+                sums[name] = sums[name] + outputs[name].detach()
+                sums[f"{name}s"] += 1
+        return outputs.loss
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The loss of a batch that is not trained on."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach().mean(), None, None
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the trainer's, with the means of the parts where there are several."""
+        mode = "eval" if any(name.startswith("eval_") for name in logs) else "train"
+        sums = self._parts[mode]
+        names = [name for name in PARTS if f"{name}s" in sums]
+        if len(names) > 1 and ("loss" in logs or "eval_loss" in logs):
+            means = torch.stack([sums[name] / sums[f"{name}s"] for name in names])
+            means = self.accelerator.reduce(means, "mean")
+            prefix = "eval_" if mode == "eval" else ""
+            logs = {
+                **logs,
+                **{f"{prefix}{name}": round(float(mean), 6) for name, mean in zip(names, means, strict=True)},
+            }
+        if "loss" in logs or "eval_loss" in logs:
+            sums.clear()
+        super().log(logs, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As of `WholeCheckpoints`; a checkpoint has the moving average too."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and self.average is not None and self.args.should_save:
+            self.average.save(Path(str(output_dir)))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.average is not None:
+            self.average.load(Path(resume_from_checkpoint))
