@@ -39,35 +39,67 @@ class ECGEncoderConfig(PreTrainedConfig):
                 raise ValueError(f"{type(self).__name__}.{name} is {getattr(self, name)}; it must be at least 1.")
 
 
-@strict  # checks the fields' types and calls each `validate_...` after `__init__`
-class MERLConfig(ECGEncoderConfig):
-    """1-D ResNet of MERL (Liu et al. 2024, arXiv 2403.06659); the default is its ResNet-101.
+class ResNetConfig(ECGEncoderConfig):
+    """What the 1-D ResNets share: stages of blocks, whose convolutions have `kernel_size` samples.
 
     Args:
-        block: `bottleneck` (1x1, k3, 1x1, expansion 4: ResNet-50/101/152) or `basic` (k3, k3: ResNet-18/34).
+        block: `bottleneck` (1x1, kernel_size, 1x1, expansion 4: ResNet-50/101/152) or `basic` (twice kernel_size: ResNet-18/34).
         depths: blocks per stage.
         widths: channels of each stage before expansion; the stem has `widths[0]` channels.
+        kernel_size: samples of a convolution of the blocks, an odd number.
     """
 
-    model_type = "merl"
-    paper = ("MERL, a 1-D ResNet", "https://arxiv.org/abs/2403.06659")
     modeling_file = "modeling_ecg_resnets"
 
     block: Literal["bottleneck", "basic"] = "bottleneck"
     depths: list[int] | tuple[int, ...] = (3, 4, 23, 3)  # JSON has no tuples: loaded ones are lists
     widths: list[int] | tuple[int, ...] = (64, 128, 256, 512)
+    kernel_size: int = 3
 
     def validate_stages(self) -> None:
         """ValueError if depths and widths are empty, not as many, or not positive."""
         if not self.depths or len(self.depths) != len(self.widths) or min(*self.depths, *self.widths) < 1:
             raise ValueError(
-                f"MERLConfig has depths={list(self.depths)} and widths={list(self.widths)}; give one of each per stage, all at least 1."
+                f"{type(self).__name__} has depths={list(self.depths)} and widths={list(self.widths)}; give one of each per "
+                "stage, all at least 1."
+            )
+
+    def validate_kernel_size(self) -> None:
+        """ValueError for a kernel that has no middle."""
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ValueError(
+                f"{type(self).__name__}.kernel_size is {self.kernel_size} samples; expected an odd number."
             )
 
     @property
     def output_size(self) -> int:
         """Channels of the last stage, after expansion."""
         return self.widths[-1] * (4 if self.block == "bottleneck" else 1)
+
+
+@strict  # checks the fields' types and calls each `validate_...` after `__init__`
+class MERLConfig(ResNetConfig):
+    """1-D ResNet of MERL (Liu et al. 2024, arXiv 2403.06659); the default is its ResNet-101."""
+
+    model_type = "merl"
+    paper = ("MERL, a 1-D ResNet", "https://arxiv.org/abs/2403.06659")
+
+
+@strict
+class XResNet1dConfig(ResNetConfig):
+    """xresnet1d of the PTB-XL benchmark (Strodthoff et al. 2020, arXiv 2004.13701), after He et al. 2018 (arXiv 1812.01187).
+
+    The default is small, for CPUs: one of 18 layers at half the width, 1.4 million weights. Its xresnet1d101 is `block="bottleneck"`,
+    `depths=(3, 4, 23, 3)`, `widths=(64, 128, 256, 512)`.
+    """
+
+    model_type = "xresnet1d"
+    paper = ("xresnet1d, a 1-D ResNet of the PTB-XL benchmark", "https://arxiv.org/abs/2004.13701")
+
+    block: Literal["bottleneck", "basic"] = "basic"
+    depths: list[int] | tuple[int, ...] = (2, 2, 2, 2)
+    widths: list[int] | tuple[int, ...] = (32, 64, 128, 256)
+    kernel_size: int = 5
 
 
 class ECGTransformerConfig(ECGEncoderConfig):
@@ -168,10 +200,39 @@ class STMEMConfig(TimePatchConfig, ECGTransformerConfig):
     paper = ("ST-MEM", "https://arxiv.org/abs/2402.09450")
 
 
+@strict
+class SiglipECGConfig(TimePatchConfig):
+    """A SigLIP 2 vision tower (Tschannen et al. 2025, arXiv 2502.14786) over patches of `patch_size` samples, all leads in each.
+
+    The default has the size of SigLIP's base model. The fields of the tower are called as in `SiglipVisionConfig`.
+    """
+
+    model_type = "siglip_ecg"
+    paper = ("a SigLIP 2 vision tower over time patches", "https://arxiv.org/abs/2502.14786")
+    attribute_map = {"output_size": "hidden_size"}
+    modeling_file = "modeling_ecg_siglip"
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    hidden_act: str = "gelu_pytorch_tanh"
+    layer_norm_eps: float = 1e-6
+    attention_dropout: float | int = 0.0
+
+    def validate_heads(self) -> None:
+        """ValueError if the heads do not divide the width."""
+        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"SiglipECGConfig.num_attention_heads is {self.num_attention_heads}, which must divide hidden_size={self.hidden_size}."
+            )
+
+
 ENCODER_CONFIGS: dict[str, type[ECGEncoderConfig]] = {
-    config.model_type: config for config in (MERLConfig, MLAEConfig, MTAEConfig, STMEMConfig)
+    config.model_type: config
+    for config in (MERLConfig, MLAEConfig, MTAEConfig, STMEMConfig, XResNet1dConfig, SiglipECGConfig)
 }
 for _config in ENCODER_CONFIGS.values():
     _config.register_for_auto_class()
 
-__all__ = ["MERLConfig", "MLAEConfig", "MTAEConfig", "STMEMConfig"]
+__all__ = ["MERLConfig", "MLAEConfig", "MTAEConfig", "STMEMConfig", "SiglipECGConfig", "XResNet1dConfig"]

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -15,9 +16,9 @@ from .modeling_common import CompleteModel
 class ECGEncoder(CompleteModel):
     """The base of all encoders. Each implements `encode`, and `check_num_samples` if it does not read records of any length.
 
-    `lead_mask` [batch, leads] is False for missing leads: the values in their rows are never read. The convolutions of MERL and
-    the time patches of MTAE read zeros there. The tokens of MLAE and ST-MEM are leads or parts of them: those of a missing lead
-    are not attended to, and are zeros in the output.
+    `lead_mask` [batch, leads] is False for missing leads: the values in their rows are never read. Convolutions, and the time
+    patches of MTAE and SigLIP, read zeros there. The tokens of MLAE and ST-MEM are leads or parts of them: those of a missing
+    lead are not attended to, and are zeros in the output.
     """
 
     config: ECGEncoderConfig
@@ -26,6 +27,11 @@ class ECGEncoder(CompleteModel):
     main_input_name = "ecg_values"  # transformers would look for input_ids
     input_modalities = "ecg"
     supports_gradient_checkpointing = True
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # of code that is not its own, transformers passes over modules that have no weights but those of their parts: such
+        # code might not spare what a checkpoint has filled, as `transformers.initialization` does
+        super()._initialize_weights(module)
 
     def prepare_ecg_values(self, ecg_values: torch.Tensor, lead_mask: torch.Tensor | None = None) -> torch.Tensor:
         """The records in the model's dtype, zeros for missing leads; ValueError if they do not fit the configuration."""
@@ -74,6 +80,19 @@ class ECGEncoder(CompleteModel):
         if self.training and self.is_activation_checkpointing and not torch.compiler.is_compiling():
             records = records.detach().requires_grad_()
         return BaseModelOutput(last_hidden_state=self.encode(records, lead_mask, **kwargs))
+
+
+class TimePatchEncoder(ECGEncoder):
+    """The base of encoders that cut records into patches of `patch_size` samples, of `num_samples` at most."""
+
+    def check_num_samples(self, num_samples: int) -> None:
+        """ValueError if records of this length do not make whole patches, or more of them than there are positions."""
+        patch_size, most = self.config.patch_size, self.config.num_samples
+        if not 0 < num_samples <= most or num_samples % patch_size:
+            raise ValueError(
+                f"{type(self).__name__} got records of {num_samples} samples; expected a multiple of patch_size={patch_size}, "
+                f"{most} at most: cut or pad the records, or set num_samples in the configuration."
+            )
 
 
 def without_missing_leads(ecg_values: torch.Tensor, lead_mask: torch.Tensor | None) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Convolutional ECG encoders: MERL."""
+"""Convolutional ECG encoders: MERL and xresnet1d."""
 
 import math
 from typing import Any
@@ -8,7 +8,7 @@ from torch import nn
 from transformers import initialization as init  # leaves alone what a checkpoint has filled
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .configuration_ecg_encoders import MERLConfig
+from .configuration_ecg_encoders import MERLConfig, ResNetConfig, XResNet1dConfig
 from .modeling_ecg_base import ECGEncoder
 
 
@@ -40,23 +40,29 @@ class BatchNormBlock(GradientCheckpointingLayer):
 
 
 class ResNetBlock(BatchNormBlock):
-    """`bottleneck` (1x1, k3, 1x1) or `basic` (k3, k3) block; the stride is on the first k3 convolution."""
+    """`bottleneck` (1x1, k, 1x1) or `basic` (k, k) block, k the kernel size; the stride is on the first convolution of that."""
 
-    def __init__(self, config: MERLConfig, in_channels: int, width: int, stride: int) -> None:
+    def __init__(self, config: ResNetConfig, in_channels: int, width: int, stride: int) -> None:
         super().__init__()
+        kernel_size = config.kernel_size
         if config.block == "bottleneck":
             out_channels = 4 * width  # the expansion of ResNet
             convs = [
                 ResNetConv(in_channels, width, 1),
-                ResNetConv(width, width, 3, stride),  # here as in torchvision; ResNet's paper strides one before
+                ResNetConv(width, width, kernel_size, stride),  # as in torchvision; ResNet's paper strides one before
                 ResNetConv(width, out_channels, 1),
             ]
         else:
             out_channels = width
-            convs = [ResNetConv(in_channels, width, 3, stride), ResNetConv(width, width, 3)]
+            convs = [ResNetConv(in_channels, width, kernel_size, stride), ResNetConv(width, width, kernel_size)]
         self.convs = nn.ModuleList(convs)
-        same_shape = stride == 1 and in_channels == out_channels
-        self.shortcut = nn.Identity() if same_shape else ResNetConv(in_channels, out_channels, 1, stride)
+        self.shortcut = self.make_shortcut(in_channels, out_channels, stride)
+
+    def make_shortcut(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
+        """What the block's input passes to be added to what the convolutions make of it."""
+        if stride == 1 and in_channels == out_channels:
+            return nn.Identity()
+        return ResNetConv(in_channels, out_channels, 1, stride)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """As of `ResNetConv`."""
@@ -66,35 +72,49 @@ class ResNetBlock(BatchNormBlock):
         return (self.convs[-1](hidden_states) + residual).relu()
 
 
+class XResNetBlock(ResNetBlock):
+    """A block whose shortcut averages where it strides, so that it reads all samples; it begins as its shortcut alone."""
+
+    def make_shortcut(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
+        """The average of as many samples as the stride, then a convolution where the number of channels changes."""
+        layers: list[nn.Module] = []
+        if stride > 1:  # ceil_mode: of odd lengths the last sample stays, as of a convolution
+            layers.append(nn.AvgPool1d(stride, ceil_mode=True))
+        if in_channels != out_channels:
+            layers.append(ResNetConv(in_channels, out_channels, 1))
+        return nn.Sequential(*layers)
+
+
 class ResNetStage(nn.Sequential):
     """Blocks of one width; the first may halve the length."""
 
-    def __init__(self, config: MERLConfig, in_channels: int, width: int, depth: int, stride: int) -> None:
+    def __init__(
+        self, block: type[ResNetBlock], config: ResNetConfig, in_channels: int, width: int, depth: int, stride: int
+    ) -> None:
         out_channels = 4 * width if config.block == "bottleneck" else width
         super().__init__(
-            ResNetBlock(config, in_channels, width, stride),
-            *(ResNetBlock(config, out_channels, width, stride=1) for _ in range(depth - 1)),
+            block(config, in_channels, width, stride),
+            *(block(config, out_channels, width, stride=1) for _ in range(depth - 1)),
         )
 
 
-class MERLModel(ECGEncoder):
-    """1-D ResNet of MERL (Liu et al. 2024, arXiv 2403.06659), without max pool.
+class ResNetModel(ECGEncoder):
+    """Base of the ResNets: a stem, and stages of which all but the first halve the length.
 
-    Takes records of any length; a token stands for 2 ** (number of stages) samples, 157 tokens for 2500 samples.
-    `hidden_states` are the stem's output and each stage's, [batch, channels, length].
+    Takes records of any length. `hidden_states` are the stem's output and each stage's, [batch, channels, length].
     """
 
-    config: MERLConfig
-    _no_split_modules = ["ResNetConv", "ResNetBlock"]  # accelerate keeps each on one device
+    config: ResNetConfig
+    _no_split_modules = ["ResNetConv", "ResNetBlock", "XResNetBlock"]  # accelerate keeps each on one device
     _can_record_outputs = {"hidden_states": ResNetStage}  # and the first one's input, which is the stem's output
 
-    def __init__(self, config: MERLConfig) -> None:
+    def __init__(self, config: ResNetConfig, stem: nn.Module, block: type[ResNetBlock]) -> None:
         super().__init__(config)
+        self.stem = stem
+        self.stages = nn.ModuleList()
         channels = config.widths[0]
-        self.stem = ResNetConv(config.num_leads, channels, kernel_size=7, stride=2)
-        self.stages = nn.ModuleList()  # all but the first halve the length, as the stem does
         for index, (width, depth) in enumerate(zip(config.widths, config.depths, strict=True)):
-            self.stages.append(ResNetStage(config, channels, width, depth, stride=1 if index == 0 else 2))
+            self.stages.append(ResNetStage(block, config, channels, width, depth, stride=1 if index == 0 else 2))
             channels = 4 * width if config.block == "bottleneck" else width
         self.post_init()
 
@@ -103,15 +123,66 @@ class MERLModel(ECGEncoder):
         super()._init_weights(module)
         if isinstance(module, nn.Conv1d):
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's ResNets
+        elif isinstance(module, XResNetBlock):  # after the norm's own: parts come before the whole
+            init.zeros_(module.convs[-1].norm.weight)
+
+    def read_stem(self, ecg_values: torch.Tensor) -> torch.Tensor:
+        """What the stages read of records: [batch, leads, samples] -> [batch, `widths[0]`, length]."""
+        raise NotImplementedError
 
     def encode(self, ecg_values: torch.Tensor, lead_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
         """A token for each place of the last stage; missing leads are zeros."""
-        hidden_states = self.stem(ecg_values).relu()
+        hidden_states = self.read_stem(ecg_values)
         for stage in self.stages:
             hidden_states = stage(hidden_states)
         return hidden_states.transpose(1, 2)  # [batch, tokens, channels]
 
 
-MERLModel.register_for_auto_class("AutoModel")  # the code is saved beside the weights
+class MERLModel(ResNetModel):
+    """1-D ResNet of MERL (Liu et al. 2024, arXiv 2403.06659), without max pool.
 
-__all__ = ["MERLModel"]
+    A token stands for 2 ** (number of stages) samples: 157 tokens for 2500 samples.
+    """
+
+    config: MERLConfig
+
+    def __init__(self, config: MERLConfig) -> None:
+        stem = ResNetConv(config.num_leads, config.widths[0], kernel_size=7, stride=2)
+        super().__init__(config, stem, ResNetBlock)
+
+    def read_stem(self, ecg_values: torch.Tensor) -> torch.Tensor:
+        """One convolution, which halves the length."""
+        return self.stem(ecg_values).relu()
+
+
+class XResNet1dModel(ResNetModel):
+    """xresnet1d (Strodthoff et al. 2020, arXiv 2004.13701): a ResNet with the stem, the shortcuts and the beginning that He et al.
+    2018 (arXiv 1812.01187) found best.
+
+    A token stands for 2 ** (1 + number of stages) samples: 79 tokens for 2500 samples.
+    """
+
+    config: XResNet1dConfig
+
+    def __init__(self, config: XResNet1dConfig) -> None:
+        width, size = config.widths[0], config.kernel_size
+        half = -(-width // 2)
+        stem = nn.Sequential(
+            ResNetConv(config.num_leads, half, size, stride=2),
+            ResNetConv(half, half, size),
+            ResNetConv(half, width, size),
+        )
+        super().__init__(config, stem, XResNetBlock)
+
+    def read_stem(self, ecg_values: torch.Tensor) -> torch.Tensor:
+        """Three convolutions, of which the first halves the length, and a max pool, which halves it again."""
+        hidden_states = ecg_values
+        for conv in self.stem:
+            hidden_states = conv(hidden_states).relu()
+        return nn.functional.max_pool1d(hidden_states, 3, stride=2, padding=1)
+
+
+for _model in (MERLModel, XResNet1dModel):
+    _model.register_for_auto_class("AutoModel")  # the code is saved beside the weights
+
+__all__ = ["MERLModel", "XResNet1dModel"]

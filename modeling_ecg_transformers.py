@@ -21,7 +21,7 @@ from .configuration_ecg_encoders import (
     MTAEConfig,
     STMEMConfig,
 )
-from .modeling_ecg_base import ECGEncoder
+from .modeling_ecg_base import TimePatchEncoder
 
 
 class ECGAttention(nn.Module):
@@ -102,7 +102,7 @@ class PatchEmbedding(nn.Module):
         return self.norm2(self.projection(self.norm1(patches)))
 
 
-class ECGTransformer(ECGEncoder):
+class ECGTransformer(TimePatchEncoder):
     """Base of MLAE, MTAE and ST-MEM. `hidden_states` and `attentions` are those of the blocks in `layers`."""
 
     config: ECGTransformerConfig
@@ -124,15 +124,6 @@ class ECGTransformer(ECGEncoder):
         self.embeddings = embeddings
         self.layers = nn.ModuleList(ECGTransformerLayer(config, width, heads) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-
-    def check_num_samples(self, num_samples: int) -> None:
-        """ValueError if records of this length do not make whole patches, or more of them than there are positions."""
-        patch_size, most = self.config.patch_size, self.config.num_samples
-        if not 0 < num_samples <= most or num_samples % patch_size:
-            raise ValueError(
-                f"{type(self).__name__} got records of {num_samples} samples; expected a multiple of patch_size={patch_size}, "
-                f"{most} at most: cut or pad the records, or set num_samples in the configuration."
-            )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -27,9 +27,11 @@ Train on strat_fold 1-8, choose on 9, test on 10; PTB-XL's folds keep the record
 
 import argparse
 import csv
+import json
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -44,13 +46,18 @@ from tqdm import tqdm
 # this folder has a benchmark named as the package `ecg_byte`: the package is to be found first
 sys.path.append(sys.path.pop(0))
 
-from elm_ecg.ecg_utils import STANDARD_LEADS
+from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
+from elm_ecg.ecg_utils import STANDARD_LEADS, as_record
 from elm_ecg.feature_extraction_elm import NORMALIZATIONS, ECGFeatureExtractor
+from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS, ECGEncoder
+from elm_ecg.training.arguments import AugmentationArguments
+from elm_ecg.training.augmentation import augmented
 from elm_ecg.training.data.labels import SUPERCLASSES
 from elm_ecg.training.data.schema import ECG, SPLITS
 from elm_ecg.training.data.splits import FOLDS
 from elm_ecg.training.quickstart import save_small_llm
 
+NUM_SAMPLES = 1000  # 10 s at 100 Hz
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "ptbxl"
 DESCRIPTION = "2,009 records of PTB-XL 1.0.3: 510 of them at 500 Hz, the others at 100 Hz."
 LICENSE = "PTB-XL 1.0.3: CC BY 4.0, https://creativecommons.org/licenses/by/4.0/"
@@ -189,40 +196,68 @@ def in_words(areas: dict[str, float]) -> str:
     return " ".join([*parts, f"macro {np.mean(list(areas.values())):.3f}"])
 
 
-def cnn(normalization: str, seed: int, num_epochs: int = 20, batch_size: int = 32) -> None:
-    """A plain CNN on the same records, of the epoch with the largest macro AUROC on fold 9."""
-    torch.manual_seed(seed)
-    records = {int(row["ecg_id"]): row for row in read_records(SHARED)}
-    raw = np.load(SHARED / "raw100.npz")
-    chosen = [index for index, ecg_id in enumerate(raw["ecg_id"].tolist()) if ecg_id in records]
-    rows = [records[ecg_id] for ecg_id in raw["ecg_id"][chosen].tolist()]
-    extract = ECGFeatureExtractor(sampling_rate=100, num_samples=1000, normalization=normalization)
-    ecgs = extract(raw["ecg"][chosen], 100, STANDARD_LEADS, "uV", return_tensors="pt")["ecg_values"]
-    labels = torch.tensor([[answer_of(row, superclass) == "yes" for superclass in SUPERCLASSES] for row in rows])
-    parts = {split: torch.tensor([index for index, row in enumerate(rows) if in_split(row, split)]) for split in SPLITS}
+class LinearHead(nn.Module):
+    """An ECG encoder, the mean of its tokens, and a linear map."""
 
+    def __init__(self, encoder: ECGEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.config.output_size, len(SUPERCLASSES))
+
+    def forward(self, ecg_values: torch.Tensor) -> torch.Tensor:
+        """[batch, leads, samples] -> [batch, superclasses]."""
+        return self.head(self.encoder(ecg_values).last_hidden_state.mean(1))
+
+
+def make_classifier(args: argparse.Namespace) -> nn.Module:
+    """The plain CNN, or an encoder of the package with a linear head."""
+    if args.encoder is not None:
+        config = ENCODER_CONFIGS[args.encoder](num_samples=NUM_SAMPLES, **args.encoder_config)
+        return LinearHead(ENCODER_MODELS[args.encoder](config))
     layers: list[nn.Module] = []
     for channels, width in pairwise((len(STANDARD_LEADS), 32, 64, 128, 128)):
         layers += [nn.Conv1d(channels, width, 7, stride=2, padding=3), nn.BatchNorm1d(width), nn.ReLU()]
-    model = nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(width, len(SUPERCLASSES)))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(width, len(SUPERCLASSES)))
+
+
+def cnn(args: argparse.Namespace) -> None:
+    """A classifier of the same records, augmented in the same way, of the epoch with the largest macro AUROC on fold 9."""
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
+    raw = np.load(SHARED / "raw100.npz")
+    ecgs = dict(zip(raw["ecg_id"].tolist(), raw["ecg"], strict=True))
+    rows = read_records(SHARED)
+    records = [as_record(ecgs[int(row["ecg_id"])], 100, STANDARD_LEADS, "uV") for row in rows]
+    extract = ECGFeatureExtractor(sampling_rate=100, num_samples=NUM_SAMPLES, normalization=args.normalization)
+    labels = torch.tensor([[answer_of(row, superclass) == "yes" for superclass in SUPERCLASSES] for row in rows])
+    parts = {split: torch.tensor([index for index, row in enumerate(rows) if in_split(row, split)]) for split in SPLITS}
+    model = make_classifier(args)
     optimizer = torch.optim.AdamW(model.parameters())
-    num_steps = num_epochs * -(-len(parts["train"]) // batch_size)
+    num_steps = args.num_epochs * -(-len(parts["train"]) // args.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=num_steps)
 
+    def values_of(part: torch.Tensor, augment: bool = False) -> torch.Tensor:
+        chosen = [records[index] for index in part.tolist()]
+        if augment:
+            chosen = [augmented(record, args, rng) for record in chosen]
+        return extract(chosen, return_tensors="pt")["ecg_values"]
+
+    evaluated = {split: values_of(parts[split]) for split in SPLITS if split != "train"}
+
     def areas(split: str) -> dict[str, float]:
-        part = parts[split]
         with torch.inference_mode():
-            scores = model.eval()(ecgs[part]).numpy()
+            scores = torch.cat([model.eval()(values) for values in evaluated[split].split(64)]).numpy()
         return {
-            superclass: area_under_roc(scores[:, index], labels[part, index].numpy())
+            superclass: area_under_roc(scores[:, index], labels[parts[split], index].numpy())
             for index, superclass in enumerate(SUPERCLASSES)
         }
 
     best: tuple[float, int, str, str] = (0.0, 0, "", "")
-    for epoch in tqdm(range(1, num_epochs + 1), unit="epoch"):
+    for epoch in tqdm(range(1, args.num_epochs + 1), unit="epoch"):
         model.train()
-        for batch in parts["train"][torch.randperm(len(parts["train"]))].split(batch_size):
-            loss = nn.functional.binary_cross_entropy_with_logits(model(ecgs[batch]), labels[batch].float())
+        for batch in parts["train"][torch.randperm(len(parts["train"]))].split(args.batch_size):
+            scores = model(values_of(batch, augment=True))
+            loss = nn.functional.binary_cross_entropy_with_logits(scores, labels[batch].float())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -231,7 +266,7 @@ def cnn(normalization: str, seed: int, num_epochs: int = 20, batch_size: int = 3
         macro = float(np.mean(list(on_validation.values())))
         if macro > best[0]:
             best = macro, epoch, in_words(on_validation), in_words(areas("test"))
-    print(f"epoch {best[1]} of {num_epochs}\nfold  9: {best[2]}\nfold 10: {best[3]}")
+    print(f"epoch {best[1]} of {args.num_epochs}\nfold  9: {best[2]}\nfold 10: {best[3]}")
 
 
 def main() -> None:
@@ -241,8 +276,17 @@ def main() -> None:
     command.add_argument("folder", type=Path)
     command.add_argument("--seed", type=int, default=0)
     command = commands.add_parser("cnn")
+    command.add_argument("--encoder", choices=ENCODER_CONFIGS, help="an encoder with a linear head in place of the CNN")
+    command.add_argument("--encoder_config", type=json.loads, default={}, help="JSON with fields of its config")
     command.add_argument("--normalization", default="none", choices=NORMALIZATIONS)
+    command.add_argument("--num_epochs", type=int, default=20)
+    command.add_argument("--batch_size", type=int, default=32)
     command.add_argument("--seed", type=int, default=0)
+    for option in fields(AugmentationArguments):  # as of `elm sft`
+        is_switch = isinstance(option.default, bool)
+        kind: dict[str, Any] = {"action": "store_true"} if is_switch else {"type": float, "default": option.default}
+        if option.name != "augment_rgb":
+            command.add_argument(f"--{option.name}", **kind)
     command = commands.add_parser("records")
     command.add_argument("folder", type=Path)
     args = parser.parse_args()
@@ -251,7 +295,7 @@ def main() -> None:
     elif args.command == "records":
         save_records(args.folder)
     else:
-        cnn(args.normalization, args.seed)
+        cnn(args)
 
 
 if __name__ == "__main__":

@@ -197,6 +197,8 @@ TINY_ENCODERS: dict[str, dict] = {
     "mlae": _TINY_TRANSFORMER | _TINY_DECODER,
     "mtae": _TINY_TRANSFORMER | _TINY_DECODER,
     "st_mem": _TINY_TRANSFORMER,
+    "xresnet1d": {"depths": [1, 1], "widths": [8, 16]},
+    "siglip_ecg": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
 }
 
 # arguments of the smallest vision backbones, for pictures of 160 x 160 pixels or 16 patches, and their image processors

@@ -16,8 +16,8 @@ from helpers import golden_state_dict, run_isolated
 
 ENCODERS = list(ENCODER_MODELS)
 OF_THE_REFERENCE = ["merl", "mlae", "mtae", "st_mem"]
-TRANSFORMERS = ["mlae", "mtae", "st_mem"]
-TIME_PATCHES = ["mtae", "st_mem"]
+TRANSFORMERS = ["mlae", "mtae", "st_mem", "siglip_ecg"]
+TIME_PATCHES = ["mtae", "st_mem", "siglip_ecg"]
 NUM_LEADS, NUM_SAMPLES, PATCH_SIZE = 6, 80, 10
 LAYERS = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "head_dim": 16}
 DECODER = {"decoder_hidden_size": 24, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 3}
@@ -26,9 +26,17 @@ SIZES = {
     "mlae": {"patch_size": 2, **LAYERS, **DECODER},
     "mtae": {"patch_size": PATCH_SIZE, **LAYERS, **DECODER},
     "st_mem": {"patch_size": PATCH_SIZE, **LAYERS},
+    "xresnet1d": {"depths": (2, 1), "widths": (8, 16)},
+    "siglip_ecg": {
+        "patch_size": PATCH_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+    },
 }
-TOKENS = {"merl": 20, "mlae": 4, "mtae": 9, "st_mem": 48}
-CHECKPOINTED_BLOCKS = {"merl": 3, "mlae": 5, "mtae": 5, "st_mem": 3}
+TOKENS = {"merl": 20, "mlae": 4, "mtae": 9, "st_mem": 48, "xresnet1d": 10, "siglip_ecg": 8}
+CHECKPOINTED_BLOCKS = {"merl": 3, "mlae": 5, "mtae": 5, "st_mem": 3, "xresnet1d": 3, "siglip_ecg": 3}
 
 
 def tiny_config(kind, **changes):
@@ -108,7 +116,7 @@ def test_merl_takes_any_leads_and_length(num_leads, num_samples):
 def test_time_patches_take_any_leads_and_shorter_records(kind, num_leads, num_patches):
     model = tiny(kind, num_leads=num_leads)
     tokens = model(records(num_patches * PATCH_SIZE, num_leads)).last_hidden_state
-    assert tokens.shape[1] == (1 + num_patches if kind == "mtae" else num_leads * num_patches)
+    assert tokens.shape[1] == {"mtae": 1 + num_patches, "st_mem": num_leads * num_patches}.get(kind, num_patches)
     assert tokens.isfinite().all()
 
 
@@ -119,6 +127,9 @@ def test_shorter_records_take_the_first_positions(kind):
     weights = long.state_dict()
     for name in [name for name in weights if name.endswith("positions")]:
         weights[name] = weights[name][:, : 3 + (1 if kind == "mtae" else 2)]
+    if kind == "siglip_ecg":
+        name = "embeddings.position_embedding.weight"
+        weights[name] = weights[name][:3]
     short.load_state_dict(weights)
     torch.testing.assert_close(long(records(30)).last_hidden_state, short(records(30)).last_hidden_state)
 
@@ -178,7 +189,7 @@ def test_values_of_missing_leads_are_not_read(kind):
     assert not torch.allclose(model(records()).last_hidden_state, expected)
 
 
-@pytest.mark.parametrize("kind", ["merl", "mtae"])
+@pytest.mark.parametrize("kind", ["merl", "mtae", "xresnet1d", "siglip_ecg"])
 def test_missing_leads_are_zeros_where_tokens_hold_all_leads(kind):
     zeros = records().masked_fill(~LEADS_THERE[..., None], 0)
     model = tiny(kind)
@@ -273,7 +284,7 @@ def test_eager_equals_sdpa(kind):
     model.set_attn_implementation("eager")
     output = model(records(), output_attentions=True)
     torch.testing.assert_close(output.last_hidden_state, sdpa)
-    tokens = {"mlae": 4, "mtae": 9, "st_mem": 60}[kind]  # ST-MEM: 6 leads of 8 patches and 2 SEPs
+    tokens = (TOKENS | {"st_mem": 60})[kind]  # ST-MEM: 6 leads of 8 patches and 2 SEPs
     assert [tuple(weights.shape) for weights in output.attentions] == [(2, 2, tokens, tokens)] * 3
     torch.testing.assert_close(output.attentions[0].sum(-1), torch.ones(2, 2, tokens))
 
