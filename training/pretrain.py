@@ -54,7 +54,6 @@ OF_THE_MODEL += ("bandpass", "notch", "normalization", "truncation")
 def parse(argv: list[str] | None = None, prog: str = "elm pretrain") -> tuple[PretrainArguments, TrainingArguments]:
     """What the command line says, checked (ValueError) as far as it can be without data and model; writes nothing."""
     args, training_args = make_parser(prog).parse_args_and_config(argv)
-    args.check_objectives()
     if args.distributed and training_args.world_size == 1:
         raise ValueError(
             "--distributed, but there is one process: start with `accelerate launch --multi_gpu training/pretrain.py ...` or "
@@ -103,6 +102,7 @@ def build_model(args: PretrainArguments) -> tuple[ECGForPreTraining, ECGFeatureE
         encoder, own = load_encoder(args.encoder)
         encoder_config, extractor = encoder.config, own or extractor
     _check_shape(encoder_config, extractor)
+    args.set_objectives(encoder_config.model_type)
     text_encoder, tokenizer = None, None
     if "contrastive" in args.objectives:
         place, _ = find_model_file(str(args.text_encoder), ["config.json"], label="--text_encoder")
@@ -140,11 +140,6 @@ def _load_model(args: PretrainArguments) -> tuple[ECGForPreTraining, ECGFeatureE
     """A saved pretraining model, with what of the options may change as it goes on."""
     name = str(args.model_name_or_path)
     folder, _ = model_folder(name, ["config.json"], label="--model_name_or_path")
-    defaults = PretrainArguments(data=args.data)
-    if unused := [f"--{name}" for name in OF_THE_MODEL if getattr(args, name) != getattr(defaults, name)]:
-        logger.warning(
-            "--model_name_or_path %s is a finished model: %s, of a new one, change nothing.", name, ", ".join(unused)
-        )
     with loading(folder, f"The model {name}"):
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
         if kind != ECGPretrainingConfig.model_type:
@@ -155,8 +150,14 @@ def _load_model(args: PretrainArguments) -> tuple[ECGForPreTraining, ECGFeatureE
         extractor = ECGFeatureExtractor.from_pretrained(folder)
         reads = "contrastive" in model.config.objectives
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if reads else None
+    defaults = PretrainArguments(data=args.data)
+    differ = [option for option in OF_THE_MODEL if getattr(args, option) != getattr(defaults, option)]
+    if unused := [f"--{option}" for option in differ if getattr(extractor, option, None) != getattr(args, option)]:
+        logger.warning(
+            "--model_name_or_path %s is a finished model: %s, of a new one, change nothing.", name, ", ".join(unused)
+        )
     saved = list(model.config.objectives)
-    if args.objectives_said and args.objectives != saved:
+    if args.objectives and args.objectives != saved:
         raise ValueError(
             f"--objectives {' '.join(args.objectives)}, and {name} was made for {' and '.join(saved)}; leave the option out, or begin with its "
             f"encoder alone: --encoder {name}."
@@ -201,6 +202,7 @@ def make_trainer(
     trainer = PretrainingTrainer(
         options=options,
         average=average,
+        cache_reports=args.cache_reports,
         model=model,
         args=training_args,
         train_dataset=splits["train"],

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from elm_ecg.modeling_common import in_eval_mode
 from elm_ecg.training.checkpoints import WholeCheckpoints
 from elm_ecg.training.ema import MovingAverage
 from elm_ecg.training.pretrain_collator import PretrainingCollator
@@ -18,15 +19,17 @@ class PretrainingTrainer(WholeCheckpoints):
     """
     Args:
         average: of the weights, which checkpoints have too; None: none is kept.
+        cache_reports: keep what the text encoder, which is frozen, gives for each report.
         kwargs: for `WholeCheckpoints` and transformers' trainer.
     """
 
-    def __init__(self, *, average: MovingAverage | None = None, **kwargs: Any):
+    def __init__(self, *, average: MovingAverage | None = None, cache_reports: bool = False, **kwargs: Any):
         super().__init__(**kwargs)
         self.average = average
         if average is not None:
             self.add_callback(average)
-        self._texts: dict[bytes, torch.Tensor] = {}  # ids of a text -> what a frozen text encoder gives for it
+        # ids of a text -> what the text encoder gives for it; None: nothing is kept
+        self._texts: dict[bytes, torch.Tensor] | None = {} if cache_reports else None
         # sums of the parts of the loss, and of how many batches, since they were logged; in training and in evaluation
         self._parts: dict[str, dict[str, Any]] = {"train": defaultdict(float), "eval": defaultdict(float)}
 
@@ -34,28 +37,32 @@ class PretrainingTrainer(WholeCheckpoints):
         """As the trainer's, of records that are not augmented, with the same masks each time."""
         collator = self.data_collator
         assert isinstance(collator, PretrainingCollator)
-        self.data_collator = collator.for_evaluation()  # the base class reads it as it makes the loader
+        # the base class reads both as it makes the loader
+        self.data_collator, drop_last = collator.for_evaluation(), self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = False
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
-            self.data_collator = collator
+            self.data_collator, self.args.dataloader_drop_last = collator, drop_last
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """As the trainer's; a text encoder that is frozen reads each text once."""
+        """As the trainer's; of reports that are kept their features.
+
+        Each is read by itself: in a batch it would be rounded by what stands beside it, and a run that is resumed would differ.
+        """
         inputs = super()._prepare_inputs(inputs)
-        text_encoder = self.model.text_encoder
-        if "input_ids" not in inputs or any(weight.requires_grad for weight in text_encoder.parameters()):
+        if self._texts is None or "input_ids" not in inputs:
             return inputs
-        texts = inputs.pop("input_ids"), inputs.pop("attention_mask")
-        keys = [bytes(ids[mask.bool()].cpu().numpy()) for ids, mask in zip(*texts, strict=True)]
-        new = {key: index for index, key in enumerate(keys) if key not in self._texts}
-        if new:
-            rows = list(new.values())
-            # outside of the model, which may be compiled or wrapped
-            with torch.no_grad(), self.compute_loss_context_manager():
-                features = self.accelerator.unwrap_model(self.model).get_text_features(*(part[rows] for part in texts))
-            self._texts |= dict(zip(new, features.float().cpu(), strict=True))
-        return {**inputs, "text_features": torch.stack([self._texts[key] for key in keys]).to(self.args.device)}
+        model, features = self.accelerator.unwrap_model(self.model), []
+        for ids, mask in zip(inputs.pop("input_ids"), inputs.pop("attention_mask"), strict=True):
+            ids = ids[mask.bool()]  # without padding
+            key = ids.cpu().numpy().tobytes()
+            if key not in self._texts:
+                # outside of the model's forward, which may be compiled or wrapped
+                with torch.no_grad(), self.compute_loss_context_manager(), in_eval_mode(model.text_encoder):
+                    self._texts[key] = model.get_text_features(ids[None])[0].float().cpu()
+            features.append(self._texts[key])
+        return {**inputs, "text_features": torch.stack(features).to(self.args.device)}
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As the trainer's; the parts of the loss are kept for the log."""

@@ -4,6 +4,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset, List
 
 from elm_ecg.training.data.loading import load_parts, mix
@@ -61,20 +62,23 @@ def _each_once(part: Dataset, name: str) -> Dataset:
             f"The rows of {name} hold lists of ECGs, as questions that compare several do; expected one in each row: build it with "
             "`elm data build --no_questions`."
         )
-    keys = "ecg" if part.features["ecg"].dtype == "string" else "record_id"
-    if keys not in part.column_names:
-        return part
-    column = part.with_format("arrow").select_columns([keys])[:][keys]
-    values = column.to_numpy(zero_copy_only=False).astype(object)
-    given = np.array([value is not None for value in values], dtype=bool)
-    first = np.unique(values[given].astype(str), return_index=True)[1]
-    kept = np.flatnonzero(given)[first]
-    if keys == "record_id":  # rows without a name are each of a record of their own
-        kept = np.concatenate([kept, np.flatnonzero(~given)])
+    table = part.with_format("arrow")
+    ecgs = table.select_columns(["ecg"])[:]["ecg"]
+    kept = np.flatnonzero(ecgs.is_valid().to_numpy())
+    # by the file that rows name, or by the name of the record
+    column = ecgs if pa.types.is_string(ecgs.type) else None
+    if column is None and "record_id" in part.column_names:
+        column = table.select_columns(["record_id"])[:]["record_id"]
+    if column is not None:
+        names = column.to_pandas().to_numpy()[kept]
+        named = np.array([value is not None for value in names], dtype=bool)
+        first = np.unique(names[named].astype(str), return_index=True)[1]
+        # rows without a name are each of a record of their own
+        kept = np.sort(np.concatenate([kept[named][first], kept[~named]]))
     if len(kept) == len(part):
         return part
     logger.info("%s: %s of %s", name, counted(len(kept), "record"), counted(len(part), "row"))
-    return part.select(np.sort(kept))
+    return part.select(kept)
 
 
 def report_of(row: dict[str, Any], column: str | None) -> str:
