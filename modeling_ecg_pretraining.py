@@ -69,7 +69,7 @@ class ECGForPreTraining(CompleteModel):
     config: ECGPretrainingConfig
     config_class: type[ECGPretrainingConfig]  # transformers sets it to what `config` is annotated with
     main_input_name = "ecg_values"  # transformers would look for input_ids
-    input_modalities = ("ecg", "text")
+    input_modalities = ["ecg", "text"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -182,21 +182,24 @@ class ECGForPreTraining(CompleteModel):
         self,
         ecg_values: torch.Tensor,
         lead_mask: torch.Tensor | None,
-        num_samples: torch.Tensor,
+        num_samples: torch.Tensor | None,
         mask: torch.Tensor | None,
     ) -> ECGPretrainingOutput:
         """Reconstruction and its loss, of records with zeros at their padding."""
         assert self.decoder is not None
         config, encoder = self.config, self.encoder
-        records = encoder.prepare_ecg_values(ecg_values, lead_mask)
-        times = torch.arange(records.shape[2], device=records.device)
-        ends = num_samples[:, None]
-        if config.encoder_config.model_type != "mlae":  # patches of time that hold any padding do not count
-            size = config.encoder_config.patch_size
-            ends = ends // size * size
-        there = (times < ends)[:, None].expand(records.shape)
-        there = there if lead_mask is None else there & lead_mask.bool()[..., None]
-        patches, there = (self.decoder.make_patches(encoder, part) for part in (ecg_values, there))
+        prepare: Any = encoder.prepare_ecg_values
+        records = prepare(ecg_values, lead_mask)
+        there = torch.ones_like(records, dtype=torch.bool)
+        if lead_mask is not None:
+            there &= lead_mask.bool()[..., None]
+        if num_samples is not None:
+            # patches of time that hold any padding do not count; of the whole leads of MLAE what is there does
+            size = 1 if config.encoder_config.model_type == "mlae" else config.encoder_config.patch_size
+            there &= ~_padding(records, num_samples // size * size)
+        # not of the records, which are in the model's dtype
+        patches = self.decoder.make_patches(encoder, without_missing_leads(ecg_values, lead_mask))
+        there = self.decoder.make_patches(encoder, there)
 
         shape = patches.shape[:-1]
         if mask is None:
@@ -234,20 +237,17 @@ class ECGForPreTraining(CompleteModel):
         Raises:
             ValueError: records, mask or texts do not fit each other or the configuration.
         """
-        if num_samples is None:
-            num_samples = ecg_values.new_full((len(ecg_values),), ecg_values.shape[-1], dtype=torch.long)
-        padding = torch.arange(ecg_values.shape[-1], device=ecg_values.device) >= num_samples[:, None]
-        # zeros also where NaN stands, as the loss multiplies by what counts
-        ecg_values = without_missing_leads(ecg_values.masked_fill(padding[:, None], 0), lead_mask)
+        if num_samples is not None:  # zeros also where NaN stands
+            ecg_values = ecg_values.masked_fill(_padding(ecg_values, num_samples), 0)
         output, losses = ECGPretrainingOutput(), []
         if self.decoder is not None:
             output = self._masked(ecg_values, lead_mask, num_samples, mask)
             losses.append(output.masked_loss)
         if self.heads is not None:
-            output.contrastive_loss = self._contrast(ecg_values, lead_mask, input_ids, attention_mask, has_report)
-            weight = 1 if self.decoder is None else self.config.contrastive_weight
-            losses.append(weight * output.contrastive_loss)
-        output.loss = sum(losses)
+            loss = self._contrast(ecg_values, lead_mask, input_ids, attention_mask, has_report)
+            output.contrastive_loss = loss
+            losses.append(loss if self.decoder is None else self.config.contrastive_weight * loss)
+        output.loss = sum(losses[1:], losses[0])
         return output
 
     def _contrast(
@@ -274,6 +274,16 @@ class ECGForPreTraining(CompleteModel):
                 "ECG."
             )
         return contrastive_loss(self.heads, ecgs, texts, has_report.bool(), self.config.temperature)
+
+
+def _padding(ecg_values: torch.Tensor, num_samples: torch.Tensor) -> torch.Tensor:
+    """Where records [batch, leads, samples] are padding: bool [batch, 1, samples]; ValueError if there is no number for each."""
+    if ecg_values.ndim != 3 or num_samples.shape != ecg_values.shape[:1]:
+        raise ValueError(
+            f"num_samples has shape {list(num_samples.shape)} with ecg_values of shape {list(ecg_values.shape)}; expected [batch] and "
+            "[batch, leads, samples], a number for each record."
+        )
+    return (torch.arange(ecg_values.shape[2], device=ecg_values.device) >= num_samples[:, None])[:, None]
 
 
 def _checked_mask(mask: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, int]:

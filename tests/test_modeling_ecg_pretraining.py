@@ -249,6 +249,21 @@ def test_padded_samples_of_a_lead_do_not_count():
     assert output.loss.item() == pytest.approx(errors.mean().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_samples": torch.ones(3)}, r"num_samples has shape \[3\] with ecg_values of shape \[4, 12, 500\]"),
+        ({"lead_mask": torch.ones(4, 8)}, r"The lead mask has shape \[4, 8\]"),
+        ({"ecg_values": torch.ones(12, 500)}, r"got ecg_values of shape \[12, 500\]"),
+        ({"ecg_values": torch.ones(4, 12, 500, dtype=torch.long)}, "dtype torch.int64"),
+        ({"ecg_values": torch.ones(4, 8, 500)}, "got records of 8 leads"),
+    ],
+)
+def test_batches_that_do_not_fit(fields, message):
+    with pytest.raises(ValueError, match=message):
+        tiny("mtae")(**batch_of() | fields)
+
+
 @pytest.mark.parametrize("kind", MASKED_ENCODERS)
 def test_a_batch_where_nothing_counts(kind):
     model = tiny(kind)

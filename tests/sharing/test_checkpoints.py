@@ -82,11 +82,11 @@ def test_a_moving_average_beside_the_weights(average, others, tmp_path):
 
 def test_a_moving_average_that_cannot_be_read(tmp_path):
     torch.save({"model_state_dict": WEIGHTS, "ema": {"decay": 0.999}}, tmp_path / "run.pt")
-    with pytest.raises(ValueError, match="The moving average 'ema': .*'decay' is a float.*Or take --weights model"):
+    with pytest.raises(ValueError, match=r"The moving average 'ema': .*'decay' is a float.*Or take --weights model"):
         read_checkpoint(tmp_path / "run.pt")
     same(read_checkpoint(tmp_path / "run.pt", "model").tensors, WEIGHTS)
     torch.save({"model_state_dict": WEIGHTS}, tmp_path / "run.pt")
-    with pytest.raises(ValueError, match="--weights ema, and .*run.pt holds no moving average"):
+    with pytest.raises(ValueError, match=r"--weights ema, and .*run\.pt holds no moving average"):
         read_checkpoint(tmp_path / "run.pt", "ema")
 
 

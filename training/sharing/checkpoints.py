@@ -100,7 +100,7 @@ def read_checkpoint(path: Path, weights: str | None = None) -> Checkpoint:
     """
     content = _load(path)
     others: list[str] = []
-    average = None
+    average, averaged = None, {}
     if isinstance(content, dict):
         average = next((name for name in AVERAGES if isinstance(content.get(name), dict)), None)
     is_average = average is not None if weights is None else weights == "ema"
@@ -111,7 +111,7 @@ def read_checkpoint(path: Path, weights: str | None = None) -> Checkpoint:
     if isinstance(content, dict) and (STATE_DICT in content or average is not None):
         used = {STATE_DICT, average} if is_average else {STATE_DICT}
         others = [str(name) for name in content if name not in used]
-        content, averaged = content.get(STATE_DICT), content.get(average)
+        content, averaged = content.get(STATE_DICT), content.get(average, {})
     if not (isinstance(content, dict) and content) and not is_average:
         raise ValueError(f"{path} holds no state dict; expected a dict of tensors, or one under {STATE_DICT!r}.")
     tensors, names = _checked(path, content or {})

@@ -175,11 +175,12 @@ def convert_encoder(
         ValueError: the options do not fit the checkpoint, or something is missing.
     """
     check_encoder_options(args)
-    conversion = convert_part(args.encoder, checkpoint.tensors)
-    check_missing(conversion, f"a {args.encoder} encoder")
-    config = ENCODER_CONFIGS[args.encoder](**encoder_fields(args, conversion.tensors))
+    kind = str(args.encoder)
+    conversion = convert_part(kind, checkpoint.tensors)
+    check_missing(conversion, f"a {kind} encoder")
+    config = ENCODER_CONFIGS[kind](**encoder_fields(args, conversion.tensors))
     with torch.device("meta"):  # no memory for weights that are replaced at once
-        model = ENCODER_MODELS[args.encoder](config)
+        model = ENCODER_MODELS[kind](config)
     check_tensors(conversion.tensors, model, "--encoder and --encoder_config")
     dtype = widest_dtype(args, conversion.tensors)
     model.load_state_dict(plain_copies(conversion.tensors, dtype), assign=True)  # assign: the model's own are on meta

@@ -1,5 +1,6 @@
 """Pretraining checkpoints of the reference system become `ECGForPreTraining`, the encoder with its decoder or its heads."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def _load_text_encoder(args: ConvertArguments) -> tuple[Any, PreTrainedTokenizer
     if args.text_encoder is None:
         return None, None
     place, _ = find_model_file(args.text_encoder, ["config.json"], label="--text_encoder")
-    with loading(place, f"--text_encoder {args.text_encoder}"):
+    with loading(Path(place), f"--text_encoder {args.text_encoder}"):
         text_encoder = AutoModel.from_pretrained(place, trust_remote_code=False, dtype="float32")
         return text_encoder, AutoTokenizer.from_pretrained(place, trust_remote_code=False)
 
