@@ -10,7 +10,7 @@ from transformers import initialization as init  # leaves alone what a checkpoin
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_ecg_pretraining import ECGPretrainingConfig, mask_shape, num_kept
-from .modeling_common import CompleteModel, attention_of, stay_frozen
+from .modeling_common import CompleteModel, attention_of, in_eval_mode, stay_frozen
 from .modeling_ecg_base import without_missing_leads
 from .modeling_ecg_contrastive import AttentionPool, ContrastiveHeads, contrastive_loss
 from .modeling_ecg_encoders import ENCODER_MODELS
@@ -114,13 +114,15 @@ class ECGForPreTraining(CompleteModel):
         width = getattr(encoder_config, "output_size", None) or encoder_config.hidden_size
         if config.num_encoder_tokens is not None:
             return width, config.num_encoder_tokens
-        weight = next(self.encoder.parameters())
-        silence = weight.new_zeros(1, encoder_config.num_leads, encoder_config.num_samples)
-        training = self.encoder.training
-        with torch.no_grad():
-            tokens = self.encoder.eval()(silence).last_hidden_state
-        self.encoder.train(training)
-        return width, tokens.shape[1]
+        shape = [getattr(encoder_config, name, None) for name in ("num_leads", "num_samples")]
+        if None in shape:
+            raise ValueError(
+                f"{type(encoder_config).__name__} has no num_leads or no num_samples; give num_encoder_tokens in the configuration of the "
+                "pretraining, as many as the encoder makes of a record."
+            )
+        silence = next(self.encoder.parameters()).new_zeros(1, *shape)
+        with torch.no_grad(), in_eval_mode(self.encoder):
+            return width, self.encoder(silence).last_hidden_state.shape[1]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

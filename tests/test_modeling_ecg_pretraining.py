@@ -4,12 +4,14 @@ from functools import cache
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
-from transformers import BertConfig, BertModel
+from transformers import AutoConfig, AutoModel, BertConfig, BertModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
 
 from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
 from elm_ecg.configuration_ecg_pretraining import MASKED_ENCODERS, ECGPretrainingConfig
@@ -29,6 +31,7 @@ TEXT = {
     "intermediate_size": 32,
     "max_position_embeddings": 32,
 }
+INVALID = (ValueError, StrictDataclassError)  # the latter wraps errors of single fields
 OBJECTIVES = {"masked": ["masked"], "contrastive": ["contrastive"], "both": ["masked", "contrastive"]}
 KINDS = [(kind, "masked") for kind in MASKED_ENCODERS]
 KINDS += [(kind, "contrastive") for kind in ENCODER_MODELS] + [("st_mem", "both")]
@@ -435,6 +438,49 @@ def test_given_parts_stay_as_they_are():
             assert torch.equal(weight, weights[name]), name
     assert model.config.encoder_config is encoder.config
     assert model.config.num_encoder_tokens == 12 * 25
+
+
+class OwnConfig(PreTrainedConfig):
+    model_type = "own_ecg_encoder"
+    width: int = 8
+
+
+class OwnEncoder(PreTrainedModel):
+    """Any model that makes tokens of records."""
+
+    config: OwnConfig
+    _supports_sdpa = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.linear = nn.Linear(12, config.width)
+        self.post_init()
+
+    def forward(self, ecg_values, lead_mask=None):
+        return BaseModelOutput(last_hidden_state=self.linear(ecg_values.transpose(1, 2)[:, ::100]))
+
+
+def test_an_encoder_of_ones_own(tmp_path):
+    config = OwnConfig(num_leads=12, num_samples=NUM_SAMPLES, hidden_size=8)
+    fields = {"objectives": ["contrastive"], "projection_size": 8, "text_config": BertConfig(**TEXT)}
+    with pytest.raises(ValueError, match="OwnConfig has no num_leads or no num_samples; give num_encoder_tokens"):
+        ECGForPreTraining(
+            ECGPretrainingConfig(encoder_config=OwnConfig(hidden_size=8), **fields),
+            OwnEncoder(OwnConfig(hidden_size=8)),
+        )
+    with pytest.raises(INVALID, match="masked with a own_ecg_encoder encoder"):
+        ECGPretrainingConfig(encoder_config=config)
+    model = ECGForPreTraining(ECGPretrainingConfig(encoder_config=config, **fields), OwnEncoder(config)).eval()
+    assert model.config.num_encoder_tokens == 5
+    loss = model(**batch_of(text=True)).loss
+    loss.backward()
+    assert model.encoder.linear.weight.grad.any()
+    AutoConfig.register("own_ecg_encoder", OwnConfig, exist_ok=True)
+    AutoModel.register(OwnConfig, OwnEncoder, exist_ok=True)
+    model.save_pretrained(tmp_path)
+    again = ECGForPreTraining.from_pretrained(tmp_path)
+    assert type(again.encoder) is OwnEncoder
+    assert torch.equal(again(**batch_of(text=True)).loss, loss)
 
 
 def test_new_weights():
