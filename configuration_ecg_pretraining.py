@@ -91,7 +91,7 @@ class ECGPretrainingConfig(PreTrainedConfig):
 
     def validate_mask(self) -> None:
         """ValueError if no patch would be masked, or none kept."""
-        if "masked" not in self.objectives:
+        if "masked" not in self.objectives or self.encoder_config.model_type not in MASKED_ENCODERS:
             return
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio is {self.mask_ratio}; expected a share between 0 and 1, such as 0.75.")

@@ -52,6 +52,11 @@ class MaskedDecoder(nn.Module):
         """[batch, leads, samples] -> [batch, patches, patch values]."""
         return encoder.make_patches(records)
 
+    def unmask(self, states: torch.Tensor, places: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """States [batch, kept, width] at their places [batch, kept] among mask tokens: [batch, num_tokens, width]."""
+        every = self.mask_token.to(states.dtype).expand(len(states), num_tokens, -1)
+        return every.scatter(1, places[..., None].expand_as(states), states)
+
     def forward(
         self, encoder: Any, records: torch.Tensor, lead_mask: torch.Tensor | None, kept: torch.Tensor
     ) -> torch.Tensor:
@@ -65,17 +70,15 @@ class MaskedDecoder(nn.Module):
             [batch, patches, patch values], of all patches.
         """
         states = encoder.embeddings(encoder.make_patches(records))  # CLS first
-        batch, num_tokens, _ = states.shape
+        num_tokens = states.shape[1]
         token_mask = None if lead_mask is None else encoder.make_token_mask(lead_mask)
         places = nn.functional.pad(kept + 1, (1, 0))  # CLS is always kept
         kept_mask = None if token_mask is None else token_mask.gather(1, places)
         states = states.take_along_dim(places[..., None], dim=1)
         states = encoder.norm(_run(encoder.config, encoder.layers, states, kept_mask))
 
-        states = encoder.decoder_embeddings.projection(states)
-        every = self.mask_token.to(states.dtype).expand(batch, num_tokens, -1)
-        states = every.scatter(1, places[..., None].expand_as(states), states)
-        states = states + encoder.decoder_embeddings.positions[:, :num_tokens]
+        # through the module's own forward, which gathers its weights where FSDP shards them
+        states = encoder.decoder_embeddings(states, lambda kept_states: self.unmask(kept_states, places, num_tokens))
         states = _run(encoder.config, encoder.decoder_layers, states, token_mask)
         return self.head(self.norm(states[:, 1:]))
 
@@ -119,8 +122,7 @@ class LeadDecoder(MaskedDecoder):
         states = encoder.norm(_run(encoder.config, encoder.layers, states.flatten(1, 2), kept_mask))
 
         states = self.projection(states).unflatten(1, (num_leads, -1)).flatten(0, 1)  # a lead is a sequence
-        every = self.mask_token.to(states.dtype).expand(batch * num_leads, num_tokens, -1)
-        states = every.scatter(1, places.flatten(0, 1)[..., None].expand_as(states), states)
+        states = self.unmask(states, places.flatten(0, 1), num_tokens)
         # of short records the first patches', and the last separator's
         states = states + torch.cat([self.positions[:, : num_tokens - 1], self.positions[:, -1:]], dim=1)
         states = _run(encoder.config, self.layers, states, None)

@@ -10,7 +10,7 @@ from transformers import initialization as init  # leaves alone what a checkpoin
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_ecg_pretraining import ECGPretrainingConfig, mask_shape, num_kept
-from .modeling_common import CompleteModel, attention_of, stay_frozen
+from .modeling_common import CompleteModel, attention_of, in_eval_mode, stay_frozen
 from .modeling_ecg_base import without_missing_leads
 from .modeling_ecg_contrastive import AttentionPool, ContrastiveHeads, contrastive_loss
 from .modeling_ecg_encoders import ENCODER_MODELS
@@ -69,7 +69,7 @@ class ECGForPreTraining(CompleteModel):
     config: ECGPretrainingConfig
     config_class: type[ECGPretrainingConfig]  # transformers sets it to what `config` is annotated with
     main_input_name = "ecg_values"  # transformers would look for input_ids
-    input_modalities = ("ecg", "text")
+    input_modalities = ["ecg", "text"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -114,13 +114,15 @@ class ECGForPreTraining(CompleteModel):
         width = getattr(encoder_config, "output_size", None) or encoder_config.hidden_size
         if config.num_encoder_tokens is not None:
             return width, config.num_encoder_tokens
-        weight = next(self.encoder.parameters())
-        silence = weight.new_zeros(1, encoder_config.num_leads, encoder_config.num_samples)
-        training = self.encoder.training
-        with torch.no_grad():
-            tokens = self.encoder.eval()(silence).last_hidden_state
-        self.encoder.train(training)
-        return width, tokens.shape[1]
+        shape = [getattr(encoder_config, name, None) for name in ("num_leads", "num_samples")]
+        if None in shape:
+            raise ValueError(
+                f"{type(encoder_config).__name__} has no num_leads or no num_samples; give num_encoder_tokens in the configuration of the "
+                "pretraining, as many as the encoder makes of a record."
+            )
+        silence = next(self.encoder.parameters()).new_zeros(1, *shape)
+        with torch.no_grad(), in_eval_mode(self.encoder):
+            return width, self.encoder(silence).last_hidden_state.shape[1]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -183,21 +185,24 @@ class ECGForPreTraining(CompleteModel):
         self,
         ecg_values: torch.Tensor,
         lead_mask: torch.Tensor | None,
-        num_samples: torch.Tensor,
+        num_samples: torch.Tensor | None,
         mask: torch.Tensor | None,
     ) -> ECGPretrainingOutput:
         """Reconstruction and its loss, of records with zeros at their padding."""
         assert self.decoder is not None
         config, encoder = self.config, self.encoder
-        records = encoder.prepare_ecg_values(ecg_values, lead_mask)
-        times = torch.arange(records.shape[2], device=records.device)
-        ends = num_samples[:, None]
-        if config.encoder_config.model_type != "mlae":  # patches of time that hold any padding do not count
-            size = config.encoder_config.patch_size
-            ends = ends // size * size
-        there = (times < ends)[:, None].expand(records.shape)
-        there = there if lead_mask is None else there & lead_mask.bool()[..., None]
-        patches, there = (self.decoder.make_patches(encoder, part) for part in (ecg_values, there))
+        prepare: Any = encoder.prepare_ecg_values
+        records = prepare(ecg_values, lead_mask)
+        there = torch.ones_like(records, dtype=torch.bool)
+        if lead_mask is not None:
+            there &= lead_mask.bool()[..., None]
+        if num_samples is not None:
+            # patches of time that hold any padding do not count; of the whole leads of MLAE what is there does
+            size = 1 if config.encoder_config.model_type == "mlae" else config.encoder_config.patch_size
+            there &= ~_padding(records, num_samples // size * size)
+        # not of the records, which are in the model's dtype
+        patches = self.decoder.make_patches(encoder, without_missing_leads(ecg_values, lead_mask))
+        there = self.decoder.make_patches(encoder, there)
 
         shape = patches.shape[:-1]
         if mask is None:
@@ -237,11 +242,8 @@ class ECGForPreTraining(CompleteModel):
         Raises:
             ValueError: records, mask or texts do not fit each other or the configuration.
         """
-        if num_samples is None:
-            num_samples = ecg_values.new_full((len(ecg_values),), ecg_values.shape[-1], dtype=torch.long)
-        padding = torch.arange(ecg_values.shape[-1], device=ecg_values.device) >= num_samples[:, None]
-        # zeros also where NaN stands, as the loss multiplies by what counts
-        ecg_values = without_missing_leads(ecg_values.masked_fill(padding[:, None], 0), lead_mask)
+        if num_samples is not None:  # zeros also where NaN stands
+            ecg_values = ecg_values.masked_fill(_padding(ecg_values, num_samples), 0)
         output, losses = ECGPretrainingOutput(), []
         if self.decoder is not None:
             output = self._masked(ecg_values, lead_mask, num_samples, mask)
@@ -249,10 +251,10 @@ class ECGForPreTraining(CompleteModel):
         if self.heads is not None:
             if text_features is None and input_ids is not None:
                 text_features = self.get_text_features(input_ids, attention_mask)
-            output.contrastive_loss = self._contrast(ecg_values, lead_mask, text_features, has_report)
-            weight = 1 if self.decoder is None else self.config.contrastive_weight
-            losses.append(weight * output.contrastive_loss)
-        output.loss = sum(losses)
+            loss = self._contrast(ecg_values, lead_mask, text_features, has_report)
+            output.contrastive_loss = loss
+            losses.append(loss if self.decoder is None else self.config.contrastive_weight * loss)
+        output.loss = sum(losses[1:], losses[0])
         return output
 
     def _contrast(
@@ -277,6 +279,16 @@ class ECGForPreTraining(CompleteModel):
                 "ECG."
             )
         return contrastive_loss(self.heads, ecgs, texts, has_report.bool(), self.config.temperature)
+
+
+def _padding(ecg_values: torch.Tensor, num_samples: torch.Tensor) -> torch.Tensor:
+    """Where records [batch, leads, samples] are padding: bool [batch, 1, samples]; ValueError if there is no number for each."""
+    if ecg_values.ndim != 3 or num_samples.shape != ecg_values.shape[:1]:
+        raise ValueError(
+            f"num_samples has shape {list(num_samples.shape)} with ecg_values of shape {list(ecg_values.shape)}; expected [batch] and "
+            "[batch, leads, samples], a number for each record."
+        )
+    return (torch.arange(ecg_values.shape[2], device=ecg_values.device) >= num_samples[:, None])[:, None]
 
 
 def _checked_mask(mask: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, int]:

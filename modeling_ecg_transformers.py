@@ -186,9 +186,12 @@ class DecoderEmbeddings(nn.Module):
         self.projection = nn.Linear(config.hidden_size, config.decoder_hidden_size)
         self.register_buffer("positions", torch.zeros(1, 1 + num_patches, config.decoder_hidden_size))
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[batch, tokens, hidden_size] -> [batch, tokens, decoder_hidden_size]."""
+    def forward(self, hidden_states: torch.Tensor, unmask: Callable | None = None) -> torch.Tensor:
+        """[batch, tokens, hidden_size] -> [batch, tokens, decoder_hidden_size]; `unmask` puts masked patches between them, in
+        pretraining."""
         hidden_states = self.projection(hidden_states)
+        if unmask is not None:
+            hidden_states = unmask(hidden_states)
         return hidden_states + self.positions[:, : hidden_states.shape[1]]
 
 

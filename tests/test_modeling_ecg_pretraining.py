@@ -4,12 +4,14 @@ from functools import cache
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
-from transformers import BertConfig, BertModel
+from transformers import AutoConfig, AutoModel, BertConfig, BertModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
 
 from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
 from elm_ecg.configuration_ecg_pretraining import MASKED_ENCODERS, ECGPretrainingConfig
@@ -29,6 +31,7 @@ TEXT = {
     "intermediate_size": 32,
     "max_position_embeddings": 32,
 }
+INVALID = (ValueError, StrictDataclassError)  # the latter wraps errors of single fields
 OBJECTIVES = {"masked": ["masked"], "contrastive": ["contrastive"], "both": ["masked", "contrastive"]}
 KINDS = [(kind, "masked") for kind in MASKED_ENCODERS]
 KINDS += [(kind, "contrastive") for kind in ENCODER_MODELS] + [("st_mem", "both")]
@@ -249,6 +252,21 @@ def test_padded_samples_of_a_lead_do_not_count():
     assert output.loss.item() == pytest.approx(errors.mean().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_samples": torch.ones(3)}, r"num_samples has shape \[3\] with ecg_values of shape \[4, 12, 500\]"),
+        ({"lead_mask": torch.ones(4, 8)}, r"The lead mask has shape \[4, 8\]"),
+        ({"ecg_values": torch.ones(12, 500)}, r"got ecg_values of shape \[12, 500\]"),
+        ({"ecg_values": torch.ones(4, 12, 500, dtype=torch.long)}, "dtype torch.int64"),
+        ({"ecg_values": torch.ones(4, 8, 500)}, "got records of 8 leads"),
+    ],
+)
+def test_batches_that_do_not_fit(fields, message):
+    with pytest.raises(ValueError, match=message):
+        tiny("mtae")(**batch_of() | fields)
+
+
 @pytest.mark.parametrize("kind", MASKED_ENCODERS)
 def test_a_batch_where_nothing_counts(kind):
     model = tiny(kind)
@@ -395,10 +413,10 @@ def test_wrong_number_of_tokens():
 
 
 def test_texts_of_another_batch():
-    batch = batch_of(text=True)
+    model, batch = tiny("merl", "contrastive"), batch_of(text=True)
+    batch |= {name: batch[name][:3] for name in ("input_ids", "attention_mask")}
     with pytest.raises(ValueError, match="4 ECGs, 3 texts and 3 values of has_report"):
-        batch |= {name: batch[name][:3] for name in ("input_ids", "attention_mask")}
-        tiny("merl", "contrastive")(**batch, has_report=torch.ones(3, dtype=torch.bool))
+        model(**batch, has_report=torch.ones(3, dtype=torch.bool))
 
 
 def test_embeddings_of_a_model_without_heads():
@@ -420,6 +438,49 @@ def test_given_parts_stay_as_they_are():
             assert torch.equal(weight, weights[name]), name
     assert model.config.encoder_config is encoder.config
     assert model.config.num_encoder_tokens == 12 * 25
+
+
+class OwnConfig(PreTrainedConfig):
+    model_type = "own_ecg_encoder"
+    width: int = 8
+
+
+class OwnEncoder(PreTrainedModel):
+    """Any model that makes tokens of records."""
+
+    config: OwnConfig
+    _supports_sdpa = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.linear = nn.Linear(12, config.width)
+        self.post_init()
+
+    def forward(self, ecg_values, lead_mask=None):
+        return BaseModelOutput(last_hidden_state=self.linear(ecg_values.transpose(1, 2)[:, ::100]))
+
+
+def test_an_encoder_of_ones_own(tmp_path):
+    config = OwnConfig(num_leads=12, num_samples=NUM_SAMPLES, hidden_size=8)
+    fields = {"objectives": ["contrastive"], "projection_size": 8, "text_config": BertConfig(**TEXT)}
+    with pytest.raises(ValueError, match="OwnConfig has no num_leads or no num_samples; give num_encoder_tokens"):
+        ECGForPreTraining(
+            ECGPretrainingConfig(encoder_config=OwnConfig(hidden_size=8), **fields),
+            OwnEncoder(OwnConfig(hidden_size=8)),
+        )
+    with pytest.raises(INVALID, match="masked with a own_ecg_encoder encoder"):
+        ECGPretrainingConfig(encoder_config=config)
+    model = ECGForPreTraining(ECGPretrainingConfig(encoder_config=config, **fields), OwnEncoder(config)).eval()
+    assert model.config.num_encoder_tokens == 5
+    loss = model(**batch_of(text=True)).loss
+    loss.backward()
+    assert model.encoder.linear.weight.grad.any()
+    AutoConfig.register("own_ecg_encoder", OwnConfig, exist_ok=True)
+    AutoModel.register(OwnConfig, OwnEncoder, exist_ok=True)
+    model.save_pretrained(tmp_path)
+    again = ECGForPreTraining.from_pretrained(tmp_path)
+    assert type(again.encoder) is OwnEncoder
+    assert torch.equal(again(**batch_of(text=True)).loss, loss)
 
 
 def test_new_weights():
@@ -463,7 +524,7 @@ def test_incomplete_files(tmp_path):
     model = tiny("st_mem")
     weights = {name: weight for name, weight in model.state_dict().items() if name != "decoder.mask_token"}
     model.save_pretrained(tmp_path, state_dict=weights)
-    with pytest.raises(ValueError, match="decoder.mask_token"):
+    with pytest.raises(ValueError, match=r"decoder\.mask_token"):
         ECGForPreTraining.from_pretrained(tmp_path)
 
 

@@ -95,7 +95,7 @@ _RECONSTRUCTION: list[Rule] = [
     (r"decoder_norm\.", "decoder.norm."),
     (r"decoder_head\.", "decoder.head."),
 ]
-# what the pretraining has beside the encoder; all other entries are the encoder's
+# of each encoder what its pretraining has beside it; all other entries are the encoder's
 PRETRAINING_RULES: dict[str, list[Rule]] = {
     "mlae": _RECONSTRUCTION,
     "mtae": _RECONSTRUCTION,
@@ -204,12 +204,16 @@ def convert_pretraining_part(kind: str, state_dict: dict[str, Tensor]) -> Conver
             of_encoder[key] = tensor
         else:
             part.tensors[ours], part.used[key] = tensor, ours
-    part.add(convert_part(kind, of_encoder), "", "encoder.")
+    encoder = convert_part(kind, of_encoder)
+    unknown = [key for key in encoder.ignored if not re.match(r"(encoder\.)?to_patch_embedding\.", key)]
+    encoder.left_over += unknown  # what the encoder alone does not need
+    encoder.ignored = {key: "there twice" for key in encoder.ignored if key not in unknown}
+    part.add(encoder, "", "encoder.")
     for name in ("decoder.mask_token", "heads.attention_pool.cls_token"):
         if name in part.tensors:
             part.tensors[name] = part.tensors[name].flatten()  # [1, 1, width]
-    if "heads.projection.weight" in part.tensors:
-        part.tensors["heads.projection.weight"] = part.tensors["heads.projection.weight"].flatten(1)  # [size, width, 1]
+    if "heads.projection.weight" in part.tensors:  # a convolution of one place: [size, width, 1]
+        part.tensors["heads.projection.weight"] = part.tensors["heads.projection.weight"].squeeze(-1)
     pool = ("heads.attention_pool.cls_token", "heads.attention_pool.positions")
     if part.tensors.keys() >= set(pool):
         cls_token, positions = (part.tensors[name] for name in pool)
