@@ -85,6 +85,24 @@ class XResNetBlock(ResNetBlock):
         return nn.Sequential(*layers)
 
 
+class XResNetStem(nn.Sequential):
+    """Three convolutions, of which the first halves the length, and a max pool, which halves it again."""
+
+    def __init__(self, config: XResNet1dConfig) -> None:
+        width, size = config.widths[0], config.kernel_size
+        half = -(-width // 2)
+        super().__init__(
+            ResNetConv(config.num_leads, half, size, stride=2),
+            nn.ReLU(),
+            ResNetConv(half, half, size),
+            nn.ReLU(),
+            ResNetConv(half, width, size),
+            nn.MaxPool1d(
+                3, stride=2, padding=1
+            ),  # the ReLU behind it gives the same as one before, of half as many values
+        )
+
+
 class ResNetStage(nn.Sequential):
     """Blocks of one width; the first may halve the length."""
 
@@ -123,16 +141,13 @@ class ResNetModel(ECGEncoder):
         super()._init_weights(module)
         if isinstance(module, nn.Conv1d):
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's ResNets
-        elif isinstance(module, XResNetBlock):  # after the norm's own: parts come before the whole
-            init.zeros_(module.convs[-1].norm.weight)
-
-    def read_stem(self, ecg_values: torch.Tensor) -> torch.Tensor:
-        """What the stages read of records: [batch, leads, samples] -> [batch, `widths[0]`, length]."""
-        raise NotImplementedError
+        elif isinstance(module, XResNetBlock):
+            last: Any = module.convs[-1]
+            init.zeros_(last.norm.weight)  # it is ones so far: parts come before the whole
 
     def encode(self, ecg_values: torch.Tensor, lead_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
         """A token for each place of the last stage; missing leads are zeros."""
-        hidden_states = self.read_stem(ecg_values)
+        hidden_states = self.stem(ecg_values).relu()
         for stage in self.stages:
             hidden_states = stage(hidden_states)
         return hidden_states.transpose(1, 2)  # [batch, tokens, channels]
@@ -147,12 +162,7 @@ class MERLModel(ResNetModel):
     config: MERLConfig
 
     def __init__(self, config: MERLConfig) -> None:
-        stem = ResNetConv(config.num_leads, config.widths[0], kernel_size=7, stride=2)
-        super().__init__(config, stem, ResNetBlock)
-
-    def read_stem(self, ecg_values: torch.Tensor) -> torch.Tensor:
-        """One convolution, which halves the length."""
-        return self.stem(ecg_values).relu()
+        super().__init__(config, ResNetConv(config.num_leads, config.widths[0], kernel_size=7, stride=2), ResNetBlock)
 
 
 class XResNet1dModel(ResNetModel):
@@ -165,21 +175,7 @@ class XResNet1dModel(ResNetModel):
     config: XResNet1dConfig
 
     def __init__(self, config: XResNet1dConfig) -> None:
-        width, size = config.widths[0], config.kernel_size
-        half = -(-width // 2)
-        stem = nn.Sequential(
-            ResNetConv(config.num_leads, half, size, stride=2),
-            ResNetConv(half, half, size),
-            ResNetConv(half, width, size),
-        )
-        super().__init__(config, stem, XResNetBlock)
-
-    def read_stem(self, ecg_values: torch.Tensor) -> torch.Tensor:
-        """Three convolutions, of which the first halves the length, and a max pool, which halves it again."""
-        hidden_states = ecg_values
-        for conv in self.stem:
-            hidden_states = conv(hidden_states).relu()
-        return nn.functional.max_pool1d(hidden_states, 3, stride=2, padding=1)
+        super().__init__(config, XResNetStem(config), XResNetBlock)
 
 
 for _model in (MERLModel, XResNet1dModel):

@@ -11,7 +11,17 @@ from .configuration_ecg_encoders import SiglipECGConfig
 from .modeling_ecg_base import TimePatchEncoder
 from .modeling_vision_encoders import load_vision_model
 
-VISION_TOWERS = ("siglip_vision_model", "siglip2_vision_model")  # model types; their layers are the same
+# model types, whose layers are the same, and the fields of their configurations that these depend on
+VISION_TOWERS = ("siglip_vision_model", "siglip2_vision_model")
+FIELDS_OF_A_TOWER = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "hidden_act",
+    "layer_norm_eps",
+    "attention_dropout",
+)
 
 
 class SiglipECGEmbeddings(nn.Module):
@@ -29,20 +39,21 @@ class SiglipECGEmbeddings(nn.Module):
         return self.patch_embedding(patches) + self.position_embedding.weight[: patches.shape[1]]
 
 
-class SiglipECGModel(TimePatchEncoder, SiglipPreTrainedModel):
+class SiglipECGModel(TimePatchEncoder, SiglipPreTrainedModel):  # type: ignore[misc]  # the first says what it reads
     """The layers of a SigLIP 2 vision tower (Tschannen et al. 2025, arXiv 2502.14786) over patches of `patch_size` samples of all leads.
 
     Takes shorter records too, of a multiple of `patch_size` samples. New weights are drawn as SigLIP's; `hidden_states` and
     `attentions` are those of its layers.
     """
 
-    config: SiglipECGConfig
+    config: SiglipECGConfig  # type: ignore[assignment]  # of a tower its layers read only what this has too
     _no_split_modules = ["SiglipECGEmbeddings", "SiglipEncoderLayer"]  # accelerate keeps each on one device
 
     def __init__(self, config: SiglipECGConfig) -> None:
         super().__init__(config)
         self.embeddings = SiglipECGEmbeddings(config)
-        self.layers = nn.ModuleList(SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers))
+        of_tower: Any = config
+        self.layers = nn.ModuleList(SiglipEncoderLayer(of_tower) for _ in range(config.num_hidden_layers))
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
@@ -57,19 +68,17 @@ class SiglipECGModel(TimePatchEncoder, SiglipPreTrainedModel):
         Raises:
             ValueError: the model there is none of SigLIP.
         """
-        tower = load_vision_model(place, "patches")
+        tower: Any = load_vision_model(place, "patches")
         of_tower = tower.config
         if of_tower.model_type not in VISION_TOWERS:
             raise ValueError(
                 f"{place} is of the model type {of_tower.model_type}; expected a SigLIP or SigLIP 2 model, such as "
                 "google/siglip2-base-patch16-224."
             )
-        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
-        names += ("layer_norm_eps", "attention_dropout")
-        model = cls(SiglipECGConfig(**{name: getattr(of_tower, name) for name in names}, **config_kwargs))
-        vision: Any = tower
-        model.layers.load_state_dict(vision.encoder.layers.state_dict())
-        model.post_layernorm.load_state_dict(vision.post_layernorm.state_dict())
+        shared = {name: getattr(of_tower, name) for name in FIELDS_OF_A_TOWER}
+        model = cls(SiglipECGConfig(**shared, **config_kwargs))
+        model.layers.load_state_dict(tower.encoder.layers.state_dict())
+        model.post_layernorm.load_state_dict(tower.post_layernorm.state_dict())
         return model.eval()  # as `from_pretrained` leaves it
 
     def encode(self, ecg_values: torch.Tensor, lead_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:

@@ -38,7 +38,7 @@ def recompute(model, ecg_values):
     """The tokens, by the papers' description and the names of the weights."""
     weights = model.state_dict()
     hidden_states = functional.relu(conv_norm(ecg_values, weights, "stem.0", stride=2))
-    for conv in (1, 2):
+    for conv in (2, 4):
         hidden_states = functional.relu(conv_norm(hidden_states, weights, f"stem.{conv}"))
     padded = functional.pad(hidden_states, (1, 1), value=-torch.inf)  # a maximum of three, at every second place
     hidden_states = torch.stack([padded[..., start : padded.shape[-1] - 2 + start : 2] for start in range(3)]).amax(0)
