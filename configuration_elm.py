@@ -40,9 +40,9 @@ CONNECTORS: dict[str, ConnectorSpec] = {
 OWN_CONNECTOR = ConnectorSpec("", 12)
 
 
-def is_own_connector(connector: str | None) -> bool:
+def is_own_connector(connector: Any) -> bool:
     """Whether the name is that of somebody's own class, `module.Class`."""
-    return re.fullmatch(r"[^\W\d]\w*\.[^\W\d]\w*", connector or "") is not None
+    return isinstance(connector, str) and re.fullmatch(r"[^\W\d]\w*\.[^\W\d]\w*", connector) is not None
 
 
 def connectors_of(architecture: str) -> list[str | None]:

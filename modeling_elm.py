@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
-from .configuration_elm import IMAGE_REPRESENTATIONS, ELMConfig
+from .configuration_elm import IMAGE_REPRESENTATIONS, ELMConfig, is_own_connector
 from .generation_elm import ELMGenerationMixin
 from .modeling_common import ECG_INPUTS, CompleteModel, attention_of, in_eval_mode, stay_frozen
 from .modeling_connectors import make_connector, zero_padding
@@ -263,6 +263,12 @@ class ELMModel(ELMPreTrainedModel):
             )
         return ecgs
 
+    def blank_ecg(self, like: torch.Tensor) -> dict[str, torch.Tensor]:
+        """One ECG of zeros as inputs of `get_ecg_features`, of the device and the dtype of `like`."""
+        if self.config.representation in IMAGE_REPRESENTATIONS:
+            return blank_images(self.config.encoder_config, like=like)
+        return {"ecg_values": like.new_zeros(1, self.config.num_leads, self.config.num_samples)}
+
     def _zero_of_ecg_path(self, inputs_embeds: torch.Tensor) -> torch.Tensor | None:
         """A zero that depends on what is trained of encoder and connector; None where nothing has to run for that.
 
@@ -270,14 +276,16 @@ class ELMModel(ELMPreTrainedModel):
         process. Batch norm alone is in eval mode for the silent record, of which it must not learn: a checkpointed layer gathers its
         shards in another order than one in eval mode.
         """
-        parts = [part for part in (self.encoder, self.connector) if part is not None]
-        if not any(_is_trained(part) or _is_sharded(part) for part in parts):
+        encoder_runs = self.encoder is not None and (_is_trained(self.encoder) or _is_sharded(self.encoder))
+        if not (encoder_runs or _is_trained(self.connector) or _is_sharded(self.connector)):
             return None
         norms = nn.ModuleList(part for part in self.modules() if isinstance(part, nn.modules.batchnorm._NormBase))
-        if self.config.representation in IMAGE_REPRESENTATIONS:
-            inputs = blank_images(self.config.encoder_config, like=inputs_embeds)
+        # one's own connector may read as many tokens as the encoder makes, and no others
+        if self.encoder is not None and not encoder_runs and not is_own_connector(self.config.connector):
+            width = self.config.encoder_output_size
+            inputs = {"encoder_features": inputs_embeds.new_zeros(1, self.config.num_ecg_tokens, width)}
         else:
-            inputs = {"ecg_values": inputs_embeds.new_zeros(1, self.config.num_leads, self.config.num_samples)}
+            inputs = self.blank_ecg(like=inputs_embeds)
         with in_eval_mode(norms):
             features = self.get_ecg_features(**inputs)
         return 0 * features.sum().to(inputs_embeds.device, inputs_embeds.dtype)

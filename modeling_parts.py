@@ -1,5 +1,6 @@
 """The encoder and the connector of an ELM: their classes by its configuration, of this project, of transformers, or one's own."""
 
+import logging
 import os
 from typing import Any
 
@@ -42,8 +43,17 @@ def make_encoder(config: ELMConfig) -> PreTrainedModel:
 def adopt_encoder_class(encoder_class: type[PreTrainedModel]) -> dict[str, str]:
     """Makes somebody's own encoder known to `encoder_class_of`; returns the `auto_map` of its configuration."""
     config_class: Any = encoder_class.config_class
+    encoder_class.register_for_auto_class("AutoModel")  # alone, too, it is saved with its code
+    config_class.register_for_auto_class()
     AutoModel.register(config_class, encoder_class, exist_ok=True)
     return {"AutoConfig": own_reference(config_class), "AutoModel": own_reference(encoder_class)}
+
+
+def adopt_connector_class(connector_class: type[nn.Module]) -> str:
+    """Makes somebody's own connector known to `make_connector`; returns its name for `ELMConfig`."""
+    name = own_reference(connector_class)
+    CONNECTOR_MODULES[name] = connector_class
+    return name
 
 
 def load_own_parts(
@@ -67,7 +77,7 @@ def load_own_parts(
         config.encoder_config = encoder_class.config_class.from_dict(fields)
     if connector is not None and is_own_connector(connector):
         own_class: Any = load_own_class(connector, place, trust_remote_code, **hub_kwargs)
-        CONNECTOR_MODULES[connector] = own_class
+        adopt_connector_class(own_class)
     return unread or is_own_connector(connector)
 
 
@@ -125,6 +135,15 @@ def load_encoder(
 
 
 def _load_whole(model_class: Any, place: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
-    model, info = model_class.from_pretrained(place, output_loading_info=True, **kwargs)
+    log = logging.getLogger("transformers.modeling_utils")  # it would warn of all other weights of an ELM
+    log.addFilter(_is_error)
+    try:
+        model, info = model_class.from_pretrained(place, output_loading_info=True, **kwargs)
+    finally:
+        log.removeFilter(_is_error)
     check_all_loaded(model, info)
     return model
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR

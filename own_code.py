@@ -119,4 +119,4 @@ def load_own_class(reference: str, place: str | Path, trust_remote_code: bool | 
     try:
         return get_class_from_dynamic_module(reference, str(place), **hub_kwargs)
     except (OSError, AttributeError) as error:
-        raise ValueError(f"{place} has no {module}.py with a class {name}, which its config.json names.") from error
+        raise ValueError(f"{place} has no file {module}.py with a class {name}.") from error
