@@ -58,24 +58,28 @@ def check_own_files(own_class: type, taken: dict[str, Path]) -> None:
                 f"{file}, the code of {own_class.__name__}, has the name of another file that is saved with the model; rename it."
             )
         taken[file.name] = file
-        body = ast.parse(file.read_text(encoding="utf-8")).body
-        for node in body:  # those within `try` and functions may fail
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                if node.level and (node.level > 1 or not node.module or "." in node.module):
-                    raise ValueError(
-                        f"{file}, line {node.lineno}: only `from .name import ...` of a file in the same folder is saved with the model."
-                    )
-                names = [] if node.level else [str(node.module)]
-            for name in names:
-                top = name.partition(".")[0]
-                origin = getattr(find_spec(top), "origin", None)
-                beside = [file.parent / f"{top}.py", file.parent / top / "__init__.py"]
-                if origin is not None and Path(origin) in beside and file.parent.name != "site-packages":
-                    raise ValueError(
-                        f"{file}, line {node.lineno}: {top} lies beside it, but is not saved with the model; put all into one file, or "
-                        f"write `from .{top} import ...`."
-                    )
+        _check_imports(file)
+
+
+def _check_imports(file: Path) -> None:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level and (node.level > 1 or "." in (node.module or ".")):
+            raise ValueError(
+                f"{file}, line {node.lineno}: only `from .name import ...` of a file in the same folder is saved with the model."
+            )
+    for node in tree.body:  # what is imported within `try` and functions may be missing
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names = [str(node.module)]
+        for top in {name.partition(".")[0] for name in names}:
+            origin = getattr(find_spec(top), "origin", None)
+            beside = [file.parent / f"{top}.py", file.parent / top / "__init__.py"]
+            if origin is not None and Path(origin) in beside and file.parent.name != "site-packages":
+                raise ValueError(
+                    f"{file}, line {node.lineno}: {top} lies beside it, but is not saved with the model; put all into one file, or "
+                    f"write `from .{top} import ...`."
+                )
 
 
 def save_own_files(own_class: type, folder: str | Path) -> None:

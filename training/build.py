@@ -326,6 +326,13 @@ def build_around(
         llm, encoder, llm_kwargs, trust_remote_code, **fields
     )
     check_own_parts(model)
+    config, extractor = model.config, processor.feature_extractor
+    prepared = (len(extractor.lead_names), extractor.num_samples)
+    if config.representation == "signal" and (config.num_leads, config.num_samples) != prepared:
+        raise ValueError(
+            f"The encoder reads records of {config.num_leads} leads x {config.num_samples} samples, and they are prepared with "
+            f"{prepared[0]} x {prepared[1]}; say --num_samples {config.num_samples}, and --lead_names for as many leads."
+        )
     if model.config.num_signal_tokens:
         spread_embeddings(model)
     text_config = model.config.get_text_config()
