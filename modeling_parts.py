@@ -141,6 +141,7 @@ def _load_whole(model_class: Any, place: str | os.PathLike, **kwargs: Any) -> Pr
         model, info = model_class.from_pretrained(place, output_loading_info=True, **kwargs)
     finally:
         log.removeFilter(_is_error)
+    vars(model).pop("_weight_conversions", None)  # it is saved under its own names, not those of the ELM
     check_all_loaded(model, info)
     return model
 

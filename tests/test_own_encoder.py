@@ -1,8 +1,9 @@
 """Encoders and connectors of somebody's own: built, saved with their code, loaded by strangers, trained and refused."""
 
 import json
+import os
 import re
-import subprocess
+import shutil
 import sys
 from importlib import util
 from pathlib import Path
@@ -22,7 +23,8 @@ from elm_ecg.training import sft
 from elm_ecg.training.features import EncoderFeatures
 from elm_ecg.training.load import load_elm
 from elm_ecg.training.sharing.push import check_loads, gather
-from helpers import ROOT, TINY_ENCODERS, losses, run_isolated, save_tiny_data, save_tiny_llm, tiny_sft
+from forks import Fork
+from helpers import ROOT, TINY_ENCODERS, TINY_VISION, losses, run_isolated, save_tiny_data, save_tiny_llm, tiny_sft
 
 PAGE = (ROOT / "docs" / "own_encoder_and_connector.md").read_text(encoding="utf-8")
 SMALL = {"num_samples": 500, "num_ecg_tokens": 4}
@@ -103,7 +105,13 @@ def test_the_example_of_the_page_is_loaded_by_a_stranger(work, tmp_path):
     assert sum(len(text.splitlines()) for text in blocks().values()) <= 60
     for name, text in blocks().items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-    subprocess.run([sys.executable, "build.py", work / "llm", tmp_path / "stranger" / "elm"], cwd=tmp_path, check=True)
+    (tmp_path / "stranger").mkdir()
+    arguments, environment = (
+        (str(work / "llm"), str(tmp_path / "stranger" / "elm")),
+        os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    build = Fork(blocks()["build.py"], *arguments, cwd=tmp_path, environment=environment, project=True).finish()
+    assert build.returncode == 0, build.stderr
     answer = run_isolated(ANSWER, tmp_path / "stranger")
     assert re.fullmatch(r"\[\d+, \d+, \d+, \d+\] MyEncoder MyConnector\n", answer)
     here, _ = load_elm(str(tmp_path / "stranger" / "elm"), trust_remote_code=True)
@@ -169,6 +177,33 @@ class TestSavedWithItsCode:
         of_elm.save_pretrained(tmp_path / "encoder")
         alone = AutoModel.from_pretrained(tmp_path / "encoder", trust_remote_code=True)
         torch.testing.assert_close(alone.patches.weight, of_elm.patches.weight)
+
+    def test_a_vision_backbone_of_an_elm(self, work, tmp_path):
+        """With the image processor that prepares its pictures."""
+        options = {"representation": "rgb", "num_ecg_tokens": 4, "num_samples": 500}
+        changes = {"encoder_config": TINY_VISION["vit"], "image_processor": {"image_mean": [0.1, 0.2, 0.3]}}
+        model, processor = new_elm(str(work / "llm"), encoder="vit", **changes, **options)
+        for part in (model, processor):
+            part.save_pretrained(tmp_path / "elm")
+        taken, its_processor = new_elm(str(work / "llm"), seed=1, encoder=str(tmp_path / "elm"), **options)
+        for name, weight in model.model.encoder.state_dict().items():
+            torch.testing.assert_close(taken.model.encoder.state_dict()[name], weight)
+        assert its_processor.image_processor.to_dict() == processor.image_processor.to_dict()
+
+    def test_the_encoder_that_pretraining_leaves(self, encoder_folder, work, tmp_path):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "ecg_pretraining"}))
+        with pytest.raises(ValueError, match="a pretraining model, whose encoder is missing"):
+            new_elm(str(work / "llm"), encoder=str(tmp_path), **SMALL)
+        shutil.copytree(encoder_folder, tmp_path / "encoder")
+        taken, _ = new_elm(str(work / "llm"), encoder=str(tmp_path), trust_remote_code=True, **SMALL)
+        of_folder = load_encoder(encoder_folder, trust_remote_code=True)
+        torch.testing.assert_close(taken.model.encoder.patches.weight, of_folder.patches.weight)
+
+    def test_an_elm_without_an_encoder(self, work, tmp_path):
+        model, _ = new_elm(str(work / "llm"), architecture="text", representation="symbolic", num_samples=500)
+        model.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="a text ELM, which has no encoder"):
+            new_elm(str(work / "llm"), encoder=str(tmp_path), **SMALL)
 
     def test_what_is_pushed(self, elm_folder):
         files = gather(elm_folder, "model")

@@ -138,12 +138,8 @@ def make_encoder_config(config_class: Any, args: ModelArguments, shape: dict[str
     return config_class(**{**shape, **args.encoder_fields})
 
 
-def own_encoder(encoder: Any, args: ModelArguments, num_leads: int) -> PreTrainedModel:
-    """The encoder that was given from Python, as a class or an instance.
-
-    Raises:
-        ValueError: it is neither, or `args` do not go with it.
-    """
+def check_given_encoder(encoder: Any, args: ModelArguments) -> None:
+    """ValueError if what was given from Python is neither class nor model of an encoder, or `args` do not go with it."""
     encoder_class = encoder if isinstance(encoder, type) else type(encoder)
     if args.architecture != "llava" or args.representation != "signal":
         raise ValueError(
@@ -152,13 +148,18 @@ def own_encoder(encoder: Any, args: ModelArguments, num_leads: int) -> PreTraine
         )
     if encoder_class not in ENCODER_MODELS.values():
         check_encoder_class(encoder_class)
-    if encoder_class is encoder:
-        shape = {"num_leads": num_leads, "num_samples": args.num_samples}
-        encoder = encoder_class(make_encoder_config(encoder_class.config_class, args, shape))
-    elif args.encoder_fields:
+    if encoder_class is not encoder and args.encoder_fields:
         raise ValueError(
             "encoder_config with a model as encoder, whose own config stands; leave it out, or give its class."
         )
+
+
+def given_encoder(encoder: Any, args: ModelArguments, num_leads: int) -> PreTrainedModel:
+    """The encoder that was given from Python, as a class or a model, and passed `check_given_encoder`."""
+    encoder_class = encoder if isinstance(encoder, type) else type(encoder)
+    if encoder_class is encoder:
+        shape = {"num_leads": num_leads, "num_samples": args.num_samples}
+        encoder = encoder_class(make_encoder_config(encoder_class.config_class, args, shape))
     if encoder_class not in ENCODER_MODELS.values():
         encoder.config.auto_map = adopt_encoder_class(encoder_class)
     return encoder
@@ -303,7 +304,7 @@ def build_model(
     """
     place = place_of_llm(args, llm_kwargs.get("revision") or "main")
     if encoder is not None:
-        encoder = own_encoder(encoder, args, len(processor.feature_extractor.lead_names))
+        encoder = given_encoder(encoder, args, len(processor.feature_extractor.lead_names))
     fields = elm_fields(args, processor, in_vocabulary, encoder)
     encoder = place_of_encoder(args) if encoder is None else encoder
     return build_around(place, encoder, fields, processor, trust_remote_code, **llm_kwargs)
@@ -369,12 +370,14 @@ def new_elm(
     options |= {name: value for name, value in (("encoder", named), ("connector", connector)) if value is not None}
     parser.set_defaults_with_config(llm=llm, **options)  # checks names and values as those of a YAML file
     (args,) = parser.parse_args_into_dataclasses([])
+    given = None if named else encoder
+    if given is not None:
+        check_given_encoder(given, args)
     processor = build_processor(args)
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays; weights are drawn on the CPU
         torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed those of GPUs too
         llm_kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
-        own = None if named else encoder
-        return build_model(args, processor, encoder=own, trust_remote_code=trust_remote_code, **llm_kwargs), processor
+        return build_model(args, processor, encoder=given, trust_remote_code=trust_remote_code, **llm_kwargs), processor
 
 
 @torch.no_grad()
