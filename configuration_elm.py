@@ -1,5 +1,6 @@
 """Configuration of the ELM: encoder, connector and language model."""
 
+import re
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from huggingface_hub.dataclasses import strict
@@ -30,10 +31,18 @@ class ConnectorSpec(NamedTuple):
 CONNECTORS: dict[str, ConnectorSpec] = {
     "linear": ConnectorSpec("llava", 12),
     "mlp": ConnectorSpec("llava", 12),
+    "perceiver": ConnectorSpec("llava", 32),
     "patch": ConnectorSpec("fuyu", 25, "patches"),
     "conv": ConnectorSpec("fuyu", 25, "patches"),
     "flat": ConnectorSpec("fuyu", 1, "one"),
 }
+# one's own class: it may be of any architecture that has a connector
+OWN_CONNECTOR = ConnectorSpec("", 12)
+
+
+def is_own_connector(connector: Any) -> bool:
+    """Whether the name is that of somebody's own class, `module.Class`."""
+    return isinstance(connector, str) and re.fullmatch(r"[^\W\d]\w*\.[^\W\d]\w*", connector) is not None
 
 
 def connectors_of(architecture: str) -> list[str | None]:
@@ -47,22 +56,43 @@ def default_num_ecg_tokens(
     """The default number of tokens of an ECG; of a picture it depends on `image_features`."""
     if representation in IMAGE_REPRESENTATIONS:
         return IMAGE_FEATURES[image_features]
-    return 1 if connector is None else CONNECTORS[connector].num_ecg_tokens
+    if connector is None:
+        return 1
+    return CONNECTORS.get(connector, OWN_CONNECTOR).num_ecg_tokens
+
+
+def reads_pictures(encoder_config: PreTrainedConfig) -> bool:
+    """Whether an encoder is a vision backbone of transformers; all others, ours and one's own, read records."""
+    return type(encoder_config).__module__.startswith("transformers.")
+
+
+class OwnEncoderConfig(PreTrainedConfig):
+    """The fields of somebody's own encoder, as config.json has them, until its code is loaded (see `own_code`).
+
+    Reading a configuration runs no code: `from_pretrained` of the model does, if it is asked to.
+    """
+
+    def to_dict(self) -> dict[str, Any]:
+        """As of transformers, with the own `model_type`, which is no class's."""
+        return super().to_dict() | {"model_type": self.model_type}
+
+
+def is_unread(encoder_config: Any) -> bool:
+    """Whether it is an `OwnEncoderConfig`, by name: classes loaded from a Hub repo are not these classes."""
+    return type(encoder_config).__name__ == OwnEncoderConfig.__name__
 
 
 class EncoderSpec(SubConfigSpec):
-    """Resolves `encoder_config` by its `model_type`: an ECG encoder of this file or any Hugging Face vision model."""
+    """Resolves `encoder_config` by its `model_type`: an ECG encoder of this project, any model that transformers knows, which may
+    be one that somebody has registered with `AutoConfig`, or else one's own."""
 
     def get_config_class(self, model_type: str | None = None) -> type[PreTrainedConfig]:
-        """The class of that `model_type`; ValueError if there is none."""
+        """The class of that `model_type`."""
         if model_type in ENCODER_CONFIGS:
             return ENCODER_CONFIGS[model_type]
         if model_type is not None and model_type in CONFIG_MAPPING:
             return CONFIG_MAPPING[model_type]
-        raise ValueError(
-            f"Unknown encoder model_type {model_type!r}; expected one of {', '.join(ENCODER_CONFIGS)} "
-            "or the model_type of a Hugging Face vision model."
-        )
+        return OwnEncoderConfig
 
 
 if TYPE_CHECKING:
@@ -77,11 +107,12 @@ class ELMConfig(PreTrainedConfig):
 
     Args:
         text_config: configuration of the language model, any Hugging Face causal LLM.
-        encoder_config: configuration of the encoder (`llava` only): of an ECG encoder for `signal`, of any Hugging Face vision
-            backbone for `stacked_signal` and `rgb`.
+        encoder_config: configuration of the encoder (`llava` only): of an ECG encoder for `signal`, which may be one's own, of any
+            Hugging Face vision backbone for `stacked_signal` and `rgb`.
         architecture: `llava` (encoder tokens through the connector), `fuyu` (the record straight through the
             connector, no encoder) or `text` (no ECG features: the language model alone, or ECG-Byte tokens).
-        connector: one of `CONNECTORS` for llava and fuyu; None for text.
+        connector: one of `CONNECTORS` for llava and fuyu, or `module.Class`, whose code lies beside the weights; None for text.
+        connector_config: arguments of the connector beside this configuration, such as of the perceiver {"num_hidden_layers": 2}.
         representation: what the processor makes of a record, one of `REPRESENTATIONS`.
         num_ecg_tokens: placeholder tokens that each ECG takes in the text.
         image_features: what the connector reads of a vision backbone: `patches`, its patch tokens pooled to `num_ecg_tokens`;
@@ -103,6 +134,7 @@ class ELMConfig(PreTrainedConfig):
     encoder_config: SubConfig = None
     architecture: str = "llava"
     connector: str | None = "linear"
+    connector_config: dict[str, Any] | None = None
     representation: str = "signal"
     num_ecg_tokens: int = 1  # the trainer fills in the connector's own, of `default_num_ecg_tokens`
     image_features: str = "patches"
@@ -129,9 +161,9 @@ class ELMConfig(PreTrainedConfig):
         }
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = self.text_config.tie_word_embeddings  # transformers reads it of the outer config
-        # by name: classes loaded from a Hub repo are not these classes
-        if self.encoder_config is not None and self.encoder_config.model_type in ENCODER_CONFIGS:
-            self.num_leads, self.num_samples = self.encoder_config.num_leads, self.encoder_config.num_samples
+        if self.encoder_config is not None and not reads_pictures(self.encoder_config):
+            for name in ("num_leads", "num_samples"):  # one's own encoder may read records of any size
+                setattr(self, name, getattr(self.encoder_config, name, getattr(self, name)))
 
     def validate_choices(self) -> None:
         """ValueError for an unknown architecture, representation, image feature or connector."""
@@ -143,8 +175,10 @@ class ELMConfig(PreTrainedConfig):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}.")
         connectors = connectors_of(self.architecture)
-        if self.connector not in connectors:
-            expected = " or ".join(map(repr, connectors))
+        if self.connector not in connectors and not (self.architecture != "text" and is_own_connector(self.connector)):
+            expected = " or ".join(map(repr, connectors)) + " or one's own, 'module.Class'" * (
+                self.architecture != "text"
+            )
             raise ValueError(
                 f"connector={self.connector!r} with architecture={self.architecture!r}; expected {expected}."
             )
@@ -182,9 +216,14 @@ class ELMConfig(PreTrainedConfig):
             raise ValueError(
                 f"encoder_config is of a {encoder.model_type!r} model, which reads text too; give its vision_config alone."
             )
-        is_ecg_encoder = encoder.model_type in ENCODER_CONFIGS
-        if is_ecg_encoder == (self.representation in IMAGE_REPRESENTATIONS):
-            expected = "a Hugging Face vision backbone" if is_ecg_encoder else f"one of {', '.join(ENCODER_CONFIGS)}"
+        if is_unread(encoder) and "AutoModel" not in (getattr(encoder, "auto_map", None) or {}):
+            raise ValueError(
+                f"Unknown encoder model_type {encoder.model_type!r}; expected one of {', '.join(ENCODER_CONFIGS)}, the model_type of a "
+                "Hugging Face vision model, or one's own with an auto_map that names its code."
+            )
+        if reads_pictures(encoder) != (self.representation in IMAGE_REPRESENTATIONS):
+            records = f"one of {', '.join(ENCODER_CONFIGS)}, or one's own"
+            expected = records if reads_pictures(encoder) else "a Hugging Face vision backbone"
             raise ValueError(
                 f"representation={self.representation!r} with a {encoder.model_type} encoder; expected {expected}."
             )
@@ -193,6 +232,27 @@ class ELMConfig(PreTrainedConfig):
                 "A vit_mae encoder hides and shuffles patches at random, at inference too; choose a backbone that sees the whole "
                 "picture, such as vit."
             )
+
+    @property
+    def encoder_output_size(self) -> int:
+        """Width of what the connector reads of the encoder.
+
+        Raises:
+            ValueError: the encoder's configuration does not say it.
+        """
+        encoder: Any = self.encoder_config
+        if encoder.model_type == "clip_vision_model" and self.image_features == "embedding":
+            return encoder.projection_dim
+        for name in ("output_size", "hidden_size"):
+            if hasattr(encoder, name):
+                return getattr(encoder, name)
+        if hasattr(encoder, "hidden_sizes"):  # of the stages of a convolutional backbone
+            return encoder.hidden_sizes[-1]
+        raise ValueError(
+            f"The configuration of a {encoder.model_type!r} model has neither output_size nor hidden_size nor hidden_sizes, so the width of its "
+            "tokens is unknown; choose another, such as clip, siglip2, vit, dinov2, convnext or resnet, or give your own encoder's "
+            "configuration an output_size."
+        )
 
     @property
     def signal_token_ids(self) -> range:
@@ -231,7 +291,7 @@ class ELMConfig(PreTrainedConfig):
             raise ValueError("ecg_token_id is None; give the id of the tokenizer's ECG placeholder token.")
         if self.image_features == "embedding" and self.num_ecg_tokens != 1:
             raise ValueError(f"image_features='embedding' is one token; num_ecg_tokens is {self.num_ecg_tokens}.")
-        demanded = "any" if self.connector is None else CONNECTORS[self.connector].tokens
+        demanded = CONNECTORS.get(self.connector or "", OWN_CONNECTOR).tokens
         if demanded == "one" and self.num_ecg_tokens != 1:
             raise ValueError(
                 f"The {self.connector} connector makes one token of a record; num_ecg_tokens is {self.num_ecg_tokens}."

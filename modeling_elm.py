@@ -14,24 +14,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
-from .configuration_elm import IMAGE_REPRESENTATIONS, ELMConfig
+from .configuration_elm import IMAGE_REPRESENTATIONS, ELMConfig, is_own_connector
 from .generation_elm import ELMGenerationMixin
 from .modeling_common import ECG_INPUTS, CompleteModel, attention_of, in_eval_mode, stay_frozen
-from .modeling_connectors import CONNECTOR_MODULES, encoder_output_size
+from .modeling_connectors import make_connector, zero_padding
 from .modeling_ecg_base import without_missing_leads
-from .modeling_ecg_encoders import ENCODER_MODELS
 from .modeling_language_models import load_language_model, logit_scale, without_head
-from .modeling_vision_encoders import blank_images, encode_images, load_vision_model, vision_model_class
+from .modeling_parts import load_encoder, load_own_parts, make_encoder, own_classes, plain_class
+from .modeling_vision_encoders import blank_images, encode_images
+from .own_code import save_own_files
 from .pipeline_elm import ECGQuestionAnsweringPipeline
-
-
-def make_encoder(config: ELMConfig) -> PreTrainedModel:
-    """The encoder of the config, with random weights."""
-    encoder_config = config.encoder_config
-    ecg_encoder = ENCODER_MODELS.get(encoder_config.model_type)
-    encoder_class = ecg_encoder or vision_model_class(encoder_config, config.image_features)
-    encoder_config._attn_implementation = attention_of(encoder_class, encoder_config._attn_implementation)
-    return encoder_class(encoder_config)
 
 
 def _is_trained(part: nn.Module) -> bool:
@@ -57,6 +49,33 @@ class ELMPreTrainedModel(CompleteModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        config: Any = None,
+        trust_remote_code: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As of transformers; the code of an own encoder or connector runs with `trust_remote_code=True` alone."""
+        place, names = pretrained_model_name_or_path, ("cache_dir", "local_files_only", "proxies", "revision", "token")
+        hub_kwargs = {name: kwargs[name] for name in names if name in kwargs}
+        own = config
+        if not isinstance(own, PreTrainedConfig):
+            own = ELMConfig.from_pretrained(place if config is None else config, **hub_kwargs)
+        if load_own_parts(own, place, trust_remote_code, **hub_kwargs):
+            config = own
+        return super().from_pretrained(place, *args, config=config, **kwargs)
+
+    def initialize_weights(self) -> None:
+        """As of transformers; an own encoder's weights are drawn as they are where it stands alone: of others' code those that are
+        loaded stay, however it draws them."""
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel) and module.config is self.config.encoder_config:
+                module.initialize_weights()
+        super().initialize_weights()
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -100,12 +119,14 @@ class ELMPreTrainedModel(CompleteModel):
         """
         kwargs.setdefault("save_original_format", False)
         sharded = type(self)
-        # FSDP2 makes a class of its own, whose code would be saved in place of ours
-        self.__class__ = next(base for base in sharded.__mro__ if not base.__name__.startswith("FSDP"))
+        self.__class__ = plain_class(self)
         try:
             super().save_pretrained(*args, **kwargs)
         finally:
             self.__class__ = sharded
+        if kwargs.get("is_main_process", True):
+            for own_class in own_classes(self.config, self.base_model.connector):
+                save_own_files(own_class, args[0] if args else kwargs["save_directory"])
 
 
 class ELMModel(ELMPreTrainedModel):
@@ -118,8 +139,8 @@ class ELMModel(ELMPreTrainedModel):
         if encoder is None and config.encoder_config is not None:  # fuyu and text have no encoder
             encoder = make_encoder(config)
         self.encoder = encoder
-        connector = CONNECTOR_MODULES[config.connector](config) if config.connector is not None else None
-        self.connector: Any = connector  # `pool` is of those of an encoder alone
+        # `pool` is of those of an encoder alone
+        self.connector: Any = None if config.connector is None else make_connector(config)
         self.language_model = language_model or AutoModel.from_config(config.text_config)  # without its head
         number, width = config.num_signal_tokens, config.text_config.hidden_size
         self.signal_embeddings = nn.Embedding(number, width) if number else None  # of symbolic ECGs
@@ -207,17 +228,22 @@ class ELMModel(ELMPreTrainedModel):
             ecg_values and the others: as of [`get_ecg_features`].
 
         Returns:
-            [number of ECGs, num_ecg_tokens, width of the encoder]
+            [number of ECGs, num_ecg_tokens, width of the encoder]; where the connector pools with weights of its own, all tokens
         """
         assert self.encoder is not None
         config = self.config
         if config.representation not in IMAGE_REPRESENTATIONS:
             ecgs = self._checked(ecg_values)
-            return self.connector.pool(self.encoder(ecgs, lead_mask=ecg_lead_mask).last_hidden_state)
+            return self._pooled(self.encoder(ecgs, lead_mask=ecg_lead_mask).last_hidden_state)
         pictures = self._checked(pixel_values)
         tokens = encode_images(self.encoder, config.image_features, pictures, pixel_attention_mask, spatial_shapes)
         # an embedding is one token without padding
-        return self.connector.pool(tokens, pixel_attention_mask if config.image_features == "patches" else None)
+        return self._pooled(tokens, pixel_attention_mask if config.image_features == "patches" else None)
+
+    def _pooled(self, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """What the connector makes of the encoder's tokens [ECGs, tokens, width] without weights of its own."""
+        pool = getattr(self.connector, "pool", zero_padding)  # somebody's own connector may have none
+        return pool(tokens, mask)
 
     def _checked(self, ecgs: torch.Tensor | None) -> torch.Tensor:
         """The samples or pictures of ECGs, as they are (ValueError: there are none, or of another shape than the model reads)."""
@@ -237,6 +263,12 @@ class ELMModel(ELMPreTrainedModel):
             )
         return ecgs
 
+    def blank_ecg(self, like: torch.Tensor) -> dict[str, torch.Tensor]:
+        """One ECG of zeros as inputs of `get_ecg_features`, of the device and the dtype of `like`."""
+        if self.config.representation in IMAGE_REPRESENTATIONS:
+            return blank_images(self.config.encoder_config, like=like)
+        return {"ecg_values": like.new_zeros(1, self.config.num_leads, self.config.num_samples)}
+
     def _zero_of_ecg_path(self, inputs_embeds: torch.Tensor) -> torch.Tensor | None:
         """A zero that depends on what is trained of encoder and connector; None where nothing has to run for that.
 
@@ -248,13 +280,12 @@ class ELMModel(ELMPreTrainedModel):
         if not (encoder_runs or _is_trained(self.connector) or _is_sharded(self.connector)):
             return None
         norms = nn.ModuleList(part for part in self.modules() if isinstance(part, nn.modules.batchnorm._NormBase))
-        if self.encoder is not None and not encoder_runs:
-            width = encoder_output_size(self.config)
+        # one's own connector may read as many tokens as the encoder makes, and no others
+        if self.encoder is not None and not encoder_runs and not is_own_connector(self.config.connector):
+            width = self.config.encoder_output_size
             inputs = {"encoder_features": inputs_embeds.new_zeros(1, self.config.num_ecg_tokens, width)}
-        elif self.config.representation in IMAGE_REPRESENTATIONS:
-            inputs = blank_images(self.config.encoder_config, like=inputs_embeds)
         else:
-            inputs = {"ecg_values": inputs_embeds.new_zeros(1, self.config.num_leads, self.config.num_samples)}
+            inputs = self.blank_ecg(like=inputs_embeds)
         with in_eval_mode(norms):
             features = self.get_ecg_features(**inputs)
         return 0 * features.sum().to(inputs_embeds.device, inputs_embeds.dtype)
@@ -379,8 +410,9 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, ELMGenerationMixin):
     def from_encoder_llm_pretrained(
         cls,
         llm: str | os.PathLike,
-        encoder: str | os.PathLike | None = None,
+        encoder: str | os.PathLike | PreTrainedModel | None = None,
         llm_kwargs: dict[str, Any] | None = None,
+        trust_remote_code: bool = False,
         **config_kwargs: Any,
     ) -> "ELMForConditionalGeneration":
         """Builds an ELM around a pretrained language model; the connector starts at random.
@@ -389,19 +421,17 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, ELMGenerationMixin):
 
         Args:
             llm: Hub id or local folder of any causal language model; of one that reads pictures or sounds too, the text part.
-            encoder: Hub id or local folder of a pretrained ECG encoder, or of a model whose vision tower is taken. None: the
-                `encoder_config` of `config_kwargs`, with random weights.
+            encoder: an encoder, or what `load_encoder` takes. None: the `encoder_config` of `config_kwargs`, with random weights.
             llm_kwargs: for `from_pretrained` of the language model (`dtype`, `revision`, `attn_implementation`, ...).
+            trust_remote_code: run the code that comes with the encoder.
             config_kwargs: the other arguments of [`ELMConfig`].
         """
         llm_model = load_language_model(llm, **(llm_kwargs or {}))
         encoder_model: PreTrainedModel | None = None
         if encoder is not None:
-            encoder_type = PreTrainedConfig.get_config_dict(encoder)[0].get("model_type")  # AutoConfig may lack ours
-            if encoder_type in ENCODER_MODELS:
-                encoder_model = ENCODER_MODELS[encoder_type].from_pretrained(encoder)
-            else:
-                encoder_model = load_vision_model(encoder, config_kwargs.get("image_features", "patches"))
+            if not isinstance(encoder, PreTrainedModel):
+                encoder = load_encoder(encoder, config_kwargs.get("image_features", "patches"), trust_remote_code)
+            encoder_model = encoder
             config_kwargs["encoder_config"] = encoder_model.config
         text_config = llm_model.config.get_text_config()
         head, embeddings = llm_model.get_output_embeddings(), llm_model.get_input_embeddings()

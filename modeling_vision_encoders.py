@@ -46,24 +46,6 @@ def load_vision_model(encoder: str | os.PathLike, image_features: str) -> PreTra
     return model
 
 
-def vision_output_size(config: PreTrainedConfig, image_features: str) -> int:
-    """Width of the tower's patch tokens, or of its embedding.
-
-    Raises:
-        ValueError: the configuration does not say it.
-    """
-    if config.model_type == "clip_vision_model" and image_features == "embedding":
-        return config.projection_dim
-    if hasattr(config, "hidden_size"):
-        return config.hidden_size
-    if hasattr(config, "hidden_sizes"):  # of the stages of a convolutional backbone
-        return config.hidden_sizes[-1]
-    raise ValueError(
-        f"The configuration of a {config.model_type!r} model has neither hidden_size nor hidden_sizes, so the width of its "
-        "tokens is unknown; choose another backbone, such as clip, siglip2, vit, dinov2, convnext or resnet."
-    )
-
-
 def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)  # a list where it comes from JSON
 

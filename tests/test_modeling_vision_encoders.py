@@ -32,7 +32,6 @@ from elm_ecg.modeling_vision_encoders import (
     load_vision_model,
     vision_config,
     vision_model_class,
-    vision_output_size,
 )
 from helpers import TINY_VISION, every_pair, save_tiny_llm, tiny_image_elm_config, tiny_vision_config
 
@@ -236,7 +235,8 @@ class TestEmbedding:
         embedding = encode(model, "embedding", **inputs_of(model_type))
         expected = models[model_type].get_image_features(**inputs_of(model_type)).pooler_output
         torch.testing.assert_close(embedding, expected[:, None])
-        assert embedding.shape[-1] == vision_output_size(model.config, "embedding")
+        config = tiny_image_elm_config(model_type, image_features="embedding", num_ecg_tokens=1)
+        assert embedding.shape[-1] == config.encoder_output_size
 
     def test_of_vit_is_the_mean_over_layers_and_patches(self):
         model = tiny_tower("vit")
@@ -396,8 +396,9 @@ class TestRealSizes:
 
 
 def test_a_width_that_the_configuration_does_not_say():
-    with pytest.raises(ValueError, match=r"efficientnet.* neither hidden_size nor hidden_sizes"):
-        vision_output_size(EfficientNetConfig(), "patches")
+    config = tiny_image_elm_config("vit", encoder_config=EfficientNetConfig())
+    with pytest.raises(ValueError, match=r"efficientnet.* neither output_size nor hidden_size nor hidden_sizes"):
+        _ = config.encoder_output_size
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")

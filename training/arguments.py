@@ -20,6 +20,7 @@ from elm_ecg.configuration_elm import (
     REPRESENTATIONS,
     connectors_of,
     default_num_ecg_tokens,
+    is_own_connector,
 )
 from elm_ecg.feature_extraction_elm import MISSING_LEADS, NORMALIZATIONS, TRUNCATIONS
 from elm_ecg.processing_elm import OVERFLOWS
@@ -179,8 +180,11 @@ class ModelArguments(RecordArguments):
     connector: str | None = argument(
         None,
         f"{' or '.join(map(str, connectors_of('llava')))} for llava, {' or '.join(map(str, connectors_of('fuyu')))} for fuyu. "
-        "Default: the first.",
-        choices=list(CONNECTORS),
+        "Default: the first. FILE.py:Class is your own.",
+    )
+    connector_config: str | None = argument(
+        None,
+        'JSON with fields of the connector, such as of the perceiver {"num_hidden_layers": 3, "hidden_size": 256}.',
     )
     representation: str = argument(
         "signal",
@@ -205,7 +209,9 @@ class ModelArguments(RecordArguments):
         None, 'JSON with fields of the config of an encoder with random weights, such as {"num_hidden_layers": 4}.'
     )
     encoder_name_or_path: str | None = argument(
-        None, "Pretrained ECG encoder or vision backbone, Hub id or local folder; default: what --encoder says."
+        None,
+        "Pretrained ECG encoder or vision backbone, Hub id or local folder, also of an ELM, or of what `elm pretrain` leaves. "
+        "Default: what --encoder says. An encoder with code of its own needs --trust_remote_code.",
     )
     image_features: str = argument(
         "patches",
@@ -237,6 +243,7 @@ class ModelArguments(RecordArguments):
             self.architecture = "text" if self.representation == "symbolic" else "llava"
         if self.connector is None:
             self.connector = connectors_of(self.architecture)[0]
+        self._check_connector()
         of_images = self.representation in IMAGE_REPRESENTATIONS
         if of_images and self.architecture != "llava":
             raise ValueError(
@@ -249,7 +256,10 @@ class ModelArguments(RecordArguments):
         if self.encoder is None:
             self.encoder = next(iter(VISION_BACKBONES)) if of_images else "st_mem"
         if self.architecture == "llava" and self.encoder_name_or_path is None:
-            if "/" in self.encoder:  # a Hub id or a path: no model_type has one
+            # a Hub id or a path: no model_type has one; or a folder here
+            if "/" in self.encoder or (
+                self.encoder not in ENCODER_CONFIGS and Path(self.encoder, "config.json").is_file()
+            ):
                 self.encoder_name_or_path = self.encoder
             elif of_images:
                 self.encoder_name_or_path = VISION_BACKBONES.get(self.encoder)  # None for a model_type
@@ -278,8 +288,25 @@ class ModelArguments(RecordArguments):
                 f"--encoder_config with the pretrained encoder {self.encoder_name_or_path}, whose own config stands; leave it "
                 "out, or name an encoder with random weights, such as --encoder vit."
             )
+        self.connector_fields = json_fields("connector_config", self.connector_config)
         self.paper_fields = json_fields("paper", self.paper)
         self.image_processor_fields = json_fields("image_processor", self.image_processor)
+
+    def _check_connector(self) -> None:
+        """ValueError if `--connector` is neither a name of ours nor a class in a file, which is not loaded yet."""
+        name = self.connector
+        if (
+            name is None or name in CONNECTORS or is_own_connector(name)
+        ):  # the latter from Python, where the class is known
+            return
+        file, _, class_name = name.rpartition(":")
+        if not (file.endswith(".py") and class_name.isidentifier()):
+            raise ValueError(
+                f"--connector is {name!r}; expected one of {', '.join(CONNECTORS)}, or FILE.py:Class of your own."
+                f"{did_you_mean(name, CONNECTORS)}"
+            )
+        if not Path(file).is_file():
+            raise ValueError(f"--connector {name}: there is no file {file}.")
 
 
 @dataclass

@@ -18,10 +18,13 @@ import torch
 from huggingface_hub.utils import WeakFileLock
 from transformers import PreTrainedConfig
 
+from elm_ecg.modeling_connectors import CONNECTOR_MODULES
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
+from elm_ecg.modeling_parts import adopt_connector_class
+from elm_ecg.own_code import digest_of_code, load_own_class
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import ModelArguments
-from elm_ecg.training.build import build_around, elm_fields, place_of_encoder
+from elm_ecg.training.build import build_around, connector_file, elm_fields, place_of_encoder
 from elm_ecg.training.digest import files_of_model, shared_bases
 from elm_ecg.training.files import UNFINISHED, let_others_read_weights, naming, read_json, write_text
 from elm_ecg.training.llms import place_of_llm
@@ -47,8 +50,14 @@ def recipe_of(args: ModelArguments, processor: ELMProcessor, revision: str = "ma
     if "encoder_config" in fields:
         fields["encoder_config"] = fields["encoder_config"].to_dict()
     recipe["fields"] = json.loads(json.dumps(fields))
+    if (file := connector_file(args)) is not None:
+        recipe["connector"] = {
+            "place": str(file.absolute()),
+            "code": digest_of_code(CONNECTOR_MODULES[fields["connector"]]),
+        }
     # where a folder lies is no matter
     parts = [None if part is None else part if part["commit"] else part["content"] for part in map(recipe.get, places)]
+    parts += [recipe["connector"]["code"]] if "connector" in recipe else []
     digest = hashlib.sha256(json.dumps([*parts, recipe["fields"]], sort_keys=True).encode())
     processor = copy(processor)
     processor.chat_template_origin = None  # names the language model's folder
@@ -70,13 +79,13 @@ def _pinned(place: str, revision: str) -> dict[str, str | None]:
         name = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
         return {"place": name, "commit": folder.name, "content": None}
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.py"), folder / "config.json"]):
         with path.open("rb") as file:
             digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return {"place": str(folder.absolute()), "commit": None, "content": f"sha256:{digest.hexdigest()}"}
 
 
-def find_base(recipe: dict[str, Any], processor: ELMProcessor) -> Path:
+def find_base(recipe: dict[str, Any], processor: ELMProcessor, trust_remote_code: bool = False) -> Path:
     """The folder of the base that a recipe describes, written if it is not there, in the dtype of its language model.
 
     Processes that look at once wait for the first.
@@ -105,7 +114,7 @@ def find_base(recipe: dict[str, Any], processor: ELMProcessor) -> Path:
             # what is random in it is read by nobody, and the same for all seeds
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(0)
-                model = _build(recipe, processor)
+                model = _build(recipe, processor, trust_remote_code)
             model.save_pretrained(unfinished, max_shard_size=SHARD_SIZE)
             processor.save_pretrained(unfinished)
             write_text(unfinished / RECIPE_FILE, json.dumps(recipe, indent=2) + "\n")
@@ -124,13 +133,22 @@ def read_recipe(name_or_path: str) -> dict[str, Any] | None:
     return read_json(path) if path.is_file() else None
 
 
-def _build(recipe: dict[str, Any], processor: ELMProcessor) -> ELMForConditionalGeneration:
-    llm, encoder = recipe["llm"], recipe["encoder"]
+def _build(recipe: dict[str, Any], processor: ELMProcessor, trust_remote_code: bool) -> ELMForConditionalGeneration:
+    llm, encoder, connector = recipe["llm"], recipe["encoder"], recipe.get("connector")
+    if connector is not None:
+        file = Path(connector["place"])
+        own_class = load_own_class(recipe["fields"]["connector"], file.parent, trust_remote_code)
+        if digest_of_code(own_class) != connector["code"]:
+            raise ValueError(
+                f"--connector {file} is another than that which the adapter was trained with; bring that back."
+            )
+        adopt_connector_class(own_class)
     return build_around(
         llm["place"],
         None if encoder is None else encoder["place"],
         dict(recipe["fields"]),
         processor,
+        trust_remote_code=trust_remote_code,
         dtype="auto",
         revision=llm["commit"] or "main",
     )

@@ -1,27 +1,43 @@
 """A new ELM and its processor from the command line's arguments."""
 
+import inspect
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from tokenizers import AddedToken
-from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
 from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
-from elm_ecg.configuration_elm import IMAGE_REPRESENTATIONS
+from elm_ecg.configuration_elm import IMAGE_REPRESENTATIONS, ELMConfig
 from elm_ecg.ecg_drawing import ECGPaper
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.image_processing_elm import ECGImageProcessor
+from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
+from elm_ecg.modeling_parts import adopt_connector_class, adopt_encoder_class
 from elm_ecg.modeling_vision_encoders import image_size, vision_config
+from elm_ecg.own_code import load_own_class
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer
 from elm_ecg.training.arguments import VISION_BACKBONES, ELMParser, ModelArguments
 from elm_ecg.training.chat_templates import choose_chat_template, stop_at_end_of_turn
 from elm_ecg.training.command_line import did_you_mean
+from elm_ecg.training.contract import check_encoder_class, check_own_parts
 from elm_ecg.training.files import resource
 from elm_ecg.training.llms import place_of_llm, resolve_llm
 from elm_ecg.training.model_files import find_model_file
@@ -31,14 +47,59 @@ logger = logging.getLogger(__name__)
 
 # values of a stacked record that are black and white, by its normalization: millivolts, deviations, or its own range
 VALUE_RANGES = {"none": (-2.0, 2.0), "zscore": (-4.0, 4.0), "minmax": (0.0, 1.0)}
+# what `elm pretrain` leaves: a model of this model_type, and the encoder alone in this folder
+PRETRAINING, ENCODER_FOLDER = "ecg_pretraining", "encoder"
 DEFAULT_ECG_TOKENIZER = resource("training/tokenizers/ptbxl_250hz")
 
 
 def place_of_encoder(args: ModelArguments) -> str | None:
-    """Where the pretrained encoder of `--encoder` is loaded from; None for a new one."""
+    """Where the pretrained encoder of `--encoder` is loaded from; None for a new one.
+
+    That is an encoder, or an ELM that has one; of what `elm pretrain` leaves, the folder of the encoder in it.
+    """
     if args.encoder_name_or_path is None or args.architecture != "llava":
         return None
-    return find_model_file(args.encoder_name_or_path, ["config.json"], label="--encoder")[0]
+    place, _ = find_model_file(args.encoder_name_or_path, ["config.json"], label="--encoder")
+    if PreTrainedConfig.get_config_dict(place)[0].get("model_type") != PRETRAINING:
+        return place
+    if not Path(place).exists():
+        place = snapshot_download(place, allow_patterns=f"{ENCODER_FOLDER}/*")
+    encoder = Path(place) / ENCODER_FOLDER
+    if not (encoder / "config.json").is_file():
+        raise ValueError(f"--encoder {place} is a pretraining model, whose encoder is missing: it has no {encoder}.")
+    return str(encoder)
+
+
+def connector_file(args: ModelArguments) -> Path | None:
+    """The file of `--connector FILE.py:Class`; None of one by its name."""
+    file, _, _ = (args.connector or "").rpartition(":")
+    return Path(file) if file else None
+
+
+def connector_name(args: ModelArguments) -> str | None:
+    """The connector as `ELMConfig` calls it; the code of somebody's own is loaded.
+
+    Raises:
+        ValueError: there is no such file or class.
+    """
+    file = connector_file(args)
+    if file is None:
+        return args.connector
+    name = str(args.connector).rpartition(":")[2]
+    with loading_code(f"--connector {args.connector}"):
+        connector_class: Any = load_own_class(f"{file.stem}.{name}", file.absolute().parent, trust_remote_code=True)
+    if not (isinstance(connector_class, type) and issubclass(connector_class, nn.Module)):
+        raise ValueError(f"--connector {args.connector}: {name} is no torch.nn.Module.")
+    return adopt_connector_class(connector_class)
+
+
+@contextmanager
+def loading_code(label: str) -> Iterator[None]:
+    """Makes one ValueError of whatever goes wrong while the block runs somebody else's code."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{label} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def encoder_config(args: ModelArguments, num_leads: int) -> PreTrainedConfig:
@@ -65,15 +126,53 @@ def encoder_config(args: ModelArguments, num_leads: int) -> PreTrainedConfig:
             )
         config_class = ENCODER_CONFIGS[args.encoder]
         shape = {"num_leads": num_leads, "num_samples": args.num_samples}
-    if unknown := args.encoder_fields.keys() - {field.name for field in fields(config_class)}:
+    return make_encoder_config(config_class, args, shape)
+
+
+def make_encoder_config(config_class: Any, args: ModelArguments, shape: dict[str, int]) -> PreTrainedConfig:
+    """A configuration with the fields of `--encoder_config`, and of a `shape` what it has fields for."""
+    known = {field.name for field in fields(config_class)} | {*inspect.signature(config_class.__init__).parameters}
+    if unknown := args.encoder_fields.keys() - known:
         raise ValueError(f"--encoder_config: {config_class.__name__} has no field {', '.join(sorted(unknown))}.")
+    shape = {name: value for name, value in shape.items() if name in known}
     return config_class(**{**shape, **args.encoder_fields})
+
+
+def check_given_encoder(encoder: Any, args: ModelArguments) -> None:
+    """ValueError if what was given from Python is neither class nor model of an encoder, or `args` do not go with it."""
+    encoder_class = encoder if isinstance(encoder, type) else type(encoder)
+    if args.architecture != "llava" or args.representation != "signal":
+        raise ValueError(
+            f"encoder={encoder_class.__name__} with architecture={args.architecture!r} and representation={args.representation!r}; an "
+            "encoder that is given as a class or model reads the samples of records: expected 'llava' and 'signal'."
+        )
+    if encoder_class not in ENCODER_MODELS.values():
+        check_encoder_class(encoder_class)
+    if encoder_class is not encoder and args.encoder_fields:
+        raise ValueError(
+            "encoder_config with a model as encoder, whose own config stands; leave it out, or give its class."
+        )
+
+
+def given_encoder(encoder: Any, args: ModelArguments, num_leads: int) -> PreTrainedModel:
+    """The encoder that was given from Python, as a class or a model, and passed `check_given_encoder`."""
+    encoder_class = encoder if isinstance(encoder, type) else type(encoder)
+    if encoder_class is encoder:
+        shape = {"num_leads": num_leads, "num_samples": args.num_samples}
+        encoder = encoder_class(make_encoder_config(encoder_class.config_class, args, shape))
+    if encoder_class not in ENCODER_MODELS.values():
+        encoder.config.auto_map = adopt_encoder_class(encoder_class)
+    return encoder
 
 
 def build_image_processor(args: ModelArguments, config: PreTrainedConfig) -> ECGImageProcessor:
     """The image processor of the vision backbone, for pictures of the size that the backbone reads."""
     if (place := place_of_encoder(args)) is not None:
-        settings = AutoImageProcessor.from_pretrained(place, backend="pil", trust_remote_code=False).to_dict()
+        if PreTrainedConfig.get_config_dict(place)[0].get("model_type") == ELMConfig.model_type:
+            of_elm = ELMProcessor.from_pretrained(place, trust_remote_code=False).image_processor
+            settings = of_elm.image_processor.to_dict()
+        else:
+            settings = AutoImageProcessor.from_pretrained(place, backend="pil", trust_remote_code=False).to_dict()
     else:
         names = IMAGE_PROCESSOR_MAPPING_NAMES.get(config.model_type.removesuffix("_vision_model"), {})
         settings = {"image_processor_type": names.get("torchvision", "ViTImageProcessor")}  # later its Pillow variant
@@ -159,11 +258,14 @@ def build_processor(
     )
 
 
-def elm_fields(args: ModelArguments, processor: ELMProcessor, in_vocabulary: bool = False) -> dict[str, Any]:
-    """The fields of a new ELM's configuration, without those of its pretrained parts."""
+def elm_fields(
+    args: ModelArguments, processor: ELMProcessor, in_vocabulary: bool = False, encoder: PreTrainedModel | None = None
+) -> dict[str, Any]:
+    """The fields of a new ELM's configuration, without those of its pretrained parts and of an `encoder` that is there."""
     num_leads = len(processor.feature_extractor.lead_names)
-    names = ("architecture", "connector", "representation", "num_ecg_tokens", "image_features", "num_samples")
+    names = ("architecture", "representation", "num_ecg_tokens", "image_features", "num_samples")
     config: dict[str, Any] = {name: getattr(args, name) for name in names}
+    config |= {"connector": connector_name(args), "connector_config": args.connector_fields or None}
     config |= {"ecg_token_id": processor.ecg_token_id, "num_leads": num_leads}
     ids = processor.signal_token_ids
     if ids and not in_vocabulary:
@@ -173,30 +275,59 @@ def elm_fields(args: ModelArguments, processor: ELMProcessor, in_vocabulary: boo
                 "language model of text alone."
             )
         config |= {"first_signal_token_id": ids[0], "num_signal_tokens": len(ids)}
-    if args.architecture == "llava" and args.encoder_name_or_path is None:
+    if args.architecture == "llava" and args.encoder_name_or_path is None and encoder is None:
         config["encoder_config"] = encoder_config(args, num_leads)  # a pretrained one brings its own
     return config
 
 
 def build_model(
-    args: ModelArguments, processor: ELMProcessor, in_vocabulary: bool = False, **llm_kwargs: Any
+    args: ModelArguments,
+    processor: ELMProcessor,
+    in_vocabulary: bool = False,
+    encoder: Any = None,
+    trust_remote_code: bool = False,
+    **llm_kwargs: Any,
 ) -> ELMForConditionalGeneration:
     """An ELM around the pretrained language model, which stays as it is; tokens of symbolic ECGs get embeddings of their own.
 
     Args:
         in_vocabulary: leave those tokens to the vocabulary, as in the reference.
+        encoder: class or instance, in place of that of `args`.
+        trust_remote_code: run the code that comes with the encoder of `args`.
         llm_kwargs: for `from_pretrained` of the language model (`dtype`, `attn_implementation`, `revision`, ...).
     """
     place = place_of_llm(args, llm_kwargs.get("revision") or "main")
-    fields = elm_fields(args, processor, in_vocabulary)
-    return build_around(place, place_of_encoder(args), fields, processor, **llm_kwargs)
+    if encoder is not None:
+        encoder = given_encoder(encoder, args, len(processor.feature_extractor.lead_names))
+    fields = elm_fields(args, processor, in_vocabulary, encoder)
+    encoder = place_of_encoder(args) if encoder is None else encoder
+    return build_around(place, encoder, fields, processor, trust_remote_code, **llm_kwargs)
 
 
 def build_around(
-    llm: str, encoder: str | None, fields: dict[str, Any], processor: ELMProcessor, **llm_kwargs: Any
+    llm: str,
+    encoder: str | PreTrainedModel | None,
+    fields: dict[str, Any],
+    processor: ELMProcessor,
+    trust_remote_code: bool = False,
+    **llm_kwargs: Any,
 ) -> ELMForConditionalGeneration:
-    """As `build_model`, of the places of the pretrained parts and the `elm_fields`."""
-    model = ELMForConditionalGeneration.from_encoder_llm_pretrained(llm, encoder, llm_kwargs, **fields)
+    """As `build_model`, of the pretrained parts or their places, and the `elm_fields`.
+
+    Raises:
+        ValueError: an encoder or connector of somebody's own does not do what is expected of it.
+    """
+    model = ELMForConditionalGeneration.from_encoder_llm_pretrained(
+        llm, encoder, llm_kwargs, trust_remote_code, **fields
+    )
+    check_own_parts(model)
+    config, extractor = model.config, processor.feature_extractor
+    prepared = (len(extractor.lead_names), extractor.num_samples)
+    if config.representation == "signal" and (config.num_leads, config.num_samples) != prepared:
+        raise ValueError(
+            f"The encoder reads records of {config.num_leads} leads x {config.num_samples} samples, and they are prepared with "
+            f"{prepared[0]} x {prepared[1]}; say --num_samples {config.num_samples}, and --lead_names for as many leads."
+        )
     if model.config.num_signal_tokens:
         spread_embeddings(model)
     text_config = model.config.get_text_config()
@@ -206,22 +337,41 @@ def build_around(
 
 
 def new_elm(
-    llm: str, *, seed: int = 0, dtype: str = "float32", attn_implementation: str | None = None, **options: Any
+    llm: str,
+    *,
+    encoder: Any = None,
+    connector: Any = None,
+    seed: int = 0,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
 ) -> tuple[ELMForConditionalGeneration, ELMProcessor]:
     """A new ELM around a pretrained language model (a name of `LLMS`, Hub id or local folder), and its processor.
 
     Args:
+        encoder: a name, folder or Hub id, such as "merl"; or somebody's own: its class (new weights) or the model itself.
+        connector: a name, such as "mlp", or somebody's own class.
         seed: of the new weights.
-        options: the other fields of `ModelArguments`, such as `encoder="merl"`, `connector="mlp"`, `representation="signal"`;
-            a ValueError names one that is unknown, or does not go with the others.
+        trust_remote_code: run the code that comes with an encoder in a folder or on the Hub.
+        options: the other fields of `ModelArguments`, such as `representation="signal"`; a ValueError names one that is unknown, or
+            does not go with the others.
     """
     parser = ELMParser(ModelArguments, prog="new_elm")
+    if isinstance(connector, type):
+        connector = adopt_connector_class(connector)
+    named = encoder if isinstance(encoder, str) else None
+    options |= {name: value for name, value in (("encoder", named), ("connector", connector)) if value is not None}
     parser.set_defaults_with_config(llm=llm, **options)  # checks names and values as those of a YAML file
     (args,) = parser.parse_args_into_dataclasses([])
+    given = None if named else encoder
+    if given is not None:
+        check_given_encoder(given, args)
     processor = build_processor(args)
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays; weights are drawn on the CPU
         torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed those of GPUs too
-        return build_model(args, processor, dtype=dtype, attn_implementation=attn_implementation), processor
+        llm_kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
+        return build_model(args, processor, encoder=given, trust_remote_code=trust_remote_code, **llm_kwargs), processor
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """What a frozen encoder gives for each ECG, computed once and kept, in memory or on disk.
 
-An encoder of which nothing is trained works as in inference, so that it gives the same for the same ECG each time. What the
-connector reads of it is small: 12 tokens of ST-MEM's 300, or 36 KB of an ECG.
+An encoder of which nothing is trained works as in inference, so that it gives the same for the same ECG each time. What a connector
+that averages reads of it is small: 12 tokens of ST-MEM's 300, or 36 KB of an ECG. A connector that pools with weights of its own, as
+the perceiver, reads all 300.
 """
 
 import hashlib
@@ -17,6 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from elm_ecg.modeling_common import in_eval_mode
 from elm_ecg.modeling_elm import ECG_INPUTS, ELMModel
+from elm_ecg.modeling_parts import own_classes
+from elm_ecg.own_code import digest_of_code
 from elm_ecg.training.files import atomic_path
 
 FOLDER = Path(HF_HOME) / "elm_ecg" / "encoder_features"
@@ -47,7 +50,7 @@ class EncoderFeatures:
         self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()  # that asked for last is last
 
     def replace(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch with `encoder_features` [ECGs, num_ecg_tokens, width of the encoder] in place of its ECGs, on the model's device;
+        """A batch with `encoder_features` [ECGs, tokens, width of the encoder] in place of its ECGs, on the model's device;
         one without ECGs as it is."""
         ecgs = {name: batch[name] for name in ECG_INPUTS if batch.get(name) is not None}
         if not ecgs:
@@ -64,7 +67,7 @@ class EncoderFeatures:
         )
 
     def _of_one(self, ecg: dict[str, torch.Tensor]) -> torch.Tensor:
-        """[1, num_ecg_tokens, width of the encoder], in the main memory."""
+        """[1, tokens, width of the encoder], in the main memory."""
         key = self._key(ecg)
         features = self._read(key)
         if features is not None:
@@ -123,7 +126,8 @@ def _digest_of_encoder(model: ELMModel) -> str:
     """By the weights of the encoder, and what else of the model's configuration its features depend on."""
     config, encoder = model.config, model.encoder
     assert encoder is not None
-    settings = [config.representation, config.connector, config.num_ecg_tokens, config.image_features]
+    settings: list[Any] = [config.representation, config.connector, config.num_ecg_tokens, config.image_features]
+    settings += map(digest_of_code, own_classes(config, model.connector))
     of_encoder = {name: value for name, value in encoder.config.to_dict().items() if not name.startswith("_")}
     digest = hashlib.sha256(json.dumps([settings, of_encoder], sort_keys=True, default=str).encode())
     _update(digest, encoder.state_dict())

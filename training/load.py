@@ -44,12 +44,13 @@ def limit_threads(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def load_elm(
-    name_or_path: str, revision: str = "main", **model_kwargs: Any
+    name_or_path: str, revision: str = "main", trust_remote_code: bool = False, **model_kwargs: Any
 ) -> tuple[ELMForConditionalGeneration, ELMProcessor]:
     """A saved ELM and its processor; a LoRA adapter is loaded on its base model and merged into it.
 
     Args:
         name_or_path: Hub id, or local folder of an ELM or of an adapter.
+        trust_remote_code: run the code of an encoder or connector that is neither of this project nor of transformers.
         model_kwargs: for `from_pretrained` (`dtype`, `attn_implementation`, `device_map`, ...). All is in one dtype.
 
     Raises:
@@ -58,9 +59,9 @@ def load_elm(
     folder, filename = model_folder(name_or_path, ["adapter_config.json", "config.json"], revision)
     label = f"The model {name_or_path}"
     if filename == "config.json":
-        model = _load_whole(folder, label, **model_kwargs)
+        model = _load_whole(folder, label, trust_remote_code, **model_kwargs)
     else:
-        model = _load_adapted(folder, label, **model_kwargs)
+        model = _load_adapted(folder, label, trust_remote_code, **model_kwargs)
     with loading(folder, label):
         # an adapter's folder has one too; without the last, transformers asks on standard input whether its code may run
         processor = ELMProcessor.from_pretrained(folder, trust_remote_code=False)
@@ -69,12 +70,11 @@ def load_elm(
     return model, processor
 
 
-def _load_whole(folder: Path, label: str, **model_kwargs: Any) -> ELMForConditionalGeneration:
+def _load_whole(folder: Path, label: str, trust_remote_code: bool, **model_kwargs: Any) -> ELMForConditionalGeneration:
+    model_kwargs |= {"use_safetensors": True, "trust_remote_code": trust_remote_code}
     with loading(folder, label):
-        check_config(folder)
-        model, info = ELMForConditionalGeneration.from_pretrained(
-            folder, output_loading_info=True, use_safetensors=True, **model_kwargs
-        )
+        check_config(folder, trust_remote_code)
+        model, info = ELMForConditionalGeneration.from_pretrained(folder, output_loading_info=True, **model_kwargs)
         if unexpected := sorted(info["unexpected_keys"]):
             raise ValueError(
                 f"its weights hold {some_of(unexpected)}, for which the model of config.json has no place."
@@ -83,16 +83,18 @@ def _load_whole(folder: Path, label: str, **model_kwargs: Any) -> ELMForConditio
     return model
 
 
-def _load_adapted(folder: Path, label: str, **model_kwargs: Any) -> ELMForConditionalGeneration:
+def _load_adapted(
+    folder: Path, label: str, trust_remote_code: bool, **model_kwargs: Any
+) -> ELMForConditionalGeneration:
     with loading(folder, label):
         config = PeftConfig.from_pretrained(str(folder))
         if not isinstance(config.base_model_name_or_path, str):
             raise ValueError(
                 f"adapter_config.json does not name its base model (base_model_name_or_path is {config.base_model_name_or_path})."
             )
-    base_path = _base_of(folder)
+    base_path = _base_of(folder, trust_remote_code)
     base_folder, _ = model_folder(base_path, ["config.json"], config.revision or "main", "The adapter's base")
-    base = _load_whole(base_folder, f"The adapter's base {base_path}", **model_kwargs)
+    base = _load_whole(base_folder, f"The adapter's base {base_path}", trust_remote_code, **model_kwargs)
     # PEFT uses a name that transformers is about to change
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     with loading(folder, label), warnings.catch_warnings():
@@ -121,7 +123,7 @@ def _load_adapted(folder: Path, label: str, **model_kwargs: Any) -> ELMForCondit
         return _merged(model)
 
 
-def _base_of(folder: Path) -> str:
+def _base_of(folder: Path, trust_remote_code: bool) -> str:
     """`base_of_adapter`, made again if it is gone from where runs share it."""
     base, options = base_of_adapter(folder), folder / OPTIONS_FILE
     if Path(base).exists() or Path(base).parent != shared_bases() or not options.is_file():
@@ -129,7 +131,8 @@ def _base_of(folder: Path) -> str:
     recipe = read_json(options)["base"]
     logger.warning("The adapter's base is not in %s; it is made again of %s.", base, recipe["llm"]["place"])
     with loading(folder, f"The base of the adapter {folder}"):
-        return str(find_base(recipe, ELMProcessor.from_pretrained(folder, trust_remote_code=False)))
+        processor = ELMProcessor.from_pretrained(folder, trust_remote_code=False)
+        return str(find_base(recipe, processor, trust_remote_code))
 
 
 def _merged(model: PeftModel) -> ELMForConditionalGeneration:

@@ -19,6 +19,7 @@ from elm_ecg.configuration_elm import ELMConfig
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.modeling_common import some_of
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
+from elm_ecg.modeling_parts import load_own_parts
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.digest import MODEL_FILES
 
@@ -91,7 +92,7 @@ def loading(folder: Path, label: str) -> Iterator[None]:
     except Exception as error:  # what damaged files bring about is of any kind
         of_class = isinstance(error, StrictDataclassClassValidationError)  # of a config; its cause says what is wrong
         text = " ".join(str(error.__cause__ if of_class else error).split())
-        if "trust_remote_code" in text:  # an argument that no command has
+        if "trust_remote_code" in text and "--trust_remote_code" not in text:  # of a processor or a language model
             text = "it comes with code of its own (auto_map), which `elm` does not run."
         reason = damage(folder) or (text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}")
         raise ValueError(f"{label} cannot be loaded: {reason[:500]}") from error
@@ -186,8 +187,8 @@ def check_finite(tensors: Mapping[str, torch.Tensor], label: str) -> None:
         )
 
 
-def check_config(folder: Path) -> None:
-    """ValueError if the configuration in a folder is not of an ELM, or of one with other weights.
+def check_config(folder: Path, trust_remote_code: bool = False) -> None:
+    """ValueError if the configuration in a folder is not of an ELM, or of one with other weights, or has code that may not run.
 
     It comes before the model: of sizes that somebody has changed, even the random weights may not fit into memory.
     """
@@ -199,8 +200,10 @@ def check_config(folder: Path) -> None:
         )
     _check_depth(folder, settings)
     if "quantization_config" not in settings:  # quantized weights have shapes of their own
+        config = ELMConfig.from_pretrained(folder)
+        load_own_parts(config, folder, trust_remote_code)
         with torch.device("meta"):
-            model = ELMForConditionalGeneration(ELMConfig.from_pretrained(folder))
+            model = ELMForConditionalGeneration(config)
         check_weights(folder, model.state_dict())
 
 

@@ -83,6 +83,11 @@ def make_parser(prog: str = "elm sft") -> ELMParser:
         "Keep the activations of few layers and compute the others again: less memory for a third more time. Default: for models of at "
         "least a billion parameters."
     )
+    options[
+        "--trust_remote_code"
+    ].help = (
+        "Run the code of an encoder or connector that comes with --encoder or --model_name_or_path. Read it before."
+    )
     options["--pad_to_multiple_of"].help = "Pad batches to a multiple of so many tokens."
     options[
         "--padding_free"
@@ -253,7 +258,7 @@ def build_base(
             quantization.llm_int8_skip_modules = NOT_QUANTIZED  # of 4 bits too, in spite of its name
         elif kwargs["dtype"] != "auto":
             kwargs["dtype"] = "float32"  # what is trained passes through no other; what is not takes its own below
-        model, processor = load_elm(name, revision=model_args.model_revision, **kwargs)
+        model, processor = load_elm(name, model_args.model_revision, training_args.trust_remote_code, **kwargs)
         set_chat_template(processor, training_args.chat_template_path)
         stop_at_end_of_turn(model, processor)
     else:
@@ -261,8 +266,10 @@ def build_base(
         set_chat_template(processor, training_args.chat_template_path)
         needs_base = model_args.use_peft and training_args.process_index == 0  # which saves the adapter
         if needs_base:
-            base = find_base(recipe_of(args, processor, model_args.model_revision), processor)
-        model = build_model(args, processor, revision=model_args.model_revision, **kwargs)
+            recipe = recipe_of(args, processor, model_args.model_revision)
+            base = find_base(recipe, processor, training_args.trust_remote_code)
+        kwargs |= {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+        model = build_model(args, processor, **kwargs)
         if needs_base:
             model.name_or_path = str(base)  # PEFT writes it into the adapter's configuration
     wanted = model_args.dtype

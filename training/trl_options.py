@@ -14,7 +14,6 @@ _TEMPLATE = "the answers are learnt, each with its end of turn. A template of --
 _PADDING = "padding is not learnt, whatever its token is. Leave the option out"
 _LIGER = "its kernels are for other models than an ELM. --torch_compile and --attn_implementation make training faster"
 _STARTED = "`elm sft` always trains, and with --eval_strategy evaluates. `elm evaluate` scores the answers"
-_CODE = "the code of others is not run. --llm takes the models whose code is in transformers"
 
 # option -> why any value but its default is refused, and what to use instead
 REFUSED: dict[str, str] = {
@@ -36,7 +35,6 @@ REFUSED: dict[str, str] = {
     "parallelism_config": "a chat is not cut between devices. `accelerate launch` with a file of accelerate_configs uses several",
     "shuffle_dataset": "each epoch has a new order already, by --seed or --data_seed. --train_sampling_strategy sequential keeps one",
     "truncation_mode": "a longer chat than --max_length is an error, as a cut could go through its ECG",
-    "trust_remote_code": _CODE,
     "use_cache": "training keeps no cache. `elm evaluate` and `elm chat` use one",
 }
 # option -> some of its values, and why they are refused

@@ -228,7 +228,7 @@ def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, Any, str]:
 
     system_prompt = read_system_prompt(args.system_prompt)
     set_seed(args.seed)
-    model, processor = load_elm(args.model, args.revision, dtype=args.dtype)
+    model, processor = load_elm(args.model, args.revision, args.trust_remote_code, dtype=args.dtype)
     if system_prompt is not None:
         processor.system_prompt = system_prompt
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]  # a wrapped method
@@ -242,6 +242,8 @@ def model_parser(verb: str, purpose: str | None) -> argparse.ArgumentParser:
     parser = CommandLineParser(prog=f"elm {verb}", usage=usage, description=description)
     parser.add_argument("model", metavar="MODEL", help="saved ELM or LoRA adapter: local folder or Hub id")
     parser.add_argument("--revision", default="main", help="of a Hub id; default: %(default)s")
+    code_help = "run the code of an encoder or connector that comes with the model; read it before"
+    parser.add_argument("--trust_remote_code", action="store_true", help=code_help)
     tokens: dict[str, Any] = {"type": whole_number, "default": DEFAULT_MAX_NEW_TOKENS, "metavar": "TOKENS"}
     parser.add_argument("--max_new_tokens", **tokens, help="longest answer; default: %(default)s")
     temperature_help = "draw the words at this temperature; default: 0, the likeliest words"

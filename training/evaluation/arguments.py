@@ -41,6 +41,9 @@ class EvaluationArguments(DataArguments):
         "Saved ELM or LoRA adapter: local folder or Hub id; also the first argument. {fold} in it stands for the fold.",
     )
     model_revision: str = argument("main", "Branch, tag or commit of a model on the Hub.")
+    trust_remote_code: bool = argument(
+        False, "Run the code of an encoder or connector that comes with the model. Read it before."
+    )
     split: str = argument("test", "Split of the data that is scored.")
     fold: list[int] | None = argument(  # type: ignore[assignment]  # one of them, or several
         None, "Folds of datasets that have splits such as fold1_train and fold1_test; each is a run."

@@ -474,7 +474,7 @@ def main(argv: list[str] | None = None) -> Results:
     model = processor = None
     for fold, name in names.items():
         if model is None or processor is None or name != args.model_name_or_path:  # else it is kept
-            model, processor = load_elm(name, revision=args.model_revision, dtype=args.dtype)
+            model, processor = load_elm(name, args.model_revision, args.trust_remote_code, dtype=args.dtype)
             model.to(state.device)  # type: ignore[arg-type]  # a wrapped method
             limit_threads(model, state.device)
             if args.torch_compile:

@@ -28,7 +28,7 @@ from peft import PeftConfig
 from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
 
 from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
-from elm_ecg.configuration_elm import ELMConfig
+from elm_ecg.configuration_elm import ELMConfig, is_own_connector
 from elm_ecg.ecg_utils import STANDARD_LEADS
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
@@ -138,6 +138,7 @@ def code_of(folder: Path, kind: str) -> dict[str, bytes]:
             entries += [pipeline.get("impl") for pipeline in pipelines.values() if isinstance(pipeline, dict)]
             classes = [name for entry in entries for name in (entry if isinstance(entry, list) else [entry])]
             names = {str(name).split("--")[-1].rpartition(".")[0] for name in classes if name}  # REPO--module.Class
+            names |= {str(part["connector"]).rpartition(".")[0]} if is_own_connector(part.get("connector")) else set()
             modules |= {module_file(folder, module, folder / name) for module in names}
     code = {}
     for path in sorted(modules):
@@ -214,7 +215,7 @@ def gather(folder: Path, kind: str, allowed: Collection[str] = ()) -> dict[str, 
     return files
 
 
-def check_loads(folder: Path, kind: str) -> None:
+def check_loads(folder: Path, kind: str, trust_remote_code: bool = False) -> None:
     """Loads a model as every command does, but for the values of its weights, which `check_weights` reads.
 
     An adapter is loaded on a base that lies here; one of the Hub is not fetched for it.
@@ -230,7 +231,7 @@ def check_loads(folder: Path, kind: str) -> None:
         with loading(folder, f"The encoder {folder}"):
             model_class.from_pretrained(folder, use_safetensors=True, device_map="meta")
     elif kind == "model" or (base and Path(base).is_dir()):
-        load_elm(str(folder), device_map="meta")
+        load_elm(str(folder), trust_remote_code=trust_remote_code, device_map="meta")
     else:
         with loading(folder, f"The adapter {folder}"):
             PeftConfig.from_pretrained(str(folder))
@@ -514,7 +515,7 @@ def push(args: argparse.Namespace) -> None:
     files = gather(args.run, kind, args.allow)
     check_contents(args.run, files)
     if kind in ("model", "adapter", "encoder"):
-        check_loads(args.run, kind)
+        check_loads(args.run, kind, args.trust_remote_code)
     shared = {*files, CARD, *MODULES}
     left_out = [] if kind == "dataset" else check_folder(args.run, shared)  # of datasets, gather refuses all else
     api = HfApi()
@@ -566,6 +567,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", metavar="BRANCH", help="branch, made where it does not exist; default: main")
     parser.add_argument("--pr", action="store_true", help="propose the files as a pull request")
     parser.add_argument("--dry_run", action="store_true", help=DRY_RUN_HELP)
+    parser.add_argument("--trust_remote_code", action="store_true", help="run its own encoder's or connector's code")
     parser.add_argument("--allow", nargs="+", default=[], metavar="COLUMN", help=ALLOW_HELP)
     parser.add_argument("--space", action="store_true", help="also a Space on which the model is asked")
     parser.add_argument(
