@@ -197,14 +197,14 @@ def check_config(folder: Path) -> None:
             f"config.json is of a {settings.get('model_type')!r} model, not of an ELM; `elm sft --llm {folder}` makes one around a "
             "language model."
         )
-    _check_depth(folder, settings)
+    check_depth(folder, settings)
     if "quantization_config" not in settings:  # quantized weights have shapes of their own
         with torch.device("meta"):
             model = ELMForConditionalGeneration(ELMConfig.from_pretrained(folder))
         check_weights(folder, model.state_dict())
 
 
-def _check_depth(folder: Path, settings: Any) -> None:
+def check_depth(folder: Path, settings: Any) -> None:
     """ValueError if a configuration asks for more layers than there are weights: building millions takes hours, even without values."""
     num_weights = 0
     for path in folder.glob("*.safetensors"):
