@@ -18,8 +18,8 @@ STRENGTHS = [10.0**power for power in range(-5, 2)]
 MAX_ITERATIONS = 300
 # of the CNN
 BATCH_SIZE = 32
-NUM_EPOCHS, MIN_STEPS, MAX_STEPS = 20, 200, 20_000
-NUM_CHECKS = 20  # how often it is scored on validation; the best of these counts
+NUM_EPOCHS, MIN_STEPS, MAX_STEPS = 20, 100, 20_000
+NUM_CHECKS = 10  # how often it is scored on validation; the best of these counts
 
 
 def macro_auroc(scores: np.ndarray, labels: np.ndarray) -> float:

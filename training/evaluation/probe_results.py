@@ -185,14 +185,10 @@ def save_probe(
     scores: Mapping[str, Scores],
 ) -> None:
     """Writes the three files; the results, which come last, name the content of the others."""
-    tensors = {
-        f"{model}/{metric}": array.astype(np.float32)
-        for model, rows in scores.items()
-        for metric, array in rows.items()
-    }
-    content = save(
-        {"labels": labels.astype(np.int8), **{name: np.ascontiguousarray(tensors[name]) for name in tensors}}
-    )
+    tensors = {f"{model}/{metric}": array for model, rows in scores.items() for metric, array in rows.items()}
+    # safetensors writes the memory as it lies, of a transposed array in another order
+    stored = {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in tensors.items()}
+    content = save({"labels": np.ascontiguousarray(labels, dtype=np.int8), **stored})
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     results["records_sha256"] = hashlib.sha256(lines.encode()).hexdigest()
     results["scores_sha256"] = hashlib.sha256(content).hexdigest()

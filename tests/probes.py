@@ -1,0 +1,44 @@
+"""A small probe: simulated records, of which one label is readable and one is not, and an encoder with random weights."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict
+
+from elm_ecg.configuration_ecg_encoders import MERLConfig
+from elm_ecg.ecg_utils import STANDARD_LEADS
+from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
+from elm_ecg.modeling_ecg_encoders import MERLModel
+from helpers import TINY_ENCODERS
+
+SIZES = {"train": 60, "validation": 30, "test": 60}
+SAMPLES = 200  # at 100 Hz
+
+
+def make_rows(split: str, size: int, **changes) -> list[dict]:
+    """Noise that is large where a record is `loud`; `random` says nothing of it. Each patient has two records."""
+    rng = np.random.default_rng(len(split))
+    rows = []
+    for index in range(size):
+        loud, random = rng.random(2) < 0.5
+        array = rng.normal(0, 900 if loud else 300, (12, SAMPLES)).astype(np.int16)
+        ecg = {"array": array.tolist(), "sampling_rate": 100.0, "lead_names": list(STANDARD_LEADS), "unit": "uV"}
+        names = ["loud"] * bool(loud) + ["random"] * bool(random)
+        row = {"ecg": ecg, "record_id": f"{split}-{index}", "patient_id": f"{split}-{index // 2}", "labels": names}
+        rows.append({**row, "loud": int(loud), **changes})
+    return rows
+
+
+def save_records(folder: Path, sizes: dict[str, int] = SIZES) -> Path:
+    splits = {split: Dataset.from_list(make_rows(split, size)) for split, size in sizes.items()}
+    DatasetDict(splits).save_to_disk(folder)
+    return folder
+
+
+def save_encoder(folder: Path, seed: int = 7, num_samples: int = SAMPLES, preprocessor: bool = True) -> Path:
+    torch.manual_seed(seed)
+    MERLModel(MERLConfig(num_samples=num_samples, **TINY_ENCODERS["merl"])).save_pretrained(folder)
+    if preprocessor:
+        ECGFeatureExtractor(sampling_rate=100, num_samples=num_samples).save_pretrained(folder)
+    return folder
