@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import torch
@@ -62,3 +63,29 @@ def save_pickle(path: Path) -> Path:
     merges = [([ord(symbol) for symbol in merge], token_id) for token_id, merge in enumerate(MERGES, 256)]
     path.write_bytes(pickle.dumps(({token_id: names[token_id] for token_id in ORDER}, merges)))
     return path
+
+
+def shrunk(shapes):
+    """Shapes of the same encoder with one block of width 64 (its decoder's too), as numbers of the formula."""
+    sizes = {768: 64, 2304: 192, 3072: 256, 256: 64, 1024: 256}
+    patches = {"to_patch_embedding.1", "to_patch_embedding.2"}
+    small = {}
+    for key, shape in shapes.items():
+        if re.search(r"(block|blocks\.)[1-9]", key):
+            continue
+        last = shape[-1:] if any(f"{name}." in key for name in patches) and shape[-1:] != [768] else []
+        small[key] = [sizes.get(size, size) for size in shape[: len(shape) - len(last)]] + last
+        if "to_qkv" in key:
+            small[key][0] = 192
+    return golden_state_dict(small)
+
+
+def basic_merl():
+    """A small ResNet of basic blocks in the reference's layout."""
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    shapes = {"resnet.conv1.weight": [8, 12, 7]}
+    shapes |= {f"resnet.bn1.{name}": [] if "tracked" in name else [8] for name in norm}
+    for conv in (1, 2):
+        shapes[f"resnet.layer1.0.conv{conv}.weight"] = [8, 8, 3]
+        shapes |= {f"resnet.layer1.0.bn{conv}.{name}": [] if "tracked" in name else [8] for name in norm}
+    return golden_state_dict(shapes)

@@ -56,6 +56,40 @@ def test_bare_state_dicts(tmp_path):
     assert read_checkpoint(tmp_path / "module.pth").tensors.keys() == {"weight", "bias"}
 
 
+AVERAGED = {"module.a.weight": torch.ones(2, 3)}
+
+
+@pytest.mark.parametrize(
+    ("average", "others"),
+    [
+        (AVERAGED, []),
+        ({"shadow": AVERAGED, "decay": 0.999}, []),
+        (AVERAGED | {"n_averaged": torch.tensor(12)}, ["ema.n_averaged (12)"]),  # of torch's AveragedModel
+    ],
+)
+def test_a_moving_average_beside_the_weights(average, others, tmp_path):
+    torch.save({"model_state_dict": WEIGHTS, "ema": average, "epoch": 3}, tmp_path / "run.pt")
+    for weights in (None, "ema"):
+        checkpoint = read_checkpoint(tmp_path / "run.pt", weights)
+        same(checkpoint.tensors, WEIGHTS | {"a.weight": torch.ones(2, 3)})  # the bias is the model's own
+        assert checkpoint.names == {"a.weight": "module.a.weight", "a.bias": "a.bias"}
+        assert (checkpoint.average, checkpoint.is_average) == ("ema", True)
+        assert checkpoint.others == ["epoch", *others]
+    checkpoint = read_checkpoint(tmp_path / "run.pt", "model")
+    same(checkpoint.tensors, WEIGHTS)
+    assert (checkpoint.average, checkpoint.is_average, checkpoint.others) == ("ema", False, ["ema", "epoch"])
+
+
+def test_a_moving_average_that_cannot_be_read(tmp_path):
+    torch.save({"model_state_dict": WEIGHTS, "ema": {"decay": 0.999}}, tmp_path / "run.pt")
+    with pytest.raises(ValueError, match="The moving average 'ema': .*'decay' is a float.*Or take --weights model"):
+        read_checkpoint(tmp_path / "run.pt")
+    same(read_checkpoint(tmp_path / "run.pt", "model").tensors, WEIGHTS)
+    torch.save({"model_state_dict": WEIGHTS}, tmp_path / "run.pt")
+    with pytest.raises(ValueError, match="--weights ema, and .*run.pt holds no moving average"):
+        read_checkpoint(tmp_path / "run.pt", "ema")
+
+
 @pytest.mark.parametrize(
     ("key", "plain"),
     [

@@ -7,7 +7,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
-from reference_checkpoints import FUYU, checkpoint_of, fuyu, llm_weights, run
+from reference_checkpoints import FUYU, basic_merl, checkpoint_of, fuyu, llm_weights, run, shrunk
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -28,32 +28,6 @@ from helpers import ROOT, golden_state_dict, run_isolated, save_tiny_llm, tiny_i
 from loopback_hub import card_errors
 
 CONNECTORS = ["linear", "mlp", "flat", "patch", "conv"]
-
-
-def shrunk(shapes):
-    """Shapes of the same encoder with one block of width 64 (its decoder's too), as numbers of the formula."""
-    sizes = {768: 64, 2304: 192, 3072: 256, 256: 64, 1024: 256}
-    patches = {"to_patch_embedding.1", "to_patch_embedding.2"}
-    small = {}
-    for key, shape in shapes.items():
-        if re.search(r"(block|blocks\.)[1-9]", key):
-            continue
-        last = shape[-1:] if any(f"{name}." in key for name in patches) and shape[-1:] != [768] else []
-        small[key] = [sizes.get(size, size) for size in shape[: len(shape) - len(last)]] + last
-        if "to_qkv" in key:
-            small[key][0] = 192
-    return golden_state_dict(small)
-
-
-def basic_merl():
-    """A small ResNet of basic blocks in the reference's layout."""
-    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-    shapes = {"resnet.conv1.weight": [8, 12, 7]}
-    shapes |= {f"resnet.bn1.{name}": [] if "tracked" in name else [8] for name in norm}
-    for conv in (1, 2):
-        shapes[f"resnet.layer1.0.conv{conv}.weight"] = [8, 8, 3]
-        shapes |= {f"resnet.layer1.0.bn{conv}.{name}": [] if "tracked" in name else [8] for name in norm}
-    return golden_state_dict(shapes)
 
 
 @pytest.fixture(scope="module")

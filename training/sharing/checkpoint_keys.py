@@ -72,11 +72,10 @@ _ST_MEM: list[Rule] = [
     (r"encoder\.pos_embedding$", "embeddings.positions"),
     (r"encoder\.sep_embedding$", "embeddings.sep_token"),
     (r"encoder\.lead_embeddings\.", "embeddings.lead_embeddings."),
-    *_patch_embedding(r"encoder\.to_patch_embedding"),
+    *_patch_embedding(r"(?:encoder\.)?to_patch_embedding"),
     *_layers(r"encoder\.block", "layers"),
     (r"encoder\.norm\.", "norm."),
-    # of the pretraining: its decoder, and the patch embedding under a second name
-    (r"mask_embedding$|to_decoder_embedding\.|decoder_\w+|to_patch_embedding\.", None),
+    (r"mask_embedding$|to_decoder_embedding\.|decoder_\w+", None),  # the decoder of the pretraining
 ]
 
 RULES: dict[str, list[Rule]] = {
@@ -89,6 +88,33 @@ RULES: dict[str, list[Rule]] = {
     "flat": [(r"projection\.", "projection.")],
     "patch": [(r"projection\.", "projection.")],
     "conv": [(r"conv1\.", "conv1."), (r"conv2\.", "conv2."), (r"fc\.", "projection.")],
+}
+
+_RECONSTRUCTION: list[Rule] = [
+    (r"mask_embedding$", "decoder.mask_token"),
+    (r"decoder_norm\.", "decoder.norm."),
+    (r"decoder_head\.", "decoder.head."),
+]
+# of each encoder what its pretraining has beside it; all other entries are the encoder's
+PRETRAINING_RULES: dict[str, list[Rule]] = {
+    "mlae": _RECONSTRUCTION,
+    "mtae": _RECONSTRUCTION,
+    "st_mem": [
+        *_RECONSTRUCTION,
+        (r"to_decoder_embedding\.", "decoder.projection."),
+        (r"decoder_pos_embed$", "decoder.positions"),
+        *_layers(r"decoder_blocks\.", "decoder.layers"),
+    ],
+    "merl": [
+        (r"downconv\.", "heads.projection."),
+        (r"att_pool_head\.cls_token$", "heads.attention_pool.cls_token"),
+        (r"att_pool_head\.positional_embedding$", "heads.attention_pool.positions"),
+        (r"att_pool_head\.mhsa\.", "heads.attention_pool.attention."),
+        (r"att_pool_head\.c_proj\.", "heads.attention_pool.projection."),
+        (r"linear([12])\.", r"heads.view_\1."),
+        (r"proj_t\.", "heads.text_projection."),
+        (r"lm_model\.", "text_encoder."),
+    ],
 }
 
 
@@ -120,13 +146,13 @@ def _expected_keys(kind: str, keys: Collection[str]) -> set[str]:
         return set(ENCODER_MODELS[kind](ENCODER_CONFIGS[kind](**sizes)).state_dict())
 
 
-def _convert_key(kind: str, key: str) -> str | None:
+def _convert_key(rules: list[Rule], key: str) -> str | None:
     """Our name of an entry; None for one that is not needed.
 
     Raises:
-        KeyError: the reference's module has no such entry.
+        KeyError: there is no rule for it, as the reference's module has no such entry.
     """
-    for pattern, target in RULES[kind]:
+    for pattern, target in rules:
         if match := re.match(pattern, key):
             if target is None:
                 return None
@@ -138,9 +164,13 @@ def _convert_key(kind: str, key: str) -> str | None:
 def convert_part(kind: str, state_dict: dict[str, Tensor]) -> Conversion:
     """An encoder or a connector; see `convert_state_dict`, which admits nothing missing or left over."""
     part = Conversion()
+    # ST-MEM's patch embedding stands under two names, of which the reference fills this one last
+    twice = (
+        {f"encoder.{key}" for key in state_dict if key.startswith("to_patch_embedding.")} if kind == "st_mem" else set()
+    )
     for key, tensor in state_dict.items():
         try:
-            ours = _convert_key(kind, key)
+            ours = None if key in twice else _convert_key(RULES[kind], key)
         except KeyError:
             part.left_over.append(key)
             continue
@@ -161,6 +191,36 @@ def convert_part(kind: str, state_dict: dict[str, Tensor]) -> Conversion:
     for entry in [entry for entry, ours in part.used.items() if ours not in expected]:
         del part.used[entry]
         part.left_over.append(entry)
+    return part
+
+
+def convert_pretraining_part(kind: str, state_dict: dict[str, Tensor]) -> Conversion:
+    """An encoder with what its pretraining has beside it, under the names of `ECGForPreTraining`; of these none is sought."""
+    part, of_encoder = Conversion(), {}
+    for key, tensor in state_dict.items():
+        try:
+            ours = str(_convert_key(PRETRAINING_RULES[kind], key))
+        except KeyError:
+            of_encoder[key] = tensor
+        else:
+            part.tensors[ours], part.used[key] = tensor, ours
+    encoder = convert_part(kind, of_encoder)
+    unknown = [key for key in encoder.ignored if not re.match(r"(encoder\.)?to_patch_embedding\.", key)]
+    encoder.left_over += unknown  # what the encoder alone does not need
+    encoder.ignored = {key: "there twice" for key in encoder.ignored if key not in unknown}
+    part.add(encoder, "", "encoder.")
+    for name in ("decoder.mask_token", "heads.attention_pool.cls_token"):
+        if name in part.tensors:
+            part.tensors[name] = part.tensors[name].flatten()  # [1, 1, width]
+    if "heads.projection.weight" in part.tensors:  # a convolution of one place: [size, width, 1]
+        part.tensors["heads.projection.weight"] = part.tensors["heads.projection.weight"].squeeze(-1)
+    pool = ("heads.attention_pool.cls_token", "heads.attention_pool.positions")
+    if part.tensors.keys() >= set(pool):
+        cls_token, positions = (part.tensors[name] for name in pool)
+        if (
+            cls_token.shape == positions.shape[2:] and positions.shape[:1] == (1,) and positions.shape[1]
+        ):  # else refused later
+            part.tensors[pool[0]] = cls_token + positions[0, 0]  # the reference adds the first position twice
     return part
 
 

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 STATE_DICT = "model_state_dict"
+# a moving average of the same weights, beside them
+AVERAGES = ("ema_state_dict", "ema_model_state_dict", "ema")
 # what torch and safetensors raise on damaged files
 DAMAGE: tuple[type[Exception], ...] = (SafetensorError, struct.error, ArithmeticError, AssertionError, AttributeError)
 DAMAGE += (EOFError, LookupError, MemoryError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile)
@@ -27,11 +29,15 @@ class Checkpoint:
         tensors: entry without the `module.` and `_orig_mod.` of DDP and of compiled models -> its tensor.
         names: the same entry -> its name in the file.
         others: what the file holds beside the weights, such as the state of the optimizer.
+        average: where the file holds a moving average, its name; None if there is none.
+        is_average: whether these weights are the average.
     """
 
     tensors: dict[str, Tensor]
     names: dict[str, str]
     others: list[str] = field(default_factory=list)
+    average: str | None = None
+    is_average: bool = False
 
 
 def plain_key(key: str) -> str:
@@ -81,23 +87,51 @@ def _load(path: Path) -> Any:
         raise ValueError(f"{path} is no checkpoint of PyTorch or safetensors, or is damaged: {error}") from error
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path, weights: str | None = None) -> Checkpoint:
     """Reads a `.pt` file of the reference, or a state dict as `.pt` or `.safetensors`.
 
+    Args:
+        weights: `ema`, a moving average (what it lacks, such as the statistics of batch norms, is the model's own), or `model`. None:
+            `ema` where there is one.
+
     Raises:
-        ValueError: the file is damaged, holds anything that could run code, or no state dict.
+        ValueError: the file is damaged, holds anything that could run code, no state dict, or no moving average that was asked for.
         OSError: it cannot be read.
     """
     content = _load(path)
     others: list[str] = []
-    if isinstance(content, dict) and STATE_DICT in content:
-        others = [str(name) for name in content if name != STATE_DICT]
-        content = content[STATE_DICT]
-    if not (isinstance(content, dict) and content):
+    average = None
+    if isinstance(content, dict):
+        average = next((name for name in AVERAGES if isinstance(content.get(name), dict)), None)
+    is_average = average is not None if weights is None else weights == "ema"
+    if is_average and average is None:
+        raise ValueError(
+            f"--weights ema, and {path} holds no moving average ({', '.join(AVERAGES)}); leave the option out for the model's own weights."
+        )
+    if isinstance(content, dict) and (STATE_DICT in content or average is not None):
+        used = {STATE_DICT, average} if is_average else {STATE_DICT}
+        others = [str(name) for name in content if name not in used]
+        content, averaged = content.get(STATE_DICT), content.get(average)
+    if not (isinstance(content, dict) and content) and not is_average:
         raise ValueError(f"{path} holds no state dict; expected a dict of tensors, or one under {STATE_DICT!r}.")
+    tensors, names = _checked(path, content or {})
+    if is_average:
+        nested = [value for value in averaged.values() if isinstance(value, dict)]
+        try:
+            of_average, names_of_average = _checked(path, nested[0] if len(nested) == 1 else averaged)
+        except ValueError as error:
+            raise ValueError(f"The moving average {average!r}: {error} Or take --weights model.") from error
+        if (count := of_average.pop("n_averaged", None)) is not None:  # of torch's AveragedModel
+            others.append(f"{average}.{names_of_average.pop('n_averaged')} ({int(count.max())})")
+        tensors, names = tensors | of_average, names | names_of_average
+    return Checkpoint(tensors, names, others, average, is_average)
+
+
+def _checked(path: Path, state_dict: dict[Any, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the names of a `Checkpoint`; ValueError for an entry that is no plain weight."""
     tensors: dict[str, Tensor] = {}
     names: dict[str, str] = {}
-    for name, tensor in content.items():
+    for name, tensor in state_dict.items():
         if not (isinstance(name, str) and isinstance(tensor, Tensor)):
             raise ValueError(
                 f"{path}: the entry {name!r} is a {type(tensor).__name__}; expected names of tensors alone, or a state dict "
@@ -114,7 +148,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if key in tensors:
             raise ValueError(f"{path} has two entries for {key}: {names[key]} and {name}.")
         tensors[key], names[key] = tensor.detach(), name  # a Parameter becomes a tensor
-    return Checkpoint(tensors, names, others)
+    return tensors, names
 
 
 @dataclass

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 from huggingface_hub import ModelCard
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from elm_ecg.configuration_elm import ELMConfig
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
+from elm_ecg.modeling_ecg_pretraining import ECGForPreTraining
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import ELMParser
 from elm_ecg.training.command_line import printable
@@ -16,9 +17,12 @@ from elm_ecg.training.llms import resolve_llm
 from elm_ecg.training.markdown import CARD
 from elm_ecg.training.sharing.cards import elm_card, encoder_card
 from elm_ecg.training.sharing.checkpoint_keys import convert_state_dict as convert_state_dict
-from elm_ecg.training.sharing.checkpoints import read_checkpoint
+from elm_ecg.training.sharing.checkpoints import Checkpoint, read_checkpoint
 from elm_ecg.training.sharing.convert_arguments import ConvertArguments
 from elm_ecg.training.sharing.convert_models import convert_elm, convert_encoder, llm_prefix_of
+from elm_ecg.training.sharing.convert_pretraining import convert_pretraining
+
+ENCODER = "encoder"  # folder of the encoder alone, in that of a pretraining model
 
 
 def card_of(
@@ -39,6 +43,15 @@ def card_of(
     return elm_card(folder, config, name, preparation, resolve_llm(args.llm), source)
 
 
+def weights_of(checkpoint: Checkpoint) -> str:
+    """Which of the weights in a checkpoint are taken."""
+    if checkpoint.average is None:
+        return "the model's own, there is no moving average"
+    if checkpoint.is_average:
+        return f"the moving average, {checkpoint.average}; --weights model takes the model's own"
+    return f"the model's own, not the moving average, {checkpoint.average}"
+
+
 def parse(argv: list[str] | None = None) -> tuple[Path, ConvertArguments]:
     """The path of the checkpoint, and the options."""
     parser = ELMParser(
@@ -56,11 +69,16 @@ def main(argv: list[str] | None = None) -> None:
     path, args = parse(argv)
     output_dir = Path(args.output_dir).absolute()
     check_output_folder(output_dir, new=True)
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, args.weights)
     model: PreTrainedModel
     preparation: ELMProcessor | ECGFeatureExtractor
+    tokenizer: PreTrainedTokenizerBase | None = None
     if llm_prefix_of(checkpoint.tensors):
+        if args.pretraining:
+            raise ValueError("--pretraining, and the checkpoint is of a whole ELM; leave the option out.")
         model, preparation, conversion = convert_elm(args, checkpoint)
+    elif args.pretraining:
+        model, preparation, tokenizer, conversion = convert_pretraining(args, checkpoint)
     else:
         model, preparation, conversion = convert_encoder(args, checkpoint)
     missing = sorted(model.state_dict().keys() - conversion.tensors.keys())  # any that is needed has raised before
@@ -68,6 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     left_over = sorted(names[key] for key in conversion.left_over)
     report = {
         "checkpoint": path.name,
+        "weights": weights_of(checkpoint),
         "not_weights": checkpoint.others,
         "assumed": args.assumed,
         "left_over": left_over,
@@ -78,11 +97,19 @@ def main(argv: list[str] | None = None) -> None:
     with new_folder(output_dir) as folder:  # takes its place only when all is written
         model.save_pretrained(folder)
         preparation.save_pretrained(folder)
-        card_of(folder, args, path.name, model.config, preparation).save(folder / CARD)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        shared = folder
+        if isinstance(model, ECGForPreTraining):  # the card is that of the encoder, which others use
+            model, shared = model.encoder, folder / ENCODER
+            model.save_pretrained(shared)
+            preparation.save_pretrained(shared)
+        card_of(shared, args, path.name, model.config, preparation).save(shared / CARD)
         write_text(folder / "conversion.json", json.dumps(report, indent=2) + "\n")
     num_used, num_ignored = len(conversion.used), len(conversion.ignored)
     print(f"{len(names):,} entries: {num_used:,} used, {num_ignored:,} not needed, {len(missing)} missing")
     for title, lines in (
+        ("Weights", [report["weights"]]),
         ("Not needed", sorted(set(conversion.ignored.values()))),
         ("Not weights, left out", checkpoint.others),
         ("Left over, unknown", left_over[:10]),

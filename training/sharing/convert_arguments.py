@@ -41,6 +41,22 @@ class ConvertArguments(ModelArguments):
     )
     lora_alpha: float = argument(32.0, "Alpha of LoRA in that run.")
     use_rslora: bool = argument(False, "LoRA was scaled by the square root of its rank.")
+    weights: Literal["ema", "model"] | None = argument(
+        None,
+        "The moving average of the weights, or the model's own. Default: the average, where the checkpoint has one.",
+    )
+    pretraining: bool = argument(
+        False,
+        "Of a checkpoint of an encoder's pretraining make the whole pretraining model, from which `elm pretrain` goes on, with the encoder "
+        "alone in its folder encoder/. Default: the encoder alone.",
+    )
+    text_encoder: str | None = argument(
+        None, "With --pretraining of merl: the text encoder that read the reports, a Hub id or local folder."
+    )
+    text_pooling: Literal["mean", "cls", "pooler"] = argument(
+        "pooler",
+        "With --text_encoder: what stood for a report, the mean of its tokens, the first, or the pooler's output.",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] | None = argument(
         None, "Type of the saved weights. Default: the widest that the checkpoint has."
     )
@@ -59,6 +75,15 @@ class ConvertArguments(ModelArguments):
             self.normalization = "minmax"  # the reference's; super would take none
         if self.representation not in IMAGE_REPRESENTATIONS:
             self.image_features = "patches"
+        if self.pretraining and (self.encoder == "merl") != (self.text_encoder is not None):
+            raise ValueError(
+                "--pretraining --encoder merl learns from reports, and its checkpoint's text encoder is named nowhere: give it as "
+                "--text_encoder (the reference's is ncbi/MedCPT-Query-Encoder), or leave --pretraining out for the encoder alone."
+                if self.encoder == "merl"
+                else f"--text_encoder {self.text_encoder}: the pretraining of {self.encoder} reads no reports; leave it out."
+            )
+        if self.text_encoder is not None and not self.pretraining:
+            raise ValueError(f"--text_encoder {self.text_encoder} is for --pretraining; add that, or leave it out.")
         self.names_encoder = self.encoder is not None or self.encoder_name_or_path is not None  # before the defaults
         self.gives_num_ecg_tokens = self.num_ecg_tokens is not None
         if self.num_ecg_tokens is None:

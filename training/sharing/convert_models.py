@@ -21,7 +21,7 @@ from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.tokenization_ecg_byte import ECGByteTokenizer
 from elm_ecg.training.build import build_model, build_processor
 from elm_ecg.training.chat_templates import family_template
-from elm_ecg.training.sharing.checkpoint_keys import convert_part, count_indices
+from elm_ecg.training.sharing.checkpoint_keys import PRETRAINING_RULES, convert_part, count_indices
 from elm_ecg.training.sharing.checkpoints import Checkpoint, Conversion, merge_lora
 from elm_ecg.training.sharing.convert_arguments import ConvertArguments
 from elm_ecg.training.sharing.ecg_byte_import import read_reference_tokenizer
@@ -113,7 +113,8 @@ def encoder_fields(args: ConvertArguments, tensors: dict[str, Tensor]) -> dict[s
     return {"num_leads": num_leads, "num_samples": num_samples, **sizes, **args.encoder_fields}
 
 
-def _check_missing(conversion: Conversion, what: str) -> None:
+def check_missing(conversion: Conversion, what: str) -> None:
+    """ValueError if the checkpoint lacks weights of `what`."""
     if conversion.missing:
         left_over = f" Left over: {some_of(conversion.left_over)}." if conversion.left_over else ""
         raise ValueError(
@@ -121,7 +122,7 @@ def _check_missing(conversion: Conversion, what: str) -> None:
         )
 
 
-def _check_tensors(tensors: dict[str, Tensor], model: nn.Module, hint: str) -> None:
+def check_tensors(tensors: dict[str, Tensor], model: nn.Module, hint: str) -> None:
     """Compares the weights with those of the model before they are loaded.
 
     Raises:
@@ -141,7 +142,8 @@ def _check_tensors(tensors: dict[str, Tensor], model: nn.Module, hint: str) -> N
             raise ValueError(f"{name} has NaN or infinite values in the checkpoint: it diverged, or is damaged.")
 
 
-def _dtype(args: ConvertArguments, tensors: dict[str, Tensor]) -> torch.dtype:
+def widest_dtype(args: ConvertArguments, tensors: dict[str, Tensor]) -> torch.dtype:
+    """`--dtype`, or the widest of the weights."""
     if args.dtype is not None:
         return getattr(torch, args.dtype)
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
@@ -149,6 +151,19 @@ def _dtype(args: ConvertArguments, tensors: dict[str, Tensor]) -> torch.dtype:
     if len(dtypes) > 1:
         args.assumed.append(f"all weights become {widest}, the widest of the checkpoint; choose another with --dtype")
     return widest
+
+
+def check_encoder_options(args: ConvertArguments) -> None:
+    """ValueError if the options are not of an encoder alone, of a kind that the reference has."""
+    if not args.names_encoder or args.encoder not in PRETRAINING_RULES:
+        encoder = args.encoder if args.names_encoder else None
+        raise ValueError(
+            f"The checkpoint holds no language model ({LLM_PREFIXES[-1]}...), so an encoder alone, and --encoder is {encoder}; expected "
+            f"one of {', '.join(PRETRAINING_RULES)}."
+        )
+    if args.llm or args.representation != "signal":
+        option = "--llm" if args.llm else f"--representation {args.representation}"
+        raise ValueError(f"The checkpoint holds no language model ({LLM_PREFIXES[-1]}...); leave {option} out.")
 
 
 def convert_encoder(
@@ -159,31 +174,30 @@ def convert_encoder(
     Raises:
         ValueError: the options do not fit the checkpoint, or something is missing.
     """
-    if not args.names_encoder or args.encoder not in ENCODER_MODELS:
-        encoder = args.encoder if args.names_encoder else None
-        raise ValueError(
-            f"The checkpoint holds no language model ({LLM_PREFIXES[-1]}...), so an encoder alone, and --encoder is {encoder}; expected "
-            f"one of {', '.join(ENCODER_MODELS)}."
-        )
-    if args.llm or args.representation != "signal":
-        option = "--llm" if args.llm else f"--representation {args.representation}"
-        raise ValueError(f"The checkpoint holds no language model ({LLM_PREFIXES[-1]}...); leave {option} out.")
+    check_encoder_options(args)
     conversion = convert_part(args.encoder, checkpoint.tensors)
-    _check_missing(conversion, f"a {args.encoder} encoder")
+    check_missing(conversion, f"a {args.encoder} encoder")
     config = ENCODER_CONFIGS[args.encoder](**encoder_fields(args, conversion.tensors))
     with torch.device("meta"):  # no memory for weights that are replaced at once
         model = ENCODER_MODELS[args.encoder](config)
-    _check_tensors(conversion.tensors, model, "--encoder and --encoder_config")
-    dtype = _dtype(args, conversion.tensors)
-    # copies, as the tensors are views of a mapped file
-    weights = {
+    check_tensors(conversion.tensors, model, "--encoder and --encoder_config")
+    dtype = widest_dtype(args, conversion.tensors)
+    model.load_state_dict(plain_copies(conversion.tensors, dtype), assign=True)  # assign: the model's own are on meta
+    return model.eval(), extractor_of(args), conversion
+
+
+def plain_copies(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Copies of weights that are views of a mapped file; those of floats become `dtype`."""
+    return {
         name: tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
-        for name, tensor in conversion.tensors.items()
+        for name, tensor in tensors.items()
     }
-    model.load_state_dict(weights, assign=True)  # assign: the model's own are on meta
+
+
+def extractor_of(args: ConvertArguments) -> ECGFeatureExtractor:
+    """The feature extractor that prepares records as an encoder alone expects."""
     assert args.lead_names is not None  # set with the arguments, as is the normalization
-    settings = (args.sampling_rate, args.num_samples, args.lead_names, args.normalization or "none")
-    return model.eval(), ECGFeatureExtractor(*settings), conversion
+    return ECGFeatureExtractor(args.sampling_rate, args.num_samples, args.lead_names, args.normalization or "none")
 
 
 def _convert_vision(tower: PreTrainedModel, state_dict: dict[str, Tensor]) -> Conversion:
@@ -249,10 +263,12 @@ def _convert_signal_encoder(args: ConvertArguments, state_dict: dict[str, Tensor
         raise ValueError(
             "The checkpoint holds the encoder's weights; leave --encoder_name_or_path out and name its kind as --encoder."
         )
-    if args.encoder not in ENCODER_MODELS:
-        raise ValueError(f"--encoder is {args.encoder} for signal ECGs; expected one of {', '.join(ENCODER_MODELS)}.")
+    if args.encoder not in PRETRAINING_RULES:
+        raise ValueError(
+            f"--encoder is {args.encoder} for signal ECGs; expected one of {', '.join(PRETRAINING_RULES)}."
+        )
     part = convert_part(args.encoder, state_dict)
-    _check_missing(part, f"a {args.encoder} encoder")
+    check_missing(part, f"a {args.encoder} encoder")
     args.encoder_fields = encoder_fields(args, part.tensors)  # build_model makes the encoder of them
     return part
 
@@ -260,7 +276,7 @@ def _convert_signal_encoder(args: ConvertArguments, state_dict: dict[str, Tensor
 def _convert_connector(args: ConvertArguments, kind: str, state_dict: dict[str, Tensor]) -> Conversion:
     """The connector; of the patch connector the arguments get the number of tokens, which follows from its weights."""
     part = convert_part(kind, state_dict)
-    _check_missing(part, f"the {kind} connector ({CONNECTOR_PREFIXES[str(args.architecture)]}...)")
+    check_missing(part, f"the {kind} connector ({CONNECTOR_PREFIXES[str(args.architecture)]}...)")
     if kind == "patch":
         assert args.lead_names is not None
         weight = part.tensors["projection.weight"]  # Linear: [width, values of a patch]
@@ -330,7 +346,7 @@ def convert_elm(
     of_llm = _state_dict_of(llm_prefix, tensors)
     merged = _merge_llm(args, of_llm)
     rest = {key: tensor for key, tensor in tensors.items() if not key.startswith(llm_prefix)}
-    dtype = str(_dtype(args, rest | merged.tensors)).removeprefix("torch.")
+    dtype = str(widest_dtype(args, rest | merged.tensors)).removeprefix("torch.")
     if dtype != "float32" and any(target.endswith("(merged)") for target in merged.used.values()):
         args.assumed.append(f"LoRA is merged in float32, and the sum is then rounded to {dtype}, as --dtype says")
     model = build_model(args, processor, in_vocabulary=True, dtype=dtype).eval().to(getattr(torch, dtype))
@@ -339,14 +355,14 @@ def convert_elm(
         part = _convert_vision(tower, encoder)
         if tower.config.model_type == "vit" and args.image_features == "embedding":  # the mean of its layers
             part.missing = [name for name in part.missing if not name.startswith("pooler.")]
-        _check_missing(part, f"the vision tower of {args.encoder_name_or_path or args.encoder}")
+        check_missing(part, f"the vision tower of {args.encoder_name_or_path or args.encoder}")
         conversion.add(part, ENCODER_PREFIX, "model.encoder.")
     part = _convert_llm(model, merged, of_llm)
     fit_vocabulary(args, model, processor, part, ecg_ids)
-    _check_missing(part, f"--llm {args.llm}")
+    check_missing(part, f"--llm {args.llm}")
     conversion.add(part, llm_prefix, "")  # our names are whole already
     seen = conversion.used.keys() | conversion.ignored.keys() | set(conversion.left_over)
     conversion.left_over += [key for key in tensors if key not in seen]
-    _check_tensors(conversion.tensors, model, "--llm, --elm, --encoder, --num_samples and --num_ecg_tokens")
+    check_tensors(conversion.tensors, model, "--llm, --elm, --encoder, --num_samples and --num_ecg_tokens")
     model.load_state_dict(conversion.tensors, strict=False)  # what is missing was checked
     return model, processor, conversion
