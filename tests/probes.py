@@ -5,12 +5,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
+from transformers import BertConfig
 
-from elm_ecg.configuration_ecg_encoders import MERLConfig
+from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS, MERLConfig
+from elm_ecg.configuration_ecg_pretraining import ECGPretrainingConfig
 from elm_ecg.ecg_utils import STANDARD_LEADS
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.modeling_ecg_encoders import MERLModel
-from helpers import TINY_ENCODERS
+from elm_ecg.modeling_ecg_pretraining import ECGForPreTraining
+from helpers import TINY_ENCODERS, tiny_tokenizer
 
 SIZES = {"train": 60, "validation": 30, "test": 60}
 SAMPLES = 200  # at 100 Hz
@@ -42,3 +45,24 @@ def save_encoder(folder: Path, seed: int = 7, num_samples: int = SAMPLES, prepro
     if preprocessor:
         ECGFeatureExtractor(sampling_rate=100, num_samples=num_samples).save_pretrained(folder)
     return folder
+
+
+def save_pretraining(folder: Path, num_samples: int = SAMPLES, contrastive: bool = True) -> ECGForPreTraining:
+    """A contrastive MERL with a text encoder, or a masked MTAE."""
+    tokenizer = tiny_tokenizer("default")
+    tokenizer.pad_token = tokenizer.eos_token
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    text_config = BertConfig(vocab_size=len(tokenizer), **sizes) if contrastive else None
+    kind = "merl" if contrastive else "mtae"
+    encoder_config = ENCODER_CONFIGS[kind](num_samples=num_samples, **TINY_ENCODERS[kind])
+    objectives = ["contrastive" if contrastive else "masked"]
+    torch.manual_seed(0)
+    config = ECGPretrainingConfig(
+        encoder_config=encoder_config, text_config=text_config, objectives=objectives, projection_size=8
+    )
+    model = ECGForPreTraining(config).eval()
+    model.save_pretrained(folder)
+    ECGFeatureExtractor(sampling_rate=100, num_samples=num_samples).save_pretrained(folder)
+    if contrastive:
+        tokenizer.save_pretrained(folder)
+    return model

@@ -1,8 +1,9 @@
 """An ECG encoder from any place: a folder or Hub id of its own, of an ELM, or of a pretraining model; with what prepares its records."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,20 @@ from transformers import AutoModel, AutoTokenizer, FeatureExtractionMixin, PreTr
 from transformers.image_processing_base import ImageProcessingMixin
 
 from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
+from elm_ecg.configuration_ecg_pretraining import ECGPretrainingConfig
 from elm_ecg.configuration_elm import IMAGE_REPRESENTATIONS, ELMConfig
 from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.image_processing_elm import ECGImageProcessor
 from elm_ecg.modeling_common import some_of
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
+from elm_ecg.modeling_ecg_pretraining import ECGForPreTraining
 from elm_ecg.modeling_vision_encoders import encode_images, load_vision_model, vision_config, vision_model_class
+from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.digest import CODE_FILES, MODEL_FILES
 from elm_ecg.training.load import load_elm
 from elm_ecg.training.model_files import check_depth, check_finite, loading, model_folder
 
-PRETRAINING = "ecg_pretraining"  # the model_type of what `elm pretrain` writes
 PREPROCESSOR = "preprocessor_config.json"
 EXTRACTOR_OPTIONS = ("sampling_rate", "lead_names", "normalization")  # of encoders that do not come with them
 
@@ -36,7 +39,7 @@ class LoadedEncoder:
         model: the encoder alone, in float32 and evaluation mode.
         extractor: makes records of the rate, length and leads that the encoder reads.
         folder: where its files are: a local folder, or that of a commit in the Hub's cache.
-        image_processor: draws or stacks the records, for a vision backbone.
+        to_pictures: makes the inputs of a vision backbone from records; None of an encoder of signals.
         image_features: what is read of a vision backbone, see `encode_images`.
         pretraining: the whole pretraining model where the encoder is of one that has a text encoder too, with its `tokenizer`.
     """
@@ -44,22 +47,20 @@ class LoadedEncoder:
     model: PreTrainedModel
     extractor: ECGFeatureExtractor
     folder: Path
-    image_processor: ECGImageProcessor | None = None
+    to_pictures: Callable[[list[ECGRecord]], Mapping[str, torch.Tensor]] | None = None
     image_features: str = "patches"
     pretraining: Any = None
     tokenizer: Any = None
 
     def prepare(self, records: Sequence[ECGRecord]) -> dict[str, torch.Tensor]:
         """The inputs of the encoder for records; ValueError if one lacks a lead, or is too long."""
-        if self.image_processor is None:
-            return dict(self.extractor(list(records), return_tensors="pt"))
-        prepared = self.extractor.prepare_batch(records)
-        seconds = self.extractor.num_samples / self.extractor.sampling_rate
-        return dict(self.image_processor(prepared, seconds, self.extractor.lead_names, return_tensors="pt"))
+        if self.to_pictures is not None:
+            return dict(self.to_pictures(list(records)))
+        return dict(self.extractor(list(records), return_tensors="pt"))
 
     def features(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The mean over the tokens that the encoder makes of each record, [records, width], without those of padding."""
-        if self.image_processor is not None:
+        if self.to_pictures is not None:
             tokens = encode_images(self.model, self.image_features, **inputs)
             mask = inputs.get("pixel_attention_mask")
             if mask is None or self.image_features != "patches":
@@ -106,7 +107,7 @@ def load_encoder(
         model_type = settings.get("model_type", ELMConfig.model_type)
         check_depth(folder, settings)
     own_code = model_type not in ENCODER_CONFIGS and "AutoModel" in settings.get("auto_map", {})
-    if own_code and not trust_remote_code and model_type != PRETRAINING:
+    if own_code and not trust_remote_code and model_type != ECGPretrainingConfig.model_type:
         raise ValueError(
             f"{label} is a {model_type!r} model, none of ours ({', '.join(ENCODER_CONFIGS)}), and comes with code of its own: read that, "
             "and if you trust it say --trust_remote_code."
@@ -117,7 +118,7 @@ def load_encoder(
         encoder = _of_elm(name, revision, folder)
     else:
         with loading(folder, label):
-            if model_type == PRETRAINING:
+            if model_type == ECGPretrainingConfig.model_type:
                 encoder = _of_pretraining(folder, options)
             elif model_type in ENCODER_CONFIGS or own_code:
                 model = _ecg_model(folder, model_type)
@@ -138,14 +139,18 @@ def _of_elm(name: str, revision: str, folder: Path) -> LoadedEncoder:
         raise ValueError(
             f"The ELM {name} has no encoder (its architecture is {elm.config.architecture}); expected one of the architecture llava."
         )
-    of_images = elm.config.representation in IMAGE_REPRESENTATIONS
-    images = processor.image_processor if of_images else None
-    return LoadedEncoder(elm.model.encoder, processor.feature_extractor, folder, images, elm.config.image_features)
+    to_pictures = None
+    if elm.config.representation in IMAGE_REPRESENTATIONS:
+        to_pictures = partial(_pictures_of_elm, processor)
+    features = elm.config.image_features
+    return LoadedEncoder(elm.model.encoder, processor.feature_extractor, folder, to_pictures, features)
+
+
+def _pictures_of_elm(processor: ELMProcessor, records: list[ECGRecord]) -> Mapping[str, torch.Tensor]:
+    return processor(ecgs=records, return_tensors="pt")
 
 
 def _of_pretraining(folder: Path, options: dict[str, Any]) -> LoadedEncoder:
-    from elm_ecg.modeling_ecg_pretraining import ECGForPreTraining
-
     model = ECGForPreTraining.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval()
     check_finite(model.state_dict(), "it")
     encoder = LoadedEncoder(model.encoder, _extractor(folder, model.encoder.config, options), folder)
@@ -167,21 +172,24 @@ def _ecg_model(folder: Path, model_type: str) -> PreTrainedModel:
 
 
 def _of_vision(folder: Path) -> LoadedEncoder:
-    """A vision backbone, which is shown records of 10 s on ECG paper unless its image processor says otherwise."""
+    """A vision backbone, which is shown records of 10 s on ECG paper."""
     vision_model_class(vision_config(folder), "patches")  # it reads images
     if not (folder / PREPROCESSOR).is_file():
         raise ValueError(
-            f"it is a vision backbone without image processor ({PREPROCESSOR}), so nobody knows how its pictures are made; copy the one "
-            "that was saved with it."
+            f"it is a vision backbone without image processor ({PREPROCESSOR}), so nobody knows what pictures it reads; copy the one that "
+            "was saved with it."
         )
-    settings = ImageProcessingMixin.get_image_processor_dict(folder)[0]
-    if settings.get("image_processor_type") == ECGImageProcessor.__name__:
-        images = ECGImageProcessor.from_dict(settings)
-    else:
-        images = ECGImageProcessor(settings, "rgb")
-    stacked = images.representation == "stacked_signal"
-    extractor = ECGFeatureExtractor(normalization="minmax" if stacked else "none")
-    return LoadedEncoder(load_vision_model(folder, "patches"), extractor, folder, images)
+    images = ECGImageProcessor(ImageProcessingMixin.get_image_processor_dict(folder)[0], "rgb")
+    extractor = ECGFeatureExtractor()
+    to_pictures = partial(_drawn, extractor, images)
+    return LoadedEncoder(load_vision_model(folder, "patches"), extractor, folder, to_pictures)
+
+
+def _drawn(
+    extractor: ECGFeatureExtractor, images: ECGImageProcessor, records: list[ECGRecord]
+) -> Mapping[str, torch.Tensor]:
+    seconds = extractor.num_samples / extractor.sampling_rate
+    return images(extractor.prepare_batch(records), seconds, extractor.lead_names, return_tensors="pt")
 
 
 def _refuse(options: dict[str, Any], label: str) -> None:
