@@ -17,7 +17,12 @@ ptbxl_fuyu.yaml, ptbxl_rgb.yaml and ptbxl_stacked_signal.yaml run as the first r
     elm tokenizer train --data runs/ptbxl/data --ecg_root runs/ptbxl --sampling_rate 50 --lead_names I II V1 V3 V5 --millivolt_range -2 2 --within_leads --num_merges 1000 --output_dir runs/ptbxl/ecg_byte
     elm sft --config training/configs/ptbxl_symbolic.yaml --ecg_tokenizer runs/ptbxl/ecg_byte --data runs/ptbxl/data --ecg_root runs/ptbxl --llm runs/ptbxl/llm --output_dir runs/ptbxl/symbolic
 
-and the one that comes with the package is made so:
+The records with their labels, for probes of encoders:
+
+    python benchmarks/ptbxl.py records --splits runs/PTB-XL-labels
+    elm probe ENCODER --data runs/PTB-XL-labels --label_columns superclass
+
+The tokenizer that comes with the package is made so:
 
     python benchmarks/ptbxl.py records runs/PTB-XL                  # all 2,009 records, no questions
     elm tokenizer train --data runs/PTB-XL --within_leads --output_dir training/tokenizers/ptbxl_250hz
@@ -32,7 +37,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import fields
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +59,12 @@ from elm_ecg.training.augmentation import augmented
 from elm_ecg.training.data.labels import SUPERCLASSES
 from elm_ecg.training.data.schema import ECG, SPLITS
 from elm_ecg.training.data.splits import FOLDS
+from elm_ecg.training.evaluation.probe_models import plain_cnn
 from elm_ecg.training.quickstart import save_small_llm
 
 NUM_SAMPLES = 1000  # 10 s at 100 Hz
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "ptbxl"
+LABEL_COLUMNS = ("superclass", "subclass", "form", "rhythm")  # of records.csv; None where nobody named one
 DESCRIPTION = "2,009 records of PTB-XL 1.0.3: 510 of them at 500 Hz, the others at 100 Hz."
 LICENSE = "PTB-XL 1.0.3: CC BY 4.0, https://creativecommons.org/licenses/by/4.0/"
 CITATION = """\
@@ -173,16 +179,23 @@ def make_records(source: Path) -> Iterator[dict[str, Any]]:
                     "record_id": row["ecg_id"],
                     "patient_id": row["patient_id"],
                     "strat_fold": int(row["strat_fold"]),
+                    **{column: row[column].split() or None for column in LABEL_COLUMNS},
                 }
 
 
-def save_records(folder: Path, source: Path = SHARED) -> None:
+def save_records(folder: Path, splits: bool = False, source: Path = SHARED) -> None:
     columns = {"ecg": ECG, "record_id": pa.string(), "patient_id": pa.string(), "strat_fold": pa.int32()}
+    columns |= dict.fromkeys(LABEL_COLUMNS, pa.list_(pa.string()))
     features = Features.from_arrow_schema(pa.schema(columns))
     with tempfile.TemporaryDirectory() as cache:
         data = Dataset.from_generator(make_records, features, cache, gen_kwargs={"source": source})
         data.info.description, data.info.license, data.info.citation = DESCRIPTION, LICENSE, CITATION
-        DatasetDict(train=data).save_to_disk(folder)
+        parts = {"train": data}
+        if splits:
+            fold_of = np.array(data["strat_fold"])
+            rows = {split: [fold for fold, name in FOLDS.items() if name == split] for split in SPLITS}
+            parts = {split: data.select(np.flatnonzero(np.isin(fold_of, folds))) for split, folds in rows.items()}
+        DatasetDict(parts).save_to_disk(folder)
     print(f"{len(data):,} records in {folder}")
 
 
@@ -214,10 +227,7 @@ def make_classifier(args: argparse.Namespace) -> nn.Module:
     if args.encoder is not None:
         config = ENCODER_CONFIGS[args.encoder](num_samples=NUM_SAMPLES, **args.encoder_config)
         return LinearHead(ENCODER_MODELS[args.encoder](config))
-    layers: list[nn.Module] = []
-    for channels, width in pairwise((len(STANDARD_LEADS), 32, 64, 128, 128)):
-        layers += [nn.Conv1d(channels, width, 7, stride=2, padding=3), nn.BatchNorm1d(width), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(width, len(SUPERCLASSES)))
+    return plain_cnn(len(STANDARD_LEADS), len(SUPERCLASSES))
 
 
 def cnn(args: argparse.Namespace) -> None:
@@ -289,11 +299,14 @@ def main() -> None:
             command.add_argument(f"--{option.name}", **kind)
     command = commands.add_parser("records")
     command.add_argument("folder", type=Path)
+    command.add_argument(
+        "--splits", action="store_true", help="train, validation and test by fold, in place of train alone"
+    )
     args = parser.parse_args()
     if args.command == "build":
         build(args.folder, args.seed)
     elif args.command == "records":
-        save_records(args.folder)
+        save_records(args.folder, args.splits)
     else:
         cnn(args)
 

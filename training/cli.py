@@ -20,7 +20,12 @@ COMMANDS = {
         "--data DATA --llm LLM --output_dir FOLDER",
     ),
     "evaluate": ("evaluation.evaluate", "score an ELM with the ECG and without it", "MODEL --data DATA"),
-    "compare": ("evaluation.compare", "tell models apart by their answers to the same questions", "A.json B.json ..."),
+    "probe": ("evaluation.probe", "tell what a frozen ECG encoder has learnt, by linear probes", "ENCODER --data DATA"),
+    "compare": (
+        "evaluation.compare",
+        "tell models apart by their answers, or encoders by their probes",
+        "A.json B.json ...",
+    ),
     "chat": ("apps.chat", "ask an ELM about ECGs in the terminal", "MODEL"),
     "demo": ("apps.demo", "ask an ELM about ECGs on a page in the browser", "MODEL"),
     "push": ("sharing.push", "share a model, encoder, tokenizer or dataset on the Hub", "FOLDER --repo_id OWNER/NAME"),

@@ -87,6 +87,40 @@ def differences_plot(results: Mapping[str, Any]) -> bytes:
     return _svg(figure)
 
 
+def shares_plot(results: Mapping[str, Any]) -> bytes:
+    """SVG of the macro AUROC of a probe against the share of the training patients, with its interval: a line for each model, and a
+    level for what needs no training."""
+    shares = results["settings"]["shares"]
+    names = [f"{100 * share:g}%" for share in shares]
+    models = {
+        "encoder": ("the encoder", "#0072B2"),
+        "random": ("random weights", "#999999"),
+        "cnn": ("plain CNN", "#D55E00"),
+    }
+    figure, axes = plt.subplots(figsize=(7, 4))
+    scale = MetricScale(title="AUROC")
+    for index, (model, (label, colour)) in enumerate(models.items()):
+        rows = [results["models"][model][f"auroc_{name}"]["macro"] for name in names]
+        points = [_bars(row, scale) for row in rows]
+        reach = np.array([row for _, row in points])[:, :, 0].T
+        places = [share * 1.04 ** (index - 1) for share in shares]  # intervals stand beside each other
+        values = [value for value, _ in points]
+        axes.errorbar(places, values, yerr=reach, marker="o", markersize=4, capsize=3, color=colour, label=label)
+    zero_shot = results["models"]["encoder"].get("auroc_zero_shot")
+    if zero_shot is not None:
+        value, ((below,), (above,)) = _bars(zero_shot["macro"], scale)
+        axes.axhline(value, color="#009E73", linestyle="--", label="the encoder, by text prompts")
+        axes.axhspan(value - below, value + above, color="#009E73", alpha=0.12, linewidth=0)
+    axes.set_xscale("log")
+    axes.set_xticks(shares, names)
+    axes.minorticks_off()
+    axes.set_xlabel("share of the training patients")
+    axes.set_ylabel("macro AUROC, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
 def confusion_plot(closed: dict[str, Any]) -> bytes:
     """SVG of a confusion matrix with its counts, rows shaded by their share."""
     labels, counts = closed["labels"], np.array(closed["confusion_matrix"])

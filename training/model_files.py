@@ -198,7 +198,7 @@ def check_config(folder: Path, trust_remote_code: bool = False) -> None:
             f"config.json is of a {settings.get('model_type')!r} model, not of an ELM; `elm sft --llm {folder}` makes one around a "
             "language model."
         )
-    _check_depth(folder, settings)
+    check_depth(folder, settings)
     if "quantization_config" not in settings:  # quantized weights have shapes of their own
         config = ELMConfig.from_pretrained(folder)
         load_own_parts(config, folder, trust_remote_code)
@@ -207,7 +207,7 @@ def check_config(folder: Path, trust_remote_code: bool = False) -> None:
         check_weights(folder, model.state_dict())
 
 
-def _check_depth(folder: Path, settings: Any) -> None:
+def check_depth(folder: Path, settings: Any) -> None:
     """ValueError if a configuration asks for more layers than there are weights: building millions takes hours, even without values."""
     num_weights = 0
     for path in folder.glob("*.safetensors"):

@@ -134,7 +134,7 @@ def test_one_patient(tmp_path, capsys):
     (row,) = json.loads((tmp_path / "out.json").read_text())["comparisons"]
     assert (row["difference"], row["interval_95"], row["p_value"], row["adjusted_p_value"]) == (0.5, None, None, None)
     printed = capsys.readouterr().out
-    assert "nothing can be said of exact match: the questions are about too few patients" in printed
+    assert "nothing can be said of exact match: there are too few patients" in printed
     assert r"| a\|b  | 100.0 " in printed
 
 
@@ -387,7 +387,7 @@ def test_auroc_of_too_few_patients(tmp_path, capsys):
             question["answer"] = "yes" if place == 0 else "no"
         paths.append(str(save(tmp_path / str(seed), questions)))
     compare.main([*paths, "--metric", "exact_match", "auroc"])
-    assert "nothing can be said of AUROC: the questions are about too few patients" in capsys.readouterr().out
+    assert "nothing can be said of AUROC: there are too few patients" in capsys.readouterr().out
 
 
 def test_auroc_needs_likelihoods(tmp_path):

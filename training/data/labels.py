@@ -159,7 +159,7 @@ def label_questions(
     Raises:
         ValueError: no record has labels, or there is nothing to ask of a kind.
     """
-    labels = {record: _tidied(about[record]["labels"]) for record in sorted(labelled(about))}
+    labels = {record: tidied(about[record]["labels"]) for record in sorted(labelled(about))}
     counts = Counter(label for of_record in labels.values() for label in of_record)
     asked = sorted(label for label, number in counts.items() if number >= min_records)
     splits = defaultdict(list)
@@ -187,7 +187,7 @@ def label_questions(
     return rows, left_out
 
 
-def _tidied(labels: Iterable[Any]) -> list[str]:
+def tidied(labels: Iterable[Any]) -> list[str]:
     """The labels of a record in the alphabet's order, each once; a semicolon would part them in an answer, so it does here."""
     texts = (" ".join(part.split()) for label in labels for part in str(label).split(";"))
     return sorted({text for text in texts if text and text.lower() != NONE})

@@ -1,8 +1,9 @@
-"""Which of several ELMs is better on the same questions: `elm compare A.json B.json ...`."""
+"""Which of several ELMs is better on the same questions, or which of several encoders in the same probe: `elm compare A.json B.json ...`."""
 
 import argparse
 import inspect
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,16 @@ from elm_ecg.training.evaluation.bootstrap import (
     resampled_sums,
 )
 from elm_ecg.training.evaluation.conditions import ECG
+from elm_ecg.training.evaluation.probe_results import Probe, read_probe, resample_scores
 from elm_ecg.training.evaluation.results import (
     DATA_FIELDS,
+    EVALUATIONS,
     PREDICTIONS_FILE,
+    PROBE_FILE,
+    PROBES,
     QUESTION_FIELDS,
     RESULTS_FILE,
+    identity_of,
     read_predictions,
     read_results,
     results_in,
@@ -53,6 +59,12 @@ class EvaluatedModel:
         return [row[name] for row in self.predictions]
 
 
+# all of one kind
+Models = list[EvaluatedModel] | list[Probe]
+# (model, metric) -> score, and in each resample
+Measured = tuple[dict[tuple[str, str], float], dict[tuple[str, str], np.ndarray]]
+
+
 @dataclass
 class Comparison:
     """The score of the first model minus that of the second, with its p-value among all comparisons."""
@@ -72,24 +84,32 @@ class Comparison:
         }
 
 
-def read_model(path: Path) -> EvaluatedModel:
-    """Reads a results file and the predictions beside it; errors as `read_results` and `read_predictions`."""
+def read_model(path: Path) -> EvaluatedModel | Probe:
+    """Reads a results file and what lies beside it; errors as `read_results` and `read_predictions`, or as `read_probe`."""
+    if "probe" in identity_of(path):
+        return read_probe(path)
     results = read_results(path)
     return EvaluatedModel(path, results, read_predictions(path, results))
 
 
 def find_results(places: list[Path]) -> list[Path]:
     """The results file of each place: a file, the folder of one, or the folder of a model, of whose evaluations the one counts that
-    all others have too.
+    all others have too. Where not all have evaluations, the same of probes.
 
     Raises:
         ValueError: there is none, or several would do.
     """
-    found = [[place] if not place.is_dir() else results_in(place) for place in places]
+
+    def found_as(file: str, folder: str) -> list[list[Path]]:
+        return [[place] if not place.is_dir() else results_in(place, file, folder) for place in places]
+
+    evaluations, probes = found_as(RESULTS_FILE, EVALUATIONS), found_as(PROBE_FILE, PROBES)
+    found = probes if all(probes) and not all(evaluations) else evaluations
     for place, files in zip(places, found, strict=True):
         if not files:
             raise ValueError(
-                f"{place} holds no {RESULTS_FILE}; evaluate with `elm evaluate`, or name the folder that it named."
+                f"{place} holds no {RESULTS_FILE}; evaluate with `elm evaluate`, or name the folder that it named. Encoders have a "
+                f"{PROBE_FILE} of `elm probe`."
             )
     if all(len(files) == 1 for files in found):
         return [file for (file,) in found]
@@ -125,6 +145,19 @@ def require_same_questions(first: EvaluatedModel, other: EvaluatedModel) -> None
                 raise ValueError(f"{problem}: in line {number} of their predictions {key} is {one!r} and {two!r}.")
 
 
+def require_same_probe(first: Probe, other: Probe) -> None:
+    """
+    Raises:
+        ValueError: two encoders were probed on different records, labels or draws of training patients; it says what differs.
+    """
+    problem = f"{first.path} and {other.path} are not of the same probe"
+    for part, keys in (("data", ("fingerprint", "training_fingerprint")), ("settings", ("draws", "seed"))):
+        for key in keys:
+            one, two = first.results[part][key], other.results[part][key]
+            if one != two:
+                raise ValueError(f"{problem}: the {key} of the {part} is {one!r} and {two!r}.")
+
+
 def score(metric: str, predictions: list[str], references: list[str]) -> np.ndarray:
     """The score of each answer, [questions].
 
@@ -151,10 +184,12 @@ def score(metric: str, predictions: list[str], references: list[str]) -> np.ndar
     return samples.astype(float)
 
 
-def scale_of(metric: str, models: list[EvaluatedModel]) -> MetricScale:
+def scale_of(metric: str, models: Models) -> MetricScale:
     """The scale of a metric: as the results have it, or where it was not scored there, as its module says."""
     name = name_of(metric)
     for model in models:
+        if isinstance(model, Probe):
+            return scales_of(model.results)[metric]
         if name in model.results["metrics"]:
             return scales_of(model.results)[name]
     if metric in ("exact_match", "auroc"):  # shares; without loading their modules
@@ -194,7 +229,40 @@ def auroc(models: list[EvaluatedModel], num_resamples: int, seed: int) -> list[t
     return scores
 
 
-def name_models(models: list[EvaluatedModel]) -> list[str]:
+def _by_kind(models: Models) -> tuple[list[Probe], list[EvaluatedModel]]:
+    """The probes among the models, and the others; ValueError if there are both."""
+    probes = [model for model in models if isinstance(model, Probe)]
+    others = [model for model in models if not isinstance(model, Probe)]
+    if probes and others:
+        raise ValueError(
+            f"{probes[0].path} is of `elm probe`, and {others[0].path} of `elm evaluate`; compare those of one kind."
+        )
+    return probes, others
+
+
+def metrics_of(models: Models, asked: list[str] | None) -> list[str]:
+    """The metrics by which models are compared: those that were asked for; else exact match, or of probes all that they have.
+
+    Raises:
+        ValueError: a probe lacks a metric, or they have none in common.
+    """
+    probes, _ = _by_kind(models)
+    if not probes:
+        return list(dict.fromkeys(asked or ["exact_match"]))
+    common = [metric for metric in probes[0].results["metrics"] if all(metric in probe.scores for probe in probes)]
+    for metric in asked or ():
+        if metric not in common:
+            raise ValueError(
+                f"--metric {metric}: not all of these probes have it; they have {', '.join(common) or 'none'} in common."
+            )
+    if not common:
+        raise ValueError(
+            "These probes have no share of the training patients in common; run `elm probe` with the same --shares."
+        )
+    return list(dict.fromkeys(asked or common))
+
+
+def name_models(models: Models) -> list[str]:
     """The models' names, with their places among the arguments where two are of one name."""
     names = [model.results["model"] for model in models]
     if len(set(names)) == len(names):
@@ -202,22 +270,12 @@ def name_models(models: list[EvaluatedModel]) -> list[str]:
     return [f"{place}: {name}" for place, name in enumerate(names, start=1)]
 
 
-def compare(
-    models: list[EvaluatedModel], metrics: list[str], num_resamples: int, seed: int
-) -> tuple[dict[str, dict[str, Estimate]], list[Comparison]]:
-    """Scores with the ECG, and their differences between all pairs of models: intervals by patient, p-values adjusted by
-    Holm's method over all pairs and metrics.
-
-    Returns:
-        model -> metric -> score; and for each pair, in the order of the models, a comparison for each metric.
-
-    Raises:
-        ValueError: as `score` and `require_same_questions`.
-    """
+def _of_answers(
+    models: list[EvaluatedModel], names: list[str], metrics: list[str], num_resamples: int, seed: int
+) -> Measured:
     for other in models[1:]:
         require_same_questions(models[0], other)
     references = models[0].column("answer")
-    names = name_models(models)
     columns = {
         (name, metric): score(metric, model.column(ECG), references)
         for name, model in zip(names, models, strict=True)
@@ -232,7 +290,37 @@ def compare(
     if "auroc" in metrics:
         for name, value_and_replicates in zip(names, auroc(models, num_resamples, seed), strict=True):
             values[name, "auroc"], replicates[name, "auroc"] = value_and_replicates
+    return values, replicates
 
+
+def _of_probes(models: list[Probe], names: list[str], metrics: list[str], num_resamples: int, seed: int) -> Measured:
+    values, replicates = {}, {}
+    for other in models[1:]:
+        require_same_probe(models[0], other)
+    patients, labels = models[0].column("patient_id"), models[0].labels
+    for name, model in zip(names, models, strict=True):
+        for metric in metrics:
+            resampled = resample_scores(model.scores[metric], labels, patients, num_resamples, seed)
+            values[name, metric], replicates[name, metric] = resampled.macro, resampled.macro_replicates
+    return values, replicates
+
+
+def compare(
+    models: Models, metrics: list[str], num_resamples: int, seed: int
+) -> tuple[dict[str, dict[str, Estimate]], list[Comparison]]:
+    """Scores with the ECG, or of probes, and their differences between all pairs of models: intervals by patient, p-values adjusted by
+    Holm's method over all pairs and metrics.
+
+    Returns:
+        model -> metric -> score; and for each pair, in the order of the models, a comparison for each metric.
+
+    Raises:
+        ValueError: as `score` and `require_same_questions`; of probes, as `require_same_probe`.
+    """
+    names = name_models(models)
+    probes, evaluated = _by_kind(models)
+    measure = partial(_of_probes, probes) if probes else partial(_of_answers, evaluated)
+    values, replicates = measure(names, metrics, num_resamples, seed)
     scores = {
         name: {metric: estimate(values[name, metric], replicates[name, metric]) for metric in metrics} for name in names
     }
@@ -259,7 +347,7 @@ def in_words(comparisons: list[Comparison], scales: dict[str, MetricScale]) -> s
     for row in comparisons:
         scale, gain = scales[row.metric], row.difference.value or 0.0
         if row.adjusted_p_value is None:
-            parts.append(f"nothing can be said of {scale.title}: the questions are about too few patients")
+            parts.append(f"nothing can be said of {scale.title}: there are too few patients")
         elif row.adjusted_p_value < LEVEL:
             better, worse = (first, second) if (gain > 0) == scale.higher_is_better else (second, first)
             parts.append(f"{better} is better than {worse} by {scale.gain(gain)}")
@@ -268,10 +356,10 @@ def in_words(comparisons: list[Comparison], scales: dict[str, MetricScale]) -> s
     return f"{first} and {second}: {'; '.join(parts)}."
 
 
-def warnings_of(models: list[EvaluatedModel]) -> list[str]:
+def warnings_of(models: Models) -> list[str]:
     """What a reader of the comparison should know before all numbers."""
     notes = []
-    ways = {model.results["settings"]["score"]: model.path for model in models}
+    ways = {model.results["settings"]["score"]: model.path for model in _by_kind(models)[1]}
     if len(ways) > 1:
         notes.append(
             "Some of these answers were generated and some chosen by likelihood among candidates, which is easier: a difference may be "
@@ -280,14 +368,22 @@ def warnings_of(models: list[EvaluatedModel]) -> list[str]:
     patients = len(set(models[0].column("patient_id")))
     if patients < MIN_PATIENTS:
         notes.append(
-            f"The questions are about {counted(patients, 'patient')}: fewer than {MIN_PATIENTS} do not show how patients differ, so "
-            "there are no intervals and no p-values."
+            f"The {_things(models)}s are {_of(models)} {counted(patients, 'patient')}: fewer than {MIN_PATIENTS} do not show how patients "
+            "differ, so there are no intervals and no p-values."
         )
     return notes
 
 
+def _things(models: Models) -> str:
+    return "record" if isinstance(models[0], Probe) else "question"
+
+
+def _of(models: Models) -> str:
+    return "of" if isinstance(models[0], Probe) else "about"
+
+
 def to_markdown(
-    models: list[EvaluatedModel],
+    models: Models,
     scores: dict[str, dict[str, Estimate]],
     comparisons: list[Comparison],
     scales: dict[str, MetricScale],
@@ -307,22 +403,25 @@ def to_markdown(
     units = [f"{scale.title} in {scale.unit}" for scale in scales.values() if scale.factor == 1 and scale.unit]
     exceptions = f" But {', '.join(units)}." if units else ""
     lines = [
-        f"{counted(len(models[0].predictions), 'question')} about {counted(num_patients, 'patient')}. Scores in percent, differences "
+        f"{counted(len(models[0].predictions), _things(models))} {_of(models)} {counted(num_patients, 'patient')}. Scores in percent, differences "
         f"in points, in brackets their 95% intervals by patient.{exceptions}",
         *warnings_of(models),
         "",
-        *_table(
+        *table_lines(
             ["model", *(name if scales[name].factor > 1 else scales[name].heading for name in metrics), "results"], rows
         ),
         "",
-        *_table(["first", "second", "metric", "first - second", "p", f"p, Holm of {len(comparisons)}"], differences),
+        *table_lines(
+            ["first", "second", "metric", "first - second", "p", f"p, Holm of {len(comparisons)}"], differences
+        ),
         "",
     ]
     pairs = [comparisons[start : start + len(metrics)] for start in range(0, len(comparisons), len(metrics))]
     return "\n".join([*lines, *(f"- {in_words(pair, scales)}" for pair in pairs)])
 
 
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+def table_lines(header: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a Markdown table whose columns stand below each other."""
     cells = [[text.replace("|", r"\|") for text in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [f"| {' | '.join(f'{text:<{width}}' for text, width in zip(row, widths, strict=True))} |" for row in cells]
@@ -342,15 +441,14 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="FILE.json",
         help=f"{RESULTS_FILE} of `elm evaluate`, with {PREDICTIONS_FILE} beside it; the folder of both; or the folder of a model, with the "
-        "one evaluation that all have",
+        "one evaluation that all have; or all of these of `elm probe`",
     )
     parser.add_argument(
         "--metric",
         nargs="+",
-        default=["exact_match"],
         metavar="NAME",
         help="exact_match, a metric of training/evaluation/metrics or the path of your own that is a mean over the answers, or auroc (of "
-        "--score likelihood); default: exact_match",
+        "--score likelihood); default: exact_match. Of probes auroc_10%% and the like, or auroc_zero_shot; default: all",
     )
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="the comparison, as JSON")
     parser.add_argument(
@@ -380,8 +478,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--output is {args.output}; there is no folder {args.output.parent}.")
     if args.num_resamples < 1:
         raise ValueError(f"--num_resamples is {args.num_resamples}; it must be at least 1.")
-    models = [read_model(path) for path in args.results]
-    metrics = list(dict.fromkeys(args.metric))
+    models: Any = [read_model(path) for path in args.results]
+    metrics = metrics_of(models, args.metric)
     scores, comparisons = compare(models, metrics, args.num_resamples, args.seed)
     scales = {metric: scale_of(metric, models) for metric in metrics}
     print(printable(to_markdown(models, scores, comparisons, scales)))
@@ -390,10 +488,10 @@ def main(argv: list[str] | None = None) -> None:
     output = {
         "schema_version": SCHEMA_VERSION,
         "data": models[0].results["data"],
-        "num_questions": len(models[0].predictions),
+        f"num_{_things(models)}s": len(models[0].predictions),
         "num_patients": len(set(models[0].column("patient_id"))),
         "settings": {
-            "condition": ECG,
+            **({} if isinstance(models[0], Probe) else {"condition": ECG}),
             "num_resamples": args.num_resamples,
             "seed": args.seed,
             "adjustment": f"Holm, {len(comparisons)} comparisons",

@@ -96,17 +96,18 @@ def fingerprint_of(data: Dataset, questions: list[Question]) -> str:
         of_ecgs = []
         for ecg in ecgs_of(row):
             if not isinstance(ecg, str | LazyECG):
-                of_ecgs.append(_digest_of_ecg(ecg))
+                of_ecgs.append(digest_of_ecg(ecg))
                 continue
             if ecg not in known:
-                known[ecg] = _digest_of_ecg(ecg)
+                known[ecg] = digest_of_ecg(ecg)
             of_ecgs.append(known[ecg])
         turns = [[message["role"], _text(message["content"])] for message in row["messages"]]
         of_rows.append([turns, [_kinds(message["content"]) for message in row["messages"]], of_ecgs])
     return digest([digest_of_questions(questions), patients_of(data), of_rows])
 
 
-def _digest_of_ecg(ecg: Any) -> str:
+def digest_of_ecg(ecg: Any) -> str:
+    """A digest of the samples, sampling rate and leads of an ECG in any form; `unreadable` of one that cannot be read."""
     try:
         record = as_record(ecg)
     except (ValueError, OSError):  # asking says what is wrong; a model that reads no ECG is asked all the same

@@ -42,6 +42,8 @@ PREDICTIONS_FILE = "predictions.jsonl"
 REPORT_FILE = "report.html"
 SUMMARY_FILE = "evaluation_summary.json"  # of several runs
 EVALUATIONS = "evaluation"  # folder in that of a model, with one for each evaluation
+PROBE_FILE = "probe_results.json"  # of `elm probe`, see `probe_results`
+PROBES = "probe"  # folder in that of an encoder, with one for each probe
 OLD_RESULTS = "old_results"
 PARTIAL = "predictions.partial"  # the answers so far, a file for each process
 REQUIRED = ["model", "model_revision", "data", "num_questions", "num_patients", "metrics", "main_metric"]
@@ -134,13 +136,10 @@ def read_predictions(path: Path, results: Mapping[str, Any]) -> list[dict[str, A
     return rows
 
 
-def results_in(folder: Path) -> list[Path]:
-    """The results files of the folder of a model: its own, and those of the folders in `EVALUATIONS`."""
-    return [
-        path
-        for path in (folder / RESULTS_FILE, *sorted(folder.glob(f"{EVALUATIONS}/*/{RESULTS_FILE}")))
-        if path.is_file()
-    ]
+def results_in(folder: Path, file: str = RESULTS_FILE, place: str = EVALUATIONS) -> list[Path]:
+    """The results files of the folder of a model: its own, and those of the folders in `EVALUATIONS`; of probes, with `PROBE_FILE` and
+    `PROBES`."""
+    return [path for path in (folder / file, *sorted(folder.glob(f"{place}/*/{file}"))) if path.is_file()]
 
 
 def results_of(folder: Path, revision: str) -> list[tuple[Path, dict[str, Any]]]:
@@ -169,7 +168,7 @@ def move_old_results(folder: Path, keep: str | None = None) -> Path | None:
     """
     files = [folder / name for name in (RESULTS_FILE, PREDICTIONS_FILE, REPORT_FILE, SUMMARY_FILE)]
     groups = [[path for path in [*files, *folder.glob(f"{PARTIAL}.*.jsonl")] if path.is_file()]]
-    groups += [[path] for path in sorted(folder.glob(f"{EVALUATIONS}/*")) if path.is_dir()]
+    groups += [[path] for place in (EVALUATIONS, PROBES) for path in sorted(folder.glob(f"{place}/*")) if path.is_dir()]
     runs = [*folder.glob("fold[0-9]*"), *folder.glob("seed[0-9]*")]  # of an --output_dir that was the model's folder
     groups += [[path] for path in sorted(runs) if path.is_dir() and any(path.rglob(RESULTS_FILE))]
     old = [path for group in groups if group and not (keep and _may_stay(group, keep)) for path in group]
@@ -181,15 +180,17 @@ def move_old_results(folder: Path, keep: str | None = None) -> Path | None:
         target = place / path.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         path.rename(target)
-    if (folder / EVALUATIONS).is_dir() and not any((folder / EVALUATIONS).iterdir()):
-        (folder / EVALUATIONS).rmdir()
+    for name in (EVALUATIONS, PROBES):
+        if (folder / name).is_dir() and not any((folder / name).iterdir()):
+            (folder / name).rmdir()
     print(f"Earlier results are of other weights; they are now in {place}", flush=True)
     return place
 
 
 def _may_stay(group: list[Path], keep: str) -> bool:
-    found = [path for path in group if path.name == RESULTS_FILE]
-    found += [file for path in group if path.is_dir() for file in path.rglob(RESULTS_FILE)]
+    names = (RESULTS_FILE, PROBE_FILE)
+    found = [path for path in group if path.name in names]
+    found += [file for path in group if path.is_dir() for name in names for file in path.rglob(name)]
     return all(identity_of(path).get("model_revision") == keep for path in found)
 
 
