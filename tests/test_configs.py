@@ -7,11 +7,12 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.utils import DistributedType
 
-from elm_ecg.training import sft
+from elm_ecg.training import pretrain, sft
+from elm_ecg.training.arguments import recipes
 from elm_ecg.training.llms import LLMS
 from helpers import ROOT
 
-RECIPES = sorted((ROOT / "training" / "configs").glob("*.yaml"))
+RECIPES, OF_PRETRAINING = recipes(), recipes("elm pretrain")
 ACCELERATE_CONFIGS = {
     "ddp": DistributedType.MULTI_GPU,
     "fsdp": DistributedType.FSDP,
@@ -20,12 +21,27 @@ ACCELERATE_CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipe(path: Path, tmp_path: Path) -> None:
-    recipe = yaml.safe_load(path.read_text())
-    args, training_args, model_args = sft.parse(
-        ["--config", str(path), "--data", "data", "--output_dir", str(tmp_path)]
-    )
+def test_each_recipe_is_of_a_command() -> None:
+    names = {path.stem for path in (ROOT / "training" / "configs").glob("*.yaml")}
+    assert names == RECIPES.keys() | OF_PRETRAINING.keys()
+    assert not RECIPES.keys() & OF_PRETRAINING.keys()
+
+
+@pytest.mark.parametrize("name", OF_PRETRAINING)
+def test_recipe_of_pretraining(name: str, tmp_path: Path) -> None:
+    recipe = yaml.safe_load(OF_PRETRAINING[name].read_text())
+    text = [] if "merl" not in name or "text_encoder" in recipe else ["--text_encoder", "bert"]
+    args, training_args = pretrain.parse(["--config", name, "--data", "data", "--output_dir", str(tmp_path), *text])
+    parsed = {**vars(training_args), **vars(args)}
+    changed = {name for name, value in recipe.items() if parsed[name] != value}
+    assert changed <= {"report_to"}, "an option of the recipe is not what the parser makes of it"
+    assert args.objectives == ["contrastive" if "merl" in name else "masked"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe(name: str, tmp_path: Path) -> None:
+    recipe = yaml.safe_load(RECIPES[name].read_text())
+    args, training_args, model_args = sft.parse(["--config", name, "--data", "data", "--output_dir", str(tmp_path)])
     parsed = {**vars(model_args), **vars(training_args), **vars(args)}
     changed = {name for name, value in recipe.items() if parsed[name] != value}
     assert changed <= {"report_to"}, "an option of the recipe is not what the parser makes of it"

@@ -232,7 +232,7 @@ def test_two_processes_are_as_one(records, text_encoder, tmp_path):
                 assert theirs[name] == pytest.approx(ours[name], rel=1e-5, abs=2e-6), name
     after = weights(two)
     for name, tensor in weights(one).items():
-        torch.testing.assert_close(after[name], tensor, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(after[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_streamed_records(records, tmp_path, capsys):
@@ -307,12 +307,13 @@ def test_a_finished_model_and_options_of_a_new_one(trained, records, tmp_path, c
     assert "it is a 'st_mem' model; expected what `elm pretrain` saves" in capsys.readouterr().err
 
 
-def test_other_records_than_the_encoder_reads(trained, records, tmp_path, capsys):
-    """The feature extractor beside an encoder wins; without one the options have to fit."""
+def test_records_of_a_pretrained_encoder(trained, records, tmp_path, capsys, caplog):
+    """The feature extractor beside an encoder wins; without one the options say what its records are."""
     folder = tmp_path / "encoder"
     ENCODER_MODELS["st_mem"].from_pretrained(trained / "encoder").save_pretrained(folder)
-    arguments = ["--encoder", str(folder), "--pretraining_config", json.dumps(DECODER), "--num_samples", "250"]
+    arguments = ["--encoder", str(folder), "--pretraining_config", json.dumps(DECODER), "--lead_names", "I", "II"]
     assert cli.main(["pretrain", *tiny_pretrain(records, tmp_path / "run", *arguments, encoder=None)]) == 1
-    assert "The encoder reads 500 samples, and --num_samples makes records of 250" in capsys.readouterr().err
+    assert "its records have 2 leads by its feature extractor, and the encoder reads 12" in capsys.readouterr().err
     ECGFeatureExtractor(100, 500).save_pretrained(folder)
     pretrain.main(tiny_pretrain(records, tmp_path / "run", *arguments, encoder=None))
+    assert "--lead_names, of a new one, change nothing" in caplog.text

@@ -408,17 +408,20 @@ def new_elm_options(args: ModelArguments) -> list[str]:
     return [name for name in names if getattr(args, name) != getattr(defaults, name)]
 
 
-def recipes() -> dict[str, Path]:
-    """The recipes that come with the package, by name."""
-    return {path.stem: path for path in sorted(resource("training/configs").glob("*.yaml"))}
+def recipes(prog: str = "elm sft") -> dict[str, Path]:
+    """The recipes of a command that come with the package, by name: of `elm pretrain` those that begin so."""
+    paths = sorted(resource("training/configs").glob("*.yaml"))
+    of_pretraining = prog.endswith(" pretrain")
+    return {path.stem: path for path in paths if path.stem.startswith("pretrain_") == of_pretraining}
 
 
-def find_recipe(name: str) -> Path:
-    """The file that `--config` names: any YAML file by its path, or a recipe of this package by its name."""
-    path = Path(name) if Path(name).is_file() else recipes().get(name)  # a file here wins over a recipe
+def find_recipe(name: str, prog: str = "elm sft") -> Path:
+    """The file that `--config` names: any YAML file by its path, or a recipe of the command by its name."""
+    known = recipes(prog)
+    path = Path(name) if Path(name).is_file() else known.get(name)  # a file here wins over a recipe
     if path is None:
-        near = did_you_mean(Path(name).stem, recipes())
-        raise ValueError(f"--config {name} is no file and no recipe.{near} Recipes: {', '.join(recipes())}.")
+        near = did_you_mean(Path(name).stem, known)
+        raise ValueError(f"--config {name} is no file and no recipe.{near} Recipes: {', '.join(known)}.")
     return path
 
 
@@ -460,7 +463,7 @@ class ELMParser(CommandLineParser, TrlParser):
         self.needed: dict[str, str] = {}
         self.presets: dict[str, Any] = {}
         self.source = ""  # of the values that are not the command line's, for errors
-        epilog = f"--config FILE.yaml or NAME reads options from a file, or from a recipe of this package: {', '.join(recipes())}."
+        epilog = f"--config FILE.yaml or NAME reads options from a file, or from a recipe of this package: {', '.join(recipes(kwargs.get('prog', '')))}."
         kwargs = {
             "usage": "%(prog)s [options]; --help lists them",
             "formatter_class": HelpFormatter,
@@ -569,7 +572,7 @@ class ELMParser(CommandLineParser, TrlParser):
         if "--config" in words:
             place = words.index("--config") + 1
             self.source = f"--config {words[place]}: "
-            words[place] = str(find_recipe(words[place]))
+            words[place] = str(find_recipe(words[place], self.prog))
         return super().parse_args_and_config(words, *flags, **kwargs)
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,15 @@ from transformers.integrations import get_available_reporting_integrations
 from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
 from elm_ecg.configuration_ecg_pretraining import ECGPretrainingConfig
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
-from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.modeling_ecg_pretraining import ECGForPreTraining
+from elm_ecg.training.arguments import RecordArguments
 from elm_ecg.training.augmentation import NO_AUGMENTATION
 from elm_ecg.training.checkpoints import CountEpochs, replace_model
 from elm_ecg.training.command_line import printable, run_command
 from elm_ecg.training.data.record_rows import load_records, report_of
 from elm_ecg.training.data.schema import counted
 from elm_ecg.training.data.streams import load_stream
+from elm_ecg.training.encoders import EXTRACTOR_OPTIONS, load_encoder
 from elm_ecg.training.figures import training_plot
 from elm_ecg.training.files import check_output_folder, write_text
 from elm_ecg.training.load import limit_threads
@@ -47,8 +49,8 @@ OF_THE_MODEL = (
     "contrastive_loss",
     "temperature",
 )
-OF_THE_MODEL += ("projection_size", "pretraining_config", "sampling_rate", "num_samples", "lead_names", "missing_leads")
-OF_THE_MODEL += ("bandpass", "notch", "normalization", "truncation")
+OF_THE_MODEL += ("projection_size", "pretraining_config")
+OF_RECORDS = tuple(option.name for option in fields(RecordArguments))
 
 
 def parse(argv: list[str] | None = None, prog: str = "elm pretrain") -> tuple[PretrainArguments, TrainingArguments]:
@@ -72,18 +74,36 @@ def parse(argv: list[str] | None = None, prog: str = "elm pretrain") -> tuple[Pr
     return args, training_args
 
 
-def load_encoder(name: str) -> tuple[PreTrainedModel, ECGFeatureExtractor | None]:
-    """A pretrained ECG encoder by its folder or Hub id, and the feature extractor beside it, if there is one."""
-    folder, _ = model_folder(name, ["config.json"], label="--encoder")
-    if (folder / ENCODER / "config.json").is_file():  # of a pretraining model
-        folder = folder / ENCODER
-    with loading(folder, f"The encoder {name}"):
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-        if kind not in ENCODER_MODELS:
-            raise ValueError(f"it is a {kind!r} model; expected an ECG encoder: {', '.join(ENCODER_MODELS)}.")
-        encoder = ENCODER_MODELS[kind].from_pretrained(folder)
-        has_extractor = (folder / "preprocessor_config.json").is_file()
-        return encoder, ECGFeatureExtractor.from_pretrained(folder) if has_extractor else None
+def pretrained_encoder(args: PretrainArguments) -> tuple[PreTrainedModel, ECGFeatureExtractor]:
+    """The pretrained ECG encoder of `--encoder`, and the feature extractor beside it, or without one that of the options.
+
+    Raises:
+        ValueError: as `load_encoder`; or it reads pictures.
+    """
+    name = args.encoder
+    folder, _ = model_folder(name, ["adapter_config.json", "config.json"], label="--encoder")
+    has_extractor = any((folder / file).is_file() for file in ("preprocessor_config.json", "processor_config.json"))
+    described = {option: getattr(args, option) for option in EXTRACTOR_OPTIONS}
+    loaded = load_encoder(
+        name,
+        trust_remote_code=args.trust_remote_code,
+        truncation=args.truncation,
+        **({} if has_extractor else described),
+    )
+    if loaded.to_pictures is not None:
+        raise ValueError(f"--encoder {name} reads pictures; expected an ECG encoder, which reads signals.")
+    _warn_of_unused(args, loaded.extractor, f"--encoder {name} comes with what prepares its records")
+    return loaded.model.requires_grad_(True), loaded.extractor
+
+
+def _warn_of_unused(
+    args: PretrainArguments, extractor: ECGFeatureExtractor, why: str, options: Iterable[str] = OF_RECORDS
+) -> None:
+    """Tells of `options` that were said, and are not those of a feature extractor that was saved."""
+    defaults = PretrainArguments(data=args.data)
+    said = [option for option in options if getattr(args, option) != getattr(defaults, option)]
+    if unused := [f"--{option}" for option in said if getattr(extractor, option, None) != getattr(args, option)]:
+        logger.warning("%s: %s, of a new one, change nothing.", why, ", ".join(unused))
 
 
 def build_model(args: PretrainArguments) -> tuple[ECGForPreTraining, ECGFeatureExtractor, Any]:
@@ -99,9 +119,8 @@ def build_model(args: PretrainArguments) -> tuple[ECGForPreTraining, ECGFeatureE
         shape = {"num_leads": len(extractor.lead_names), "num_samples": extractor.num_samples}
         encoder_config: Any = config_class(**{**shape, **args.encoder_fields})
     else:
-        encoder, own = load_encoder(args.encoder)
-        encoder_config, extractor = encoder.config, own or extractor
-    _check_shape(encoder_config, extractor)
+        encoder, extractor = pretrained_encoder(args)
+        encoder_config = encoder.config
     args.set_objectives(encoder_config.model_type)
     text_encoder, tokenizer = None, None
     if "contrastive" in args.objectives:
@@ -124,18 +143,6 @@ def build_model(args: PretrainArguments) -> tuple[ECGForPreTraining, ECGFeatureE
     return ECGForPreTraining(config, encoder=encoder, text_encoder=text_encoder), extractor, tokenizer
 
 
-def _check_shape(config: Any, extractor: ECGFeatureExtractor) -> None:
-    for option, of_encoder, of_records in (
-        ("num_samples", config.num_samples, extractor.num_samples),
-        ("lead_names", config.num_leads, len(extractor.lead_names)),
-    ):
-        if of_encoder != of_records:
-            raise ValueError(
-                f"The encoder reads {of_encoder} {'samples' if option == 'num_samples' else 'leads'}, and --{option} makes records of "
-                f"{of_records}; give the same."
-            )
-
-
 def _load_model(args: PretrainArguments) -> tuple[ECGForPreTraining, ECGFeatureExtractor, Any]:
     """A saved pretraining model, with what of the options may change as it goes on."""
     name = str(args.model_name_or_path)
@@ -150,12 +157,7 @@ def _load_model(args: PretrainArguments) -> tuple[ECGForPreTraining, ECGFeatureE
         extractor = ECGFeatureExtractor.from_pretrained(folder)
         reads = "contrastive" in model.config.objectives
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if reads else None
-    defaults = PretrainArguments(data=args.data)
-    differ = [option for option in OF_THE_MODEL if getattr(args, option) != getattr(defaults, option)]
-    if unused := [f"--{option}" for option in differ if getattr(extractor, option, None) != getattr(args, option)]:
-        logger.warning(
-            "--model_name_or_path %s is a finished model: %s, of a new one, change nothing.", name, ", ".join(unused)
-        )
+    _warn_of_unused(args, extractor, f"--model_name_or_path {name} is a finished model", (*OF_THE_MODEL, *OF_RECORDS))
     saved = list(model.config.objectives)
     if args.objectives and args.objectives != saved:
         raise ValueError(

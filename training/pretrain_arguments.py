@@ -63,6 +63,7 @@ class ObjectiveArguments:
         "st_mem",
         f"Encoder: {', '.join(ENCODER_CONFIGS)} with random weights, or the folder or Hub id of a pretrained ECG encoder.",
     )
+    trust_remote_code: bool = argument(False, "Run the code that an encoder of somebody's own comes with.")
     encoder_config: str | None = argument(  # a YAML file may also hold a mapping, see `json_fields`
         None, 'JSON with fields of the config of an encoder with random weights, such as {"num_hidden_layers": 4}.'
     )

@@ -70,11 +70,10 @@ def _each_once(part: Dataset, name: str) -> Dataset:
     if column is None and "record_id" in part.column_names:
         column = table.select_columns(["record_id"])[:]["record_id"]
     if column is not None:
-        names = column.to_pandas().to_numpy()[kept]
-        named = np.array([value is not None for value in names], dtype=bool)
-        first = np.unique(names[named].astype(str), return_index=True)[1]
+        names = column.combine_chunks().dictionary_encode().indices.fill_null(-1).to_numpy()[kept]
+        first = np.unique(names[names >= 0], return_index=True)[1]
         # rows without a name are each of a record of their own
-        kept = np.sort(np.concatenate([kept[named][first], kept[~named]]))
+        kept = np.sort(np.concatenate([kept[names >= 0][first], kept[names < 0]]))
     if len(kept) == len(part):
         return part
     logger.info("%s: %s of %s", name, counted(len(kept), "record"), counted(len(part), "row"))
