@@ -114,7 +114,7 @@ class ECGForPreTraining(CompleteModel):
         width = getattr(encoder_config, "output_size", None) or encoder_config.hidden_size
         if config.num_encoder_tokens is not None:
             return width, config.num_encoder_tokens
-        shape = [getattr(encoder_config, name, None) for name in ("num_leads", "num_samples")]
+        shape: list[Any] = [getattr(encoder_config, name, None) for name in ("num_leads", "num_samples")]
         if None in shape:
             raise ValueError(
                 f"{type(encoder_config).__name__} has no num_leads or no num_samples; give num_encoder_tokens in the configuration of the "
@@ -244,7 +244,8 @@ class ECGForPreTraining(CompleteModel):
         """
         if num_samples is not None:  # zeros also where NaN stands
             ecg_values = ecg_values.masked_fill(_padding(ecg_values, num_samples), 0)
-        output, losses = ECGPretrainingOutput(), []
+        output = ECGPretrainingOutput()
+        losses: list[Any] = []
         if self.decoder is not None:
             output = self._masked(ecg_values, lead_mask, num_samples, mask)
             losses.append(output.masked_loss)

@@ -63,8 +63,8 @@ AVERAGED = {"module.a.weight": torch.ones(2, 3)}
     ("average", "others"),
     [
         (AVERAGED, []),
-        ({"shadow": AVERAGED, "decay": 0.999}, []),
-        (AVERAGED | {"n_averaged": torch.tensor(12)}, ["ema.n_averaged (12)"]),  # of torch's AveragedModel
+        ({"shadow": AVERAGED, "decay": 0.999}, ["ema.decay"]),
+        (AVERAGED | {"n_averaged": torch.tensor(12)}, ["ema.n_averaged"]),  # of torch's AveragedModel
     ],
 )
 def test_a_moving_average_beside_the_weights(average, others, tmp_path):

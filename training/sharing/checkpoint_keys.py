@@ -97,14 +97,6 @@ _RECONSTRUCTION: list[Rule] = [
 ]
 # of each encoder what its pretraining has beside it; all other entries are the encoder's
 PRETRAINING_RULES: dict[str, list[Rule]] = {
-    "mlae": _RECONSTRUCTION,
-    "mtae": _RECONSTRUCTION,
-    "st_mem": [
-        *_RECONSTRUCTION,
-        (r"to_decoder_embedding\.", "decoder.projection."),
-        (r"decoder_pos_embed$", "decoder.positions"),
-        *_layers(r"decoder_blocks\.", "decoder.layers"),
-    ],
     "merl": [
         (r"downconv\.", "heads.projection."),
         (r"att_pool_head\.cls_token$", "heads.attention_pool.cls_token"),
@@ -114,6 +106,14 @@ PRETRAINING_RULES: dict[str, list[Rule]] = {
         (r"linear([12])\.", r"heads.view_\1."),
         (r"proj_t\.", "heads.text_projection."),
         (r"lm_model\.", "text_encoder."),
+    ],
+    "mlae": _RECONSTRUCTION,
+    "mtae": _RECONSTRUCTION,
+    "st_mem": [
+        *_RECONSTRUCTION,
+        (r"to_decoder_embedding\.", "decoder.projection."),
+        (r"decoder_pos_embed$", "decoder.positions"),
+        *_layers(r"decoder_blocks\.", "decoder.layers"),
     ],
 }
 

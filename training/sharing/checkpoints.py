@@ -98,9 +98,10 @@ def read_checkpoint(path: Path, weights: str | None = None) -> Checkpoint:
         ValueError: the file is damaged, holds anything that could run code, no state dict, or no moving average that was asked for.
         OSError: it cannot be read.
     """
-    content = _load(path)
+    content: Any = _load(path)
     others: list[str] = []
-    average, averaged = None, {}
+    average: str | None = None
+    averaged: dict[Any, Any] = {}
     if isinstance(content, dict):
         average = next((name for name in AVERAGES if isinstance(content.get(name), dict)), None)
     is_average = average is not None if weights is None else weights == "ema"
@@ -111,18 +112,21 @@ def read_checkpoint(path: Path, weights: str | None = None) -> Checkpoint:
     if isinstance(content, dict) and (STATE_DICT in content or average is not None):
         used = {STATE_DICT, average} if is_average else {STATE_DICT}
         others = [str(name) for name in content if name not in used]
-        content, averaged = content.get(STATE_DICT), content.get(average, {})
+        content, averaged = content.get(STATE_DICT), content.get(average) or {}
     if not (isinstance(content, dict) and content) and not is_average:
         raise ValueError(f"{path} holds no state dict; expected a dict of tensors, or one under {STATE_DICT!r}.")
     tensors, names = _checked(path, content or {})
     if is_average:
-        nested = [value for value in averaged.values() if isinstance(value, dict)]
+        nested = [name for name, value in averaged.items() if isinstance(value, dict)]
+        if len(nested) == 1:  # beside the decay, for example
+            others += [f"{average}.{name}" for name in averaged if name not in nested]
+            averaged = averaged[nested[0]]
         try:
-            of_average, names_of_average = _checked(path, nested[0] if len(nested) == 1 else averaged)
+            of_average, names_of_average = _checked(path, averaged)
         except ValueError as error:
             raise ValueError(f"The moving average {average!r}: {error} Or take --weights model.") from error
-        if (count := of_average.pop("n_averaged", None)) is not None:  # of torch's AveragedModel
-            others.append(f"{average}.{names_of_average.pop('n_averaged')} ({int(count.max())})")
+        if of_average.pop("n_averaged", None) is not None:  # of torch's AveragedModel, a number of steps
+            others.append(f"{average}.{names_of_average.pop('n_averaged')}")
         tensors, names = tensors | of_average, names | names_of_average
     return Checkpoint(tensors, names, others, average, is_average)
 
