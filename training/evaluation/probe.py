@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     twin = encoder.with_random_weights(args.seed)
     for model in (encoder.model, twin.model, encoder.pretraining):
         if model is not None:
-            model.to(device)
+            model.to(device)  # type: ignore[arg-type]  # a wrapped method
     with tempfile.TemporaryDirectory() as scratch:
         features = {
             split: compute_features(encoder, twin, data.splits[split], Path(scratch), split, args.batch_size, device)
