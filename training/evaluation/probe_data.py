@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -157,7 +157,8 @@ def _of_columns(
             cells |= {(split, number, index): row for index, row in enumerate(rows)}
     found: dict[str, dict[tuple[int, int], Known]] = {split: {} for split in parts}
     # the columns of all splits at once: whether a column holds 0 and 1 has to be the same in each
-    for (split, number, index), row in read_labels(cells, columns).items():
+    labels: Mapping[Any, Any] = read_labels(cells, columns)
+    for (split, number, index), row in labels.items():
         if row["labels"] is None:
             left_out["rows without labels"] += 1
             continue
