@@ -127,6 +127,18 @@ files_of(".", "tokenizer/ecg_byte.json", "tokenizer/README.md", "tokens.png", "e
 torch.save(reference_encoder(), "merl.pt")
 elm("convert merl.pt --encoder merl --num_samples 500 --output_dir converted", "converted")
 files_of("converted", "model.safetensors", "README.md", "conversion.json", "modeling_ecg_resnets.py")
+with open("records.csv", "w", newline="") as file:
+    folds = [1, 1, 1, 1, 9, 9, 9, 9, 10, 10, 10, 10]
+    csv.writer(file).writerows(
+        [("record", "patient_id", "strat_fold", "odd"), *((i, f"p{i}", fold, i % 2) for i, fold in enumerate(folds))]
+    )
+elm(
+    "data build recordings --no_questions --metadata records.csv --metadata_columns odd --output_dir labelled",
+    "labelled",
+)
+options = "--label_columns odd --min_records 1 --shares 1 --sampling_rate 50 --output_dir probed"
+elm(f"probe converted --data labelled {options}", "Has pretraining helped?")
+files_of("probed", "probe_results.json", "probe_records.jsonl", "probe_scores.safetensors", "report.html")
 show_demo("model")
 elm("chat model --max_new_tokens 4", "leads", typed="/ecg recordings/0.npz\nWhat is the rhythm?\n/quit\n")
 elm("push model --repo_id user/model --license mit", "user/model")

@@ -8,7 +8,7 @@ from datasets import load_from_disk
 
 from elm_ecg.training import cli, sft, tokenizer
 from elm_ecg.training.data import write
-from elm_ecg.training.evaluation import evaluate
+from elm_ecg.training.evaluation import evaluate, probe
 from elm_ecg.training.sharing import convert
 from helpers import fork_project, save_tiny_data
 
@@ -17,6 +17,7 @@ COMMANDS = {
     "quickstart": [],
     "sft": ["--data", "x", "--use_cpu"],
     "evaluate": ["model", "--data", "x"],
+    "probe": ["encoder", "--data", "x"],
     "compare": ["a.json", "b.json"],
     "chat": ["model"],
     "demo": ["model"],
@@ -60,6 +61,7 @@ def fail(*args: Any, **kwargs: Any) -> None:
         (["quickstart", "--use_cpu"], []),
         (["sft", "--data", "x", "--use_cpu"], [(sft, "load_splits"), (sft, "load_elm"), (sft, "build_base")]),
         (["evaluate", "model", "--data", "x"], [(evaluate, "_load_data"), (evaluate, "load_elm")]),
+        (["probe", "encoder", "--data", "x"], [(probe, "load_encoder"), (probe, "load_records")]),
         (["convert", "elm.pt", "--encoder", "merl"], [(convert, "read_checkpoint")]),
         (["data", "build", "records"], [(write, "make_plan")]),
         (["tokenizer", "train", "--data", "x", "--sampling_rate", "250"], [(tokenizer, "load_splits")]),

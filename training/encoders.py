@@ -68,13 +68,13 @@ class LoadedEncoder:
             weights = mask.to(tokens.dtype).unsqueeze(-1)
             return (tokens * weights).sum(dim=1) / weights.sum(dim=1)
         output = self.model(inputs["ecg_values"], lead_mask=inputs.get("ecg_lead_mask"))
-        tokens = getattr(output, "last_hidden_state", None)
-        if not isinstance(tokens, torch.Tensor) or tokens.ndim != 3 or len(tokens) != len(inputs["ecg_values"]):
-            got = list(tokens.shape) if isinstance(tokens, torch.Tensor) else type(output).__name__
+        states: Any = getattr(output, "last_hidden_state", None)
+        if not isinstance(states, torch.Tensor) or states.ndim != 3 or len(states) != len(inputs["ecg_values"]):
+            got = list(states.shape) if isinstance(states, torch.Tensor) else type(output).__name__
             raise ValueError(
                 f"{type(self.model).__name__} gave {got}; expected an output whose last_hidden_state is [records, tokens, width]."
             )
-        return tokens.mean(dim=1)
+        return states.mean(dim=1)
 
     def with_random_weights(self, seed: int) -> "LoadedEncoder":
         """The same encoder with the weights that it would have before any training."""

@@ -3,8 +3,10 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from elm_ecg.ecg_utils import as_record
+from elm_ecg.training import dataset_commands
 from elm_ecg.training.data.build import build_dataset
 from elm_ecg.training.evaluation.probe_data import UNKNOWN, load_records
+from helpers import write_rows
 
 ECG = {"array": np.ones((12, 20), dtype=np.int16).tolist(), "sampling_rate": 100.0, "unit": "uV"}
 ECG["lead_names"] = ["I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6"]
@@ -112,6 +114,36 @@ def test_ecgs_of_records(tmp_path):
     rows = [row(0, labels=[]), row(0, labels=[]), {**row(1, labels=["a"]), "ecg": loud}]
     records = load_records(save(tmp_path, rows), min_records=1).splits["train"]
     assert [float(as_record(ecg).array[0, 0]) for ecg in records.ecgs(0, 2)] == pytest.approx([0.001, 0.005])
+
+
+def test_records_that_a_dataset_stores_once(tmp_path):
+    """As `elm data build` writes them, of a table about the records."""
+    (tmp_path / "ecgs").mkdir()
+    for number in range(6):
+        np.savez(
+            tmp_path / "ecgs" / f"{number}.npz", **{**ECG, "array": np.full((12, 100), number + 1, dtype=np.int16)}
+        )
+    folds = (1, 1, 9, 9, 10, 10)
+    table = [{"record": n, "patient_id": f"p{n}", "strat_fold": fold, "odd": n % 2} for n, fold in enumerate(folds)]
+    metadata = write_rows(tmp_path / "records.csv", *table)
+    argv = ["build", str(tmp_path / "ecgs"), "--no_questions", "--metadata", str(metadata), "--metadata_columns", "odd"]
+    dataset_commands.main([*argv, "--output_dir", str(tmp_path / "data")])
+    data = load_records([str(tmp_path / "data")], ["odd"], min_records=1)
+    test = data.splits["test"]
+    assert known(test) == {"4": [0], "5": [1]}
+    millivolts = {
+        name: float(as_record(ecg).array[0, 0]) for name, ecg in zip(test.record_ids, test.ecgs(0, 2), strict=True)
+    }
+    assert millivolts == pytest.approx({"4": 0.005, "5": 0.006})
+
+
+def test_a_patient_of_two_splits_is_told(tmp_path, caplog):
+    load_records(save(tmp_path, GOOD), min_records=1)
+    assert "2 patients are in the split 'train' and in 'test'" in caplog.text
+    nameless = [{**one, "patient_id": None} for one in GOOD]
+    caplog.clear()
+    load_records(save(tmp_path / "nameless", nameless), min_records=1)
+    assert not caplog.text
 
 
 def test_rows_that_compare_ecgs_are_left_out(tmp_path):

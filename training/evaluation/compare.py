@@ -2,8 +2,8 @@
 
 import argparse
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class EvaluatedModel:
 
 
 # all of one kind
-Models = list[EvaluatedModel] | list[Probe]
+Models = Sequence[EvaluatedModel | Probe]
 # (model, metric) -> score, and in each resample
 Measured = tuple[dict[tuple[str, str], float], dict[tuple[str, str], np.ndarray]]
 
@@ -319,8 +319,10 @@ def compare(
     """
     names = name_models(models)
     probes, evaluated = _by_kind(models)
-    measure = partial(_of_probes, probes) if probes else partial(_of_answers, evaluated)
-    values, replicates = measure(names, metrics, num_resamples, seed)
+    if probes:
+        values, replicates = _of_probes(probes, names, metrics, num_resamples, seed)
+    else:
+        values, replicates = _of_answers(evaluated, names, metrics, num_resamples, seed)
     scores = {
         name: {metric: estimate(values[name, metric], replicates[name, metric]) for metric in metrics} for name in names
     }

@@ -37,7 +37,6 @@ from elm_ecg.training.evaluation.probe_results import (
 from elm_ecg.training.evaluation.questions import digest
 from elm_ecg.training.evaluation.results import PROBE_FILE, PROBES, REPORT_FILE, identity_of, move_old_results
 from elm_ecg.training.files import check_output_folder
-from elm_ecg.training.load import limit_threads
 
 PACKAGES = ("elm-ecg", "torch", "transformers", "datasets", "scikit-learn")
 SETTINGS = (
@@ -150,8 +149,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Probes an encoder, writes what the module `probe_results` describes, and returns the results."""
     args = parse(argv)
-    if args.output_dir is not None:
-        check_output_folder(args.output_dir)
+    own = Path(args.encoder)
+    check_output_folder(args.output_dir or (own / PROBES if own.is_dir() else Path(PROBES)))
     options = {option: getattr(args, option) for option in EXTRACTOR_OPTIONS}
     encoder = load_encoder(args.encoder, args.revision, args.trust_remote_code, args.truncation, **options)
     if encoder.pretraining is None and (args.zero_shot or args.prompts):
@@ -168,8 +167,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     twin = encoder.with_random_weights(args.seed)
     for model in (encoder.model, twin.model, encoder.pretraining):
         if model is not None:
-            model.to(device)
-    limit_threads(encoder.model, device)
+            model.to(device)  # type: ignore[arg-type]  # a wrapped method
     with tempfile.TemporaryDirectory() as scratch:
         features = {
             split: compute_features(encoder, twin, data.splits[split], Path(scratch), split, args.batch_size, device)
@@ -288,7 +286,6 @@ def _output_folder(args: argparse.Namespace, results: dict[str, Any]) -> Path:
     if args.output_dir is None:
         if not own.is_dir():
             return Path(PROBES) / own.name / results["probe"]
-        check_output_folder(own / PROBES)
         move_old_results(own, keep=results["model_revision"])
         return own / PROBES / results["probe"]
     path = args.output_dir / PROBE_FILE

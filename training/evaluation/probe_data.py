@@ -1,19 +1,22 @@
 """The labelled records of a dataset for a probe: each record once, with its patient, and the draws of training patients."""
 
+import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, List
+from datasets import Dataset
 
 from elm_ecg.training.command_line import did_you_mean
 from elm_ecg.training.data.labels import FLAGS, read_labels, tidied
 from elm_ecg.training.data.loading import check_fold, ecgs_of, load_split, load_splits, with_arrays
-from elm_ecg.training.data.schema import SPLITS, as_list
+from elm_ecg.training.data.schema import SPLITS, as_list, counted
 from elm_ecg.training.evaluation.probe_results import UNKNOWN
-from elm_ecg.training.evaluation.questions import list_questions, patients_of
+from elm_ecg.training.evaluation.questions import list_questions, num_ecgs_of, patients_of
+
+logger = logging.getLogger(__name__)
 
 LABELS_COLUMN = "labels"  # as `elm data build --no_questions --source` writes it
 
@@ -106,7 +109,7 @@ def load_records(
         found = {split: _of_questions(of_split) for split, of_split in parts.items()}
     # a column says of every record whether it has a label; questions are asked about some
     otherwise = 0 if in_columns else UNKNOWN
-    kept = {split: _one_each(parts[split], found[split], left_out) for split in SPLITS}
+    kept = {split: _one_each(split, parts[split], found[split], left_out) for split in SPLITS}
     names_of_labels = sorted({label for rows in kept.values() for _, _, of_record in rows for label in of_record})
     splits = {split: _as_records(parts[split], kept[split], names_of_labels, otherwise) for split in SPLITS}
     data = ProbeData(splits, names_of_labels, {what: f"{number:,}" for what, number in left_out.items() if number})
@@ -115,6 +118,13 @@ def load_records(
             raise ValueError(f"No record of the split {split!r} has labels; name the columns with --label_columns.")
     if (count := len(set(splits["train"].patients))) < 2:
         raise ValueError(f"The split 'train' has {count} patient; expected at least two, of whom shares are drawn.")
+    for split in ("validation", "test"):
+        if both := {*splits["train"].patients} & {*splits[split].patients}:
+            logger.warning(
+                "%s are in the split 'train' and in %r: what is learnt of them is not new there. `elm data check` lists them.",
+                counted(len(both), "patient"),
+                split,
+            )
     return _enough(data, min_records)
 
 
@@ -147,7 +157,8 @@ def _of_columns(
             cells |= {(split, number, index): row for index, row in enumerate(rows)}
     found: dict[str, dict[tuple[int, int], Known]] = {split: {} for split in parts}
     # the columns of all splits at once: whether a column holds 0 and 1 has to be the same in each
-    for (split, number, index), row in read_labels(cells, columns).items():
+    labels: Mapping[Any, Any] = read_labels(cells, columns)
+    for (split, number, index), row in labels.items():
         if row["labels"] is None:
             left_out["rows without labels"] += 1
             continue
@@ -180,22 +191,22 @@ def _add(known: dict[str, Any], more: dict[str, Any]) -> None:
 
 
 def _one_each(
-    parts: list[Dataset], found: dict[tuple[int, int], Known], left_out: dict[str, int]
+    split: str, parts: list[Dataset], found: dict[tuple[int, int], Known], left_out: dict[str, int]
 ) -> list[tuple[tuple[int, int], tuple[str, str], dict[str, Any]]]:
     """The place, the names of record and patient, and the labels of each record; of rows about one record the first stands for all."""
     records: dict[Any, tuple[tuple[int, int], tuple[str, str], dict[str, Any]]] = {}
     for number, part in enumerate(parts):
-        patients, names = patients_of(part), _names_of(part)
-        several = isinstance(part.features["ecg"], List)
-        for row, name in enumerate(names):
+        num_ecgs = num_ecgs_of(part)
+        for row, (name, patients) in enumerate(zip(_names_of(part), patients_of(part), strict=True)):
             if (known := found.get((number, row))) is None:
                 continue
-            if several and len(ecgs_of(part[row])) != 1:
+            if num_ecgs[row] != 1:
                 left_out["rows with other than one ECG"] += 1
                 continue
+            # a record of nobody knows whom is of a patient of its own
+            patient = f"{split} {number} {patients[0]}" if patients[0] == f"row {row}" else patients[0]
             key = (number, name or row)
-            shown = str(name[0] if name else row)
-            records.setdefault(key, ((number, row), (shown, patients[row][0]), {}))
+            records.setdefault(key, ((number, row), (str(name[0] if name else row), patient), {}))
             _add(records[key][2], known)
     return list(records.values())
 

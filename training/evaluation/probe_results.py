@@ -51,6 +51,7 @@ ZERO_SHOT = "auroc_zero_shot"
 UNKNOWN = -1  # of a label in `labels`
 # models beside the encoder, and what they are called
 OTHERS = {"random": "the same encoder with random weights", "cnn": "a plain CNN"}
+NO_ANSWER = "nothing can be said"  # where there is no interval
 REQUIRED = ("model", "model_revision", "data", "metrics", "models", "verdict", "records_sha256", "scores_sha256")
 
 # metric -> [draws, records, labels]
@@ -154,26 +155,20 @@ def summarise(
 
 def verdict(results: Mapping[str, Any]) -> str:
     """Whether pretraining has helped: at each share, whether the interval of the difference to random weights is clear of zero."""
-    scale, parts, answers = MetricScale(), [], []
+    answers, parts = [], []
     for metric, row in results["encoder_minus"]["random"].items():
-        share, interval = metric.removeprefix("auroc_"), row["interval_95"]
-        gain = scale.with_interval(row, "difference", "+")
-        if interval is None:
-            answer, said = None, f"nothing can be said with {share} of the training patients ({gain}, no interval)"
-        elif interval[0] > 0:
-            answer, said = True, f"yes with {share} of the training patients ({gain} points)"
-        elif interval[1] < 0:
-            answer, said = False, f"no, it has harmed, with {share} of the training patients ({gain} points)"
+        if row["interval_95"] is None:
+            answers.append(NO_ANSWER)
         else:
-            answer, said = False, f"not shown with {share} of the training patients ({gain} points)"
-        answers.append(answer)
-        parts.append(said)
-    short = "yes" if all(answers) else "in part" if any(answers) else "not shown"
-    if all(answer is None for answer in answers):
-        short = "nothing can be said"
+            low, high = row["interval_95"]
+            answers.append("yes" if low > 0 else "no, it has harmed" if high < 0 else "not shown")
+        gain = MetricScale().with_interval(row, "difference", "+")
+        parts.append(f"with {metric.removeprefix('auroc_')} of the training patients {gain} points ({answers[-1]})")
+    short = "In part" if "yes" in answers else "Not shown"
+    if len(set(answers)) == 1:
+        short = answers[0][0].upper() + answers[0][1:]
     return (
-        f"Has pretraining helped, by macro AUROC over the same encoder with random weights? {short[0].upper()}{short[1:]}: "
-        f"{'; '.join(parts)}."
+        f"Has pretraining helped? {short}. Macro AUROC over the same encoder with random weights: {', '.join(parts)}."
     )
 
 

@@ -215,14 +215,15 @@ def rows_to_swap(data: Dataset, seed: int) -> np.ndarray:
         ValueError: a row has no such other.
     """
     others = np.arange(len(data))
-    patients, num_ecgs = patients_of(data), _num_ecgs(data)
+    patients, num_ecgs = patients_of(data), num_ecgs_of(data)
     for number in set(num_ecgs.tolist()) - {0}:  # rows without ECGs keep their own index
         rows = np.flatnonzero(num_ecgs == number)
         others[rows] = rows[other_patients([patients[row] for row in rows], seed)]
     return others
 
 
-def _num_ecgs(data: Dataset) -> np.ndarray:
+def num_ecgs_of(data: Dataset) -> np.ndarray:
+    """How many ECGs each row has, [rows], without reading any."""
     if "ecg" not in data.column_names:
         return np.zeros(len(data), dtype=int)
     tables = data.select_columns("ecg").with_format("arrow").iter(1000)  # as Arrow, no signal is decoded
