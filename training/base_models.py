@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import WeakFileLock
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
 from elm_ecg.modeling_connectors import CONNECTOR_MODULES
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.modeling_parts import adopt_connector_class
@@ -79,7 +80,11 @@ def _pinned(place: str, revision: str) -> dict[str, str | None]:
         name = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
         return {"place": name, "commit": folder.name, "content": None}
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.py"), folder / "config.json"]):
+    settings = read_json(folder / "config.json")
+    encoder_type = settings.get("encoder_config", settings).get("model_type")
+    known = encoder_type in ENCODER_CONFIGS or encoder_type in CONFIG_MAPPING
+    code = [] if known else [*folder.glob("*.py")]  # of somebody's own encoder, by which its weights are read
+    for path in sorted([*folder.glob("*.safetensors"), *code, folder / "config.json"]):
         with path.open("rb") as file:
             digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return {"place": str(folder.absolute()), "commit": None, "content": f"sha256:{digest.hexdigest()}"}
