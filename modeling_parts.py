@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoModel, PreTrainedCon
 
 from .configuration_elm import ELMConfig, is_own_connector, is_unread, reads_pictures
 from .modeling_common import attention_of, check_all_loaded
-from .modeling_connectors import CONNECTOR_MODULES
+from .modeling_connectors import adopt_connector_class
 from .modeling_ecg_encoders import ENCODER_MODELS
 from .modeling_vision_encoders import load_vision_model, vision_model_class
 from .own_code import load_own_class, own_reference
@@ -47,13 +47,6 @@ def adopt_encoder_class(encoder_class: type[PreTrainedModel]) -> dict[str, str]:
     config_class.register_for_auto_class()
     AutoModel.register(config_class, encoder_class, exist_ok=True)
     return {"AutoConfig": own_reference(config_class), "AutoModel": own_reference(encoder_class)}
-
-
-def adopt_connector_class(connector_class: type[nn.Module]) -> str:
-    """Makes somebody's own connector known to `make_connector`; returns its name for `ELMConfig`."""
-    name = own_reference(connector_class)
-    CONNECTOR_MODULES[name] = connector_class
-    return name
 
 
 def load_own_parts(

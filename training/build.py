@@ -27,9 +27,10 @@ from elm_ecg.configuration_elm import IMAGE_REPRESENTATIONS, ELMConfig
 from elm_ecg.ecg_drawing import ECGPaper
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.image_processing_elm import ECGImageProcessor
+from elm_ecg.modeling_connectors import adopt_connector_class
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
-from elm_ecg.modeling_parts import adopt_connector_class, adopt_encoder_class
+from elm_ecg.modeling_parts import adopt_encoder_class
 from elm_ecg.modeling_vision_encoders import image_size, vision_config
 from elm_ecg.own_code import load_own_class
 from elm_ecg.processing_elm import ELMProcessor
