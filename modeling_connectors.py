@@ -168,7 +168,7 @@ class PerceiverConnector(EncoderConnector):
         seen = encoder_features.ne(0).any(-1)
         seen = seen | ~seen.any(-1, keepdim=True)  # of nothing but zeros, as of a silent record, all are
         tokens = self.input(encoder_features)
-        tokens = tokens + sine_positions(*tokens.shape[1:], tokens.device).to(tokens.dtype)
+        tokens = tokens + sine_positions(tokens.shape[1], tokens.shape[2], tokens.device).to(tokens.dtype)
         latents = self.latents.expand(len(tokens), -1, -1)
         mask = nn.functional.pad(seen, (0, latents.shape[1]), value=True)[:, None, None]
         for layer in self.layers:

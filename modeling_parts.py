@@ -24,7 +24,7 @@ def encoder_class_of(config: ELMConfig) -> type[PreTrainedModel]:
     encoder_config: Any = config.encoder_config
     if reads_pictures(encoder_config):
         return vision_model_class(encoder_config, config.image_features)
-    model_class = ENCODER_MODELS.get(encoder_config.model_type) or MODEL_MAPPING.get(type(encoder_config), None)
+    model_class: Any = ENCODER_MODELS.get(encoder_config.model_type) or MODEL_MAPPING.get(type(encoder_config), None)
     if model_class is None:
         raise ValueError(
             f"The code of the {encoder_config.model_type} encoder is not loaded; load the model with from_pretrained and "
@@ -103,7 +103,7 @@ def load_encoder(
         ValueError: it lacks weights, or its code is not to be run.
     """
     settings = PreTrainedConfig.get_config_dict(place)[0]  # AutoConfig may lack our types
-    encoder_type, auto_map = settings.get("model_type"), settings.get("auto_map") or {}
+    encoder_type, auto_map = str(settings.get("model_type")), settings.get("auto_map") or {}
     if encoder_type == ELMConfig.model_type:
         config = ELMConfig.from_pretrained(place)
         if config.encoder_config is None:
