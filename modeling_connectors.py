@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .configuration_elm import ELMConfig
+from .configuration_elm import ELMConfig, is_own_connector
+from .own_code import own_reference
 
 
 def pool_tokens(tokens: torch.Tensor, num_tokens: int, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -167,7 +168,7 @@ class PerceiverConnector(EncoderConnector):
         seen = encoder_features.ne(0).any(-1)
         seen = seen | ~seen.any(-1, keepdim=True)  # of nothing but zeros, as of a silent record, all are
         tokens = self.input(encoder_features)
-        tokens = tokens + sine_positions(*tokens.shape[1:], tokens.device).to(tokens.dtype)
+        tokens = tokens + sine_positions(tokens.shape[1], tokens.shape[2], tokens.device).to(tokens.dtype)
         latents = self.latents.expand(len(tokens), -1, -1)
         mask = nn.functional.pad(seen, (0, latents.shape[1]), value=True)[:, None, None]
         for layer in self.layers:
@@ -224,8 +225,7 @@ class ConvConnector(nn.Module):
         return self.projection(states.mean(-1)).unflatten(0, patches.shape[:2])  # [ECGs, patches, width]
 
 
-# the module of each of CONNECTORS; those of llava read the encoder's tokens, those of fuyu the records. `module.Class` is one's own,
-# which is here once its code is loaded
+# the module of each of CONNECTORS; those of llava read the encoder's tokens, those of fuyu the records
 CONNECTOR_MODULES: dict[str, type[nn.Module]] = {
     "linear": LinearConnector,
     "mlp": MLPConnector,
@@ -234,6 +234,15 @@ CONNECTOR_MODULES: dict[str, type[nn.Module]] = {
     "patch": PatchConnector,
     "conv": ConvConnector,
 }
+# somebody's own by `module.Class`, once its code is loaded
+OWN_CONNECTORS: dict[str, type[nn.Module]] = {}
+
+
+def adopt_connector_class(connector_class: type[nn.Module]) -> str:
+    """Makes somebody's own connector known to `make_connector`; returns its name for `ELMConfig`."""
+    name = own_reference(connector_class)
+    OWN_CONNECTORS[name] = connector_class
+    return name
 
 
 def make_connector(config: ELMConfig) -> nn.Module:
@@ -242,12 +251,13 @@ def make_connector(config: ELMConfig) -> nn.Module:
     Raises:
         ValueError: there is no such connector, or it has no such argument.
     """
-    name = config.connector or ""
-    if name not in CONNECTOR_MODULES:  # the config has checked names of ours
+    name, own = config.connector or "", is_own_connector(config.connector)
+    connector_class = (OWN_CONNECTORS if own else CONNECTOR_MODULES).get(name)
+    if connector_class is None:  # the config has checked names of ours
         raise ValueError(
             f"The code of the connector {name} is not loaded; load the model with from_pretrained and trust_remote_code=True."
         )
-    connector_class, given = CONNECTOR_MODULES[name], config.connector_config or {}
+    given = config.connector_config or {}
     parameters = inspect.signature(connector_class.__init__).parameters.values()
     defaults: dict[str, Any] = {part.name: part.default for part in list(parameters)[2:]}  # behind self and config
     if unknown := sorted(given.keys() - defaults.keys()):
@@ -260,7 +270,7 @@ def make_connector(config: ELMConfig) -> nn.Module:
         )
     connector = connector_class(config, **fields)
     config.connector_config = fields or None
-    if "." in name:  # one's own begins as its `__init__` leaves it; layers of ours are drawn as transformers does
+    if own:  # one's own begins as its `__init__` leaves it; layers of ours are drawn as transformers does
         for module in connector.modules():
             module._is_hf_initialized = True  # type: ignore[assignment]
     return connector

@@ -51,7 +51,7 @@ class ELMPreTrainedModel(CompleteModel):
     _supports_attention_backend = True
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # the place has its name there too
         cls,
         pretrained_model_name_or_path: Any,
         *args: Any,
@@ -125,7 +125,8 @@ class ELMPreTrainedModel(CompleteModel):
         finally:
             self.__class__ = sharded
         if kwargs.get("is_main_process", True):
-            for own_class in own_classes(self.config, self.base_model.connector):
+            elm: Any = self.base_model
+            for own_class in own_classes(self.config, elm.connector):
                 save_own_files(own_class, args[0] if args else kwargs["save_directory"])
 
 

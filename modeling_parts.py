@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoModel, PreTrainedCon
 
 from .configuration_elm import ELMConfig, is_own_connector, is_unread, reads_pictures
 from .modeling_common import attention_of, check_all_loaded
-from .modeling_connectors import CONNECTOR_MODULES
+from .modeling_connectors import adopt_connector_class
 from .modeling_ecg_encoders import ENCODER_MODELS
 from .modeling_vision_encoders import load_vision_model, vision_model_class
 from .own_code import load_own_class, own_reference
@@ -24,7 +24,7 @@ def encoder_class_of(config: ELMConfig) -> type[PreTrainedModel]:
     encoder_config: Any = config.encoder_config
     if reads_pictures(encoder_config):
         return vision_model_class(encoder_config, config.image_features)
-    model_class = ENCODER_MODELS.get(encoder_config.model_type) or MODEL_MAPPING.get(type(encoder_config), None)
+    model_class: Any = ENCODER_MODELS.get(encoder_config.model_type) or MODEL_MAPPING.get(type(encoder_config), None)
     if model_class is None:
         raise ValueError(
             f"The code of the {encoder_config.model_type} encoder is not loaded; load the model with from_pretrained and "
@@ -47,13 +47,6 @@ def adopt_encoder_class(encoder_class: type[PreTrainedModel]) -> dict[str, str]:
     config_class.register_for_auto_class()
     AutoModel.register(config_class, encoder_class, exist_ok=True)
     return {"AutoConfig": own_reference(config_class), "AutoModel": own_reference(encoder_class)}
-
-
-def adopt_connector_class(connector_class: type[nn.Module]) -> str:
-    """Makes somebody's own connector known to `make_connector`; returns its name for `ELMConfig`."""
-    name = own_reference(connector_class)
-    CONNECTOR_MODULES[name] = connector_class
-    return name
 
 
 def load_own_parts(
@@ -110,7 +103,7 @@ def load_encoder(
         ValueError: it lacks weights, or its code is not to be run.
     """
     settings = PreTrainedConfig.get_config_dict(place)[0]  # AutoConfig may lack our types
-    encoder_type, auto_map = settings.get("model_type"), settings.get("auto_map") or {}
+    encoder_type, auto_map = str(settings.get("model_type")), settings.get("auto_map") or {}
     if encoder_type == ELMConfig.model_type:
         config = ELMConfig.from_pretrained(place)
         if config.encoder_config is None:

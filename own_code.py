@@ -6,6 +6,7 @@ ELM, whose config.json names the class as `module.Class`. It runs if whoever loa
 
 import ast
 import hashlib
+import os
 import shutil
 import sys
 from importlib.util import find_spec
@@ -98,7 +99,7 @@ def digest_of_code(own_class: type) -> str:
     return digest.hexdigest()
 
 
-def load_own_class(reference: str, place: str | Path, trust_remote_code: bool | None, **hub_kwargs: Any) -> type:
+def load_own_class(reference: str, place: str | os.PathLike, trust_remote_code: bool | None, **hub_kwargs: Any) -> type:
     """The class that config.json calls `module.Class`, from the code beside it.
 
     Args:

@@ -141,7 +141,7 @@ class TestConnectors:
 
     @pytest.mark.parametrize(
         ("architecture", "expected"),
-        [("llava", ["linear", "mlp"]), ("fuyu", ["patch", "conv", "flat"]), ("text", [None])],
+        [("llava", ["linear", "mlp", "perceiver"]), ("fuyu", ["patch", "conv", "flat"]), ("text", [None])],
     )
     def test_of_an_architecture(self, architecture, expected):
         assert connectors_of(architecture) == expected

@@ -16,7 +16,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from elm_ecg import new_elm
 from elm_ecg.configuration_elm import ELMConfig, is_unread
-from elm_ecg.modeling_connectors import CONNECTOR_MODULES
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.modeling_parts import load_encoder
 from elm_ecg.training import sft
@@ -468,9 +467,3 @@ class TestWhatAConnectorHasToDo:
         )
         with pytest.raises(ValueError, match=r"code of its own, fuyu\.Whole"):
             load_elm(str(tmp_path / "elm"))
-
-
-def test_names_of_connectors_are_ours_alone(parts):
-    assert all(
-        "." in name for name in CONNECTOR_MODULES if CONNECTOR_MODULES[name].__module__ != "elm_ecg.modeling_connectors"
-    )

@@ -143,6 +143,7 @@ SHOWN = {
     # of ModelConfig
     "model_name_or_path": "test_sft.py::test_continues_from_a_trained_model",
     "model_revision": "test_revision",
+    "trust_remote_code": "test_own_encoder.py::test_in_full_and_resumed",
     "dtype": "test_how_the_model_is_loaded",
     "attn_implementation": "test_how_the_model_is_loaded",
     "use_peft": "test_lora_options",
@@ -392,7 +393,7 @@ def test_revision(llm, elm, monkeypatch):
     monkeypatch.setattr(sft, "set_precision", lambda *args: None)
     parts = sft.parse([*tiny_sft(llm, Path("d"), Path("o")), "--model_revision", "v2"])
     sft.build_base(*parts)
-    monkeypatch.setattr(sft, "load_elm", lambda name, revision, **kwargs: asked.append(revision) or elm)
+    monkeypatch.setattr(sft, "load_elm", lambda name, revision, *args, **kwargs: asked.append(revision) or elm)
     sft.build_base(*sft.parse([*CPU, "--model_name_or_path", "a/b", "--model_revision", "v2"]))
     assert asked == ["v2"] * 3
 
@@ -546,6 +547,7 @@ MODEL: dict[str, list[str]] = {
     "elm": ["fuyu"],
     "architecture": ["text"],
     "connector": ["mlp"],
+    "connector_config": ['{"hidden_size": 64}', "--connector", "perceiver"],
     "representation": ["symbolic"],
     "encoder": ["mtae"],
     "encoder_config": ['{"depths": [1, 1, 1, 1]}'],

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import WeakFileLock
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from elm_ecg.modeling_connectors import CONNECTOR_MODULES
+from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
+from elm_ecg.modeling_connectors import OWN_CONNECTORS, adopt_connector_class
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
-from elm_ecg.modeling_parts import adopt_connector_class
 from elm_ecg.own_code import digest_of_code, load_own_class
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import ModelArguments
@@ -53,7 +53,7 @@ def recipe_of(args: ModelArguments, processor: ELMProcessor, revision: str = "ma
     if (file := connector_file(args)) is not None:
         recipe["connector"] = {
             "place": str(file.absolute()),
-            "code": digest_of_code(CONNECTOR_MODULES[fields["connector"]]),
+            "code": digest_of_code(OWN_CONNECTORS[fields["connector"]]),
         }
     # where a folder lies is no matter
     parts = [None if part is None else part if part["commit"] else part["content"] for part in map(recipe.get, places)]
@@ -79,7 +79,11 @@ def _pinned(place: str, revision: str) -> dict[str, str | None]:
         name = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
         return {"place": name, "commit": folder.name, "content": None}
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.py"), folder / "config.json"]):
+    settings = read_json(folder / "config.json")
+    encoder_type = (settings.get("encoder_config") or settings).get("model_type")
+    known = encoder_type in ENCODER_CONFIGS or encoder_type in CONFIG_MAPPING
+    code = [] if known else [*folder.glob("*.py")]  # of somebody's own encoder, by which its weights are read
+    for path in sorted([*folder.glob("*.safetensors"), *code, folder / "config.json"]):
         with path.open("rb") as file:
             digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return {"place": str(folder.absolute()), "commit": None, "content": f"sha256:{digest.hexdigest()}"}

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from tokenizers import AddedToken
 from torch import nn
 from transformers import (
@@ -27,9 +26,10 @@ from elm_ecg.configuration_elm import IMAGE_REPRESENTATIONS, ELMConfig
 from elm_ecg.ecg_drawing import ECGPaper
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.image_processing_elm import ECGImageProcessor
+from elm_ecg.modeling_connectors import adopt_connector_class
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
-from elm_ecg.modeling_parts import adopt_connector_class, adopt_encoder_class
+from elm_ecg.modeling_parts import adopt_encoder_class
 from elm_ecg.modeling_vision_encoders import image_size, vision_config
 from elm_ecg.own_code import load_own_class
 from elm_ecg.processing_elm import ELMProcessor
@@ -38,7 +38,7 @@ from elm_ecg.training.arguments import VISION_BACKBONES, ELMParser, ModelArgumen
 from elm_ecg.training.chat_templates import choose_chat_template, stop_at_end_of_turn
 from elm_ecg.training.command_line import did_you_mean
 from elm_ecg.training.contract import check_encoder_class, check_own_parts
-from elm_ecg.training.files import resource
+from elm_ecg.training.files import read_json, resource
 from elm_ecg.training.llms import place_of_llm, resolve_llm
 from elm_ecg.training.model_files import find_model_file
 
@@ -60,10 +60,8 @@ def place_of_encoder(args: ModelArguments) -> str | None:
     if args.encoder_name_or_path is None or args.architecture != "llava":
         return None
     place, _ = find_model_file(args.encoder_name_or_path, ["config.json"], label="--encoder")
-    if PreTrainedConfig.get_config_dict(place)[0].get("model_type") != PRETRAINING:
+    if not Path(place).is_dir() or read_json(Path(place) / "config.json").get("model_type") != PRETRAINING:
         return place
-    if not Path(place).exists():
-        place = snapshot_download(place, allow_patterns=f"{ENCODER_FOLDER}/*")
     encoder = Path(place) / ENCODER_FOLDER
     if not (encoder / "config.json").is_file():
         raise ValueError(f"--encoder {place} is a pretraining model, whose encoder is missing: it has no {encoder}.")
@@ -318,7 +316,7 @@ def build_around(
         ValueError: an encoder or connector of somebody's own does not do what is expected of it.
     """
     model = ELMForConditionalGeneration.from_encoder_llm_pretrained(
-        llm, encoder, llm_kwargs, trust_remote_code, **fields
+        llm, encoder, llm_kwargs, trust_remote_code=trust_remote_code, **fields
     )
     check_own_parts(model)
     config, extractor = model.config, processor.feature_extractor
