@@ -12,6 +12,12 @@ all five; beside it a plain CNN:
     elm evaluate runs/ptbxl/conversations --data runs/ptbxl/all_questions --ecg_root runs/ptbxl --score likelihood
     python benchmarks/ptbxl.py cnn                                  # the same areas, on folds 9 and 10
 
+The augmentations of `elm sft` may be said there too, and `--encoder` puts an encoder of the package with a linear head in place of the CNN.
+An encoder that has learnt so can be what an ELM reads, frozen:
+
+    python benchmarks/ptbxl.py cnn --encoder xresnet1d --encoder_config '{"depths": [1, 1, 1], "widths": [32, 64, 128], "kernel_size": 7}' --num_epochs 15 --augment_ecg --time_shift 2 --gain_jitter 0.1 --lead_dropout 0.1 --output_dir runs/ptbxl/xresnet1d
+    elm sft --config training/configs/ptbxl_xresnet1d.yaml --data runs/ptbxl/all_questions --ecg_root runs/ptbxl --llm runs/ptbxl/llm --output_dir runs/ptbxl/elm_xresnet1d
+
 ptbxl_fuyu.yaml, ptbxl_rgb.yaml and ptbxl_stacked_signal.yaml run as the first recipe does. The symbolic ELM has a tokenizer of its own:
 
     elm tokenizer train --data runs/ptbxl/data --ecg_root runs/ptbxl --sampling_rate 50 --lead_names I II V1 V3 V5 --millivolt_range -2 2 --within_leads --num_merges 1000 --output_dir runs/ptbxl/ecg_byte
@@ -276,6 +282,9 @@ def cnn(args: argparse.Namespace) -> None:
         macro = float(np.mean(list(on_validation.values())))
         if macro > best[0]:
             best = macro, epoch, in_words(on_validation), in_words(areas("test"))
+            if isinstance(model, LinearHead) and args.output_dir is not None:
+                model.encoder.save_pretrained(args.output_dir)
+                extract.save_pretrained(args.output_dir)
     print(f"epoch {best[1]} of {args.num_epochs}\nfold  9: {best[2]}\nfold 10: {best[3]}")
 
 
@@ -288,6 +297,7 @@ def main() -> None:
     command = commands.add_parser("cnn")
     command.add_argument("--encoder", choices=ENCODER_CONFIGS, help="an encoder with a linear head in place of the CNN")
     command.add_argument("--encoder_config", type=json.loads, default={}, help="JSON with fields of its config")
+    command.add_argument("--output_dir", type=Path, help="folder that gets the encoder")
     command.add_argument("--normalization", default="none", choices=NORMALIZATIONS)
     command.add_argument("--num_epochs", type=int, default=20)
     command.add_argument("--batch_size", type=int, default=32)
