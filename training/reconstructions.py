@@ -40,7 +40,9 @@ def reconstruct(model: ECGForPreTraining, batch: dict[str, torch.Tensor]) -> tup
         if name in batch
     }
     output = model(**inputs)  # without reports, which change nothing here
-    assert model.decoder is not None and output.reconstruction is not None and output.mask is not None
+    assert model.decoder is not None
+    assert output.reconstruction is not None
+    assert output.mask is not None
     values, drawn = inputs["ecg_values"], output.reconstruction.float()
     if model.config.normalize_targets:
         patches = model.decoder.make_patches(model.encoder, values).float()
