@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, TrainingArguments
+from transformers import AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
@@ -114,8 +114,13 @@ def build_model(args: PretrainArguments) -> tuple[ECGForPreTraining, ECGFeatureE
     encoder: PreTrainedModel | None = None
     if args.encoder in ENCODER_CONFIGS:
         config_class = ENCODER_CONFIGS[args.encoder]
-        if unknown := args.encoder_fields.keys() - {option.name for option in fields(config_class)}:
-            raise ValueError(f"--encoder_config: {config_class.__name__} has no field {', '.join(sorted(unknown))}.")
+        known = [option.name for option in fields(config_class)]
+        if unknown := args.encoder_fields.keys() - set(known):
+            of_all = {option.name for option in fields(PreTrainedConfig)}
+            raise ValueError(
+                f"--encoder_config: {config_class.__name__} has no field {', '.join(sorted(unknown))}; it has "
+                f"{', '.join(name for name in known if name not in of_all)}."
+            )
         shape = {"num_leads": len(extractor.lead_names), "num_samples": extractor.num_samples}
         encoder_config: Any = config_class(**{**shape, **args.encoder_fields})
     else:
@@ -153,7 +158,7 @@ def _load_model(args: PretrainArguments) -> tuple[ECGForPreTraining, ECGFeatureE
             raise ValueError(
                 f"it is a {kind!r} model; expected what `elm pretrain` saves. An encoder to begin with is --encoder {name}."
             )
-        model = ECGForPreTraining.from_pretrained(folder)
+        model = ECGForPreTraining.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
         extractor = ECGFeatureExtractor.from_pretrained(folder)
         reads = "contrastive" in model.config.objectives
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if reads else None
