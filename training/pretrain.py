@@ -69,7 +69,9 @@ def parse(argv: list[str] | None = None, prog: str = "elm pretrain") -> tuple[Pr
         if name not in get_available_reporting_integrations():
             raise ValueError(f"--report_to {name}: the package {name} is not installed, or is none that reports.")
     if training_args.fp16 and training_args.device.type == "cpu":  # accelerate would ignore it there
-        raise ValueError("--fp16 needs a GPU, and there is none; --bf16 computes in 16 bits on a CPU too.")
+        raise ValueError(
+            "--fp16 needs a GPU, and there is none; --bf16 computes in 16 bits on a CPU too, but on most much slower."
+        )
     training_args.prediction_loss_only = True  # reconstructions of all records would fill the memory
     return args, training_args
 
