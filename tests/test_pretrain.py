@@ -152,7 +152,7 @@ def test_reports(encoder, records, text_encoder, tmp_path, capsys):
     folder = tmp_path / "run"
     options = ["--objectives", "contrastive", "--text_encoder", str(text_encoder), "--eval_strategy", "epoch"]
     pretrain.main(tiny_pretrain(records, folder, *options, encoder=encoder))
-    assert "contrastive: 16 records, 14 with a report" in capsys.readouterr().out
+    assert "contrastive: 16 records, 14 with a report, read as 500 samples at 100 Hz" in capsys.readouterr().out
     after = weights(folder)
     for name, tensor in load_file(text_encoder / "model.safetensors").items():
         if not name.startswith("pooler."):  # nothing reads it
@@ -258,10 +258,15 @@ def test_the_same_command_twice(records, tmp_path):
             ["--encoder", "merl", "--encoder_config", "{}", "--objectives", "masked"],
             "A merl encoder has no patches to mask",
         ),
-        (["--encoder", "resnet", "--encoder_config", "{}"], "--encoder resnet is no folder here"),
-        (["--encoder_config", '{"hidden": 3}'], "--encoder_config: STMEMConfig has no field hidden"),
+        (["--encoder", "resnet", "--encoder_config", "{}"], "--encoder resnet is none of merl, mlae,"),
+        (["--encoder", "stmem", "--encoder_config", "{}"], "Did you mean st_mem?"),
+        (["--per_device_train_batch_size", "200"], "do not fill one batch of 200. Choose a smaller"),
+        (
+            ["--encoder_config", '{"hidden": 3}'],
+            "--encoder_config: STMEMConfig has no field hidden; it has num_leads, ",
+        ),
         (["--pretraining_config", '{"mask_ratio": 0.5}'], "--mask_ratio is an option of its own"),
-        (["--mask_ratio", "1"], "mask_ratio is 1.0"),
+        (["--mask_ratio", "1"], "--mask_ratio is 1.0; expected a share"),
         (["--ema_decay", "1"], "--ema_decay is 1.0; expected a number between 0 and 1"),
         (["--perturb", "zeros"], "--perturb cannot be used: an encoder is pretrained on records"),
         (["--streaming", "--max_steps", "-1"], "--streaming does not know the number of rows; set --max_steps"),

@@ -19,7 +19,7 @@ from elm_ecg.modeling_ecg_pretraining import ECGForPreTraining
 from elm_ecg.training.arguments import RecordArguments
 from elm_ecg.training.augmentation import NO_AUGMENTATION
 from elm_ecg.training.checkpoints import CountEpochs, replace_model
-from elm_ecg.training.command_line import printable, run_command
+from elm_ecg.training.command_line import did_you_mean, printable, run_command
 from elm_ecg.training.data.record_rows import load_records, report_of
 from elm_ecg.training.data.schema import counted
 from elm_ecg.training.data.streams import load_stream
@@ -83,6 +83,10 @@ def pretrained_encoder(args: PretrainArguments) -> tuple[PreTrainedModel, ECGFea
         ValueError: as `load_encoder`; or it reads pictures.
     """
     name = args.encoder
+    if "/" not in name and not Path(name).exists():  # an old id of the Hub without owner is none of an ECG encoder
+        raise ValueError(
+            f"--encoder {name} is none of {', '.join(ENCODER_CONFIGS)}, and no folder here.{did_you_mean(name, ENCODER_CONFIGS)}"
+        )
     folder, _ = model_folder(name, ["adapter_config.json", "config.json"], label="--encoder")
     has_extractor = any((folder / file).is_file() for file in ("preprocessor_config.json", "processor_config.json"))
     described = {option: getattr(args, option) for option in EXTRACTOR_OPTIONS}
@@ -228,7 +232,7 @@ def make_trainer(
     return trainer
 
 
-def _told(args: PretrainArguments, model: ECGForPreTraining, data: Any) -> str:
+def _told(args: PretrainArguments, model: ECGForPreTraining, extractor: ECGFeatureExtractor, data: Any) -> str:
     """What is about to be trained on what, in a line."""
     sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
     trained, total = sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
@@ -241,6 +245,7 @@ def _told(args: PretrainArguments, model: ECGForPreTraining, data: Any) -> str:
             if number == 0:
                 raise ValueError(f"--report_column {args.report_column}: none of the {records} has a report.")
             records += f", {number:,} with a report"
+    records += f", read as {extractor.num_samples:,} samples at {extractor.sampling_rate:g} Hz"
     return f"{' and '.join(args.objectives)}: {records}; {trained:,} of {total:,} parameters trained"
 
 
@@ -271,10 +276,16 @@ def train(args: PretrainArguments, training_args: TrainingArguments) -> None:
         **changes,
     )
     trainer = make_trainer(args, training_args, model, collator, splits, options)
-    told = _told(args, model, splits["train"])
+    told = _told(args, model, extractor, splits["train"])
     if trainer.is_world_process_zero():
         print(told, flush=True)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if trainer.state.global_step == 0:  # the trainer would go on, and random weights be saved as pretrained
+        batch = training_args.per_device_train_batch_size * training_args.world_size
+        raise ValueError(
+            f"Nothing was trained: the records do not fill one batch of {batch}. Choose a smaller --per_device_train_batch_size "
+            f"than {training_args.per_device_train_batch_size}, or say --dataloader_drop_last false."
+        )
     trainer.log_metrics("train", result.metrics)
     if trainer.average is not None:
         trainer.average.replace()
