@@ -104,7 +104,7 @@ def test_what_a_run_leaves(trained):
     assert sorted(path.name for path in (trained / "reconstructions").iterdir()) == ["01.png", "02.png"]
     card = (trained / "encoder" / "README.md").read_text()
     assert "masked reconstruction (75% of the patches, standardised patches)" in card
-    assert "without labels, from random weights" in card
+    assert "from random weights, without labels: masked" in card
     assert "| train | 16 | 16 | 16 |" in card
     assert "Research software, not a medical device" in card
     history = json.loads((trained / "trainer_state.json").read_text())["log_history"]
@@ -256,7 +256,7 @@ def test_the_same_command_twice(records, tmp_path):
         (["--text_encoder", "bert"], "which reads no reports; add contrastive"),
         (
             ["--encoder", "merl", "--encoder_config", "{}", "--objectives", "masked"],
-            "A merl encoder has no patches to mask",
+            "The objective masked with a merl encoder; it hides patches",
         ),
         (["--encoder", "resnet", "--encoder_config", "{}"], "--encoder resnet is none of merl, mlae,"),
         (["--encoder", "stmem", "--encoder_config", "{}"], "Did you mean st_mem?"),
