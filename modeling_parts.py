@@ -111,7 +111,8 @@ class ModelOfParts(CompleteModel):
         """As of transformers; the code of an own encoder or connector runs with `trust_remote_code=True` alone."""
         place, names = pretrained_model_name_or_path, ("cache_dir", "local_files_only", "proxies", "revision", "token")
         hub_kwargs = {name: kwargs[name] for name in names if name in kwargs}
-        own, config_class = config, cls.config_class
+        own = config
+        config_class: Any = cls.config_class
         if not isinstance(own, PreTrainedConfig):
             own = config_class.from_pretrained(place if config is None else config, **hub_kwargs)
         if load_own_parts(own, place, trust_remote_code, **hub_kwargs):
