@@ -260,7 +260,6 @@ def test_the_same_command_twice(records, tmp_path):
         ),
         (["--encoder", "resnet", "--encoder_config", "{}"], "--encoder resnet is none of merl, mlae,"),
         (["--encoder", "stmem", "--encoder_config", "{}"], "Did you mean st_mem?"),
-        (["--per_device_train_batch_size", "200"], "do not fill one batch of 200. Choose a smaller"),
         (
             ["--encoder_config", '{"hidden": 3}'],
             "--encoder_config: STMEMConfig has no field hidden; it has num_leads, ",
@@ -282,6 +281,14 @@ def test_bad_input_is_one_line(options, message, records, tmp_path, capsys):
     error = capsys.readouterr().err
     assert message in error.replace("\n", " ")
     assert not (tmp_path / "run").exists()
+
+
+def test_records_that_fill_no_batch(records, tmp_path, capsys):
+    """Weights that were never trained are not saved as pretrained."""
+    arguments = tiny_pretrain(records, tmp_path / "run", "--per_device_train_batch_size", "200")
+    assert cli.main(["pretrain", *arguments]) == 1
+    assert "do not fill one batch of 200. Choose a smaller" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_reports_that_are_not_there(records, text_encoder, tmp_path, capsys):
