@@ -10,7 +10,7 @@ from transformers import initialization as init  # leaves alone what a checkpoin
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_ecg_pretraining import ECGPretrainingConfig, mask_shape, num_kept
-from .modeling_common import CompleteModel, attention_of, in_eval_mode, stay_frozen
+from .modeling_common import attention_of, in_eval_mode, stay_frozen
 from .modeling_ecg_base import without_missing_leads
 from .modeling_ecg_contrastive import AttentionPool, ContrastiveHeads, contrastive_loss
 from .modeling_ecg_encoders import ENCODER_MODELS
@@ -22,6 +22,7 @@ from .modeling_ecg_masked import (
     mask_from_noise,
     masked_loss,
 )
+from .modeling_parts import ModelOfParts, adopt_encoder_class, make_encoder
 
 
 @dataclass
@@ -47,16 +48,7 @@ def _is_trained(part: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in part.parameters())
 
 
-def _make_encoder(encoder_config: Any) -> PreTrainedModel:
-    """An encoder with random weights."""
-    encoder_class = ENCODER_MODELS.get(encoder_config.model_type)
-    if encoder_class is None:  # one's own
-        return AutoModel.from_config(encoder_config)
-    encoder_config._attn_implementation = attention_of(encoder_class, encoder_config._attn_implementation)
-    return encoder_class(encoder_config)
-
-
-class ECGForPreTraining(CompleteModel):
+class ECGForPreTraining(ModelOfParts):
     """An ECG encoder with its decoder for masked patches, heads and text encoder for reports, as the objectives need them.
 
     - `masked` (MAE, arXiv 2111.06377; ST-MEM, arXiv 2402.09450; MaeFE): the encoder sees the patches that are kept, and no others.
@@ -76,11 +68,6 @@ class ECGForPreTraining(CompleteModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """False, so that buffers of the text encoder that are not saved are made anew, as in ELMs."""
-        return False
-
     def __init__(
         self,
         config: ECGPretrainingConfig,
@@ -96,7 +83,14 @@ class ECGForPreTraining(CompleteModel):
             if part is not None:
                 setattr(config, name, part.config)
         super().__init__(config)
-        self.encoder = _make_encoder(config.encoder_config) if encoder is None else encoder
+        for part in (encoder, text_encoder):
+            if (
+                part is not None and part.config._attn_implementation is None
+            ):  # lost as it became a part of another config
+                part.config._attn_implementation = attention_of(type(part), config._attn_implementation) or "eager"
+        self.encoder = make_encoder(config) if encoder is None else encoder
+        if type(self.encoder) not in ENCODER_MODELS.values():  # somebody's own: its code is saved too
+            config.encoder_config.auto_map = adopt_encoder_class(type(self.encoder))
         self.decoder = make_masked_decoder(config) if "masked" in config.objectives else None
         self.text_encoder: Any = None
         self.heads: Any = None

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
@@ -16,13 +16,12 @@ from transformers.utils import can_return_tuple
 
 from .configuration_elm import IMAGE_REPRESENTATIONS, ELMConfig, is_own_connector
 from .generation_elm import ELMGenerationMixin
-from .modeling_common import ECG_INPUTS, CompleteModel, attention_of, in_eval_mode, stay_frozen
+from .modeling_common import ECG_INPUTS, attention_of, in_eval_mode, stay_frozen
 from .modeling_connectors import make_connector, zero_padding
 from .modeling_ecg_base import without_missing_leads
 from .modeling_language_models import load_language_model, logit_scale, without_head
-from .modeling_parts import load_encoder, load_own_parts, make_encoder, own_classes, plain_class
+from .modeling_parts import ModelOfParts, load_encoder, make_encoder
 from .modeling_vision_encoders import blank_images, encode_images
-from .own_code import save_own_files
 from .pipeline_elm import ECGQuestionAnsweringPipeline
 
 
@@ -37,7 +36,7 @@ def _is_sharded(part: nn.Module) -> bool:
     return is_deepspeed_zero3_enabled() or not classes.isdisjoint(("FSDPModule", "FullyShardedDataParallel"))
 
 
-class ELMPreTrainedModel(CompleteModel):
+class ELMPreTrainedModel(ModelOfParts):
     """What transformers has to know of an ELM, with its head and without."""
 
     config: ELMConfig
@@ -49,41 +48,6 @@ class ELMPreTrainedModel(CompleteModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]  # the place has its name there too
-        cls,
-        pretrained_model_name_or_path: Any,
-        *args: Any,
-        config: Any = None,
-        trust_remote_code: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As of transformers; the code of an own encoder or connector runs with `trust_remote_code=True` alone."""
-        place, names = pretrained_model_name_or_path, ("cache_dir", "local_files_only", "proxies", "revision", "token")
-        hub_kwargs = {name: kwargs[name] for name in names if name in kwargs}
-        own = config
-        if not isinstance(own, PreTrainedConfig):
-            own = ELMConfig.from_pretrained(place if config is None else config, **hub_kwargs)
-        if load_own_parts(own, place, trust_remote_code, **hub_kwargs):
-            config = own
-        return super().from_pretrained(place, *args, config=config, **kwargs)
-
-    def initialize_weights(self) -> None:
-        """As of transformers; an own encoder's weights are drawn as they are where it stands alone: of others' code those that are
-        loaded stay, however it draws them."""
-        for module in self.modules():
-            if isinstance(module, PreTrainedModel) and module.config is self.config.encoder_config:
-                module.initialize_weights()
-        super().initialize_weights()
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """False, though transformers does not have these models.
-
-        Of custom code `from_pretrained` would leave buffers that are not saved, such as Falcon-H1's, as they happen to be.
-        """
-        return False
 
     def post_init(self) -> None:
         """As of transformers; of the classes that stay on one device those that are here, as FSDP looks for each of them."""
@@ -110,24 +74,6 @@ class ELMPreTrainedModel(CompleteModel):
             names = {"": attn_implementation, "text_config": attn_implementation}
             attn_implementation = names | ({} if of_encoder is None else {"encoder_config": of_encoder})
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As of transformers, with the weights under the names of the modules.
-
-        The older names that transformers keeps for the files of some backbones are unknown to its trainer when it loads a
-        checkpoint, to resume or as the best.
-        """
-        kwargs.setdefault("save_original_format", False)
-        sharded = type(self)
-        self.__class__ = plain_class(self)
-        try:
-            super().save_pretrained(*args, **kwargs)
-        finally:
-            self.__class__ = sharded
-        if kwargs.get("is_main_process", True):
-            elm: Any = self.base_model
-            for own_class in own_classes(self.config, elm.connector):
-                save_own_files(own_class, args[0] if args else kwargs["save_directory"])
 
 
 class ELMModel(ELMPreTrainedModel):

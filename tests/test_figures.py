@@ -95,6 +95,9 @@ def test_training():
     both, one = training_plot(history), training_plot(history[:2])
     assert b"<!-- validation -->" in both
     assert b"<!-- validation -->" not in one
+    parts = training_plot([{"step": step, "loss": 9.2, "masked_loss": 1.0} for step in (1, 2)]).decode()
+    assert "<!-- its masked part -->" in parts
+    assert "10^" not in parts  # a decade has plain numbers
 
 
 # tokens of 3, 4 and 1 samples of two leads: the second runs from the first lead into the second

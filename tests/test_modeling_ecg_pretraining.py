@@ -571,3 +571,14 @@ def test_one_graph(kind, objectives):
     expected = model(**batch).loss
     torch.manual_seed(0)
     torch.testing.assert_close(compiled(**batch).loss, expected)
+
+
+def test_parts_that_are_given_keep_an_attention():
+    """transformers takes it from a configuration that becomes a part of another."""
+    text = BertModel(BertConfig(vocab_size=20, hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+    encoder_config = ENCODER_CONFIGS["st_mem"](num_samples=500, **TINY_ENCODERS["st_mem"])
+    encoder = ENCODER_MODELS["st_mem"](encoder_config)
+    config = ECGPretrainingConfig(encoder_config=encoder_config, text_config=text.config, objectives=["contrastive"])
+    model = ECGForPreTraining(config, encoder, text)
+    assert model.encoder.config._attn_implementation == "sdpa"
+    assert model.text_encoder.config._attn_implementation == "sdpa"

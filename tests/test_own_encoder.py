@@ -12,18 +12,28 @@ from types import ModuleType
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertConfig, BertModel, PreTrainedModel
 
 from elm_ecg import new_elm
 from elm_ecg.configuration_elm import ELMConfig, is_unread
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.modeling_parts import load_encoder
-from elm_ecg.training import sft
+from elm_ecg.training import pretrain, sft
 from elm_ecg.training.features import EncoderFeatures
 from elm_ecg.training.load import load_elm
-from elm_ecg.training.sharing.push import check_loads, gather
+from elm_ecg.training.sharing.push import check_loads, gather, kind_of
 from forks import Fork
-from helpers import ROOT, TINY_ENCODERS, TINY_VISION, losses, run_isolated, save_tiny_data, save_tiny_llm, tiny_sft
+from helpers import (
+    ROOT,
+    TINY_ENCODERS,
+    TINY_VISION,
+    losses,
+    run_isolated,
+    save_tiny_data,
+    save_tiny_llm,
+    tiny_sft,
+    tiny_tokenizer,
+)
 
 PAGE = (ROOT / "docs" / "own_encoder_and_connector.md").read_text(encoding="utf-8")
 SMALL = {"num_samples": 500, "num_ecg_tokens": 4}
@@ -220,6 +230,50 @@ class TestSavedWithItsCode:
         (tmp_path / "config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match=r"expected module\.Class, of a file that lies beside"):
             load_elm(str(tmp_path), trust_remote_code=True)
+
+
+PRETRAINED = """
+import torch
+from transformers import AutoModel
+whole = AutoModel.from_pretrained("run", trust_remote_code=True).eval()
+encoder = AutoModel.from_pretrained("run/encoder", trust_remote_code=True).eval()
+ecg = torch.sin(torch.arange(6000.0)).view(1, 12, 500)
+print(type(encoder).__name__, torch.equal(whole.encoder(ecg).last_hidden_state, encoder(ecg).last_hidden_state))
+"""
+
+
+def test_pretraining(encoder_folder, tmp_path):
+    """The code travels with the pretraining model and with its encoder, from which the next run goes on; it never runs unasked."""
+    save_tiny_data(tmp_path / "data", train=8)
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    args = ["--data", str(tmp_path / "data"), "--report_column", "messages", "--batch_size", "4", "--max_steps", "1"]
+    args += ["--use_cpu", "--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "true"]
+    new = ["--encoder", str(encoder_folder), "--text_encoder", str(tmp_path / "bert"), "--sampling_rate", "100"]
+    new += ["--num_samples", "500"]
+    stages = {"run": new, "again": ["--model_name_or_path", str(tmp_path / "run")]}
+    for name, options in stages.items():
+        options = [*args, *options, "--output_dir", str(tmp_path / name)]
+        with pytest.raises(ValueError, match=r"code of its own.*--trust_remote_code"):
+            pretrain.main(options)
+        pretrain.main([*options, "--trust_remote_code"])
+        assert {"my_parts.py", "own_code.py"} <= {path.name for path in (tmp_path / name).iterdir()}
+    assert run_isolated(PRETRAINED, tmp_path) == "MyEncoder True\n"
+    with pytest.raises(ValueError, match=r"elm push \S+encoder$"):
+        kind_of(tmp_path / "run")
+    folder = tmp_path / "run" / "encoder"
+    assert kind_of(folder) == "encoder"
+    assert "my_parts.py" in gather(folder, "encoder")
+    with pytest.raises(ValueError, match=REFUSED):
+        check_loads(folder, "encoder")
+    check_loads(folder, "encoder", trust_remote_code=True)
+    card = (folder / "README.md").read_text()
+    assert "`my_encoder`: code of its own, `my_parts.MyEncoder`" in card
+    assert "with their reports" in card
+    assert "no labels" not in card
 
 
 def test_registered_classes_need_no_code_of_a_folder(elm_folder, work, tmp_path):

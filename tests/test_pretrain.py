@@ -104,10 +104,7 @@ def test_what_a_run_leaves(trained):
     assert sorted(path.name for path in (trained / "reconstructions").iterdir()) == ["01.png", "02.png"]
     card = (trained / "encoder" / "README.md").read_text()
     assert "masked reconstruction (75% of the patches, standardised patches)" in card
-    assert "Pretrained by `elm pretrain` from random weights" in card
-    assert (
-        "It has seen records of `data`, and nothing that was said of them. The split `validation` was looked at" in card
-    )
+    assert "from random weights, without labels: masked" in card
     assert "| train | 16 | 16 | 16 |" in card
     assert "Research software, not a medical device" in card
     history = json.loads((trained / "trainer_state.json").read_text())["log_history"]
@@ -155,7 +152,7 @@ def test_reports(encoder, records, text_encoder, tmp_path, capsys):
     folder = tmp_path / "run"
     options = ["--objectives", "contrastive", "--text_encoder", str(text_encoder), "--eval_strategy", "epoch"]
     pretrain.main(tiny_pretrain(records, folder, *options, encoder=encoder))
-    assert "contrastive: 16 records, 14 with a report" in capsys.readouterr().out
+    assert "contrastive: 16 records, 14 with a report, read as 500 samples at 100 Hz" in capsys.readouterr().out
     after = weights(folder)
     for name, tensor in load_file(text_encoder / "model.safetensors").items():
         if not name.startswith("pooler."):  # nothing reads it
@@ -166,7 +163,7 @@ def test_reports(encoder, records, text_encoder, tmp_path, capsys):
     assert all(torch.equal(tensor, after[f"encoder.{name}"]) for name, tensor in model.state_dict().items())
     card = (folder / "encoder" / "README.md").read_text()
     assert "ECGs against their reports (infonce; text encoder `bert`, as it was)" in card
-    assert "It has seen records of `data`, and their reports (column `report`)." in card
+    assert "It has seen these records of `data` with their reports" in card
 
 
 def test_both_objectives_and_a_trained_text_encoder(records, text_encoder, tmp_path):
@@ -260,12 +257,16 @@ def test_the_same_command_twice(records, tmp_path):
         (["--text_encoder", "bert"], "which reads no reports; add contrastive"),
         (
             ["--encoder", "merl", "--encoder_config", "{}", "--objectives", "masked"],
-            "A merl encoder has no patches to mask",
+            "The objective masked with a merl encoder; it hides patches",
         ),
-        (["--encoder", "resnet", "--encoder_config", "{}"], "--encoder resnet is no folder here"),
-        (["--encoder_config", '{"hidden": 3}'], "--encoder_config: STMEMConfig has no field hidden"),
+        (["--encoder", "resnet", "--encoder_config", "{}"], "--encoder resnet is none of merl, mlae,"),
+        (["--encoder", "stmem", "--encoder_config", "{}"], "Did you mean st_mem?"),
+        (
+            ["--encoder_config", '{"hidden": 3}'],
+            "--encoder_config: STMEMConfig has no field hidden; it has num_leads, ",
+        ),
         (["--pretraining_config", '{"mask_ratio": 0.5}'], "--mask_ratio is an option of its own"),
-        (["--mask_ratio", "1"], "mask_ratio is 1.0"),
+        (["--mask_ratio", "1"], "--mask_ratio is 1.0; expected a share"),
         (["--ema_decay", "1"], "--ema_decay is 1.0; expected a number between 0 and 1"),
         (["--perturb", "zeros"], "--perturb cannot be used: an encoder is pretrained on records"),
         (["--streaming", "--max_steps", "-1"], "--streaming does not know the number of rows; set --max_steps"),
@@ -281,6 +282,14 @@ def test_bad_input_is_one_line(options, message, records, tmp_path, capsys):
     error = capsys.readouterr().err
     assert message in error.replace("\n", " ")
     assert not (tmp_path / "run").exists()
+
+
+def test_records_that_fill_no_batch(records, tmp_path, capsys):
+    """Weights that were never trained are not saved as pretrained."""
+    arguments = tiny_pretrain(records, tmp_path / "run", "--per_device_train_batch_size", "200")
+    assert cli.main(["pretrain", *arguments]) == 1
+    assert "do not fill one batch of 200. Choose a smaller" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_reports_that_are_not_there(records, text_encoder, tmp_path, capsys):

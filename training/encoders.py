@@ -25,7 +25,7 @@ from elm_ecg.modeling_vision_encoders import encode_images, load_vision_model, v
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.digest import CODE_FILES, MODEL_FILES
 from elm_ecg.training.load import load_elm
-from elm_ecg.training.model_files import check_depth, check_finite, loading, model_folder
+from elm_ecg.training.model_files import check_depth, check_finite, is_own_encoder, loading, model_folder
 
 PREPROCESSOR = "preprocessor_config.json"
 EXTRACTOR_OPTIONS = ("sampling_rate", "lead_names", "normalization")  # of encoders that do not come with them
@@ -106,8 +106,8 @@ def load_encoder(
         settings = PreTrainedConfig.get_config_dict(folder)[0] if filename == "config.json" else {}
         model_type = settings.get("model_type", ELMConfig.model_type)
         check_depth(folder, settings)
-    own_code = model_type not in ENCODER_CONFIGS and "AutoModel" in settings.get("auto_map", {})
-    if own_code and not trust_remote_code and model_type != ECGPretrainingConfig.model_type:
+    own_code = is_own_encoder(settings)
+    if own_code and not trust_remote_code:
         raise ValueError(
             f"{label} is a {model_type!r} model, none of ours ({', '.join(ENCODER_CONFIGS)}), and comes with code of its own: read that, "
             "and if you trust it say --trust_remote_code."
@@ -119,7 +119,7 @@ def load_encoder(
     else:
         with loading(folder, label):
             if model_type == ECGPretrainingConfig.model_type:
-                encoder = _of_pretraining(folder, options)
+                encoder = _of_pretraining(folder, options, trust_remote_code)
             elif model_type in ENCODER_CONFIGS or own_code:
                 model = _ecg_model(folder, model_type)
                 encoder = LoadedEncoder(model, _extractor(folder, model.config, options), folder)
@@ -150,8 +150,10 @@ def _pictures_of_elm(processor: ELMProcessor, records: list[ECGRecord]) -> Mappi
     return processor(ecgs=records, return_tensors="pt")
 
 
-def _of_pretraining(folder: Path, options: dict[str, Any]) -> LoadedEncoder:
-    model = ECGForPreTraining.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval()
+def _of_pretraining(folder: Path, options: dict[str, Any], trust_remote_code: bool) -> LoadedEncoder:
+    model = ECGForPreTraining.from_pretrained(
+        folder, trust_remote_code=trust_remote_code, use_safetensors=True, dtype=torch.float32
+    ).eval()
     check_finite(model.state_dict(), "it")
     encoder = LoadedEncoder(model.encoder, _extractor(folder, model.encoder.config, options), folder)
     if model.text_encoder is None:

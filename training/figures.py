@@ -10,6 +10,7 @@ import numpy as np
 
 matplotlib.use("Agg")  # draws without a display; before pyplot chooses a backend
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 from elm_ecg.training.evaluation.conditions import CONDITIONS
 from elm_ecg.training.evaluation.scale import SHARE, MetricScale, scales_of, title_of
@@ -138,16 +139,28 @@ def confusion_plot(closed: dict[str, Any]) -> bytes:
     return _svg(figure)
 
 
+LOSSES = {
+    "loss": "training",
+    "masked_loss": "its masked part",
+    "contrastive_loss": "its contrastive part",
+    "eval_loss": "validation",
+}
+
+
 def training_plot(history: list[dict[str, float]], label: str = "loss per answer token") -> bytes:
-    """SVG of the training loss, and the validation loss where there is one, from the trainer's `log_history`."""
+    """SVG of the training loss, its parts and the validation loss where there are any, from the trainer's `log_history`."""
     figure, axes = plt.subplots(figsize=(6, 3.2))
-    for key, split in (("loss", "training"), ("eval_loss", "validation")):
+    losses = []
+    for key, split in LOSSES.items():
         points = [(row["step"], row[key]) for row in history if key in row]
         if points:
             axes.plot(*zip(*points, strict=True), label=split)
+            losses += [loss for _, loss in points]
     axes.set_xlabel("optimiser step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(label)
-    axes.set_yscale("log")
+    if losses and 0 < 10 * min(losses) < max(losses):  # within a decade a logarithmic scale has unreadable labels
+        axes.set_yscale("log")
     axes.spines[["top", "right"]].set_visible(False)
     if axes.lines:
         axes.legend(frameon=False)

@@ -15,16 +15,21 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCausalLM, AutoProcessor, PreTrainedConfig
 
+from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
+from elm_ecg.configuration_ecg_pretraining import ECGPretrainingConfig
 from elm_ecg.configuration_elm import ELMConfig
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.modeling_common import some_of
+from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
-from elm_ecg.modeling_parts import load_own_parts
+from elm_ecg.modeling_parts import load_own_parts, own_encoder_class
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.digest import MODEL_FILES
+from elm_ecg.training.files import read_json
 
 # our commands run the code that is installed, not the copy in a model's folder
 AutoConfig.register(ELMConfig.model_type, ELMConfig)
+AutoConfig.register(ECGPretrainingConfig.model_type, ECGPretrainingConfig)
 AutoModelForCausalLM.register(ELMConfig, ELMForConditionalGeneration)
 AutoFeatureExtractor.register(ELMConfig, ECGFeatureExtractor)
 AutoProcessor.register(ELMConfig, ELMProcessor)
@@ -205,6 +210,20 @@ def check_config(folder: Path, trust_remote_code: bool = False) -> None:
         with torch.device("meta"):
             model = ELMForConditionalGeneration(config)
         check_weights(folder, model.state_dict())
+
+
+def is_own_encoder(settings: Mapping[str, Any]) -> bool:
+    """Whether a config.json, by its content, is of an encoder that comes with code of its own."""
+    ours = {*ENCODER_CONFIGS, ELMConfig.model_type, ECGPretrainingConfig.model_type}
+    return settings.get("model_type") not in ours and "AutoModel" in (settings.get("auto_map") or {})
+
+
+def encoder_class_in(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The class of the ECG encoder in a folder; ValueError if it is somebody's own and its code is not to be run."""
+    settings = read_json(folder / "config.json")
+    if is_own_encoder(settings):
+        return own_encoder_class(settings["auto_map"], folder, trust_remote_code)
+    return ENCODER_MODELS[settings["model_type"]]
 
 
 def check_depth(folder: Path, settings: Any) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, TrainingArguments
+from transformers import AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
@@ -19,7 +19,7 @@ from elm_ecg.modeling_ecg_pretraining import ECGForPreTraining
 from elm_ecg.training.arguments import RecordArguments
 from elm_ecg.training.augmentation import NO_AUGMENTATION
 from elm_ecg.training.checkpoints import CountEpochs, replace_model
-from elm_ecg.training.command_line import printable, run_command
+from elm_ecg.training.command_line import did_you_mean, printable, run_command
 from elm_ecg.training.data.record_rows import load_records, report_of
 from elm_ecg.training.data.schema import counted
 from elm_ecg.training.data.streams import load_stream
@@ -63,7 +63,9 @@ def parse(argv: list[str] | None = None, prog: str = "elm pretrain") -> tuple[Pr
         if name not in get_available_reporting_integrations():
             raise ValueError(f"--report_to {name}: the package {name} is not installed, or is none that reports.")
     if training_args.fp16 and training_args.device.type == "cpu":  # accelerate would ignore it there
-        raise ValueError("--fp16 needs a GPU, and there is none; --bf16 computes in 16 bits on a CPU too.")
+        raise ValueError(
+            "--fp16 needs a GPU, and there is none; --bf16 computes in 16 bits on a CPU too, but on most much slower."
+        )
     training_args.prediction_loss_only = True  # reconstructions of all records would fill the memory
     return args, training_args
 
@@ -75,6 +77,10 @@ def pretrained_encoder(args: PretrainArguments) -> tuple[PreTrainedModel, ECGFea
         ValueError: as `load_encoder`; or it reads pictures.
     """
     name = args.encoder
+    if "/" not in name and not Path(name).exists():  # an old id of the Hub without owner is none of an ECG encoder
+        raise ValueError(
+            f"--encoder {name} is none of {', '.join(ENCODER_CONFIGS)}, and no folder here.{did_you_mean(name, ENCODER_CONFIGS)}"
+        )
     folder, _ = model_folder(name, ["adapter_config.json", "config.json"], label="--encoder")
     has_extractor = any((folder / file).is_file() for file in ("preprocessor_config.json", "processor_config.json"))
     described = {option: getattr(args, option) for option in EXTRACTOR_OPTIONS}
@@ -108,8 +114,13 @@ def build_model(args: PretrainArguments) -> tuple[ECGForPreTraining, ECGFeatureE
     encoder: PreTrainedModel | None = None
     if args.encoder in ENCODER_CONFIGS:
         config_class = ENCODER_CONFIGS[args.encoder]
-        if unknown := args.encoder_fields.keys() - {option.name for option in fields(config_class)}:
-            raise ValueError(f"--encoder_config: {config_class.__name__} has no field {', '.join(sorted(unknown))}.")
+        known = [option.name for option in fields(config_class)]
+        if unknown := args.encoder_fields.keys() - set(known):
+            of_all = {option.name for option in fields(PreTrainedConfig)}
+            raise ValueError(
+                f"--encoder_config: {config_class.__name__} has no field {', '.join(sorted(unknown))}; it has "
+                f"{', '.join(name for name in known if name not in of_all)}."
+            )
         shape = {"num_leads": len(extractor.lead_names), "num_samples": extractor.num_samples}
         encoder_config: Any = config_class(**{**shape, **args.encoder_fields})
     else:
@@ -147,7 +158,7 @@ def _load_model(args: PretrainArguments) -> tuple[ECGForPreTraining, ECGFeatureE
             raise ValueError(
                 f"it is a {kind!r} model; expected what `elm pretrain` saves. An encoder to begin with is --encoder {name}."
             )
-        model = ECGForPreTraining.from_pretrained(folder)
+        model = ECGForPreTraining.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
         extractor = ECGFeatureExtractor.from_pretrained(folder)
         reads = "contrastive" in model.config.objectives
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if reads else None
@@ -215,7 +226,7 @@ def make_trainer(
     return trainer
 
 
-def _told(args: PretrainArguments, model: ECGForPreTraining, data: Any) -> str:
+def _told(args: PretrainArguments, model: ECGForPreTraining, extractor: ECGFeatureExtractor, data: Any) -> str:
     """What is about to be trained on what, in a line."""
     sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
     trained, total = sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
@@ -228,6 +239,7 @@ def _told(args: PretrainArguments, model: ECGForPreTraining, data: Any) -> str:
             if number == 0:
                 raise ValueError(f"--report_column {args.report_column}: none of the {records} has a report.")
             records += f", {number:,} with a report"
+    records += f", read as {extractor.num_samples:,} samples at {extractor.sampling_rate:g} Hz"
     return f"{' and '.join(args.objectives)}: {records}; {trained:,} of {total:,} parameters trained"
 
 
@@ -258,10 +270,16 @@ def train(args: PretrainArguments, training_args: TrainingArguments) -> None:
         **changes,
     )
     trainer = make_trainer(args, training_args, model, collator, splits, options)
-    told = _told(args, model, splits["train"])
+    told = _told(args, model, extractor, splits["train"])
     if trainer.is_world_process_zero():
         print(told, flush=True)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if trainer.state.global_step == 0:  # the trainer would go on, and random weights be saved as pretrained
+        batch = training_args.per_device_train_batch_size * training_args.world_size
+        raise ValueError(
+            f"Nothing was trained: the records do not fill one batch of {batch}. Choose a smaller --per_device_train_batch_size "
+            f"than {training_args.per_device_train_batch_size}, or say --dataloader_drop_last false."
+        )
     trainer.log_metrics("train", result.metrics)
     if trainer.average is not None:
         trainer.average.replace()

@@ -114,7 +114,7 @@ class ObjectiveArguments:
         None, "Keep a moving average of the weights, such as 0.999, which is what is saved in the end. Default: none."
     )
     num_pictures: int = argument(
-        8, "Records of the validation split, or else of train, that are drawn with their reconstruction."
+        8, "Records of the validation split, or else of train, drawn with their reconstruction; none with --streaming."
     )
 
     def __post_init__(self) -> None:
@@ -128,6 +128,8 @@ class ObjectiveArguments:
             )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"--ema_decay is {self.ema_decay}; expected a number between 0 and 1, such as 0.999.")
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"--mask_ratio is {self.mask_ratio}; expected a share between 0 and 1, such as 0.75.")
         for name, least in (("max_report_tokens", 1), ("num_pictures", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} is {getattr(self, name)}; expected at least {least}.")

@@ -72,7 +72,9 @@ def draw_reconstructions(
         scale = WIDTH / page_width(paper, length / extractor.sampling_rate)
         height = round(scale * page_height(paper, record.lead_names))
         name = str(row.get("record_id") or index + 1)
-        caption = f"{name}: masked where shaded, reconstructed in orange{unit}"
+        # mean and deviation of standardised patches are the record's own
+        drawn_as = "its shape reconstructed" if model.config.normalize_targets else "reconstructed"
+        caption = f"{name}: masked where shaded, {drawn_as} in orange{unit}"
         shades = masks[index, :, :length].numpy().astype(np.float32)
         picture = draw_ecg(record, height, WIDTH, paper, caption, beside=beside, shades=shades)
         with atomic_path(folder / f"{index + 1:02d}.png") as path:

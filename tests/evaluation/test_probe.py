@@ -9,6 +9,7 @@ from sklearn.metrics import roc_auc_score
 
 from elm_ecg.training.evaluation import compare, probe, probe_models
 from elm_ecg.training.evaluation.probe_data import draw_patients, load_records
+from elm_ecg.training.sharing.disclosure import check_folder
 from helpers import write_rows
 from probes import SAMPLES, make_rows, save_encoder, save_records
 
@@ -41,6 +42,18 @@ def probed(data, tmp_path_factory) -> Path:
 def place_of(encoder: Path) -> Path:
     (place,) = (encoder / "probe").iterdir()
     return place
+
+
+def test_a_probed_encoder_can_still_be_shared(probed):
+    """What tells of its test patients stays where it is."""
+    assert not [name for name in check_folder(probed, ["model.safetensors"]) if name.startswith("probe")]
+
+
+def test_names_of_encoders(tmp_path):
+    (tmp_path / "run" / "encoder").mkdir(parents=True)
+    assert probe._name_of(str(tmp_path / "run")) == "run"
+    assert probe._name_of(str(tmp_path / "run" / "encoder")) == "run/encoder"
+    assert probe._name_of("owner/encoder") == "owner/encoder"
 
 
 def test_what_is_readable_is_read(probed, data, capsys):

@@ -242,6 +242,14 @@ def _table(data: ProbeData, split: str) -> list[Any]:
     return [records.record_ids, records.patients, data.labels, records.labels.tolist()]
 
 
+def _name_of(encoder: str) -> str:
+    """What results call an encoder: its Hub id, or its folder, of that in a run of `elm pretrain` as RUN/encoder."""
+    if not Path(encoder).exists():
+        return encoder
+    path = Path(encoder).resolve()
+    return f"{path.parent.name}/{path.name}" if path.name == "encoder" else path.name
+
+
 def _facts(args: argparse.Namespace, encoder: LoadedEncoder, data: ProbeData, prompts: Any) -> dict[str, Any]:
     """What is known before anything is computed."""
     settings = {name: getattr(args, name) for name in SETTINGS}
@@ -262,7 +270,7 @@ def _facts(args: argparse.Namespace, encoder: LoadedEncoder, data: ProbeData, pr
     shown = "+".join(re.sub(r"[^\w.-]+", "_", Path(name).name) for name in args.data)[:80]
     facts: dict[str, Any] = {
         "schema_version": PROBE_SCHEMA,
-        "model": Path(args.encoder).resolve().name if Path(args.encoder).exists() else args.encoder,
+        "model": _name_of(args.encoder),
         "model_revision": digest_of_folder(encoder.folder),
         "model_commit": getattr(encoder.model.config, "_commit_hash", None),
         "probe": f"{shown}-{settings_digest[:8]}",

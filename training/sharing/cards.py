@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel, TrainingArguments
 from trl import ModelConfig, SFTConfig
 
 from elm_ecg.configuration_ecg_pretraining import ECGPretrainingConfig
 from elm_ecg.configuration_elm import ELMConfig
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
+from elm_ecg.own_code import own_reference
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import ELMArguments
 from elm_ecg.training.data.schema import as_list
@@ -161,41 +162,55 @@ def encoder_card(
     config: PreTrainedConfig,
     name: str,
     source: str = "Its folder does not say.",
-    seen: str | None = None,
     splits: list[tuple[Any, ...]] | None = None,
     training: list[tuple[str, Any]] | None = None,
-    datasets: list[str] | None = None,
+    data: list[str] | None = None,
+    reads_reports: bool = False,
 ) -> ModelCard:
     """The card of an ECG encoder, and of its feature extractor where one is in its folder.
 
     Args:
         source: where the weights are from, in whole sentences.
-        seen: what it has seen in pretraining, in whole sentences.
-        splits: name, rows, records and patients of each split of that.
+        splits: name, rows, records and patients of each split that it was pretrained on.
         training: names and values of what was in force then.
-        datasets: of the Hub.
+        data: folders or Hub ids of what it was pretrained on.
+        reads_reports: whether it was pretrained on reports too.
     """
-    assert isinstance(config.num_leads, int)
-    with torch.device("meta"):  # shapes alone; nothing is computed
-        encoder: PreTrainedModel = ENCODER_MODELS[config.model_type](config)
-        tokens = encoder(torch.empty(1, config.num_leads, config.num_samples)).last_hidden_state  # [1, tokens, width]
     prepares = (folder / PREPROCESSOR).is_file()
+    extractor = ECGFeatureExtractor.from_pretrained(folder) if prepares else None
+    shape: Any = (getattr(config, "num_leads", None), getattr(config, "num_samples", None))
+    if extractor is not None:  # one's own configuration may not say it
+        shape = (len(extractor.lead_names), extractor.num_samples)
+    # one's own is known once its code has run
+    encoder_class: Any = ENCODER_MODELS.get(config.model_type) or MODEL_MAPPING[type(config)]
+    with torch.device("meta"):  # shapes alone; nothing is computed
+        encoder: PreTrainedModel = encoder_class(config)
+        tokens = encoder(torch.empty(1, *shape)).last_hidden_state  # [1, tokens, width]
     tags = [*TAGS, "ecg-encoder", config.model_type]
     return make_card(
         "encoder.md",
-        ModelCardData(library_name="transformers", pipeline_tag="feature-extraction", tags=tags, datasets=datasets),
+        ModelCardData(
+            library_name="transformers",
+            pipeline_tag="feature-extraction",
+            tags=tags,
+            datasets=[name for name in data or [] if on_hub(name)] or None,  # the card links to the Hub alone
+        ),
         model_name=name,
         config=config,
         num_tokens=tokens.shape[1],
         width=tokens.shape[2],
-        paper="[{}]({})".format(*config.paper),
+        paper="[{}]({})".format(*config.paper) if config.model_type in ENCODER_MODELS else None,
+        own_code=None if config.model_type in ENCODER_MODELS else own_reference(encoder_class),
+        num_leads=shape[0],
+        num_samples=shape[1],
         parameters=encoder.num_parameters(),
-        extractor=ECGFeatureExtractor.from_pretrained(folder) if prepares else None,
+        extractor=extractor,
         source=source,
-        seen=seen,
+        data=", ".join(f"`{public_name(name)}`" for name in data or []),
+        reads_reports=reads_reports,
         splits=splits,
         training=training,
-        use=use_of("encoder", name, num_leads=config.num_leads, prepares=prepares),
+        use=use_of("encoder", name, num_leads=shape[0], prepares=prepares),
         environment=environment(),
         citation=citation(name, "encoder"),
     )
@@ -226,16 +241,9 @@ def write_encoder_card(
         trained = "trained with it" if args.train_text_encoder else "as it was"
         text = public_name(args.text_encoder) if args.text_encoder else "that of the model"
         objectives.append(f"ECGs against their reports ({config.contrastive_loss}; text encoder `{text}`, {trained})")
-    source = f"Pretrained by `elm pretrain` from {begun}: {' and '.join(objectives)}."
-    names = ", ".join(f"`{public_name(data)}`" for data in args.data)
-    said = (
-        f"their reports (column `{args.report_column}`)"
-        if "contrastive" in config.objectives
-        else "nothing that was said of them"
-    )
-    seen = f"It has seen records of {names}, and {said}."
-    if splits.get("validation") is not None:
-        seen += " The split `validation` was looked at while it was trained, and not learnt."
+    reads_reports = "contrastive" in config.objectives
+    learnt_from = "with reports in place of labels" if reads_reports else "without labels"
+    source = f"Pretrained by `elm pretrain` from {begun}, {learnt_from}: {' and '.join(objectives)}."
     rows = _training_rows(training_args)
     rows += [("moving average of the weights", args.ema_decay)] if args.ema_decay is not None else []
     card = encoder_card(
@@ -243,9 +251,9 @@ def write_encoder_card(
         config.encoder_config,
         name,
         source,
-        seen,
         [(split, *count(data)) for split, data in splits.items() if data is not None],
         rows,
-        [data for data in args.data if on_hub(data)] or None,
+        list(args.data),
+        reads_reports,
     )
     card.save(folder / CARD)

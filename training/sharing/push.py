@@ -28,10 +28,10 @@ from peft import PeftConfig
 from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
 
 from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
+from elm_ecg.configuration_ecg_pretraining import ECGPretrainingConfig
 from elm_ecg.configuration_elm import ELMConfig, is_own_connector
 from elm_ecg.ecg_utils import STANDARD_LEADS
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
-from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer
 from elm_ecg.training.command_line import CommandLineParser, printable
@@ -42,7 +42,7 @@ from elm_ecg.training.evaluation.card import with_evaluations
 from elm_ecg.training.evaluation.results import EVALUATIONS, REPORT_FILE, RESULTS_FILE, read_results, results_in
 from elm_ecg.training.files import read_json, resource
 from elm_ecg.training.markdown import CARD, CITATION, SAMPLE, citation, on_hub, replace_section, use_of
-from elm_ecg.training.model_files import loading
+from elm_ecg.training.model_files import encoder_class_in, is_own_encoder, loading
 from elm_ecg.training.sharing.cards import PREPROCESSOR, elm_card, encoder_card
 from elm_ecg.training.sharing.contents import check_contents, module_file, own_file
 from elm_ecg.training.sharing.dataset_disclosure import DATASET_FILES, DATASET_FOLDERS, check_dataset, describe_dataset
@@ -83,9 +83,12 @@ def _kind_of_files(files: Collection[str], config: Callable[[], Path | str]) -> 
     if "adapter_config.json" in files:
         return "adapter"
     if "config.json" in files:
-        model_type = read_json(Path(config())).get("model_type")
+        settings = read_json(Path(config()))
+        model_type = str(settings.get("model_type"))
         kinds = {ELMConfig.model_type: "model"} | dict.fromkeys(ENCODER_CONFIGS, "encoder")
-        return kinds.get(str(model_type), f"{model_type} model")
+        if PREPROCESSOR in files and is_own_encoder(settings):
+            return "encoder"
+        return kinds.get(model_type, f"{model_type} model")
     return "tokenizer" if FILE_NAME in files else None
 
 
@@ -106,6 +109,8 @@ def kind_of(folder: Path) -> str:
         raise ValueError(
             f"{folder} has no config.json, adapter_config.json, {FILE_NAME} or data/*.parquet; expected the folder of a saved {kinds}."
         )
+    if kind == f"{ECGPretrainingConfig.model_type} model":
+        raise ValueError(f"{folder} is a pretraining model. Share its encoder alone: elm push {folder / 'encoder'}")
     if kind.endswith(" model"):
         raise ValueError(
             f"{config} is of a {kind}; expected {ELMConfig.model_type} or one of {', '.join(ENCODER_CONFIGS)}. Share others with "
@@ -227,7 +232,7 @@ def check_loads(folder: Path, kind: str, trust_remote_code: bool = False) -> Non
 
     base = base_of_adapter(folder) if kind == "adapter" else ""
     if kind == "encoder":
-        model_class = ENCODER_MODELS[_encoder_config(folder).model_type]
+        model_class = encoder_class_in(folder, trust_remote_code)
         with loading(folder, f"The encoder {folder}"):
             model_class.from_pretrained(folder, use_safetensors=True, device_map="meta")
     elif kind == "model" or (base and Path(base).is_dir()):
@@ -266,13 +271,12 @@ def evaluations_of(folder: Path) -> dict[str, bytes | Path]:
     return files
 
 
-def _encoder_config(folder: Path) -> Any:
-    model_type = read_json(folder / "config.json")["model_type"]
+def _encoder_config(folder: Path, trust_remote_code: bool = False) -> Any:
     with loading(folder, f"The encoder {folder}"):
-        return ENCODER_CONFIGS[model_type].from_pretrained(folder)
+        return encoder_class_in(folder, trust_remote_code).config_class.from_pretrained(folder)
 
 
-def read_card(folder: Path, kind: str, name: str) -> RepoCard:
+def read_card(folder: Path, kind: str, name: str, trust_remote_code: bool = False) -> RepoCard:
     """The card of the folder, or of what is known of it.
 
     Raises:
@@ -290,7 +294,7 @@ def read_card(folder: Path, kind: str, name: str) -> RepoCard:
             found = [read_results(results) for results in results_in(folder)] if kind in ("model", "adapter") else []
             return ModelCard(with_evaluations(text, found, name)) if found else card
     if kind == "encoder":
-        return encoder_card(folder, _encoder_config(folder), name)
+        return encoder_card(folder, _encoder_config(folder, trust_remote_code), name)
     if kind == "model":
         processor = ELMProcessor.from_pretrained(folder)
         return elm_card(folder, ELMConfig.from_pretrained(folder), name, processor)
@@ -519,7 +523,7 @@ def push(args: argparse.Namespace) -> None:
     shared = {*files, CARD, *MODULES}
     left_out = [] if kind == "dataset" else check_folder(args.run, shared)  # of datasets, gather refuses all else
     api = HfApi()
-    card = read_card(args.run, kind, args.repo_id.split("/")[-1])
+    card = read_card(args.run, kind, args.repo_id.split("/")[-1], args.trust_remote_code)
     print(f"What is shared: {', '.join(sorted({*files, CARD}))}")
     if kind == "dataset":
         print(printable(describe_dataset(args.run)))
