@@ -13,7 +13,7 @@ from .configuration_ecg_pretraining import ECGPretrainingConfig, mask_shape, num
 from .modeling_common import CompleteModel, attention_of, in_eval_mode, stay_frozen
 from .modeling_ecg_base import without_missing_leads
 from .modeling_ecg_contrastive import AttentionPool, ContrastiveHeads, contrastive_loss
-from .modeling_ecg_encoders import ENCODER_MODELS
+from .modeling_ecg_encoders import ecg_encoder_class
 from .modeling_ecg_masked import (
     LeadDecoder,
     MaskedDecoder,
@@ -49,9 +49,7 @@ def _is_trained(part: nn.Module) -> bool:
 
 def _make_encoder(encoder_config: Any) -> PreTrainedModel:
     """An encoder with random weights."""
-    encoder_class = ENCODER_MODELS.get(encoder_config.model_type)
-    if encoder_class is None:  # one's own
-        return AutoModel.from_config(encoder_config)
+    encoder_class = ecg_encoder_class(encoder_config)
     encoder_config._attn_implementation = attention_of(encoder_class, encoder_config._attn_implementation)
     return encoder_class(encoder_config)
 

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
 from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
+from elm_ecg.configuration_ecg_pretraining import ECGPretrainingConfig
 from elm_ecg.configuration_elm import IMAGE_REPRESENTATIONS, ELMConfig
 from elm_ecg.ecg_drawing import ECGPaper
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
@@ -40,15 +41,13 @@ from elm_ecg.training.command_line import did_you_mean
 from elm_ecg.training.contract import check_encoder_class, check_own_parts
 from elm_ecg.training.files import read_json, resource
 from elm_ecg.training.llms import place_of_llm, resolve_llm
-from elm_ecg.training.model_files import find_model_file
+from elm_ecg.training.model_files import ENCODER_FOLDER, find_model_file
 
 logger = logging.getLogger(__name__)
 
 
 # values of a stacked record that are black and white, by its normalization: millivolts, deviations, or its own range
 VALUE_RANGES = {"none": (-2.0, 2.0), "zscore": (-4.0, 4.0), "minmax": (0.0, 1.0)}
-# what `elm pretrain` leaves: a model of this model_type, and the encoder alone in this folder
-PRETRAINING, ENCODER_FOLDER = "ecg_pretraining", "encoder"
 DEFAULT_ECG_TOKENIZER = resource("training/tokenizers/ptbxl_250hz")
 
 
@@ -60,7 +59,10 @@ def place_of_encoder(args: ModelArguments) -> str | None:
     if args.encoder_name_or_path is None or args.architecture != "llava":
         return None
     place, _ = find_model_file(args.encoder_name_or_path, ["config.json"], label="--encoder")
-    if not Path(place).is_dir() or read_json(Path(place) / "config.json").get("model_type") != PRETRAINING:
+    if (
+        not Path(place).is_dir()
+        or read_json(Path(place) / "config.json").get("model_type") != ECGPretrainingConfig.model_type
+    ):
         return place
     encoder = Path(place) / ENCODER_FOLDER
     if not (encoder / "config.json").is_file():

@@ -8,12 +8,13 @@ import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers.utils import FEATURE_EXTRACTOR_NAME
 from trl import ModelConfig, SFTConfig
 
 from elm_ecg.configuration_ecg_pretraining import ECGPretrainingConfig
 from elm_ecg.configuration_elm import ELMConfig
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
-from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
+from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS, ecg_encoder_class
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import ELMArguments
 from elm_ecg.training.data.schema import as_list
@@ -24,7 +25,6 @@ from elm_ecg.training.llms import resolve_llm
 from elm_ecg.training.markdown import CARD, TAGS, citation, environment, make_card, on_hub, public_name, use_of
 from elm_ecg.training.pretrain_arguments import PretrainArguments
 
-PREPROCESSOR = "preprocessor_config.json"
 # the arguments of TRL and PEFT that matter most to a run
 TRAINING = ["num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio"]
 TRAINING += ["weight_decay", "max_grad_norm", "optim", "bf16", "fp16", "seed"]  # not all are in every version
@@ -168,31 +168,38 @@ def encoder_card(
     """The card of an ECG encoder, and of its feature extractor where one is in its folder.
 
     Args:
+        config: of the encoder; without `num_leads` and `num_samples`, as somebody's own may be, those of the feature extractor count.
         source: where the weights are from, in whole sentences.
         splits: name, rows, records and patients of each split that it was pretrained on.
         training: names and values of what was in force then.
         datasets: of the Hub.
     """
-    assert isinstance(config.num_leads, int)
-    with torch.device("meta"):  # shapes alone; nothing is computed
-        encoder: PreTrainedModel = ENCODER_MODELS[config.model_type](config)
-        tokens = encoder(torch.empty(1, config.num_leads, config.num_samples)).last_hidden_state  # [1, tokens, width]
-    prepares = (folder / PREPROCESSOR).is_file()
+    extractor: Any = None
+    if (folder / FEATURE_EXTRACTOR_NAME).is_file():
+        extractor = ECGFeatureExtractor.from_pretrained(folder)
+    num_leads: int = getattr(config, "num_leads", None) or len(extractor.lead_names)
+    num_samples: int = getattr(config, "num_samples", None) or extractor.num_samples
+    # of ours the shapes alone, with which nothing is computed; somebody's own code may read values
+    with torch.device("meta" if config.model_type in ENCODER_MODELS else "cpu"), torch.no_grad():
+        encoder: PreTrainedModel = ecg_encoder_class(config)(config).eval()
+        tokens = encoder(torch.zeros(1, num_leads, num_samples)).last_hidden_state  # [1, tokens, width]
     tags = [*TAGS, "ecg-encoder", config.model_type]
     return make_card(
         "encoder.md",
         ModelCardData(library_name="transformers", pipeline_tag="feature-extraction", tags=tags, datasets=datasets),
         model_name=name,
         config=config,
+        num_leads=num_leads,
+        num_samples=num_samples,
         num_tokens=tokens.shape[1],
         width=tokens.shape[2],
-        paper="[{}]({})".format(*config.paper),
+        paper="[{}]({})".format(*config.paper) if config.model_type in ENCODER_MODELS else None,
         parameters=encoder.num_parameters(),
-        extractor=ECGFeatureExtractor.from_pretrained(folder) if prepares else None,
+        extractor=extractor,
         source=source,
         splits=splits,
         training=training,
-        use=use_of("encoder", name, num_leads=config.num_leads, prepares=prepares),
+        use=use_of("encoder", name, num_leads=num_leads, prepares=extractor is not None),
         environment=environment(),
         citation=citation(name, "encoder"),
     )

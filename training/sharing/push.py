@@ -26,6 +26,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from peft import PeftConfig
 from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
+from transformers.utils import FEATURE_EXTRACTOR_NAME
 
 from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
 from elm_ecg.configuration_elm import ELMConfig, is_own_connector
@@ -43,7 +44,7 @@ from elm_ecg.training.evaluation.results import EVALUATIONS, REPORT_FILE, RESULT
 from elm_ecg.training.files import read_json, resource
 from elm_ecg.training.markdown import CARD, CITATION, SAMPLE, citation, on_hub, replace_section, use_of
 from elm_ecg.training.model_files import loading
-from elm_ecg.training.sharing.cards import PREPROCESSOR, elm_card, encoder_card
+from elm_ecg.training.sharing.cards import elm_card, encoder_card
 from elm_ecg.training.sharing.contents import check_contents, module_file, own_file
 from elm_ecg.training.sharing.dataset_disclosure import DATASET_FILES, DATASET_FOLDERS, check_dataset, describe_dataset
 from elm_ecg.training.sharing.disclosure import (
@@ -121,7 +122,7 @@ def code_of(folder: Path, kind: str) -> dict[str, bytes]:
         ValueError: one is not there, or the model's configuration names none.
     """
     modules = set()
-    for name in ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+    for name in ("config.json", "processor_config.json", FEATURE_EXTRACTOR_NAME, "tokenizer_config.json"):
         if not (folder / name).is_file():
             continue
         config = read_json(folder / name)
@@ -200,7 +201,7 @@ def gather(folder: Path, kind: str, allowed: Collection[str] = ()) -> dict[str, 
     for name in list(files):
         if name.endswith("_config.json") or name == "config.json":
             files[name] = without_local_paths(folder / name)
-    if kind == "encoder" and PREPROCESSOR not in files:
+    if kind == "encoder" and FEATURE_EXTRACTOR_NAME not in files:
         config = _encoder_config(folder)
         files[SAMPLE] = sample_ecg(max(100, config.num_samples / 10), config.num_samples, config.num_leads)
         return files
@@ -474,7 +475,7 @@ def facts_of_use(folder: Path, kind: str, files: Mapping[str, Any]) -> dict[str,
     if kind in ("model", "adapter"):
         return {"takes_ecgs": ELMProcessor.from_pretrained(folder).takes_ecgs}
     if kind == "encoder":
-        return {"prepares": PREPROCESSOR in files}
+        return {"prepares": FEATURE_EXTRACTOR_NAME in files}
     if kind == "dataset":
         splits = [
             re.split("[-.]", Path(name).name)[0] for name in files if name.startswith("data/")
