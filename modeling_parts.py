@@ -43,6 +43,23 @@ def adopt_encoder_class(encoder_class: type[PreTrainedModel]) -> dict[str, str]:
     return {"AutoConfig": own_reference(config_class), "AutoModel": own_reference(encoder_class)}
 
 
+def read_own_config(
+    unread: Any, place: str | os.PathLike, trust_remote_code: bool | None, **hub_kwargs: Any
+) -> PreTrainedConfig:
+    """The configuration of somebody's own encoder, of its own class, whose code is loaded from beside the weights.
+
+    Args:
+        unread: its fields, see `is_unread`.
+        place, hub_kwargs: as of `load_own_class`.
+
+    Raises:
+        ValueError: the code is not to be run, or not there.
+    """
+    encoder_class: Any = load_own_class(unread.auto_map["AutoModel"], place, trust_remote_code, **hub_kwargs)
+    fields = unread.to_dict() | {"auto_map": adopt_encoder_class(encoder_class)}
+    return encoder_class.config_class.from_dict(fields)
+
+
 def load_own_parts(
     config: ELMConfig, place: str | os.PathLike, trust_remote_code: bool | None, **hub_kwargs: Any
 ) -> bool:
@@ -59,9 +76,7 @@ def load_own_parts(
     encoder: Any = config.encoder_config
     connector, unread = config.connector, is_unread(encoder)
     if unread:
-        encoder_class: Any = load_own_class(encoder.auto_map["AutoModel"], place, trust_remote_code, **hub_kwargs)
-        fields = encoder.to_dict() | {"auto_map": adopt_encoder_class(encoder_class)}
-        config.encoder_config = encoder_class.config_class.from_dict(fields)
+        config.encoder_config = read_own_config(encoder, place, trust_remote_code, **hub_kwargs)
     if connector is not None and is_own_connector(connector):
         own_class: Any = load_own_class(connector, place, trust_remote_code, **hub_kwargs)
         adopt_connector_class(own_class)

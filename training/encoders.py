@@ -15,18 +15,19 @@ from transformers.utils import FEATURE_EXTRACTOR_NAME
 
 from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
 from elm_ecg.configuration_ecg_pretraining import ECGPretrainingConfig
-from elm_ecg.configuration_elm import IMAGE_REPRESENTATIONS, ELMConfig
+from elm_ecg.configuration_elm import IMAGE_REPRESENTATIONS, ELMConfig, is_unread
 from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.image_processing_elm import ECGImageProcessor
 from elm_ecg.modeling_common import some_of
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.modeling_ecg_pretraining import ECGForPreTraining
+from elm_ecg.modeling_parts import read_own_config
 from elm_ecg.modeling_vision_encoders import encode_images, load_vision_model, vision_config, vision_model_class
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.digest import CODE_FILES, MODEL_FILES
 from elm_ecg.training.load import load_elm
-from elm_ecg.training.model_files import check_depth, check_finite, loading, model_folder
+from elm_ecg.training.model_files import ENCODER_FOLDER, check_depth, check_finite, loading, model_folder
 
 EXTRACTOR_OPTIONS = ("sampling_rate", "lead_names", "normalization")  # of encoders that do not come with them
 
@@ -119,7 +120,7 @@ def load_encoder(
     else:
         with loading(folder, label):
             if model_type == ECGPretrainingConfig.model_type:
-                encoder = _of_pretraining(folder, options)
+                encoder = _of_pretraining(folder, options, trust_remote_code)
             elif model_type in ENCODER_CONFIGS or own_code:
                 model = _ecg_model(folder, model_type)
                 encoder = LoadedEncoder(model, _extractor(folder, model.config, options), folder)
@@ -150,9 +151,22 @@ def _pictures_of_elm(processor: ELMProcessor, records: list[ECGRecord]) -> Mappi
     return processor(ecgs=records, return_tensors="pt")
 
 
-def _of_pretraining(folder: Path, options: dict[str, Any]) -> LoadedEncoder:
-    model = ECGForPreTraining.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval()
+def load_pretraining(folder: Path, trust_remote_code: bool) -> ECGForPreTraining:
+    """The pretraining model in a folder; the code of an encoder of somebody's own lies in `ENCODER_FOLDER` there.
+
+    Raises:
+        ValueError: that code is not to be run, or not there; weights are missing, NaN or infinite.
+    """
+    config = ECGPretrainingConfig.from_pretrained(folder)
+    if is_unread(config.encoder_config):
+        config.encoder_config = read_own_config(config.encoder_config, folder / ENCODER_FOLDER, trust_remote_code)
+    model = ECGForPreTraining.from_pretrained(folder, config=config, use_safetensors=True, dtype=torch.float32)
     check_finite(model.state_dict(), "it")
+    return model
+
+
+def _of_pretraining(folder: Path, options: dict[str, Any], trust_remote_code: bool) -> LoadedEncoder:
+    model = load_pretraining(folder, trust_remote_code).eval()
     encoder = LoadedEncoder(model.encoder, _extractor(folder, model.encoder.config, options), folder)
     if model.text_encoder is None:
         return encoder

@@ -23,7 +23,7 @@ from elm_ecg.training.command_line import printable, run_command
 from elm_ecg.training.data.record_rows import load_records, report_of
 from elm_ecg.training.data.schema import counted
 from elm_ecg.training.data.streams import load_stream
-from elm_ecg.training.encoders import EXTRACTOR_OPTIONS, load_encoder
+from elm_ecg.training.encoders import EXTRACTOR_OPTIONS, load_encoder, load_pretraining
 from elm_ecg.training.figures import training_plot
 from elm_ecg.training.files import check_output_folder, write_text
 from elm_ecg.training.load import limit_threads
@@ -153,7 +153,7 @@ def _load_model(args: PretrainArguments) -> tuple[ECGForPreTraining, ECGFeatureE
             raise ValueError(
                 f"it is a {kind!r} model; expected what `elm pretrain` saves. An encoder to begin with is --encoder {name}."
             )
-        model = ECGForPreTraining.from_pretrained(folder)
+        model = load_pretraining(folder, args.trust_remote_code)
         extractor = ECGFeatureExtractor.from_pretrained(folder)
         reads = "contrastive" in model.config.objectives
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if reads else None
