@@ -126,16 +126,16 @@ def encoder_config(args: ModelArguments, num_leads: int) -> PreTrainedConfig:
             )
         config_class = ENCODER_CONFIGS[args.encoder]
         shape = {"num_leads": num_leads, "num_samples": args.num_samples}
-    return make_encoder_config(config_class, args, shape)
+    return make_encoder_config(config_class, args.encoder_fields, shape)
 
 
-def make_encoder_config(config_class: Any, args: ModelArguments, shape: dict[str, int]) -> PreTrainedConfig:
+def make_encoder_config(config_class: Any, encoder_fields: dict[str, Any], shape: dict[str, int]) -> PreTrainedConfig:
     """A configuration with the fields of `--encoder_config`, and of a `shape` what it has fields for."""
     known = {field.name for field in fields(config_class)} | {*inspect.signature(config_class.__init__).parameters}
-    if unknown := args.encoder_fields.keys() - known:
+    if unknown := encoder_fields.keys() - known:
         raise ValueError(f"--encoder_config: {config_class.__name__} has no field {', '.join(sorted(unknown))}.")
     shape = {name: value for name, value in shape.items() if name in known}
-    return config_class(**{**shape, **args.encoder_fields})
+    return config_class(**{**shape, **encoder_fields})
 
 
 def check_given_encoder(encoder: Any, args: ModelArguments) -> None:
@@ -159,7 +159,7 @@ def given_encoder(encoder: Any, args: ModelArguments, num_leads: int) -> PreTrai
     encoder_class = encoder if isinstance(encoder, type) else type(encoder)
     if encoder_class is encoder:
         shape = {"num_leads": num_leads, "num_samples": args.num_samples}
-        encoder = encoder_class(make_encoder_config(encoder_class.config_class, args, shape))
+        encoder = encoder_class(make_encoder_config(encoder_class.config_class, args.encoder_fields, shape))
     if encoder_class not in ENCODER_MODELS.values():
         encoder.config.auto_map = adopt_encoder_class(encoder_class)
     return encoder
