@@ -106,7 +106,10 @@ def test_what_a_run_leaves(trained):
     assert sorted(path.name for path in (trained / "reconstructions").iterdir()) == ["01.png", "02.png"]
     card = (trained / "encoder" / "README.md").read_text()
     assert "masked reconstruction (75% of the patches, standardised patches)" in card
-    assert "without labels, from random weights" in card
+    assert "Pretrained by `elm pretrain` from random weights" in card
+    assert (
+        "It has seen records of `data`, and nothing that was said of them. The split `validation` was looked at" in card
+    )
     assert "| train | 16 | 16 | 16 |" in card
     assert "Research software, not a medical device" in card
     history = json.loads((trained / "trainer_state.json").read_text())["log_history"]
@@ -165,6 +168,7 @@ def test_reports(encoder, records, text_encoder, tmp_path, capsys):
     assert all(torch.equal(tensor, after[f"encoder.{name}"]) for name, tensor in model.state_dict().items())
     card = (folder / "encoder" / "README.md").read_text()
     assert "ECGs against their reports (infonce; text encoder `bert`, as it was)" in card
+    assert "It has seen records of `data`, and their reports (column `report`)." in card
 
 
 def test_both_objectives_and_a_trained_text_encoder(records, text_encoder, tmp_path):

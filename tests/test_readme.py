@@ -13,12 +13,12 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 from trl import SFTConfig
 
-from elm_ecg.training import cli, quickstart, sft, tokenizer
+from elm_ecg.training import cli, pretrain, quickstart, sft, tokenizer
 from elm_ecg.training import dataset_commands as data_tool
 from elm_ecg.training.apps import chat, demo, plot
 from elm_ecg.training.arguments import ALIASES, ELMS, VISION_BACKBONES, DataArguments
 from elm_ecg.training.data.loading import ecgs_of, load_data
-from elm_ecg.training.evaluation import compare
+from elm_ecg.training.evaluation import compare, probe
 from elm_ecg.training.evaluation import evaluate as evaluation
 from elm_ecg.training.llms import LLMS
 from elm_ecg.training.sharing import convert, push
@@ -61,7 +61,11 @@ def test_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         launch = get_args_parser().parse_args(words)
         program, words = launch.training_script, launch.training_script_args
         monkeypatch.setattr(SFTConfig, "world_size", property(lambda args: int(launch.nproc_per_node)))
-    verbs = {"training/sft.py": "sft", "elm_ecg.training.evaluation.evaluate": "evaluate"}
+    verbs = {
+        "training/sft.py": "sft",
+        "training/pretrain.py": "pretrain",
+        "elm_ecg.training.evaluation.evaluate": "evaluate",
+    }
     if program in verbs:
         program, words = "elm", [verbs[program], *words]
 
@@ -70,6 +74,8 @@ def test_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sft, "main", lambda argv: parsed.append(sft.parse(argv)))
         monkeypatch.setattr(sft, "find_spec", lambda name: name)  # of the extra `quantized`
         monkeypatch.setattr(evaluation, "main", lambda argv: parsed.append(evaluation.parse(argv)))
+        monkeypatch.setattr(pretrain, "main", lambda argv: parsed.append(pretrain.parse(argv)))
+        monkeypatch.setattr(probe, "main", lambda argv: parsed.append(probe.make_parser().parse_args(argv)))
         monkeypatch.setattr(quickstart, "main", lambda argv: parsed.append(argv))
         monkeypatch.setattr(tokenizer, "main", lambda argv: parsed.append(tokenizer.make_parser().parse_args(argv)))
         monkeypatch.setattr(data_tool, "main", lambda argv: parsed.append(data_tool.make_parser().parse_args(argv)))
@@ -81,6 +87,8 @@ def test_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(push, "main", lambda argv: parsed.append(push.make_parser().parse_args(argv)))
         names = (
             ["sft"],
+            ["pretrain"],
+            ["probe"],
             ["chat"],
             ["demo"],
             ["push"],
@@ -189,7 +197,7 @@ def test_own_data_to_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         _, _, question, answer = examples[number % len(examples)].split(",")
         lines.append(f"2024/{number:04d},p{number // 2},{question},{answer}")
     Path("questions.csv").write_text("\n".join(lines))
-    (story,) = (block for block in blocks("bash") if block.startswith("elm data build"))
+    (story,) = (text for text in blocks("bash") if text.startswith("elm data build") and "elm evaluate" in text)
     build, check, train, evaluate = (shlex.split(line)[1:] for line in story.splitlines())
     assert cli.main(build) == 0
     assert cli.main(check) == 0

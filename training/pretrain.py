@@ -40,16 +40,10 @@ logger = logging.getLogger(__name__)
 
 PICTURES = "reconstructions"
 # options that a model to go on from has answered already
-OF_THE_MODEL = (
-    "encoder",
-    "encoder_config",
-    "targets",
-    "text_encoder",
-    "text_pooling",
-    "contrastive_loss",
-    "temperature",
-)
-OF_THE_MODEL += ("projection_size", "pretraining_config")
+OF_THE_MODEL = [
+    *("encoder", "encoder_config", "targets", "text_encoder", "text_pooling", "contrastive_loss", "temperature"),
+    *("projection_size", "pretraining_config"),
+]
 OF_RECORDS = tuple(option.name for option in fields(RecordArguments))
 
 

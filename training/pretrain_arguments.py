@@ -86,10 +86,8 @@ class ObjectiveArguments:
         "Text encoder of the reports for contrastive: folder or Hub id of any encoder of transformers, such as a BERT.",
     )
     train_text_encoder: bool = argument(False, "Train the text encoder too; else it stays as it is.")
-    text_pooling: str = argument(
-        _default("text_pooling"),
-        "What stands for a report: mean of its tokens, cls, or pooler.",
-        choices=["mean", "cls", "pooler"],
+    text_pooling: Literal["mean", "cls", "pooler"] = argument(
+        _default("text_pooling"), "What stands for a report: mean of its tokens, cls, or pooler."
     )
     report_column: str = argument(
         "report",
@@ -100,10 +98,9 @@ class ObjectiveArguments:
         False,
         "Read each report once and keep in memory what the frozen text encoder gives for it: many times as fast on a CPU.",
     )
-    contrastive_loss: str = argument(
+    contrastive_loss: Literal["infonce", "sigmoid"] = argument(
         _default("contrastive_loss"),
         "Of ECGs and reports: infonce, among the batch of all processes (MERL), or sigmoid, pair by pair (SigLIP).",
-        choices=["infonce", "sigmoid"],
     )
     temperature: float = argument(_default("temperature"), "Of infonce, and of the two views of each ECG.")
     contrastive_weight: float = argument(

@@ -67,7 +67,7 @@ class PretrainingTrainer(WholeCheckpoints):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As the trainer's; the parts of the loss are kept for the log."""
         outputs = model(**inputs)
-        sums = self._parts["train" if self.model.training else "eval"]
+        sums = self._parts["train" if model.training else "eval"]
         for name in PARTS:
             if outputs.get(name) is not None:
                 sums[name] = sums[name] + outputs[name].detach()

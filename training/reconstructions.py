@@ -39,8 +39,10 @@ def reconstruct(model: ECGForPreTraining, batch: dict[str, torch.Tensor]) -> tup
         for name in ("ecg_values", "lead_mask", "num_samples", "mask")
         if name in batch
     }
-    # without its heads: reports are not needed here
-    output = model._masked(inputs["ecg_values"], inputs.get("lead_mask"), inputs["num_samples"], inputs.get("mask"))
+    output = model(**inputs)  # without reports, which change nothing here
+    assert model.decoder is not None
+    assert output.reconstruction is not None
+    assert output.mask is not None
     values, drawn = inputs["ecg_values"], output.reconstruction.float()
     if model.config.normalize_targets:
         patches = model.decoder.make_patches(model.encoder, values).float()

@@ -161,6 +161,7 @@ def encoder_card(
     config: PreTrainedConfig,
     name: str,
     source: str = "Its folder does not say.",
+    seen: str | None = None,
     splits: list[tuple[Any, ...]] | None = None,
     training: list[tuple[str, Any]] | None = None,
     datasets: list[str] | None = None,
@@ -170,7 +171,8 @@ def encoder_card(
     Args:
         config: of the encoder; without `num_leads` and `num_samples`, as somebody's own may be, those of the feature extractor count.
         source: where the weights are from, in whole sentences.
-        splits: name, rows, records and patients of each split that it was pretrained on.
+        seen: what it has seen in pretraining, in whole sentences.
+        splits: name, rows, records and patients of each split of that.
         training: names and values of what was in force then.
         datasets: of the Hub.
     """
@@ -197,6 +199,7 @@ def encoder_card(
         parameters=encoder.num_parameters(),
         extractor=extractor,
         source=source,
+        seen=seen,
         splits=splits,
         training=training,
         use=use_of("encoder", name, num_leads=num_leads, prepares=extractor is not None),
@@ -230,7 +233,16 @@ def write_encoder_card(
         trained = "trained with it" if args.train_text_encoder else "as it was"
         text = public_name(args.text_encoder) if args.text_encoder else "that of the model"
         objectives.append(f"ECGs against their reports ({config.contrastive_loss}; text encoder `{text}`, {trained})")
-    source = f"Pretrained by `elm pretrain`, without labels, from {begun}: {' and '.join(objectives)}."
+    source = f"Pretrained by `elm pretrain` from {begun}: {' and '.join(objectives)}."
+    names = ", ".join(f"`{public_name(data)}`" for data in args.data)
+    said = (
+        f"their reports (column `{args.report_column}`)"
+        if "contrastive" in config.objectives
+        else "nothing that was said of them"
+    )
+    seen = f"It has seen records of {names}, and {said}."
+    if splits.get("validation") is not None:
+        seen += " The split `validation` was looked at while it was trained, and not learnt."
     rows = _training_rows(training_args)
     rows += [("moving average of the weights", args.ema_decay)] if args.ema_decay is not None else []
     card = encoder_card(
@@ -238,6 +250,7 @@ def write_encoder_card(
         config.encoder_config,
         name,
         source,
+        seen,
         [(split, *count(data)) for split, data in splits.items() if data is not None],
         rows,
         [data for data in args.data if on_hub(data)] or None,
