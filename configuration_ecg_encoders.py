@@ -89,7 +89,7 @@ class MERLConfig(ResNetConfig):
 class XResNet1dConfig(ResNetConfig):
     """xresnet1d of the PTB-XL benchmark (Strodthoff et al. 2020, arXiv 2004.13701), after He et al. 2018 (arXiv 1812.01187).
 
-    The default is small, for CPUs: one of 18 layers at half the width, 1.4 million weights. Its xresnet1d101 is `block="bottleneck"`,
+    The default is small, for CPUs: one of 18 layers at half the width, 1.6 million weights. Its xresnet1d101 is `block="bottleneck"`,
     `depths=(3, 4, 23, 3)`, `widths=(64, 128, 256, 512)`.
     """
 

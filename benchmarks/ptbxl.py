@@ -23,10 +23,14 @@ ptbxl_fuyu.yaml, ptbxl_rgb.yaml and ptbxl_stacked_signal.yaml run as the first r
     elm tokenizer train --data runs/ptbxl/data --ecg_root runs/ptbxl --sampling_rate 50 --lead_names I II V1 V3 V5 --millivolt_range -2 2 --within_leads --num_merges 1000 --output_dir runs/ptbxl/ecg_byte
     elm sft --config training/configs/ptbxl_symbolic.yaml --ecg_tokenizer runs/ptbxl/ecg_byte --data runs/ptbxl/data --ecg_root runs/ptbxl --llm runs/ptbxl/llm --output_dir runs/ptbxl/symbolic
 
-The records with their labels, for probes of encoders:
+Encoders pretrained on the same records, without their questions; for the second the statements in English are the reports. Probes ask what they have learnt:
 
+    elm data build runs/ptbxl/ecgs --metadata ../shared/data/ptbxl/records.csv --metadata_columns statement_text_en --no_questions --output_dir runs/ptbxl/records
+    elm pretrain --config pretrain_ptbxl_st_mem --data runs/ptbxl/records --output_dir runs/ptbxl/st_mem
+    elm pretrain --config pretrain_ptbxl_merl --text_encoder sentence-transformers/all-MiniLM-L6-v2 --data runs/ptbxl/records --output_dir runs/ptbxl/merl
     python benchmarks/ptbxl.py records --splits runs/PTB-XL-labels
-    elm probe ENCODER --data runs/PTB-XL-labels --label_columns superclass
+    elm probe runs/ptbxl/st_mem --data runs/PTB-XL-labels --label_columns superclass
+    elm sft --config ptbxl_pretrained --data runs/ptbxl/all_questions --ecg_root runs/ptbxl --llm runs/ptbxl/llm --output_dir runs/ptbxl/pretrained
 
 The tokenizer that comes with the package is made so:
 
