@@ -13,7 +13,7 @@ from .configuration_ecg_pretraining import ECGPretrainingConfig, mask_shape, num
 from .modeling_common import attention_of, in_eval_mode, stay_frozen
 from .modeling_ecg_base import without_missing_leads
 from .modeling_ecg_contrastive import AttentionPool, ContrastiveHeads, contrastive_loss
-from .modeling_ecg_encoders import ENCODER_MODELS
+from .modeling_ecg_encoders import ecg_encoder_class
 from .modeling_ecg_masked import (
     LeadDecoder,
     MaskedDecoder,

@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoModel, PreTrainedCon
 from .configuration_elm import ELMConfig, is_own_connector, is_unread, reads_pictures
 from .modeling_common import CompleteModel, attention_of, check_all_loaded
 from .modeling_connectors import adopt_connector_class
-from .modeling_ecg_encoders import ENCODER_MODELS
+from .modeling_ecg_encoders import ENCODER_MODELS, ecg_encoder_class
 from .modeling_vision_encoders import load_vision_model, vision_model_class
 from .own_code import load_own_class, own_reference, save_own_files
 
@@ -24,13 +24,7 @@ def encoder_class_of(config: Any) -> type[PreTrainedModel]:
     encoder_config: Any = config.encoder_config
     if reads_pictures(encoder_config):
         return vision_model_class(encoder_config, config.image_features)
-    model_class: Any = ENCODER_MODELS.get(encoder_config.model_type) or MODEL_MAPPING.get(type(encoder_config), None)
-    if model_class is None:
-        raise ValueError(
-            f"The code of the {encoder_config.model_type} encoder is not loaded; load the model with from_pretrained and "
-            "trust_remote_code=True, or register the encoder's classes with AutoConfig and AutoModel."
-        )
-    return model_class
+    return ecg_encoder_class(encoder_config)
 
 
 def make_encoder(config: Any) -> PreTrainedModel:

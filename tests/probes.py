@@ -1,10 +1,12 @@
 """A small probe: simulated records, of which one label is readable and one is not, and an encoder with random weights."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
+from safetensors.torch import save_file
 from transformers import BertConfig
 
 from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS, MERLConfig
@@ -17,6 +19,33 @@ from helpers import TINY_ENCODERS, tiny_tokenizer
 
 SIZES = {"train": 60, "validation": 30, "test": 60}
 SAMPLES = 200  # at 100 Hz
+
+# an encoder of somebody's own, with code that is no part of the project
+OWN = """
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+
+class OwnConfig(PreTrainedConfig):
+    model_type = "own_ecg"
+
+    def __init__(self, num_leads=12, num_samples=500, hidden_size=6, **kwargs):
+        self.num_leads, self.num_samples, self.hidden_size = num_leads, num_samples, hidden_size
+        super().__init__(**kwargs)
+
+
+class OwnModel(PreTrainedModel):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.conv = torch.nn.Conv1d(config.num_leads, config.hidden_size, 50, stride=50)
+        self.post_init()
+
+    def forward(self, ecg_values, lead_mask=None):
+        return BaseModelOutput(last_hidden_state=self.conv(ecg_values).mT)
+"""
 
 
 def make_rows(split: str, size: int, **changes) -> list[dict]:
@@ -45,6 +74,17 @@ def save_encoder(folder: Path, seed: int = 7, num_samples: int = SAMPLES, prepro
     if preprocessor:
         ECGFeatureExtractor(sampling_rate=100, num_samples=num_samples).save_pretrained(folder)
     return folder
+
+
+def save_own(folder: Path) -> dict[str, torch.Tensor]:
+    """Saves an encoder of `OWN`, without feature extractor; returns its weights."""
+    (folder / "own_model.py").write_text(OWN)
+    auto_map = {"AutoConfig": "own_model.OwnConfig", "AutoModel": "own_model.OwnModel"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "own_ecg", "auto_map": auto_map}))
+    torch.manual_seed(0)
+    weights = {"conv.weight": torch.randn(6, 12, 50), "conv.bias": torch.randn(6)}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return weights
 
 
 def save_pretraining(folder: Path, num_samples: int = SAMPLES, contrastive: bool = True) -> ECGForPreTraining:

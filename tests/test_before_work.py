@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from datasets import load_from_disk
 
-from elm_ecg.training import cli, sft, tokenizer
+from elm_ecg.training import cli, pretrain, sft, tokenizer
 from elm_ecg.training.data import write
 from elm_ecg.training.evaluation import evaluate, probe
 from elm_ecg.training.sharing import convert
@@ -15,6 +15,7 @@ from helpers import fork_project, save_tiny_data
 # a command line of each verb, as far as a wrong option matters
 COMMANDS = {
     "quickstart": [],
+    "pretrain": ["--data", "x", "--use_cpu"],
     "sft": ["--data", "x", "--use_cpu"],
     "evaluate": ["model", "--data", "x"],
     "probe": ["encoder", "--data", "x"],
@@ -59,6 +60,7 @@ def fail(*args: Any, **kwargs: Any) -> None:
     ("argv", "work"),
     [
         (["quickstart", "--use_cpu"], []),
+        (["pretrain", "--data", "x", "--use_cpu"], [(pretrain, "build_model"), (pretrain, "load_splits")]),
         (["sft", "--data", "x", "--use_cpu"], [(sft, "load_splits"), (sft, "load_elm"), (sft, "build_base")]),
         (["evaluate", "model", "--data", "x"], [(evaluate, "_load_data"), (evaluate, "load_elm")]),
         (["probe", "encoder", "--data", "x"], [(probe, "load_encoder"), (probe, "load_records")]),

@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import numpy as np
@@ -23,34 +22,7 @@ from helpers import (
     tiny_processor,
     tiny_vision_config,
 )
-from probes import save_pretraining
-
-# an encoder of one's own, with code that is no part of the project
-OWN = """
-import torch
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
-
-
-class OwnConfig(PreTrainedConfig):
-    model_type = "own_ecg"
-
-    def __init__(self, num_leads=12, num_samples=500, **kwargs):
-        self.num_leads, self.num_samples = num_leads, num_samples
-        super().__init__(**kwargs)
-
-
-class OwnModel(PreTrainedModel):
-    config_class = OwnConfig
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.conv = torch.nn.Conv1d(config.num_leads, 6, 50, stride=50)
-        self.post_init()
-
-    def forward(self, ecg_values, lead_mask=None):
-        return BaseModelOutput(last_hidden_state=self.conv(ecg_values).mT)
-"""
+from probes import save_own, save_pretraining
 
 
 def records(number: int = 3, seconds: float = 2.0) -> list[ECGRecord]:
@@ -173,17 +145,7 @@ def test_the_encoder_of_a_pretraining_model(contrastive, tmp_path):
 
 
 def test_an_encoder_of_ones_own(tmp_path):
-    (tmp_path / "own_code.py").write_text(OWN)
-    config = {
-        "model_type": "own_ecg",
-        "num_leads": 12,
-        "num_samples": 500,
-        "auto_map": {"AutoConfig": "own_code.OwnConfig", "AutoModel": "own_code.OwnModel"},
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    torch.manual_seed(0)
-    weights = {"conv.weight": torch.randn(6, 12, 50), "conv.bias": torch.randn(6)}
-    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    weights = save_own(tmp_path)
     with pytest.raises(
         ValueError, match=r"is a 'own_ecg' model, none of ours .* if you trust it say --trust_remote_code"
     ):

@@ -12,7 +12,9 @@ from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.modeling_ecg_pretraining import ECGForPreTraining
 from elm_ecg.training import cli, pretrain, sft
 from elm_ecg.training.data.synthetic import make_record
+from elm_ecg.training.encoders import load_encoder
 from helpers import TINY_ENCODERS, fork_two, losses, run_isolated, save_tiny_data, tiny_sft, tiny_tokenizer
+from probes import save_own
 
 DECODER = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
 SAVING = ["--save_strategy", "steps", "--save_steps", "2", "--save_total_limit", "2"]
@@ -76,6 +78,7 @@ def tiny_pretrain(data: Path, output_dir: Path, *options: str, encoder: str | No
         "--max_steps",
         "2",
     ]
+    args += ["--num_pictures", "0"]  # they take longer than the training
     return [*args, "--use_cpu", "--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "true", *options]
 
 
@@ -305,6 +308,31 @@ def test_an_average_that_the_checkpoint_lacks(records, tmp_path, capsys):
     arguments = tiny_pretrain(records, folder, *SAVING, "--ema_decay", "0.9", "--resume_from_checkpoint", "last")
     assert cli.main(["pretrain", *arguments]) == 1
     assert "--ema_decay" in capsys.readouterr().err
+
+
+def test_an_encoder_of_somebodys_own(records, text_encoder, tmp_path, capsys):
+    """It goes on from its weights, and is left with its code and a card; the whole model is read with it, too."""
+    (tmp_path / "own").mkdir()
+    save_own(tmp_path / "own")
+    own = ["--encoder", str(tmp_path / "own"), "--objectives", "contrastive", "--text_encoder", str(text_encoder)]
+    arguments = tiny_pretrain(records, tmp_path / "run", *own, encoder=None)
+    assert cli.main(["pretrain", *arguments]) == 1
+    assert "is a 'own_ecg' model, none of ours" in capsys.readouterr().err
+    pretrain.main([*arguments, "--trust_remote_code"])
+    card = (tmp_path / "run" / "encoder" / "README.md").read_text()
+    assert "10 tokens of width 6 of a 12-lead ECG" in card
+    assert "somebody's own, whose code stands beside the weights" in card
+    assert "written from the paper" not in card
+    trained = weights(tmp_path / "run" / "encoder")
+    for place in (tmp_path / "run", tmp_path / "run" / "encoder"):
+        with pytest.raises(ValueError, match="--trust_remote_code"):
+            load_encoder(str(place))
+        loaded = load_encoder(str(place), trust_remote_code=True)
+        assert torch.equal(loaded.model.state_dict()["conv.weight"], trained["conv.weight"])
+        assert (loaded.pretraining is None) == (place.name == "encoder")
+    go_on = ["--model_name_or_path", str(tmp_path / "run"), "--trust_remote_code"]
+    pretrain.main(tiny_pretrain(records, tmp_path / "more", *go_on, encoder=None))
+    assert not torch.equal(weights(tmp_path / "more" / "encoder")["conv.weight"], trained["conv.weight"])
 
 
 def test_a_finished_model_and_options_of_a_new_one(trained, records, tmp_path, capsys, caplog):

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
 from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
+from elm_ecg.configuration_ecg_pretraining import ECGPretrainingConfig
 from elm_ecg.configuration_elm import IMAGE_REPRESENTATIONS, ELMConfig
 from elm_ecg.ecg_drawing import ECGPaper
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
@@ -40,15 +41,13 @@ from elm_ecg.training.command_line import did_you_mean
 from elm_ecg.training.contract import check_encoder_class, check_own_parts
 from elm_ecg.training.files import read_json, resource
 from elm_ecg.training.llms import place_of_llm, resolve_llm
-from elm_ecg.training.model_files import find_model_file
+from elm_ecg.training.model_files import ENCODER_FOLDER, find_model_file
 
 logger = logging.getLogger(__name__)
 
 
 # values of a stacked record that are black and white, by its normalization: millivolts, deviations, or its own range
 VALUE_RANGES = {"none": (-2.0, 2.0), "zscore": (-4.0, 4.0), "minmax": (0.0, 1.0)}
-# what `elm pretrain` leaves: a model of this model_type, and the encoder alone in this folder
-PRETRAINING, ENCODER_FOLDER = "ecg_pretraining", "encoder"
 DEFAULT_ECG_TOKENIZER = resource("training/tokenizers/ptbxl_250hz")
 
 
@@ -60,7 +59,10 @@ def place_of_encoder(args: ModelArguments) -> str | None:
     if args.encoder_name_or_path is None or args.architecture != "llava":
         return None
     place, _ = find_model_file(args.encoder_name_or_path, ["config.json"], label="--encoder")
-    if not Path(place).is_dir() or read_json(Path(place) / "config.json").get("model_type") != PRETRAINING:
+    if (
+        not Path(place).is_dir()
+        or read_json(Path(place) / "config.json").get("model_type") != ECGPretrainingConfig.model_type
+    ):
         return place
     encoder = Path(place) / ENCODER_FOLDER
     if not (encoder / "config.json").is_file():
@@ -124,16 +126,16 @@ def encoder_config(args: ModelArguments, num_leads: int) -> PreTrainedConfig:
             )
         config_class = ENCODER_CONFIGS[args.encoder]
         shape = {"num_leads": num_leads, "num_samples": args.num_samples}
-    return make_encoder_config(config_class, args, shape)
+    return make_encoder_config(config_class, args.encoder_fields, shape)
 
 
-def make_encoder_config(config_class: Any, args: ModelArguments, shape: dict[str, int]) -> PreTrainedConfig:
+def make_encoder_config(config_class: Any, encoder_fields: dict[str, Any], shape: dict[str, int]) -> PreTrainedConfig:
     """A configuration with the fields of `--encoder_config`, and of a `shape` what it has fields for."""
     known = {field.name for field in fields(config_class)} | {*inspect.signature(config_class.__init__).parameters}
-    if unknown := args.encoder_fields.keys() - known:
+    if unknown := encoder_fields.keys() - known:
         raise ValueError(f"--encoder_config: {config_class.__name__} has no field {', '.join(sorted(unknown))}.")
     shape = {name: value for name, value in shape.items() if name in known}
-    return config_class(**{**shape, **args.encoder_fields})
+    return config_class(**{**shape, **encoder_fields})
 
 
 def check_given_encoder(encoder: Any, args: ModelArguments) -> None:
@@ -157,7 +159,7 @@ def given_encoder(encoder: Any, args: ModelArguments, num_leads: int) -> PreTrai
     encoder_class = encoder if isinstance(encoder, type) else type(encoder)
     if encoder_class is encoder:
         shape = {"num_leads": num_leads, "num_samples": args.num_samples}
-        encoder = encoder_class(make_encoder_config(encoder_class.config_class, args, shape))
+        encoder = encoder_class(make_encoder_config(encoder_class.config_class, args.encoder_fields, shape))
     if encoder_class not in ENCODER_MODELS.values():
         encoder.config.auto_map = adopt_encoder_class(encoder_class)
     return encoder

@@ -11,23 +11,24 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoModel, AutoTokenizer, FeatureExtractionMixin, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
+from transformers.utils import FEATURE_EXTRACTOR_NAME
 
 from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
 from elm_ecg.configuration_ecg_pretraining import ECGPretrainingConfig
-from elm_ecg.configuration_elm import IMAGE_REPRESENTATIONS, ELMConfig
+from elm_ecg.configuration_elm import IMAGE_REPRESENTATIONS, ELMConfig, is_unread
 from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.image_processing_elm import ECGImageProcessor
 from elm_ecg.modeling_common import some_of
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.modeling_ecg_pretraining import ECGForPreTraining
+from elm_ecg.modeling_parts import read_own_config
 from elm_ecg.modeling_vision_encoders import encode_images, load_vision_model, vision_config, vision_model_class
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.digest import CODE_FILES, MODEL_FILES
 from elm_ecg.training.load import load_elm
 from elm_ecg.training.model_files import check_depth, check_finite, is_own_encoder, loading, model_folder
 
-PREPROCESSOR = "preprocessor_config.json"
 EXTRACTOR_OPTIONS = ("sampling_rate", "lead_names", "normalization")  # of encoders that do not come with them
 
 
@@ -115,7 +116,7 @@ def load_encoder(
     options = {option: value for option, value in options.items() if value is not None}
     if model_type == ELMConfig.model_type:
         _refuse(options, label)
-        encoder = _of_elm(name, revision, folder)
+        encoder = _of_elm(name, revision, folder, trust_remote_code)
     else:
         with loading(folder, label):
             if model_type == ECGPretrainingConfig.model_type:
@@ -133,8 +134,8 @@ def load_encoder(
     return encoder
 
 
-def _of_elm(name: str, revision: str, folder: Path) -> LoadedEncoder:
-    elm, processor = load_elm(name, revision, dtype="auto")
+def _of_elm(name: str, revision: str, folder: Path, trust_remote_code: bool) -> LoadedEncoder:
+    elm, processor = load_elm(name, revision, trust_remote_code, dtype="auto")
     if elm.model.encoder is None:
         raise ValueError(
             f"The ELM {name} has no encoder (its architecture is {elm.config.architecture}); expected one of the architecture llava."
@@ -155,6 +156,11 @@ def _of_pretraining(folder: Path, options: dict[str, Any], trust_remote_code: bo
         folder, trust_remote_code=trust_remote_code, use_safetensors=True, dtype=torch.float32
     ).eval()
     check_finite(model.state_dict(), "it")
+    return model
+
+
+def _of_pretraining(folder: Path, options: dict[str, Any], trust_remote_code: bool) -> LoadedEncoder:
+    model = load_pretraining(folder, trust_remote_code).eval()
     encoder = LoadedEncoder(model.encoder, _extractor(folder, model.encoder.config, options), folder)
     if model.text_encoder is None:
         return encoder
@@ -176,9 +182,9 @@ def _ecg_model(folder: Path, model_type: str) -> PreTrainedModel:
 def _of_vision(folder: Path) -> LoadedEncoder:
     """A vision backbone, which is shown records of 10 s on ECG paper."""
     vision_model_class(vision_config(folder), "patches")  # it reads images
-    if not (folder / PREPROCESSOR).is_file():
+    if not (folder / FEATURE_EXTRACTOR_NAME).is_file():
         raise ValueError(
-            f"it is a vision backbone without image processor ({PREPROCESSOR}), so nobody knows what pictures it reads; copy the one that "
+            f"it is a vision backbone without image processor ({FEATURE_EXTRACTOR_NAME}), so nobody knows what pictures it reads; copy the one that "
             "was saved with it."
         )
     images = ECGImageProcessor(ImageProcessingMixin.get_image_processor_dict(folder)[0], "rgb")
@@ -203,18 +209,20 @@ def _refuse(options: dict[str, Any], label: str) -> None:
 def _extractor(folder: Path, config: Any, options: dict[str, Any]) -> ECGFeatureExtractor:
     """The feature extractor that was saved with an ECG encoder, or the one that the options describe."""
     num_leads, num_samples = getattr(config, "num_leads", None), getattr(config, "num_samples", None)
-    if (folder / PREPROCESSOR).is_file():
+    if (folder / FEATURE_EXTRACTOR_NAME).is_file():
         _refuse(options, "it")
         kind = FeatureExtractionMixin.get_feature_extractor_dict(folder)[0].get("feature_extractor_type")
         if kind != ECGFeatureExtractor.__name__:
-            raise ValueError(f"its {PREPROCESSOR} is of a {kind}; expected an {ECGFeatureExtractor.__name__}.")
+            raise ValueError(
+                f"its {FEATURE_EXTRACTOR_NAME} is of a {kind}; expected an {ECGFeatureExtractor.__name__}."
+            )
         extractor = ECGFeatureExtractor.from_pretrained(folder)
     else:
         lead_names = options.get("lead_names", STANDARD_LEADS if num_leads in (None, 12) else None)
         if "sampling_rate" not in options or lead_names is None:
             lacking = "--lead_names" if "sampling_rate" in options else "--sampling_rate"
             raise ValueError(
-                f"it has no {PREPROCESSOR}, so nobody knows what records it reads; say it with {lacking}, and where they differ from "
+                f"it has no {FEATURE_EXTRACTOR_NAME}, so nobody knows what records it reads; say it with {lacking}, and where they differ from "
                 "the twelve standard leads and from millivolts, --lead_names and --normalization."
             )
         length = {} if num_samples is None else {"num_samples": num_samples}
@@ -223,7 +231,7 @@ def _extractor(folder: Path, config: Any, options: dict[str, Any]) -> ECGFeature
     for what, (given, expected) in pairs.items():
         if expected not in (None, given):
             raise ValueError(
-                f"its records have {given} {what} by its feature extractor, and the encoder reads {expected}; take the {PREPROCESSOR} that "
+                f"its records have {given} {what} by its feature extractor, and the encoder reads {expected}; take the {FEATURE_EXTRACTOR_NAME} that "
                 "was saved with it, or name as many --lead_names."
             )
     return extractor

@@ -34,6 +34,7 @@ AutoModelForCausalLM.register(ELMConfig, ELMForConditionalGeneration)
 AutoFeatureExtractor.register(ELMConfig, ECGFeatureExtractor)
 AutoProcessor.register(ELMConfig, ELMProcessor)
 
+ENCODER_FOLDER = "encoder"  # of the encoder alone, in the folder of a pretraining model
 # keys of configurations that say how many modules of a kind there are, each with a weight of its own
 MANY_LAYERS = 1000  # building these takes seconds
 LAYERS = re.compile(r"(^|_)(n_layers?|num_layers|num_hidden_layers|num_\w+_layers|\w+_layers|depths?|layers)$")

@@ -18,16 +18,17 @@ from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.modeling_ecg_pretraining import ECGForPreTraining
 from elm_ecg.training.arguments import RecordArguments
 from elm_ecg.training.augmentation import NO_AUGMENTATION
+from elm_ecg.training.build import make_encoder_config
 from elm_ecg.training.checkpoints import CountEpochs, replace_model
 from elm_ecg.training.command_line import did_you_mean, printable, run_command
 from elm_ecg.training.data.record_rows import load_records, report_of
 from elm_ecg.training.data.schema import counted
 from elm_ecg.training.data.streams import load_stream
-from elm_ecg.training.encoders import EXTRACTOR_OPTIONS, load_encoder
+from elm_ecg.training.encoders import EXTRACTOR_OPTIONS, load_encoder, load_pretraining
 from elm_ecg.training.figures import training_plot
 from elm_ecg.training.files import check_output_folder, write_text
 from elm_ecg.training.load import limit_threads
-from elm_ecg.training.model_files import find_model_file, loading, model_folder
+from elm_ecg.training.model_files import ENCODER_FOLDER, find_model_file, loading, model_folder
 from elm_ecg.training.pretrain_arguments import PretrainArguments, make_parser
 from elm_ecg.training.pretrain_collator import PretrainingCollator
 from elm_ecg.training.pretrain_trainer import MovingAverage, PretrainingTrainer
@@ -37,7 +38,6 @@ from elm_ecg.training.sharing.cards import write_encoder_card
 
 logger = logging.getLogger(__name__)
 
-ENCODER = "encoder"  # folder of the encoder alone, in that of the pretraining model
 PICTURES = "reconstructions"
 # options that a model to go on from has answered already
 OF_THE_MODEL = [
@@ -122,7 +122,7 @@ def build_model(args: PretrainArguments) -> tuple[ECGForPreTraining, ECGFeatureE
                 f"{', '.join(name for name in known if name not in of_all)}."
             )
         shape = {"num_leads": len(extractor.lead_names), "num_samples": extractor.num_samples}
-        encoder_config: Any = config_class(**{**shape, **args.encoder_fields})
+        encoder_config: Any = make_encoder_config(ENCODER_CONFIGS[args.encoder], args.encoder_fields, shape)
     else:
         encoder, extractor = pretrained_encoder(args)
         encoder_config = encoder.config
@@ -293,7 +293,9 @@ def train(args: PretrainArguments, training_args: TrainingArguments) -> None:
             replace_model(folder, output_dir)
             drawn = f", reconstructions in {PICTURES}/" if (output_dir / PICTURES).is_dir() else ""
             print(
-                printable(f"Saved the encoder to {output_dir / ENCODER}, the pretraining model to {output_dir}{drawn}"),
+                printable(
+                    f"Saved the encoder to {output_dir / ENCODER_FOLDER}, the pretraining model to {output_dir}{drawn}"
+                ),
                 flush=True,
             )
 
@@ -311,7 +313,7 @@ def _save_rest(
     model = trainer.accelerator.unwrap_model(trainer.model)
     if collator.tokenizer is not None:
         collator.tokenizer.save_pretrained(folder)
-    encoder = folder / ENCODER
+    encoder = folder / ENCODER_FOLDER
     model.encoder.save_pretrained(encoder)
     collator.feature_extractor.save_pretrained(encoder)
     write_encoder_card(encoder, name, model.config, args, trainer.args, splits)

@@ -25,7 +25,6 @@ from elm_ecg.training.llms import resolve_llm
 from elm_ecg.training.markdown import CARD, TAGS, citation, environment, make_card, on_hub, public_name, use_of
 from elm_ecg.training.pretrain_arguments import PretrainArguments
 
-PREPROCESSOR = "preprocessor_config.json"
 # the arguments of TRL and PEFT that matter most to a run
 TRAINING = ["num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio"]
 TRAINING += ["weight_decay", "max_grad_norm", "optim", "bf16", "fp16", "seed"]  # not all are in every version
@@ -170,6 +169,7 @@ def encoder_card(
     """The card of an ECG encoder, and of its feature extractor where one is in its folder.
 
     Args:
+        config: of the encoder; without `num_leads` and `num_samples`, as somebody's own may be, those of the feature extractor count.
         source: where the weights are from, in whole sentences.
         splits: name, rows, records and patients of each split that it was pretrained on.
         training: names and values of what was in force then.
@@ -197,6 +197,8 @@ def encoder_card(
         ),
         model_name=name,
         config=config,
+        num_leads=num_leads,
+        num_samples=num_samples,
         num_tokens=tokens.shape[1],
         width=tokens.shape[2],
         paper="[{}]({})".format(*config.paper) if config.model_type in ENCODER_MODELS else None,

@@ -15,14 +15,13 @@ from elm_ecg.training.command_line import printable
 from elm_ecg.training.files import check_output_folder, new_folder, write_text
 from elm_ecg.training.llms import resolve_llm
 from elm_ecg.training.markdown import CARD
+from elm_ecg.training.model_files import ENCODER_FOLDER
 from elm_ecg.training.sharing.cards import elm_card, encoder_card
 from elm_ecg.training.sharing.checkpoint_keys import convert_state_dict as convert_state_dict
 from elm_ecg.training.sharing.checkpoints import Checkpoint, read_checkpoint
 from elm_ecg.training.sharing.convert_arguments import ConvertArguments
 from elm_ecg.training.sharing.convert_models import convert_elm, convert_encoder, llm_prefix_of
 from elm_ecg.training.sharing.convert_pretraining import convert_pretraining
-
-ENCODER = "encoder"  # folder of the encoder alone, in that of a pretraining model
 
 
 def card_of(
@@ -101,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
             tokenizer.save_pretrained(folder)
         shared = folder
         if isinstance(model, ECGForPreTraining):  # the card is that of the encoder, which others use
-            model, shared = model.encoder, folder / ENCODER
+            model, shared = model.encoder, folder / ENCODER_FOLDER
             model.save_pretrained(shared)
             preparation.save_pretrained(shared)
         card_of(shared, args, path.name, model.config, preparation).save(shared / CARD)

@@ -26,6 +26,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from peft import PeftConfig
 from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
+from transformers.utils import FEATURE_EXTRACTOR_NAME
 
 from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
 from elm_ecg.configuration_ecg_pretraining import ECGPretrainingConfig
@@ -126,7 +127,7 @@ def code_of(folder: Path, kind: str) -> dict[str, bytes]:
         ValueError: one is not there, or the model's configuration names none.
     """
     modules = set()
-    for name in ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+    for name in ("config.json", "processor_config.json", FEATURE_EXTRACTOR_NAME, "tokenizer_config.json"):
         if not (folder / name).is_file():
             continue
         config = read_json(folder / name)
@@ -205,7 +206,7 @@ def gather(folder: Path, kind: str, allowed: Collection[str] = ()) -> dict[str, 
     for name in list(files):
         if name.endswith("_config.json") or name == "config.json":
             files[name] = without_local_paths(folder / name)
-    if kind == "encoder" and PREPROCESSOR not in files:
+    if kind == "encoder" and FEATURE_EXTRACTOR_NAME not in files:
         config = _encoder_config(folder)
         files[SAMPLE] = sample_ecg(max(100, config.num_samples / 10), config.num_samples, config.num_leads)
         return files
@@ -478,7 +479,7 @@ def facts_of_use(folder: Path, kind: str, files: Mapping[str, Any]) -> dict[str,
     if kind in ("model", "adapter"):
         return {"takes_ecgs": ELMProcessor.from_pretrained(folder).takes_ecgs}
     if kind == "encoder":
-        return {"prepares": PREPROCESSOR in files}
+        return {"prepares": FEATURE_EXTRACTOR_NAME in files}
     if kind == "dataset":
         splits = [
             re.split("[-.]", Path(name).name)[0] for name in files if name.startswith("data/")
