@@ -13,7 +13,7 @@ from .configuration_ecg_pretraining import ECGPretrainingConfig, mask_shape, num
 from .modeling_common import attention_of, in_eval_mode, stay_frozen
 from .modeling_ecg_base import without_missing_leads
 from .modeling_ecg_contrastive import AttentionPool, ContrastiveHeads, contrastive_loss
-from .modeling_ecg_encoders import ecg_encoder_class
+from .modeling_ecg_encoders import ENCODER_MODELS
 from .modeling_ecg_masked import (
     LeadDecoder,
     MaskedDecoder,
@@ -84,9 +84,8 @@ class ECGForPreTraining(ModelOfParts):
                 setattr(config, name, part.config)
         super().__init__(config)
         for part in (encoder, text_encoder):
-            if (
-                part is not None and part.config._attn_implementation is None
-            ):  # lost as it became a part of another config
+            # lost as it became a part of another config
+            if part is not None and part.config._attn_implementation is None:
                 part.config._attn_implementation = attention_of(type(part), config._attn_implementation) or "eager"
         self.encoder = make_encoder(config) if encoder is None else encoder
         if type(self.encoder) not in ENCODER_MODELS.values():  # somebody's own: its code is saved too

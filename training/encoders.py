@@ -15,14 +15,13 @@ from transformers.utils import FEATURE_EXTRACTOR_NAME
 
 from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
 from elm_ecg.configuration_ecg_pretraining import ECGPretrainingConfig
-from elm_ecg.configuration_elm import IMAGE_REPRESENTATIONS, ELMConfig, is_unread
+from elm_ecg.configuration_elm import IMAGE_REPRESENTATIONS, ELMConfig
 from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.image_processing_elm import ECGImageProcessor
 from elm_ecg.modeling_common import some_of
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.modeling_ecg_pretraining import ECGForPreTraining
-from elm_ecg.modeling_parts import read_own_config
 from elm_ecg.modeling_vision_encoders import encode_images, load_vision_model, vision_config, vision_model_class
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.digest import CODE_FILES, MODEL_FILES
@@ -156,11 +155,6 @@ def _of_pretraining(folder: Path, options: dict[str, Any], trust_remote_code: bo
         folder, trust_remote_code=trust_remote_code, use_safetensors=True, dtype=torch.float32
     ).eval()
     check_finite(model.state_dict(), "it")
-    return model
-
-
-def _of_pretraining(folder: Path, options: dict[str, Any], trust_remote_code: bool) -> LoadedEncoder:
-    model = load_pretraining(folder, trust_remote_code).eval()
     encoder = LoadedEncoder(model.encoder, _extractor(folder, model.encoder.config, options), folder)
     if model.text_encoder is None:
         return encoder

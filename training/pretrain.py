@@ -24,7 +24,7 @@ from elm_ecg.training.command_line import did_you_mean, printable, run_command
 from elm_ecg.training.data.record_rows import load_records, report_of
 from elm_ecg.training.data.schema import counted
 from elm_ecg.training.data.streams import load_stream
-from elm_ecg.training.encoders import EXTRACTOR_OPTIONS, load_encoder, load_pretraining
+from elm_ecg.training.encoders import EXTRACTOR_OPTIONS, load_encoder
 from elm_ecg.training.figures import training_plot
 from elm_ecg.training.files import check_output_folder, write_text
 from elm_ecg.training.load import limit_threads

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers.utils import FEATURE_EXTRACTOR_NAME
 from trl import ModelConfig, SFTConfig
 
 from elm_ecg.configuration_ecg_pretraining import ECGPretrainingConfig
 from elm_ecg.configuration_elm import ELMConfig
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
-from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
+from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS, ecg_encoder_class
 from elm_ecg.own_code import own_reference
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import ELMArguments
@@ -176,13 +177,12 @@ def encoder_card(
         data: folders or Hub ids of what it was pretrained on.
         reads_reports: whether it was pretrained on reports too.
     """
-    prepares = (folder / PREPROCESSOR).is_file()
+    prepares = (folder / FEATURE_EXTRACTOR_NAME).is_file()
     extractor = ECGFeatureExtractor.from_pretrained(folder) if prepares else None
     shape: Any = (getattr(config, "num_leads", None), getattr(config, "num_samples", None))
     if extractor is not None:  # one's own configuration may not say it
         shape = (len(extractor.lead_names), extractor.num_samples)
-    # one's own is known once its code has run
-    encoder_class: Any = ENCODER_MODELS.get(config.model_type) or MODEL_MAPPING[type(config)]
+    encoder_class: Any = ecg_encoder_class(config)
     with torch.device("meta"):  # shapes alone; nothing is computed
         encoder: PreTrainedModel = encoder_class(config)
         tokens = encoder(torch.empty(1, *shape)).last_hidden_state  # [1, tokens, width]
@@ -197,8 +197,6 @@ def encoder_card(
         ),
         model_name=name,
         config=config,
-        num_leads=num_leads,
-        num_samples=num_samples,
         num_tokens=tokens.shape[1],
         width=tokens.shape[2],
         paper="[{}]({})".format(*config.paper) if config.model_type in ENCODER_MODELS else None,

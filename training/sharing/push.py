@@ -44,7 +44,7 @@ from elm_ecg.training.evaluation.results import EVALUATIONS, REPORT_FILE, RESULT
 from elm_ecg.training.files import read_json, resource
 from elm_ecg.training.markdown import CARD, CITATION, SAMPLE, citation, on_hub, replace_section, use_of
 from elm_ecg.training.model_files import encoder_class_in, is_own_encoder, loading
-from elm_ecg.training.sharing.cards import PREPROCESSOR, elm_card, encoder_card
+from elm_ecg.training.sharing.cards import elm_card, encoder_card
 from elm_ecg.training.sharing.contents import check_contents, module_file, own_file
 from elm_ecg.training.sharing.dataset_disclosure import DATASET_FILES, DATASET_FOLDERS, check_dataset, describe_dataset
 from elm_ecg.training.sharing.disclosure import (
@@ -87,7 +87,7 @@ def _kind_of_files(files: Collection[str], config: Callable[[], Path | str]) -> 
         settings = read_json(Path(config()))
         model_type = str(settings.get("model_type"))
         kinds = {ELMConfig.model_type: "model"} | dict.fromkeys(ENCODER_CONFIGS, "encoder")
-        if PREPROCESSOR in files and is_own_encoder(settings):
+        if FEATURE_EXTRACTOR_NAME in files and is_own_encoder(settings):
             return "encoder"
         return kinds.get(model_type, f"{model_type} model")
     return "tokenizer" if FILE_NAME in files else None
