@@ -321,7 +321,7 @@ def test_an_encoder_of_somebodys_own(records, text_encoder, tmp_path, capsys):
     pretrain.main([*arguments, "--trust_remote_code"])
     card = (tmp_path / "run" / "encoder" / "README.md").read_text()
     assert "10 tokens of width 6 of a 12-lead ECG" in card
-    assert "somebody's own, whose code stands beside the weights" in card
+    assert "which lies beside the weights; read it before it is run" in card
     assert "written from the paper" not in card
     trained = weights(tmp_path / "run" / "encoder")
     for place in (tmp_path / "run", tmp_path / "run" / "encoder"):
