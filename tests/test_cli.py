@@ -94,7 +94,9 @@ def test_parts_that_do_not_go_together_take_one_line(monkeypatch, capsys):
 
     monkeypatch.setattr("elm_ecg.training.sft.main", lambda argv: ELMConfig(architecture="fuyu", connector="mlp"))
     assert cli.main(["sft", "--data", "x"]) == 1
-    expected = "connector='mlp' with architecture='fuyu'; expected 'patch' or 'conv' or 'flat' or one's own, 'module.Class'."
+    expected = (
+        "connector='mlp' with architecture='fuyu'; expected 'patch' or 'conv' or 'flat' or one's own, 'module.Class'."
+    )
     assert capsys.readouterr().err == f"elm sft: {expected}\n"
 
 
