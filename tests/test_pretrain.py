@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -251,6 +252,18 @@ def test_the_same_command_twice(records, tmp_path):
         pretrain.main(tiny_pretrain(records, run, "--max_steps", "1", "--num_pictures", "1"))
     for name in ("model.safetensors", "reconstructions/01.png", "encoder/config.json"):
         assert (runs[0] / name).read_bytes() == (runs[1] / name).read_bytes()
+
+
+def test_another_run_in_the_same_folder(trained, records, tmp_path):
+    """The new model takes the place of the old one, and of its encoder; the scores of that one stay."""
+    folder = Path(shutil.copytree(trained, tmp_path / "run"))
+    (folder / "encoder" / "probe").mkdir()
+    (folder / "encoder" / "probe" / "scores.json").write_text("{}")
+    pretrain.main(tiny_pretrain(records, folder, "--max_steps", "1", "--seed", "7", encoder="mtae"))
+    assert type(load_encoder(str(folder)).model).__name__ == "MTAEModel"
+    assert type(load_encoder(str(folder / "encoder")).model).__name__ == "MTAEModel"
+    assert (folder / "encoder" / "probe" / "scores.json").is_file()
+    assert not (folder / "reconstructions").exists()
 
 
 @pytest.mark.parametrize(

@@ -190,5 +190,11 @@ def replace_model(new: Path, folder: Path) -> None:
             if path.name in CONFIGS or path.name not in names:
                 path.unlink()
     for name in sorted(names, key=lambda name: name in CONFIGS):
-        os.replace(new / name, folder / name)
+        old = folder / name
+        if (old / "config.json").is_file():  # of a model within, whose scores stay beside it
+            replace_model(new / name, old)
+            continue
+        if old.is_dir():  # no folder takes the place of one that is not empty
+            shutil.rmtree(old)
+        os.replace(new / name, old)
     shutil.rmtree(folder / "base_model", ignore_errors=True)  # of an older adapter that was here

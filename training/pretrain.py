@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Iterable
 from dataclasses import fields
@@ -290,6 +291,7 @@ def train(args: PretrainArguments, training_args: TrainingArguments) -> None:
         if trainer.is_world_process_zero():
             _save_rest(folder, output_dir.name, args, trainer, collator, splits, result.metrics)
             options.save(folder)
+            shutil.rmtree(output_dir / PICTURES, ignore_errors=True)  # of an earlier run, which this one may not draw
             replace_model(folder, output_dir)
             drawn = f", reconstructions in {PICTURES}/" if (output_dir / PICTURES).is_dir() else ""
             print(
