@@ -20,7 +20,7 @@ from .modeling_common import ECG_INPUTS, attention_of, in_eval_mode, stay_frozen
 from .modeling_connectors import make_connector, zero_padding
 from .modeling_ecg_base import without_missing_leads
 from .modeling_language_models import load_language_model, logit_scale, without_head
-from .modeling_parts import ModelOfParts, load_encoder, make_encoder
+from .modeling_parts import ModelOfParts, load_encoder_part, make_encoder
 from .modeling_vision_encoders import blank_images, encode_images
 from .pipeline_elm import ECGQuestionAnsweringPipeline
 
@@ -368,7 +368,7 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, ELMGenerationMixin):
 
         Args:
             llm: Hub id or local folder of any causal language model; of one that reads pictures or sounds too, the text part.
-            encoder: an encoder, or what `load_encoder` takes. None: the `encoder_config` of `config_kwargs`, with random weights.
+            encoder: an encoder, or what `load_encoder_part` takes. None: the `encoder_config` of `config_kwargs`, with random weights.
             llm_kwargs: for `from_pretrained` of the language model (`dtype`, `revision`, `attn_implementation`, ...).
             trust_remote_code: run the code that comes with the encoder.
             config_kwargs: the other arguments of [`ELMConfig`].
@@ -377,7 +377,7 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, ELMGenerationMixin):
         encoder_model: PreTrainedModel | None = None
         if encoder is not None:
             if not isinstance(encoder, PreTrainedModel):
-                encoder = load_encoder(encoder, config_kwargs.get("image_features", "patches"), trust_remote_code)
+                encoder = load_encoder_part(encoder, config_kwargs.get("image_features", "patches"), trust_remote_code)
             encoder_model = encoder
             config_kwargs["encoder_config"] = encoder_model.config
         text_config = llm_model.config.get_text_config()

@@ -147,7 +147,7 @@ class ModelOfParts(CompleteModel):
                 save_own_files(own_class, args[0] if args else kwargs["save_directory"])
 
 
-def load_encoder(
+def load_encoder_part(
     place: str | os.PathLike, image_features: str = "patches", trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """A pretrained encoder: that of a folder or Hub id of an ECG encoder, which may be somebody's own, of an ELM, or of a model whose
