@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertConfig
 from elm_ecg import new_elm
 from elm_ecg.configuration_elm import ELMConfig, is_unread
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
-from elm_ecg.modeling_parts import load_encoder
+from elm_ecg.modeling_parts import load_encoder_part
 from elm_ecg.training import pretrain, sft
 from elm_ecg.training.features import EncoderFeatures
 from elm_ecg.training.load import load_elm
@@ -176,7 +176,7 @@ class TestSavedWithItsCode:
         assert (loaded.model.encoder.patches.weight == 2).all()
 
     def test_its_encoder_alone(self, elm_folder, work, tmp_path):
-        of_elm = load_encoder(elm_folder, trust_remote_code=True).eval()
+        of_elm = load_encoder_part(elm_folder, trust_remote_code=True).eval()
         model, _ = load_elm(str(elm_folder), trust_remote_code=True)
         with torch.no_grad():
             expected = model.eval().model.encoder(records()).last_hidden_state
@@ -205,7 +205,7 @@ class TestSavedWithItsCode:
             new_elm(str(work / "llm"), encoder=str(tmp_path), **SMALL)
         shutil.copytree(encoder_folder, tmp_path / "encoder")
         taken, _ = new_elm(str(work / "llm"), encoder=str(tmp_path), trust_remote_code=True, **SMALL)
-        of_folder = load_encoder(encoder_folder, trust_remote_code=True)
+        of_folder = load_encoder_part(encoder_folder, trust_remote_code=True)
         torch.testing.assert_close(taken.model.encoder.patches.weight, of_folder.patches.weight)
 
     def test_an_elm_without_an_encoder(self, work, tmp_path):
@@ -320,7 +320,7 @@ class TestTraining:
         one, two = (load_elm(str(folder), trust_remote_code=True)[0].state_dict() for folder in (whole, resumed))
         for name, weight in one.items():
             torch.testing.assert_close(weight, two[name], rtol=0, atol=0)
-        before = load_encoder(encoder_folder, trust_remote_code=True).patches.weight
+        before = load_encoder_part(encoder_folder, trust_remote_code=True).patches.weight
         assert not torch.equal(one["model.encoder.patches.weight"], before)
 
     def test_lora_and_a_stranger(self, encoder_folder, work, tmp_path, monkeypatch):
