@@ -125,7 +125,7 @@ elm("tokenizer inspect tokenizer --ecg recordings/0.npz", "merges")
 elm("plot recordings/0.npz --layout 3x4 --output ecg.png", "png")
 files_of(".", "tokenizer/ecg_byte.json", "tokenizer/README.md", "tokens.png", "ecg.png")
 torch.save(reference_encoder(), "merl.pt")
-elm("convert merl.pt --encoder merl --num_samples 500 --output_dir converted", "converted")
+elm("convert merl.pt --encoder merl --num_samples 500 --sampling_rate 50 --output_dir converted", "converted")
 files_of("converted", "model.safetensors", "README.md", "conversion.json", "modeling_ecg_resnets.py")
 with open("records.csv", "w", newline="") as file:
     folds = [1, 1, 1, 1, 9, 9, 9, 9, 10, 10, 10, 10]
@@ -136,7 +136,13 @@ elm(
     "data build recordings --no_questions --metadata records.csv --metadata_columns odd --output_dir labelled",
     "labelled",
 )
-options = "--label_columns odd --min_records 1 --shares 1 --sampling_rate 50 --output_dir probed"
+encoder = '{"hidden_size":32,"num_hidden_layers":1,"num_attention_heads":2,"decoder_num_hidden_layers":1}'
+options = f"--encoder mtae --encoder_config {encoder} --sampling_rate 50 --num_samples 500 --report_to none"
+elm(
+    f"pretrain --data labelled {options} --per_device_train_batch_size 4 --max_steps 1 --output_dir pretrained", "Saved"
+)
+files_of("pretrained", "model.safetensors", "encoder/model.safetensors", "encoder/README.md", "training.svg")
+options = "--label_columns odd --min_records 1 --shares 1 --output_dir probed"
 elm(f"probe converted --data labelled {options}", "Has pretraining helped?")
 files_of("probed", "probe_results.json", "probe_records.jsonl", "probe_scores.safetensors", "report.html")
 show_demo("model")
