@@ -3,16 +3,17 @@
 import json
 import logging
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from elm_ecg.ecg_utils import as_record
+from elm_ecg.ecg_utils import ECGRecord, as_record
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import AugmentationArguments
 from elm_ecg.training.augmentation import NO_AUGMENTATION, augmented, augmented_rgb, perturbed
@@ -20,6 +21,28 @@ from elm_ecg.training.data.loading import ecgs_of, notices_of, to_chat
 from elm_ecg.training.packing import ROW_TOKENS, pack, shared_rows
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def naming_records(rows: list[dict[str, Any]]) -> Iterator[None]:
+    """Names the records of a batch in an error (ValueError) of the block, where they have names."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        records = [str(row["record_id"]) for row in rows if row.get("record_id") is not None]
+        if not records:
+            raise
+        raise ValueError(f"In the batch of the records {', '.join(records)}: {error}") from error
+
+
+def tell_notices(
+    record: ECGRecord, row: dict[str, Any], extractor: Any, known: dict[Any, list[str]], told: set[str]
+) -> None:
+    """Logs the notices about a record of a row that are not among those that were `told`; `known` is of `notices_of`."""
+    for notice in notices_of(record, extractor, known):
+        if notice not in told:
+            told.add(notice)
+            logger.warning("%s (record %s; not told again)", notice, row.get("record_id") or "without id")
 
 
 @dataclass
@@ -83,13 +106,8 @@ class ELMCollator:
         return self.perturb != "only_text" and self.processor.takes_ecgs
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        try:
+        with naming_records(rows):
             return self._batch(rows)
-        except (ValueError, OSError) as error:
-            records = [str(row["record_id"]) for row in rows if row.get("record_id") is not None]
-            if not records:
-                raise
-            raise ValueError(f"In the batch of the records {', '.join(records)}: {error}") from error
 
     def _batch(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         with_ecg = self.takes_ecgs
@@ -134,10 +152,8 @@ class ELMCollator:
         records: list[Any] = [ecg if isinstance(ecg, Image.Image) else as_record(ecg) for ecg in ecgs_of(row)]
         extractor = self.processor.feature_extractor
         signals = [record for record in records if not isinstance(record, Image.Image)]
-        for notice in chain.from_iterable(notices_of(record, extractor, self.known) for record in signals):
-            if notice not in self.told:
-                self.told.add(notice)
-                logger.warning("%s (record %s; not told again)", notice, row.get("record_id") or "without id")
+        for record in signals:
+            tell_notices(record, row, extractor, self.known, self.told)
         if not (self.perturb or any(getattr(self, name) for name in NO_AUGMENTATION)):
             return records
         epoch, words = row.get("epoch", int(self.epoch)), zlib.crc32(json.dumps(row["messages"], default=str).encode())

@@ -24,7 +24,6 @@ from elm_ecg.training.checkpoints import CountEpochs, replace_model
 from elm_ecg.training.command_line import did_you_mean, printable, run_command
 from elm_ecg.training.data.record_rows import load_records, report_of
 from elm_ecg.training.data.schema import counted
-from elm_ecg.training.data.streams import load_stream
 from elm_ecg.training.encoders import EXTRACTOR_OPTIONS, load_encoder
 from elm_ecg.training.figures import training_plot
 from elm_ecg.training.files import check_output_folder, write_text
@@ -35,6 +34,7 @@ from elm_ecg.training.pretrain_collator import PretrainingCollator
 from elm_ecg.training.pretrain_trainer import MovingAverage, PretrainingTrainer
 from elm_ecg.training.reconstructions import draw_reconstructions
 from elm_ecg.training.resume import RunOptions, checkpoint_to_resume, fingerprint
+from elm_ecg.training.run_splits import read_splits
 from elm_ecg.training.sharing.cards import write_encoder_card
 
 logger = logging.getLogger(__name__)
@@ -176,23 +176,9 @@ def _load_model(args: PretrainArguments) -> tuple[ECGForPreTraining, ECGFeatureE
 
 
 def load_splits(args: PretrainArguments, training_args: TrainingArguments) -> dict[str, Any]:
-    """The records of `train`, and with `--eval_strategy` those of `validation`, else None."""
-    splits: dict[str, Any] = {"train": None, "validation": None}
-    reports = args.report_column if "contrastive" in args.objectives else None
-    seed = training_args.seed
-    order = seed if training_args.data_seed is None else training_args.data_seed
-    for split in ["train"] if training_args.eval_strategy == "no" else ["train", "validation"]:
-        if args.streaming:
-            splits[split] = load_stream(
-                args, split, order, args.shuffle_buffer if split == "train" else None, column="ecg"
-            )
-        else:
-            with training_args.main_process_first(desc="preparing the data"):  # the others read what it has cached
-                splits[split] = load_records(args, split, seed, reports)
-        if splits[split] is None:
-            hint = "; leave --eval_strategy out" if split == "validation" else ""
-            raise ValueError(f"--data {' '.join(args.data)} has no split {split!r}{hint}.")
-    return splits
+    """The records of `train`, and with `--eval_strategy` those of `validation`, else None; errors as of `read_splits`."""
+    reports, seed = args.report_column if "contrastive" in args.objectives else None, training_args.seed
+    return read_splits(args, training_args, lambda split: load_records(args, split, seed, reports), column="ecg")
 
 
 def make_trainer(

@@ -1,6 +1,5 @@
 """Rows of records, with or without reports, to a batch that an encoder is pretrained on."""
 
-import logging
 import zlib
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,10 +12,9 @@ from elm_ecg.ecg_utils import ECGRecord, as_record
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.modeling_ecg_masked import mask_from_noise
 from elm_ecg.training.augmentation import NO_AUGMENTATION, augmented
-from elm_ecg.training.data.loading import ecgs_of, notices_of
+from elm_ecg.training.collator import naming_records, tell_notices
+from elm_ecg.training.data.loading import ecgs_of
 from elm_ecg.training.data.record_rows import report_of
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -58,13 +56,8 @@ class PretrainingCollator:
         return replace(self, **changes, epoch=0)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        try:
+        with naming_records(rows):
             return self._batch(rows)
-        except (ValueError, OSError) as error:
-            records = [str(row["record_id"]) for row in rows if row.get("record_id") is not None]
-            if not records:
-                raise
-            raise ValueError(f"In the batch of the records {', '.join(records)}: {error}") from error
 
     def _batch(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         records, masks = [], []
@@ -119,8 +112,5 @@ class PretrainingCollator:
                 "`elm data build --no_questions`."
             )
         record = as_record(ecgs[0])
-        for notice in notices_of(record, self.feature_extractor, self.known):
-            if notice not in self.told:
-                self.told.add(notice)
-                logger.warning("%s (record %s; not told again)", notice, row.get("record_id") or "without id")
+        tell_notices(record, row, self.feature_extractor, self.known, self.told)
         return record

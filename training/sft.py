@@ -25,7 +25,6 @@ from elm_ecg.training.checkpoints import CountEpochs, replace_model
 from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.command_line import run_command
 from elm_ecg.training.data.loading import load_data
-from elm_ecg.training.data.streams import load_stream
 from elm_ecg.training.evaluation.results import move_old_results
 from elm_ecg.training.features import FOLDER, EncoderFeatures
 from elm_ecg.training.files import check_output_folder, write_text
@@ -35,6 +34,7 @@ from elm_ecg.training.model_files import find_model_file
 from elm_ecg.training.muon import MUON, SFTConfigWithMuon, muon_options
 from elm_ecg.training.packing import ROW_TOKENS
 from elm_ecg.training.resume import RunOptions, checkpoint_to_resume, fingerprint
+from elm_ecg.training.run_splits import read_splits
 from elm_ecg.training.sharing.cards import write_model_card
 from elm_ecg.training.trainer import ELMTrainer
 from elm_ecg.training.trl_options import NEEDED, REFUSED, REFUSED_VALUES
@@ -209,20 +209,9 @@ def _check_quantization(training_args: SFTConfig, model_args: ModelConfig) -> No
 
 
 def load_splits(args: ELMArguments, training_args: SFTConfig) -> dict[str, Any]:
-    """The rows of `train`, and with `--eval_strategy` those of `validation`, else None."""
-    splits: dict[str, Any] = {"train": None, "validation": None}
+    """The chats of `train`, and with `--eval_strategy` those of `validation`, else None; errors as of `read_splits`."""
     seed, num_proc = training_args.seed, training_args.dataset_num_proc
-    order = seed if training_args.data_seed is None else training_args.data_seed  # of a stream; else the trainer has it
-    for split in ["train"] if training_args.eval_strategy == "no" else ["train", "validation"]:
-        if args.streaming:
-            splits[split] = load_stream(args, split, order, args.shuffle_buffer if split == "train" else None)
-        else:
-            with training_args.main_process_first(desc="preparing the data"):  # the others read what it has cached
-                splits[split] = load_data(args, split, seed, num_proc)
-        if splits[split] is None:
-            hint = "; leave --eval_strategy out" if split == "validation" else ""
-            raise ValueError(f"--data {' '.join(args.data)} has no split {split!r}{hint}.")
-    return splits
+    return read_splits(args, training_args, lambda split: load_data(args, split, seed, num_proc))
 
 
 def build_base(
