@@ -271,6 +271,7 @@ def test_another_run_in_the_same_folder(trained, records, tmp_path):
     [
         (["--objectives", "contrastive"], "needs the text encoder of the reports: name one with --text_encoder"),
         (["--text_encoder", "bert"], "which reads no reports; add contrastive"),
+        (["--cache_reports"], "--cache_reports with --objectives masked, which reads no reports"),
         (
             ["--encoder", "merl", "--encoder_config", "{}", "--objectives", "masked"],
             "The objective masked with a merl encoder; it hides patches",

@@ -162,10 +162,13 @@ class ObjectiveArguments:
                     "--cache_reports with --train_text_encoder: what a trained text encoder gives for a report changes; leave one of the two "
                     "options out."
                 )
-        elif self.text_encoder is not None:
+            return
+        said = [] if self.text_encoder is None else [f"--text_encoder {self.text_encoder}"]
+        said += [f"--{name}" for name in ("train_text_encoder", "cache_reports") if getattr(self, name)]
+        if said:
             raise ValueError(
-                f"--text_encoder {self.text_encoder} with --objectives {' '.join(self.objectives)}, which reads no reports; add contrastive, "
-                "or leave it out."
+                f"{' and '.join(said)} with --objectives {' '.join(self.objectives)}, which reads no reports; add contrastive, or leave "
+                "it out."
             )
 
 
