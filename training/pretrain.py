@@ -104,7 +104,7 @@ def _warn_of_unused(
     defaults = PretrainArguments(data=args.data)
     said = [option for option in options if getattr(args, option) != getattr(defaults, option)]
     if unused := [f"--{option}" for option in said if getattr(extractor, option, None) != getattr(args, option)]:
-        logger.warning("%s: %s, of a new one, change nothing.", why, ", ".join(unused))
+        logger.warning("%s. Without effect: %s.", why, ", ".join(unused))
 
 
 def build_model(args: PretrainArguments) -> tuple[ECGForPreTraining, ECGFeatureExtractor, Any]:
