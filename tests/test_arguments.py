@@ -5,17 +5,16 @@ import pytest
 from trl import ModelConfig, SFTConfig
 
 from elm_ecg.training.arguments import (
-    ALIASES,
     ELMS,
     VISION_BACKBONES,
     AugmentationArguments,
     DataArguments,
     ELMArguments,
-    ELMParser,
     ModelArguments,
     new_elm_options,
 )
 from elm_ecg.training.evaluation.evaluate import parse as parse_evaluation
+from elm_ecg.training.parser import ALIASES, ELMParser
 from elm_ecg.training.sft import make_parser, parse
 
 BASE = ["--data", "some/data", "--output_dir", "out", "--use_cpu"]

@@ -8,8 +8,8 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from accelerate.utils import DistributedType
 
 from elm_ecg.training import pretrain, sft
-from elm_ecg.training.arguments import recipes
 from elm_ecg.training.llms import LLMS
+from elm_ecg.training.parser import recipes
 from helpers import ROOT
 
 RECIPES, OF_PRETRAINING = recipes(), recipes("elm pretrain")

@@ -16,11 +16,12 @@ from trl import SFTConfig
 from elm_ecg.training import cli, pretrain, quickstart, sft, tokenizer
 from elm_ecg.training import dataset_commands as data_tool
 from elm_ecg.training.apps import chat, demo, plot
-from elm_ecg.training.arguments import ALIASES, ELMS, VISION_BACKBONES, DataArguments
+from elm_ecg.training.arguments import ELMS, VISION_BACKBONES, DataArguments
 from elm_ecg.training.data.loading import ecgs_of, load_data
 from elm_ecg.training.evaluation import compare, probe
 from elm_ecg.training.evaluation import evaluate as evaluation
 from elm_ecg.training.llms import LLMS
+from elm_ecg.training.parser import ALIASES
 from elm_ecg.training.sharing import convert, push
 from helpers import ROOT, run_isolated, save_tiny_llm
 

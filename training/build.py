@@ -35,13 +35,14 @@ from elm_ecg.modeling_vision_encoders import image_size, vision_config
 from elm_ecg.own_code import load_own_class
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer
-from elm_ecg.training.arguments import VISION_BACKBONES, ELMParser, ModelArguments
+from elm_ecg.training.arguments import VISION_BACKBONES, ModelArguments
 from elm_ecg.training.chat_templates import choose_chat_template, stop_at_end_of_turn
 from elm_ecg.training.command_line import did_you_mean
 from elm_ecg.training.contract import check_encoder_class, check_own_parts
 from elm_ecg.training.files import read_json, resource
 from elm_ecg.training.llms import place_of_llm, resolve_llm
 from elm_ecg.training.model_files import ENCODER_FOLDER, find_model_file
+from elm_ecg.training.parser import ELMParser
 
 logger = logging.getLogger(__name__)
 

@@ -10,13 +10,13 @@ from elm_ecg.configuration_ecg_pretraining import MASKED_ENCODERS, OBJECTIVES, E
 from elm_ecg.training.arguments import (
     AugmentationArguments,
     DataArguments,
-    ELMParser,
     RecordArguments,
     RunArguments,
     argument,
     json_fields,
 )
 from elm_ecg.training.data.record_rows import ANSWERS
+from elm_ecg.training.parser import ELMParser
 from elm_ecg.training.trl_options import NEEDED, REFUSED
 
 _NO_CHATS = "an encoder is pretrained on records and their reports, not on chats"

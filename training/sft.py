@@ -17,7 +17,7 @@ from trl import ModelConfig, SFTConfig, get_quantization_config
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
-from elm_ecg.training.arguments import PARTS, AugmentationArguments, ELMArguments, ELMParser, new_elm_options
+from elm_ecg.training.arguments import PARTS, AugmentationArguments, ELMArguments, new_elm_options
 from elm_ecg.training.base_models import find_base, read_recipe, recipe_of
 from elm_ecg.training.build import build_model, build_processor
 from elm_ecg.training.chat_templates import set_chat_template, stop_at_end_of_turn
@@ -33,6 +33,7 @@ from elm_ecg.training.lora import adapt_quantized, freeze, freeze_new_parts, lor
 from elm_ecg.training.model_files import find_model_file
 from elm_ecg.training.muon import MUON, SFTConfigWithMuon, muon_options
 from elm_ecg.training.packing import ROW_TOKENS
+from elm_ecg.training.parser import ELMParser
 from elm_ecg.training.resume import RunOptions, checkpoint_to_resume, fingerprint
 from elm_ecg.training.run_splits import read_splits
 from elm_ecg.training.sharing.cards import write_model_card

@@ -8,10 +8,11 @@ import numpy as np
 from datasets import Dataset
 from transformers import GenerationConfig
 
-from elm_ecg.training.arguments import DataArguments, ELMParser, argument, json_fields
+from elm_ecg.training.arguments import DataArguments, argument, json_fields
 from elm_ecg.training.data.loading import load_data
 from elm_ecg.training.evaluation.conditions import ASKED, CONDITIONS
 from elm_ecg.training.evaluation.scores import METRIC_NAMES, is_path, name_of
+from elm_ecg.training.parser import ELMParser
 
 ScoredBy = Literal["generation", "likelihood"]
 METRICS = ("normalized_match", "token_f1", "closed_set")  # by default, beside exact_match

@@ -10,12 +10,12 @@ from elm_ecg.configuration_elm import ELMConfig
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.modeling_ecg_pretraining import ECGForPreTraining
 from elm_ecg.processing_elm import ELMProcessor
-from elm_ecg.training.arguments import ELMParser
 from elm_ecg.training.command_line import printable
 from elm_ecg.training.files import check_output_folder, new_folder, write_text
 from elm_ecg.training.llms import resolve_llm
 from elm_ecg.training.markdown import CARD
 from elm_ecg.training.model_files import ENCODER_FOLDER
+from elm_ecg.training.parser import ELMParser
 from elm_ecg.training.sharing.cards import elm_card, encoder_card
 from elm_ecg.training.sharing.checkpoint_keys import convert_state_dict as convert_state_dict
 from elm_ecg.training.sharing.checkpoints import Checkpoint, read_checkpoint
