@@ -27,7 +27,6 @@ REFUSED_HERE: dict[str, str] = {
     "max_tool_calling_iterations": _NO_TOOLS,
     "dataloader_drop_last": _WHOLE_GROUPS,
     "average_tokens_across_devices": _COUNTED,
-    "include_num_input_tokens_seen": "num_tokens in the log counts prompts and answers",
     "label_smoothing_factor": "there are no labels. --entropy_coef keeps the answers varied",
     "neftune_noise_alpha": _SAME_POLICY,
     "auto_find_batch_size": "a smaller batch might not hold whole groups of answers. Lower --per_device_train_batch_size",
