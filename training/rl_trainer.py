@@ -339,7 +339,7 @@ class ELMGRPOTrainer(OptimizesByMuon, WholeCheckpoints, GRPOTrainer):
         super()._save_rng_state(output_dir)
         if self._step % self.generate_every and self._buffered_inputs is not None:
             tensors = {
-                f"{place}.{name}": value.contiguous()
+                f"{place}.{name}": value.contiguous().clone()  # the same number stands in all batches
                 for place, batch in enumerate(self._buffered_inputs)
                 for name, value in batch.items()
                 if value is not None
