@@ -1,5 +1,6 @@
 import json
 import math
+import re
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from elm_ecg.training.rl_sampling import DrawByRow, answer_prompts
 from elm_ecg.training.rl_trainer import ELMGRPOTrainer
 from helpers import (
     TINY_ENCODERS,
+    fork_two,
     save_tiny_data,
     tiny_ecg_byte,
     tiny_image_elm_config,
@@ -440,9 +442,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
         (["--vespo_k_pos", "1"], "--vespo_k_pos changes nothing with --loss_type sapo; it is for vespo"),
         (["--sync_ref_model"], "--sync_ref_model changes nothing without --beta"),
         (["--eval_prompts", "3"], "--eval_prompts changes nothing without --eval_strategy"),
-        (["--include_num_input_tokens_seen", "all"], "--include_num_input_tokens_seen cannot be used"),
+        (["--include_num_input_tokens_seen", "true"], "--include_num_input_tokens_seen cannot be used"),
         (
-            ["--eval_strategy", "epoch", "--load_best_model_at_end", "--metric_for_best_model", "accuracy"],
+            ["--eval_strategy", "epoch", "--save_strategy", "epoch", "--metric_for_best_model", "accuracy"],
             "--metric_for_best_model is accuracy; expected reward, or one of --rewards, format, tags, answer",
         ),
         (["--draw_steps", "-1"], "--draw_steps is -1; expected at least 0"),
@@ -504,3 +506,29 @@ def test_a_reward_that_fails_while_training(model, data, tmp_path):
     (tmp_path / "mine.py").write_text("def mine(**kwargs):\n    return [float('nan') for _ in kwargs['completions']]\n")
     with pytest.raises(ValueError, match=r"The reward mine gives nan for the answer"):
         rl.main(tiny_rl(model, data, tmp_path / "out", rewards=(f"{tmp_path / 'mine.py'}:mine",)))
+
+
+RUNS = "import json, sys\nfrom elm_ecg.training import rl\nfor argv in json.loads(sys.argv[1]):\n    rl.main(argv)"
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(model, data, reward, tmp_path):
+    """The answers, their rewards and the loss are those of one process with twice the batch, groups that are skipped among them."""
+    options = ["--max_steps", "3", "--num_iterations", "1", "--adam_epsilon", "1e-3", "--eval_strategy", "steps"]
+    options += ["--eval_steps", "3", "--eval_prompts", "4", "--per_device_eval_batch_size", "2"]
+
+    def argv(number: str, kind: str, batch: int) -> list[str]:
+        own = [*options, "--loss_type", kind, "--batch_size", str(batch)]
+        return tiny_rl(model, data, tmp_path / f"{number}_{kind}", *own, rewards=(reward,))
+
+    kinds = ("sapo", "dapo")
+    processes = fork_two(RUNS, json.dumps([argv("two", kind, 6) for kind in kinds]))
+    for kind in kinds:
+        rl.main(argv("one", kind, 12))
+    ended = [process.finish() for process in processes]
+    assert [process.returncode for process in ended] == [0, 0], ended[0].stderr[-3000:]
+    for kind in kinds:
+        for name in ("reward", "loss", "skipped_groups", "eval_ecg_reward", "eval_zeros_reward", "grad_norm"):
+            one, both = (of(tmp_path / f"{number}_{kind}", name) for number in ("one", "two"))
+            assert both == pytest.approx(one, abs=1e-4), name
+        assert 0 < sum(of(tmp_path / f"one_{kind}", "skipped_groups"))
