@@ -115,6 +115,9 @@ elm("data check my_data", "train")
 options = "--data my_data --llm quickstart/llm --max_steps 2 --logging_steps 1"
 elm(f"sft --config quickstart {options} --output_dir model", "loss")
 files_of("model", "model.safetensors", "README.md", "modeling_elm.py")
+options = "--use_cpu --report_to none --max_steps 1 --max_completion_length 4 --output_dir reinforced"
+elm(f"rl --data my_data --model_name_or_path model {options}", "groups of answers taught nothing")
+files_of("reinforced", "model.safetensors", "README.md", "rewards.svg", "answers/step-000000.html")
 elm("evaluate model --data my_data --max_new_tokens 2", "ECG")
 (place,) = Path("model/evaluation").iterdir()
 files_of(str(place), "evaluation_results.json", "predictions.jsonl", "report.html")

@@ -66,18 +66,13 @@ class Reward:
         for place, value in enumerate(values):
             if value is None:
                 continue
+            told = f"The reward {self.name} gives {value!r} for the answer {_text(kwargs['completions'][place])!r:.200}; expected a"
             try:
-                values[place] = float(value)
+                values[place] = number_of = float(value)
             except (TypeError, ValueError) as error:
-                raise ValueError(
-                    f"The reward {self.name} gives {value!r} for the answer {_text(kwargs['completions'][place])!r:.200}; expected a number, or "
-                    "None where it has nothing to say."
-                ) from error
-            if not math.isfinite(values[place]):
-                raise ValueError(
-                    f"The reward {self.name} gives {value} for the answer {_text(kwargs['completions'][place])!r:.200}; expected a finite "
-                    "number, or None where it has nothing to say."
-                )
+                raise ValueError(f"{told} number, or None where it has nothing to say.") from error
+            if not math.isfinite(number_of):
+                raise ValueError(f"{told} finite number, or None where it has nothing to say.")
         return values
 
 
@@ -172,7 +167,8 @@ def own_reward(option: str) -> Reward:
             f"--rewards {option}: {name} takes no **kwargs; expected def {name}(completions, solution, **kwargs), as all columns of the "
             "rows are given by keyword."
         )
-    return Reward(name, function)
+    own: Callable[..., Any] = function
+    return Reward(name, own)
 
 
 def load_rewards(options: Sequence[str]) -> list[Reward]:

@@ -180,7 +180,7 @@ def make_trainer(
     collator = ELMCollator(processor, seed=training_args.seed, **changes)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     room = None if longest is None else longest - (training_args.max_completion_length or 0)
-    template_kwargs = training_args.chat_template_kwargs or {}
+    template_kwargs: Any = training_args.chat_template_kwargs or {}
     prompts = {"train": Prompts(splits["train"], collator, template_kwargs, room)}
     evaluated = None
     if splits["validation"] is not None:
@@ -272,7 +272,7 @@ def train(args: RLArguments, training_args: RLConfig, model_args: ModelConfig) -
     save(args, training_args, model_args, model, processor, splits, trainer, result.metrics)
 
 
-def _check_size(training_args: RLConfig, number: int) -> None:
+def _check_size(training_args: Any, number: int) -> None:
     prompts = training_args.generation_batch_size // training_args.num_generations
     if number < prompts:
         raise ValueError(

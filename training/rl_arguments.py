@@ -66,7 +66,7 @@ class RLConfig(TakesMuon, GRPOConfig):
     """TRL's, with errors in the words of the command line."""
 
     def __post_init__(self) -> None:
-        if self.num_generations < 2:
+        if (self.num_generations or 0) < 2:
             raise ValueError(
                 f"--num_generations is {self.num_generations}; expected at least 2: an answer is better or worse than others to "
                 "the same prompt."

@@ -59,6 +59,17 @@ class ELMGRPOTrainer(OptimizesByMuon, WholeCheckpoints, GRPOTrainer):
     `features`, where they are kept, take the place of the ECGs.
     """
 
+    # of TRL and transformers, which say less of them, or None where a trainer without model would have it
+    args: Any
+    model: Any
+    ref_model: Any
+    processing_class: Any
+    train_dataset: Any
+    num_generations: Any
+    num_generations_eval: Any
+    shuffle_dataset: Any
+    _buffered_inputs: Any
+
     def __init__(
         self,
         *,
@@ -307,9 +318,10 @@ class ELMGRPOTrainer(OptimizesByMuon, WholeCheckpoints, GRPOTrainer):
         step = self.state.global_step
         if not (self.draw_steps and self.answers_dir and self.is_world_process_zero() and step % self.draw_steps == 0):
             return
-        rewards, shown = self._rewards[own].tolist(), {}
+        rewards = self._rewards[own].tolist()
+        shown: dict[int, Answers] = {}
         for place, number in enumerate(self._numbers):
-            group: Answers = shown.setdefault(number, Answers(self.prompts["train"].row(number), []))
+            group = shown.setdefault(number, Answers(self.prompts["train"].row(number), []))
             values = dict(zip(self.reward_func_names, rewards[place], strict=True))
             group.answers.append((self._texts[place], values, float(advantages[place])))
         ecgs = self.prompts["train"].collator.ecgs_of_row
