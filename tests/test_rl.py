@@ -321,18 +321,8 @@ def elm_of_family(family: str, folder: Path) -> Any:
 
 def test_rewards_rise_and_all_is_saved(model, data, reward, tmp_path, capsys):
     out = tmp_path / "run"
-    options = [
-        "--max_steps",
-        "12",
-        "--eval_strategy",
-        "steps",
-        "--eval_steps",
-        "6",
-        "--eval_prompts",
-        "4",
-        "--draw_steps",
-        "6",
-    ]
+    options = ["--max_steps", "12", "--batch_size", "16", "--lr", "3e-2", "--draw_steps", "6"]
+    options += ["--eval_strategy", "steps", "--eval_steps", "6", "--eval_prompts", "4"]
     rl.main(tiny_rl(model, data, out, *options, rewards=(reward,)))
     rewards = of(out, "reward")
     assert np.mean(rewards[-2:]) > np.mean(rewards[:2]) + 0.1

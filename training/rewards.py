@@ -157,7 +157,7 @@ def own_reward(option: str) -> Reward:
         function: Any = load_own_class(f"{path.stem}.{name}", path.absolute().parent, trust_remote_code=True)
     except Exception as error:  # whatever the file does
         raise ValueError(f"--rewards {option} cannot be loaded: {type(error).__name__}: {error}") from error
-    if not callable(function):
+    if not inspect.isroutine(function):
         raise ValueError(f"--rewards {option}: {name} is no function, but {function!r:.80}.")
     if inspect.iscoroutinefunction(function):
         raise ValueError(f"--rewards {option}: {name} is asynchronous; expected a plain function.")
@@ -167,8 +167,7 @@ def own_reward(option: str) -> Reward:
             f"--rewards {option}: {name} takes no **kwargs; expected def {name}(completions, solution, **kwargs), as all columns of the "
             "rows are given by keyword."
         )
-    own: Callable[..., Any] = function
-    return Reward(name, own)
+    return Reward(name, lambda **kwargs: function(**kwargs))
 
 
 def load_rewards(options: Sequence[str]) -> list[Reward]:
