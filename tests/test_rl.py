@@ -462,7 +462,7 @@ def no_model(*args: Any, **kwargs: Any) -> None:
 
 
 def test_data_without_answers(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(rl, "build_base", no_model)
+    monkeypatch.setattr(rl, "build", no_model)
     question = [{"role": "user", "content": "What is it?"}]
     Dataset.from_list([{"messages": question, "ecg": None}]).to_parquet(tmp_path / "data" / "train.parquet")
     with pytest.raises(ValueError, match=r"Row 0 of the split 'train', counted from 0, has no answer"):
@@ -470,7 +470,7 @@ def test_data_without_answers(model, tmp_path, monkeypatch):
 
 
 def test_more_prompts_at_once_than_there_are(model, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(rl, "build_base", no_model)
+    monkeypatch.setattr(rl, "build", no_model)
     with pytest.raises(
         ValueError, match=r"The split 'train' has 12 rows, and answers to 16 prompts are written at once"
     ):
