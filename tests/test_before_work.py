@@ -18,6 +18,7 @@ COMMANDS = {
     "pretrain": ["--data", "x", "--use_cpu"],
     "sft": ["--data", "x", "--use_cpu"],
     "rl": ["--data", "x", "--use_cpu"],
+    "dpo": ["--data", "x", "--use_cpu"],
     "evaluate": ["model", "--data", "x"],
     "probe": ["encoder", "--data", "x"],
     "compare": ["a.json", "b.json"],
