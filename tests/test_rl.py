@@ -522,3 +522,38 @@ def test_two_processes_are_one(model, data, reward, tmp_path):
             one, both = (of(tmp_path / f"{number}_{kind}", name) for number in ("one", "two"))
             assert both == pytest.approx(one, abs=1e-4), name
         assert sum(of(tmp_path / f"one_{kind}", "skipped_groups")) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--beta", "0.1", "--sync_ref_model", "--ref_model_sync_steps", "1", "--loss_type", "dapo"],
+        ["--loss_type", "cispo", "--epsilon_high", "5", "--mask_truncated_completions", "--log_completions"],
+        ["--loss_type", "vespo", "--top_entropy_quantile", "0.5", "--scale_rewards", "batch"],
+        ["--loss_type", "luspo", "--importance_sampling_level", "sequence", "--off_policy_mask_threshold", "0.5"],
+        ["--loss_type", "dr_grpo", "--scale_rewards", "none", "--entropy_coef", "0.01", "--optim", "muon"],
+        ["--loss_type", "bnpo", "--use_adaptive_entropy", "--multi_objective_aggregation", "normalize_then_sum"],
+        [
+            "--steps_per_generation",
+            "4",
+            "--gradient_accumulation_steps",
+            "2",
+            "--batch_size",
+            "4",
+            "--pad_to_multiple_of",
+            "8",
+        ],
+        ["--update", "connector", "llm", "--cache_features", "memory", "--cast_lm_head_to_fp32", "--delta", "2"],
+        ["--use_peft", "--beta", "0.1", "--bf16", "--gradient_checkpointing", "true", "--repetition_penalty", "1.1"],
+        ["--augment_ecg", "--lead_dropout", "0.1", "--missing_leads", "zeros", "--dataloader_num_workers", "1"],
+        ["--generation_kwargs", '{"typical_p": 0.9}', "--min_p", "0.01", "--top_k", "50", "--disable_dropout", "false"],
+    ],
+)
+def test_options_that_train(options, model, data, reward, tmp_path):
+    """Two steps, of which the second goes on with the answers of the first or writes new ones."""
+    options = [*options, "--max_steps", "3", "--eval_strategy", "steps", "--eval_steps", "2", "--eval_prompts", "2"]
+    options += ["--reward_weights", "1", "-0.5"]
+    rl.main(tiny_rl(model, data, tmp_path / "run", *options, rewards=(reward, "length")))
+    assert all(math.isfinite(loss) for loss in of(tmp_path / "run", "loss"))
+    load_elm(str(tmp_path / "run"))
