@@ -25,6 +25,7 @@ COMMANDS = {
     "push": ["folder", "--repo_id", "a/b"],
     "convert": ["elm.pt", "--output_dir", "out"],
     "data build": ["records", "--output_dir", "out"],
+    "data simulate": ["out"],
     "data check": ["data"],
     "data push": ["folder", "--repo_id", "a/b"],
     "tokenizer train": ["--data", "x", "--output_dir", "out", "--sampling_rate", "250"],

@@ -101,6 +101,7 @@ def test_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
             ["tokenizer", "import"],
             ["data"],
             ["data", "build"],
+            ["data", "simulate"],
             ["data", "check"],
         )
         if words in names or words[1:] in (["--help"], ["--help-all"]):  # the name of a command in a sentence
