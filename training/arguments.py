@@ -18,7 +18,7 @@ from elm_ecg.configuration_elm import (
     is_own_connector,
 )
 from elm_ecg.feature_extraction_elm import MISSING_LEADS, NORMALIZATIONS, TRUNCATIONS
-from elm_ecg.processing_elm import OVERFLOWS
+from elm_ecg.symbolic_elm import OVERFLOWS
 from elm_ecg.training.command_line import did_you_mean, read_system_prompt
 
 logger = logging.getLogger(__name__)
