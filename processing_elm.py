@@ -23,8 +23,10 @@ logger = logging.get_logger(__name__)
 # of the tokenizer; held back until the tokens of the ECGs are in the text
 PADDING_KWARGS = ("padding", "max_length", "pad_to_multiple_of", "padding_side", "return_attention_mask")
 # of apply_chat_template; all others are variables of the template
-NOT_OF_TEMPLATES = {"tokenize", "return_dict", "return_tensors", "add_generation_prompt", "continue_final_message"}
-NOT_OF_TEMPLATES |= {"return_assistant_tokens_mask", "load_audio_from_video"}
+OF_WRITING = {"add_generation_prompt", "continue_final_message"}
+NOT_OF_TEMPLATES = OF_WRITING | {"tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask"}
+NOT_OF_TEMPLATES |= {"load_audio_from_video"}
+WRITTEN = "{{ messages[0]['content'] }}"  # template of a text that is written already
 # of from_pretrained; the ECG-Byte tokenizer is fetched from the same place
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
@@ -52,6 +54,9 @@ class ELMProcessor(ProcessorMixin):
         system_prompt: system message of the chats that begin with none; None or an empty text for no such message. It may be
             changed at any time, and is saved.
         chat_template_origin: in words, where the chat template is from and why it was taken.
+        explicit_thinking: answers begin with `<think>` and a newline, which the model is given and does not write, see `ChatTemplate`.
+        train_phase: that the model was trained in last: `pretrain` (reports, without chat template), `sft` or `rl`; None where nothing is
+            known of it.
     """
 
     ecg_token = "<signal>"
@@ -70,6 +75,8 @@ class ELMProcessor(ProcessorMixin):
         overflow: str = "error",
         system_prompt: str | None = None,
         chat_template_origin: str | None = None,
+        explicit_thinking: bool = False,
+        train_phase: str | None = None,
     ):
         if num_ecg_tokens < 0:
             raise ValueError(f"num_ecg_tokens is {num_ecg_tokens}; it must be at least 0.")
@@ -109,6 +116,8 @@ class ELMProcessor(ProcessorMixin):
         self.overflow = overflow
         self.system_prompt = system_prompt
         self.chat_template_origin = chat_template_origin
+        self.explicit_thinking = explicit_thinking
+        self.train_phase = train_phase
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
         self.image_processor = image_processor
         self.ecg_tokenizer = ecg_byte
@@ -241,14 +250,20 @@ class ELMProcessor(ProcessorMixin):
                 chats = self.tokenizer._mark_chat_inputs(template.text, chats, None, None, {}, tokenize, masked)[0]
                 processor_kwargs["sanitize_control_tokens"] = True
             chats = [template.with_texts(chat) for chat in chats]
-            marks_alone = template.marks_answers and not template.marked_prompt
+            variables = {name: value for name, value in kwargs.items() if name not in NOT_OF_TEMPLATES}
+            marks_alone = template.marks_answers and not (template.marked_prompt or template.explicit_thinking)
             if tokenize and kwargs.get("return_assistant_tokens_mask") and not marks_alone:
-                variables = {name: value for name, value in kwargs.items() if name not in NOT_OF_TEMPLATES}
                 spans = [template.answer_spans(chat, **variables) for chat in chats]
                 kwargs |= {"return_assistant_tokens_mask": False, "return_tensors": None}
                 processor_kwargs["return_offsets_mapping"] = True
+            text = template.text
+            if template.explicit_thinking:  # transformers gets texts that are written already
+                asked = {name: kwargs.pop(name) for name in OF_WRITING if name in kwargs}
+                texts = [template.render(chat, **asked, **variables) for chat in chats]
+                chats, text = [[{"role": "user", "content": one}] for one in texts], WRITTEN
+                kwargs = {name: value for name, value in kwargs.items() if name not in variables}
             kwargs["processor_kwargs"] = processor_kwargs
-            output: Any = super().apply_chat_template(chats if several else chats[0], template.text, **kwargs)
+            output: Any = super().apply_chat_template(chats if several else chats[0], text, **kwargs)
         except TemplateError as error:
             raise ValueError(f"The chat template does not take the chat: {error}") from error
         if spans is not None:
@@ -268,7 +283,7 @@ class ELMProcessor(ProcessorMixin):
         text = chat_template or own
         if not isinstance(text, str):
             raise ValueError("The processor has no chat template; set processor.chat_template.")
-        return ChatTemplate(text, self.tokenizer, self.ecg_token)
+        return ChatTemplate(text, self.tokenizer, self.ecg_token, self.explicit_thinking)
 
     @property
     def stop_token_ids(self) -> list[int]:
@@ -285,11 +300,22 @@ class ELMProcessor(ProcessorMixin):
         ids = self.tokenizer(self.template().opening, add_special_tokens=False)["input_ids"]
         return self.decode(ids, skip_special_tokens=True).strip()
 
+    @property
+    def given_answer(self) -> str:
+        """What of an answer stands in its prompt already, so that the model does not write it: `<think>` and a newline, or nothing."""
+        return "" if self.chat_template is None else self.template().given
+
     def decode_answers(self, token_ids: Any) -> list[str]:
-        """The answers that a model wrote [batch, tokens] as texts, without their `answer_opening` and the white space round them."""
-        opening = self.answer_opening
-        texts = self.batch_decode(token_ids, skip_special_tokens=True)
-        return [text.strip().removeprefix(opening).strip() for text in texts]
+        """The answers that a model wrote [batch, tokens] as texts, without their `answer_opening` and the white space round them, and
+        with what it was given of them."""
+        opening, given = self.answer_opening, self.given_answer
+        texts = [text.strip() for text in self.batch_decode(token_ids, skip_special_tokens=True)]
+        return [
+            text.removeprefix(opening).strip()
+            if not given or (opening and text.startswith(opening)) or not text
+            else given + text
+            for text in texts
+        ]
 
     def with_system_prompt(self, system_prompt: str | None = None) -> "ELMProcessor":
         """A processor of the same parts with another `system_prompt`; this one, if it is None."""
