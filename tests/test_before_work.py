@@ -17,6 +17,7 @@ COMMANDS = {
     "quickstart": [],
     "pretrain": ["--data", "x", "--use_cpu"],
     "sft": ["--data", "x", "--use_cpu"],
+    "rl": ["--data", "x", "--use_cpu"],
     "evaluate": ["model", "--data", "x"],
     "probe": ["encoder", "--data", "x"],
     "compare": ["a.json", "b.json"],

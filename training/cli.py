@@ -19,6 +19,11 @@ COMMANDS = {
         "fine-tune an ELM, with the options of TRL's SFTConfig",
         "--data DATA --llm LLM --output_dir FOLDER",
     ),
+    "rl": (
+        "rl",
+        "reinforce an ELM's answers by rewards, with the options of TRL's GRPOConfig",
+        "--data DATA --model_name_or_path MODEL --output_dir FOLDER",
+    ),
     "evaluate": ("evaluation.evaluate", "score an ELM with the ECG and without it", "MODEL --data DATA"),
     "probe": ("evaluation.probe", "tell what a frozen ECG encoder has learnt, by linear probes", "ENCODER --data DATA"),
     "compare": (
