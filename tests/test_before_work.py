@@ -18,6 +18,7 @@ COMMANDS = {
     "pretrain": ["--data", "x", "--use_cpu"],
     "sft": ["--data", "x", "--use_cpu"],
     "evaluate": ["model", "--data", "x"],
+    "predict": ["model", "a.csv", "--question", "x"],
     "probe": ["encoder", "--data", "x"],
     "compare": ["a.json", "b.json"],
     "chat": ["model"],
