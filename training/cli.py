@@ -20,6 +20,11 @@ COMMANDS = {
         "--data DATA --llm LLM --output_dir FOLDER",
     ),
     "evaluate": ("evaluation.evaluate", "score an ELM with the ECG and without it", "MODEL --data DATA"),
+    "benchmark": (
+        "evaluation.benchmarks.command",
+        "score a model on published benchmarks, with the ECG and without it",
+        "MODEL --suite NAME[=PLACE] --records PLACE",
+    ),
     "probe": ("evaluation.probe", "tell what a frozen ECG encoder has learnt, by linear probes", "ENCODER --data DATA"),
     "compare": (
         "evaluation.compare",
