@@ -62,14 +62,26 @@ def drawn(record: ECGRecord) -> Image.Image:
 class DescribingAnswerer(Answerer):
     """Asks a language model without ECGs, to which each ECG is told in words."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._said: dict[Any, str] = {}  # many rows are about one record
+
     def _row(self, place: int, condition: Condition) -> dict[str, Any]:
         row = self.data[place]
-        records = shown_records(self.data, place, condition, self._others, self.seed)
-        if not records:
+        if not condition.shows_ecg:
             return row
+        source = int(self._others[place]) if condition.swapped and self._others is not None else place
+        # random changes differ by row
+        key = (
+            condition.name,
+            *map(str, ecgs_of(self.data[source])),
+            place if condition.change and condition.random else None,
+        )
+        if key not in self._said:
+            self._said[key] = described(shown_records(self.data, place, condition, self._others, self.seed))
         messages = [dict(message) for message in row["messages"]]
         first = next(message for message in messages if message["role"] == "user")
-        first["content"] = described(records) + first["content"]
+        first["content"] = self._said[key] + first["content"]
         return {**row, "messages": messages}
 
 

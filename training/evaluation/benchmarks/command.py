@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 
 from elm_ecg.training.command_line import printable, run_command
 from elm_ecg.training.evaluation.benchmarks.arguments import parse
-from elm_ecg.training.evaluation.benchmarks.contenders import Contender, open_contender
+from elm_ecg.training.evaluation.benchmarks.contenders import Contender, FittingAnswerer, open_contender
 from elm_ecg.training.evaluation.benchmarks.ecg_qa import ECGQA
 from elm_ecg.training.evaluation.benchmarks.ecg_reasoning import ECGReasoning
 from elm_ecg.training.evaluation.benchmarks.ptbxl import PTBXL
@@ -87,7 +87,16 @@ def run_suite(args: Namespace, suite: Suite, asked: Asked, contender: Contender,
     facts = facts_of(contender.name, contender.revision, asked.data, fingerprint, [], settings)
     facts["data"] |= {"names": [suite.name], "split": args.split}
     facts["settings"] |= {"describe": args.describe, "show_options": args.show_options, "limit": args.limit}
-    facts["suite"] = {"name": suite.name, "title": suite.title, "paper": suite.paper, "left_out": asked.left_out}
+    left_out = dict(asked.left_out)
+    if isinstance(answerer, FittingAnswerer):
+        left_out["questions too long for the model's context, which count as wrong"] = answerer.fits.count(False)
+        logger.warning(
+            "%s: %s of %s questions are too long for the model's context; they count as wrong.",
+            suite.name,
+            f"{answerer.fits.count(False):,}",
+            f"{len(questions):,}",
+        )
+    facts["suite"] = {"name": suite.name, "title": suite.title, "paper": suite.paper, "left_out": left_out}
     results = summarise(answerer, scorer, answers, not_scored, [], facts, suite.main_metric)
     points = suite.points(asked.turns, asked.chats, [row[ECG] for row in results.predictions])
     for place, row in enumerate(results.predictions):

@@ -15,17 +15,71 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from elm_ecg.configuration_elm import ELMConfig
+from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.build import new_elm
+from elm_ecg.training.data.loading import to_chat
 from elm_ecg.training.digest import digest_of_folder, digest_of_model, folder_of
 from elm_ecg.training.evaluation.answers import Answerer
 from elm_ecg.training.evaluation.benchmarks.baselines import ChatAnswerer, DescribingAnswerer, Message
 from elm_ecg.training.evaluation.benchmarks.endpoint import Endpoint
-from elm_ecg.training.evaluation.questions import Question
+from elm_ecg.training.evaluation.progress import Progress
+from elm_ecg.training.evaluation.questions import Question, num_ecgs_of
 from elm_ecg.training.load import limit_threads, load_elm
 from elm_ecg.training.model_files import find_model_file
 
+OF_DESCRIPTION = 250  # tokens that are kept free for what is said of an ECG
 # rows, questions, candidates of each (None: it writes its answers) and options of `generate` -> what asks
 MakeAnswerer = Callable[[Dataset, list[Question], list[list[str]] | None, dict[str, Any]], Any]
+
+
+def that_fit(data: Dataset, questions: list[Question], processor: ELMProcessor, max_new_tokens: int) -> list[bool]:
+    """Of each question whether it fits the context of a model, with the chat before it and the answer to come."""
+    if processor.max_length is None:
+        return [True] * len(questions)
+    of_ecg = processor.num_ecg_tokens if processor.takes_ecgs else OF_DESCRIPTION
+    room_of = (processor.max_length - max_new_tokens - of_ecg * num_ecgs_of(data)).tolist()
+    fits, rows = [True] * len(questions), dict[int, list[int]]()
+    for place, question in enumerate(questions):
+        rows.setdefault(question.row, []).append(place)
+    for row, places in rows.items():
+        messages = data[row]["messages"]
+        if 2 * sum(len(message["content"]) for message in messages) <= room_of[row]:
+            continue  # a token has a character at least, and the template adds few
+        for place in places:
+            chat = to_chat({"messages": messages[: questions[place].turn]})
+            text: Any = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+            fits[place] = len(processor.tokenizer(text)["input_ids"]) <= room_of[row]
+    return fits
+
+
+@dataclass
+class FittingAnswerer:
+    """Asks the questions that fit the context of a model, of which `answerer` has no others; the others are answered with nothing.
+
+    Args:
+        fits: of each question whether it does.
+    """
+
+    answerer: Answerer
+    fits: list[bool]
+
+    @property
+    def data(self) -> Dataset:
+        """The rows of the questions."""
+        return self.answerer.data
+
+    @property
+    def notices(self) -> dict[str, set[tuple[int, int]]]:
+        """As of `Answerer`."""
+        return self.answerer.notices
+
+    def ask(self, name: str, progress: Progress | None = None) -> tuple[list[str], str | None]:
+        """As `Answerer.ask`, with empty answers where a question does not fit."""
+        answers, reason = self.answerer.ask(name, progress)
+        if reason is not None:
+            return [], reason
+        given = iter(answers)
+        return [next(given) if fit else "" for fit in self.fits], None
 
 
 @dataclass
@@ -91,8 +145,16 @@ def _of_elm(args: Namespace, model: Any, processor: Any, revision: str, kind: ty
     limit_threads(model, state.device)
     processor = processor.with_system_prompt(args.system_prompt)
 
-    def make(data: Dataset, questions: list[Question], choices: Any, generation: dict[str, Any]) -> Answerer:
-        return kind(model, processor, data, questions, choices, args.batch_size, generation, args.seed)
+    def make(data: Dataset, questions: list[Question], choices: Any, generation: dict[str, Any]) -> Any:
+        fits = that_fit(data, questions, processor, generation["max_new_tokens"])
+        asked = [question for question, fit in zip(questions, fits, strict=True) if fit]
+        if choices is not None and len(asked) < len(questions):
+            raise ValueError(
+                f"{len(questions) - len(asked):,} of {len(questions):,} questions are too long for {args.model}, which reads "
+                f"{processor.max_length:,} tokens; leave the suite out."
+            )
+        answerer = kind(model, processor, data, asked, choices, args.batch_size, generation, args.seed)
+        return answerer if len(asked) == len(questions) else FittingAnswerer(answerer, fits)
 
     dtype = str(model.dtype).removeprefix("torch.")
     return Contender(_name(args.model), revision, dtype, processor.system_prompt, make)
