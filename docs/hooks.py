@@ -18,7 +18,9 @@ from elm_ecg.training.cli import COMMANDS
 from elm_ecg.training.parser import ALIASES, ELMParser, recipes
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "build" / "docs"  # where mkdocstrings finds the package by its name, without the environment and the tests
+PACKAGE = (
+    ROOT / "build" / "docs"
+)  # where mkdocstrings finds the package by its name, without the environment and the tests
 SHARED = ("help", "help_all")  # options of every command
 RECIPE_COMMANDS = ("sft", "pretrain", "rl", "dpo")
 COMMANDS_INTRODUCTION = """\
@@ -145,9 +147,7 @@ def command_page(command: str) -> str:
     elif parser.epilog:
         lines.append(f"{as_markdown(parser.epilog)}\n")
     if isinstance(parser, ELMParser):
-        spellings = [
-            f"`--{alias}`" for alias, name in ALIASES.items() if f"--{name}" in parser._option_string_actions
-        ]
+        spellings = [f"`--{alias}`" for alias, name in ALIASES.items() if f"--{name}" in parser._option_string_actions]
         if spellings:
             lines.append(
                 f"Other spellings, those of [ELM-Research](../../coming_from_elm_research.md), stand beside the option: {', '.join(spellings)}.\n"
@@ -178,7 +178,11 @@ def recipes_page() -> str:
             values = list(itertools.dropwhile(lambda line: line.startswith("#"), text))
             told = " ".join(line.lstrip("# ") for line in text[: len(text) - len(values)])
             lines.append(f"### {name}\n\n{as_markdown(told)}\n")
-            lines.append("\n".join([f'??? note "{name}.yaml"\n', "    ```yaml", *(f"    {line}" for line in values), "    ```\n"]))
+            lines.append(
+                "\n".join(
+                    [f'??? note "{name}.yaml"\n', "    ```yaml", *(f"    {line}" for line in values), "    ```\n"]
+                )
+            )
     return "\n".join(lines)
 
 
@@ -186,13 +190,14 @@ def public_names() -> dict[str, list[str]]:
     """Module -> the names of the Python API: of the package, and what else its root modules list in `__all__`."""
     names = {"elm_ecg": sorted(elm_ecg.__all__)}
     seen = set(elm_ecg.__all__)
-    for path in sorted(ROOT.glob("*.py")):
-        module = importlib.import_module(f"elm_ecg.{path.stem}") if path.stem != "__init__" else None
-        # a name belongs to the module that defines it, and is listed once
-        own = [name for name in getattr(module, "__all__", ()) if getattr(module, name).__module__ == module.__name__]
-        if new := [name for name in own if name not in seen]:
-            names[module.__name__] = new
-            seen.update(new)
+    modules = [importlib.import_module(f"elm_ecg.{path.stem}") for path in sorted(ROOT.glob("[!_]*.py"))]
+    lists = {module.__name__: getattr(module, "__all__", []) for module in modules}
+    for module in modules:
+        for name in lists[module.__name__]:
+            home = getattr(module, name).__module__  # a name that several modules list stands where it is defined
+            if name not in seen and (home == module.__name__ or name not in lists.get(home, ())):
+                names.setdefault(module.__name__, []).append(name)
+                seen.add(name)
     return names
 
 
@@ -219,7 +224,10 @@ def on_config(config: Any) -> Any:
     """Lists the page of each command in the navigation, and lays out the package for mkdocstrings."""
     reference = next(item["Reference"] for item in config.nav if "Reference" in item)
     commands = next(item for item in reference if "Commands" in item)
-    commands["Commands"] = ["reference/commands.md", *({f"elm {name}": f"reference/commands/{name}.md"} for name in COMMANDS)]
+    commands["Commands"] = [
+        "reference/commands.md",
+        *({f"elm {name}": f"reference/commands/{name}.md"} for name in COMMANDS),
+    ]
     package = PACKAGE / "elm_ecg"
     shutil.rmtree(package, ignore_errors=True)
     package.mkdir(parents=True)
