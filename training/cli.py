@@ -29,6 +29,7 @@ COMMANDS = {
         "evaluation.predict",
         "answer questions about any number of ECGs, or write their features",
         "MODEL RECORD [RECORD ...] --question TEXT",
+    ),
     "benchmark": (
         "evaluation.benchmarks.command",
         "score a model on published benchmarks, with the ECG and without it",
