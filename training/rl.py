@@ -101,7 +101,9 @@ def parse(argv: list[str] | None = None, prog: str = "elm rl") -> tuple[RLArgume
             f"--reward_weights has {len(weights)} numbers for the {len(names)} of --rewards, {', '.join(names)}; expected one for each."
         )
     if training_args.include_num_input_tokens_seen != "no":
-        raise ValueError("--include_num_input_tokens_seen cannot be used: num_tokens in the log counts prompts and answers.")
+        raise ValueError(
+            "--include_num_input_tokens_seen cannot be used: num_tokens in the log counts prompts and answers."
+        )
     for option, loss in OF_LOSS.items():
         if getattr(training_args, option) != parser.presets[option] and training_args.loss_type != loss:
             raise ValueError(
