@@ -17,6 +17,7 @@ from elm_ecg.ecg_utils import ECGRecord, as_record
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import AugmentationArguments
 from elm_ecg.training.augmentation import NO_AUGMENTATION, augmented, augmented_rgb, perturbed
+from elm_ecg.training.chat_templates import for_reports
 from elm_ecg.training.data.loading import ecgs_of, notices_of, to_chat
 from elm_ecg.training.packing import ROW_TOKENS, pack, shared_rows
 
@@ -63,6 +64,7 @@ class ELMCollator:
         pad_to_multiple_of: number of tokens, of which that of a batch is a multiple.
         padding_free: one row for all chats of the batch, without padding, see `pack`.
         packing: rows of several chats, of at most `max_length` tokens, or `ROW_TOKENS`.
+        train_phase: `sft`, or `pretrain` for chats that become reports without a chat template, see `for_reports`.
         epoch: the trainer counts it up, in memory that data loader workers share, those that persist too.
         told, known: the notices that were logged, and those of `notices_of`.
     """
@@ -78,6 +80,7 @@ class ELMCollator:
     pad_to_multiple_of: int | None = None
     padding_free: bool = False
     packing: bool = False
+    train_phase: str = "sft"
     seed: int = 0
     epoch: Any = 0
     told: set[str] = field(default_factory=set, repr=False)
@@ -92,6 +95,8 @@ class ELMCollator:
             raise ValueError(
                 f"--augment_rgb with a model of {self.processor.representation!r} ECGs; only 'rgb' ones are drawn."
             )
+        if self.train_phase == "pretrain":
+            self.processor = for_reports(self.processor)
         if self.max_length is not None:  # of training alone: the processor that is saved keeps its own
             self.processor = copy(self.processor)
             self.processor.max_length = min(self.max_length, self.processor.max_length or self.max_length)

@@ -25,6 +25,7 @@ from elm_ecg.training.checkpoints import CountEpochs, replace_model
 from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.command_line import run_command
 from elm_ecg.training.data.loading import load_data
+from elm_ecg.training.data.report_rows import as_reports, load_reports
 from elm_ecg.training.evaluation.results import move_old_results
 from elm_ecg.training.features import FOLDER, EncoderFeatures
 from elm_ecg.training.files import check_output_folder, write_text
@@ -46,6 +47,7 @@ logger = logging.getLogger(__name__)
 NOT_QUANTIZED = ["model.encoder", "model.connector", "model.signal_embeddings", "lm_head"]
 # defaults of --learning_rate, of full training and of LoRA; the sweep that they come from stands in the README
 LEARNING_RATES = {False: 2e-5, True: 2e-4}
+CONNECTOR_LEARNING_RATE = 5e-4  # of --train_phase pretrain without the language model, as in the reference
 BY_SIZE = 2  # of --gradient_checkpointing, where nothing is said; any other true value would do, None becomes False
 CHECKPOINTED_FROM = 1_000_000_000  # parameters, from which on it then is true
 METRICS = ("loss", "mean_token_accuracy", "entropy")  # that TRL's trainer measures of a validation split
@@ -65,7 +67,9 @@ def make_parser(prog: str = "elm sft") -> ELMParser:
         "Chat template, instead of the language model's own: a .jinja file, or the folder or Hub id of a model that has one. The answers "
         "are learnt with the token that ends them, or what it marks with {%% generation %%}."
     )
-    options["--learning_rate"].help = "Of AdamW at first. Default: 2e-5, and 2e-4 with --use_peft."
+    options[
+        "--learning_rate"
+    ].help = "Of AdamW at first. Default: 2e-5, and 2e-4 with --use_peft; 5e-4 of --train_phase pretrain without the language model."
     options["--pad_to_multiple_of"].help = "Pad batches to a multiple of so many tokens."
     options[
         "--padding_free"
@@ -131,16 +135,23 @@ def parse(argv: list[str] | None = None, prog: str = "elm sft") -> tuple[ELMArgu
         )
     if training_args.activation_offloading and training_args.device.type == "cpu":
         raise ValueError("--activation_offloading takes memory from a GPU, and there is none; leave it out.")
-    settle(args, training_args, model_args, LEARNING_RATES)
+    settle(args, training_args, model_args, LEARNING_RATES, args.train_phase == "pretrain")
     return args, training_args, model_args
 
 
-def settle(args: ELMArguments, training_args: Any, model_args: ModelConfig, learning_rates: dict[bool, float]) -> None:
+def settle(
+    args: ELMArguments,
+    training_args: Any,
+    model_args: ModelConfig,
+    learning_rates: dict[bool, float],
+    aligns: bool = False,
+) -> None:
     """Fills in what follows from other options, and refuses (ValueError) values that would fail, or be lost, once the model is loaded.
 
     Args:
         training_args: of TRL; any of its configurations.
         learning_rates: the defaults, of full training and of LoRA.
+        aligns: it is the phase in which the connector learns to put reports into words.
     """
     if args.distributed and training_args.world_size == 1:
         raise ValueError(
@@ -150,6 +161,8 @@ def settle(args: ELMArguments, training_args: Any, model_args: ModelConfig, lear
     if not args.update:
         pretrained = args.encoder_name_or_path is not None or model_args.model_name_or_path is not None
         args.update = PARTS[1:] if pretrained or args.architecture != "llava" else list(PARTS)
+        if aligns and not model_args.use_peft:
+            args.update = args.update[:-1]  # without the language model
     if args.cache_features and "encoder" in args.update:  # that of an adapter is known once it is there
         raise ValueError(
             f"--cache_features {args.cache_features} with --update {' '.join(args.update)}: what a trained encoder gives for an ECG "
@@ -158,7 +171,8 @@ def settle(args: ELMArguments, training_args: Any, model_args: ModelConfig, lear
     if training_args.optim == MUON:
         _check_muon(args, training_args, model_args)
     if training_args.learning_rate is None:
-        training_args.learning_rate = learning_rates[model_args.use_peft]
+        of_connector = aligns and "llm" not in args.update
+        training_args.learning_rate = CONNECTOR_LEARNING_RATE if of_connector else learning_rates[model_args.use_peft]
     if args.wandb and "wandb" not in training_args.report_to:
         training_args.report_to = [*training_args.report_to, "wandb"]  # a list by now, whatever was said
     available = get_available_reporting_integrations()
@@ -223,8 +237,16 @@ def _check_quantization(training_args: SFTConfig, model_args: ModelConfig) -> No
 
 
 def load_splits(args: ELMArguments, training_args: Any) -> dict[str, Any]:
-    """The chats of `train`, and with `--eval_strategy` those of `validation`, else None; errors as of `read_splits`."""
+    """The chats or reports of `train`, and with `--eval_strategy` those of `validation`, else None; errors as of `read_splits`."""
     seed, num_proc = training_args.seed, getattr(training_args, "dataset_num_proc", None)  # not of every configuration
+    if args.train_phase == "pretrain":
+        return read_splits(
+            args,
+            training_args,
+            lambda split: load_reports(args, split, seed, num_proc, args.report_column),
+            "ecg",
+            lambda part, name: as_reports(part, name, args.report_column),
+        )
     return read_splits(args, training_args, lambda split: load_data(args, split, seed, num_proc))
 
 
@@ -306,6 +328,7 @@ def make_trainer(
         pad_to_multiple_of=training_args.pad_to_multiple_of,  # type: ignore[arg-type]  # no text any more
         padding_free=training_args.padding_free,
         packing=training_args.packing,
+        train_phase=args.train_phase,
         seed=training_args.seed,
         **changes,
     )
@@ -415,6 +438,15 @@ def train(args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig)
     options.base = read_recipe(str(model.name_or_path))
     if args.system_prompt is not None:
         processor.system_prompt = args.system_prompt
+    processor.train_phase, thinks = args.train_phase, processor.explicit_thinking
+    if args.train_phase == "sft":
+        processor.explicit_thinking = args.explicit_thinking
+        if thinks and not args.explicit_thinking:
+            logger.warning(
+                "--model_name_or_path %s was trained with --explicit_thinking, and this run is without: its answers no longer begin with "
+                "what is given.",
+                model_args.model_name_or_path,
+            )
     limit_threads(model, training_args.device)
     trainer = make_trainer(args, training_args, model_args, model, processor, splits, options)
     if trainer.is_world_process_zero():
@@ -422,8 +454,12 @@ def train(args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig)
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in trainer.model.parameters()]
         total, trainable = sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
         chats = "streamed" if args.streaming else len(splits["train"])
-        print(f"Chat template: {processor.chat_template_origin or 'that of the saved model'}")
-        print(f"{chats} chats; {trainable:,} of {total:,} parameters trained", flush=True)
+        if args.train_phase == "sft":
+            print(f"Chat template: {processor.chat_template_origin or 'that of the saved model'}")
+        print(
+            f"{chats} {'chats' if args.train_phase == 'sft' else 'reports'}; {trainable:,} of {total:,} parameters trained",
+            flush=True,
+        )
 
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.log_metrics("train", result.metrics)

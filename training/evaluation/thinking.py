@@ -2,7 +2,8 @@
 
 import re
 
-THINK_OPEN = "<think>\n"  # what explicit thinking gives of an answer, so that it is not learnt
+from elm_ecg.chat_template_elm import THINK_OPEN
+
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)  # no tag opens inside
 
@@ -15,3 +16,6 @@ def answer_of(text: str) -> str | None:
     """
     found = _ANSWER.findall(text)
     return found[-1].strip() if found else None
+
+
+__all__ = ["TAGS", "THINK_OPEN", "answer_of"]
