@@ -340,7 +340,8 @@ def test_rewards_rise_and_all_is_saved(model, data, reward, tmp_path, capsys):
     assert "`num_generations`" in card
     printed = capsys.readouterr().out
     assert "Of 4 prompts of the split validation the reward went with their ECG from 0." in printed
-    elm, _ = load_elm(str(out))
+    elm, processor = load_elm(str(out))
+    assert processor.train_phase == "rl"
     assert any(
         not torch.equal(*pair) for pair in zip(elm.parameters(), load_elm(str(model))[0].parameters(), strict=True)
     )
@@ -477,10 +478,38 @@ def test_more_prompts_at_once_than_there_are(model, data, tmp_path, monkeypatch)
         rl.main(tiny_rl(model, data, tmp_path / "out", "--batch_size", "64"))
 
 
-def test_a_model_that_was_never_fine_tuned(tmp_path, caplog):
-    args, _, model_args = rl.parse(tiny_rl(None, Path("d"), tmp_path))
-    rl.warn_of_base(args, model_args)
-    assert "has never been fine-tuned, so that hardly any of its answers will earn a reward" in caplog.text
+def test_a_model_that_was_never_fine_tuned(model, tmp_path, caplog):
+    processor = load_elm(str(model))[1]
+    for name, phase, told in (
+        (None, None, True),
+        (model, "pretrain", True),
+        (model, "sft", False),
+        (model, None, False),
+    ):
+        caplog.clear()
+        args, _, model_args = rl.parse(tiny_rl(name, Path("d"), tmp_path))
+        processor.train_phase = phase
+        rl.warn_of_base(args, model_args, processor)
+        assert (
+            "has never been fine-tuned, so that hardly any of its answers will earn a reward" in caplog.text
+        ) == told
+
+
+def test_thinking_that_is_given(llm, reward, tmp_path):
+    """It stands in the prompt, and in the answers that are rewarded, and is not looked for among the tags."""
+    elm, processor = make_elm(llm)
+    processor.explicit_thinking = True
+    trainer = make_trainer(elm, processor, {"train": mixed_rows(1, 0)}, tmp_path / "out", "--rewards", "tags")
+    prompt = trainer.prompts["train"][0]
+    assert processor.tokenizer.decode(prompt.input_ids).endswith("<think>\n")
+    trainer.reward_funcs[0].function = lambda completions, think_given, **kwargs: (
+        seen.append((completions[0][0]["content"], think_given)) or [0.0 for _ in completions]
+    )
+    seen: list[Any] = []
+    trainer._generate_and_score_completions([{"row": 0}] * 4 + [{"row": 1}] * 4)
+    ((text, think_given),) = seen
+    assert text.startswith("<think>\n")
+    assert think_given
 
 
 def test_a_prompt_without_room_for_an_answer(llm, tmp_path):

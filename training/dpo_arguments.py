@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from trl import DPOConfig
 
 from elm_ecg.training.muon import TakesMuon
+from elm_ecg.training.rl_arguments import OF_PHASES
 from elm_ecg.training.trl_options import NEEDED, REFUSED
 
 _ON_THE_FLY = (
@@ -18,6 +19,7 @@ REFUSED_HERE: dict[str, str] = {
     "lora_task_type": REFUSED["lora_task_type"],
     **dict.fromkeys(("precompute_ref_log_probs", "precompute_ref_batch_size"), _ON_THE_FLY),
     **dict.fromkeys(("streaming", "shuffle_buffer"), _STORED),
+    **OF_PHASES,
     "padding_free": _PAIRS,
     "train_sampling_strategy": f"{_PAIRS}. Leave the option out",
     "average_tokens_across_devices": "the loss is a mean over pairs",

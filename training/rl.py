@@ -124,23 +124,18 @@ def _set_metric(training_args: RLConfig, names: list[str]) -> None:
     training_args.greater_is_better = True
 
 
-def warn_of_base(args: RLArguments, model_args: ModelConfig) -> None:
+def warn_of_base(args: RLArguments, model_args: ModelConfig, processor: ELMProcessor) -> None:
     """Tells of a model that has not learnt to answer yet, from which little can be drawn that deserves a reward."""
     name = model_args.model_name_or_path
     if name is None:
-        logger.warning(
-            "No --model_name_or_path: a new ELM around %s has never been fine-tuned, so that hardly any of its answers will earn a "
-            "reward. Begin with what `elm sft` has made.",
-            args.llm,
-        )
+        what = f"No --model_name_or_path: a new ELM around {args.llm} has never been fine-tuned"
+    elif processor.train_phase == "pretrain":
+        what = f"--model_name_or_path {name} was aligned on reports and has never been fine-tuned"
+    else:
         return
-    options = RunOptions.read(Path(name)) if Path(name).is_dir() else None
-    if options is not None and options.options.get("train_phase") == "pretrain":
-        logger.warning(
-            "--model_name_or_path %s was aligned on reports and never fine-tuned, so that hardly any of its answers will earn a reward. "
-            "Fine-tune it with `elm sft` first.",
-            name,
-        )
+    logger.warning(
+        "%s, so that hardly any of its answers will earn a reward. Begin with what `elm sft` has made of it.", what
+    )
 
 
 def numbers_of(data: Dataset, condition: str | None = None, most: int | None = None) -> Dataset:
@@ -176,7 +171,7 @@ def make_trainer(
     checkpoint_by_size(training_args, model)
     for reward in args.reward_functions:
         reward.context = {
-            "think_given": getattr(processor, "explicit_thinking", False),
+            "think_given": processor.explicit_thinking,
             "max_completion_length": training_args.max_completion_length,
         }
     funcs: list[Reward] = list(args.reward_functions)
@@ -215,7 +210,8 @@ def train(args: RLArguments, training_args: RLConfig, model_args: ModelConfig) -
     options, checkpoint, splits = begin(args, training_args, model_args, check_answers)
     _check_size(training_args, len(splits["train"]))
     model, processor = build(args, training_args, model_args, options)
-    warn_of_base(args, model_args)
+    warn_of_base(args, model_args, processor)
+    processor.train_phase = "rl"
     trainer = make_trainer(args, training_args, model_args, model, processor, splits, options)
     rewards = ", ".join(reward.name for reward in args.reward_functions)
     answers = training_args.num_generations

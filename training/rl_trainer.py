@@ -19,7 +19,6 @@ from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import RepeatSampler, pad
 
 from elm_ecg.training.checkpoints import WholeCheckpoints
-from elm_ecg.training.evaluation.thinking import THINK_OPEN
 from elm_ecg.training.features import EncoderFeatures
 from elm_ecg.training.files import atomic_path
 from elm_ecg.training.muon import OptimizesByMuon
@@ -91,7 +90,6 @@ class ELMGRPOTrainer(OptimizesByMuon, WholeCheckpoints, GRPOTrainer):
             self._add_reference()
         self.prompts = prompts
         self.draw_steps, self.draw_prompts, self.answers_dir = draw_steps, draw_prompts, answers_dir
-        self.think_given = getattr(processor, "explicit_thinking", False)
         self.features: EncoderFeatures | None = None
         self.groups = {"trained": 0, "skipped": 0}
         # condition -> row -> its rewards at the first evaluation of the run and at the last
@@ -224,8 +222,6 @@ class ELMGRPOTrainer(OptimizesByMuon, WholeCheckpoints, GRPOTrainer):
     ) -> torch.Tensor:
         """As TRL's, of the answers as they are read everywhere: [answers of all processes, rewards]."""
         self._texts = self.processing_class.decode_answers(completion_ids_list)
-        if self.think_given:
-            self._texts = [f"{THINK_OPEN}{text}" if not text.startswith("<think>") else text for text in self._texts]
         completions = [[{"role": "assistant", "content": text}] for text in self._texts]
         self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if self._of != "train":
