@@ -393,10 +393,15 @@ def test_the_same_command_twice_and_resumed(options, model, data, reward, tmp_pa
     for path in (tmp_path / "run").glob("*.safetensors"):
         path.unlink()
     (tmp_path / "run" / "adapter_config.json").unlink(missing_ok=True)
-    rl.main([*argv, "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-3")])
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    rl.main([*argv, "--resume_from_checkpoint", str(checkpoint)])
     assert of(tmp_path / "run", "loss") == pytest.approx(loss, abs=1e-6)
     resumed = weights(tmp_path / "run")
     assert all(torch.equal(first[name], resumed[name]) for name in first)
+    (checkpoint / "answers_0.safetensors").unlink()
+    (tmp_path / "run" / "adapter_config.json").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"it lacks answers_0.safetensors, the answers that were being trained on"):
+        rl.main([*argv, "--resume_from_checkpoint", str(checkpoint)])
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

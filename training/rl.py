@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -216,6 +217,8 @@ def train(args: RLArguments, training_args: RLConfig, model_args: ModelConfig) -
     rewards = ", ".join(reward.name for reward in args.reward_functions)
     answers = training_args.num_generations
     tell_size(trainer, f"{len(splits['train']):,} prompts, {answers} answers to each, rewarded for {rewards}")
+    if checkpoint is None and trainer.is_world_process_zero():  # those of an earlier run
+        shutil.rmtree(Path(str(training_args.output_dir)) / ANSWERS, ignore_errors=True)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.log_metrics("train", result.metrics)
     if splits["validation"] is not None and not _is_evaluated(trainer):

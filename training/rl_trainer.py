@@ -356,10 +356,20 @@ class ELMGRPOTrainer(OptimizesByMuon, WholeCheckpoints, GRPOTrainer):
                 save_file(tensors, path)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """As the trainer's, with the answers that are trained on."""
+        """As the trainer's, with the answers that are trained on.
+
+        Raises:
+            ValueError: they are not there.
+        """
         super()._load_rng_state(checkpoint)
-        if checkpoint is None or not (path := self._answers_file(checkpoint)).is_file():
+        if checkpoint is None or not self._step % self.generate_every:
             return
+        path = self._answers_file(checkpoint)
+        if not path.is_file():
+            raise ValueError(
+                f"--resume_from_checkpoint {checkpoint}: it lacks {path.name}, the answers that were being trained on. Go on from another "
+                "checkpoint."
+            )
         batches: list[dict[str, Any]] = [{} for _ in range(self.args.steps_per_generation)]
         for key, value in load_file(path, device=str(self.accelerator.device)).items():
             place, _, name = key.partition(".")
