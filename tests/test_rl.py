@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from test_families import FUYU, tiny_llm
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
-from elm_ecg.training import rl
+from elm_ecg.training import rl, sft
 from elm_ecg.training.build import new_elm
 from elm_ecg.training.data.synthetic import make_record
 from elm_ecg.training.load import load_elm
@@ -30,6 +31,7 @@ from helpers import (
     tiny_image_elm_config,
     tiny_image_processor_elm,
     tiny_processor,
+    tiny_sft,
 )
 
 REWARD = """
@@ -591,3 +593,27 @@ def test_options_that_train(options, model, data, reward, tmp_path):
     rl.main(tiny_rl(model, data, tmp_path / "run", *options, rewards=(reward, "length")))
     assert all(math.isfinite(loss) for loss in of(tmp_path / "run", "loss"))
     load_elm(str(tmp_path / "run"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [rl, sft])
+def test_an_adapter_on_an_adapter(command, llm, data, reward, tmp_path, monkeypatch):
+    """What is saved is what was trained, with what the first adapter had learnt."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    sft.main(tiny_sft(llm, data, first, "--max_steps", "4", "--use_peft"))
+    trained: list[Any] = []
+    init = command.make_trainer
+    monkeypatch.setattr(command, "make_trainer", lambda *args: trained.append(init(*args)) or trained[-1])
+    options = ["--max_steps", "4", "--use_peft"]
+    if command is rl:
+        rl.main(tiny_rl(first, data, second, *options, rewards=(reward,)))
+    else:
+        sft.main(tiny_sft(llm, data, second, *options, "--model_name_or_path", str(first)))
+    ids = torch.arange(20)[None]
+    shutil.rmtree(first)
+    shutil.move(second, tmp_path / "moved")
+    with torch.no_grad():
+        expected, found = (
+            model.eval()(input_ids=ids).logits for model in (trained[0].model, load_elm(str(tmp_path / "moved"))[0])
+        )
+    assert torch.allclose(found, expected, atol=1e-5)

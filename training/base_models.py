@@ -33,6 +33,7 @@ from elm_ecg.training.model_files import find_model_file
 logger = logging.getLogger(__name__)
 
 RECIPE_FILE = "base_model.json"
+BASE_OF_ONE = "base_model"  # folder beside an adapter, of a base that no other run shares
 SHARD_SIZE = "5GB"
 
 
@@ -128,6 +129,23 @@ def find_base(recipe: dict[str, Any], processor: ELMProcessor, trust_remote_code
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     logger.info("Base model of the adapter, which other runs share: %s", folder)
+    return folder
+
+
+def write_merged(model: ELMForConditionalGeneration, processor: ELMProcessor, output_dir: Path) -> Path:
+    """The folder of a base that is an older adapter in its own base, written beside the new adapter, as it is of this run alone."""
+    folder = output_dir.absolute() / BASE_OF_ONE
+    unfinished = folder.with_suffix(UNFINISHED)
+    with naming(folder):
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+        try:
+            model.save_pretrained(unfinished, max_shard_size=SHARD_SIZE)
+            processor.save_pretrained(unfinished)
+            let_others_read_weights(unfinished)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(unfinished, folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
