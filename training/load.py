@@ -132,6 +132,7 @@ def _base_of(folder: Path, trust_remote_code: bool) -> str:
     logger.warning("The adapter's base is not in %s; it is made again of %s.", base, recipe["llm"]["place"])
     with loading(folder, f"The base of the adapter {folder}"):
         processor = ELMProcessor.from_pretrained(folder, trust_remote_code=False)
+        processor.train_phase, processor.explicit_thinking = None, False  # of the adapter, not yet of its base
         return str(find_base(recipe, processor, trust_remote_code))
 
 

@@ -176,7 +176,12 @@ def load_rewards(options: Sequence[str]) -> list[Reward]:
     Raises:
         ValueError: one is not there, or two have one name.
     """
-    own = {"format": format_reward, "tags": tags_reward, "answer": answer_reward, "length": length_reward}
+    own: dict[str, Callable[..., list[float]]] = {
+        "format": format_reward,
+        "tags": tags_reward,
+        "answer": answer_reward,
+        "length": length_reward,
+    }
     rewards: list[Reward] = []
     for option in options:
         if option in own:
