@@ -323,7 +323,7 @@ def elm_of_family(family: str, folder: Path) -> Any:
 
 def test_rewards_rise_and_all_is_saved(model, data, reward, tmp_path, capsys):
     out = tmp_path / "run"
-    options = ["--max_steps", "12", "--batch_size", "16", "--lr", "3e-2", "--draw_steps", "6"]
+    options = ["--max_steps", "12", "--batch_size", "16", "--lr", "3e-2", "--draw_steps", "6", "--draw_prompts", "1"]
     options += ["--eval_strategy", "steps", "--eval_steps", "6", "--eval_prompts", "4"]
     rl.main(tiny_rl(model, data, out, *options, rewards=(reward,)))
     rewards = of(out, "reward")
@@ -361,13 +361,8 @@ def test_groups_with_equal_rewards_teach_nothing(model, data, tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--loss_type", "dapo"],
-        pytest.param(["--loss_type", "grpo", "--beta", "0.1", "--use_peft"], marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--loss_type", "dapo"], ["--loss_type", "grpo", "--beta", "0.1", "--use_peft"]])
 def test_the_same_command_twice_and_resumed(options, model, data, reward, tmp_path):
     """Step 3 is amid the updates by the answers that step 2 has written."""
     options = [
