@@ -31,6 +31,7 @@ ALIASES = {
 # options of TRL that most runs say: `elm sft --help` shows these, and the others with `--help-all`
 COMMON = {*ALIASES.values(), "output_dir", "seed", "max_steps", "gradient_accumulation_steps", "eval_strategy"}
 COMMON |= {
+    "loss_type",
     "num_generations",
     "temperature",
     "top_p",
