@@ -15,6 +15,7 @@ from tqdm import tqdm
 from elm_ecg.ecg_utils import as_record
 from elm_ecg.training.data.loading import ecgs_of
 from elm_ecg.training.data.paths import LazyECG
+from elm_ecg.training.data.reference import PLACEHOLDER
 from elm_ecg.training.data.schema import counted
 from elm_ecg.training.evaluation.thinking import scored_answer
 
@@ -66,7 +67,10 @@ def list_questions(data: Dataset) -> list[Question]:
         for turn, message in enumerate(chat):
             if message["role"] != "assistant":
                 continue
-            asked, answer = chat[turn - 1]["content"] if turn else "", message["content"].strip()
+            asked = (
+                PLACEHOLDER.sub("", chat[turn - 1]["content"]) if turn else ""
+            )  # of ECGs, which are not among the words
+            answer = message["content"].strip()
             if not answer:
                 raise ValueError(
                     f"Row {index} has an empty answer to {asked!r}, which no model could give; leave the row out."
