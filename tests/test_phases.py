@@ -220,11 +220,13 @@ def test_options_that_do_not_go_together(llm, data, tmp_path, options, message):
 
 
 def test_defaults_of_the_phase(llm, data, tmp_path):
-    def parsed(*options, **changes):
-        args, training_args, _ = sft.parse(tiny_sft(llm, data, tmp_path, *options, **changes))
+    def parsed(*options):
+        words = tiny_sft(llm, data, tmp_path, "--train_phase", "pretrain", *options, encoder=None)
+        place = words.index("--lr")
+        args, training_args, _ = sft.parse(words[:place] + words[place + 2 :])
         return args.update, training_args.learning_rate
 
-    pretrain = ["--train_phase", "pretrain", "--lr", "None"]
-    assert parsed(*pretrain[:2], "--lr", "1e-3", encoder=None)[0] == ["encoder", "connector"]
-    assert parsed(*pretrain[:2], "--elm", "fuyu", encoder=None)[0] == ["connector"]
-    assert parsed(*pretrain[:2], "--elm", "fuyu", "--use_peft", encoder=None)[0] == ["connector", "llm"]
+    assert parsed() == (["encoder", "connector"], 5e-4)
+    assert parsed("--elm", "fuyu") == (["connector"], 5e-4)
+    assert parsed("--elm", "fuyu", "--use_peft") == (["connector", "llm"], 2e-4)
+    assert parsed("--update", "connector", "llm") == (["connector", "llm"], 2e-5)
