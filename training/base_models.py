@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from elm_ecg.own_code import digest_of_code, load_own_class
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import ModelArguments
 from elm_ecg.training.build import build_around, connector_file, elm_fields, place_of_encoder
-from elm_ecg.training.digest import files_of_model, shared_bases
+from elm_ecg.training.digest import digest_of_folder, files_of_model, folder_of, shared_bases
 from elm_ecg.training.files import UNFINISHED, let_others_read_weights, naming, read_json, write_text
 from elm_ecg.training.llms import place_of_llm
 from elm_ecg.training.model_files import find_model_file
@@ -108,6 +109,33 @@ def find_base(recipe: dict[str, Any], processor: ELMProcessor, trust_remote_code
                 raise ValueError(
                     f"{option} {part['place']} holds other weights than those that the adapter was trained with; bring those back."
                 )
+
+    def make() -> ELMForConditionalGeneration:
+        # what is random in it is read by nobody, and the same for all seeds
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            return _build(recipe, processor, trust_remote_code)
+
+    return _kept(folder, make, processor, recipe)
+
+
+def keep_merged(model: ELMForConditionalGeneration, processor: ELMProcessor, adapter: str, revision: str) -> Path:
+    """The folder of a model that an adapter was merged into, on which the next adapter is to be loaded; written if it is not there.
+
+    Args:
+        adapter: its folder or Hub id.
+    """
+    folder = shared_bases() / f"merged_{digest_of_folder(folder_of(adapter, revision))[-32:]}"
+    return _kept(folder, lambda: model, processor)
+
+
+def _kept(
+    folder: Path,
+    make: Callable[[], ELMForConditionalGeneration],
+    processor: ELMProcessor,
+    recipe: dict[str, Any] | None = None,
+) -> Path:
+    """The folder with the model and the processor, which it has from then on; processes that look at once wait for the first."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(folder.with_suffix(".lock")), naming(folder):
         if (folder / "config.json").is_file():  # another process was faster
@@ -115,13 +143,10 @@ def find_base(recipe: dict[str, Any], processor: ELMProcessor, trust_remote_code
         unfinished = folder.with_suffix(UNFINISHED)
         shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
         try:
-            # what is random in it is read by nobody, and the same for all seeds
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(0)
-                model = _build(recipe, processor, trust_remote_code)
-            model.save_pretrained(unfinished, max_shard_size=SHARD_SIZE)
+            make().save_pretrained(unfinished, max_shard_size=SHARD_SIZE)
             processor.save_pretrained(unfinished)
-            write_text(unfinished / RECIPE_FILE, json.dumps(recipe, indent=2) + "\n")
+            if recipe is not None:
+                write_text(unfinished / RECIPE_FILE, json.dumps(recipe, indent=2) + "\n")
             let_others_read_weights(unfinished)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(unfinished, folder)
