@@ -107,7 +107,10 @@ def test_perturb(representation):
     rows = [{**row, "ecg": {"array": ecg, "sampling_rate": rate}} for row, ecg in zip(rows, ecgs, strict=True)]
     changed = {}
     collator = ELMCollator(processor, perturb="noise")
-    for name, values in (("noise", [collator._ecgs(row)[0].array for row in rows]), ("zeros", np.zeros_like(ecgs))):
+    for name, values in (
+        ("noise", [collator.ecgs_of_row(row)[0].array for row in rows]),
+        ("zeros", np.zeros_like(ecgs)),
+    ):
         changed[name] = [
             {**row, "ecg": {**row["ecg"], "array": array}} for row, array in zip(rows, values, strict=True)
         ]

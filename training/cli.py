@@ -19,7 +19,22 @@ COMMANDS = {
         "fine-tune an ELM, with the options of TRL's SFTConfig",
         "--data DATA --llm LLM --output_dir FOLDER",
     ),
+    "rl": (
+        "rl",
+        "reinforce an ELM's answers by rewards, with the options of TRL's GRPOConfig",
+        "--data DATA --model_name_or_path MODEL --output_dir FOLDER",
+    ),
     "evaluate": ("evaluation.evaluate", "score an ELM with the ECG and without it", "MODEL --data DATA"),
+    "predict": (
+        "evaluation.predict",
+        "answer questions about any number of ECGs, or write their features",
+        "MODEL RECORD [RECORD ...] --question TEXT",
+    ),
+    "benchmark": (
+        "evaluation.benchmarks.command",
+        "score a model on published benchmarks, with the ECG and without it",
+        "MODEL --suite NAME[=PLACE] --records PLACE",
+    ),
     "probe": ("evaluation.probe", "tell what a frozen ECG encoder has learnt, by linear probes", "ENCODER --data DATA"),
     "compare": (
         "evaluation.compare",

@@ -117,7 +117,7 @@ class ELMCollator:
     def _batch(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         with_ecg = self.takes_ecgs
         if with_ecg:
-            rows = [{**row, "ecg": self._ecgs(row)} for row in rows]
+            rows = [{**row, "ecg": self.ecgs_of_row(row)} for row in rows]
         chats = [to_chat(row, with_ecg) for row in rows]
         batch: Any = self.processor.apply_chat_template(
             chats,
@@ -152,7 +152,7 @@ class ELMCollator:
             self.pad_to_multiple_of,
         )
 
-    def _ecgs(self, row: dict[str, Any]) -> list[Any]:
+    def ecgs_of_row(self, row: dict[str, Any]) -> list[Any]:
         """The ECGs of a row as records, changed by the options; as drawings where `augment_rgb` changes these."""
         records: list[Any] = [ecg if isinstance(ecg, Image.Image) else as_record(ecg) for ecg in ecgs_of(row)]
         extractor = self.processor.feature_extractor

@@ -216,7 +216,7 @@ def test_batches_do_not_tell_the_right_answer(elm, data):
         rows = data.with_format(None)
         chats = [[{"role": "user", "content": "Fast?"}, {"role": "assistant", "content": a}] for a in answers]
         asked = Dataset.from_list([{**row, "messages": chat} for row, chat in zip(rows, chats, strict=True)])
-        return Answerer(*elm, asked, list_questions(asked))._conversations
+        return Answerer(*elm, asked, list_questions(asked)).batches[0]
 
     assert batches(["yes", "no", "maybe so", "no", "no", "yes", "no"]) == batches(["no"] * 7)
 
@@ -230,12 +230,12 @@ def test_sampled_answers_do_not_depend_on_what_came_before(elm, data, tmp_path, 
     questions = list_questions(data)
     progress = Progress(tmp_path, "key")
     whole = Answerer(*elm, data, questions, **options)
-    first = [index for row in whole._conversations[:2] for index in row]
+    first = [index for row in whole.batches[0] for index in row]
     progress.begin([])
     progress.add("ecg 0", 0, [answers[index] for index in first])
     asked: list[int] = []
-    answer = Answerer._answer
-    monkeypatch.setattr(Answerer, "_answer", lambda self, *args: asked.append(args[2]) or answer(self, *args))
+    answer = Answerer.answer_batch
+    monkeypatch.setattr(Answerer, "answer_batch", lambda self, *args: asked.append(args[2]) or answer(self, *args))
     assert Answerer(*elm, data, questions, **options).ask("ecg", progress)[0] == answers
     assert 0 not in asked
 
@@ -276,7 +276,7 @@ def test_symbolic_ecgs(data):
 
     def longest(condition: str) -> int:
         answerer = Answerer(*elm, data, list_questions(data))
-        rows = answerer._read(answerer._conversations, CONDITIONS[condition])
+        rows = answerer.read(answerer.batches[0], CONDITIONS[condition])
         return max(len(prompt.input_ids) for row in rows for prompt in row.prompts)
 
     assert longest("noise") > longest("ecg")

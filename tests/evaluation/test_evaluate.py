@@ -246,7 +246,7 @@ def test_an_interrupted_evaluation_goes_on(evaluated, model, data, tmp_path, mon
     folder, results = evaluated
     argv = argv_of(model, data, tmp_path, *SETTINGS)
     batches: list[str] = []
-    answer = Answerer._answer
+    answer = Answerer.answer_batch
 
     def some(self: Answerer, conversations: Any, condition: Any, batch: int) -> list[Any]:
         if len(batches) == 8:
@@ -254,7 +254,7 @@ def test_an_interrupted_evaluation_goes_on(evaluated, model, data, tmp_path, mon
         batches.append(condition.name)
         return answer(self, conversations, condition, batch)
 
-    monkeypatch.setattr(Answerer, "_answer", some)
+    monkeypatch.setattr(Answerer, "answer_batch", some)
     with pytest.raises(KeyboardInterrupt):
         evaluation.main(argv)
     (partial,) = tmp_path.iterdir()
@@ -262,7 +262,9 @@ def test_an_interrupted_evaluation_goes_on(evaluated, model, data, tmp_path, mon
     partial.write_text("".join(lines[:-1]) + lines[-1][:40])
     asked = len(batches) - 1
     batches.clear()
-    monkeypatch.setattr(Answerer, "_answer", lambda self, *args: batches.append(args[1].name) or answer(self, *args))
+    monkeypatch.setattr(
+        Answerer, "answer_batch", lambda self, *args: batches.append(args[1].name) or answer(self, *args)
+    )
     assert evaluation.main(argv) == results
     assert len(batches) == len(ASKED) * 5 - asked  # ten rows, two at once
     assert not partial.exists()
@@ -355,7 +357,7 @@ def test_an_evaluation_that_ends_while_it_writes(model, data, tmp_path, monkeypa
     assert partial == "predictions.partial.0.jsonl"
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
     assert compare.read_model(tmp_path / "evaluation_results.json").predictions == expected.predictions
-    monkeypatch.setattr(Answerer, "_answer", lambda *args: pytest.fail("it was answered already"))
+    monkeypatch.setattr(Answerer, "answer_batch", lambda *args: pytest.fail("it was answered already"))
     assert evaluate_in_model(model, data, *options) == expected
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -378,7 +380,7 @@ def test_an_interrupted_evaluation_takes_no_answers_of_what_was_changed(
     model = shutil.copytree(model, tmp_path / "elm")
     options = ["--conditions", "zeroed", "--max_new_tokens", "6", "--batch_size", "1", "--num_resamples", "10"]
     argv = ["--model_name_or_path", str(model), "--data", str(tmp_path / "data"), "--ecg_root", str(tmp_path), *options]
-    answer, asked = Answerer._answer, []
+    answer, asked = Answerer.answer_batch, []
 
     def interrupted(self: Answerer, conversations: Any, condition: Any, batch: int) -> list[Any]:
         if condition.name == "zeroed":
@@ -386,7 +388,7 @@ def test_an_interrupted_evaluation_takes_no_answers_of_what_was_changed(
         return answer(self, conversations, condition, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Answerer, "_answer", interrupted)
+        patch.setattr(Answerer, "answer_batch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             evaluation.main(argv)
     (partial,) = model.glob("evaluation/*/predictions.partial.0.jsonl")
@@ -398,7 +400,7 @@ def test_an_interrupted_evaluation_takes_no_answers_of_what_was_changed(
     else:
         save_record(tmp_path / "1.npz", seed=9, seconds=5)  # at the same place
     with monkeypatch.context() as patch:
-        patch.setattr(Answerer, "_answer", _watched(answer, asked))
+        patch.setattr(Answerer, "answer_batch", _watched(answer, asked))
         evaluation.main(argv)
     assert asked.count("ecg") == 2  # anew
 
@@ -526,7 +528,7 @@ def test_folds_and_seeds(model, data, tmp_path, caplog, capsys, no_report):
     asked: list[str] = []
     ask = Answerer.ask
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Answerer, "_answer", _watched(Answerer._answer, asked))
+        patch.setattr(Answerer, "answer_batch", _watched(Answerer.answer_batch, asked))
         summary = evaluation.main(
             argv_of(model, tmp_path / "data", tmp_path / "out", *SETTINGS, "--fold", "1", "2", "--seed", "0", "5")
         )

@@ -132,7 +132,9 @@ class Answerer:
             rows.setdefault(question.row, []).append(index)
         # conversations of as many turns and about one length share a batch, so little of it is padding
         order = sorted(rows, key=lambda row: (-len(rows[row]), self._length(rows[row]), row))
-        self._conversations = [rows[row] for row in order]
+        size = self.batch_size
+        # for each batch the questions of each of its rows
+        self.batches = [[rows[row] for row in order[start : start + size]] for start in range(0, len(order), size)]
 
     def _length(self, indices: list[int]) -> int:
         """The characters of the prompts of a row. The last answer is not among them: the batch of a row must not depend on the
@@ -157,15 +159,13 @@ class Answerer:
                 return [], str(error)
         if condition.random or self._options["do_sample"]:
             name = f"{name} {self.seed}"  # in `progress`: what no seed changes is asked once for all of them
-        batches = [
-            self._conversations[start : start + self.batch_size]
-            for start in range(0, len(self._conversations), self.batch_size)
-        ]
         state = PartialState()
         kept = {} if progress is None else progress.read()
         done = {batch: answers for (of, batch), answers in kept.items() if of == name}
         state.wait_for_everyone()  # nobody adds to a file that another one reads
-        mine = [batch for batch in range(len(batches)) if batch not in done][state.process_index :: state.num_processes]
+        mine = [batch for batch in range(len(self.batches)) if batch not in done][
+            state.process_index :: state.num_processes
+        ]
         answered: dict[int, list[Any]] = {}
         failure = None
         bar = tqdm(total=len(self.questions), desc=condition.label, unit="answer", disable=not state.is_main_process)
@@ -173,7 +173,7 @@ class Answerer:
         with bar:
             for batch in mine:
                 try:
-                    answered[batch] = self._answer(batches[batch], condition, batch)
+                    answered[batch] = self.answer_batch(self.batches[batch], condition, batch)
                 except NotFiniteError:
                     raise
                 except ValueError as error:
@@ -193,16 +193,21 @@ class Answerer:
         if failures:
             return [], failures[0]
         answers: list[Any] = [None] * len(self.questions)
-        for batch, conversations in enumerate(batches):
-            indices = [index for conversation in conversations for index in conversation]  # as `_answer` returns them
+        for batch, conversations in enumerate(self.batches):
+            indices = [index for conversation in conversations for index in conversation]  # as `answer_batch` has them
             for index, answer in zip(indices, done[batch], strict=True):
                 answers[index] = answer
         return answers, None
 
-    def _answer(self, conversations: list[list[int]], condition: Condition, batch: int) -> list[Any]:
-        """The answers to the questions of some rows, row by row."""
+    def answer_batch(self, conversations: list[list[int]], condition: Condition, batch: int) -> list[Any]:
+        """The answers to the questions of some rows, row by row.
+
+        Args:
+            conversations: for each row the indices of its questions, in the order of its turns.
+            batch: number by which what is random is drawn.
+        """
         torch.manual_seed(zlib.crc32(f"{self.seed} {condition.name} {batch}".encode()))  # for sampling
-        read = self._read(conversations, condition)
+        read = self.read(conversations, condition)
         one_by_one = self.candidates is None and self._options.get("num_beams", 1) > 1  # beams reorder the cache
         reuse = self.reuse_prefix and not one_by_one and all(row.nested for row in read)
         if reuse:
@@ -241,7 +246,7 @@ class Answerer:
                     self.notices.setdefault(notice, set()).add((place, index))
         return {**row, "ecg": records}
 
-    def _read(self, conversations: list[list[int]], condition: Condition) -> list[Conversation]:
+    def read(self, conversations: list[list[int]], condition: Condition) -> list[Conversation]:
         """The rows as the model reads them: each is processed once, up to its last question."""
         with_ecg = condition.shows_ecg and self.processor.takes_ecgs
         chats, turns = [], []

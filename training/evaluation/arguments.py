@@ -167,12 +167,17 @@ def check_settings(settings: Mapping[str, Any], prefix: str = "") -> None:
         raise ValueError(
             f"{prefix}candidates are what {prefix}score likelihood decides among; add that, or leave them out."
         )
-    generation, name = settings["generation"], "--generation_kwargs" if prefix else "generation"
+    check_generation(settings["generation"], prefix)
+    if settings["generation"] and settings["score"] == "likelihood":
+        name = "--generation_kwargs" if prefix else "generation"
+        raise ValueError(f"{name} with {prefix}score likelihood, which generates nothing; leave them out.")
+
+
+def check_generation(generation: Mapping[str, Any], prefix: str = "") -> None:
+    """Refuses (ValueError) what are no options of `generate`, or such as give other than one text to a question."""
     unknown = [key for key in generation if key in NOT_GENERATION or not hasattr(GenerationConfig(), key)]
     if unknown:
         raise ValueError(
-            f"{name} has {', '.join(unknown)}; expected options of `generate` that leave one text to a question, and "
-            f"{prefix}max_new_tokens apart."
+            f"{'--generation_kwargs' if prefix else 'generation'} has {', '.join(unknown)}; expected options of `generate` that leave "
+            f"one text to a question, and {prefix}max_new_tokens apart."
         )
-    if generation and settings["score"] == "likelihood":
-        raise ValueError(f"{name} with {prefix}score likelihood, which generates nothing; leave them out.")
