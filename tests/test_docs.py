@@ -18,7 +18,7 @@ from trl import SFTConfig
 
 import elm_ecg
 from documents import TEXTS, block, blocks
-from elm_ecg.training import cli, pretrain, sft
+from elm_ecg.training import cli, pretrain, rl, sft
 from elm_ecg.training.arguments import ELMS, VISION_BACKBONES, DataArguments
 from elm_ecg.training.data.loading import ecgs_of, load_data
 from elm_ecg.training.evaluation import evaluate as evaluation
@@ -54,11 +54,19 @@ def test_the_documents_have_commands() -> None:
 PARSE = {
     "sft": sft.parse,
     "pretrain": pretrain.parse,
+    "rl": rl.parse,
     "evaluate": evaluation.parse,
     "convert": convert.parse,
     "quickstart": list,
 }
-SUBCOMMANDS = [["tokenizer", "import"], ["data", "build"], ["data", "check"], ["data", "push"], ["data", "list"]]
+SUBCOMMANDS = [
+    ["tokenizer", "import"],
+    ["data", "build"],
+    ["data", "simulate"],
+    ["data", "check"],
+    ["data", "push"],
+    ["data", "list"],
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
