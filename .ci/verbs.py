@@ -20,6 +20,7 @@ import numpy as np
 import peft  # noqa: F401
 import torch
 import trl  # noqa: F401
+from datasets import Dataset, DatasetDict
 
 from elm_ecg.configuration_ecg_encoders import MERLConfig
 from elm_ecg.modeling_ecg_encoders import MERLModel
@@ -116,6 +117,17 @@ elm("data simulate ecgs --num_records 8 8 8 --sampling_rate 100", "ecgs/answers:
 options = "--data my_data --llm quickstart/llm --max_steps 2 --logging_steps 1"
 elm(f"sft --config quickstart {options} --output_dir model", "loss")
 files_of("model", "model.safetensors", "README.md", "modeling_elm.py")
+options = "--use_cpu --report_to none --max_steps 1 --max_completion_length 4 --output_dir reinforced"
+elm(f"rl --data my_data --model_name_or_path model {options}", "groups of answers taught nothing")
+files_of("reinforced", "model.safetensors", "README.md", "rewards.svg", "answers/step-000000.html")
+rows = [make_record(index, 0, sampling_rate=125) for index in range(8)]
+for row in rows:
+    row |= {"messages": row["messages"][:1], "chosen": "yes", "rejected": "no"}
+    row["ecg"]["array"] = row["ecg"]["array"].tolist()
+DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk("pairs")
+options = "--use_cpu --report_to none --max_steps 1 --output_dir preferring"
+elm(f"dpo --data pairs --model_name_or_path model {options}", "pairs of answers")
+files_of("preferring", "model.safetensors", "README.md", "training.svg")
 elm("evaluate model --data my_data --max_new_tokens 2", "ECG")
 (place,) = Path("model/evaluation").iterdir()
 files_of(str(place), "evaluation_results.json", "predictions.jsonl", "report.html")
