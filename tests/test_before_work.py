@@ -19,6 +19,7 @@ COMMANDS = {
     "sft": ["--data", "x", "--use_cpu"],
     "evaluate": ["model", "--data", "x"],
     "predict": ["model", "a.csv", "--question", "x"],
+    "explain": ["model", "a.csv", "--question", "x"],
     "probe": ["encoder", "--data", "x"],
     "compare": ["a.json", "b.json"],
     "chat": ["model"],

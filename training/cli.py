@@ -25,6 +25,11 @@ COMMANDS = {
         "answer questions about any number of ECGs, or write their features",
         "MODEL RECORD [RECORD ...] --question TEXT",
     ),
+    "explain": (
+        "evaluation.explain",
+        "show which leads and moments of an ECG an answer rests on",
+        "MODEL RECORD --question TEXT",
+    ),
     "probe": ("evaluation.probe", "tell what a frozen ECG encoder has learnt, by linear probes", "ENCODER --data DATA"),
     "compare": (
         "evaluation.compare",

@@ -14,7 +14,15 @@ from elm_ecg.training import cli
 from elm_ecg.training.evaluation import evaluate, predict
 from elm_ecg.training.evaluation.answers import Answerer
 from elm_ecg.training.load import load_elm
-from helpers import fork_project, fork_two, save_record, save_tiny_data, tiny_elm_config, tiny_llm_config, tiny_processor
+from helpers import (
+    fork_project,
+    fork_two,
+    save_record,
+    save_tiny_data,
+    tiny_elm_config,
+    tiny_llm_config,
+    tiny_processor,
+)
 
 LAUNCHED = "import runpy\nrunpy.run_module('elm_ecg.training.evaluation.predict', run_name='__main__')"
 QUESTIONS = ["What is the rhythm?", "Is the rate fast?", "Why?"]
@@ -129,7 +137,9 @@ def test_a_part_of_another_command_is_not_taken(model, records, tmp_path, monkey
 
 @pytest.mark.slow
 def test_two_processes_write_the_same_file(answered, model, records, tmp_path):
-    code = "from elm_ecg.training.evaluation import predict\npredict.BATCHES = 4\nimport sys\npredict.main(sys.argv[1:])"
+    code = (
+        "from elm_ecg.training.evaluation import predict\npredict.BATCHES = 4\nimport sys\npredict.main(sys.argv[1:])"
+    )
     output = tmp_path / "answers.jsonl"
     argv = [str(model), str(records), "--question", *QUESTIONS, *FEW, "--output", str(output)]
     for process in [fork.finish() for fork in fork_two(code, *argv)]:
@@ -156,7 +166,14 @@ def test_candidates_share_one(model, records, tmp_path):
     with run(model, tmp_path, *argv, name="a.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["share of perhaps so"]) for row in rows] == [line["shares"]["perhaps so"] for line in lines]
-    assert list(rows[0]) == ["record", "question", "answer", *(f"share of {name}" for name in names), "notices", "error"]
+    assert list(rows[0]) == [
+        "record",
+        "question",
+        "answer",
+        *(f"share of {name}" for name in names),
+        "notices",
+        "error",
+    ]
 
 
 def test_notices_stand_in_the_lines(model, tmp_path):
@@ -174,7 +191,7 @@ def test_a_table_asks_about_its_records(model, records, tmp_path):
     with pytest.raises(ValueError, match="names 1 record that is not among the 20 given, such as '77'"):
         run(model, tmp_path, str(records), "--questions", str(table), *FEW, name="b.jsonl")
     table.write_text("record,question\n03,\n")
-    with pytest.raises(ValueError, match="Row 1 of .* has an empty question"):
+    with pytest.raises(ValueError, match=r"Row 1 of .* has an empty question"):
         run(model, tmp_path, str(records), "--questions", str(table), *FEW, name="b.jsonl")
 
 
@@ -283,7 +300,9 @@ def test_a_file_that_is_there_is_not_overwritten(answered, model, records, capsy
 
 def test_no_record_can_be_read(model, tmp_path):
     (tmp_path / "a.npz").write_bytes(b"no ECG")
-    with pytest.raises(ValueError, match=r"no answer about any of 1 record, .* the first error: Cannot read .*a\.npz"):
+    with pytest.raises(
+        ValueError, match=r"no answer about any of 1 record, .* the first error: .*a\.npz is of no known"
+    ):
         run(model, tmp_path, str(tmp_path / "a.npz"), "--question", "Why?")
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
     with pytest.raises(ValueError, match="No file is named as"):
