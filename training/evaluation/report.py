@@ -4,6 +4,7 @@ import base64
 import io
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,22 @@ def score_tables(results: Mapping[str, Any]) -> list[tuple[str, dict[str, dict[s
     return tables
 
 
+def alike(rows: Mapping[str, Mapping[str, Any]], scales: Mapping[str, MetricScale]) -> list[list[str]]:
+    """The metrics of a table, condition -> metric -> score, in groups that say the same in every condition."""
+    groups: dict[Any, list[str]] = {}
+    for metric in rows[ECG]:
+        scores = [row.get(metric) or {} for row in rows.values()]
+        shown = [[score.get(key) for key in ("value", "interval_95", "difference", "p_value")] for score in scores]
+        scale = replace(scales.get(metric, MetricScale()), title="")
+        groups.setdefault((repr(shown), scale), []).append(metric)
+    return list(groups.values())
+
+
 def wrong_answers(predictions: list[dict[str, Any]]) -> list[tuple[str, str, str, int]]:
     """The most frequent wrong answers with the ECG: type of the question, right answer, answer given, how often."""
     pairs = Counter((row["question_type"], row["answer"], row[ECG]) for row in predictions if row[ECG] != row["answer"])
     ordered = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))
-    return [(*pair, number) for pair, number in ordered[:NUM_WRONG_ANSWERS]]
+    return [(title_of(kind), *answers, number) for (kind, *answers), number in ordered[:NUM_WRONG_ANSWERS]]
 
 
 def examples(predictions: list[dict[str, Any]], number: int = NUM_EXAMPLES) -> list[dict[str, Any]]:
@@ -162,7 +174,11 @@ def write_report(
         return scales.get(name, MetricScale()).with_interval(row, key, sign).replace(", ", ",\N{NO-BREAK SPACE}")
 
     environment.filters |= {"title_of": title_of, "in_words": in_words, "p_in_words": p_in_words}
-    environment.filters["heading"] = lambda name: scales[name].heading if name in scales else title_of(name)
+
+    def headings(names: Sequence[str]) -> str:
+        return ", ".join(scales[name].heading if name in scales else title_of(name) for name in names)
+
+    environment.filters["headings"] = headings
     environment.filters["condition_label"] = lambda name: CONDITIONS[name].label
     metric = results["main_metric"]
     lists = results["conditions"][ECG]["metrics"].get("set_f1", {})
@@ -173,7 +189,12 @@ def write_report(
         facts=_facts(results),
         about_intervals=_about_intervals(results),
         conditions=CONDITIONS,
-        score_tables=score_tables(results),
+        score_tables=[(heading, rows, alike(rows, scales)) for heading, rows in score_tables(results)],
+        differences=[
+            (name, metrics, rows[metrics[0]])
+            for name, rows in results["ecg_minus"].items()
+            for metrics in alike({ECG: rows}, scales)
+        ],
         not_scored=[
             (CONDITIONS[name].label if name in CONDITIONS else name, why) for name, why in results["not_scored"].items()
         ],
