@@ -444,10 +444,10 @@ def ecg_svg(
         return "M" + "L".join(f"{a:.3f},{b:.3f}" for a, b in zip(x.tolist(), y.tolist(), strict=True))  # to 1 um
 
     if shades is not None:  # under the grid, which is seen through it
-        for x, y, wide, high, strength in _shade_boxes(record, paper, page, shades):
+        for left, top, wide, high, strength in _shade_boxes(record, paper, page, shades):
             box = {
                 name: f"{value:.3f}"
-                for name, value in zip(("x", "y", "width", "height"), (x, y, wide, high), strict=True)
+                for name, value in zip(("x", "y", "width", "height"), (left, top, wide, high), strict=True)
             }
             ElementTree.SubElement(svg, "rect", {**box, "fill": shade_color, "fill-opacity": f"{strength:.2f}"})
     for spacing, color, line_width in (

@@ -27,7 +27,6 @@ from helpers import (
 LAUNCHED = "import runpy\nrunpy.run_module('elm_ecg.training.evaluation.predict', run_name='__main__')"
 QUESTIONS = ["What is the rhythm?", "Is the rate fast?", "Why?"]
 FEW = ["--max_new_tokens", "6", "--batch_size", "2"]
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 @pytest.fixture(scope="module")
@@ -316,11 +315,8 @@ def test_a_launcher_sees_one_line_too(tmp_path):
     assert process.stderr.splitlines()[-1] == "elm predict: --output is no/a.csv; there is no folder no."
 
 
-def test_real_recordings(model, tmp_path):
-    folder = SHARED / "ptbxl" / "wfdb_examples" / "records100"
-    if not folder.is_dir():
-        pytest.skip("../shared/data/ptbxl is not here")
-    files = sorted(folder.rglob("*.hea"))[:3]
+def test_real_recordings(model, shared, tmp_path):
+    files = sorted((shared / "data/ptbxl/wfdb_examples/records100").rglob("*.hea"))[:3]
     names = [str(file.with_suffix("")) for file in files]  # as WFDB has it
     short = save_record(tmp_path / "short.npz", seconds=5.0)
     lines = lines_of(run(model, tmp_path, str(short), *names, "--question", "Why?", *FEW))

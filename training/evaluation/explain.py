@@ -11,7 +11,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from elm_ecg.ecg_drawing import ECGPaper, draw_ecg, ecg_svg, page_height, page_width
+from elm_ecg.ecg_drawing import LAYOUTS, ECGPaper, draw_ecg, ecg_svg, page_height, page_width
 from elm_ecg.ecg_utils import ECGRecord, read_ecg
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
@@ -24,7 +24,7 @@ from elm_ecg.training.load import limit_threads, load_elm
 TENTH = 0.1
 SHADE_COLOR = "#f2a93b"
 WIDTH = 1600  # pixels
-PAPER = ECGPaper(layout="6x2")
+PAPER = ECGPaper()  # shows all leads over the whole time
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,18 @@ class Explanation:
     probabilities: dict[str, float]
 
     @property
-    def importance(self) -> np.ndarray:
-        """The share of each window of `WINDOW_SECONDS`, [leads, windows]; all shares add up to 1, or are 0 where nothing counts."""
-        sums = np.abs(windows(self.attribution, self.record.sampling_rate))
-        return sums / max(sums.sum(), np.finfo(float).tiny)
+    def of_windows(self) -> np.ndarray:
+        """The share of each window of `WINDOW_SECONDS` in what speaks for the answer, [leads, windows]."""
+        return shares(windows(self.attribution, self.record.sampling_rate))
+
+    @property
+    def of_leads(self) -> np.ndarray:
+        """The share of each lead in what speaks for the answer, [leads]: what its windows add up to, for the answer and against it."""
+        return shares(self.attribution.sum(axis=1))
 
     def as_json(self) -> dict[str, Any]:
         """What is written: shares by lead and by time, signed sums, and the check."""
-        shares, inside = self.importance, in_qrs(self.record)
+        of_windows, inside = self.of_windows, in_qrs(self.record)
         rate, leads = self.record.sampling_rate, self.record.lead_names
         of_qrs = windows(inside[None].astype(float), rate)[0] / windows(np.ones((1, len(inside))), rate)[0]
         level = level_between_beats(self.record)
@@ -64,12 +68,12 @@ class Explanation:
             "answer": self.answer,
             "method": self.method,
             "probability": self.probability,
-            "share_by_lead": dict(zip(leads, shares.sum(axis=1).tolist(), strict=True)),
+            "share_by_lead": dict(zip(leads, self.of_leads.tolist(), strict=True)),
             "sum_by_lead": dict(zip(leads, self.attribution.sum(axis=1).tolist(), strict=True)),
             "window_seconds": WINDOW_SECONDS,
-            "share_by_time": shares.sum(axis=0).tolist(),
-            "share_by_lead_and_time": dict(zip(leads, shares.tolist(), strict=True)),
-            "qrs": {"share": float((shares.sum(axis=0) * of_qrs).sum()), "share_of_time": float(inside.mean())},
+            "share_by_time": of_windows.sum(axis=0).tolist(),
+            "share_by_lead_and_time": dict(zip(leads, of_windows.tolist(), strict=True)),
+            "qrs": {"share": float((of_windows.sum(axis=0) * of_qrs).sum()), "share_of_time": float(inside.mean())},
             "check": {
                 "what": "P(answer) when a tenth of the windows stand at the lead's level between beats: its mean from 60% to 80% "
                 "of the time from one QRS complex to the next",
@@ -84,14 +88,20 @@ class Explanation:
 
     def told(self) -> str:
         """A few sentences for people."""
-        shares = self.importance.sum(axis=1)
-        order = np.argsort(-shares, kind="stable")[:3]
-        leads = ", ".join(f"{self.record.lead_names[lead]} {shares[lead]:.0%}" for lead in order)
+        of_leads = self.of_leads
+        order = np.argsort(-of_leads, kind="stable")[:3]
+        leads = ", ".join(f"{self.record.lead_names[lead]} {of_leads[lead]:.0%}" for lead in order)
         most, least = self.probabilities["most"], self.probabilities["least"]
         return (
             f"{self.answer!r} has probability {self.probability:.2f}; it rests most on {leads}. With the most important tenth of "
             f"the ECG taken away it has {most:.2f}, with the least important {least:.2f}."
         )
+
+
+def shares(values: np.ndarray) -> np.ndarray:
+    """What is above zero, as shares that add up to 1; all 0 where nothing is."""
+    above = np.maximum(values, 0)
+    return above / max(above.sum(), np.finfo(float).tiny)
 
 
 def windows(values: np.ndarray, sampling_rate: float) -> np.ndarray:
@@ -133,14 +143,14 @@ def explain(
     asked = AskedModel(model.eval(), processor, messages, prepared)
     answer = asked.answer(max_new_tokens) if answer is None else answer
     attribution = attribute(asked, answer, method)
-    importance = np.abs(windows(attribution, prepared.sampling_rate))
-    order = np.argsort(-importance, axis=None, kind="stable")
-    tenth = max(1, round(TENTH * order.size))
+    sums = windows(attribution, prepared.sampling_rate)
+    tenth = max(1, round(TENTH * sums.size))
     variants = [prepared.array]
-    for places in (order[:tenth], order[-tenth:]):
-        chosen = np.zeros(order.size, dtype=bool)
-        chosen[places] = True
-        variants.append(without(prepared, chosen.reshape(importance.shape)))
+    # the windows that add most to the answer, and those that add least, for it or against it
+    for order in (np.argsort(-sums, axis=None, kind="stable"), np.argsort(np.abs(sums), axis=None, kind="stable")):
+        chosen = np.zeros(sums.size, dtype=bool)
+        chosen[order[:tenth]] = True
+        variants.append(without(prepared, chosen.reshape(sums.shape)))
     whole, most, least = np.exp(asked.log_likelihoods(np.stack(variants), answer)).tolist()
     text = messages[-1]["content"] if isinstance(messages[-1]["content"], str) else question_of(messages[-1])
     return Explanation(prepared, text, answer, method, whole, attribution, {"most": most, "least": least})
@@ -153,9 +163,9 @@ def question_of(message: dict[str, Any]) -> str:
 
 def shades_of(explanation: Explanation) -> np.ndarray:
     """How strongly each sample is shaded, [leads, samples] in [0, 1]: 1 for the window with the largest share."""
-    shares = explanation.importance
+    of_windows = explanation.of_windows
     width = max(1, round(WINDOW_SECONDS * explanation.record.sampling_rate))
-    strengths = shares / max(shares.max(), np.finfo(float).tiny)
+    strengths = of_windows / max(of_windows.max(), np.finfo(float).tiny)
     return np.repeat(strengths, width, axis=1)[:, : explanation.record.array.shape[1]]
 
 
@@ -201,7 +211,10 @@ def make_parser() -> argparse.ArgumentParser:
     output_help = "beginning of the names of what is written, NAME.png, NAME.svg and NAME.json; default: RECORD-why"
     add("-o", "--output", type=Path, metavar="NAME", help=output_help)
     add("--start", type=float, metavar="SECOND", help="where the part that the model reads begins, of a longer record")
-    add("--layout", choices=("12x1", "6x2", "3x4"), default="6x2", help="rows x columns of leads; default: %(default)s")
+    layout_help = (
+        "rows x columns of twelve leads; in columns each lead is shown for a part of the time; default: %(default)s"
+    )
+    add("--layout", choices=LAYOUTS, default=ECGPaper.layout, help=layout_help)
     add("--width", type=whole_number, default=WIDTH, metavar="PIXELS", help="of the PNG; default: %(default)s")
     add(
         "--max_new_tokens",
