@@ -441,7 +441,7 @@ def test_a_metric_of_ones_own(elm, data, tmp_path):
     assert "] letters (" in results["verdict"]
     write_report(tmp_path / "report.html", results, results.predictions, rows)
     page = (tmp_path / "report.html").read_text()
-    assert "<th>error of the length (letters, lower is better)</th>" in page
+    assert "<td>error of the length (letters, lower is better)</td>" in page
     path.write_text(LENGTH_ERROR.replace("abs(", "1 / 0 or abs("))
     with pytest.raises(ValueError, match="The metric length_error fails on the right answers: ZeroDivisionError"):
         evaluation.evaluate(*elm, rows, metrics=[str(path)], **options)
