@@ -93,7 +93,7 @@ def test_explains_what_the_model_answers(model):
     chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes?"}]
     of_chat = explain(elm, processor, record, [*chat, {"role": "user", "content": "What is the rhythm?"}], found.answer)
     assert of_chat.question == "What is the rhythm?"
-    assert of_chat.probability != pytest.approx(found.probability)
+    assert abs(np.log(of_chat.probability) - np.log(found.probability)) > 0.1
 
 
 def test_the_command_writes_pictures_and_figures(model, tmp_path, capsys):
