@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +20,13 @@ MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # an answer that no template writes by itself
 PROBE = "Sinus-rhythm-0815"
 HINT = "Take another template (in training: --chat_template_path)."
+THINK_OPEN = "<think>\n"  # what explicit thinking gives of an answer
+# in place of the < of a tag that a template must not see; Unicode has no characters of these numbers
+_OPENING, _OTHER = "\ufdd0", "\ufdd1"
+_TAG = re.compile(r"<(?=/?think>)")
+_BEGUN = re.compile(rf"{_OPENING}think>\n")
+# that templates write before an answer without thinking
+_EMPTY_BLOCK = re.compile(rf"<think>\s*</think>\s*(?={_OPENING})")
 # what may be wrong with a template: it is a program, which raises what it likes
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
 
@@ -36,22 +43,37 @@ class ChatTemplate:
         text: the Jinja template.
         tokenizer: of the language model; its special tokens are variables of the template.
         ecg_token: what stands in the text for an ECG.
+        explicit_thinking: an answer begins with `<think>` and a newline, which its prompt has already. Templates move or leave out
+            what an answer thinks, each in its way; here every answer stands in the text as it is, that of an earlier turn too.
     """
 
     text: str
     tokenizer: Any
     ecg_token: str
+    explicit_thinking: bool = False
 
     def render(self, chat: Chat, add_generation_prompt: bool = False, **variables: Any) -> str:
         """The text of a chat, as `with_texts` gives it."""
-        return self._render(chat, add_generation_prompt=add_generation_prompt, **variables)[0][0]
+        if add_generation_prompt and self.explicit_thinking:
+            begun = self.with_texts([_message("assistant", THINK_OPEN + PROBE)])
+            text, _ = self._render([*chat, *begun], **variables)
+            return text[: text.rindex(PROBE)].replace(_OPENING, "<")
+        return self._render(chat, add_generation_prompt=add_generation_prompt, **variables)[0].replace(_OPENING, "<")
 
-    def _render(self, chat: Chat, **variables: Any) -> tuple[list[str], list[list[Span]]]:
+    def _render(self, chat: Chat, **variables: Any) -> tuple[str, list[Span]]:
+        """The text of a chat, and if asked for what the template marks in it. The `<think>` that an answer begins with has an
+        `_OPENING` there."""
         special = self.tokenizer.special_tokens_map
+        chat = [_hidden(message) for message in chat] if self.explicit_thinking else chat
         try:
-            return _render_chats([chat], chat_template=self.text, **{**special, **variables})
+            (text,), marked = _render_chats([chat], chat_template=self.text, **{**special, **variables})
         except TemplateError as error:
             raise ValueError(f"The chat template does not take the chat: {error}") from error
+        spans = [(start, end) for start, end in marked[0]] if marked else []
+        for block in reversed([*_EMPTY_BLOCK.finditer(text)]):  # gives way to what the answer thinks
+            text = text[: block.start()] + text[block.end() :]
+            spans = [(_without(block.span(), start), _without(block.span(), end)) for start, end in spans]
+        return text.replace(_OTHER, "<"), spans
 
     def with_texts(self, chat: Chat) -> Chat:
         """The chat as the template takes it.
@@ -95,8 +117,7 @@ class ChatTemplate:
 
     def _marked(self, chat: Chat, **variables: Any) -> tuple[str, list[Span]]:
         """The text of a chat, and what the template marks in it."""
-        (whole,), (spans,) = self._render(chat, return_assistant_tokens_mask=True, **variables)
-        return whole, [(start, end) for start, end in spans]
+        return self._render(chat, return_assistant_tokens_mask=True, **variables)
 
     @property
     def end_of_turn(self) -> str | None:
@@ -114,9 +135,10 @@ class ChatTemplate:
     def _marked_ends(self) -> list[str]:
         if not self.marks_answers:  # then all end alike, see `answer_spans`
             return []
+        plain = replace(self, explicit_thinking=False)
         chat = self.with_texts([_message("user", "?"), _message("assistant", PROBE)] * 2)
         try:
-            whole, spans = self.render(chat), self.answer_spans(chat)
+            whole, spans = plain.render(chat), plain.answer_spans(chat)
         except TEMPLATE_ERRORS:  # where a chat is rendered, it says so
             return []
         ends = [_first_token(self.tokenizer, whole[start:end].partition(PROBE)[2]) for start, end in spans]
@@ -124,7 +146,9 @@ class ChatTemplate:
 
     @property
     def opening(self) -> str:
-        """What stands between the prompt and every answer, such as the empty thinking block of Qwen3."""
+        """What stands between the prompt and every answer, such as the empty thinking block of Qwen3; nothing with explicit thinking."""
+        if self.explicit_thinking:
+            return ""
         chat = self.with_texts([_message("user", "?"), _message("assistant", PROBE)])
         try:
             prompt, whole = self.render(chat[:1], add_generation_prompt=True), self.render(chat)
@@ -132,21 +156,38 @@ class ChatTemplate:
             return ""
         return whole[len(prompt) :].partition(PROBE)[0] if whole.startswith(prompt) else ""
 
+    @property
+    def given(self) -> str:
+        """What a prompt has of the answer already: `<think>` and a newline with explicit thinking, and of templates that write them
+        themselves, as that of Qwen3.5; of others nothing."""
+        try:
+            prompt = self.render(self.with_texts([_message("user", "?")]), add_generation_prompt=True)
+        except TEMPLATE_ERRORS:  # where a chat is rendered, it says so
+            return ""
+        return THINK_OPEN if prompt.endswith(THINK_OPEN) else ""
+
     def answer_spans(self, chat: Chat, **variables: Any) -> list[Span]:
         """Where the answers of a chat stand in its text: [start, end) in characters, the end of turn included.
 
         They are what the template marks with `{% generation %}`, but for its `marked_prompt`. Without such marks, each begins where the prompt for it ends, and
-        ends with the token that ends a turn.
+        ends with the token that ends a turn. With explicit thinking they begin behind what the prompt gives of them.
 
         Args:
             chat: as `with_texts` gives it.
 
         Raises:
             ValueError: the template has no marks, and does not write an answer behind its prompt, whole, and alike whether another
-                turn follows or not: nobody could tell what is to be learnt.
+                turn follows or not: nobody could tell what is to be learnt. Or with explicit thinking an answer begins without it.
         """
+        if self.explicit_thinking:
+            _check_thinking(chat)
         if self.marks_answers:
             whole, spans = self._marked(chat, **variables)
+            if self.explicit_thinking:
+                begun = [match.end() for match in _BEGUN.finditer(whole)]
+                return [
+                    (max([start, *(place for place in begun if start < place <= end)]), end) for start, end in spans
+                ]
             asked = self.marked_prompt
             return [(start + len(asked) * whole.startswith(asked, start), end) for start, end in spans]
         whole = self.render(chat, **variables)
@@ -173,8 +214,10 @@ class ChatTemplate:
             raise ValueError(
                 f"The chat template writes the answer {answer[:40]!r} otherwise than it asks for it"
                 f"{'' if is_last else ', or otherwise when another turn follows'}, so what is to be learnt cannot be told. {HINT}"
+                f"{' With --explicit_thinking answers that begin with <think> are learnt with any template.' if thinks(answer) else ''}"
             )
-        if _without_space(answer) not in _without_space(whole[start:end]):
+        given = THINK_OPEN if prompt.endswith(THINK_OPEN) else ""
+        if _without_space(answer) not in _without_space(given + whole[start:end]):
             raise ValueError(f"The chat template leaves out some of the answer {answer[:40]!r}. {HINT}")
         return start, end
 
@@ -185,6 +228,49 @@ def _message(role: str, text: str) -> dict[str, Any]:
 
 def _text_of(content: Any) -> str:
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content or ())
+
+
+def thinks(answer: str) -> bool:
+    """Whether an answer begins with `<think>`."""
+    return answer.lstrip().startswith("<think>")
+
+
+def _check_thinking(chat: Chat) -> None:
+    """ValueError: an answer of the chat does not begin with `<think>`."""
+    for message in chat:
+        if message["role"] == "assistant" and not thinks(answer := _text_of(message.get("content"))):
+            raise ValueError(
+                f"The answer {answer[:40]!r} does not begin with <think>, and the model is to think before each; leave such rows out of "
+                "the data, or leave --explicit_thinking out."
+            )
+
+
+def _hidden(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The message with the tags of thinking of an answer as no template knows them; each is as long as before. The white space that
+    follows the first is one newline."""
+    content = message.get("content")
+    if message["role"] != "assistant" or not content:
+        return message
+    if isinstance(content, str):
+        return {**message, "content": _hidden_text(content)}
+    parts = [
+        {**part, "text": _hidden_text(part["text"], place == 0)} if "text" in part else part
+        for place, part in enumerate(content)
+    ]
+    return {**message, "content": parts}
+
+
+def _hidden_text(text: str, leads: bool = True) -> str:
+    if not (leads and thinks(text)):
+        return _TAG.sub(_OTHER, text)
+    rest = text.lstrip().removeprefix("<think>").lstrip()
+    return f"{_OPENING}{THINK_OPEN[1:]}{_TAG.sub(_OTHER, rest)}"
+
+
+def _without(cut: Span, place: int) -> int:
+    """Where a place of a text is once the `cut` is taken out of it."""
+    start, end = cut
+    return place if place <= start else max(start, place - (end - start))
 
 
 def _without_space(text: str) -> str:
@@ -274,4 +360,4 @@ def _ecg_of(part: Mapping[str, Any]) -> Any:
     return {"array": ecg, **described}
 
 
-__all__ = ["ChatTemplate", "ecgs_of"]
+__all__ = ["THINK_OPEN", "ChatTemplate", "ecgs_of"]

@@ -1,37 +1,32 @@
 """Chat and ECGs to model inputs."""
 
 import inspect
-import itertools
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import logging
 
 from .chat_template_elm import ChatTemplate, TemplateError, ecgs_of
 from .configuration_elm import IMAGE_REPRESENTATIONS, REPRESENTATIONS
-from .ecg_utils import STANDARD_LEADS, ECGRecord, resample, select_leads
+from .ecg_utils import STANDARD_LEADS, ECGRecord
 from .feature_extraction_elm import ECGFeatureExtractor, as_batch, ungrouped
 from .image_processing_elm import ECGImageProcessor
+from .symbolic_elm import OVERFLOWS, SymbolicECGs, signal_tokens
 from .tokenization_ecg_byte import ECGByteTokenizer
 
 logger = logging.get_logger(__name__)
 
-OVERFLOWS = ("error", "downsample", "drop_leads")
-# in the order in which they are left out: sums of I and II, then chest leads that resemble a neighbour, the rhythm strip last
-DISPENSABLE_LEADS = ("aVR", "aVL", "aVF", "III", "V4", "V6", "V2", "V3", "I", "V5", "V1", "II")
-MIN_SAMPLING_RATE = 30  # hertz; below it a QRS complex is a sample or two
 # of the tokenizer; held back until the tokens of the ECGs are in the text
 PADDING_KWARGS = ("padding", "max_length", "pad_to_multiple_of", "padding_side", "return_attention_mask")
 # of apply_chat_template; all others are variables of the template
-NOT_OF_TEMPLATES = {"tokenize", "return_dict", "return_tensors", "add_generation_prompt", "continue_final_message"}
-NOT_OF_TEMPLATES |= {"return_assistant_tokens_mask", "load_audio_from_video"}
+OF_WRITING = {"add_generation_prompt", "continue_final_message"}
+NOT_OF_TEMPLATES = OF_WRITING | {"tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask"}
+NOT_OF_TEMPLATES |= {"load_audio_from_video"}
+WRITTEN = "{{ messages[0]['content'] }}"  # template of a text that is written already
 # of from_pretrained; the ECG-Byte tokenizer is fetched from the same place
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
@@ -59,6 +54,9 @@ class ELMProcessor(ProcessorMixin):
         system_prompt: system message of the chats that begin with none; None or an empty text for no such message. It may be
             changed at any time, and is saved.
         chat_template_origin: in words, where the chat template is from and why it was taken.
+        explicit_thinking: answers begin with `<think>` and a newline, which the model is given and does not write, see `ChatTemplate`.
+        train_phase: that the model was trained in last: `pretrain` (reports, without chat template), `sft` or `rl`; None where nothing is
+            known of it.
     """
 
     ecg_token = "<signal>"
@@ -77,6 +75,8 @@ class ELMProcessor(ProcessorMixin):
         overflow: str = "error",
         system_prompt: str | None = None,
         chat_template_origin: str | None = None,
+        explicit_thinking: bool = False,
+        train_phase: str | None = None,
     ):
         if num_ecg_tokens < 0:
             raise ValueError(f"num_ecg_tokens is {num_ecg_tokens}; it must be at least 0.")
@@ -116,23 +116,12 @@ class ELMProcessor(ProcessorMixin):
         self.overflow = overflow
         self.system_prompt = system_prompt
         self.chat_template_origin = chat_template_origin
+        self.explicit_thinking = explicit_thinking
+        self.train_phase = train_phase
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
         self.image_processor = image_processor
         self.ecg_tokenizer = ecg_byte
-        if ecg_byte is not None:
-            names = self.signal_tokens(ecg_byte, feature_extractor.lead_names)
-            missing = [name for name in names if name not in vocabulary]
-            if missing:
-                raise ValueError(
-                    f"The tokenizer lacks {len(missing)} of {len(names)} ECG tokens, {missing[0]} first. Add them, "
-                    "tokenizer.add_tokens(ELMProcessor.signal_tokens(ecg_byte, lead_names)), and resize the model's "
-                    "embeddings."
-                )
-            ids = [vocabulary[name] for name in names]  # ECG-Byte's, then those of leads, if any
-            # ids of the language model by ids of ECG-Byte, and by leads
-            self._signal_ids = np.full(len(ecg_byte.token_lengths), -1)  # -1: no token has this id
-            self._signal_ids[ecg_byte.token_ids] = ids[: ecg_byte.vocab_size]
-            self._lead_ids = dict(zip(feature_extractor.lead_names, ids[ecg_byte.vocab_size :], strict=False))
+        self._symbols = None if ecg_byte is None else SymbolicECGs(ecg_byte, vocabulary, feature_extractor)
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -141,13 +130,8 @@ class ELMProcessor(ProcessorMixin):
 
     @staticmethod
     def signal_tokens(ecg_byte: ECGByteTokenizer, lead_names: Sequence[str] = STANDARD_LEADS) -> list[str]:
-        """Tokens that ECGs take in the language model's vocabulary.
-
-        `signal_<id>` for each of ECG-Byte's, as in the reference, and where these keep within leads, `signal_<lead>` for
-        what each lead begins with, so that the model knows which it reads.
-        """
-        names = [f"signal_{token_id}" for token_id in ecg_byte.token_ids]
-        return names if ecg_byte.across_leads else names + [f"signal_{lead}" for lead in lead_names]
+        """As `symbolic_elm.signal_tokens`."""
+        return signal_tokens(ecg_byte, lead_names)
 
     @property
     def ecg_token_id(self) -> int:
@@ -157,9 +141,7 @@ class ELMProcessor(ProcessorMixin):
     @property
     def signal_token_ids(self) -> list[int]:
         """Ids of `signal_tokens`; none where ECGs are not symbolic."""
-        if self.ecg_tokenizer is None:
-            return []
-        return [*self._signal_ids[self._signal_ids >= 0].tolist(), *self._lead_ids.values()]
+        return [] if self._symbols is None else self._symbols.token_ids
 
     @property
     def model_input_names(self) -> list[str]:
@@ -268,14 +250,20 @@ class ELMProcessor(ProcessorMixin):
                 chats = self.tokenizer._mark_chat_inputs(template.text, chats, None, None, {}, tokenize, masked)[0]
                 processor_kwargs["sanitize_control_tokens"] = True
             chats = [template.with_texts(chat) for chat in chats]
-            marks_alone = template.marks_answers and not template.marked_prompt
+            variables = {name: value for name, value in kwargs.items() if name not in NOT_OF_TEMPLATES}
+            marks_alone = template.marks_answers and not (template.marked_prompt or template.explicit_thinking)
             if tokenize and kwargs.get("return_assistant_tokens_mask") and not marks_alone:
-                variables = {name: value for name, value in kwargs.items() if name not in NOT_OF_TEMPLATES}
                 spans = [template.answer_spans(chat, **variables) for chat in chats]
                 kwargs |= {"return_assistant_tokens_mask": False, "return_tensors": None}
                 processor_kwargs["return_offsets_mapping"] = True
+            text = template.text
+            if template.explicit_thinking:  # transformers gets texts that are written already
+                asked = {name: kwargs.pop(name) for name in OF_WRITING if name in kwargs}
+                texts = [template.render(chat, **asked, **variables) for chat in chats]
+                chats, text = [[{"role": "user", "content": one}] for one in texts], WRITTEN
+                kwargs = {name: value for name, value in kwargs.items() if name not in variables}
             kwargs["processor_kwargs"] = processor_kwargs
-            output: Any = super().apply_chat_template(chats if several else chats[0], template.text, **kwargs)
+            output: Any = super().apply_chat_template(chats if several else chats[0], text, **kwargs)
         except TemplateError as error:
             raise ValueError(f"The chat template does not take the chat: {error}") from error
         if spans is not None:
@@ -295,7 +283,7 @@ class ELMProcessor(ProcessorMixin):
         text = chat_template or own
         if not isinstance(text, str):
             raise ValueError("The processor has no chat template; set processor.chat_template.")
-        return ChatTemplate(text, self.tokenizer, self.ecg_token)
+        return ChatTemplate(text, self.tokenizer, self.ecg_token, self.explicit_thinking)
 
     @property
     def stop_token_ids(self) -> list[int]:
@@ -312,11 +300,22 @@ class ELMProcessor(ProcessorMixin):
         ids = self.tokenizer(self.template().opening, add_special_tokens=False)["input_ids"]
         return self.decode(ids, skip_special_tokens=True).strip()
 
+    @property
+    def given_answer(self) -> str:
+        """What of an answer stands in its prompt already, so that the model does not write it: `<think>` and a newline, or nothing."""
+        return "" if self.chat_template is None else self.template().given
+
     def decode_answers(self, token_ids: Any) -> list[str]:
-        """The answers that a model wrote [batch, tokens] as texts, without their `answer_opening` and the white space round them."""
-        opening = self.answer_opening
-        texts = self.batch_decode(token_ids, skip_special_tokens=True)
-        return [text.strip().removeprefix(opening).strip() for text in texts]
+        """The answers that a model wrote [batch, tokens] as texts, without their `answer_opening` and the white space round them, and
+        with what it was given of them."""
+        opening, given = self.answer_opening, self.given_answer
+        texts = [text.strip() for text in self.batch_decode(token_ids, skip_special_tokens=True)]
+        return [
+            text.removeprefix(opening).strip()
+            if not given or (opening and text.startswith(opening)) or not text
+            else given + text
+            for text in texts
+        ]
 
     def with_system_prompt(self, system_prompt: str | None = None) -> "ELMProcessor":
         """A processor of the same parts with another `system_prompt`; this one, if it is None."""
@@ -384,10 +383,10 @@ class ELMProcessor(ProcessorMixin):
         columns = dict(self.tokenizer(texts, padding=False, **text_kwargs))
         encoded = [{name: column[sample] for name, column in columns.items()} for sample in range(len(texts))]
         ecg_token_id = self.ecg_token_id
-        if self.ecg_tokenizer is None:
+        if self._symbols is None:
             tokens = [[ecg_token_id] * self.num_ecg_tokens] * len(values)  # one list many times: nothing writes to it
         else:
-            tokens = self._symbolic(values)
+            tokens = self._symbols.encode(values)
         first = 0  # ECG of this sample, among those of the batch
         for sample, (row, count) in enumerate(zip(encoded, counts, strict=True)):
             own = slice(first, first + count)
@@ -403,57 +402,23 @@ class ELMProcessor(ProcessorMixin):
             first += count
         return self._pad(encoded, **padding)
 
-    def _symbolic(self, records: list[ECGRecord]) -> list[list[int]]:
-        """Ids of the language model for each ECG."""
-        assert self.ecg_tokenizer is not None
-        batch = []
-        encoded = self.ecg_tokenizer.encode_batch([record.array for record in records])  # in parallel with Rust
-        for record, ids in zip(records, encoded, strict=True):
-            tokens = self._signal_ids[ids]
-            if self._lead_ids:  # the name of each lead before its samples
-                leads = self.ecg_tokenizer.offsets(ids, record.array.shape[1])[:, 0]  # the lead of each token
-                starts = np.searchsorted(leads, np.arange(len(record.array)))  # the first token of each lead
-                tokens = np.insert(tokens, starts, [self._lead_ids[name] for name in record.lead_names])
-            batch.append(tokens.tolist())
-        return batch
-
     def _fit(self, records: list[ECGRecord], tokens: list[list[int]], room: int, name: str) -> list[list[int]]:
         """Fewer tokens for the ECGs of a text, by the rule `overflow`: at most `room` together."""
         too_long = (
             f"{name} has {sum(map(len, tokens))} tokens of {len(tokens)} ECGs and room for {max(room, 0)} beside its words "
             f"(max_length={self.max_length})"
         )
-        # placeholders are as many for any record: only symbolic ECGs can become shorter
-        for smaller, change in self._smaller(records if self.ecg_tokenizer is not None else []):
-            tokens = self._symbolic(smaller)
-            if sum(map(len, tokens)) <= room:
-                logger.warning("%s: %s.", too_long, change)
-                return tokens
+        if self._symbols is not None:  # placeholders are as many for any record
+            for smaller, change in self._symbols.smaller(records, self.overflow):
+                tokens = self._symbols.encode(smaller)
+                if sum(map(len, tokens)) <= room:
+                    logger.warning("%s: %s.", too_long, change)
+                    return tokens
         raise ValueError(
             f"{too_long}. Nothing is cut in silence: shorten the text or the records, take a lower sampling rate or fewer "
             f"leads in the feature extractor, or let the processor do so with overflow='downsample' or 'drop_leads' (it is "
             f"{self.overflow!r}; in training: --ecg_overflow)."
         )
-
-    def _smaller(self, records: list[ECGRecord]) -> Iterator[tuple[list[ECGRecord], str]]:
-        """The records with less and less in them, by the rule `overflow`, and in words what became of them."""
-        rate = self.feature_extractor.sampling_rate
-        leads = {lead for record in records for lead in record.lead_names}
-        if self.overflow == "downsample" and records:
-            for power in range(1, int(math.log2(rate / MIN_SAMPLING_RATE)) + 1):  # halvings
-                lower = rate / 2**power  # from the full rate each time: losses do not add up
-                slower = [
-                    replace(record, array=resample(record.array, rate, lower), sampling_rate=lower)
-                    for record in records
-                ]
-                yield slower, f"they are resampled from {rate:g} to {lower:g} Hz"
-        elif self.overflow == "drop_leads":
-            order = [lead for lead in DISPENSABLE_LEADS if lead in leads]
-            for number in range(1, len(order)):  # one lead stays
-                kept = [[lead for lead in record.lead_names if lead not in order[:number]] for record in records]
-                # a record that has no other leads keeps them
-                fewer = [select_leads(one, own or one.lead_names) for one, own in zip(records, kept, strict=True)]
-                yield fewer, f"their leads {', '.join(order[:number])} are left out"
 
     def _pad(self, encoded: list[dict[str, list]], **padding: Any) -> dict[str, list]:
         """The columns of the batch, padded as the tokenizer pads; `offset_mapping` too, which it leaves out."""
@@ -488,47 +453,9 @@ class ELMProcessor(ProcessorMixin):
         Raises:
             ValueError: the representation is not `symbolic`, the range is missing, or a lead has too many samples.
         """
-        if self.ecg_tokenizer is None:
+        if self._symbols is None:
             raise ValueError(f"representation is {self.representation!r}; only 'symbolic' ECGs are tokens of the text.")
-        names = self.feature_extractor.lead_names
-        num_samples = num_samples or self.feature_extractor.num_samples
-        ecg_ids = {signal_id: ecg_id for ecg_id, signal_id in enumerate(self._signal_ids.tolist()) if signal_id >= 0}
-        leads = {lead_id: names.index(name) for name, lead_id in self._lead_ids.items()}
-        ecgs: list[dict[str, Any]] = []
-        token_ids = token_ids.tolist() if hasattr(token_ids, "tolist") else list(token_ids)
-        if token_ids and not isinstance(token_ids[0], int):
-            raise ValueError("The token ids are a batch; decode the ECGs of one text at a time, token_ids[0].")
-        for is_ecg, run in itertools.groupby(token_ids, key=lambda token_id: token_id in ecg_ids or token_id in leads):
-            if not is_ecg:
-                continue
-            array = np.full((len(names), num_samples), np.nan, dtype=np.float32)
-            # a piece of samples for each lead token, or one for all leads
-            pieces: list[tuple[int, list[int]]] = [] if leads else [(0, [])]
-            for token_id in run:
-                if token_id in leads:
-                    pieces.append((leads[token_id], []))
-                elif pieces:
-                    pieces[-1][1].append(ecg_ids[token_id])
-                else:
-                    raise ValueError(f"ECG {len(ecgs)} begins without the token of a lead; expected one of {names}.")
-            for lead, ids in pieces:
-                values = self.ecg_tokenizer.decode(np.array(ids, dtype=np.int64), low, high)  # [] alone is float64
-                place = array.reshape(-1) if not leads else array[lead]  # a view: fills `array`
-                if len(values) > len(place):
-                    raise ValueError(
-                        f"ECG {len(ecgs)} has {len(values)} samples in {names[lead] if leads else 'all its leads'}; expected at "
-                        f"most {len(place)}."
-                    )
-                place[: len(values)] = values
-            ecgs.append(
-                {
-                    "array": array,
-                    "sampling_rate": self.feature_extractor.sampling_rate,
-                    "lead_names": list(names),
-                    "unit": "mV",
-                }
-            )
-        return ecgs
+        return self._symbols.decode(token_ids, low, high, num_samples)
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """As of transformers; the ECG-Byte tokenizer stands beside as `ecg_byte.json`."""

@@ -112,6 +112,7 @@ files_of("quickstart/model", "model.safetensors", "README.md", "modeling_elm.py"
 elm("data list", "ecg-qa-ptbxl-250-2500")
 elm("data build recordings --questions questions.csv --output_dir my_data --shares 0.5 0.25 0.25", "my_data")
 elm("data check my_data", "train")
+elm("data simulate ecgs --num_records 8 8 8 --sampling_rate 100", "ecgs/answers: 8 records")
 options = "--data my_data --llm quickstart/llm --max_steps 2 --logging_steps 1"
 elm(f"sft --config quickstart {options} --output_dir model", "loss")
 files_of("model", "model.safetensors", "README.md", "modeling_elm.py")

@@ -20,7 +20,8 @@ from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training import sft
 from elm_ecg.training.build import build_model, build_processor
 from elm_ecg.training.data.synthetic import make_record
-from elm_ecg.training.quickstart import CONFIG, save_small_llm
+from elm_ecg.training.quickstart import CONFIG
+from elm_ecg.training.small_llm import save_small_llm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _LLAMA = {

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.append(sys.path.pop(0))
 
 from elm_ecg.training.data.loading import load_splits
-from elm_ecg.training.quickstart import save_small_llm
+from elm_ecg.training.small_llm import save_small_llm
 
 
 def save_llm(folder: Path, seed: int) -> None:

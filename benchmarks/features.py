@@ -19,8 +19,8 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from elm_ecg.training import sft
-from elm_ecg.training.quickstart import save_small_llm
 from elm_ecg.training.resume import RunOptions
+from elm_ecg.training.small_llm import save_small_llm
 
 
 class TakingTurns(TrainerCallback):

@@ -38,8 +38,8 @@ from elm_ecg.training.build import build_model, build_processor
 from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.evaluation.answers import Answerer
 from elm_ecg.training.evaluation.questions import list_questions
-from elm_ecg.training.quickstart import save_small_llm
 from elm_ecg.training.resume import RunOptions
+from elm_ecg.training.small_llm import save_small_llm
 
 LLMS = ("Llama-3.2-1B", "Qwen2.5-7B")
 # dense bf16 TFLOPS of NVIDIA's data sheets, by a part of the card's name

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from elm_ecg.training import sft
 from elm_ecg.training.build import build_processor
 from elm_ecg.training.collator import ELMCollator
-from elm_ecg.training.quickstart import save_small_llm
+from elm_ecg.training.small_llm import save_small_llm
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # workers are forked
 BACKBONES = {

@@ -70,7 +70,7 @@ from elm_ecg.training.data.labels import SUPERCLASSES
 from elm_ecg.training.data.schema import ECG, SPLITS
 from elm_ecg.training.data.splits import FOLDS
 from elm_ecg.training.evaluation.probe_models import plain_cnn
-from elm_ecg.training.quickstart import save_small_llm
+from elm_ecg.training.small_llm import save_small_llm
 
 NUM_SAMPLES = 1000  # 10 s at 100 Hz
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "ptbxl"

@@ -41,8 +41,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCa
 from elm_ecg.training import sft
 from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.lora import lora_config
-from elm_ecg.training.quickstart import CONFIG, save_small_llm
+from elm_ecg.training.quickstart import CONFIG
 from elm_ecg.training.resume import RunOptions
+from elm_ecg.training.small_llm import save_small_llm
 
 ELMS = ("patch", "merl")
 PLAIN, OURS, PACKED = "plain loop", "elm sft", "elm sft --packing"

@@ -310,3 +310,95 @@ def test_white_space_that_is_a_token_ends_nothing():
     tokenizer = tokenizer_for(template)
     tokenizer.add_tokens(["\n"])
     assert ChatTemplate(template, tokenizer, "<signal>").end_of_turn == "<|im_end|>"
+
+
+THOUGHTS = ["<think>\nRate 48.\n</think>\n<answer>brady</answer>", "<think>Irregular.</think><answer>AF</answer>"]
+THINKING_CHAT = [
+    message("user", ECG, "Q"),
+    message("assistant", THOUGHTS[0]),
+    message("user", "and", ECG),
+    message("assistant", THOUGHTS[1]),
+]
+# some strip the thinking of earlier answers, write an empty block or ask within one, mark the answers, or put a blank before them
+THINKERS = [
+    "qwen2_5",
+    "qwen3",
+    "qwen3_training",
+    "qwen3_5_think",
+    "qwen3_5_think_training",
+    "qwen3_5_nothink",
+    "qwen3_6",
+]
+THINKERS += [
+    "qwen3_5_nothink_training",
+    "deepseek_r1_distill",
+    "gptoss_training",
+    "nemotron_3_nano",
+    "smolvlm",
+    "gemma",
+]
+
+
+@pytest.fixture(scope="module", params=THINKERS)
+def thinker(request):
+    return processor_of(of_trl(request.param), explicit_thinking=True)
+
+
+def test_explicit_thinking_with_any_template(thinker):
+    """The opening is given and not learnt; all else stands as it is, of earlier answers too."""
+    end = thinker.template().end_of_turn
+    batch = thinker.apply_chat_template(
+        THINKING_CHAT, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids, mask = batch["input_ids"][0], batch["assistant_masks"][0]
+    prompt = thinker.apply_chat_template(THINKING_CHAT[:3], tokenize=True, add_generation_prompt=True)[0]
+    assert ids[: len(prompt)] == prompt
+    assert mask[len(prompt) - 1 : len(prompt) + 1] == [0, 1]
+    learnt = thinker.decode([token for token, one in zip(ids, mask, strict=True) if one])
+    expected = rf"Rate 48\.\n</think>\n<answer>brady</answer>(<\|end\|>|{re.escape(end)})\n?Irregular.</think><answer>AF</answer>"
+    assert re.match(expected, learnt)
+    text = thinker.apply_chat_template(THINKING_CHAT)
+    assert THOUGHTS[0] in text
+    assert THOUGHTS[1].replace("<think>", "<think>\n") in text
+    assert text.count("<think>") == 2
+    assert thinker.apply_chat_template(THINKING_CHAT[:1], add_generation_prompt=True).endswith("<think>\n")
+
+
+def test_answers_are_read_with_what_was_given(thinker):
+    ids = thinker.tokenizer(["Rate 48.\n</think>\n<answer>brady</answer>", "</think>yes", ""])["input_ids"]
+    assert thinker.decode_answers(ids) == [THOUGHTS[0], "<think>\n</think>yes", ""]
+    assert thinker.stop_token_ids == processor_of(thinker.chat_template).stop_token_ids
+
+
+def test_an_answer_without_thinking_cannot_be_learnt(thinker):
+    plain = [message("user", "Q"), message("assistant", "yes")]
+    thinker.apply_chat_template([*plain, message("user", "R")], tokenize=True, add_generation_prompt=True)
+    with pytest.raises(
+        ValueError, match=r"The answer 'yes' does not begin with <think>.* or leave --explicit_thinking out"
+    ):
+        thinker.apply_chat_template(plain, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+
+
+def test_a_template_that_asks_within_the_thinking_block():
+    """As that of Qwen3.5: what an answer thinks is learnt, and its opening is read back."""
+    processor = processor_of(of_trl("qwen3_5_think"))
+    chat = THINKING_CHAT[:2]
+    batch = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    pairs = zip(batch["input_ids"][0], batch["assistant_masks"][0], strict=True)
+    learnt = [token for token, mask in pairs if mask]
+    assert processor.decode(learnt) == "Rate 48.\n</think>\n\n<answer>brady</answer><|im_end|>"
+    assert processor.decode_answers([learnt[:-1]]) == ["<think>\nRate 48.\n</think>\n\n<answer>brady</answer>"]
+    assert processor.decode_answers(processor.tokenizer(["\n</think>\n\nyes"])["input_ids"]) == ["yes"]
+
+
+def test_a_template_that_asks_for_no_thinking():
+    processor = processor_of(of_trl("qwen3_5_nothink"))
+    with pytest.raises(ValueError, match="With --explicit_thinking answers that begin with <think> are learnt"):
+        processor.apply_chat_template(
+            THINKING_CHAT[:2], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+
+
+def test_continuing_an_answer_that_thinks(thinker):
+    begun = [*THINKING_CHAT[:3], message("assistant", "<think>\nIrreg")]
+    assert thinker.apply_chat_template(begun, continue_final_message=True).endswith("<think>\nIrreg")

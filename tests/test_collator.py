@@ -1,4 +1,5 @@
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,10 @@ def test_perturb(representation):
     rows = [{**row, "ecg": {"array": ecg, "sampling_rate": rate}} for row, ecg in zip(rows, ecgs, strict=True)]
     changed = {}
     collator = ELMCollator(processor, perturb="noise")
-    for name, values in (("noise", [collator._ecgs(row)[0].array for row in rows]), ("zeros", np.zeros_like(ecgs))):
+    for name, values in (
+        ("noise", [collator.ecgs_of_row(row)[0].array for row in rows]),
+        ("zeros", np.zeros_like(ecgs)),
+    ):
         changed[name] = [
             {**row, "ecg": {**row["ecg"], "array": array}} for row, array in zip(rows, values, strict=True)
         ]
@@ -369,3 +373,75 @@ def test_errors_name_the_records():
         ELMCollator(tiny_processor())(rows[:1])
     with pytest.raises(ValueError, match=r"In the batch of the records r8: .*There is no file gone.npz"):
         ELMCollator(tiny_processor())(rows[1:])
+
+
+REPORTED = {
+    **{family: lambda family=family: tiny_processor(family) for family in FAMILIES},
+    "symbolic": tiny_symbolic_processor,
+    "rgb": drawing_processor,
+    "stacked_signal": lambda: tiny_image_processor_elm("vit", "stacked_signal"),
+}
+REPORTS = ["Sinus rhythm, é.", "AF. LBBB, rate 120.", "No ECG is left of it."]
+
+
+@pytest.mark.parametrize("name", REPORTED)
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_reports_without_a_chat(name, padding_free):
+    """Against ids and labels that are put together by hand: one ECG, two of them, none."""
+    processor = REPORTED[name]()
+    processor.system_prompt = "Be brief."  # of chats
+    tokenizer, rate = processor.tokenizer, processor.feature_extractor.sampling_rate
+    ecgs = [{"array": 0.1 * row("a", ecg=True)["ecg"]["array"] * scale, "sampling_rate": rate} for scale in (1, 2, 3)]
+    rows = [{**row("", report), "ecg": own} for report, own in zip(REPORTS, (ecgs[:1], ecgs[1:], None), strict=True)]
+    batch = ELMCollator(processor, train_phase="pretrain", padding_free=padding_free)(rows)
+
+    def words(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    ecg_ids = [[processor.ecg_token_id] * processor.num_ecg_tokens] * 3
+    if name == "symbolic":
+        encoded = [processor.ecg_tokenizer.encode(one.array) for one in processor.feature_extractor.prepare_batch(ecgs)]
+        ecg_ids = [tokenizer.convert_tokens_to_ids([f"signal_{number}" for number in ids]) for ids in encoded]
+    begin = [] if tokenizer.bos_token is None else [tokenizer.bos_token_id]
+    chats = []
+    for report, own in zip(REPORTS, (ecg_ids[:1], ecg_ids[1:], []), strict=True):
+        prompt = [*begin, *chain(*own), *words("\n")]
+        learnt_ids = [*words(report), tokenizer.eos_token_id]
+        chats.append((prompt + learnt_ids, [-100] * len(prompt) + learnt_ids))
+    if padding_free:
+        chats = [tuple([*chain(*parts)] for parts in zip(*chats, strict=True))]
+        assert batch["labels"][0, 0] == -100
+    for index, (ids, labels) in enumerate(chats):
+        assert batch["input_ids"][index, : len(ids)].tolist() == ids
+        assert batch["labels"][index, : len(ids)].tolist() == labels
+        assert (batch["labels"][index, len(ids) :] == -100).all()
+    if name != "symbolic":
+        assert len(batch["pixel_values" if name in ("rgb", "stacked_signal") else "ecg_values"]) == 3
+    assert processor.system_prompt == "Be brief."  # the processor that is saved is not changed
+    assert processor.chat_template != ELMCollator(processor, train_phase="pretrain").processor.chat_template
+
+
+def test_reports_need_an_end():
+    processor = tiny_processor("qwen2_5")
+    processor.tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=r"--train_phase pretrain: .* has no end-of-text token"):
+        ELMCollator(processor, train_phase="pretrain")
+
+
+def test_reports_without_their_ecgs():
+    processor = tiny_processor("llama3")
+    batch = ELMCollator(processor, train_phase="pretrain", perturb="only_text")([row("", "Sinus rhythm.")])
+    assert processor.tokenizer.decode(batch["input_ids"][0]) == "<|begin_of_text|>\nSinus rhythm.<|eot_id|>"
+    assert learnt(processor, batch["labels"][0]) == ["Sinus rhythm.<|eot_id|>"]
+
+
+def test_thinking_that_is_given_is_not_learnt():
+    processor = tiny_processor("qwen2_5")
+    processor.explicit_thinking = True
+    thought = "<think>\nRate 48.\n</think>\n<answer>brady</answer>"
+    batch = ELMCollator(processor)([row("Is it?", thought, "And?", thought)])
+    assert learnt(processor, batch["labels"][0]) == [f"{thought.removeprefix('<think>' + chr(10))}<|im_end|>"] * 2
+    with pytest.raises(
+        ValueError, match=r"In the batch of the records r7: The answer 'yes' does not begin with <think>"
+    ):
+        ELMCollator(processor)([row("Is it?", thought), row("Is it?", "yes") | {"record_id": "r7"}])

@@ -5,8 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import load_dataset
+from transformers import AutoTokenizer
 
 from elm_ecg.training import cli
+from elm_ecg.training.arguments import DataArguments
+from elm_ecg.training.data import simulated_reports
+from elm_ecg.training.data.loading import ecgs_of, load_data
+from elm_ecg.training.data.record_rows import load_records, report_of
 from elm_ecg.training.data.reference import DATASETS
 from elm_ecg.training.dataset_commands import main
 from helpers import environment_of
@@ -89,6 +94,43 @@ def test_push_and_load(folder, tmp_path):
     assert json.loads(rows) == {split: list(part) for split, part in local.items()}
     microvolts = np.rint(1000 * np.load(folder / "records" / "a.npz")["ecg"]).astype(int).tolist()
     assert json.loads(joined) == [microvolts] * 2
+
+
+def test_simulate(tmp_path, monkeypatch, capsys):
+    """All sets load as `--data`, and the language model has a token for each of their words."""
+    monkeypatch.setattr(simulated_reports, "HELD_OUT", {"validation": 1, "test": 2})
+    folder = tmp_path / "ecgs"
+    main(["simulate", str(folder), "--num_records", "3", "4", "5", "--sampling_rate", "100", "--num_proc", "1"])
+    said = capsys.readouterr().out
+    assert all(
+        f"{kind}: {number} records" in said for kind, number in zip(simulated_reports.KINDS, (3, 4, 5), strict=True)
+    )
+    assert {path.name for path in folder.iterdir()} == {"reports", "reasoning", "answers", "llm"}
+    for kind, number in zip(simulated_reports.KINDS, (3, 4, 5), strict=True):
+        args = DataArguments(data=[str(folder / kind)])
+        for split, size in {"train": number, "validation": 1, "test": 2}.items():
+            rows = load_records(args, split, report_column="report") if kind == "reports" else load_data(args, split)
+            assert len(rows) == size
+            assert ecgs_of(rows[0])[0]["array"].shape == (12, 1000)
+        if kind == "reports":
+            assert report_of(rows[0], "report").endswith(".")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "llm")
+    text = load_data(DataArguments(data=[str(folder / "reasoning")]), "test")[0]["messages"][1]["content"]
+    assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == text
+    with pytest.raises(ValueError, match="is there and not empty"):
+        main(["simulate", str(folder)])
+
+
+@pytest.mark.parametrize("options", [["--num_records", "1", "2"], ["--num_records", "0", "1", "1"], ["--seed", "x"]])
+def test_simulate_refuses(options, tmp_path):
+    with pytest.raises(SystemExit, match="2"):
+        main(["simulate", str(tmp_path / "ecgs"), *options])
+
+
+def test_simulate_leaves_nothing_of_what_cannot_be_made(tmp_path):
+    with pytest.raises(ValueError, match=r"--sampling_rate 50: .*at least 100"):
+        main(["simulate", str(tmp_path / "ecgs"), "--sampling_rate", "50"])
+    assert list(tmp_path.iterdir()) == []
 
 
 def without_card(data: Path) -> None:

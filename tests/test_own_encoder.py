@@ -35,7 +35,7 @@ from helpers import (
     tiny_tokenizer,
 )
 
-PAGE = (ROOT / "docs" / "own_encoder_and_connector.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "how_to" / "own_encoder_and_connector.md").read_text(encoding="utf-8")
 SMALL = {"num_samples": 500, "num_ecg_tokens": 4}
 REFUSED = r"code of its own, my_parts\.MyEncoder, which is not run unasked.*--trust_remote_code"
 

@@ -1,6 +1,5 @@
 import json
 from copy import copy
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +11,8 @@ from transformers import AutoFeatureExtractor, AutoModel, PreTrainedModel
 from elm_ecg.ecg_drawing import ECGPaper, draw_ecg
 from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord, as_record, resample
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
-from elm_ecg.processing_elm import DISPENSABLE_LEADS, ELMProcessor
+from elm_ecg.processing_elm import ELMProcessor
+from elm_ecg.symbolic_elm import DISPENSABLE_LEADS
 from elm_ecg.training.data.synthetic import make_record
 from helpers import (
     run_isolated,
@@ -501,16 +501,6 @@ def test_saved_fields_that_no_processor_has(field, value, message, processor, tm
     monkeypatch.setattr(AutoModel, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match=message):
         ELMProcessor.from_pretrained(tmp_path)
-
-
-def test_smaller_records_say_their_rate(processor):
-    """What a symbolic ECG is resampled to where it does not fit."""
-    record = ECGRecord(ecg(), 250, STANDARD_LEADS)
-    slower = [records[0] for records, _ in ELMProcessor._smaller(
-        SimpleNamespace(feature_extractor=processor.feature_extractor, overflow="downsample"), [record]
-    )]  # fmt: skip
-    assert [one.sampling_rate for one in slower] == [125, 62.5, 31.25]
-    assert [one.array.shape[1] for one in slower] == [250, 125, 63]
 
 
 def test_loads_without_the_registry(processor, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from elm_ecg.configuration_elm import (
     is_own_connector,
 )
 from elm_ecg.feature_extraction_elm import MISSING_LEADS, NORMALIZATIONS, TRUNCATIONS
-from elm_ecg.processing_elm import OVERFLOWS
+from elm_ecg.symbolic_elm import OVERFLOWS
 from elm_ecg.training.command_line import did_you_mean, read_system_prompt
 
 logger = logging.getLogger(__name__)
@@ -332,8 +332,26 @@ class ELMArguments(RunArguments, AugmentationArguments, ModelArguments, DataArgu
 
     _argument_group_name = "training"
 
+    train_phase: Literal["sft", "pretrain", "rl"] = argument(
+        "sft",
+        "sft: chats, whose answers are learnt. pretrain, before it: reports, without chat template, from which the connector learns to say "
+        "in words what an ECG shows. rl is `elm rl`.",
+    )
+    report_column: str | None = argument(
+        None,
+        "Column of the reports of --train_phase pretrain, of which each record has one; messages: the answers of all chats. Default: "
+        "report, else text, else the answers in messages that nobody asked for.",
+    )
+    explicit_thinking: bool = argument(
+        False,
+        "Answers begin with <think>, which is given and not learnt, and which the trained model is given too. Of an answer with "
+        "<answer>...</answer> `elm evaluate` scores what stands there.",
+    )
     update: list[str] = argument(
-        [], "Parts that are trained. Default: connector and llm, and an encoder with random weights.", choices=PARTS
+        [],
+        "Parts that are trained. Default: connector and llm, of --train_phase pretrain without --use_peft connector alone; and an encoder "
+        "with random weights.",
+        choices=PARTS,
     )
     cache_features: Literal["memory", "disk"] | None = argument(
         None,
@@ -349,6 +367,7 @@ class ELMArguments(RunArguments, AugmentationArguments, ModelArguments, DataArgu
             RunArguments,
         ):  # super() would call one alone
             part.__post_init__(self)
+        self._check_phase()
         changes = [f"--{option.name}" for option in fields(AugmentationArguments) if getattr(self, option.name)]
         changes += [f"--perturb {self.perturb}"] * (self.perturb == "noise")
         if self.cache_features and self.perturb == "only_text":
@@ -360,6 +379,19 @@ class ELMArguments(RunArguments, AugmentationArguments, ModelArguments, DataArgu
             raise ValueError(
                 f"--cache_features {self.cache_features} with {changes[0]}: the ECGs are others in each epoch, so none is met again; "
                 "leave one of the two options out."
+            )
+
+    def _check_phase(self) -> None:
+        """ValueError for options that say nothing in the phase."""
+        if self.train_phase == "pretrain":
+            for name in ("explicit_thinking", "system_prompt"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"--{name} with --train_phase pretrain: reports stand in no chat. Say it in the phase sft that follows."
+                    )
+        elif self.report_column is not None:
+            raise ValueError(
+                f"--report_column {self.report_column} is of --train_phase pretrain; add that, or leave the option out."
             )
 
 

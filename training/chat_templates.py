@@ -183,3 +183,20 @@ def stop_at_end_of_turn(model: ELMForConditionalGeneration, processor: ELMProces
     known = [] if known is None else [known] if isinstance(known, int) else list(known)
     if missing := [token_id for token_id in processor.stop_token_ids if token_id not in known]:
         config.eos_token_id = [*known, *missing]
+
+
+def for_reports(processor: ELMProcessor) -> ELMProcessor:
+    """A processor of the same parts that writes no chat but an ECG's report: the text begins, then come the ECGs, a newline, and what
+    is learnt, the report and the end of the text. The text begins with a token of that kind where the tokenizer has one.
+
+    Raises:
+        ValueError: the tokenizer has no token that ends a text.
+    """
+    if processor.tokenizer.eos_token is None:
+        raise ValueError(
+            "--train_phase pretrain: the language model's tokenizer has no end-of-text token, so that a model cannot learn to end a "
+            "report; name another with --eos_token."
+        )
+    processor = copy(processor)
+    processor.chat_template, processor.system_prompt, processor.explicit_thinking = _ours("report"), None, False
+    return processor

@@ -19,6 +19,11 @@ COMMANDS = {
         "fine-tune an ELM, with the options of TRL's SFTConfig",
         "--data DATA --llm LLM --output_dir FOLDER",
     ),
+    "rl": (
+        "rl",
+        "reinforce an ELM's answers by rewards, with the options of TRL's GRPOConfig",
+        "--data DATA --model_name_or_path MODEL --output_dir FOLDER",
+    ),
     "evaluate": ("evaluation.evaluate", "score an ELM with the ECG and without it", "MODEL --data DATA"),
     "predict": (
         "evaluation.predict",
@@ -29,6 +34,11 @@ COMMANDS = {
         "evaluation.explain",
         "show which leads and moments of an ECG an answer rests on",
         "MODEL RECORD --question TEXT",
+    ),
+    "benchmark": (
+        "evaluation.benchmarks.command",
+        "score a model on published benchmarks, with the ECG and without it",
+        "MODEL --suite NAME[=PLACE] --records PLACE",
     ),
     "probe": ("evaluation.probe", "tell what a frozen ECG encoder has learnt, by linear probes", "ENCODER --data DATA"),
     "compare": (

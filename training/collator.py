@@ -17,6 +17,7 @@ from elm_ecg.ecg_utils import ECGRecord, as_record
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import AugmentationArguments
 from elm_ecg.training.augmentation import NO_AUGMENTATION, augmented, augmented_rgb, perturbed
+from elm_ecg.training.chat_templates import for_reports
 from elm_ecg.training.data.loading import ecgs_of, notices_of, to_chat
 from elm_ecg.training.packing import ROW_TOKENS, pack, shared_rows
 
@@ -63,6 +64,7 @@ class ELMCollator:
         pad_to_multiple_of: number of tokens, of which that of a batch is a multiple.
         padding_free: one row for all chats of the batch, without padding, see `pack`.
         packing: rows of several chats, of at most `max_length` tokens, or `ROW_TOKENS`.
+        train_phase: `sft`, or `pretrain` for chats that become reports without a chat template, see `for_reports`.
         epoch: the trainer counts it up, in memory that data loader workers share, those that persist too.
         told, known: the notices that were logged, and those of `notices_of`.
     """
@@ -78,6 +80,7 @@ class ELMCollator:
     pad_to_multiple_of: int | None = None
     padding_free: bool = False
     packing: bool = False
+    train_phase: str = "sft"
     seed: int = 0
     epoch: Any = 0
     told: set[str] = field(default_factory=set, repr=False)
@@ -92,6 +95,8 @@ class ELMCollator:
             raise ValueError(
                 f"--augment_rgb with a model of {self.processor.representation!r} ECGs; only 'rgb' ones are drawn."
             )
+        if self.train_phase == "pretrain":
+            self.processor = for_reports(self.processor)
         if self.max_length is not None:  # of training alone: the processor that is saved keeps its own
             self.processor = copy(self.processor)
             self.processor.max_length = min(self.max_length, self.processor.max_length or self.max_length)
@@ -112,7 +117,7 @@ class ELMCollator:
     def _batch(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         with_ecg = self.takes_ecgs
         if with_ecg:
-            rows = [{**row, "ecg": self._ecgs(row)} for row in rows]
+            rows = [{**row, "ecg": self.ecgs_of_row(row)} for row in rows]
         chats = [to_chat(row, with_ecg) for row in rows]
         batch: Any = self.processor.apply_chat_template(
             chats,
@@ -147,7 +152,7 @@ class ELMCollator:
             self.pad_to_multiple_of,
         )
 
-    def _ecgs(self, row: dict[str, Any]) -> list[Any]:
+    def ecgs_of_row(self, row: dict[str, Any]) -> list[Any]:
         """The ECGs of a row as records, changed by the options; as drawings where `augment_rgb` changes these."""
         records: list[Any] = [ecg if isinstance(ecg, Image.Image) else as_record(ecg) for ecg in ecgs_of(row)]
         extractor = self.processor.feature_extractor

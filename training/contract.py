@@ -1,4 +1,4 @@
-"""What an encoder or connector of somebody's own has to do, tried out before an ELM is built of it (docs/own_encoder_and_connector.md)."""
+"""What an encoder or connector of somebody's own has to do, tried out before an ELM is built of it (docs/how_to/own_encoder_and_connector.md)."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.modeling_parts import own_classes
 from elm_ecg.own_code import check_own_files
 
-DOC = "see docs/own_encoder_and_connector.md"
+DOC = "see docs/how_to/own_encoder_and_connector.md"
 
 
 def check_encoder_class(encoder_class: Any) -> None:

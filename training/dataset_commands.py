@@ -1,11 +1,11 @@
-"""Datasets of ECGs: `elm data list`, `build`, `check` and `push`."""
+"""Datasets of ECGs: `elm data list`, `build`, `simulate`, `check` and `push`."""
 
 import argparse
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from elm_ecg.training.command_line import CommandLineParser
+from elm_ecg.training.command_line import CommandLineParser, whole_number
 from elm_ecg.training.data.arguments import ALLOW_HELP, DRY_RUN_HELP, BuildArguments
 
 # PyTorch, `datasets` and TRL take seconds to import, so each command imports what it needs. Not in the room `data`, which
@@ -27,6 +27,41 @@ def build(args: argparse.Namespace) -> None:
     from elm_ecg.training.data import write
 
     write.build(args)
+
+
+def simulate(args: argparse.Namespace) -> None:
+    """`elm data simulate`: the sets of `simulated_reports`, and a small language model with a tokenizer of their texts."""
+    from tempfile import TemporaryDirectory
+
+    from datasets import DatasetDict
+
+    from elm_ecg.training.data.simulated_reports import HELD_OUT, KINDS, make_set
+    from elm_ecg.training.files import new_folder
+    from elm_ecg.training.small_llm import save_small_llm
+
+    if args.sampling_rate < 100:
+        raise ValueError(f"--sampling_rate {args.sampling_rate}: a QRS needs at least 100 Hz.")
+    options = {"sampling_rate": args.sampling_rate, "num_proc": args.num_proc}
+    chats: list[Any] = []  # for the tokenizer, reports as answers
+    with new_folder(args.output_dir) as folder, TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as cache:
+        for kind, number in zip(KINDS, args.num_records, strict=True):
+            sizes = {"train": number, **HELD_OUT}
+            data = DatasetDict(
+                {
+                    split: make_set(kind, size, args.seed, split, cache_dir=cache, **options)
+                    for split, size in sizes.items()
+                }
+            )
+            data.save_to_disk(folder / kind)
+            train = data["train"]
+            reports = kind == "reports"
+            chats += (
+                [[{"role": "assistant", "content": text}] for text in train["report"]] if reports else train["messages"]
+            )
+        save_small_llm(folder / "llm", chats, args.seed, vocab_size=1024)
+    for kind, number in zip(KINDS, args.num_records, strict=True):
+        print(f"{args.output_dir / kind}: {number:,} records to train on")
+    print(f"{args.output_dir / 'llm'}: a small language model, not trained, with a tokenizer of these texts")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -58,7 +93,7 @@ def shard_of(text: str) -> tuple[int, int]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options of the four commands."""
+    """The options of the five commands."""
     parser = CommandLineParser(prog="elm data", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="keys of the reference's datasets on the Hub").set_defaults(work=show_keys)
@@ -85,6 +120,24 @@ def make_parser() -> argparse.ArgumentParser:
     add("--license", metavar="ID", help="as the Hub spells it, such as cc-by-4.0; default: that of --source")
     attribution = "for the card: where the data are from, and how to cite them; default: as of --source"
     add("--attribution", nargs="+", default=[], metavar="TEXT", help=attribution)
+
+    text = "ECGs with reports, with chats that reason and with answers alone, all true, and a small language model for them"
+    command = commands.add_parser("simulate", help=text)
+    command.set_defaults(work=simulate)
+    add = command.add_argument
+    add("output_dir", type=Path, metavar="OUTPUT_DIR", help="new folder of `reports`, `reasoning`, `answers` and `llm`")
+    sizes = "records to train on in each set, beside 144 of validation and 1,008 of test; default: %(default)s"
+    add(
+        "--num_records",
+        type=whole_number,
+        nargs=3,
+        default=[1440, 720, 5760],
+        metavar=("REPORTS", "REASONING", "ANSWERS"),
+        help=sizes,
+    )
+    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--sampling_rate", type=whole_number, default=125, help="hertz, at least 100; default: %(default)s")
+    add("--num_proc", type=whole_number, default=2, help="processes; default: %(default)s")
 
     text = "what a dataset holds, and what is wrong with it; status 1 if it has errors"
     command = commands.add_parser("check", help=text)

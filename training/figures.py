@@ -147,24 +147,43 @@ LOSSES = {
 }
 
 
+REWARDS = {
+    "reward": "training",
+    "eval_ecg_reward": "validation, with the ECG",
+    "eval_zeros_reward": "validation, zeros in its place",
+}
+
+
 def training_plot(history: list[dict[str, float]], label: str = "loss per answer token") -> bytes:
     """SVG of the training loss, its parts and the validation loss where there are any, from the trainer's `log_history`."""
+    figure, axes, losses = _curves(history, LOSSES, label)
+    if losses and 0 < 10 * min(losses) < max(losses):  # within a decade a logarithmic scale has unreadable labels
+        axes.set_yscale("log")
+    return _svg(figure)
+
+
+def rewards_plot(history: list[dict[str, float]]) -> bytes:
+    """SVG of the rewards of reinforcement learning, in training and in evaluation with the ECG and without it, from the trainer's
+    `log_history`."""
+    return _svg(_curves(history, REWARDS, "reward of an answer")[0])
+
+
+def _curves(history: list[dict[str, float]], curves: dict[str, str], label: str) -> tuple[Any, Any, list[float]]:
+    """A figure of the keys of `curves` that the history has, by step, its axes, and all values on it."""
     figure, axes = plt.subplots(figsize=(6, 3.2))
-    losses = []
-    for key, split in LOSSES.items():
-        points = [(row["step"], row[key]) for row in history if key in row]
+    values = []
+    for key, name in curves.items():
+        points = [(row["step"], row[key]) for row in history if row.get(key) is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), label=split)
-            losses += [loss for _, loss in points]
+            axes.plot(*zip(*points, strict=True), label=name, marker="o" if len(points) == 1 else None)
+            values += [value for _, value in points]
     axes.set_xlabel("optimiser step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(label)
-    if losses and 0 < 10 * min(losses) < max(losses):  # within a decade a logarithmic scale has unreadable labels
-        axes.set_yscale("log")
     axes.spines[["top", "right"]].set_visible(False)
     if axes.lines:
         axes.legend(frameon=False)
-    return _svg(figure)
+    return figure, axes, values
 
 
 def plot_tokens(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import Trainer, TrainingArguments
 from trl import SFTConfig
 
 MUON = "muon"  # the value of --optim
@@ -18,17 +19,23 @@ MUON = "muon"  # the value of --optim
 OPTIONS: dict[str, Callable[[str], Any]] = {"lr": float, "weight_decay": float, "momentum": float, "adjust_lr_fn": str}
 
 
-@dataclass
-class SFTConfigWithMuon(SFTConfig):
-    """TRL's, whose `optim` may be `muon` too, which transformers does not know."""
+class TakesMuon:
+    """For a configuration whose `optim` may be `muon` too, which transformers does not know; it stands before that of TRL."""
+
+    optim: Any
 
     def __post_init__(self) -> None:
         muon = self.optim == MUON
         if muon:
-            self.optim = SFTConfig.optim
-        super().__post_init__()
+            self.optim = TrainingArguments.optim
+        super().__post_init__()  # type: ignore[misc]  # of TRL
         if muon:
             self.optim = MUON
+
+
+@dataclass
+class SFTConfigWithMuon(TakesMuon, SFTConfig):
+    """TRL's, for `elm sft`."""
 
 
 def muon_options(optim_args: str | None) -> dict[str, Any]:
@@ -98,3 +105,29 @@ class MuonAdamW(torch.optim.Optimizer):
             part.state = self.state
             part.step()
         return loss
+
+
+class OptimizesByMuon(Trainer):
+    """A trainer that knows `--optim muon`; it stands before that of transformers or TRL."""
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As the trainer's, which does not know Muon."""
+        if self.args.optim != MUON or self.optimizer is not None:
+            return super().create_optimizer(model)
+        model, args = model or self.model, self.args
+        matrices = matrices_of(model.model.language_model)
+        trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        decay = self.get_decay_parameter_names(model)  # no norms, no biases
+        rest: dict[bool, list[Any]] = {True: [], False: []}
+        for name, value in trained.items():
+            if value not in matrices:
+                rest[name in decay].append(value)
+        muon = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        adamw = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        self.optimizer = MuonAdamW(
+            [{"params": [value for value in trained.values() if value in matrices]}],
+            [{"params": rest[True], "weight_decay": args.weight_decay}, {"params": rest[False], "weight_decay": 0.0}],
+            muon | muon_options(args.optim_args),
+            {**adamw, "fused": True},
+        )
+        return self.optimizer

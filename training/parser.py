@@ -30,6 +30,15 @@ ALIASES = {
 }
 # options of TRL that most runs say: `elm sft --help` shows these, and the others with `--help-all`
 COMMON = {*ALIASES.values(), "output_dir", "seed", "max_steps", "gradient_accumulation_steps", "eval_strategy"}
+COMMON |= {
+    "num_generations",
+    "temperature",
+    "top_p",
+    "max_completion_length",
+    "num_iterations",
+    "reward_weights",
+    "beta",
+}
 COMMON |= {"logging_steps", "save_strategy", "resume_from_checkpoint", "report_to", "lora_r", "attn_implementation"}
 # values of the reference's --optimizer
 OPTIMIZERS = {"adam": "adamw_torch", "adamw": "adamw_torch"}  # transformers has no plain Adam; alike at weight_decay 0

@@ -9,14 +9,18 @@ from elm_ecg.training.data.streams import load_stream
 
 
 def read_splits(
-    args: Any, training_args: TrainingArguments, load: Callable[[str], Any], column: str = "messages"
+    args: Any,
+    training_args: TrainingArguments,
+    load: Callable[[str], Any],
+    column: str = "messages",
+    change: Callable[[Any, str], Any] | None = None,
 ) -> dict[str, Any]:
     """The rows of `train`, and with `--eval_strategy` those of `validation`, else None.
 
     Args:
         args: the `DataArguments` and `RunArguments` of the command.
         load: gives the rows of a split that is not streamed, None where there is none.
-        column: that streamed rows have to have, as of `load_stream`.
+        column, change: of streamed rows, as of `load_stream`.
 
     Raises:
         ValueError: there is no such split; or as `load` and `load_stream`.
@@ -27,7 +31,7 @@ def read_splits(
     for split in ["train"] if training_args.eval_strategy == "no" else ["train", "validation"]:
         if args.streaming:
             buffer = args.shuffle_buffer if split == "train" else None
-            splits[split] = load_stream(args, split, order, buffer, column)
+            splits[split] = load_stream(args, split, order, buffer, column, change)
         else:
             with training_args.main_process_first(desc="preparing the data"):  # the others read what it has cached
                 splits[split] = load(split)

@@ -25,6 +25,7 @@ from elm_ecg.training.checkpoints import CountEpochs, replace_model
 from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.command_line import run_command
 from elm_ecg.training.data.loading import load_data
+from elm_ecg.training.data.report_rows import as_reports, load_reports
 from elm_ecg.training.evaluation.results import move_old_results
 from elm_ecg.training.features import FOLDER, EncoderFeatures
 from elm_ecg.training.files import check_output_folder, write_text
@@ -46,6 +47,7 @@ logger = logging.getLogger(__name__)
 NOT_QUANTIZED = ["model.encoder", "model.connector", "model.signal_embeddings", "lm_head"]
 # defaults of --learning_rate, of full training and of LoRA; the sweep that they come from stands in the README
 LEARNING_RATES = {False: 2e-5, True: 2e-4}
+CONNECTOR_LEARNING_RATE = 5e-4  # of --train_phase pretrain without the language model, as in the reference
 BY_SIZE = 2  # of --gradient_checkpointing, where nothing is said; any other true value would do, None becomes False
 CHECKPOINTED_FROM = 1_000_000_000  # parameters, from which on it then is true
 METRICS = ("loss", "mean_token_accuracy", "entropy")  # that TRL's trainer measures of a validation split
@@ -53,42 +55,21 @@ METRICS = ("loss", "mean_token_accuracy", "entropy")  # that TRL's trainer measu
 
 def make_parser(prog: str = "elm sft") -> ELMParser:
     """The options of `elm sft`: ours, those of TRL's SFTConfig and ModelConfig but for `trl_options.REFUSED`, and `--config`."""
-    # TRL and PEFT use a name that transformers is about to change
-    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing(_kwargs)?` is deprecated", FutureWarning)
     parser = ELMParser((ELMArguments, SFTConfigWithMuon, ModelConfig), prog=prog)
+    set_common_options(parser)
     parser.set_defaults(
         max_length=None,  # TRL would cut chats at 1024 tokens
-        remove_unused_columns=False,  # the collator reads them
         assistant_only_loss=True,  # as its labels are
-        ddp_find_unused_parameters=True,  # one process may have a batch without ECG
-        dataloader_pin_memory=torch.accelerator.is_available(),  # without one PyTorch warns of it
-        bf16=None if torch.cuda.is_available() else False,  # bf16 on a CPU is slow
-        logging_nan_inf_filter=False,  # it would log a loss that is no number as 0
-        learning_rate=None,  # see LEARNING_RATES
-        gradient_checkpointing=BY_SIZE,
     )
     options = parser._option_string_actions  # TRL's own texts are not true here: nothing is cut
     options["--max_length"].help = "Tokens that a chat may have; a longer one is an error. Default: what the LLM reads."
-    options["--resume_from_checkpoint"].help = "Folder of a checkpoint, or last: the newest whole one in --output_dir."
     options["--chat_template_path"].help = (
         "Chat template, instead of the language model's own: a .jinja file, or the folder or Hub id of a model that has one. The answers "
         "are learnt with the token that ends them, or what it marks with {%% generation %%}."
     )
-    options["--optim"].choices = [*(options["--optim"].choices or ()), MUON]
-    options["--optim"].help = (
-        "Optimizer; muon: Muon for the matrices of the language model, AdamW for all else. --optim_args says of Muon lr=, momentum=, "
-        "weight_decay= and adjust_lr_fn=, by default as of --learning_rate and --weight_decay, with updates of AdamW's size."
-    )
-    options["--learning_rate"].help = "Of AdamW at first. Default: 2e-5, and 2e-4 with --use_peft."
-    options["--gradient_checkpointing"].help = (
-        "Keep the activations of few layers and compute the others again: less memory for a third more time. Default: for models of at "
-        "least a billion parameters."
-    )
     options[
-        "--trust_remote_code"
-    ].help = (
-        "Run the code of an encoder or connector that comes with --encoder or --model_name_or_path. Read it before."
-    )
+        "--learning_rate"
+    ].help = "Of AdamW at first. Default: 2e-5, and 2e-4 with --use_peft; 5e-4 of --train_phase pretrain without the language model."
     options["--pad_to_multiple_of"].help = "Pad batches to a multiple of so many tokens."
     options[
         "--padding_free"
@@ -102,14 +83,40 @@ def make_parser(prog: str = "elm sft") -> ELMParser:
     return parser
 
 
+def set_common_options(parser: ELMParser) -> None:
+    """Defaults and help of what all commands that train an ELM with TRL have."""
+    # TRL and PEFT use a name that transformers is about to change
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing(_kwargs)?` is deprecated", FutureWarning)
+    parser.set_defaults(
+        remove_unused_columns=False,  # the collator reads them
+        ddp_find_unused_parameters=True,  # one process may have a batch without ECG
+        dataloader_pin_memory=torch.accelerator.is_available(),  # without one PyTorch warns of it
+        bf16=None if torch.cuda.is_available() else False,  # bf16 on a CPU is slow
+        logging_nan_inf_filter=False,  # it would log a loss that is no number as 0
+        learning_rate=None,  # by what is trained
+        gradient_checkpointing=BY_SIZE,
+    )
+    options = parser._option_string_actions
+    options["--resume_from_checkpoint"].help = "Folder of a checkpoint, or last: the newest whole one in --output_dir."
+    options["--optim"].choices = [*(options["--optim"].choices or ()), MUON]
+    options["--optim"].help = (
+        "Optimizer; muon: Muon for the matrices of the language model, AdamW for all else. --optim_args says of Muon lr=, momentum=, "
+        "weight_decay= and adjust_lr_fn=, by default as of --learning_rate and --weight_decay, with updates of AdamW's size."
+    )
+    options["--gradient_checkpointing"].help = (
+        "Keep the activations of few layers and compute the others again: less memory for a third more time. Default: for models of at "
+        "least a billion parameters."
+    )
+    options[
+        "--trust_remote_code"
+    ].help = (
+        "Run the code of an encoder or connector that comes with --encoder or --model_name_or_path. Read it before."
+    )
+
+
 def parse(argv: list[str] | None = None, prog: str = "elm sft") -> tuple[ELMArguments, SFTConfig, ModelConfig]:
     """What the command line says, checked (ValueError) as far as it can be without data and model; writes nothing."""
     args, training_args, model_args = make_parser(prog).parse_args_and_config(argv)
-    if args.distributed and training_args.world_size == 1:
-        raise ValueError(
-            "--distributed, but there is one process: start with `accelerate launch --multi_gpu training/sft.py ...` "
-            "or `torchrun --nproc_per_node N training/sft.py ...`."
-        )
     if args.streaming and training_args.max_steps < 1:
         raise ValueError("--streaming does not know the number of rows; set --max_steps.")
     if args.streaming and training_args.train_sampling_strategy != "random":
@@ -117,9 +124,45 @@ def parse(argv: list[str] | None = None, prog: str = "elm sft") -> tuple[ELMArgu
             f"--train_sampling_strategy {training_args.train_sampling_strategy} with --streaming: its rows are shuffled in "
             "--shuffle_buffer. Leave one of the two options out."
         )
+    if training_args.packing and training_args.padding_free:
+        raise ValueError(
+            "--packing with --padding_free: the one makes rows of bounded length of a batch, the other one row. Leave one out."
+        )
+    metric = (training_args.metric_for_best_model or METRICS[0]).removeprefix("eval_")
+    if metric not in METRICS:
+        raise ValueError(
+            f"--metric_for_best_model is {metric}; an evaluation while training gives {', '.join(METRICS)}."
+        )
+    if training_args.activation_offloading and training_args.device.type == "cpu":
+        raise ValueError("--activation_offloading takes memory from a GPU, and there is none; leave it out.")
+    settle(args, training_args, model_args, LEARNING_RATES, args.train_phase == "pretrain")
+    return args, training_args, model_args
+
+
+def settle(
+    args: ELMArguments,
+    training_args: Any,
+    model_args: ModelConfig,
+    learning_rates: dict[bool, float],
+    aligns: bool = False,
+) -> None:
+    """Fills in what follows from other options, and refuses (ValueError) values that would fail, or be lost, once the model is loaded.
+
+    Args:
+        training_args: of TRL; any of its configurations.
+        learning_rates: the defaults, of full training and of LoRA.
+        aligns: it is the phase in which the connector learns to put reports into words.
+    """
+    if args.distributed and training_args.world_size == 1:
+        raise ValueError(
+            "--distributed, but there is one process: start with `accelerate launch --multi_gpu training/sft.py ...` "
+            "or `torchrun --nproc_per_node N training/sft.py ...`."
+        )
     if not args.update:
         pretrained = args.encoder_name_or_path is not None or model_args.model_name_or_path is not None
         args.update = PARTS[1:] if pretrained or args.architecture != "llava" else list(PARTS)
+        if aligns and not model_args.use_peft:
+            args.update = args.update[:-1]  # without the language model
     if args.cache_features and "encoder" in args.update:  # that of an adapter is known once it is there
         raise ValueError(
             f"--cache_features {args.cache_features} with --update {' '.join(args.update)}: what a trained encoder gives for an ECG "
@@ -128,15 +171,10 @@ def parse(argv: list[str] | None = None, prog: str = "elm sft") -> tuple[ELMArgu
     if training_args.optim == MUON:
         _check_muon(args, training_args, model_args)
     if training_args.learning_rate is None:
-        training_args.learning_rate = LEARNING_RATES[model_args.use_peft]
+        of_connector = aligns and "llm" not in args.update
+        training_args.learning_rate = CONNECTOR_LEARNING_RATE if of_connector else learning_rates[model_args.use_peft]
     if args.wandb and "wandb" not in training_args.report_to:
         training_args.report_to = [*training_args.report_to, "wandb"]  # a list by now, whatever was said
-    _check(training_args, model_args)
-    return args, training_args, model_args
-
-
-def _check(training_args: SFTConfig, model_args: ModelConfig) -> None:
-    """Refuses (ValueError) values of TRL's options that would fail, or be lost, once the model is loaded."""
     available = get_available_reporting_integrations()
     for name in training_args.report_to or []:  # a list by now
         if name not in available:
@@ -144,21 +182,12 @@ def _check(training_args: SFTConfig, model_args: ModelConfig) -> None:
             raise ValueError(
                 f"--report_to {name}: the package {name} is not installed, or is none that reports; {here}."
             )
-    if training_args.packing and training_args.padding_free:
-        raise ValueError(
-            "--packing with --padding_free: the one makes rows of bounded length of a batch, the other one row. Leave one out."
-        )
     for name in ("seed", "data_seed"):
         value = getattr(training_args, name)
         if value is not None and not 0 <= value < 2**32:  # NumPy's range
             raise ValueError(f"--{name} is {value}; expected a number from 0 to {2**32 - 1}.")
     if training_args.fp16 and training_args.device.type == "cpu":  # accelerate would ignore it there
         raise ValueError("--fp16 needs a GPU, and there is none; --bf16 computes in 16 bits on a CPU too.")
-    metric = (training_args.metric_for_best_model or METRICS[0]).removeprefix("eval_")
-    if metric not in METRICS:
-        raise ValueError(
-            f"--metric_for_best_model is {metric}; an evaluation while training gives {', '.join(METRICS)}."
-        )
     kwargs: Any = training_args.lr_scheduler_kwargs or {}
     try:  # as the trainer will, with a few steps of nothing
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
@@ -167,8 +196,6 @@ def _check(training_args: SFTConfig, model_args: ModelConfig) -> None:
         raise ValueError(
             f"--lr_scheduler_type {SchedulerType(training_args.lr_scheduler_type).value} does not go with --lr_scheduler_kwargs {kwargs}: {error}."
         ) from error
-    if training_args.activation_offloading and training_args.device.type == "cpu":
-        raise ValueError("--activation_offloading takes memory from a GPU, and there is none; leave it out.")
     if model_args.attn_implementation == "flex_attention" and training_args.device.type == "cpu":
         raise ValueError(
             "--attn_implementation flex_attention needs a GPU: PyTorch has no gradients of it on a CPU. Leave it out, or take sdpa."
@@ -209,20 +236,29 @@ def _check_quantization(training_args: SFTConfig, model_args: ModelConfig) -> No
         raise ValueError("--load_in_4bit with --dtype auto: say in which it computes, --dtype bfloat16 or float32.")
 
 
-def load_splits(args: ELMArguments, training_args: SFTConfig) -> dict[str, Any]:
-    """The chats of `train`, and with `--eval_strategy` those of `validation`, else None; errors as of `read_splits`."""
-    seed, num_proc = training_args.seed, training_args.dataset_num_proc
+def load_splits(args: ELMArguments, training_args: Any) -> dict[str, Any]:
+    """The chats or reports of `train`, and with `--eval_strategy` those of `validation`, else None; errors as of `read_splits`."""
+    seed, num_proc = training_args.seed, getattr(training_args, "dataset_num_proc", None)  # not of every configuration
+    if args.train_phase == "pretrain":
+        return read_splits(
+            args,
+            training_args,
+            lambda split: load_reports(args, split, seed, num_proc, args.report_column),
+            "ecg",
+            lambda part, name: as_reports(part, name, args.report_column),
+        )
     return read_splits(args, training_args, lambda split: load_data(args, split, seed, num_proc))
 
 
 def build_base(
-    args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig
+    args: ELMArguments, training_args: Any, model_args: ModelConfig
 ) -> tuple[ELMForConditionalGeneration, ELMProcessor]:
     """The ELM to train, a saved one (`--model_name_or_path`) or a new one, and its processor.
 
     LoRA leaves its base as it is, and the adapter needs it again: that of a new ELM is where other runs find it too.
     """
     kwargs: dict[str, Any] = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+    template = getattr(training_args, "chat_template_path", None)  # an option of `elm sft` alone
     in_full = "llm" in args.update and not model_args.use_peft
     if in_full and model_args.dtype in ("bfloat16", "float16"):
         kwargs["dtype"] = "float32"
@@ -249,11 +285,11 @@ def build_base(
         elif kwargs["dtype"] != "auto":
             kwargs["dtype"] = "float32"  # what is trained passes through no other; what is not takes its own below
         model, processor = load_elm(name, model_args.model_revision, training_args.trust_remote_code, **kwargs)
-        set_chat_template(processor, training_args.chat_template_path)
+        set_chat_template(processor, template)
         stop_at_end_of_turn(model, processor)
     else:
         processor = build_processor(args, model_args.model_revision)
-        set_chat_template(processor, training_args.chat_template_path)
+        set_chat_template(processor, template)
         needs_base = model_args.use_peft and training_args.process_index == 0  # which saves the adapter
         if needs_base:
             recipe = recipe_of(args, processor, model_args.model_revision)
@@ -292,12 +328,11 @@ def make_trainer(
         pad_to_multiple_of=training_args.pad_to_multiple_of,  # type: ignore[arg-type]  # no text any more
         padding_free=training_args.padding_free,
         packing=training_args.packing,
+        train_phase=args.train_phase,
         seed=training_args.seed,
         **changes,
     )
-    if training_args.gradient_checkpointing == BY_SIZE:
-        checkpointed = sum(parameter.numel() for parameter in model.parameters()) >= CHECKPOINTED_FROM
-        training_args.gradient_checkpointing = training_args.activation_checkpointing = checkpointed
+    checkpoint_by_size(training_args, model)
     # TRL would do again, or otherwise, what the collator and `build_base` have done
     training_args.max_length, training_args.assistant_only_loss, training_args.chat_template_path = None, False, None
     training_args.padding_free = training_args.packing = False
@@ -315,7 +350,7 @@ def make_trainer(
     )
     trainer.train_dataset = splits["train"]  # of a stream TRL checks that it is of `datasets`
     assert trainer.model is not None
-    _check_trainer(args, trainer, model)
+    check_trainer(args, trainer, model)
     if model_args.use_peft:
         freeze_new_parts(trainer.model, args.update)
     if args.cache_features is not None:
@@ -323,7 +358,14 @@ def make_trainer(
     return trainer
 
 
-def _check_trainer(args: ELMArguments, trainer: ELMTrainer, model: ELMForConditionalGeneration) -> None:
+def checkpoint_by_size(training_args: Any, model: ELMForConditionalGeneration) -> None:
+    """Settles `--gradient_checkpointing` where nothing was said."""
+    if training_args.gradient_checkpointing == BY_SIZE:
+        checkpointed = sum(parameter.numel() for parameter in model.parameters()) >= CHECKPOINTED_FROM
+        training_args.gradient_checkpointing = training_args.activation_checkpointing = checkpointed
+
+
+def check_trainer(args: ELMArguments, trainer: Any, model: ELMForConditionalGeneration) -> None:
     """Refuses (ValueError) what cannot be, as is known when the model and what is trained of it are there."""
     norms = (module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm))
     compiled = trainer.args.torch_compile and trainer.args.torch_compile_backend == "eager"
@@ -359,7 +401,7 @@ def keep_features(where: str, model: ELMForConditionalGeneration) -> EncoderFeat
     return EncoderFeatures(model.model, FOLDER if where == "disk" else None)
 
 
-def _check_adapter_folder(folder: Path, base: str | None, goes_on: bool) -> None:
+def check_adapter_folder(folder: Path, base: str | None, goes_on: bool) -> None:
     """ValueError if `folder` has an adapter that a new one would replace, or is the `base` on which the new one is to be loaded."""
     if base is not None and Path(base).resolve() == folder.resolve():
         raise ValueError(
@@ -384,9 +426,7 @@ def train(args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig)
     options = RunOptions.of(args, training_args, model_args)
     checkpoint = checkpoint_to_resume(training_args)
     if model_args.use_peft:
-        _check_adapter_folder(
-            Path(str(training_args.output_dir)), model_args.model_name_or_path, checkpoint is not None
-        )
+        check_adapter_folder(Path(str(training_args.output_dir)), model_args.model_name_or_path, checkpoint is not None)
     if checkpoint is not None:  # before the data are read and the model is built, which take long
         options.go_on(checkpoint)
     splits = load_splits(args, training_args)
@@ -398,6 +438,15 @@ def train(args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig)
     options.base = read_recipe(str(model.name_or_path))
     if args.system_prompt is not None:
         processor.system_prompt = args.system_prompt
+    processor.train_phase, thinks = args.train_phase, processor.explicit_thinking
+    if args.train_phase == "sft":
+        processor.explicit_thinking = args.explicit_thinking
+        if thinks and not args.explicit_thinking:
+            logger.warning(
+                "--model_name_or_path %s was trained with --explicit_thinking, and this run is without: its answers no longer begin with "
+                "what is given.",
+                model_args.model_name_or_path,
+            )
     limit_threads(model, training_args.device)
     trainer = make_trainer(args, training_args, model_args, model, processor, splits, options)
     if trainer.is_world_process_zero():
@@ -405,8 +454,12 @@ def train(args: ELMArguments, training_args: SFTConfig, model_args: ModelConfig)
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in trainer.model.parameters()]
         total, trainable = sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
         chats = "streamed" if args.streaming else len(splits["train"])
-        print(f"Chat template: {processor.chat_template_origin or 'that of the saved model'}")
-        print(f"{chats} chats; {trainable:,} of {total:,} parameters trained", flush=True)
+        if args.train_phase == "sft":
+            print(f"Chat template: {processor.chat_template_origin or 'that of the saved model'}")
+        print(
+            f"{chats} {'chats' if args.train_phase == 'sft' else 'reports'}; {trainable:,} of {total:,} parameters trained",
+            flush=True,
+        )
 
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.log_metrics("train", result.metrics)

@@ -12,11 +12,11 @@ from elm_ecg.training.checkpoints import WholeCheckpoints
 from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.features import EncoderFeatures
 from elm_ecg.training.lengths import GroupedByLength, chat_lengths
-from elm_ecg.training.muon import MUON, MuonAdamW, matrices_of, muon_options
+from elm_ecg.training.muon import OptimizesByMuon
 from elm_ecg.training.packing import check_kept_apart, num_packed_tokens
 
 
-class ELMTrainer(WholeCheckpoints, SFTTrainer):
+class ELMTrainer(OptimizesByMuon, WholeCheckpoints, SFTTrainer):
     """TRL's trainer for ELMs.
 
     Args:
@@ -79,28 +79,6 @@ class ELMTrainer(WholeCheckpoints, SFTTrainer):
             self._total_train_tokens = num_tokens
             self._metrics["train"]["num_tokens"] = [num_tokens]
         return loss
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """As the trainer's, which does not know Muon."""
-        if self.args.optim != MUON or self.optimizer is not None:
-            return super().create_optimizer(model)
-        model, args = model or self.model, self.args
-        matrices = matrices_of(model.model.language_model)
-        trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        decay = self.get_decay_parameter_names(model)  # no norms, no biases
-        rest: dict[bool, list[Any]] = {True: [], False: []}
-        for name, value in trained.items():
-            if value not in matrices:
-                rest[name in decay].append(value)
-        muon = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-        adamw = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-        self.optimizer = MuonAdamW(
-            [{"params": [value for value in trained.values() if value in matrices]}],
-            [{"params": rest[True], "weight_decay": args.weight_decay}, {"params": rest[False], "weight_decay": 0.0}],
-            muon | muon_options(args.optim_args),
-            {**adamw, "fused": True},
-        )
-        return self.optimizer
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """As the trainer's; outside of the model, which may be compiled or wrapped, and in its precision."""

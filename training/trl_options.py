@@ -41,6 +41,7 @@ REFUSED: dict[str, str] = {
 REFUSED_VALUES: dict[str, dict[str, str]] = {
     "packing_strategy": dict.fromkeys(("bfd_split", "wrapped"), _CUT),
     "train_sampling_strategy": {"batch_rebalance": _REBALANCE},
+    "train_phase": {"rl": "reinforcement learning has other options. Use `elm rl` on what this command has trained"},
 }
 _OF_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters")
 _OF_EVALUATION = ("eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size", "eval_accumulation_steps")

@@ -3,7 +3,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from scipy.signal import find_peaks
+from ecg_measuring import RATE, mean_beat, r_peaks
 from scipy.stats import chi2_contingency
 
 from elm_ecg.ecg_utils import STANDARD_LEADS
@@ -16,45 +16,23 @@ from elm_ecg.training.data.synthetic import (
     RHYTHMS,
     SPLITS,
     TERRITORIES,
+    TERRITORY_LEADS,
     WORDINGS,
     Findings,
     make_dataset,
     make_record,
     sample_findings,
     simulate_ecg,
+    simulate_measured,
 )
 
-RATE = 250
 SEEDS = range(12)
-
-TERRITORY_LEADS = {
-    "anterior": ("V2", "V3", "V4"),
-    "inferior": ("II", "III", "aVF"),
-    "lateral": ("I", "aVL", "V5", "V6"),
-}
 
 
 def simulate(seed: int, **findings) -> dict[str, np.ndarray]:
     """A record without noise or wander, by lead."""
     ecg = simulate_ecg(Findings(noise=0, wander=0, **findings), np.random.default_rng(seed))
     return dict(zip(STANDARD_LEADS, ecg, strict=True))
-
-
-def r_peaks(leads: dict[str, np.ndarray], height: float = 0.35) -> np.ndarray:
-    """Samples of the QRS complexes: where the leads move fastest, all together."""
-    speed = np.sqrt(sum(np.gradient(lead) ** 2 for lead in leads.values()))
-    speed = np.convolve(speed, np.hanning(45), mode="same")
-    return find_peaks(speed, height=height * speed.max(), distance=RATE // 5)[0]
-
-
-def mean_beat(leads: dict[str, np.ndarray], peaks: np.ndarray) -> tuple[dict[str, np.ndarray], int, int]:
-    """The mean beat from 0.4 s before to 0.4 s after the QRS; onset and end of the QRS, where the leads are still (3%)."""
-    half = int(0.4 * RATE)
-    peaks = peaks[(peaks >= half) & (peaks < len(leads["I"]) - half)]
-    beats = {name: np.mean([lead[peak - half : peak + half] for peak in peaks], axis=0) for name, lead in leads.items()}
-    strength = np.sqrt(sum(beat**2 for beat in beats.values()))
-    inside = strength > 0.03 * strength.max()
-    return beats, half - int(np.argmin(inside[half::-1])), half + int(np.argmin(inside[half:]))
 
 
 @pytest.mark.parametrize("rhythm", RHYTHMS)
@@ -169,11 +147,14 @@ def test_atrial_fibrillation_has_waves_of_4_to_9_hz_and_no_p():
 
 def test_premature_complexes_are_early_wide_and_followed_by_a_pause():
     for seed in SEEDS:
-        leads = simulate(seed, rhythm="premature ventricular complexes", heart_rate=70)
+        findings = Findings("premature ventricular complexes", 70, noise=0, wander=0)
+        ecg, measured = simulate_measured(findings, np.random.default_rng(seed))
+        leads = dict(zip(STANDARD_LEADS, ecg, strict=True))
         peaks = r_peaks(leads, height=0.2)  # wide complexes move less fast
         rr = np.diff(peaks) / np.median(np.diff(peaks))
         early = [i + 1 for i in range(len(rr) - 1) if rr[i] < 0.8 and rr[i + 1] > 1.2]
         assert 2 <= len(early) <= 4
+        assert len(early) == measured.num_premature
         # samples above half of the greatest deflection, near the peak
         strength = np.sqrt(sum(lead**2 for lead in leads.values()))
         around = [strength[peak - 25 : peak + 25] for peak in peaks if 25 <= peak < len(strength) - 25]

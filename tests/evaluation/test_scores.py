@@ -1,6 +1,5 @@
 import json
 import re
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -257,10 +256,11 @@ def test_a_metric_of_ones_own(tmp_path):
         assert (scale["title"], scale["unit"], scale["higher_is_better"]) == ("error of the rate", "bpm", False)
 
 
-def test_the_metric_of_the_readme(tmp_path):
+def test_the_metric_of_the_documentation(tmp_path):
     """As a user copies it."""
-    (block,) = re.findall(r"( +)```python\n( +# rate_error\.py.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    path = own_metric(tmp_path, textwrap.dedent(block[1]))
+    page = (ROOT / "docs" / "how_to" / "evaluate.md").read_text()
+    (block,) = re.findall(r"```python\n(# rate_error\.py.*?)```", page, re.DOTALL)
+    path = own_metric(tmp_path, block)
     module = load_metrics([path])["rate_error"]
     check_contract("rate_error", module, ["60", "80"])
     assert module.compute(predictions=["70", "fast"], references=["60", "80"])["samples"] == [10, 300]

@@ -195,11 +195,14 @@ def stream_answer(
     thread.start()
     try:
         opening, begun, started = processor.answer_opening, "", False
+        given = getattr(processor, "given_answer", "")  # which code saved before there was one lacks
         for piece in streamer:
             if not started:
                 begun = (begun + piece).lstrip()  # no blanks before the answer
+                is_opened = bool(opening) and begun.startswith(opening)
                 piece = begun.removeprefix(opening).lstrip()
                 started = bool(piece) and not opening.startswith(begun)  # it may still become the opening
+                piece = piece if is_opened else given + piece
             if started:
                 yield piece
         if not started and begun != opening and begun:  # an answer that begins as the opening does, and ends

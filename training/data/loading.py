@@ -126,7 +126,7 @@ def load_parts(args: "DataArguments", split: str, column: str, streaming: bool =
     parts = []
     for name in args.data:  # the same may be there twice
         part = load_split(name, split, column, args.fold, args.ecg_root, stored[name], **kwargs)
-        parts.append(part if streaming else _answered(part, name))
+        parts.append(part if streaming else without_empty(part, name))
     return parts
 
 
@@ -173,8 +173,8 @@ def _has_words(content: Any) -> bool:
     return bool(content.strip()) if isinstance(content, str) else content is not None
 
 
-def _answered(data: Dataset | None, name: str) -> Dataset | None:
-    """A dataset without the rows that have an empty answer; ValueError if all have one."""
+def without_empty(data: Dataset | None, name: str, fault: str = "an empty answer") -> Dataset | None:
+    """A dataset without the rows that have an empty answer, counted in the log as having that `fault`; ValueError if all have it."""
     if data is None or "messages" not in data.column_names:
         return data
     batches = data.select_columns("messages").iter(1000)  # faster than row by row
@@ -182,10 +182,8 @@ def _answered(data: Dataset | None, name: str) -> Dataset | None:
     if all(kept):
         return data
     if not any(kept):
-        raise ValueError(
-            f"{name}: all of its {len(kept):,} rows have an empty answer, so that there is nothing to learn."
-        )
-    logger.warning("%s: %s of %s rows are left out, as they have an empty answer", name, kept.count(False), len(kept))
+        raise ValueError(f"{name}: all of its {len(kept):,} rows have {fault}, so that there is nothing to learn.")
+    logger.warning("%s: %s of %s rows are left out, as they have %s", name, kept.count(False), len(kept), fault)
     return data.select(np.flatnonzero(kept))
 
 

@@ -36,7 +36,7 @@ def load_records(
     parts = load_parts(args, split, "ecg", num_proc=num_proc)
     if report_column is not None:
         _check_reports(parts, args, split, report_column)
-    parts = [None if part is None else _each_once(part, name) for part, name in zip(parts, args.data, strict=True)]
+    parts = [None if part is None else each_once(part, name) for part, name in zip(parts, args.data, strict=True)]
     names = ["ecg", "num_samples", "record_id", "patient_id", report_column]
     parts = [
         None if part is None else part.select_columns([name for name in names if name in part.column_names])
@@ -55,7 +55,7 @@ def _check_reports(parts: list[Any], args: "DataArguments", split: str, column: 
         )
 
 
-def _each_once(part: Dataset, name: str) -> Dataset:
+def each_once(part: Dataset, name: str) -> Dataset:
     """The first row of each record, without rows that have no ECG."""
     if isinstance(part.features["ecg"], List):
         raise ValueError(

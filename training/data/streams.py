@@ -1,7 +1,7 @@
 """Datasets of chats about ECGs whose rows are read as they are needed."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count, cycle
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +20,19 @@ logger = logging.getLogger(__name__)
 
 
 def load_stream(
-    args: "DataArguments", split: str, seed: int = 0, shuffle_buffer: int | None = None, column: str = "messages"
+    args: "DataArguments",
+    split: str,
+    seed: int = 0,
+    shuffle_buffer: int | None = None,
+    column: str = "messages",
+    change: Callable[[Any, str], Any] | None = None,
 ) -> "RowStream | None":
     """The rows of `load_data`, read as they are needed; None where no dataset has that split.
 
     Args:
         column: that the rows have to have, as of `load_split`.
         shuffle_buffer: rows that are shuffled among each other; the stream is then endless. None reads them once, in order.
+        change: makes of each dataset, with its name, the one that is read.
 
     Raises:
         ValueError: as `load_data`; `args.data_subset` is set.
@@ -36,6 +42,8 @@ def load_stream(
             "--data_subset with --streaming, which does not know the number of rows; set --max_steps instead."
         )
     parts = load_parts(args, split, column, streaming=True)
+    if change is not None:
+        parts = [None if part is None else change(part, name) for part, name in zip(parts, args.data, strict=True)]
     have_split = [part is not None for part in parts]
     if not any(have_split):
         return None

@@ -7,7 +7,7 @@ Directions are Frank's: x to the left, y to the feet, z to the back; amplitudes 
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,6 +26,11 @@ Territory = Literal["anterior", "inferior", "lateral"]
 RHYTHMS: tuple[Rhythm, ...] = get_args(Rhythm)
 AXES: tuple[Axis, ...] = get_args(Axis)
 TERRITORIES: tuple[Territory, ...] = get_args(Territory)
+TERRITORY_LEADS: dict[Territory, tuple[str, ...]] = {
+    "anterior": ("V2", "V3", "V4"),
+    "inferior": ("II", "III", "aVF"),
+    "lateral": ("I", "aVL", "V5", "V6"),
+}
 
 # leads I, II, V1-V6 on x, y, z (Dower et al. 1980)
 DOWER = np.array(
@@ -62,6 +67,9 @@ ST_DIPOLES: dict[Territory | None, tuple[float, float, float]] = {
     "inferior": (-0.05, 1.0, 0.15),
     "lateral": (1.13, -0.92, 1.48),
 }
+ST_DELAY = 0.05  # seconds from the end of the QRS to the middle of the first wave of the ST segment
+# places among the waves of a patient: those of the QRS, the first of the ST segment; an ectopic beat has the last ones
+QRS, ST, ECTOPIC = slice(2, 5), 5, 3
 # right ventricular outflow tract, right ventricular apex, left ventricular lateral wall
 ECTOPIC_DIPOLES = np.array([[0.5, 1.3, 0.6], [0.9, -1.0, 0.6], [-1.2, 0.5, -0.7]])
 
@@ -105,6 +113,25 @@ class Findings:
         for name in ("noise", "wander"):
             if not getattr(self, name) >= 0:  # `not` refuses NaN too
                 raise ValueError(f"{name}={getattr(self, name)}; expected millivolts, 0 or more.")
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What can be measured on a simulated ECG, noise and breathing left aside.
+
+    Args:
+        heart_rate: beats per minute.
+        axis: degrees of the net QRS area in the frontal plane: 0 points to the left arm, 90 to the feet.
+        qrs_duration: milliseconds, of beats that are not premature.
+        st_levels: territory -> millivolts 60 ms after the end of the QRS, the mean of `TERRITORY_LEADS`.
+        num_premature: premature ventricular complexes in the record.
+    """
+
+    heart_rate: float
+    axis: float
+    qrs_duration: float
+    st_levels: dict[Territory, float]
+    num_premature: int
 
 
 def sample_findings(rng: np.random.Generator, **fixed: Any) -> Findings:
@@ -203,25 +230,49 @@ def _waves(findings: Findings, rng: np.random.Generator) -> tuple[np.ndarray, ..
         (p_centre - 0.012, 0.016, p[0]),  # right atrium
         (p_centre + 0.018, 0.018, p[1]),  # left atrium
         *zip(centres * duration, widths * duration, qrs, strict=True),
-        (end + 0.05, 0.035, st),  # just after the J point
+        (end + ST_DELAY, 0.035, st),  # just after the J point
         (end + 0.12 * scale, 0.045 * scale, st),  # holds the level up to the T wave
         (end + t_centre - 0.05 * scale, t_width, 0.3 * t_wave),  # slow rise, fast fall
         (end + t_centre, 0.85 * t_width, 0.85 * t_wave),
-        (-0.15 * ectopic_duration, 0.14 * ectopic_duration, ectopic),  # the last three are of ectopic beats
+        (-0.15 * ectopic_duration, 0.14 * ectopic_duration, ectopic),
         (0.18 * ectopic_duration, 0.15 * ectopic_duration, 0.7 * ectopic),
         (ectopic_duration / 2 + t_centre, 1.2 * t_width, -0.3 * ectopic),
     ]
     return tuple(np.array(column) for column in zip(*waves, strict=True))
 
 
-def simulate_ecg(
+def _measure(findings: Findings, num_premature: int, waves: tuple[np.ndarray, ...]) -> Measurements:
+    """What the waves of `_waves` show of a beat that is not premature."""
+    centres, widths, dipoles = waves
+    across, down, _ = FRONTAL @ (widths[QRS] @ dipoles[QRS])  # the area of a Gaussian goes with width times amplitude
+    duration = 2 * (centres[ST] - ST_DELAY)  # the R peak is in the middle of the QRS
+    own = slice(None, -ECTOPIC)
+    potential = np.exp(-0.5 * ((duration / 2 + 0.06 - centres[own]) / widths[own]) ** 2) @ dipoles[own]
+    level = dict(zip(STANDARD_LEADS, derive_leads(DOWER @ potential[:, None])[:, 0], strict=True))
+    return Measurements(
+        heart_rate=findings.heart_rate,
+        axis=float(np.degrees(np.arctan2(down, across))),
+        qrs_duration=float(1000 * duration),
+        st_levels={
+            territory: float(np.mean([level[name] for name in names])) for territory, names in TERRITORY_LEADS.items()
+        },
+        num_premature=num_premature,
+    )
+
+
+def simulate_ecg(findings: Findings, rng: np.random.Generator, **kwargs: Any) -> np.ndarray:
+    """The ECG alone of `simulate_measured`, which takes the same arguments."""
+    return simulate_measured(findings, rng, **kwargs)[0]
+
+
+def simulate_measured(
     findings: Findings, rng: np.random.Generator, *, sampling_rate: int = 250, seconds: float = 10.0
-) -> np.ndarray:
+) -> tuple[np.ndarray, Measurements]:
     """A 12-lead ECG of a patient with these findings; everything the findings leave open is drawn.
 
     Returns:
-        Millivolts, float32 [12, samples], leads in the order of `STANDARD_LEADS`. Noise and wander arise at the
-        electrodes, so that Einthoven's law holds for them too.
+        Millivolts, float32 [12, samples], leads in the order of `STANDARD_LEADS`; noise and wander arise at the
+        electrodes, so that Einthoven's law holds for them too. And what can be measured on it.
     """
     if seconds < 5:
         raise ValueError(f"seconds={seconds}; a rhythm needs at least 5 seconds to be seen.")
@@ -229,10 +280,12 @@ def simulate_ecg(
         raise ValueError(f"sampling_rate={sampling_rate} Hz; a QRS needs at least 100 Hz.")
     time = np.arange(round(seconds * sampling_rate)) / sampling_rate  # seconds, [samples]
     peaks, ectopic = _beats(findings, rng, seconds)
-    centres, widths, dipoles = _waves(findings, rng)
+    centres, widths, dipoles = waves = _waves(findings, rng)
+    inside = (peaks >= 0) & (peaks < seconds)
+    measurements = _measure(findings, int(np.count_nonzero(ectopic & inside)), waves)
 
     breath = 2 * np.pi * (rng.uniform(0.2, 0.3) * peaks + rng.uniform())  # 0.2 to 0.3 Hz
-    gain = ectopic[:, None] == (np.arange(len(centres)) >= len(centres) - 3)  # an ectopic beat has the last 3
+    gain = ectopic[:, None] == (np.arange(len(centres)) >= len(centres) - ECTOPIC)
     gain = gain * (1 + rng.uniform(0, 0.06) * np.sin(breath))[:, None]  # breathing moves the amplitudes
     # at any time only the beat before, the one before that and the next one matter
     beat = np.searchsorted(peaks, time, side="right") - 1
@@ -253,7 +306,8 @@ def simulate_ecg(
     for low, high in ((0.05, 0.15), (0.2, 0.35)):  # drift of the electrode, breathing
         swing = rng.uniform(low, high) * time + rng.uniform(size=(9, 1))
         electrode += findings.wander * rng.uniform(0.3, 1, (9, 1)) * np.sin((2 * np.pi * swing).astype(np.float32))
-    return derive_leads(DOWER @ dipole + ELECTRODES @ electrode).astype(np.float32)  # [8, samples] to [12, samples]
+    ecg = derive_leads(DOWER @ dipole + ELECTRODES @ electrode).astype(np.float32)  # [8, samples] to [12, samples]
+    return ecg, measurements
 
 
 # gaps at the borders, so that no rate is a matter of opinion
@@ -275,6 +329,8 @@ QUESTIONS_FILE = resource("training/data/synthetic.yaml")
 WORDINGS: dict[str, list[str]] = yaml.safe_load(QUESTIONS_FILE.read_text(encoding="utf-8"))
 # Every record is asked about its axis, its QRS, its ST segments and its rhythm, the rhythm in one of three ways. The rate is
 # asked together with atrial fibrillation, because fast rhythms have no premature complexes here.
+TEXT = Value("string")
+MESSAGES = List({"role": TEXT, "content": TEXT})  # the column of chats
 CYCLE = 48  # records in which every answer to every question comes up equally often
 ASKED = {
     "axis": range(48),
@@ -351,12 +407,7 @@ def make_record(
         messages.append({"role": "user", "content": wording.format(territory=territory)})
         messages.append({"role": "assistant", "content": answer})
     return {
-        "ecg": {
-            "array": np.rint(1000 * ecg).astype(np.int16),  # microvolts; `astype` alone cuts towards 0
-            "sampling_rate": sampling_rate,
-            "lead_names": STANDARD_LEADS,
-            "unit": "uV",
-        },
+        "ecg": stored_ecg(ecg, sampling_rate),
         "messages": messages,
         "record_id": f"synthetic-{seed}-{split}-{index:06d}",
         "patient_id": f"synthetic-{seed}-{split}-{index:06d}",  # one record each
@@ -364,10 +415,66 @@ def make_record(
     }
 
 
-def _make_records(parts: list[range], seed: int, split: str, **kwargs: Any) -> Iterator[dict[str, Any]]:
+def _make_records(parts: list[range], make: Callable[..., dict[str, Any]], **kwargs: Any) -> Iterator[dict[str, Any]]:
     for part in parts:
         for index in part:
-            yield make_record(index, seed, split, **kwargs)
+            yield make(index, **kwargs)
+
+
+def generate(
+    make: Callable[..., dict[str, Any]],
+    num_records: int,
+    columns: dict[str, Any],
+    *,
+    cycle: int,
+    files: Iterable[Path],
+    samples: int,
+    num_proc: int | None = None,
+    cache_dir: str | None = None,
+    **options: Any,
+) -> Dataset:
+    """The rows `make(index, **options)` of simulated records, on disk in the cache of `datasets`.
+
+    Args:
+        make: gives a row that depends on its arguments alone; a function of a module, for worker processes.
+        columns: Arrow types of the columns after `ecg`.
+        cycle: records that one worker makes in turn.
+        files: what the rows are made from beside this module, as `datasets` would not see that they changed, and give back rows of
+            the old ones from its cache.
+        samples: of each lead.
+        options: `seed` and `split`, and what else `make` takes.
+    """
+    if num_records < 1:
+        raise ValueError(f"num_records={num_records}; expected at least 1.")
+    ecg = {
+        "array": Array2D((len(STANDARD_LEADS), samples), "int16"),
+        "sampling_rate": Value("int32"),
+        "lead_names": List(Value("string")),
+        "unit": Value("string"),
+    }
+    # worker processes share out the parts of a list
+    parts = [range(start, min(start + cycle, num_records)) for start in range(0, num_records, cycle)]
+    sources = b"".join(path.read_bytes() for path in (Path(__file__), *files))
+    identity = repr((make.__module__, make.__name__, parts, sorted(options.items())))
+    return Dataset.from_generator(
+        _make_records,
+        features=Features({"ecg": ecg, **columns}),
+        gen_kwargs={"parts": parts, "make": make, **options},
+        split=NamedSplit(options["split"]),
+        num_proc=num_proc,
+        cache_dir=cache_dir,
+        fingerprint=hashlib.sha256(sources + identity.encode()).hexdigest()[:32],
+    )
+
+
+def stored_ecg(ecg: np.ndarray, sampling_rate: int) -> dict[str, Any]:
+    """The column `ecg` of a row, of millivolts [12, samples]."""
+    return {
+        "array": np.rint(1000 * ecg).astype(np.int16),  # microvolts; `astype` alone cuts towards 0
+        "sampling_rate": sampling_rate,
+        "lead_names": STANDARD_LEADS,
+        "unit": "uV",
+    }
 
 
 def make_dataset(
@@ -389,39 +496,17 @@ def make_dataset(
         (user and assistant in turn), `record_id`, `patient_id`, `question_type` (of each answer). A patient has one
         record.
     """
-    if num_records < 1:
-        raise ValueError(f"num_records={num_records}; expected at least 1.")
-    features = Features(
-        {
-            "ecg": {
-                "array": Array2D((len(STANDARD_LEADS), round(seconds * sampling_rate)), "int16"),
-                "sampling_rate": Value("int32"),
-                "lead_names": List(Value("string")),
-                "unit": Value("string"),
-            },
-            "messages": List({"role": Value("string"), "content": Value("string")}),
-            "record_id": Value("string"),
-            "patient_id": Value("string"),
-            "question_type": List(Value("string")),
-        }
-    )
-    gen_kwargs = {
-        # worker processes share out the parts of a list
-        "parts": [range(start, min(start + CYCLE, num_records)) for start in range(0, num_records, CYCLE)],
-        "seed": seed,
-        "split": split,
-        "sampling_rate": sampling_rate,
-        "seconds": seconds,
-    }
-    # `datasets` would not see a change of these files, and give back records of the old ones from its cache
-    sources = Path(__file__).read_bytes() + QUESTIONS_FILE.read_bytes()
-    fingerprint = hashlib.sha256(sources + repr(gen_kwargs).encode()).hexdigest()[:32]
-    return Dataset.from_generator(
-        _make_records,
-        features=features,
-        gen_kwargs=gen_kwargs,
-        split=NamedSplit(split),
+    return generate(
+        make_record,
+        num_records,
+        {"messages": MESSAGES, "record_id": TEXT, "patient_id": TEXT, "question_type": List(TEXT)},
+        cycle=CYCLE,
+        files=[QUESTIONS_FILE],
+        samples=round(seconds * sampling_rate),
         num_proc=num_proc,
         cache_dir=cache_dir,
-        fingerprint=fingerprint,
+        seed=seed,
+        split=split,
+        sampling_rate=sampling_rate,
+        seconds=seconds,
     )

@@ -184,6 +184,20 @@ def score(metric: str, predictions: list[str], references: list[str]) -> np.ndar
     return samples.astype(float)
 
 
+def points_of(metric: str, model: EvaluatedModel) -> np.ndarray:
+    """The points of each answer, and how many could be had, [questions, 2]: by a metric, or by a score of a benchmark's suite.
+
+    Raises:
+        ValueError: as `score`; or it is a score of the suite that is no ratio of sums.
+    """
+    if any(metric in row.get("suite", {}) for row in model.predictions):
+        return np.array([row.get("suite", {}).get(metric, (0.0, 0.0)) for row in model.predictions], dtype=float)
+    if metric not in METRIC_NAMES and metric in model.results["metrics"]:
+        raise ValueError(f"{metric} is not a mean over the answers, so it cannot be compared answer by answer.")
+    scores = score(metric, model.column(ECG), model.column("answer"))
+    return np.stack([scores, np.ones(len(scores))], axis=1)
+
+
 def scale_of(metric: str, models: Models) -> MetricScale:
     """The scale of a metric: as the results have it, or where it was not scored there, as its module says."""
     name = name_of(metric)
@@ -241,14 +255,20 @@ def _by_kind(models: Models) -> tuple[list[Probe], list[EvaluatedModel]]:
 
 
 def metrics_of(models: Models, asked: list[str] | None) -> list[str]:
-    """The metrics by which models are compared: those that were asked for; else exact match, or of probes all that they have.
+    """The metrics by which models are compared: those that were asked for; else exact match, of benchmarks the suite's own scores, or of
+    probes all that they have.
 
     Raises:
         ValueError: a probe lacks a metric, or they have none in common.
     """
-    probes, _ = _by_kind(models)
+    probes, evaluated = _by_kind(models)
     if not probes:
-        return list(dict.fromkeys(asked or ["exact_match"]))
+        # of a benchmark its own scores
+        suite = {name for row in evaluated[0].predictions for name in row.get("suite", {})}
+        default = [name for name in evaluated[0].results["metrics"] if name in suite]
+        if not default and "suite" in evaluated[0].results:
+            default = [evaluated[0].results["main_metric"]]
+        return list(dict.fromkeys(asked or default or ["exact_match"]))
     common = [metric for metric in probes[0].results["metrics"] if all(metric in probe.scores for probe in probes)]
     for metric in asked or ():
         if metric not in common:
@@ -275,18 +295,21 @@ def _of_answers(
 ) -> Measured:
     for other in models[1:]:
         require_same_questions(models[0], other)
-    references = models[0].column("answer")
+    # of each model and metric the points of each question, and how many could be had
     columns = {
-        (name, metric): score(metric, model.column(ECG), references)
+        (name, metric): points_of(metric, model)
         for name, model in zip(names, models, strict=True)
         for metric in metrics
         if metric != "auroc"
     }
-    # all of them in one pass, beside the number of questions
-    samples = np.column_stack([*columns.values(), np.ones(len(references))])
-    sums = resampled_sums(samples, models[0].column("patient_id"), num_resamples, seed)
-    values = dict(zip(columns, samples[:, :-1].mean(axis=0), strict=True))
-    replicates = dict(zip(columns, (sums[:, :-1] / sums[:, -1:]).T, strict=True))  # divided by what was drawn
+    values, replicates = {}, {}
+    if columns:
+        # all of them in one pass
+        samples = np.hstack(list(columns.values()))
+        sums = resampled_sums(samples, models[0].column("patient_id"), num_resamples, seed)
+        with np.errstate(divide="ignore", invalid="ignore"):  # questions that are not drawn have no score
+            values = dict(zip(columns, (samples.sum(axis=0)[::2] / samples.sum(axis=0)[1::2]).tolist(), strict=True))
+            replicates = dict(zip(columns, (sums[:, ::2] / sums[:, 1::2]).T, strict=True))
     if "auroc" in metrics:
         for name, value_and_replicates in zip(names, auroc(models, num_resamples, seed), strict=True):
             values[name, "auroc"], replicates[name, "auroc"] = value_and_replicates

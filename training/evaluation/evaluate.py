@@ -175,18 +175,47 @@ def _evaluate(
         shown = [fingerprint, choices, batch_size, generation, processor.system_prompt]
         progress.begin([revision, packages, device, shown])
     answerer = Answerer(model.eval(), processor, data, questions, choices, batch_size, generation, seed)
-    answers, not_scored = _ask(
+    answers, not_scored = ask_conditions(
         answerer, [name for name in ASKED if name == ECG or name in settings["conditions"]], progress
     )
     if not PartialState().is_main_process:  # one process scores and writes
         return Results()
     options = {"bert_score": {"model": settings["bert_score_model"]}}
     scorer = Scorer(questions, modules, settings["num_resamples"], seed, options, choices)
-    facts: dict[str, Any] = {
+    facts = facts_of(
+        Path(model.name_or_path or "").name,
+        revision,
+        data,
+        fingerprint,
+        training,
+        {
+            **settings,
+            "generation": generation,
+            "dtype": dtype_of(model),
+            "system_prompt": processor.system_prompt or None,
+        },
+    )
+    facts["model_commit"] = getattr(model.config, "_commit_hash", None)
+    return summarise(answerer, scorer, answers, not_scored, training, facts, settings["main_metric"])
+
+
+def facts_of(
+    model: str, revision: str, data: Dataset, fingerprint: str, training: list[Question], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What results hold beside the scores, as the module `results` describes it.
+
+    Args:
+        model, revision: its name and digest.
+        data, fingerprint: what was asked, and its digest.
+        training: the questions that the baseline is from.
+        settings: `dtype` and those of `evaluate`, of which the ones that results name are taken.
+    """
+    names = ("score", "generation", "candidates", "batch_size", "dtype", "system_prompt", "seed", "num_resamples")
+    return {
         "schema_version": SCHEMA_VERSION,
-        "model": Path(model.name_or_path or "").name,
+        "model": model,
         "model_revision": revision,
-        "model_commit": getattr(model.config, "_commit_hash", None),
+        "model_commit": None,
         "model_files": None,
         "evaluation": None,
         "data": {
@@ -196,19 +225,14 @@ def _evaluate(
             "fingerprint": fingerprint,
             "training_fingerprint": digest_of_questions(training) if training else None,
         },
-        "settings": {
-            "score": score,
-            "generation": generation,
-            "candidates": settings["candidates"],
-            "batch_size": batch_size,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "system_prompt": processor.system_prompt or None,
-            "seed": seed,
-            "num_resamples": settings["num_resamples"],
-        },
-        "packages": packages,
+        "settings": {name: settings[name] for name in names},
+        "packages": {name: version(name) for name in PACKAGES},
     }
-    return _summarise(answerer, scorer, answers, not_scored, training, facts, settings["main_metric"])
+
+
+def dtype_of(model: ELMForConditionalGeneration) -> str:
+    """Of its weights, such as `float32`."""
+    return str(model.dtype).removeprefix("torch.")
 
 
 def _on_first(function: Callable[[], Any]) -> Any:
@@ -258,10 +282,14 @@ def _without_records(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _ask(
-    answerer: Answerer, conditions: Sequence[str], progress: Progress | None
+def ask_conditions(
+    answerer: Any, conditions: Sequence[str], progress: Progress | None
 ) -> tuple[dict[str, list[Any]], dict[str, str]]:
-    """Condition -> its answers, and condition -> why it has none."""
+    """Condition -> its answers, and condition -> why it has none.
+
+    Args:
+        answerer: an `Answerer`, or what asks another kind of model and has its `ask` and `notices`.
+    """
     asked, not_scored = {}, {}
     for name in conditions:
         answers, reason = answerer.ask(name, progress)
@@ -277,8 +305,8 @@ def _ask(
     return asked, not_scored
 
 
-def _summarise(
-    answerer: Answerer,
+def summarise(
+    answerer: Any,
     scorer: Scorer,
     asked: dict[str, list[Any]],
     not_scored: dict[str, str],
@@ -289,6 +317,7 @@ def _summarise(
     """The results of the answers; with candidates, of their log-likelihoods.
 
     Args:
+        answerer: as of `ask_conditions`; its `data` are the rows of the questions.
         facts: what else the results hold.
     """
     answers, likelihoods, candidates, questions = asked, {}, scorer.candidates, scorer.questions

@@ -1,6 +1,6 @@
 """Cards of ELMs, adapters and ECG encoders, from what their runs and folders know; their texts are in `model_cards/`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.utils import FEATURE_EXTRACTOR_NAME
-from trl import ModelConfig, SFTConfig
+from trl import ModelConfig
 
 from elm_ecg.configuration_ecg_pretraining import ECGPretrainingConfig
 from elm_ecg.configuration_elm import ELMConfig
@@ -29,6 +29,12 @@ from elm_ecg.training.pretrain_arguments import PretrainArguments
 # the arguments of TRL and PEFT that matter most to a run
 TRAINING = ["num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio"]
 TRAINING += ["weight_decay", "max_grad_norm", "optim", "bf16", "fp16", "seed"]  # not all are in every version
+# tag of a card -> by what a model was trained, in words
+METHODS = {
+    "sft": "TRL's `SFTTrainer`, on the answers alone.",
+    "grpo": "TRL's `GRPOTrainer`: reinforcement learning, by rewards of answers that the model writes itself.",
+    "dpo": "TRL's `DPOTrainer`, on pairs of a better and a worse answer.",
+}
 LORA = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
 
 
@@ -87,7 +93,14 @@ def _elm_card(
         datasets=datasets,
         tags=[*TAGS, "elm", *tags],
     )
-    unknown = {"pretrained_encoder": None, "trained": "unknown", "data": "unknown", "splits": None, "training": None}
+    unknown = {
+        "pretrained_encoder": None,
+        "trained": "unknown",
+        "data": "unknown",
+        "splits": None,
+        "training": None,
+        "method": None,
+    }
     return make_card(
         "model.md",
         metadata,
@@ -106,16 +119,20 @@ def _elm_card(
 def write_model_card(
     folder: Path,
     args: ELMArguments,
-    training_args: SFTConfig,
+    training_args: TrainingArguments,
     model_args: ModelConfig,
     config: ELMConfig,
     processor: ELMProcessor,
     splits: Mapping[str, Any],
+    method: str = "sft",
+    facts: Sequence[tuple[str, Any]] = (),
 ) -> None:
     """Writes `README.md` into the folder of a trained model or adapter.
 
     Args:
         splits: the data of each split, None where there was none.
+        method: how it was trained, one of `METHODS`.
+        facts: names and values of what else was in force.
     """
     encoder = args.encoder_name_or_path if model_args.model_name_or_path is None else None  # else it is in the ELM
     parts = [part for part in args.update if part != "connector" or config.connector is not None]  # some ELMs lack it
@@ -125,13 +142,14 @@ def write_model_card(
         config,
         processor,
         model_args.model_name_or_path or resolve_llm(args.llm),
-        ("trl", "sft", "lora") if model_args.use_peft else ("trl", "sft"),
+        ("trl", method, "lora") if model_args.use_peft else ("trl", method),
         datasets=[name for name in args.data if on_hub(name)] or None,  # the card links to the Hub alone
         pretrained_encoder=None if encoder is None else public_name(encoder),
         trained=", ".join(parts) + (" (LoRA on the language model)" if model_args.use_peft else ""),
         data=", ".join(f"`{public_name(name)}`" for name in args.data),
         splits=[(split, *count(data)) for split, data in splits.items() if data is not None],
-        training=_training_rows(training_args, model_args),
+        training=[*facts, *_training_rows(training_args, model_args)],
+        method=METHODS[method],
     )
     card.save(folder / CARD)
 

@@ -1,0 +1,198 @@
+"""Runs a model on published benchmarks, with the ECG and without it: `elm benchmark MODEL --suite NAME ...`."""
+
+import logging
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from huggingface_hub import snapshot_download
+
+from elm_ecg.training.command_line import printable, run_command
+from elm_ecg.training.evaluation.benchmarks.arguments import parse
+from elm_ecg.training.evaluation.benchmarks.contenders import Contender, FittingAnswerer, open_contender
+from elm_ecg.training.evaluation.benchmarks.ecg_qa import ECGQA
+from elm_ecg.training.evaluation.benchmarks.ecg_reasoning import ECGReasoning
+from elm_ecg.training.evaluation.benchmarks.ptbxl import PTBXL
+from elm_ecg.training.evaluation.benchmarks.records import Asked, make_rows, read_places
+from elm_ecg.training.evaluation.benchmarks.suite import Suite, SuiteOptions, SuiteScorer
+from elm_ecg.training.evaluation.benchmarks.tables import write_tables
+from elm_ecg.training.evaluation.card import add_evaluations
+from elm_ecg.training.evaluation.conditions import ASKED, ECG
+from elm_ecg.training.evaluation.evaluate import ask_conditions, facts_of, summarise
+from elm_ecg.training.evaluation.progress import Progress
+from elm_ecg.training.evaluation.questions import digest, fingerprint_of, list_questions
+from elm_ecg.training.evaluation.report import write_report
+from elm_ecg.training.evaluation.results import (
+    EVALUATIONS,
+    REPORT_FILE,
+    RESULTS_FILE,
+    SCHEMA_VERSION,
+    Results,
+    identity_of,
+    move_old_results,
+    read_results,
+)
+from elm_ecg.training.evaluation.scores import load_metrics
+from elm_ecg.training.files import check_output_folder
+
+logger = logging.getLogger(__name__)
+
+SUITES: dict[str, Suite] = {suite.name: suite for suite in (ECGQA(), ECGReasoning(), PTBXL())}
+
+
+def run_suite(args: Namespace, suite: Suite, asked: Asked, contender: Contender, folder: Path) -> Results:
+    """Asks the model all questions of a suite and scores its answers; on processes other than the first nothing.
+
+    Args:
+        folder: that keeps the answers so far.
+
+    Raises:
+        ValueError: the suite needs likelihoods, and the model gives none.
+    """
+    if suite.score == "likelihood" and not contender.likelihoods:
+        raise ValueError(
+            f"--suite {suite.name} is decided by how likely a model finds its answers, which {args.model} does not say; leave the suite out."
+        )
+    questions = list_questions(asked.data)
+    choices = [list(turn.options) for turn in asked.turns] if suite.score == "likelihood" else None
+    generation = {"do_sample": False, "max_new_tokens": args.max_new_tokens or suite.max_new_tokens}
+    fingerprint = fingerprint_of(asked.data, questions)
+    answerer = contender.make_answerer(asked.data, questions, choices, generation)
+    progress = Progress(folder, [SCHEMA_VERSION, suite.name], PartialState().process_index)
+    shown = [fingerprint, choices, args.batch_size, generation, contender.system_prompt]
+    progress.begin([contender.revision, contender.dtype, type(answerer).__name__, args.describe, shown])
+    conditions = [name for name in ASKED if name == ECG or name in args.conditions]
+    answers, not_scored = ask_conditions(answerer, conditions, progress)
+    if not PartialState().is_main_process:
+        return Results()
+    modules = load_metrics(["exact_match"])
+    scorer = SuiteScorer(
+        questions,
+        modules,
+        args.num_resamples,
+        args.seed,
+        {},
+        choices,
+        suite=suite,
+        turns=asked.turns,
+        chats=asked.chats,
+    )
+    settings = {**vars(args), "score": suite.score, "generation": generation, "candidates": None}
+    settings |= {"dtype": contender.dtype, "system_prompt": contender.system_prompt}
+    facts = facts_of(contender.name, contender.revision, asked.data, fingerprint, [], settings)
+    facts["data"] |= {"names": [suite.name], "split": args.split}
+    facts["settings"] |= {"describe": args.describe, "show_options": args.show_options, "limit": args.limit}
+    left_out = dict(asked.left_out)
+    if isinstance(answerer, FittingAnswerer):
+        left_out["questions too long for the model's context, which count as wrong"] = answerer.fits.count(False)
+        logger.warning(
+            "%s: %s of %s questions are too long for the model's context; they count as wrong.",
+            suite.name,
+            f"{answerer.fits.count(False):,}",
+            f"{len(questions):,}",
+        )
+    facts["suite"] = {"name": suite.name, "title": suite.title, "paper": suite.paper, "left_out": left_out}
+    results = summarise(answerer, scorer, answers, not_scored, [], facts, suite.main_metric)
+    points = suite.points(asked.turns, asked.chats, [row[ECG] for row in results.predictions])
+    for place, row in enumerate(results.predictions):
+        row["suite"] = {name: samples[place].tolist() for name, samples in points.items() if samples[place, 1]}
+    return results
+
+
+def _place_of(args: Namespace, suite: Suite, asked: Asked) -> str:
+    """The name by which results are told from others of the same model, as `elm evaluate` has it."""
+    names = ("split", "show_options", "conditions", "describe", "endpoint", "limit", "batch_size", "max_new_tokens")
+    names += ("system_prompt", "dtype", "seed", "num_resamples")
+    fingerprint = fingerprint_of(asked.data, list_questions(asked.data))
+    digits = digest([*(getattr(args, name) for name in names), fingerprint])[:8]
+    return f"{suite.name}-{args.split}-{suite.score}-{digits}"
+
+
+def _folder_of(args: Namespace, suite: Suite, place: str, revision: str) -> Path:
+    if args.output_dir is None:
+        own = Path(args.model)
+        return own / EVALUATIONS / place if own.is_dir() else Path(EVALUATIONS) / own.name / place
+    folder = args.output_dir / suite.name
+    found = identity_of(folder / RESULTS_FILE) if (folder / RESULTS_FILE).is_file() else None
+    if found is not None and (found.get("evaluation"), found.get("model_revision")) != (place, revision):
+        raise ValueError(
+            f"--output_dir {args.output_dir} holds the results of another model, data or settings in {suite.name}, which are not overwritten: "
+            "name another folder, or move them away."
+        )
+    return folder
+
+
+def _others(args: Namespace, suite: Suite, results: Results) -> list[dict[str, Any]]:
+    """The results of --beside that are of the same suite and questions."""
+    files = [folder / RESULTS_FILE for folder in args.beside]
+    files += [folder / suite.name / RESULTS_FILE for folder in args.beside]
+    found = [read_results(file) for file in files if file.is_file()]
+    same = [run for run in found if run["data"]["fingerprint"] == results["data"]["fingerprint"]]
+    if args.beside and not same:
+        logger.warning("--beside: none of these folders holds results of %s about the same questions.", suite.name)
+    return same
+
+
+def _texts_of(suite: Suite, place: str | None) -> Path | None:
+    if place is not None or suite.hub is None:
+        return None if place is None else Path(place)
+    return Path(snapshot_download(suite.hub, repo_type="dataset", allow_patterns=["*.json", "*.jsonl", "*.parquet"]))
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Results]:
+    """Suite -> its results; on processes other than the first nothing."""
+    args, chosen = parse(None if argv is None else list(argv), SUITES)
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if args.output_dir is not None:
+        check_output_folder(args.output_dir)
+    for folder in args.beside:
+        if not folder.is_dir():
+            raise ValueError(f"--beside {folder}: there is no such folder.")
+    places = read_places(args.records, args.metadata)
+    options = SuiteOptions(args.split, args.show_options)
+    everything: dict[str, Results] = {}
+    with tempfile.TemporaryDirectory(prefix="elm-benchmark-") as temporary:
+        asked: dict[str, Asked] = {}
+        for name, place in chosen.items():  # all of them, before the model is loaded
+            suite = SUITES[name]
+            asked[name] = make_rows(
+                suite.chats(_texts_of(suite, place), places, options), places, Path(temporary), args.limit, args.seed
+            )
+            if state.is_main_process:
+                for what, number in asked[name].left_out.items():
+                    logger.warning("%s: left out: %s (%s)", name, what, f"{number:,}")
+        contender = open_contender(args)
+        own = Path(args.model)
+        if args.output_dir is None and own.is_dir() and state.is_main_process:
+            move_old_results(own, keep=contender.revision)
+        for name, of_suite in asked.items():
+            suite = SUITES[name]
+            place_name = _place_of(args, suite, of_suite)
+            folder = _folder_of(args, suite, place_name, contender.revision)
+            folder.mkdir(parents=True, exist_ok=True)
+            state.wait_for_everyone()
+            results = run_suite(args, suite, of_suite, contender, folder)
+            if not state.is_main_process:
+                continue
+            results["evaluation"] = place_name
+            results.save(folder)
+            write_report(
+                folder / REPORT_FILE, results, results.predictions, of_suite.data, f"{contender.name} on {suite.title}"
+            )
+            print(printable(write_tables(folder, suite, [results, *_others(args, suite, results)])))
+            print(results["verdict"])
+            print(f"Results, predictions, report and tables in {folder.resolve()}", flush=True)
+            Progress(folder, None).remove()
+            if args.output_dir is None and own.is_dir():
+                add_evaluations(own, contender.revision)
+            everything[name] = results
+    return everything
+
+
+if __name__ == "__main__":  # as `accelerate launch` and `torchrun` start it
+    sys.exit(run_command("elm benchmark", main))

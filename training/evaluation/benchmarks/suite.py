@@ -1,0 +1,160 @@
+"""What a benchmark suite is: its chats, the options and facts of each turn, and how its answers are scored."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from elm_ecg.training.evaluation.arguments import ScoredBy
+from elm_ecg.training.evaluation.bootstrap import auroc_of_candidates
+from elm_ecg.training.evaluation.scale import MetricScale
+from elm_ecg.training.evaluation.scores import Figure, Key, Scorer
+
+if TYPE_CHECKING:
+    from elm_ecg.training.evaluation.benchmarks.records import RecordPlaces
+
+RATIO = 2  # columns of a score that is a ratio of sums: points, and how many could be had
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One question of a suite and its right answer.
+
+    Args:
+        options: among which it is answered, where the suite names them.
+        facts: what else its score needs, such as the step of a chain that it is.
+    """
+
+    question: str
+    answer: str
+    question_type: str
+    options: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """Questions about the same record or records, each asked after the right answers to those before it.
+
+    Args:
+        records: their names, as the suite has them.
+    """
+
+    records: tuple[str, ...]
+    turns: tuple[Turn, ...]
+
+
+@dataclass(frozen=True)
+class SuiteOptions:
+    """What a run says of all of its suites: `split`, and whether options are shown that a suite could leave out."""
+
+    split: str = "test"
+    show_options: bool = False
+
+
+class Suite(ABC):
+    """A published benchmark.
+
+    `name` is what `--suite` takes, `paper` where it was published, `hub` its dataset on the Hub if it has one,
+    `needs_texts` whether it is more than the labels of the records, `score` how it is
+    answered, `max_new_tokens` the longest answer, `main_metric` the one of the verdict, and `scales` the scale of each of its own scores,
+    in the order of its table.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    hub: ClassVar[str | None] = None
+    needs_texts: ClassVar[bool] = True
+    score: ClassVar[ScoredBy] = "generation"
+    max_new_tokens: ClassVar[int] = 128
+    main_metric: ClassVar[str]
+    scales: ClassVar[dict[str, MetricScale]]
+
+    @abstractmethod
+    def chats(self, place: Path | None, records: "RecordPlaces", options: SuiteOptions) -> Iterator[Chat]:
+        """The chats of the suite.
+
+        Args:
+            place: the file or folder that its texts are in; None for a suite that is made of the records' labels.
+            records: those that are there, and what is known of them.
+
+        Raises:
+            ValueError: the files are not those of the suite.
+        """
+
+    def points(self, turns: Sequence[Turn], chats: Sequence[int], answers: Sequence[str]) -> dict[str, np.ndarray]:
+        """The suite's own scores that are ratios of sums: metric -> [turns, 2], points and how many could be had by each turn.
+
+        Args:
+            turns: of all chats, one after the other.
+            chats: of each turn, the number of its chat.
+            answers: what the model said in each.
+        """
+        return {}
+
+    def figures(self, turns: Sequence[Turn], answers: Sequence[str]) -> dict[Key, Figure]:
+        """The suite's own scores that are no ratios of sums, such as a macro F1."""
+        return {}
+
+    def group_of(self, question_type: str) -> str | None:
+        """The score in which the AUROCs of a type of question are averaged; None where there are none."""
+        return None
+
+
+def ratio(sums: np.ndarray) -> np.ndarray:
+    """Points divided by how many could be had, [..., 2] -> [...]."""
+    return sums[..., 0] / sums[..., 1]
+
+
+@dataclass
+class SuiteScorer(Scorer):
+    """Scores answers as `elm evaluate` does, and by a suite's own scores beside.
+
+    Args:
+        suite, turns, chats: as `Suite.points` takes them; a turn for each of the questions.
+    """
+
+    suite: Suite | None = None
+    turns: Sequence[Turn] = ()
+    chats: Sequence[int] = ()
+
+    def _figures(self, texts: list[str]) -> dict[Key, Figure]:
+        assert self.suite is not None
+        figures = super()._figures(texts)
+        for name, samples in self.suite.points(self.turns, self.chats, texts).items():
+            figures[None, name, "value"] = Figure(samples, ratio)
+            for kind in self.types:
+                of_kind = samples * (self.kinds == kind)[:, None]
+                if of_kind[:, 1].any():
+                    figures[kind, name, "value"] = Figure(of_kind, ratio)
+        return figures | self.suite.figures(self.turns, texts)
+
+    def _scale(self, name: str) -> MetricScale:
+        assert self.suite is not None
+        return self.suite.scales[name] if name in self.suite.scales else super()._scale(name)
+
+    def _auroc(self, likelihoods: list[list[float]]) -> dict[Key, tuple[float, np.ndarray]]:
+        assert self.suite is not None
+        assert self.candidates is not None
+        found = auroc_of_candidates(
+            self.kinds.tolist(),
+            self.candidates,
+            self.references,
+            likelihoods,
+            self.patients,
+            self.num_resamples,
+            self.seed,
+        )
+        scores: dict[Key, tuple[float, np.ndarray]] = {(kind, "auroc", "value"): row for kind, row in found.items()}
+        groups: dict[str, list[tuple[float, np.ndarray]]] = {}
+        for kind, row in found.items():
+            if kind is not None and (group := self.suite.group_of(kind)) is not None:
+                groups.setdefault(group, []).append(row)
+        for group, rows in groups.items():
+            values, replicates = zip(*rows, strict=True)
+            scores[None, group, "value"] = float(np.mean(values)), np.mean(replicates, axis=0)
+        return scores

@@ -1,0 +1,369 @@
+"""Reinforcement learning of an ELM with TRL: `elm rl ...`, or `accelerate launch training/rl.py ...` with several processes."""
+
+import json
+import logging
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import ModelConfig
+
+from elm_ecg.modeling_elm import ELMForConditionalGeneration
+from elm_ecg.processing_elm import ELMProcessor
+from elm_ecg.training.arguments import AugmentationArguments
+from elm_ecg.training.base_models import read_recipe
+from elm_ecg.training.checkpoints import CountEpochs, replace_model
+from elm_ecg.training.collator import ELMCollator
+from elm_ecg.training.command_line import run_command
+from elm_ecg.training.evaluation.bootstrap import difference, resampled_sums
+from elm_ecg.training.evaluation.results import move_old_results
+from elm_ecg.training.features import EncoderFeatures
+from elm_ecg.training.figures import rewards_plot
+from elm_ecg.training.files import check_output_folder, write_text
+from elm_ecg.training.load import limit_threads
+from elm_ecg.training.lora import adapt_quantized, freeze, freeze_new_parts, lora_config
+from elm_ecg.training.model_files import find_model_file
+from elm_ecg.training.parser import ELMParser
+from elm_ecg.training.resume import RunOptions, checkpoint_to_resume, fingerprint
+from elm_ecg.training.rewards import REWARDS, Reward
+from elm_ecg.training.rl_arguments import LOSSES, NEEDED_HERE, NOT_SAMPLED, OF_LOSS, REFUSED_HERE, RLArguments, RLConfig
+from elm_ecg.training.rl_prompts import Prompts, check_answers
+from elm_ecg.training.rl_trainer import CONDITIONS, ELMGRPOTrainer
+from elm_ecg.training.sft import (
+    build_base,
+    check_adapter_folder,
+    check_trainer,
+    checkpoint_by_size,
+    keep_features,
+    load_splits,
+    set_common_options,
+    settle,
+)
+from elm_ecg.training.sharing.cards import write_model_card
+
+logger = logging.getLogger(__name__)
+
+# defaults of --learning_rate, of full training and of LoRA
+LEARNING_RATES = {False: 1e-6, True: 1e-5}
+ANSWERS = "answers"  # folder of the drawn ones
+MAX_BYTES_OF_FEATURES = 2**28  # of a frozen encoder, for the ECGs of the last batches
+
+
+def make_parser(prog: str = "elm rl") -> ELMParser:
+    """The options of `elm rl`: ours, those of TRL's GRPOConfig and ModelConfig but for `REFUSED_HERE`, and `--config`."""
+    parser = ELMParser((RLArguments, RLConfig, ModelConfig), prog=prog)
+    set_common_options(parser)
+    parser.set_defaults(
+        # those of the reference
+        loss_type="sapo",
+        num_generations=4,
+        temperature=0.8,
+        top_p=0.95,
+        max_completion_length=384,
+        num_iterations=2,
+        num_generations_eval=1,
+        disable_dropout=True,  # answers are written without
+        eval_on_start=True,  # what is gained is told by it
+    )
+    options: dict[str, Any] = parser._option_string_actions
+    options["--learning_rate"].help = "Of AdamW at first. Default: 1e-6, and 1e-5 with --use_peft."
+    options["--loss_type"].choices = LOSSES
+    options["--loss_type"].help = "How rewards become a loss, see TRL's GRPOConfig; sapo as in the reference."
+    options["--num_generations"].help = "Answers to each prompt, a group: each is judged beside the others."
+    options["--num_generations_eval"].help = "Answers to each prompt of an evaluation."
+    options["--reward_weights"].help = "Weight of each of --rewards, in their order. Default: 1 each."
+    options["--max_completion_length"].help = "Tokens that an answer may have."
+    options["--num_iterations"].help = "How often the answers that were written at once are trained on."
+    options["--beta"].help = "Weight of the divergence from the model as it was at the start; 0 for none."
+    options["--steps_per_generation"].help = "Batches that the answers written at once are cut into."
+    options["--metric_for_best_model"].help = "reward, or one of --rewards, of the answers with their ECG."
+    options[
+        "--eval_on_start"
+    ].help = "With --eval_strategy: evaluate before the first step, so that what is gained is told."
+    parser.refuse(REFUSED_HERE, needed=NEEDED_HERE)
+    return parser
+
+
+def parse(argv: list[str] | None = None, prog: str = "elm rl") -> tuple[RLArguments, RLConfig, ModelConfig]:
+    """What the command line says, checked (ValueError) as far as it can be without data and model; writes nothing."""
+    parser = make_parser(prog)
+    args, training_args, model_args = parser.parse_args_and_config(argv)
+    settle(args, training_args, model_args, LEARNING_RATES)
+    training_args.eval_on_start &= training_args.eval_strategy != "no"
+    names, weights = [reward.name for reward in args.reward_functions], training_args.reward_weights
+    if weights is not None and len(weights) != len(names):
+        raise ValueError(
+            f"--reward_weights has {len(weights)} numbers for the {len(names)} of --rewards, {', '.join(names)}; expected one for each."
+        )
+    if training_args.include_num_input_tokens_seen != "no":
+        raise ValueError(
+            "--include_num_input_tokens_seen cannot be used: num_tokens in the log counts prompts and answers."
+        )
+    for option, loss in OF_LOSS.items():
+        if getattr(training_args, option) != parser.presets[option] and training_args.loss_type != loss:
+            raise ValueError(
+                f"--{option} changes nothing with --loss_type {training_args.loss_type}; it is for {loss}."
+            )
+    kwargs: Any = training_args.generation_kwargs or {}
+    if not isinstance(kwargs, dict):
+        kwargs = json.loads(kwargs)
+    if refused := [name for name in NOT_SAMPLED if name in kwargs]:
+        raise ValueError(
+            f"--generation_kwargs {refused[0]}: the answers of a group are drawn one by one, by --temperature, --top_p, --top_k and "
+            "--min_p; leave it out."
+        )
+    _set_metric(training_args, names)
+    return args, training_args, model_args
+
+
+def _set_metric(training_args: RLConfig, names: list[str]) -> None:
+    """`--metric_for_best_model` as the trainer calls it (ValueError: there is none of that name)."""
+    metric = training_args.metric_for_best_model
+    if metric is None:
+        return
+    metric = "reward" if metric == "loss" else metric  # what transformers has filled in
+    if metric not in ("reward", *names):
+        raise ValueError(
+            f"--metric_for_best_model is {metric}; expected reward, or one of --rewards, {', '.join(names)}."
+        )
+    training_args.metric_for_best_model = f"eval_ecg_{'reward' if metric == 'reward' else f'rewards/{metric}/mean'}"
+    training_args.greater_is_better = True
+
+
+def warn_of_base(args: RLArguments, model_args: ModelConfig) -> None:
+    """Tells of a model that has not learnt to answer yet, from which little can be drawn that deserves a reward."""
+    name = model_args.model_name_or_path
+    if name is None:
+        logger.warning(
+            "No --model_name_or_path: a new ELM around %s has never been fine-tuned, so that hardly any of its answers will earn a "
+            "reward. Begin with what `elm sft` has made.",
+            args.llm,
+        )
+        return
+    options = RunOptions.read(Path(name)) if Path(name).is_dir() else None
+    if options is not None and options.options.get("train_phase") == "pretrain":
+        logger.warning(
+            "--model_name_or_path %s was aligned on reports and never fine-tuned, so that hardly any of its answers will earn a reward. "
+            "Fine-tune it with `elm sft` first.",
+            name,
+        )
+
+
+def numbers_of(data: Dataset, condition: str | None = None, most: int | None = None) -> Dataset:
+    """The numbers of the rows, which the trainer draws from; of an evaluation at most `most`, with their `condition`."""
+    number = len(data) if most is None else min(most, len(data))
+    rows: dict[str, Any] = {"row": np.arange(number)}
+    return Dataset.from_dict(rows if condition is None else {**rows, "condition": [condition] * number})
+
+
+def make_trainer(
+    args: RLArguments,
+    training_args: RLConfig,
+    model_args: ModelConfig,
+    model: ELMForConditionalGeneration,
+    processor: ELMProcessor,
+    splits: dict[str, Any],
+    options: RunOptions,
+) -> ELMGRPOTrainer:
+    """TRL's trainer, which trains the parts of `--update` or a LoRA adapter."""
+    peft_config, adapted = lora_config(args, model_args, model) if model_args.use_peft else None, None
+    if peft_config is None:  # PEFT itself freezes all that the adapter does not train
+        freeze(model, args.update)
+    elif model_args.load_in_4bit or model_args.load_in_8bit:
+        adapted, peft_config = adapt_quantized(model, peft_config, 4 if model_args.load_in_4bit else 8), None
+    changes = {option.name: getattr(args, option.name) for option in fields(AugmentationArguments)}
+    collator = ELMCollator(processor, seed=training_args.seed, **changes)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = None if longest is None else longest - (training_args.max_completion_length or 0)
+    template_kwargs = training_args.chat_template_kwargs or {}
+    prompts = {"train": Prompts(splits["train"], collator, template_kwargs, room)}
+    evaluated = None
+    if splits["validation"] is not None:
+        plain = collator.for_evaluation()
+        collators = {"ecg": plain, "zeros": replace(plain, perturb="zeros")}
+        prompts |= {name: Prompts(splits["validation"], collators[name], template_kwargs, room) for name in CONDITIONS}
+        evaluated = {name: numbers_of(splits["validation"], name, args.eval_prompts) for name in CONDITIONS}
+    checkpoint_by_size(training_args, model)
+    for reward in args.reward_functions:
+        reward.context = {
+            "think_given": getattr(processor, "explicit_thinking", False),
+            "max_completion_length": training_args.max_completion_length,
+        }
+    funcs: list[Reward] = list(args.reward_functions)
+    trainer = ELMGRPOTrainer(
+        options=options,
+        prompts=prompts,
+        processor=processor,
+        draw_steps=args.draw_steps,
+        draw_prompts=args.draw_prompts,
+        answers_dir=Path(str(training_args.output_dir)) / ANSWERS,
+        model=model if adapted is None else adapted,
+        args=training_args,
+        reward_funcs=funcs,
+        train_dataset=numbers_of(splits["train"]),
+        eval_dataset=evaluated,
+        peft_config=peft_config,
+        callbacks=[CountEpochs(collator)],
+    )
+    assert trainer.model is not None
+    check_trainer(args, trainer, model)
+    if model_args.use_peft:
+        freeze_new_parts(trainer.model, args.update)
+    encoder = model.model.encoder
+    if args.cache_features is not None:
+        trainer.features = keep_features(args.cache_features, model)
+    elif encoder is not None and not (
+        any(parameter.requires_grad for parameter in encoder.parameters())
+        or trainer.is_fsdp_enabled  # there no process has the whole encoder
+        or is_deepspeed_zero3_enabled()
+    ):
+        trainer.features = EncoderFeatures(model.model, max_bytes=MAX_BYTES_OF_FEATURES)
+    return trainer
+
+
+def train(args: RLArguments, training_args: RLConfig, model_args: ModelConfig) -> None:
+    """Trains an ELM by rewards, and saves it, its processor and its card to `output_dir`."""
+    output_dir = Path(str(training_args.output_dir)).absolute()
+    check_output_folder(output_dir)
+    name = model_args.model_name_or_path
+    if name is not None:
+        find_model_file(name, ["adapter_config.json", "config.json"], model_args.model_revision)
+    warn_of_base(args, model_args)
+    torch.manual_seed(training_args.seed)  # of the new weights; the trainer seeds again
+    options = RunOptions.of(args, training_args, model_args)
+    checkpoint = checkpoint_to_resume(training_args)
+    if model_args.use_peft:
+        check_adapter_folder(output_dir, name, checkpoint is not None)
+    if checkpoint is not None:  # before the data are read and the model is built, which take long
+        options.go_on(checkpoint)
+    splits = load_splits(args, training_args)
+    for split, data in splits.items():
+        if data is not None:
+            check_answers(data, split)
+    options.data = fingerprint(splits["train"])
+    if checkpoint is not None:
+        options.go_on_with(checkpoint)
+    _check_size(training_args, len(splits["train"]))
+    model, processor = build_base(args, training_args, model_args)
+    options.base = read_recipe(str(model.name_or_path))
+    if args.system_prompt is not None:
+        processor.system_prompt = args.system_prompt
+    limit_threads(model, training_args.device)
+    trainer = make_trainer(args, training_args, model_args, model, processor, splits, options)
+    if trainer.is_world_process_zero():
+        assert trainer.model is not None
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in trainer.model.parameters()]
+        total, trainable = sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+        rewards = ", ".join(reward.name for reward in args.reward_functions)
+        print(
+            f"{len(splits['train']):,} prompts, {training_args.num_generations} answers to each, rewarded for {rewards}; "
+            f"{trainable:,} of {total:,} parameters trained",
+            flush=True,
+        )
+    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.log_metrics("train", result.metrics)
+    if splits["validation"] is not None and not _is_evaluated(trainer):
+        trainer.evaluate()
+    save(args, training_args, model_args, model, processor, splits, trainer, result.metrics)
+
+
+def _check_size(training_args: RLConfig, number: int) -> None:
+    prompts = training_args.generation_batch_size // training_args.num_generations
+    if number < prompts:
+        raise ValueError(
+            f"The split 'train' has {number} rows, and answers to {prompts} prompts are written at once; lower "
+            "--per_device_train_batch_size, --gradient_accumulation_steps or --steps_per_generation, or raise --num_generations."
+        )
+
+
+def _is_evaluated(trainer: ELMGRPOTrainer) -> bool:
+    """Whether the model as it is now was evaluated."""
+    steps = [row["step"] for row in trainer.state.log_history if "eval_ecg_reward" in row]
+    return trainer.state.global_step in steps
+
+
+def save(
+    args: RLArguments,
+    training_args: RLConfig,
+    model_args: ModelConfig,
+    model: ELMForConditionalGeneration,
+    processor: ELMProcessor,
+    splits: dict[str, Any],
+    trainer: ELMGRPOTrainer,
+    metrics: dict[str, float],
+) -> None:
+    """Saves the model, its processor, card and rewards, and says what training has changed."""
+    output_dir = Path(str(training_args.output_dir)).absolute()
+    with trainer.staging(output_dir) as folder:
+        trainer.save_model(str(folder))  # and the processor, which is its processing_class
+        trainer.accelerator.wait_for_everyone()  # of a sharded model each process writes a part
+        if trainer.is_world_process_zero():
+            history: Any = trainer.state.log_history
+            trainer.state.save_to_json(str(folder / "trainer_state.json"))
+            write_text(folder / "train_results.json", json.dumps(metrics, indent=2) + "\n")
+            (folder / "rewards.svg").write_bytes(rewards_plot(history))
+            write_model_card(
+                folder,
+                args,
+                training_args,
+                model_args,
+                model.config,
+                processor,
+                splits,
+                "grpo",
+                _facts(args, training_args),
+            )
+            trainer.options.save(folder)
+            move_old_results(output_dir)
+            replace_model(folder, output_dir)
+            print(f"Saved model, processor and card to {output_dir}, the rewards in rewards.svg", flush=True)
+            print(verdict(trainer, splits["validation"]), flush=True)
+
+
+def _facts(args: RLArguments, training_args: RLConfig) -> list[tuple[str, Any]]:
+    """Names and values of the card's table that say most of a run of `elm rl`."""
+    weights = training_args.reward_weights or [1.0] * len(args.reward_functions)
+    pairs = zip(args.reward_functions, weights, strict=True)
+    rewards = ", ".join(
+        f"{reward.name} ({REWARDS.get(reward.name, 'metric or own function')}), weight {weight:g}"
+        for reward, weight in pairs
+    )
+    names = ("loss_type", "num_generations", "temperature", "top_p", "max_completion_length", "num_iterations", "beta")
+    return [("rewards", rewards), *((f"`{name}`", getattr(training_args, name)) for name in names)]
+
+
+def verdict(trainer: ELMGRPOTrainer, data: Dataset | None) -> str:
+    """What training has changed of the reward with the ECG and with zeros in its place, in words."""
+    groups, skipped = sum(trainer.groups.values()), trainer.groups["skipped"]
+    told = f"{skipped:,} of {groups:,} groups of answers taught nothing, as their rewards were equal."
+    if not trainer.evaluated or data is None:
+        return f"{told} Whether the model looks at the ECG or guesses is not known: --eval_strategy steps measures it on the split validation."
+    rows = list(trainer.evaluated["ecg"])
+    values = np.array([[trainer.evaluated[name][row] for name in CONDITIONS] for row in rows])  # [rows, conditions, 2]
+    (ecg_first, ecg_last), (zeros_first, zeros_last) = values.mean(0)
+    gains = (values[:, 0, 1] - values[:, 0, 0]) - (values[:, 1, 1] - values[:, 1, 0])
+    patients = [str(data[int(row)].get("patient_id") or f"row {row}") for row in rows]
+    sums = resampled_sums(np.stack([gains, np.ones_like(gains)], 1), patients)
+    interval = difference(float(gains.mean()), sums[:, 0] / sums[:, 1])
+    of = f"Of {len(rows)} prompts of the split validation the reward went with their ECG from {ecg_first:.3f} to {ecg_last:.3f}, with zeros "
+    of += f"in its place from {zeros_first:.3f} to {zeros_last:.3f}. The difference is {gains.mean():+.3f}"
+    if interval.low is None or interval.high is None:
+        return f"{told} {of}; too few patients to say more."
+    means = (
+        "the model learns to look" if interval.low > 0 else "that it learns to look rather than to guess is not shown"
+    )
+    return f"{told} {of} (95% interval {interval.low:+.3f} to {interval.high:+.3f}): {means}."
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs `elm rl`."""
+    train(*parse(argv))
+
+
+if __name__ == "__main__":  # as `accelerate launch` and `torchrun` start it
+    sys.exit(run_command("elm rl", main))
