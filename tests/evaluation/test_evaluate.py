@@ -71,7 +71,7 @@ def predictions_in(folder: Path) -> list[dict[str, Any]]:
 @pytest.fixture
 def no_report(monkeypatch):
     """Reports are written by `test_files` and others; here they would take longest."""
-    monkeypatch.setattr(evaluation, "write_report", lambda *args: None)
+    monkeypatch.setattr(evaluation, "write_report", lambda *args, **options: None)
 
 
 def test_files(evaluated, data, model):

@@ -90,6 +90,12 @@ class AskedModel:
         return conversation, conversation.candidates[0][0]
 
 
+def require_captum() -> None:
+    """Raises ImportError if Captum is not installed."""
+    if IntegratedGradients is None:
+        raise ImportError('Explanations need Captum: install it with `pip install "elm-ecg[explain]"`.')
+
+
 def attribute(asked: AskedModel, answer: str, method: Method) -> np.ndarray:
     """What each sample of the record adds to log P(answer), float64 [leads, samples]; below zero where it speaks against it.
 
@@ -102,8 +108,7 @@ def attribute(asked: AskedModel, answer: str, method: Method) -> np.ndarray:
         ImportError: Captum is not installed.
         ValueError: the method cannot tell where in the ECG the model's inputs stand.
     """
-    if IntegratedGradients is None:
-        raise ImportError('Explanations need Captum: install it with `pip install "elm-ecg[explain]"`.')
+    require_captum()
     if method == "occlusion":
         return _occlusion(asked, answer)
     representation = asked.model.config.representation

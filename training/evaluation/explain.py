@@ -16,8 +16,10 @@ from elm_ecg.ecg_utils import ECGRecord, read_ecg
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.command_line import CommandLineParser, printable, read_system_prompt, run_command, whole_number
+from elm_ecg.training.data.loading import ecgs_of
 from elm_ecg.training.evaluation.attributions import WINDOW_SECONDS, AskedModel, Method, attribute
 from elm_ecg.training.evaluation.beats import in_qrs, level_between_beats
+from elm_ecg.training.evaluation.conditions import ECG
 from elm_ecg.training.files import atomic_path, write_text
 from elm_ecg.training.load import limit_threads, load_elm
 
@@ -156,6 +158,19 @@ def explain(
     return Explanation(prepared, text, answer, method, whole, attribution, {"most": most, "least": least})
 
 
+def explain_prediction(
+    model: ELMForConditionalGeneration, processor: ELMProcessor, row: dict[str, Any], prediction: dict[str, Any]
+) -> Explanation:
+    """Explains a prediction of `elm evaluate`, the answer with the ECG.
+
+    Args:
+        row: of the data; it has one ECG.
+        prediction: has the `turn` of the row, and the answer.
+    """
+    (ecg,) = ecgs_of(row)
+    return explain(model, processor, ecg, row["messages"][: prediction["turn"]], prediction[ECG])
+
+
 def question_of(message: dict[str, Any]) -> str:
     """The words of a message that has parts."""
     return "".join(part.get("text") or "" for part in message["content"] if part["type"] == "text")
@@ -178,6 +193,11 @@ def draw(explanation: Explanation, width: int = WIDTH, paper: ECGPaper = PAPER) 
     return draw_ecg(record, height, width, paper, caption, shades=shades_of(explanation), shade_color=SHADE_COLOR)
 
 
+def draw_svg(explanation: Explanation, paper: ECGPaper = PAPER) -> str:
+    """As `draw`, as an SVG document."""
+    return ecg_svg(explanation.record, paper, _caption(explanation), shades_of(explanation), SHADE_COLOR)
+
+
 def _caption(explanation: Explanation) -> str:
     return f"{explanation.question} {explanation.answer} (P = {explanation.probability:.2f}); shaded: what it rests on"
 
@@ -187,8 +207,7 @@ def write(explanation: Explanation, output: Path, width: int = WIDTH, paper: ECG
     paths = [output.with_name(f"{output.name}.{suffix}") for suffix in ("png", "svg", "json")]
     with atomic_path(paths[0]) as temporary:
         draw(explanation, width, paper).save(temporary, "PNG")
-    shades = shades_of(explanation)
-    write_text(paths[1], ecg_svg(explanation.record, paper, _caption(explanation), shades, SHADE_COLOR))
+    write_text(paths[1], draw_svg(explanation, paper))
     write_text(paths[2], json.dumps(explanation.as_json(), ensure_ascii=False, indent=2) + "\n")
     return paths
 
