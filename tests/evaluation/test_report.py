@@ -5,9 +5,19 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
+from elm_ecg.ecg_utils import ECGRecord
 from elm_ecg.training.evaluation.conditions import CONDITIONS
+from elm_ecg.training.evaluation.explain import Explanation
 from elm_ecg.training.evaluation.questions import Question
-from elm_ecg.training.evaluation.report import NUM_EXAMPLES, alike, examples, score_tables, write_report, wrong_answers
+from elm_ecg.training.evaluation.report import (
+    NUM_EXAMPLES,
+    alike,
+    example,
+    examples,
+    score_tables,
+    write_report,
+    wrong_answers,
+)
 from elm_ecg.training.evaluation.scale import MetricScale
 from elm_ecg.training.evaluation.scores import Scorer, load_metrics
 from elm_ecg.training.evaluation.verdict import verdict
@@ -125,6 +135,24 @@ def test_report_is_one_file_of_escaped_text(page):
         "Without intervals and p-values: the questions are about 4 patients, and fewer than 10 do not show",
     ):
         assert words in text
+
+
+def test_an_example_is_explained():
+    """In place of the plain picture; rows of several ECGs have theirs."""
+    ecg = {"array": [[0] * 500] * 2, "sampling_rate": 100, "lead_names": ["I", "II"], "unit": "uV"}
+    data = Dataset.from_list([{"ecg": [ecg]}, {"ecg": [ecg, ecg]}])
+
+    def explain(row, prediction):
+        record = ECGRecord(np.zeros((2, 500), np.float32), 100, ("I", "II"))
+        assert len(row["ecg"]) == 1
+        attribution = np.ones((2, 500))
+        return Explanation(record, "?", prediction["ecg"], "occlusion", 0.75, attribution, {"most": 0.5, "least": 0.7})
+
+    (shaded,) = example(prediction(0, "rate", "a", "a"), data, explain)["pictures"]
+    (plain,) = example(prediction(0, "rate", "a", "a"), data, None)["pictures"]
+    assert "shaded where the answer rests on it. 'a' has probability 0.75" in shaded["caption"]
+    assert shaded["uri"] != plain["uri"]
+    assert len(example(prediction(1, "rate", "a", "a"), data, explain)["pictures"]) == 2
 
 
 def test_the_contents_lead_to_every_section(page):
