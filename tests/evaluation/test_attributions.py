@@ -78,14 +78,15 @@ def test_tokens_share_what_they_add_among_their_samples():
     assert len(np.unique(found.round(12))) > len(offsets) / 2
 
 
-def test_occlusion_is_what_a_window_of_a_lead_takes_away():
+def test_occlusion_is_what_a_window_of_a_lead_takes_away(monkeypatch):
+    monkeypatch.setattr(attributions, "WINDOW_SECONDS", 1.0)  # fewer of them
     asked = asked_of("signal")
     found = attribute(asked, "yes", "occlusion")
     array = asked.record.array.copy()
-    array[1, 120:130] = asked.levelled.array[1, 120:130]
+    array[1, 200:300] = asked.levelled.array[1, 200:300]
     without, whole = asked.log_likelihoods(np.stack([array, asked.record.array]), "yes")
-    np.testing.assert_allclose(found[1, 120:130].sum(), whole - without, atol=1e-5)
-    assert len(np.unique(found[1, 120:130])) == 1
+    np.testing.assert_allclose(found[1, 200:300].sum(), whole - without, atol=1e-5)
+    assert len(np.unique(found[1, 200:300])) == 1
 
 
 @pytest.mark.parametrize("representation", ["rgb", "stacked_signal"])
@@ -131,6 +132,19 @@ def test_a_filter_is_not_applied_twice():
     conversation, _ = again.read(filtered.array, "yes")
     np.testing.assert_allclose(conversation.ecgs["ecg_values"][0], expected, atol=1e-6)
     assert processor.feature_extractor.bandpass == [0.5, 40]  # the caller's own stays
+
+
+@pytest.mark.parametrize("normalization", ["zscore", "minmax"])
+def test_variants_are_normalised_as_the_record(normalization):
+    """By themselves the record at its level would be as large as the record."""
+    asked = asked_of("signal")
+    processor = tiny_processor("default", sampling_rate=100, normalization=normalization)
+    again = AskedModel(asked.model, processor, CHAT, asked.record)
+    expected = processor.feature_extractor(asked.record)["ecg_values"][0]
+    np.testing.assert_allclose(again.read(asked.record.array, "yes")[0].ecgs["ecg_values"][0], expected, atol=1e-5)
+    level = again.read(again.levelled.array, "yes")[0].ecgs["ecg_values"][0].numpy()
+    assert np.ptp(level) < 0.3 * np.ptp(expected)
+    assert np.abs(level - np.median(expected, axis=1)[:, None]).max() < 0.2 * np.ptp(expected)
 
 
 def test_what_cannot_be_explained(monkeypatch):

@@ -180,7 +180,8 @@ class Chat:
         (ecg,) = self.ecgs[:1]
         *asked, answer = self.messages
         text = "".join(part["text"] for part in answer["content"])
-        explanation = explain(self.model, self.processor, ecg.record, _with_places(asked), text)
+        model: Any = self.model  # an ELM
+        explanation = explain(model, self.processor, ecg.record, _with_places(asked), text)
         paths = write(explanation, output or Path(f"{Path(ecg.name).stem}-why"))
         print(printable(f"{explanation.told()}\nPictures in {', '.join(str(path.resolve()) for path in paths)}"))
 

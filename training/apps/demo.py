@@ -200,7 +200,8 @@ class Page:
         if len(ecgs) != 1 or not turns:
             raise ValueError("An answer about one ECG can be explained: read one, and ask about it.")
         *asked, answer = turns
-        explanation = explain(self.model, self.processor, ecgs[0].record, asked, answer["content"])
+        model: Any = self.model  # an ELM
+        explanation = explain(model, self.processor, ecgs[0].record, asked, answer["content"])
         told = f"<b>What the answer rests on</b>: {html.escape(explanation.told())}"
         return f'<figure><div class="paper">{draw_svg(explanation)}</div><figcaption>{told}</figcaption></figure>'
 

@@ -13,10 +13,11 @@ import torch
 from elm_ecg.configuration_elm import IMAGE_REPRESENTATIONS
 from elm_ecg.ecg_drawing import page_height, page_width, strips
 from elm_ecg.ecg_utils import ECGRecord
+from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.evaluation.answers import Answerer, Conversation
-from elm_ecg.training.evaluation.beats import level_between_beats
+from elm_ecg.training.evaluation.beats import between_beats, level_between_beats
 from elm_ecg.training.evaluation.conditions import CONDITIONS, ECG
 from elm_ecg.training.evaluation.questions import Question
 
@@ -48,10 +49,11 @@ class AskedModel:
     def __post_init__(self) -> None:
         if not self.processor.takes_ecgs:
             raise ValueError("This model is text-only: it takes no ECG, so no answer rests on one.")
-        # the record is filtered already
         self.processor = copy(self.processor)
         extractor = copy(self.processor.feature_extractor)
-        extractor.bandpass = extractor.notch = None
+        extractor.bandpass = extractor.notch = None  # the record is filtered already
+        self._scale, self._offset = _normalization(extractor, self.record)
+        extractor.normalization = "none"
         self.processor.feature_extractor = extractor
 
     @property
@@ -60,8 +62,12 @@ class AskedModel:
         level = level_between_beats(self.record)
         return replace(self.record, array=np.broadcast_to(level[:, None], self.record.array.shape).copy())
 
+    def scaled(self, arrays: np.ndarray) -> list[ECGRecord]:
+        """Variants of the record [variants, leads, samples] in millivolts, normalised as it is."""
+        return [replace(self.record, array=array * self._scale + self._offset) for array in arrays]
+
     def _answerer(self, arrays: np.ndarray, answer: str | None, **generation: Any) -> Answerer:
-        rows = [{"messages": self.messages, "ecg": [replace(self.record, array=array)]} for array in arrays]
+        rows = [{"messages": self.messages, "ecg": [ecg]} for ecg in self.scaled(arrays)]
         questions = [Question(row, len(self.messages), "", "", "", "") for row in range(len(rows))]
         candidates = None if answer is None else [[answer]] * len(rows)
         return Answerer(self.model, self.processor, rows, questions, candidates, BATCH_SIZE, generation)  # type: ignore[arg-type]
@@ -90,6 +96,17 @@ class AskedModel:
         return conversation, conversation.candidates[0][0]
 
 
+def _normalization(extractor: ECGFeatureExtractor, record: ECGRecord) -> tuple[np.float32, np.float32]:
+    """The factor and the summand by which a record is normalised. Its variants are normalised alike: by their own range or deviation
+    what is left of them would grow."""
+    if extractor.normalization == "none":
+        return np.float32(1), np.float32(0)
+    normalized, places = extractor.prepare(record).array, [record.array.argmin(), record.array.argmax()]
+    (low, high), (new_low, new_high) = record.array.flat[places], normalized.flat[places]
+    scale = (new_high - new_low) / (high - low) if high > low else np.float32(1)
+    return scale, new_low - scale * low
+
+
 def require_captum() -> None:
     """Raises ImportError if Captum is not installed."""
     if IntegratedGradients is None:
@@ -102,7 +119,7 @@ def attribute(asked: AskedModel, answer: str, method: Method) -> np.ndarray:
     - `occlusion`: the drop where `WINDOW_SECONDS` of a lead are at its level between beats. Of any model.
     - `integrated_gradients` (Sundararajan et al. 2017, arXiv 1703.01365) along the way from the record at its level to the record: of
       samples for `signal`; of pixels for `rgb` and `stacked_signal`, which count to the lead and moment that is drawn there; of
-      embeddings of tokens for `symbolic`, from the mean of those that the level is written in.
+      embeddings of tokens for `symbolic`, from the mean of those between the beats of the lead.
 
     Raises:
         ImportError: Captum is not installed.
@@ -181,22 +198,25 @@ def _of_tokens(asked: AskedModel, answer: str) -> np.ndarray:
     """Of a token what its embedding adds, shared equally by the samples that it stands for."""
     ecg_byte: Any = asked.processor.ecg_tokenizer
     symbols = asked.processor.signal_token_ids[: ecg_byte.vocab_size]  # behind them the names of leads
-    (read, tokens), (level, _) = (asked.read(record.array, answer) for record in (asked.record, asked.levelled))
+    read, tokens = asked.read(asked.record.array, answer)
     model, prompt = asked.model, read.prompts[0].input_ids
     places = np.flatnonzero(np.isin(prompt, symbols))
-    shape = asked.record.array.shape
-    offsets = ecg_byte.offsets(ecg_byte.encode(asked.processor.feature_extractor.prepare(asked.record).array), shape[1])
+    shape, (ecg,) = asked.record.array.shape, asked.scaled(asked.record.array[None])
+    offsets = ecg_byte.offsets(ecg_byte.encode(ecg.array), shape[1])
     if len(places) != len(offsets):
         raise ValueError(
             "The ECG is written in fewer tokens than it has, as the chat is long; take --method occlusion."
         )
+    between = np.flatnonzero(between_beats(asked.record))
+    # tokens with a sample between beats
+    free = np.searchsorted(between, offsets[:, 1]) < np.searchsorted(between, offsets[:, 2], side="right")
     with torch.no_grad():
-        ids = torch.tensor([prompt + tokens[:-1]], device=model.device)
-        embeddings = model.model.embed(ids)
-        of_level = [token for token in level.prompts[0].input_ids if token in set(symbols)]
-        mean = model.model.embed(torch.tensor([of_level], device=model.device)).mean(1)  # [1, width]
+        embeddings = model.model.embed(torch.tensor([prompt + tokens[:-1]], device=model.device))
         baseline = embeddings.clone()
-        baseline[0, places] = mean.to(baseline.dtype)
+        for lead in range(shape[0]):
+            of_lead = offsets[:, 0] == lead
+            kept = of_lead & free if (of_lead & free).any() else of_lead
+            baseline[0, places[of_lead]] = embeddings[0, places[kept]].mean(0)
     sums = _integrate(model, prompt, tokens, embeddings, baseline, "inputs_embeds", {})
     result = np.zeros(shape[0] * shape[1])  # lead after lead
     for value, (lead, first, last) in zip(sums[places].sum(axis=1), offsets, strict=True):
@@ -249,11 +269,10 @@ def _spread(values: np.ndarray, at: np.ndarray, num_samples: int, stop: int) -> 
 def _from_stack(asked: AskedModel, pixels: np.ndarray) -> np.ndarray:
     """Of a picture of leads x samples that was resized: a pixel counts to what stood at its place."""
     record, extractor = asked.record, asked.processor.feature_extractor
-    leads, length = len(record.lead_names), asked.processor.feature_extractor.num_samples
-    length = min(length, record.array.shape[1]) if leads else length
-    rows = ((np.arange(pixels.shape[0]) + 0.5) * len(extractor.lead_names) / pixels.shape[0]).astype(int)
+    leads, length = list(extractor.lead_names), extractor.num_samples  # short records are padded
+    rows = ((np.arange(pixels.shape[0]) + 0.5) * len(leads) / pixels.shape[0]).astype(int)
     columns = ((np.arange(pixels.shape[1]) + 0.5) * length / pixels.shape[1]).astype(int)
-    by_lead = np.zeros((len(extractor.lead_names), pixels.shape[1]))
-    np.add.at(by_lead, rows, pixels)
-    spread = np.stack([_spread(row, columns, length, length) for row in by_lead])
-    return spread[[extractor.lead_names.index(lead) for lead in record.lead_names]]
+    of_leads = np.zeros((len(leads), pixels.shape[1]))
+    np.add.at(of_leads, rows, pixels)
+    spread = np.stack([_spread(of_lead, columns, length, length) for of_lead in of_leads])
+    return spread[[leads.index(lead) for lead in record.lead_names], : record.array.shape[1]]

@@ -41,17 +41,16 @@ def in_qrs(record: ECGRecord, seconds: float = 0.16) -> np.ndarray:
     return inside
 
 
-def level_between_beats(record: ECGRecord) -> np.ndarray:
-    """The level of each lead where there is no beat, in millivolts, float32 [leads].
-
-    It is the mean of the samples between 60% and 80% of the time from one QRS complex to the next, which is behind the T wave
-    and before the P wave. Of a record with fewer than two complexes it is the lead's median.
-    """
-    peaks = qrs_complexes(record)
+def between_beats(record: ECGRecord) -> np.ndarray:
+    """Which samples are between 60% and 80% of the time from one QRS complex to the next, bool [samples]: behind the T wave, before the P
+    wave. All samples of a record with fewer than two complexes."""
     free = np.zeros(record.array.shape[1], dtype=bool)
-    for first, second in pairwise(peaks):
+    for first, second in pairwise(qrs_complexes(record)):
         start, stop = (first + round(share * (second - first)) for share in BEAT_FREE)
         free[start : max(stop, start + 1)] = True
-    if not free.any():
-        return np.median(record.array, axis=1).astype(np.float32)
-    return record.array[:, free].mean(axis=1, dtype=np.float64).astype(np.float32)
+    return free if free.any() else ~free
+
+
+def level_between_beats(record: ECGRecord) -> np.ndarray:
+    """The mean of each lead `between_beats`, in millivolts, float32 [leads]."""
+    return record.array[:, between_beats(record)].mean(axis=1, dtype=np.float64).astype(np.float32)
