@@ -30,6 +30,7 @@ Method = Literal["integrated_gradients", "occlusion"]
 WINDOW_SECONDS = 0.1  # of a lead, that is taken away at once
 STEPS = 32  # of the integral
 BATCH_SIZE = 16
+MAX_TOKENS = 8192  # of a batch with gradients, which take memory for every token
 
 
 @dataclass
@@ -175,8 +176,14 @@ def _integrate(
 
     inputs, baseline = inputs.to(device).float(), baseline.to(device).float()
     sums = IntegratedGradients(forward).attribute(
-        inputs, baseline, n_steps=STEPS, internal_batch_size=BATCH_SIZE, method="gausslegendre"
+        inputs,
+        baseline,
+        n_steps=STEPS,
+        internal_batch_size=max(1, min(BATCH_SIZE, MAX_TOKENS // ids.shape[1])),
+        method="gausslegendre",
     )
+    if not torch.isfinite(sums).all():
+        raise ValueError("The model's gradients are NaN or infinite: take --dtype float32, or --method occlusion.")
     return sums[0].double().cpu().numpy()
 
 
