@@ -97,7 +97,7 @@ def example(
     if explain is not None and len(ecgs) == 1:
         explanation = explain(row, prediction)
         content = io.BytesIO()
-        draw(explanation, PICTURE_WIDTH).quantize(64).save(content, "PNG", optimize=True)
+        draw(explanation, PICTURE_WIDTH).quantize(256).save(content, "PNG", optimize=True)
         caption = (
             f"The ECG of record {prediction['record_id']}, shaded where the answer rests on it. {explanation.told()}"
         )
