@@ -21,6 +21,7 @@ COMMANDS = {
     "dpo": ["--data", "x", "--use_cpu"],
     "evaluate": ["model", "--data", "x"],
     "predict": ["model", "a.csv", "--question", "x"],
+    "explain": ["model", "a.csv", "--question", "x"],
     "probe": ["encoder", "--data", "x"],
     "compare": ["a.json", "b.json"],
     "chat": ["model"],

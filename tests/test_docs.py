@@ -87,6 +87,7 @@ def test_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         "training/sft.py": "sft",
         "training/pretrain.py": "pretrain",
         "elm_ecg.training.evaluation.evaluate": "evaluate",
+        "elm_ecg.training.evaluation.predict": "predict",
     }
     if program in verbs:
         program, words = "elm", [verbs[program], *words]

@@ -461,3 +461,23 @@ def test_other_representations(representation, records, tmp_path, monkeypatch, c
         output = chat.model.generate(**inputs, max_new_tokens=6, do_sample=False)
         text = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
         assert turns[place]["content"][0]["text"].strip() == text.strip()
+
+
+def test_why_an_answer_was_given(chat, records, tmp_path, capsys):
+    """Pictures and figures of the last answer; of a chat about one ECG alone."""
+    pytest.importorskip("captum")
+    with pytest.raises(ValueError, match="asked about 0"):
+        chat.command("/why")
+    chat.command(f"/ecg {records[0]}")
+    for question in ("Fast?", "Slow?"):
+        list(chat.ask(question))
+    assert chat.command("/why")
+    values = json.loads((tmp_path / "rec0-why.json").read_text())
+    assert values["question"] == "Slow?"
+    assert values["answer"] == chat.messages[-1]["content"][-1]["text"]
+    assert (tmp_path / "rec0-why.png").is_file()
+    assert f"has probability {values['probability']:.2f}; it rests most on" in capsys.readouterr().out
+    chat.command(f"/ecg {records[1]}")
+    list(chat.ask("And this?"))
+    with pytest.raises(ValueError, match="asked about 2"):
+        chat.command("/why other")

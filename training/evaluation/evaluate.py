@@ -4,6 +4,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from elm_ecg.training.data.schema import counted
 from elm_ecg.training.digest import digest_of_folder, digest_of_model, files_of_model, folder_of
 from elm_ecg.training.evaluation.answers import Answerer
 from elm_ecg.training.evaluation.arguments import METRICS, EvaluationArguments, ScoredBy, check_settings, parse
+from elm_ecg.training.evaluation.attributions import require_captum
 from elm_ecg.training.evaluation.card import add_evaluations
 from elm_ecg.training.evaluation.conditions import ASKED, BASELINE, CONDITIONS, ECG
+from elm_ecg.training.evaluation.explain import explain_prediction
 from elm_ecg.training.evaluation.progress import Progress
 from elm_ecg.training.evaluation.questions import (
     Question,
@@ -466,16 +469,19 @@ def _evaluate_fold(
             results |= {"model": Path(name).name, "model_files": files, "evaluation": evaluation}
             results["data"] |= {"names": [Path(name).name for name in args.data], "split": args.split, "fold": fold}
             results["settings"] |= {"torch_compile": args.torch_compile, "data_subset": args.data_subset}
-            _write(folders[seed], results, data)
+            explain = None
+            if args.explain_examples and processor.takes_ecgs:
+                explain = partial(explain_prediction, model, processor.with_system_prompt(args.system_prompt))
+            _write(folders[seed], results, data, explain)
             if own.is_dir():
                 add_evaluations(own, revision)
     return runs
 
 
-def _write(folder: Path, results: Results, data: Dataset) -> None:
+def _write(folder: Path, results: Results, data: Dataset, explain: Callable[..., Any] | None) -> None:
     folder.mkdir(exist_ok=True)
     results.save(folder)
-    write_report(folder / REPORT_FILE, results, results.predictions, data)
+    write_report(folder / REPORT_FILE, results, results.predictions, data, explain=explain)
     print(results["verdict"])
     print(f"Results, predictions and report in {folder.resolve()}", flush=True)
 
@@ -484,6 +490,8 @@ def main(argv: list[str] | None = None) -> Results:
     """Returns the results of a single run, or the figures over several; on processes other than the first nothing."""
     args = parse(argv)
     load_metrics(args.metrics)  # what they lack should be known before the model is loaded
+    if args.explain_examples:
+        require_captum()
     state = PartialState(cpu=not torch.cuda.is_available())  # no MPS, which accelerate would take
     folds: list[int | None] = [None] if args.fold is None else [*args.fold]
     names = {fold: args.model_name_or_path.replace("{fold}", str(fold)) for fold in folds}
