@@ -20,13 +20,14 @@ from elm_ecg.training.arguments import ELMS, VISION_BACKBONES, DataArguments
 from elm_ecg.training.data.loading import ecgs_of, load_data
 from elm_ecg.training.evaluation import compare, probe
 from elm_ecg.training.evaluation import evaluate as evaluation
+from elm_ecg.training.evaluation.benchmarks import command as benchmark
 from elm_ecg.training.llms import LLMS
 from elm_ecg.training.parser import ALIASES
 from elm_ecg.training.sharing import convert, push
 from helpers import ROOT, run_isolated, save_tiny_llm
 
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = README + (ROOT / "CONTRIBUTING.md").read_text()
+DOCUMENTS = "".join((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "docs/benchmarks.md"))
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -75,6 +76,7 @@ def test_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sft, "main", lambda argv: parsed.append(sft.parse(argv)))
         monkeypatch.setattr(sft, "find_spec", lambda name: name)  # of the extra `quantized`
         monkeypatch.setattr(evaluation, "main", lambda argv: parsed.append(evaluation.parse(argv)))
+        monkeypatch.setattr(benchmark, "main", lambda argv: parsed.append(benchmark.parser().parse_args(argv)))
         monkeypatch.setattr(pretrain, "main", lambda argv: parsed.append(pretrain.parse(argv)))
         monkeypatch.setattr(probe, "main", lambda argv: parsed.append(probe.make_parser().parse_args(argv)))
         monkeypatch.setattr(quickstart, "main", lambda argv: parsed.append(argv))
@@ -95,6 +97,7 @@ def test_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
             ["push"],
             ["convert"],
             ["evaluate"],
+            ["benchmark"],
             ["compare"],
             ["plot"],
             ["tokenizer"],

@@ -3,7 +3,7 @@
 import logging
 import sys
 import tempfile
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from accelerate import PartialState
 from huggingface_hub import snapshot_download
 
 from elm_ecg.training.command_line import printable, run_command
-from elm_ecg.training.evaluation.benchmarks.arguments import parse
+from elm_ecg.training.evaluation.benchmarks.arguments import make_parser, parse
 from elm_ecg.training.evaluation.benchmarks.contenders import Contender, FittingAnswerer, open_contender
 from elm_ecg.training.evaluation.benchmarks.ecg_qa import ECGQA
 from elm_ecg.training.evaluation.benchmarks.ecg_reasoning import ECGReasoning
+from elm_ecg.training.evaluation.benchmarks.ecgbench import ECGBench
 from elm_ecg.training.evaluation.benchmarks.ptbxl import PTBXL
 from elm_ecg.training.evaluation.benchmarks.records import Asked, make_rows, read_places
 from elm_ecg.training.evaluation.benchmarks.suite import Suite, SuiteOptions, SuiteScorer
@@ -42,7 +43,12 @@ from elm_ecg.training.files import check_output_folder
 
 logger = logging.getLogger(__name__)
 
-SUITES: dict[str, Suite] = {suite.name: suite for suite in (ECGQA(), ECGReasoning(), PTBXL())}
+SUITES: dict[str, Suite] = {suite.name: suite for suite in (ECGQA(), ECGReasoning(), ECGBench(), PTBXL())}
+
+
+def parser() -> ArgumentParser:
+    """The options of `elm benchmark`."""
+    return make_parser(SUITES)
 
 
 def run_suite(args: Namespace, suite: Suite, asked: Asked, contender: Contender, folder: Path) -> Results:
