@@ -231,10 +231,10 @@ def test_an_endpoint_is_shown_the_drawn_ecg(place, server, tmp_path, monkeypatch
     monkeypatch.setattr(endpoint.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("OPENAI_API_KEY", "a-key")
     argv = [*argv_of(place, "some/model", "ecg-reasoning"), "--endpoint", url, "--output_dir", str(tmp_path)]
-    results = command.main([*argv, "--conditions", "zeroed", "left_out", "--system_prompt", "Be brief."])[
-        "ecg-reasoning"
-    ]
-    assert len(asked) == 3 * 5 * NUM_RECORDS + 1
+    argv += ["--limit", "4", "--conditions", "zeroed", "left_out", "--system_prompt", "Be brief."]
+    results = command.main(argv)["ecg-reasoning"]
+    number = results["num_questions"]
+    assert len(asked) == 3 * number + 1
     assert {body["path"] for body in asked} == {"/v1/chat/completions"}
     assert {body["key"] for body in asked} == {"Bearer a-key"}
     assert {(body["model"], body["max_tokens"], body["temperature"]) for body in asked} == {("some/model", 2, 0)}
