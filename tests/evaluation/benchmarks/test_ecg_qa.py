@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from elm_ecg.training.data.sources import Records
+from elm_ecg.training.evaluation.benchmarks.chats import SuiteOptions, Turn
 from elm_ecg.training.evaluation.benchmarks.ecg_qa import ECGQA, named_in, read_classes
 from elm_ecg.training.evaluation.benchmarks.records import RecordPlaces
-from elm_ecg.training.evaluation.benchmarks.suite import SuiteOptions, Turn
 from helpers import write_rows
 
 NOWHERE = RecordPlaces(Records({}), {})

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from elm_ecg.training.data.sources import Records
+from elm_ecg.training.evaluation.benchmarks.chats import Chat, SuiteOptions, Turn
 from elm_ecg.training.evaluation.benchmarks.ecg_reasoning import ECGReasoning, is_right
 from elm_ecg.training.evaluation.benchmarks.records import RecordPlaces
-from elm_ecg.training.evaluation.benchmarks.suite import Chat, SuiteOptions, Turn
 
 NOWHERE = RecordPlaces(Records({}), {})
 FURTHER = "Further findings are required to confirm the diagnosis"

@@ -7,9 +7,9 @@ from sklearn.metrics import f1_score, hamming_loss, roc_auc_score
 from sklearn.preprocessing import MultiLabelBinarizer
 
 from elm_ecg.training.data.sources import Records
+from elm_ecg.training.evaluation.benchmarks.chats import SuiteOptions, Turn
 from elm_ecg.training.evaluation.benchmarks.ecgbench import LABELS, ECGBench, is_right, letter_of, task_of
 from elm_ecg.training.evaluation.benchmarks.records import RecordPlaces
-from elm_ecg.training.evaluation.benchmarks.suite import SuiteOptions, Turn
 from helpers import write_rows
 
 NOWHERE = RecordPlaces(Records({}), {})

@@ -6,9 +6,10 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from elm_ecg.training.data.sources import Records
+from elm_ecg.training.evaluation.benchmarks.chats import Chat, SuiteOptions
 from elm_ecg.training.evaluation.benchmarks.ptbxl import GROUPS, PTBXL, labels_of, question_of, read_statements
 from elm_ecg.training.evaluation.benchmarks.records import RecordPlaces
-from elm_ecg.training.evaluation.benchmarks.suite import Chat, SuiteOptions, SuiteScorer
+from elm_ecg.training.evaluation.benchmarks.suite import SuiteScorer
 from elm_ecg.training.evaluation.questions import Question
 from helpers import write_rows
 

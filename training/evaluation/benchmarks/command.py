@@ -14,13 +14,14 @@ from huggingface_hub import snapshot_download
 
 from elm_ecg.training.command_line import printable, run_command
 from elm_ecg.training.evaluation.benchmarks.arguments import make_parser, parse
+from elm_ecg.training.evaluation.benchmarks.chats import SuiteOptions
 from elm_ecg.training.evaluation.benchmarks.contenders import Contender, FittingAnswerer, open_contender
 from elm_ecg.training.evaluation.benchmarks.ecg_qa import ECGQA
 from elm_ecg.training.evaluation.benchmarks.ecg_reasoning import ECGReasoning
 from elm_ecg.training.evaluation.benchmarks.ecgbench import ECGBench
 from elm_ecg.training.evaluation.benchmarks.ptbxl import PTBXL
 from elm_ecg.training.evaluation.benchmarks.records import Asked, make_rows, read_places
-from elm_ecg.training.evaluation.benchmarks.suite import Suite, SuiteOptions, SuiteScorer
+from elm_ecg.training.evaluation.benchmarks.suite import Suite, SuiteScorer
 from elm_ecg.training.evaluation.benchmarks.tables import write_tables
 from elm_ecg.training.evaluation.card import add_evaluations
 from elm_ecg.training.evaluation.conditions import ASKED, ECG

@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from elm_ecg.training.data.questions import QuestionRow, read_questions
+from elm_ecg.training.evaluation.benchmarks.chats import Chat, SuiteOptions, Turn
 from elm_ecg.training.evaluation.benchmarks.records import RecordPlaces
-from elm_ecg.training.evaluation.benchmarks.suite import Chat, Suite, SuiteOptions, Turn
+from elm_ecg.training.evaluation.benchmarks.suite import Suite
 from elm_ecg.training.evaluation.scale import MetricScale
 
 NONE = "none"  # the answer where nothing of what is asked for is there

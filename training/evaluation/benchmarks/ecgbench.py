@@ -27,8 +27,9 @@ import numpy as np
 
 from elm_ecg.training.data.questions import read_questions
 from elm_ecg.training.data.tables import TABLES
+from elm_ecg.training.evaluation.benchmarks.chats import Chat, SuiteOptions, Turn
 from elm_ecg.training.evaluation.benchmarks.records import RecordPlaces
-from elm_ecg.training.evaluation.benchmarks.suite import Chat, Suite, SuiteOptions, Turn
+from elm_ecg.training.evaluation.benchmarks.suite import Suite
 from elm_ecg.training.evaluation.scale import MetricScale
 from elm_ecg.training.evaluation.scores import Figure, Key
 from elm_ecg.training.evaluation.text import normalized_words
