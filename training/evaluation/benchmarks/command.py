@@ -16,6 +16,7 @@ from elm_ecg.training.command_line import printable, run_command
 from elm_ecg.training.evaluation.benchmarks.arguments import make_parser, parse
 from elm_ecg.training.evaluation.benchmarks.chats import SuiteOptions
 from elm_ecg.training.evaluation.benchmarks.contenders import Contender, FittingAnswerer, open_contender
+from elm_ecg.training.evaluation.benchmarks.ecg_grounding import ECGGrounding
 from elm_ecg.training.evaluation.benchmarks.ecg_qa import ECGQA
 from elm_ecg.training.evaluation.benchmarks.ecg_reasoning import ECGReasoning
 from elm_ecg.training.evaluation.benchmarks.ecgbench import ECGBench
@@ -44,7 +45,9 @@ from elm_ecg.training.files import check_output_folder
 
 logger = logging.getLogger(__name__)
 
-SUITES: dict[str, Suite] = {suite.name: suite for suite in (ECGQA(), ECGReasoning(), ECGBench(), PTBXL())}
+SUITES: dict[str, Suite] = {
+    suite.name: suite for suite in (ECGQA(), ECGReasoning(), ECGBench(), ECGGrounding(), PTBXL())
+}
 
 
 def parser() -> ArgumentParser:

@@ -18,7 +18,6 @@ Lines. The Hub's files hold pictures of gigabytes, so they are fetched by hand.
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -32,7 +31,7 @@ from elm_ecg.training.evaluation.benchmarks.records import RecordPlaces
 from elm_ecg.training.evaluation.benchmarks.suite import Suite
 from elm_ecg.training.evaluation.scale import MetricScale
 from elm_ecg.training.evaluation.scores import Figure, Key
-from elm_ecg.training.evaluation.text import normalized_words
+from elm_ecg.training.evaluation.text import word_f1
 
 LABELS = {
     "ptb-test": ("NORM", "MI", "STTC", "CD", "HYP"),
@@ -89,7 +88,7 @@ class ECGBench(Suite):
                     len(labels),
                 )
             elif turn.question_type == REPORT:
-                points["report_f1"][place] = _word_f1(answer, turn.answer), 1
+                points["report_f1"][place] = word_f1(answer, turn.answer), 1
             else:
                 points["accuracy"][place] = is_right(turn, answer), 1
         return {name: rows for name, rows in points.items() if rows[:, 1].any()}
@@ -183,9 +182,3 @@ def macro_auc(sums: np.ndarray) -> np.ndarray:
     hits, extra, missed, neither = np.moveaxis(_cells(sums), -1, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
         return ((hits / (hits + missed) + neither / (neither + extra)) / 2).mean(axis=-1)
-
-
-def _word_f1(answer: str, right: str) -> float:
-    given, wanted = Counter(normalized_words(answer)), Counter(normalized_words(right))
-    shared = (given & wanted).total()
-    return 2 * shared / (given.total() + wanted.total()) if shared else 0.0
