@@ -55,10 +55,13 @@ def parser() -> ArgumentParser:
     return make_parser(SUITES)
 
 
-def run_suite(args: Namespace, suite: Suite, asked: Asked, contender: Contender, folder: Path) -> Results:
+def run_suite(
+    args: Namespace, suite: Suite, asked: Asked, contender: Contender, folder: Path, fingerprint: str
+) -> Results:
     """Asks the model all questions of a suite and scores its answers; on processes other than the first nothing.
 
     Args:
+        fingerprint: of the questions, as `fingerprint_of` has it.
         folder: that keeps the answers so far.
 
     Raises:
@@ -71,7 +74,6 @@ def run_suite(args: Namespace, suite: Suite, asked: Asked, contender: Contender,
     questions = list_questions(asked.data)
     choices = [list(turn.options) for turn in asked.turns] if suite.score == "likelihood" else None
     generation = {"do_sample": False, "max_new_tokens": args.max_new_tokens or suite.max_new_tokens}
-    fingerprint = fingerprint_of(asked.data, questions)
     answerer = contender.make_answerer(asked.data, questions, choices, generation)
     progress = Progress(folder, [SCHEMA_VERSION, suite.name], PartialState().process_index)
     shown = [fingerprint, choices, args.batch_size, generation, contender.system_prompt]
@@ -114,11 +116,10 @@ def run_suite(args: Namespace, suite: Suite, asked: Asked, contender: Contender,
     return results
 
 
-def _place_of(args: Namespace, suite: Suite, asked: Asked) -> str:
+def _place_of(args: Namespace, suite: Suite, fingerprint: str) -> str:
     """The name by which results are told from others of the same model, as `elm evaluate` has it."""
     names = ("split", "show_options", "conditions", "describe", "endpoint", "limit", "batch_size", "max_new_tokens")
     names += ("system_prompt", "dtype", "seed", "num_resamples")
-    fingerprint = fingerprint_of(asked.data, list_questions(asked.data))
     digits = digest([*(getattr(args, name) for name in names), fingerprint])[:8]
     return f"{suite.name}-{args.split}-{suite.score}-{digits}"
 
@@ -182,11 +183,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Results]:
             move_old_results(own, keep=contender.revision)
         for name, of_suite in asked.items():
             suite = SUITES[name]
-            place_name = _place_of(args, suite, of_suite)
+            fingerprint = fingerprint_of(of_suite.data, list_questions(of_suite.data))
+            place_name = _place_of(args, suite, fingerprint)
             folder = _folder_of(args, suite, place_name, contender.revision)
             folder.mkdir(parents=True, exist_ok=True)
             state.wait_for_everyone()
-            results = run_suite(args, suite, of_suite, contender, folder)
+            results = run_suite(args, suite, of_suite, contender, folder, fingerprint)
             if not state.is_main_process:
                 continue
             results["evaluation"] = place_name
