@@ -142,6 +142,8 @@ def test_tables(run):
     depth = results["ecg-reasoning"]["conditions"]["ecg"]["metrics"]["depth"]
     low, high = depth["interval_95"]
     assert f"{depth['value']:.2f} [{low:.2f}, {high:.2f}]" in lines[4]
+    by_type = (folder / "ptbxl" / "table.md").read_text().splitlines()[-3:]
+    assert [line.split("|")[1].strip() for line in by_type] == ["rhythm AFIB", "superclass MI", "superclass NORM"]
     latex = (folder / "ptbxl" / "table.tex").read_text()
     assert latex.count(r"\\") == 3  # a heading and two conditions
     assert r"split test: 30 questions" in latex
