@@ -26,7 +26,7 @@ def cells_of(suite: Suite, runs: Sequence[Mapping[str, Any]]) -> list[list[str]]
     for run in runs:
         scales = scales_of(run)
         for condition, scores in run["conditions"].items():
-            row = [run["model"], CONDITIONS[condition].label]
+            row = [_model(run), CONDITIONS[condition].label]
             for name in names:
                 found = scores["metrics"].get(name)
                 row.append("" if found is None else scales[name].with_interval(found))
@@ -41,12 +41,16 @@ def type_cells_of(suite: Suite, runs: Sequence[Mapping[str, Any]]) -> list[list[
     name = next((name for name in suite.scales if sum(name in row for row in of_types) > 1), None)
     if name is None:
         return []
-    rows = [["type of question", "questions", *(f"{run['model']}, {suite.scales[name].title}" for run in runs)]]
+    rows = [["type of question", "questions", *(f"{_model(run)}, {suite.scales[name].title}" for run in runs)]]
     for kind, number in runs[0]["questions_by_type"].items():
         found = [run["conditions"][ECG]["by_question_type"].get(kind, {}).get(name) for run in runs]
         cells = ["" if row is None else suite.scales[name].with_interval(row) for row in found]
         rows.append([kind, f"{number:,}", *cells])
     return rows
+
+
+def _model(run: Mapping[str, Any]) -> str:
+    return f"{run['model']} (ECG in words)" if run["settings"]["describe"] else run["model"]
 
 
 def _heading(suite: Suite, name: str) -> str:
