@@ -14,8 +14,9 @@ from pathlib import Path
 
 from elm_ecg.training.data.labels import SUPERCLASSES, WORDINGS
 from elm_ecg.training.data.splits import FOLDS
+from elm_ecg.training.evaluation.benchmarks.chats import Chat, SuiteOptions, Turn
 from elm_ecg.training.evaluation.benchmarks.records import RecordPlaces
-from elm_ecg.training.evaluation.benchmarks.suite import Chat, Suite, SuiteOptions, Turn
+from elm_ecg.training.evaluation.benchmarks.suite import Suite
 from elm_ecg.training.evaluation.scale import MetricScale
 
 GROUPS = ("superclass", "subclass", "form", "rhythm")

@@ -14,7 +14,7 @@ from elm_ecg.training.data.downloads import DOWNLOADS
 from elm_ecg.training.data.questions import QuestionRow, choose_questions, count_absent
 from elm_ecg.training.data.sources import Records, find_records, read_metadata, read_source
 from elm_ecg.training.data.tables import read_table
-from elm_ecg.training.evaluation.benchmarks.suite import Chat, Turn
+from elm_ecg.training.evaluation.benchmarks.chats import Chat, Turn
 
 logger = logging.getLogger(__name__)
 
