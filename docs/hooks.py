@@ -123,7 +123,8 @@ def _entry(action: argparse.Action, parser: argparse.ArgumentParser, level: str,
         sentences.append("One of " + ", ".join(f"`{choice}`" for choice in choices))
     sentences.append(_default_of(action, told))
     text = " ".join(f"{words[:1].upper()}{words[1:]}".rstrip(".") + "." for words in sentences if words)
-    return f"{level} {heading.strip()} {{ #{prefix}{action.dest} }}\n\n{text}\n"
+    label = names[0] if names else action.dest
+    return f"{level} {heading.strip()} {{ #{prefix}{action.dest} data-toc-label='{label}' }}\n\n{text}\n"
 
 
 def _options(parser: argparse.ArgumentParser, level: str, prefix: str = "") -> Iterator[str]:
@@ -144,14 +145,15 @@ def command_page(command: str) -> str:
     if below:
         parts = [f"- [`elm {command} {name}`](#{name}): {as_markdown(told)}" for name, (told, _) in below.items()]
         lines.append("\n".join(parts) + "\n")
-    elif parser.epilog:
-        lines.append(f"{as_markdown(parser.epilog)}\n")
     if isinstance(parser, ELMParser):
+        lines.append("`--config` takes a file of options, or the name of a [recipe](../recipes.md).\n")
         spellings = [f"`--{alias}`" for alias, name in ALIASES.items() if f"--{name}" in parser._option_string_actions]
         if spellings:
             lines.append(
                 f"Other spellings, those of [ELM-Research](../../coming_from_elm_research.md), stand beside the option: {', '.join(spellings)}.\n"
             )
+    elif parser.epilog:
+        lines.append(f"{as_markdown(parser.epilog)}\n")
     lines += _options(parser, "##")
     for name, (told, part) in below.items():
         lines.append(f"## elm {command} {name} {{ #{name} }}\n")

@@ -269,7 +269,7 @@ def test_the_reference_has_every_public_name() -> None:
 def anchors(text: str) -> set[str]:
     """As Python-Markdown makes them of headings; blocks of code have none."""
     text = re.sub(r"^( *)```.*?^\1```$", "", text, flags=re.MULTILINE | re.DOTALL)
-    found = re.findall(r"^#+ (.*?)(?: \{ #(\S+) \})?$", text, re.MULTILINE)
+    found = re.findall(r"^#+ (.*?)(?: \{ #(\S+)[^}]*\})?$", text, re.MULTILINE)
     return {own or re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title, own in found}
 
 
