@@ -362,4 +362,4 @@ def _ecg_of(part: Mapping[str, Any]) -> Any:
     return {"array": ecg, **described}
 
 
-__all__ = ["THINK_OPEN", "ChatTemplate", "ecgs_of"]
+__all__ = ["ChatTemplate", "ecgs_of"]
