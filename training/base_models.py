@@ -109,6 +109,9 @@ def find_base(recipe: dict[str, Any], processor: ELMProcessor, trust_remote_code
                 raise ValueError(
                     f"{option} {part['place']} holds other weights than those that the adapter was trained with; bring those back."
                 )
+    # what the adapter's own has of its training is not the base's
+    processor = copy(processor)
+    processor.train_phase, processor.explicit_thinking, processor.system_prompt = None, False, None
 
     def make() -> ELMForConditionalGeneration:
         # what is random in it is read by nobody, and the same for all seeds

@@ -384,7 +384,7 @@ def test_candidates_of_a_model_that_thinks(thinking):
     with torch.no_grad():
         scores = model(**batch).logits.log_softmax(-1)[:, :-1].gather(2, batch["input_ids"][:, 1:, None])[..., 0]
     last = mask[:, 1:].clone()
-    last[:, : int((~mask).nonzero()[-1, 1])] = False  # of the second answer alone
+    last[:, : int((mask[:, 1:] & ~mask[:, :-1]).nonzero()[-1, 1])] = False  # of the second answer alone
     assert found[1][1] == pytest.approx(float(scores[last].sum()), abs=1e-3)
     with pytest.raises(ValueError, match="The candidate 'yes' does not begin with <think>"):
         ask(thinking, rows, candidates=[["yes", "no"]] * 2)
