@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from test_families import FUYU, tiny_llm
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
-from elm_ecg.training import rl
+from elm_ecg.training import rl, sft
 from elm_ecg.training.build import new_elm
 from elm_ecg.training.data.synthetic import make_record
 from elm_ecg.training.load import load_elm
@@ -30,6 +31,7 @@ from helpers import (
     tiny_image_elm_config,
     tiny_image_processor_elm,
     tiny_processor,
+    tiny_sft,
 )
 
 REWARD = """
@@ -321,7 +323,7 @@ def elm_of_family(family: str, folder: Path) -> Any:
 
 def test_rewards_rise_and_all_is_saved(model, data, reward, tmp_path, capsys):
     out = tmp_path / "run"
-    options = ["--max_steps", "12", "--batch_size", "16", "--lr", "3e-2", "--draw_steps", "6"]
+    options = ["--max_steps", "12", "--batch_size", "16", "--lr", "3e-2", "--draw_steps", "6", "--draw_prompts", "1"]
     options += ["--eval_strategy", "steps", "--eval_steps", "6", "--eval_prompts", "4"]
     rl.main(tiny_rl(model, data, out, *options, rewards=(reward,)))
     rewards = of(out, "reward")
@@ -359,13 +361,8 @@ def test_groups_with_equal_rewards_teach_nothing(model, data, tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--loss_type", "dapo"],
-        pytest.param(["--loss_type", "grpo", "--beta", "0.1", "--use_peft"], marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--loss_type", "dapo"], ["--loss_type", "grpo", "--beta", "0.1", "--use_peft"]])
 def test_the_same_command_twice_and_resumed(options, model, data, reward, tmp_path):
     """Step 3 is amid the updates by the answers that step 2 has written."""
     options = [
@@ -591,3 +588,27 @@ def test_options_that_train(options, model, data, reward, tmp_path):
     rl.main(tiny_rl(model, data, tmp_path / "run", *options, rewards=(reward, "length")))
     assert all(math.isfinite(loss) for loss in of(tmp_path / "run", "loss"))
     load_elm(str(tmp_path / "run"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [rl, sft])
+def test_an_adapter_on_an_adapter(command, llm, data, reward, tmp_path, monkeypatch):
+    """What is saved is what was trained, with what the first adapter had learnt."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    sft.main(tiny_sft(llm, data, first, "--max_steps", "4", "--use_peft"))
+    trained: list[Any] = []
+    init = command.make_trainer
+    monkeypatch.setattr(command, "make_trainer", lambda *args: trained.append(init(*args)) or trained[-1])
+    options = ["--max_steps", "4", "--use_peft"]
+    if command is rl:
+        rl.main(tiny_rl(first, data, second, *options, rewards=(reward,)))
+    else:
+        sft.main(tiny_sft(llm, data, second, *options, "--model_name_or_path", str(first)))
+    ids = torch.arange(20)[None]
+    shutil.rmtree(first)
+    shutil.move(second, tmp_path / "moved")
+    with torch.no_grad():
+        expected, found = (
+            model.eval()(input_ids=ids).logits for model in (trained[0].model, load_elm(str(tmp_path / "moved"))[0])
+        )
+    assert torch.allclose(found, expected, atol=1e-5)

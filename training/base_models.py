@@ -10,7 +10,6 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from elm_ecg.own_code import digest_of_code, load_own_class
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import ModelArguments
 from elm_ecg.training.build import build_around, connector_file, elm_fields, place_of_encoder
-from elm_ecg.training.digest import digest_of_folder, files_of_model, folder_of, shared_bases
+from elm_ecg.training.digest import files_of_model, shared_bases
 from elm_ecg.training.files import UNFINISHED, let_others_read_weights, naming, read_json, write_text
 from elm_ecg.training.llms import place_of_llm
 from elm_ecg.training.model_files import find_model_file
@@ -34,6 +33,7 @@ from elm_ecg.training.model_files import find_model_file
 logger = logging.getLogger(__name__)
 
 RECIPE_FILE = "base_model.json"
+BASE_OF_ONE = "base_model"  # folder beside an adapter, of a base that no other run shares
 SHARD_SIZE = "5GB"
 
 
@@ -113,40 +113,35 @@ def find_base(recipe: dict[str, Any], processor: ELMProcessor, trust_remote_code
     processor = copy(processor)
     processor.train_phase, processor.explicit_thinking, processor.system_prompt = None, False, None
 
-    def make() -> ELMForConditionalGeneration:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(folder.with_suffix(".lock")):
+        if (folder / "config.json").is_file():  # another process was faster
+            return folder
         # what is random in it is read by nobody, and the same for all seeds
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
-            return _build(recipe, processor, trust_remote_code)
-
-    return _kept(folder, make, processor, recipe)
-
-
-def keep_merged(model: ELMForConditionalGeneration, processor: ELMProcessor, adapter: str, revision: str) -> Path:
-    """The folder of a model that an adapter was merged into, on which the next adapter is to be loaded; written if it is not there.
-
-    Args:
-        adapter: its folder or Hub id.
-    """
-    folder = shared_bases() / f"merged_{digest_of_folder(folder_of(adapter, revision))[-32:]}"
-    return _kept(folder, lambda: model, processor)
+            model = _build(recipe, processor, trust_remote_code)
+        _write(model, processor, folder, recipe)
+    logger.info("Base model of the adapter, which other runs share: %s", folder)
+    return folder
 
 
-def _kept(
-    folder: Path,
-    make: Callable[[], ELMForConditionalGeneration],
-    processor: ELMProcessor,
-    recipe: dict[str, Any] | None = None,
-) -> Path:
-    """The folder with the model and the processor, which it has from then on; processes that look at once wait for the first."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(folder.with_suffix(".lock")), naming(folder):
-        if (folder / "config.json").is_file():  # another process was faster
-            return folder
-        unfinished = folder.with_suffix(UNFINISHED)
+def write_merged(model: ELMForConditionalGeneration, processor: ELMProcessor, output_dir: Path) -> Path:
+    """The folder of a base that is an older adapter in its own base, written beside the new adapter, as it is of this run alone."""
+    folder = output_dir.absolute() / BASE_OF_ONE
+    _write(model, processor, folder)
+    return folder
+
+
+def _write(
+    model: ELMForConditionalGeneration, processor: ELMProcessor, folder: Path, recipe: dict[str, Any] | None = None
+) -> None:
+    """Writes a base whole, in place of one that is there."""
+    unfinished = folder.with_suffix(UNFINISHED)
+    with naming(folder):
         shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
         try:
-            make().save_pretrained(unfinished, max_shard_size=SHARD_SIZE)
+            model.save_pretrained(unfinished, max_shard_size=SHARD_SIZE)
             processor.save_pretrained(unfinished)
             if recipe is not None:
                 write_text(unfinished / RECIPE_FILE, json.dumps(recipe, indent=2) + "\n")
@@ -155,8 +150,6 @@ def _kept(
             os.replace(unfinished, folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-    logger.info("Base model of the adapter, which other runs share: %s", folder)
-    return folder
 
 
 def read_recipe(name_or_path: str) -> dict[str, Any] | None:

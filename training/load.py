@@ -137,9 +137,7 @@ def _base_of(folder: Path, trust_remote_code: bool) -> str:
     base, options = base_of_adapter(folder), folder / OPTIONS_FILE
     if Path(base).exists() or Path(base).parent != shared_bases() or not options.is_file():
         return base
-    recipe = read_json(options).get("base")
-    if recipe is None:  # one that an adapter was merged into
-        return base
+    recipe = read_json(options)["base"]
     logger.warning("The adapter's base is not in %s; it is made again of %s.", base, recipe["llm"]["place"])
     with loading(folder, f"The base of the adapter {folder}"):
         processor = ELMProcessor.from_pretrained(folder, trust_remote_code=False)

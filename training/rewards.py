@@ -157,8 +157,7 @@ def own_reward(option: str) -> Reward:
         function: Any = load_own_class(f"{path.stem}.{name}", path.absolute().parent, trust_remote_code=True)
     except Exception as error:  # whatever the file does
         raise ValueError(f"--rewards {option} cannot be loaded: {type(error).__name__}: {error}") from error
-    kind: Any = function  # narrowed below, where the other is not
-    if not inspect.isroutine(kind):
+    if not inspect.isroutine(function):
         raise ValueError(f"--rewards {option}: {name} is no function, but {function!r:.80}.")
     if inspect.iscoroutinefunction(function):
         raise ValueError(f"--rewards {option}: {name} is asynchronous; expected a plain function.")
@@ -177,7 +176,12 @@ def load_rewards(options: Sequence[str]) -> list[Reward]:
     Raises:
         ValueError: one is not there, or two have one name.
     """
-    own = {"format": format_reward, "tags": tags_reward, "answer": answer_reward, "length": length_reward}
+    own: dict[str, Callable[..., list[float]]] = {
+        "format": format_reward,
+        "tags": tags_reward,
+        "answer": answer_reward,
+        "length": length_reward,
+    }
     rewards: list[Reward] = []
     for option in options:
         if option in own:

@@ -18,7 +18,7 @@ from trl import ModelConfig, SFTConfig, get_quantization_config
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import PARTS, AugmentationArguments, ELMArguments, new_elm_options
-from elm_ecg.training.base_models import find_base, keep_merged, read_recipe, recipe_of
+from elm_ecg.training.base_models import find_base, read_recipe, recipe_of, write_merged
 from elm_ecg.training.build import build_model, build_processor
 from elm_ecg.training.chat_templates import set_chat_template, stop_at_end_of_turn
 from elm_ecg.training.checkpoints import CountEpochs, replace_model
@@ -286,14 +286,21 @@ def build_base(
         elif kwargs["dtype"] != "auto":
             kwargs["dtype"] = "float32"  # what is trained passes through no other; what is not takes its own below
         model, processor = load_elm(name, model_args.model_revision, training_args.trust_remote_code, **kwargs)
-        place, file = find_model_file(name, ["adapter_config.json", "config.json"], model_args.model_revision)
-        if model_args.use_peft and file == "adapter_config.json" and training_args.process_index == 0:
-            # the adapter to be trained is one on both
-            model.name_or_path = str(keep_merged(model, processor, place, model_args.model_revision))
         if args.thinking_tokens:
             _add_to_saved(model, processor, name, model_args.use_peft)
         set_chat_template(processor, template)
         stop_at_end_of_turn(model, processor)
+        # an older adapter is in the weights by now, and a new one on the base of that would be without it
+        files = ["adapter_config.json", "config.json"]
+        if model_args.use_peft and find_model_file(name, files, model_args.model_revision)[1] == files[0]:
+            if quantization is not None:
+                raise ValueError(
+                    f"--load_in_4bit and --load_in_8bit with --model_name_or_path {name}, an adapter, which cannot be merged into a "
+                    "quantized model; leave them out."
+                )
+            if training_args.process_index == 0:  # which saves the adapter
+                base = write_merged(model, processor, Path(str(training_args.output_dir)))
+                model.name_or_path = str(base)  # PEFT writes it into the adapter's configuration
     else:
         processor = build_processor(args, model_args.model_revision)
         set_chat_template(processor, template)
