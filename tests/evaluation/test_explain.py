@@ -135,7 +135,7 @@ def questions_of(kind: str, number: int, split: str, cut: int) -> list[dict[str,
 def trained(tmp_path_factory) -> tuple[Any, Any]:
     """A model of the quickstart's kind, trained on two of its questions."""
     folder = tmp_path_factory.mktemp("trained")
-    rows = [row for kind in ("st_territory", "rate") for row in questions_of(kind, 576, "train", True)]
+    rows = [row for kind in ("st_territory", "rate") for row in questions_of(kind, 960, "train", True)]
     DatasetDict(train=Dataset.from_list(rows)).save_to_disk(folder / "data")
     quickstart.save_small_llm(folder / "llm", [row["messages"] for row in rows], seed=0)
     argv = ["--config", str(quickstart.CONFIG), "--data", str(folder / "data"), "--llm", str(folder / "llm")]
@@ -163,7 +163,7 @@ def test_st_elevation_rests_on_the_leads_of_its_territory(trained):
     Lateral elevation is left out: its simulated dipole lowers V1 and V2 by 2 mV, more than it lifts any lateral lead, and models look at
     these.
     """
-    found = right_answers(trained, "st_territory", 16)
+    found = right_answers(trained, "st_territory", 24)
     for territory, leads in TERRITORIES.items():
         places = [STANDARD_LEADS.index(lead) for lead in leads]
         shares = [one.of_leads[places].sum() for answer, one in found if answer == territory]
@@ -184,5 +184,5 @@ def test_st_elevation_rests_on_the_leads_of_its_territory(trained):
 @pytest.mark.slow
 def test_the_rate_rests_on_the_complexes(trained):
     """They get more than twice their share of the time."""
-    found = [one.as_json()["qrs"] for _, one in right_answers(trained, "rate", 16)]
+    found = [one.as_json()["qrs"] for _, one in right_answers(trained, "rate", 24)]
     assert np.mean([qrs["share"] for qrs in found]) > 2 * np.mean([qrs["share_of_time"] for qrs in found])

@@ -102,8 +102,9 @@ def _normalization(extractor: ECGFeatureExtractor, record: ECGRecord) -> tuple[n
     what is left of them would grow."""
     if extractor.normalization == "none":
         return np.float32(1), np.float32(0)
-    normalized, places = extractor.prepare(record).array, [record.array.argmin(), record.array.argmax()]
-    (low, high), (new_low, new_high) = record.array.flat[places], normalized.flat[places]
+    normalized, samples = extractor.prepare(record).array.ravel(), record.array.ravel()
+    lowest, highest = samples.argmin(), samples.argmax()
+    (low, high), (new_low, new_high) = (array[[lowest, highest]] for array in (samples, normalized))
     scale = (new_high - new_low) / (high - low) if high > low else np.float32(1)
     return scale, new_low - scale * low
 
