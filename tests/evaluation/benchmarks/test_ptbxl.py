@@ -51,6 +51,10 @@ def test_scores_are_those_of_an_independent_script(shared):
         # log-odds are rounded, which may make ties
         assert scores[None, f"auroc_{group}", "value"][0] == pytest.approx(value, abs=1e-4)
         assert 0.6 < value < 0.9
+        # in each resample the mean over the labels that some of its records have and some have not
+        assert np.isfinite(scores[None, f"auroc_{group}", "value"][1]).all()
+    every = [value for (kind, _, _), (value, _) in scores.items() if kind is not None]
+    assert scores[None, "auroc", "value"][0] == pytest.approx(np.mean(every))
     assert scorer._scale("auroc_form").title == "macro AUROC, form"
 
 

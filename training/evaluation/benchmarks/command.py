@@ -118,8 +118,8 @@ def run_suite(
 
 def _place_of(args: Namespace, suite: Suite, fingerprint: str) -> str:
     """The name by which results are told from others of the same model, as `elm evaluate` has it."""
-    names = ("split", "show_options", "conditions", "describe", "endpoint", "limit", "batch_size", "max_new_tokens")
-    names += ("system_prompt", "dtype", "seed", "num_resamples")
+    names = ["split", "show_options", "conditions", "describe", "endpoint", "limit", "batch_size", "max_new_tokens"]
+    names += ["system_prompt", "dtype", "seed", "num_resamples"]
     digits = digest([*(getattr(args, name) for name in names), fingerprint])[:8]
     return f"{suite.name}-{args.split}-{suite.score}-{digits}"
 

@@ -19,6 +19,7 @@ Lines. The Hub's files hold pictures of gigabytes, so they are fetched by hand.
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from elm_ecg.training.data.tables import TABLES
 from elm_ecg.training.evaluation.benchmarks.chats import Chat, SuiteOptions, Turn
 from elm_ecg.training.evaluation.benchmarks.records import RecordPlaces
 from elm_ecg.training.evaluation.benchmarks.suite import Suite
+from elm_ecg.training.evaluation.bootstrap import Statistic
 from elm_ecg.training.evaluation.scale import MetricScale
 from elm_ecg.training.evaluation.scores import Figure, Key
 from elm_ecg.training.evaluation.text import word_f1
@@ -95,7 +97,8 @@ class ECGBench(Suite):
 
     def figures(self, turns: Sequence[Turn], answers: Sequence[str]) -> dict[Key, Figure]:
         """Macro F1 and AUC of the labels; of each task, and their mean."""
-        columns, ends, figures = [], [0], {}
+        columns: list[np.ndarray] = []
+        ends, figures = [0], dict[Key, Figure]()
         for task, labels in _used_labels(turns).items():
             counts = np.zeros((len(turns), len(labels), 4))  # right and given, given alone, right alone, neither
             for place, (turn, answer) in enumerate(zip(turns, answers, strict=True)):
@@ -108,16 +111,9 @@ class ECGBench(Suite):
             ends.append(ends[-1] + flat.shape[1])
             for name, function in (("label_f1", macro_f1), ("label_auc", macro_auc)):
                 figures[task, name, "value"] = Figure(flat, function)
-        if columns:
-            joint = np.hstack(columns)
-            for name, function in (("label_f1", macro_f1), ("label_auc", macro_auc)):
-                parts = list(pairwise(ends))
-                figures[None, name, "value"] = Figure(
-                    joint,
-                    lambda sums, function=function, parts=parts: np.mean(
-                        [function(sums[..., a:b]) for a, b in parts], axis=0
-                    ),
-                )
+        for name, function in (("label_f1", macro_f1), ("label_auc", macro_auc)) if columns else ():
+            mean = partial(_mean_over_tasks, function=function, ends=ends)
+            figures[None, name, "value"] = Figure(np.hstack(columns), mean)
         return figures
 
 
@@ -164,6 +160,11 @@ def _used_labels(turns: Sequence[Turn]) -> dict[str, list[str]]:
         if turn.question_type in LABELS:
             right.setdefault(turn.question_type, set()).update(labels_in(turn.question_type, turn.answer))
     return {task: [label for label in LABELS[task] if label in found] for task, found in right.items() if found}
+
+
+def _mean_over_tasks(sums: np.ndarray, function: Statistic, ends: Sequence[int]) -> np.ndarray:
+    """A score of each task, whose columns end at these places, and their mean."""
+    return np.mean([function(sums[..., start:end]) for start, end in pairwise(ends)], axis=0)
 
 
 def _cells(sums: np.ndarray) -> np.ndarray:

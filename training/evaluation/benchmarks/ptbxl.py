@@ -2,7 +2,8 @@
 
 Macro AUROC of each of the four groups of statements on fold 10, over the labels that some of its records have and some have not. As
 there, a statement counts whatever its likelihood, a diagnostic one as its superclass and its subclass, and a group is asked about
-the records that have a label of it. The score of a label is the likelihood of "yes" against "no" to a question about it.
+the records that have a label of it. The score of a label is the likelihood of "yes" against "no" to a question about it. In a resample
+of patients the macro AUROC is the mean over the labels that are defined there.
 
 There are no texts: the labels are those of PTB-XL's own folder, or of the columns `superclass`, `subclass`, `form` and `rhythm` of
 --metadata (names of labels, separated by spaces). `scp_statements.csv` is in that folder, or beside the records or the table.

@@ -115,7 +115,20 @@ class SuiteScorer(Scorer):
         for kind, row in found.items():
             if kind is not None and (group := self.suite.group_of(kind)) is not None:
                 groups.setdefault(group, []).append(row)
-        for group, rows in groups.items():
-            values, replicates = zip(*rows, strict=True)
-            scores[None, group, "value"] = float(np.mean(values)), np.mean(replicates, axis=0)
-        return scores
+        if groups:
+            groups["auroc"] = [row for rows in groups.values() for row in rows]
+        return scores | {(None, group, "value"): macro_auroc(rows) for group, rows in groups.items()}
+
+
+def macro_auroc(rows: Sequence[tuple[float, np.ndarray]]) -> tuple[float, np.ndarray]:
+    """The mean of the AUROCs of several labels, and in each resample the mean over those that are defined there, as `elm probe` has it: of
+    a label that one patient has there is none in a third of the resamples.
+
+    Args:
+        rows: of each label the value and the replicates [num_resamples].
+    """
+    replicates = np.stack([row for _, row in rows])
+    defined = np.isfinite(replicates)
+    number = defined.sum(axis=0)
+    sums = np.where(defined, replicates, 0).sum(axis=0)
+    return float(np.mean([value for value, _ in rows])), sums / np.where(number > 0, number, np.nan)
