@@ -242,7 +242,7 @@ def on_config(config: Any) -> Any:
     reference = next(item["Reference"] for item in config.nav if "Reference" in item)
     commands = next(item for item in reference if "Commands" in item)
     commands["Commands"] = [
-        "reference/commands.md",
+        {"All commands": "reference/commands.md"},
         *({f"elm {name}": f"reference/commands/{name}.md"} for name in COMMANDS),
     ]
     package = PACKAGE / "elm_ecg"
