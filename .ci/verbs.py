@@ -4,6 +4,7 @@ Each in a process of its own, forked from this one, which has imported what take
 """
 
 import csv
+import json
 import os
 import shutil
 import signal
@@ -133,7 +134,24 @@ elm("evaluate model --data my_data --max_new_tokens 2", "ECG")
 files_of(str(place), "evaluation_results.json", "predictions.jsonl", "report.html")
 elm("predict model recordings --question Why? --max_new_tokens 2 --output answers.csv", "12 answers about 12 records")
 elm("predict model recordings --features encoder --output features.npz", "12 vectors about 12 records")
-files_of(".", "answers.csv", "features.npz")
+elm("explain model recordings/0.npz --question Why? --answer yes --output why", "'yes' has probability")
+files_of(".", "answers.csv", "features.npz", "why.png", "why.svg", "why.json")
+Path("suite").mkdir()
+with open("suite/questions.jsonl", "w") as texts:
+    for index in range(12):
+        row = {
+            "ecg_id": index,
+            "question": "Is there noise?",
+            "answer": ["no"],
+            "question_type": "verify",
+            "split": "test",
+        }
+        print(json.dumps(row), file=texts)
+elm(
+    "benchmark model --suite ecg-qa=suite --records recordings --max_new_tokens 2 --conditions zeroed --output_dir benchmark",
+    "ECG-QA",
+)
+files_of("benchmark/ecg-qa", "evaluation_results.json", "predictions.jsonl", "report.html", "table.md", "table.tex")
 shutil.copytree("model", "other")
 elm("compare model other", "xact")
 elm("tokenizer train --data my_data --num_merges 30 --output_dir tokenizer", "tokenizer")

@@ -35,6 +35,11 @@ COMMANDS = {
         "answer questions about any number of ECGs, or write their features",
         "MODEL RECORD [RECORD ...] --question TEXT",
     ),
+    "explain": (
+        "evaluation.explain",
+        "show which leads and moments of an ECG an answer rests on",
+        "MODEL RECORD --question TEXT",
+    ),
     "benchmark": (
         "evaluation.benchmarks.command",
         "score a model on published benchmarks, with the ECG and without it",
