@@ -20,6 +20,7 @@ _DRAWN = "--draw_steps draws ECGs with the answers about them"
 OF_PHASES = {
     "train_phase": "`elm rl` and `elm dpo` come after both phases of `elm sft`",
     "report_column": "reports are for --train_phase pretrain of `elm sft`",
+    "thinking_tokens": "the tokens are the model's own, from `elm sft --thinking_tokens`",
     "explicit_thinking": "the model knows it, from `elm sft --explicit_thinking`",
 }
 # option -> why any value but its default is refused; beside those of `elm sft`
