@@ -7,12 +7,12 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.utils import DistributedType
 
-from elm_ecg.training import pretrain, sft
+from elm_ecg.training import pretrain, rl, sft
 from elm_ecg.training.llms import LLMS
 from elm_ecg.training.parser import recipes
 from helpers import ROOT
 
-RECIPES, OF_PRETRAINING = recipes(), recipes("elm pretrain")
+RECIPES, OF_PRETRAINING, OF_RL = recipes(), recipes("elm pretrain"), recipes("elm rl")
 ACCELERATE_CONFIGS = {
     "ddp": DistributedType.MULTI_GPU,
     "fsdp": DistributedType.FSDP,
@@ -23,8 +23,7 @@ ACCELERATE_CONFIGS = {
 
 def test_each_recipe_is_of_a_command() -> None:
     names = {path.stem for path in (ROOT / "training" / "configs").glob("*.yaml")}
-    assert names == RECIPES.keys() | OF_PRETRAINING.keys()
-    assert not RECIPES.keys() & OF_PRETRAINING.keys()
+    assert sorted(names) == sorted([*RECIPES, *OF_PRETRAINING, *OF_RL])
 
 
 @pytest.mark.parametrize("name", OF_PRETRAINING)
@@ -48,6 +47,16 @@ def test_recipe(name: str, tmp_path: Path) -> None:
     assert training_args.report_to == []
     assert args.llm in LLMS
     assert recipe.get("llm", args.llm) == args.llm
+
+
+@pytest.mark.parametrize("name", OF_RL)
+def test_recipe_of_reinforcement_learning(name: str, tmp_path: Path) -> None:
+    recipe = yaml.safe_load(OF_RL[name].read_text())
+    args, training_args, _ = rl.parse(["--config", name, "--data", "data", "--output_dir", str(tmp_path)])
+    parsed = {**vars(training_args), **vars(args)}
+    changed = {name for name, value in recipe.items() if parsed[name] != value}
+    assert changed <= {"report_to"}, "an option of the recipe is not what the parser makes of it"
+    assert training_args.report_to == []
 
 
 def test_a_recipe_with_an_unknown_option(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from trl import SFTConfig
 
 import elm_ecg
 from documents import TEXTS, block, blocks
-from elm_ecg.training import cli, pretrain, sft
+from elm_ecg.training import cli, pretrain, rl, sft
 from elm_ecg.training.arguments import ELMS, VISION_BACKBONES, DataArguments
 from elm_ecg.training.data.loading import ecgs_of, load_data
 from elm_ecg.training.evaluation import evaluate as evaluation
@@ -54,11 +54,19 @@ def test_the_documents_have_commands() -> None:
 PARSE = {
     "sft": sft.parse,
     "pretrain": pretrain.parse,
+    "rl": rl.parse,
     "evaluate": evaluation.parse,
     "convert": convert.parse,
     "quickstart": list,
 }
-SUBCOMMANDS = [["tokenizer", "import"], ["data", "build"], ["data", "check"], ["data", "push"], ["data", "list"]]
+SUBCOMMANDS = [
+    ["tokenizer", "import"],
+    ["data", "build"],
+    ["data", "simulate"],
+    ["data", "check"],
+    ["data", "push"],
+    ["data", "list"],
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -75,21 +83,20 @@ def test_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         launch = get_args_parser().parse_args(words)
         program, words = launch.training_script, launch.training_script_args
         monkeypatch.setattr(SFTConfig, "world_size", property(lambda args: int(launch.nproc_per_node)))
-    verbs = {
-        "training/sft.py": "sft",
-        "training/pretrain.py": "pretrain",
-        "elm_ecg.training.evaluation.evaluate": "evaluate",
-        "elm_ecg.training.evaluation.predict": "predict",
-    }
-    if program in verbs:
-        program, words = "elm", [verbs[program], *words]
+    place = program.removesuffix(".py").replace("/", ".").removeprefix("elm_ecg.").removeprefix("training.")
+    verb = next((verb for verb, (module, _, _) in cli.COMMANDS.items() if module == place), None)
+    if verb is not None:
+        program, words = "elm", [verb, *words]
 
     if program == "elm":
         if len(words) == 1 or words in SUBCOMMANDS or words[1:] in (["--help"], ["--help-all"]):  # named in a sentence
             assert words[0] in cli.COMMANDS or words[0].startswith("--"), f"there is no command {words[0]}"
             return
         module = importlib.import_module(f"elm_ecg.training.{cli.COMMANDS[words[0]][0]}")
-        parse = PARSE.get(words[0]) or hooks.parser_of(words[0]).parse_args
+        parse = PARSE.get(words[0])
+        if parse is None:
+            parser = hooks.parser_of(words[0])
+            parse = getattr(parser, "parse_args_and_config", parser.parse_args)
         parsed: list[Any] = []
         monkeypatch.setattr(module, "main", lambda argv: parsed.append(parse(argv)))
         monkeypatch.setattr(sft, "find_spec", lambda name: name)  # of the extra `quantized`
@@ -270,7 +277,7 @@ def test_the_reference_has_every_public_name() -> None:
 def anchors(text: str) -> set[str]:
     """As Python-Markdown makes them of headings; blocks of code have none."""
     text = re.sub(r"^( *)```.*?^\1```$", "", text, flags=re.MULTILINE | re.DOTALL)
-    found = re.findall(r"^#+ (.*?)(?: \{ #(\S+) \})?$", text, re.MULTILINE)
+    found = re.findall(r"^#+ (.*?)(?: \{ #(\S+)[^}]*\})?$", text, re.MULTILINE)
     return {own or re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title, own in found}
 
 

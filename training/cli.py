@@ -24,6 +24,11 @@ COMMANDS = {
         "reinforce an ELM's answers by rewards, with the options of TRL's GRPOConfig",
         "--data DATA --model_name_or_path MODEL --output_dir FOLDER",
     ),
+    "dpo": (
+        "dpo",
+        "teach an ELM the better of two answers, with the options of TRL's DPOConfig",
+        "--data DATA --model_name_or_path MODEL --output_dir FOLDER",
+    ),
     "evaluate": ("evaluation.evaluate", "score an ELM with the ECG and without it", "MODEL --data DATA"),
     "predict": (
         "evaluation.predict",

@@ -131,7 +131,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--num_records",
         type=whole_number,
         nargs=3,
-        default=[1440, 720, 5760],
+        default=[1440, 480, 1920],
         metavar=("REPORTS", "REASONING", "ANSWERS"),
         help=sizes,
     )

@@ -193,18 +193,22 @@ def test_errors_of_the_thread_reach_the_reader(model, processor, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("written", "answer"),
+    ("written", "answer", "name", "settings"),
     [
-        ("<think>\n\n</think>\n\nyes, it is", "yes, it is"),
-        ("<think>\nBecause.\n</think>\n\nyes", "<think>\nBecause.\n</think>\n\nyes"),
-        (" yes", "yes"),
-        ("<", "<"),
-        ("<think>\n\n</think>", ""),
+        ("<think>\n\n</think>\n\nyes, it is", "yes, it is", "qwen3_training", {}),
+        ("<think>\nBecause.\n</think>\n\nyes", "<think>\nBecause.\n</think>\n\nyes", "qwen3_training", {}),
+        (" yes", "yes", "qwen3_training", {}),
+        ("<", "<", "qwen3_training", {}),
+        ("<think>\n\n</think>", "", "qwen3_training", {}),
+        # what a prompt has of an answer is shown with it
+        ("Because.\n</think>\nyes", "<think>\nBecause.\n</think>\nyes", "qwen3_training", {"explicit_thinking": True}),
+        ("Because.\n</think>\nyes", "<think>\nBecause.\n</think>\nyes", "qwen3_5_think", {}),
+        ("\n</think>\n\nyes", "yes", "qwen3_5_think", {}),
     ],
 )
-def test_what_the_template_writes_before_an_answer_is_not_shown(written, answer):
+def test_what_the_template_writes_before_an_answer_is_not_shown(written, answer, name, settings):
     """Of Qwen3 an empty thinking block, in pieces as the model writes it."""
-    qwen3 = processor_of(of_trl("qwen3_training"))
+    qwen3 = processor_of(of_trl(name), **settings)
 
     class Writes:
         device, config = torch.device("cpu"), SimpleNamespace(get_text_config=lambda decoder: None)
