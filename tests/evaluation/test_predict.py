@@ -261,6 +261,16 @@ def test_features_of_the_language_model_are_of_a_question(model, records, tmp_pa
     assert len(np.unique(features.round(4), axis=0)) == 30
 
 
+def test_records_stand_anywhere(tmp_path):
+    for argv in (
+        ["m", "a.npz", "b", "--seed", "1"],
+        ["m", "--seed", "1", "a.npz", "b"],
+        ["--seed", "1", "m", "a.npz", "b"],
+    ):
+        args = predict.parse([*argv, "--question", "Why?", "--output", str(tmp_path / "a.csv")])
+        assert (args.model, args.records, args.seed) == ("m", ["a.npz", "b"], 1)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

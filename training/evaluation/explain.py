@@ -215,7 +215,10 @@ def write(explanation: Explanation, output: Path, width: int = WIDTH, paper: ECG
 def make_parser() -> argparse.ArgumentParser:
     """The options of `elm explain`."""
     usage = "elm explain MODEL RECORD --question TEXT [--answer TEXT] [options]"
-    description = f"{__doc__} Research software, not a medical device: a model's reasons are no medical ones."
+    description = (
+        "Shows which leads and moments of an ECG an answer rests on, and checks it. Research software, not a medical device: a model's "
+        "reasons are no medical ones."
+    )
     parser = CommandLineParser(prog="elm explain", usage=usage, description=description)
     add = parser.add_argument
     add("model", metavar="MODEL", help="saved ELM or LoRA adapter: local folder or Hub id")

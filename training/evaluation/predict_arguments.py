@@ -73,7 +73,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """
     from elm_ecg.training.arguments import json_fields  # imports TRL, which takes seconds; --help need not wait
 
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args, rest = argparse.ArgumentParser.parse_known_args(parser, argv)
+    if any(word.startswith("-") for word in rest):
+        parser.parse_args(argv)  # tells which option there is not
+    args.records += rest  # argparse takes them only where they follow the model at once
     args.system_prompt = read_system_prompt(args.system_prompt)
     args.generation = json_fields("generation_kwargs", args.generation_kwargs)
     check_generation(args.generation, "--")
