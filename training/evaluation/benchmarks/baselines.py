@@ -52,7 +52,7 @@ def described(records: Sequence[ECGRecord]) -> str:
 
 
 def drawn(record: ECGRecord) -> Image.Image:
-    """A record on ECG paper, 3 rows of 4 leads with a rhythm strip, as it is printed."""
+    """A record on ECG paper in the layout 3x4 of `elm plot`."""
     paper = ECGPaper(layout="3x4")
     seconds = record.array.shape[1] / record.sampling_rate
     height = round(PICTURE_WIDTH * page_height(paper, record.lead_names) / page_width(paper, seconds))
