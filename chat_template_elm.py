@@ -113,6 +113,8 @@ class ChatTemplate:
     def marked_prompt(self) -> str:
         """What the template marks as the beginning of an answer though it is the end of the prompt, as gpt-oss' does: the model
         never writes it. Most mark nothing of it."""
+        if not self.marks_answers:
+            return ""
         return _marked_prompt(self, repr(self.tokenizer.special_tokens_map), len(self.tokenizer))
 
     def _marked(self, chat: Chat, **variables: Any) -> tuple[str, list[Span]]:
@@ -360,4 +362,4 @@ def _ecg_of(part: Mapping[str, Any]) -> Any:
     return {"array": ecg, **described}
 
 
-__all__ = ["THINK_OPEN", "ChatTemplate", "ecgs_of"]
+__all__ = ["ChatTemplate", "ecgs_of"]

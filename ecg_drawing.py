@@ -333,6 +333,27 @@ def _shaded(
     return Image.fromarray(mask)
 
 
+def _shade_boxes(
+    record: ECGRecord, paper: ECGPaper, page: Iterable[Strip], shades: np.ndarray
+) -> Iterator[tuple[float, float, float, float, float]]:
+    """Left, top, width and height in mm of what is shaded alike, and how strongly, in hundredths."""
+    rate, high = record.sampling_rate, ROW_HEIGHTS[paper.layout]
+    for strip in page:
+        if strip.lead in record.lead_names:
+            first, last = (
+                math.ceil(strip.start * rate - 1e-6),
+                min(shades.shape[1], math.ceil(strip.stop * rate - 1e-6)),
+            )
+            strengths = np.rint(100 * shades[record.lead_names.index(strip.lead), first:last]).astype(int)
+            start = 0
+            for strength, alike in groupby(strengths.tolist()):
+                stop = start + len(list(alike))
+                if strength:
+                    left = strip.x + ((first + start) / rate - strip.start) * paper.speed
+                    yield left, strip.y - high / 2, (stop - start) / rate * paper.speed, high, strength / 100
+                start = stop
+
+
 def draw_ecg(
     record: ECGRecord,
     height: int,
@@ -342,6 +363,7 @@ def draw_ecg(
     lead_names: tuple[str, ...] | None = None,
     beside: ECGRecord | None = None,
     shades: np.ndarray | None = None,
+    shade_color: str = SHADE_COLOR,
 ) -> Image.Image:
     """The record on ECG paper, as an RGB picture; the same input gives the same pixels.
 
@@ -356,6 +378,7 @@ def draw_ecg(
             line is drawn, as a flat one would say that the heart stands still.
         beside: another record of the same leads, rate and length, such as a reconstruction, in another colour under the trace.
         shades: [leads, samples] in [0, 1], how strongly the paper is shaded there.
+        shade_color: as "#rrggbb".
 
     Raises:
         ValueError: the size is impossible or too small for the leads, the record has not the rhythm leads, or what is shown with it
@@ -378,7 +401,7 @@ def draw_ecg(
         mask = _shaded(page, shades, record, picture.size, scale, scale * paper.speed, row_height)
         # darkened, so that the grid is seen through it
         picture = Image.composite(
-            ImageChops.multiply(picture, Image.new("RGB", picture.size, SHADE_COLOR)), picture, mask
+            ImageChops.multiply(picture, Image.new("RGB", picture.size, shade_color)), picture, mask
         )
     traces = [] if beside is None else [(beside, OVERLAY_COLOR)]
     for trace, color in [*traces, (record, paper.trace_color)]:
@@ -388,12 +411,20 @@ def draw_ecg(
     return picture
 
 
-def ecg_svg(record: ECGRecord, paper: ECGPaper = ECGPaper(), caption: str = "") -> str:
+def ecg_svg(
+    record: ECGRecord,
+    paper: ECGPaper = ECGPaper(),
+    caption: str = "",
+    shades: np.ndarray | None = None,
+    shade_color: str = SHADE_COLOR,
+) -> str:
     """The record on ECG paper of natural height, as an SVG document in millimetres; else as `draw_ecg`.
 
     Raises:
-        ValueError: the record has not the rhythm leads.
+        ValueError: the record has not the rhythm leads, or `shades` has another shape.
     """
+    if shades is not None and shades.shape != record.array.shape:
+        raise ValueError(f"shades has the shape {shades.shape}; expected that of the record, {record.array.shape}.")
     caption = " ".join(caption.splitlines())
     seconds = record.array.shape[1] / record.sampling_rate
     width, height = page_width(paper, seconds), page_height(paper, record.lead_names)
@@ -412,6 +443,13 @@ def ecg_svg(record: ECGRecord, paper: ECGPaper = ECGPaper(), caption: str = "") 
     def polyline(x: np.ndarray, y: np.ndarray) -> str:
         return "M" + "L".join(f"{a:.3f},{b:.3f}" for a, b in zip(x.tolist(), y.tolist(), strict=True))  # to 1 um
 
+    if shades is not None:  # under the grid, which is seen through it
+        for left, top, wide, high, strength in _shade_boxes(record, paper, page, shades):
+            box = {
+                name: f"{value:.3f}"
+                for name, value in zip(("x", "y", "width", "height"), (left, top, wide, high), strict=True)
+            }
+            ElementTree.SubElement(svg, "rect", {**box, "fill": shade_color, "fill-opacity": f"{strength:.2f}"})
     for spacing, color, line_width in (
         (MINOR_GRID, paper.minor_color, MINOR_WIDTH),
         (MAJOR_GRID, paper.major_color, MAJOR_WIDTH),

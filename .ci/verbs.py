@@ -4,6 +4,7 @@ Each in a process of its own, forked from this one, which has imported what take
 """
 
 import csv
+import json
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ import numpy as np
 import peft  # noqa: F401
 import torch
 import trl  # noqa: F401
+from datasets import Dataset, DatasetDict
 
 from elm_ecg.configuration_ecg_encoders import MERLConfig
 from elm_ecg.modeling_ecg_encoders import MERLModel
@@ -116,12 +118,40 @@ elm("data simulate ecgs --num_records 8 8 8 --sampling_rate 100", "ecgs/answers:
 options = "--data my_data --llm quickstart/llm --max_steps 2 --logging_steps 1"
 elm(f"sft --config quickstart {options} --output_dir model", "loss")
 files_of("model", "model.safetensors", "README.md", "modeling_elm.py")
+options = "--use_cpu --report_to none --max_steps 1 --max_completion_length 4 --output_dir reinforced"
+elm(f"rl --data my_data --model_name_or_path model {options}", "groups of answers taught nothing")
+files_of("reinforced", "model.safetensors", "README.md", "rewards.svg", "answers/step-000000.html")
+rows = [make_record(index, 0, sampling_rate=125) for index in range(8)]
+for row in rows:
+    row |= {"messages": row["messages"][:1], "chosen": "yes", "rejected": "no"}
+    row["ecg"]["array"] = row["ecg"]["array"].tolist()
+DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk("pairs")
+options = "--use_cpu --report_to none --max_steps 1 --output_dir preferring"
+elm(f"dpo --data pairs --model_name_or_path model {options}", "pairs of answers")
+files_of("preferring", "model.safetensors", "README.md", "training.svg")
 elm("evaluate model --data my_data --max_new_tokens 2", "ECG")
 (place,) = Path("model/evaluation").iterdir()
 files_of(str(place), "evaluation_results.json", "predictions.jsonl", "report.html")
 elm("predict model recordings --question Why? --max_new_tokens 2 --output answers.csv", "12 answers about 12 records")
 elm("predict model recordings --features encoder --output features.npz", "12 vectors about 12 records")
-files_of(".", "answers.csv", "features.npz")
+elm("explain model recordings/0.npz --question Why? --answer yes --output why", "'yes' has probability")
+files_of(".", "answers.csv", "features.npz", "why.png", "why.svg", "why.json")
+Path("suite").mkdir()
+with open("suite/questions.jsonl", "w") as texts:
+    for index in range(12):
+        row = {
+            "ecg_id": index,
+            "question": "Is there noise?",
+            "answer": ["no"],
+            "question_type": "verify",
+            "split": "test",
+        }
+        print(json.dumps(row), file=texts)
+elm(
+    "benchmark model --suite ecg-qa=suite --records recordings --max_new_tokens 2 --conditions zeroed --output_dir benchmark",
+    "ECG-QA",
+)
+files_of("benchmark/ecg-qa", "evaluation_results.json", "predictions.jsonl", "report.html", "table.md", "table.tex")
 shutil.copytree("model", "other")
 elm("compare model other", "xact")
 elm("tokenizer train --data my_data --num_merges 30 --output_dir tokenizer", "tokenizer")

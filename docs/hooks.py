@@ -22,6 +22,7 @@ PACKAGE = (
     ROOT / "build" / "docs"
 )  # where mkdocstrings finds the package by its name, without the environment and the tests
 SHARED = ("help", "help_all")  # options of every command
+MAX_CHOICES = 6  # that a heading shows
 RECIPE_COMMANDS = ("sft", "pretrain", "rl", "dpo")
 COMMANDS_INTRODUCTION = """\
 `elm COMMAND --help` prints what these pages say. A command ends with status 0; with 1 if its input was at fault, 2 if the command line
@@ -98,7 +99,7 @@ def as_markdown(text: str) -> str:
 def _default_of(action: argparse.Action, told: str) -> str:
     if action.required:
         return "Required."
-    if "efault" in told or action.default in (None, "", []) or not action.option_strings:  # D, d
+    if "efault" in told or action.default in (None, "", [], ()) or not action.option_strings:  # D, d
         return ""
     if isinstance(action.default, bool):
         return f"Default: {'on' if action.default else 'off'}."
@@ -107,31 +108,46 @@ def _default_of(action: argparse.Action, told: str) -> str:
     return f"Default: `{words}`."
 
 
-def _entry(action: argparse.Action, parser: argparse.ArgumentParser, level: str, prefix: str) -> str:
-    """A heading with the spellings and the value of an option; then its help, choices and default."""
-    names = [name for name in action.option_strings if "-" not in name[2:]]  # HfArgumentParser adds --a-b to --a_b
+def _sentence(words: str, values: list[str]) -> str:
+    """Words with a capital letter and a full stop, but for a first word that is a name, a value or a unit."""
+    first = words.split()[0].strip(":,")
+    head = words[:1].upper() if first.isalpha() and first not in values else words[:1]
+    return f"{head}{words[1:]}".rstrip(".") + "."
+
+
+def _entry(actions: list[argparse.Action], parser: argparse.ArgumentParser, level: str, prefix: str) -> str:
+    """A heading with the spellings and the value of an option; then its help, choices and default.
+
+    Args:
+        actions: the option, and `--no_x` of an option `--x` that is on by default.
+    """
+    action = actions[0]
+    # HfArgumentParser adds --a-b to --a_b
+    names = [name for action in actions for name in action.option_strings if "-" not in name[2:]]
     formatter = parser._get_formatter()
-    metavar = action.metavar or action.dest.upper()
-    value = "" if action.nargs == 0 else formatter._format_args(action, metavar if names else action.dest)
+    choices = [str(choice) for choice in action.choices or ()]
+    value = "" if action.nargs == 0 else formatter._format_args(action, action.dest.upper() if names else action.dest)
+    if len(choices) > MAX_CHOICES:
+        value = action.dest.upper()
     spellings = ", ".join(f"`{name}`" for name in names)
     heading = f"{spellings} {as_markdown(value)}" if names else f"`{value}`"
     # argparse's formatter adds the default, which stands at the end here, in a form of its own
     told = re.sub(r" \(default: [^)]*\)$", "", formatter._expand_help(action)) if action.help else ""
     sentences = [as_markdown(told)]
-    choices = [str(choice) for choice in action.choices or ()]
     if not all(choice in told for choice in choices):
         sentences.append("One of " + ", ".join(f"`{choice}`" for choice in choices))
     sentences.append(_default_of(action, told))
-    text = " ".join(f"{words[:1].upper()}{words[1:]}".rstrip(".") + "." for words in sentences if words)
-    return f"{level} {heading.strip()} {{ #{prefix}{action.dest} }}\n\n{text}\n"
+    text = " ".join(_sentence(words, choices) for words in sentences if words)
+    label = names[0] if names else value
+    return f"{level} {heading.strip()} {{ #{prefix}{action.dest} data-toc-label='{label}' }}\n\n{text}\n"
 
 
 def _options(parser: argparse.ArgumentParser, level: str, prefix: str = "") -> Iterator[str]:
     titles = {"positional arguments": "Arguments", "options": "Options", "this command": "Of this command"}
     for title, actions in groups_of(parser):
         yield f"{level} {titles.get(title, title[:1].upper() + title[1:])}\n"
-        for action in actions:
-            yield _entry(action, parser, f"{level}#", prefix)
+        for _, same in itertools.groupby(actions, lambda action: action.dest):
+            yield _entry(list(same), parser, f"{level}#", prefix)
 
 
 def command_page(command: str) -> str:
@@ -144,14 +160,15 @@ def command_page(command: str) -> str:
     if below:
         parts = [f"- [`elm {command} {name}`](#{name}): {as_markdown(told)}" for name, (told, _) in below.items()]
         lines.append("\n".join(parts) + "\n")
-    elif parser.epilog:
-        lines.append(f"{as_markdown(parser.epilog)}\n")
     if isinstance(parser, ELMParser):
+        lines.append("`--config` takes a file of options, or the name of a [recipe](../recipes.md).\n")
         spellings = [f"`--{alias}`" for alias, name in ALIASES.items() if f"--{name}" in parser._option_string_actions]
         if spellings:
             lines.append(
                 f"Other spellings, those of [ELM-Research](../../coming_from_elm_research.md), stand beside the option: {', '.join(spellings)}.\n"
             )
+    elif parser.epilog:
+        lines.append(f"{as_markdown(parser.epilog)}\n")
     lines += _options(parser, "##")
     for name, (told, part) in below.items():
         lines.append(f"## elm {command} {name} {{ #{name} }}\n")
@@ -225,7 +242,7 @@ def on_config(config: Any) -> Any:
     reference = next(item["Reference"] for item in config.nav if "Reference" in item)
     commands = next(item for item in reference if "Commands" in item)
     commands["Commands"] = [
-        "reference/commands.md",
+        {"All commands": "reference/commands.md"},
         *({f"elm {name}": f"reference/commands/{name}.md"} for name in COMMANDS),
     ]
     package = PACKAGE / "elm_ecg"

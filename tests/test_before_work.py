@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 from datasets import load_from_disk
 
-from elm_ecg.training import cli, pretrain, sft, tokenizer
+from elm_ecg.training import cli, pretrain, run, sft, tokenizer
 from elm_ecg.training.data import write
 from elm_ecg.training.evaluation import evaluate, probe
+from elm_ecg.training.evaluation.benchmarks import command as benchmark
 from elm_ecg.training.sharing import convert
 from helpers import fork_project, save_tiny_data
 
@@ -18,8 +19,11 @@ COMMANDS = {
     "pretrain": ["--data", "x", "--use_cpu"],
     "sft": ["--data", "x", "--use_cpu"],
     "rl": ["--data", "x", "--use_cpu"],
+    "dpo": ["--data", "x", "--use_cpu"],
     "evaluate": ["model", "--data", "x"],
     "predict": ["model", "a.csv", "--question", "x"],
+    "explain": ["model", "a.csv", "--question", "x"],
+    "benchmark": ["model", "--suite", "ptbxl", "--records", "x"],
     "probe": ["encoder", "--data", "x"],
     "compare": ["a.json", "b.json"],
     "chat": ["model"],
@@ -65,7 +69,13 @@ def fail(*args: Any, **kwargs: Any) -> None:
         (["quickstart", "--use_cpu"], []),
         (["pretrain", "--data", "x", "--use_cpu"], [(pretrain, "build_model"), (pretrain, "load_splits")]),
         (["sft", "--data", "x", "--use_cpu"], [(sft, "load_splits"), (sft, "load_elm"), (sft, "build_base")]),
+        (["rl", "--data", "x", "--use_cpu"], [(run, "load_splits"), (run, "build_base")]),
+        (["dpo", "--data", "x", "--use_cpu"], [(run, "load_splits"), (run, "build_base")]),
         (["evaluate", "model", "--data", "x"], [(evaluate, "_load_data"), (evaluate, "load_elm")]),
+        (
+            ["benchmark", "model", "--suite", "ptbxl", "--records", "x"],
+            [(benchmark, "read_places"), (benchmark, "open_contender")],
+        ),
         (["probe", "encoder", "--data", "x"], [(probe, "load_encoder"), (probe, "load_records")]),
         (["convert", "elm.pt", "--encoder", "merl"], [(convert, "read_checkpoint")]),
         (["data", "build", "records"], [(write, "make_plan")]),

@@ -83,20 +83,20 @@ def test_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         launch = get_args_parser().parse_args(words)
         program, words = launch.training_script, launch.training_script_args
         monkeypatch.setattr(SFTConfig, "world_size", property(lambda args: int(launch.nproc_per_node)))
-    verbs = {
-        "training/sft.py": "sft",
-        "training/pretrain.py": "pretrain",
-        "elm_ecg.training.evaluation.evaluate": "evaluate",
-    }
-    if program in verbs:
-        program, words = "elm", [verbs[program], *words]
+    place = program.removesuffix(".py").replace("/", ".").removeprefix("elm_ecg.").removeprefix("training.")
+    verb = next((verb for verb, (module, _, _) in cli.COMMANDS.items() if module == place), None)
+    if verb is not None:
+        program, words = "elm", [verb, *words]
 
     if program == "elm":
         if len(words) == 1 or words in SUBCOMMANDS or words[1:] in (["--help"], ["--help-all"]):  # named in a sentence
             assert words[0] in cli.COMMANDS or words[0].startswith("--"), f"there is no command {words[0]}"
             return
         module = importlib.import_module(f"elm_ecg.training.{cli.COMMANDS[words[0]][0]}")
-        parse = PARSE.get(words[0]) or hooks.parser_of(words[0]).parse_args
+        parse = PARSE.get(words[0])
+        if parse is None:
+            parser = hooks.parser_of(words[0])
+            parse = getattr(parser, "parse_args_and_config", parser.parse_args)
         parsed: list[Any] = []
         monkeypatch.setattr(module, "main", lambda argv: parsed.append(parse(argv)))
         monkeypatch.setattr(sft, "find_spec", lambda name: name)  # of the extra `quantized`
@@ -277,7 +277,7 @@ def test_the_reference_has_every_public_name() -> None:
 def anchors(text: str) -> set[str]:
     """As Python-Markdown makes them of headings; blocks of code have none."""
     text = re.sub(r"^( *)```.*?^\1```$", "", text, flags=re.MULTILINE | re.DOTALL)
-    found = re.findall(r"^#+ (.*?)(?: \{ #(\S+) \})?$", text, re.MULTILINE)
+    found = re.findall(r"^#+ (.*?)(?: \{ #(\S+)[^}]*\})?$", text, re.MULTILINE)
     return {own or re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title, own in found}
 
 

@@ -582,6 +582,19 @@ class TestBeside:
         assert not darker[: int(height), : middle - 1].any()
         assert 0 < darker[545:580, 40:60].mean() < darker[20 : int(height), middle + 1 : middle + 100].mean()
 
+    def test_shades_of_an_svg(self):
+        """A box for each stretch that is shaded alike, in the row of its lead; none where nothing is."""
+        record, shades = self.record(), np.zeros((12, 500))
+        shades[0, 250:] = 1.0
+        shades[11, :100], shades[11, 100:200] = 0.5, 0.25
+        page = ElementTree.fromstring(ecg_svg(record, shades=shades, shade_color="#123456"))
+        boxes = [box.attrib for box in page.iter("{http://www.w3.org/2000/svg}rect") if box.get("fill") == "#123456"]
+        found = [tuple(float(box[name]) for name in ("x", "width", "y", "height", "fill-opacity")) for box in boxes]
+        # 5 s at 25 mm/s from 10 mm on, and rows of 20 mm
+        assert found == [(72.5, 62.5, 5, 20, 1), (10, 25, 225, 20, 0.5), (35, 25, 225, 20, 0.25)]
+        with pytest.raises(ValueError, match="shades has the shape"):
+            ecg_svg(record, shades=np.zeros((12, 499)))
+
     def test_other_shapes(self):
         record = self.record()
         with pytest.raises(

@@ -40,7 +40,7 @@ def test_every_block_runs_in_order(tmp_path: Path) -> None:
         printed.append(done.stdout)
     assert "looks at the ECG" in printed[0]
     assert (folder / "runs" / "quickstart" / "report.html").is_file()
-    answer = "premature ventricular complexes"
+    answer = "right axis deviation"
     assert answer in printed[2], "the chat does not answer as the README has it"
     assert printed[3].strip() == answer
     assert (folder / "record.svg").read_text() == (ROOT / "docs" / "images" / "record.svg").read_text()

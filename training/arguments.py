@@ -205,6 +205,11 @@ class ModelArguments(RecordArguments):
         f"{IMAGE_FEATURES['patches']}, or {IMAGE_FEATURES['embedding']} of its embedding; else "
         f"{', '.join(f'{spec.num_ecg_tokens} for {name}' for name, spec in CONNECTORS.items())}.",
     )
+    thinking_tokens: bool = argument(
+        False,
+        "Make <think>, </think>, <answer> and </answer> one token each, where the language model has none; with --use_peft their "
+        "embeddings are trained too.",
+    )
 
     def __post_init__(self) -> None:
         if self.elm is not None:
@@ -409,5 +414,6 @@ def json_fields(name: str, value: Any) -> dict[str, Any]:
 def new_elm_options(args: ModelArguments) -> list[str]:
     """The options that differ from their defaults and say what a new ELM is made of."""
     defaults = ModelArguments()  # after its `__post_init__`, as `args`: None has become a value in both
-    names = [option.name for option in fields(ModelArguments)]
+    # a saved ELM can get the last too
+    names = [option.name for option in fields(ModelArguments) if option.name != "thinking_tokens"]
     return [name for name in names if getattr(args, name) != getattr(defaults, name)]

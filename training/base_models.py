@@ -33,6 +33,7 @@ from elm_ecg.training.model_files import find_model_file
 logger = logging.getLogger(__name__)
 
 RECIPE_FILE = "base_model.json"
+BASE_OF_ONE = "base_model"  # folder beside an adapter, of a base that no other run shares
 SHARD_SIZE = "5GB"
 
 
@@ -108,27 +109,47 @@ def find_base(recipe: dict[str, Any], processor: ELMProcessor, trust_remote_code
                 raise ValueError(
                     f"{option} {part['place']} holds other weights than those that the adapter was trained with; bring those back."
                 )
+    # what the adapter's own has of its training is not the base's
+    processor = copy(processor)
+    processor.train_phase, processor.explicit_thinking, processor.system_prompt = None, False, None
+
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(folder.with_suffix(".lock")), naming(folder):
+    with WeakFileLock(folder.with_suffix(".lock")):
         if (folder / "config.json").is_file():  # another process was faster
             return folder
-        unfinished = folder.with_suffix(UNFINISHED)
+        # what is random in it is read by nobody, and the same for all seeds
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            model = _build(recipe, processor, trust_remote_code)
+        _write(model, processor, folder, recipe)
+    logger.info("Base model of the adapter, which other runs share: %s", folder)
+    return folder
+
+
+def write_merged(model: ELMForConditionalGeneration, processor: ELMProcessor, output_dir: Path) -> Path:
+    """The folder of a base that is an older adapter in its own base, written beside the new adapter, as it is of this run alone."""
+    folder = output_dir.absolute() / BASE_OF_ONE
+    _write(model, processor, folder)
+    return folder
+
+
+def _write(
+    model: ELMForConditionalGeneration, processor: ELMProcessor, folder: Path, recipe: dict[str, Any] | None = None
+) -> None:
+    """Writes a base whole, in place of one that is there."""
+    unfinished = folder.with_suffix(UNFINISHED)
+    with naming(folder):
         shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
         try:
-            # what is random in it is read by nobody, and the same for all seeds
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(0)
-                model = _build(recipe, processor, trust_remote_code)
             model.save_pretrained(unfinished, max_shard_size=SHARD_SIZE)
             processor.save_pretrained(unfinished)
-            write_text(unfinished / RECIPE_FILE, json.dumps(recipe, indent=2) + "\n")
+            if recipe is not None:
+                write_text(unfinished / RECIPE_FILE, json.dumps(recipe, indent=2) + "\n")
             let_others_read_weights(unfinished)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(unfinished, folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-    logger.info("Base model of the adapter, which other runs share: %s", folder)
-    return folder
 
 
 def read_recipe(name_or_path: str) -> dict[str, Any] | None:

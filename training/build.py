@@ -39,10 +39,12 @@ from elm_ecg.training.arguments import VISION_BACKBONES, ModelArguments
 from elm_ecg.training.chat_templates import choose_chat_template, stop_at_end_of_turn
 from elm_ecg.training.command_line import did_you_mean
 from elm_ecg.training.contract import check_encoder_class, check_own_parts
+from elm_ecg.training.evaluation.thinking import TAGS
 from elm_ecg.training.files import read_json, resource
 from elm_ecg.training.llms import place_of_llm, resolve_llm
 from elm_ecg.training.model_files import ENCODER_FOLDER, find_model_file
 from elm_ecg.training.parser import ELMParser
+from elm_ecg.training.thinking_tokens import add_rows, add_thinking_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -215,6 +217,8 @@ def build_processor(
     # left is for `generate`; the collator pads right
     tokenizer = AutoTokenizer.from_pretrained(llm, revision=revision, padding_side="left", trust_remote_code=False)
     tokenizer.add_tokens([ELMProcessor.ecg_token], special_tokens=True)  # as a special one, decoding leaves it out
+    if args.thinking_tokens:
+        add_thinking_tokens(tokenizer)
     if args.representation == "symbolic" and ecg_byte is None:
         place = args.ecg_tokenizer or str(DEFAULT_ECG_TOKENIZER)
         if not Path(place).exists():
@@ -329,6 +333,9 @@ def build_around(
             f"The encoder reads records of {config.num_leads} leads x {config.num_samples} samples, and they are prepared with "
             f"{prepared[0]} x {prepared[1]}; say --num_samples {config.num_samples}, and --lead_names for as many leads."
         )
+    tokens = processor.tokenizer.get_vocab()
+    # those of the language model itself come before the placeholder, which is added first
+    add_rows(model, processor, [tag for tag in TAGS if tokens.get(tag, -1) > processor.ecg_token_id])
     if model.config.num_signal_tokens:
         spread_embeddings(model)
     text_config = model.config.get_text_config()

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from elm_ecg.training.files import let_others_read_weights, naming
+from elm_ecg.training.files import let_others_read_weights, naming, read_json
 from elm_ecg.training.resume import RunOptions
 
 UNFINISHED = ".unfinished"  # folder of what is being saved
@@ -197,4 +197,6 @@ def replace_model(new: Path, folder: Path) -> None:
         if old.is_dir():  # no folder takes the place of one that is not empty
             shutil.rmtree(old)
         os.replace(new / name, old)
-    shutil.rmtree(folder / "base_model", ignore_errors=True)  # of an older adapter that was here
+    base, config = folder / "base_model", folder / "adapter_config.json"
+    if not config.is_file() or read_json(config).get("base_model_name_or_path") != str(base):
+        shutil.rmtree(base, ignore_errors=True)  # of an older adapter that was here

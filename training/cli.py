@@ -24,11 +24,21 @@ COMMANDS = {
         "reinforce an ELM's answers by rewards, with the options of TRL's GRPOConfig",
         "--data DATA --model_name_or_path MODEL --output_dir FOLDER",
     ),
+    "dpo": (
+        "dpo",
+        "teach an ELM the better of two answers, with the options of TRL's DPOConfig",
+        "--data DATA --model_name_or_path MODEL --output_dir FOLDER",
+    ),
     "evaluate": ("evaluation.evaluate", "score an ELM with the ECG and without it", "MODEL --data DATA"),
     "predict": (
         "evaluation.predict",
         "answer questions about any number of ECGs, or write their features",
         "MODEL RECORD [RECORD ...] --question TEXT",
+    ),
+    "explain": (
+        "evaluation.explain",
+        "show which leads and moments of an ECG an answer rests on",
+        "MODEL RECORD --question TEXT",
     ),
     "benchmark": (
         "evaluation.benchmarks.command",

@@ -55,7 +55,8 @@ class EncoderFeatures:
         ecgs = {name: batch[name] for name in ECG_INPUTS if batch.get(name) is not None}
         if not ecgs:
             return batch
-        features = [self._of_one(row) for row in _rows(ecgs)]
+        precision = self._precision()
+        features = [self._of_one(row, precision) for row in _rows(ecgs)]
         rest = {name: values for name, values in batch.items() if name not in ECG_INPUTS}
         return {**rest, NAME: torch.cat(features).to(self.model.device)}
 
@@ -66,9 +67,11 @@ class EncoderFeatures:
             f"{self.num_bytes / 1e6:,.1f} MB kept in {where}"
         )
 
-    def _of_one(self, ecg: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _of_one(self, ecg: dict[str, torch.Tensor], precision: str) -> torch.Tensor:
         """[1, tokens, width of the encoder], in the main memory."""
-        key = self._key(ecg)
+        digest = hashlib.sha256(precision.encode())
+        _update(digest, ecg)
+        key = digest.hexdigest()
         features = self._read(key)
         if features is not None:
             self.found += 1
@@ -81,13 +84,11 @@ class EncoderFeatures:
         self._write(key, features)
         return features
 
-    def _key(self, ecg: dict[str, torch.Tensor]) -> str:
-        """By the ECG, and the precision in which it is encoded now."""
+    def _precision(self) -> str:
+        """In which ECGs are encoded now; a model takes as long to tell its dtype as a small one to encode."""
         kind = self.model.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        digest = hashlib.sha256(f"{kind} {self.model.dtype} {autocast}".encode())
-        _update(digest, ecg)
-        return digest.hexdigest()
+        return f"{kind} {self.model.dtype} {autocast}"
 
     def _read(self, key: str) -> torch.Tensor | None:
         if self.folder is None:

@@ -70,6 +70,15 @@ def load_elm(
     return model, processor
 
 
+def warn_if_untuned(processor: ELMProcessor) -> None:
+    """Logs a warning of a model that has learnt reports alone, before it is asked or trained by rewards."""
+    if processor.train_phase == "pretrain":
+        logger.warning(
+            "The model has learnt reports alone (--train_phase pretrain) and was never fine-tuned on chats, so it hardly answers questions: "
+            "fine-tune it first, `elm sft --model_name_or_path MODEL --data CHATS`."
+        )
+
+
 def _load_whole(folder: Path, label: str, trust_remote_code: bool, **model_kwargs: Any) -> ELMForConditionalGeneration:
     model_kwargs |= {"use_safetensors": True, "trust_remote_code": trust_remote_code}
     with loading(folder, label):

@@ -2,12 +2,13 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig, get_peft_config
@@ -60,12 +61,17 @@ def set_precision(model: ELMForConditionalGeneration, update: list[str], use_pef
                     tensor.data = tensor.data.to(torch.float32 if trained else dtype)
 
 
-def lora_config(args: ELMArguments, model_args: ModelConfig, model: ELMForConditionalGeneration) -> LoraConfig:
+def lora_config(
+    args: ELMArguments, model_args: ModelConfig, model: ELMForConditionalGeneration, token_ids: Sequence[int] = ()
+) -> LoraConfig:
     """LoRA on the language model's linear layers; connector and encoder, where updated, and the embeddings of symbolic ECGs are
     trained in full.
 
     Of a new ELM the adapter holds all parts that are not pretrained, the frozen ones too (`freeze_new_parts`): its base, which
     runs share, is made of pretrained weights.
+
+    Args:
+        token_ids: of words whose rows in embeddings and head are trained too.
     """
     if "llm" not in args.update:
         raise ValueError(f"--peft adapts the language model, but --update is {' '.join(args.update)}; add llm to it.")
@@ -113,6 +119,11 @@ def lora_config(args: ELMArguments, model_args: ModelConfig, model: ELMForCondit
     assert isinstance(config, LoraConfig)
     layers = {name: layer for name, layer in _linear(model) if isinstance(targets, str) and re.fullmatch(targets, name)}
     _check_not_shared(layers, model.model.language_model)
+    if token_ids:
+        embeddings = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+        # PEFT follows weights that are tied
+        places = [embeddings] if model.config.tie_word_embeddings else [embeddings, "lm_head"]
+        config.trainable_token_indices = {place: list(token_ids) for place in places}
     # PEFT finds it out too, and warns
     config.fan_in_fan_out = any(isinstance(layer, Conv1D) for layer in layers.values())
     return config
@@ -162,6 +173,13 @@ def adapt_quantized(model: ELMForConditionalGeneration, config: LoraConfig, bits
     setattr(model, f"is_loaded_in_{bits}bit", False)
     assert isinstance(adapted, PeftModel)
     return adapted
+
+
+def complete_head(model: Any) -> None:
+    """Gives the head of an adapted model the bias that TRL looks for: PEFT's wrapper of a head of which some rows are trained lacks it."""
+    head = model.get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper):
+        object.__setattr__(head, "bias", head.original_module.bias)  # not as a parameter, which it is there
 
 
 def freeze_new_parts(model: nn.Module, update: list[str]) -> None:

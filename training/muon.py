@@ -7,7 +7,7 @@ of AdamW's (Liu et al. 2025, https://arxiv.org/abs/2502.16982), so that one lear
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,7 +22,8 @@ OPTIONS: dict[str, Callable[[str], Any]] = {"lr": float, "weight_decay": float, 
 class TakesMuon:
     """For a configuration whose `optim` may be `muon` too, which transformers does not know; it stands before that of TRL."""
 
-    optim: Any
+    if TYPE_CHECKING:  # the parser reads the types of a configuration from all of its bases
+        optim: Any
 
     def __post_init__(self) -> None:
         muon = self.optim == MUON

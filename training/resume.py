@@ -37,7 +37,7 @@ MAY_DIFFER = re.compile(
     r"|(gradient|activation)_checkpointing(_kwargs)?|activation_offloading|torch_compile\w*|torch_empty_cache_steps|use_cache"
     r"|dataset_num_proc|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor|multiprocessing_context)"
     r"|padding_free|packing(_strategy)?"
-    r"|cache_features|num_pictures|(log|logging|save|eval|hub|push|trackio|ddp|include|batch_eval|enable_jit)_\w+"
+    r"|cache_features|num_pictures|num_completions_to_print|(log|logging|save|eval|hub|push|trackio|ddp|include|batch_eval|enable_jit|draw)_\w+"
 )
 # where these are is no matter: the fingerprint tells whether the rows are the same
 OF_DATA = ("data", "ecg_root")

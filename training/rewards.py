@@ -66,18 +66,13 @@ class Reward:
         for place, value in enumerate(values):
             if value is None:
                 continue
+            told = f"The reward {self.name} gives {value!r} for the answer {_text(kwargs['completions'][place])!r:.200}; expected a"
             try:
-                values[place] = float(value)
+                values[place] = number_of = float(value)
             except (TypeError, ValueError) as error:
-                raise ValueError(
-                    f"The reward {self.name} gives {value!r} for the answer {_text(kwargs['completions'][place])!r:.200}; expected a number, or "
-                    "None where it has nothing to say."
-                ) from error
-            if not math.isfinite(values[place]):
-                raise ValueError(
-                    f"The reward {self.name} gives {value} for the answer {_text(kwargs['completions'][place])!r:.200}; expected a finite "
-                    "number, or None where it has nothing to say."
-                )
+                raise ValueError(f"{told} number, or None where it has nothing to say.") from error
+            if not math.isfinite(number_of):
+                raise ValueError(f"{told} finite number, or None where it has nothing to say.")
         return values
 
 
@@ -162,7 +157,7 @@ def own_reward(option: str) -> Reward:
         function: Any = load_own_class(f"{path.stem}.{name}", path.absolute().parent, trust_remote_code=True)
     except Exception as error:  # whatever the file does
         raise ValueError(f"--rewards {option} cannot be loaded: {type(error).__name__}: {error}") from error
-    if not callable(function):
+    if not inspect.isroutine(function):
         raise ValueError(f"--rewards {option}: {name} is no function, but {function!r:.80}.")
     if inspect.iscoroutinefunction(function):
         raise ValueError(f"--rewards {option}: {name} is asynchronous; expected a plain function.")
@@ -172,7 +167,7 @@ def own_reward(option: str) -> Reward:
             f"--rewards {option}: {name} takes no **kwargs; expected def {name}(completions, solution, **kwargs), as all columns of the "
             "rows are given by keyword."
         )
-    return Reward(name, function)
+    return Reward(name, lambda **kwargs: function(**kwargs))
 
 
 def load_rewards(options: Sequence[str]) -> list[Reward]:
@@ -181,7 +176,12 @@ def load_rewards(options: Sequence[str]) -> list[Reward]:
     Raises:
         ValueError: one is not there, or two have one name.
     """
-    own = {"format": format_reward, "tags": tags_reward, "answer": answer_reward, "length": length_reward}
+    own: dict[str, Callable[..., list[float]]] = {
+        "format": format_reward,
+        "tags": tags_reward,
+        "answer": answer_reward,
+        "length": length_reward,
+    }
     rewards: list[Reward] = []
     for option in options:
         if option in own:

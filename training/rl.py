@@ -2,13 +2,13 @@
 
 import json
 import logging
+import shutil
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig
@@ -16,35 +16,21 @@ from trl import ModelConfig
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import AugmentationArguments
-from elm_ecg.training.base_models import read_recipe
-from elm_ecg.training.checkpoints import CountEpochs, replace_model
+from elm_ecg.training.checkpoints import CountEpochs
 from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.command_line import run_command
 from elm_ecg.training.evaluation.bootstrap import difference, resampled_sums
-from elm_ecg.training.evaluation.results import move_old_results
 from elm_ecg.training.features import EncoderFeatures
 from elm_ecg.training.figures import rewards_plot
-from elm_ecg.training.files import check_output_folder, write_text
-from elm_ecg.training.load import limit_threads
-from elm_ecg.training.lora import adapt_quantized, freeze, freeze_new_parts, lora_config
-from elm_ecg.training.model_files import find_model_file
+from elm_ecg.training.lora import freeze_new_parts
 from elm_ecg.training.parser import ELMParser
-from elm_ecg.training.resume import RunOptions, checkpoint_to_resume, fingerprint
+from elm_ecg.training.resume import RunOptions
 from elm_ecg.training.rewards import REWARDS, Reward
 from elm_ecg.training.rl_arguments import LOSSES, NEEDED_HERE, NOT_SAMPLED, OF_LOSS, REFUSED_HERE, RLArguments, RLConfig
 from elm_ecg.training.rl_prompts import Prompts, check_answers
 from elm_ecg.training.rl_trainer import CONDITIONS, ELMGRPOTrainer
-from elm_ecg.training.sft import (
-    build_base,
-    check_adapter_folder,
-    check_trainer,
-    checkpoint_by_size,
-    keep_features,
-    load_splits,
-    set_common_options,
-    settle,
-)
-from elm_ecg.training.sharing.cards import write_model_card
+from elm_ecg.training.run import begin, build, parts_to_train, save, tell_size
+from elm_ecg.training.sft import check_trainer, checkpoint_by_size, keep_features, set_common_options, settle
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +80,10 @@ def parse(argv: list[str] | None = None, prog: str = "elm rl") -> tuple[RLArgume
     parser = make_parser(prog)
     args, training_args, model_args = parser.parse_args_and_config(argv)
     settle(args, training_args, model_args, LEARNING_RATES)
+    if training_args.sync_ref_model and model_args.use_peft:
+        raise ValueError(
+            "--sync_ref_model with --use_peft, where the model without its adapter is the one to stay near; leave one of the two out."
+        )
     training_args.eval_on_start &= training_args.eval_strategy != "no"
     names, weights = [reward.name for reward in args.reward_functions], training_args.reward_weights
     if weights is not None and len(weights) != len(names):
@@ -135,23 +125,18 @@ def _set_metric(training_args: RLConfig, names: list[str]) -> None:
     training_args.greater_is_better = True
 
 
-def warn_of_base(args: RLArguments, model_args: ModelConfig) -> None:
+def warn_of_base(args: RLArguments, model_args: ModelConfig, processor: ELMProcessor) -> None:
     """Tells of a model that has not learnt to answer yet, from which little can be drawn that deserves a reward."""
     name = model_args.model_name_or_path
     if name is None:
-        logger.warning(
-            "No --model_name_or_path: a new ELM around %s has never been fine-tuned, so that hardly any of its answers will earn a "
-            "reward. Begin with what `elm sft` has made.",
-            args.llm,
-        )
+        what = f"No --model_name_or_path: a new ELM around {args.llm} has never been fine-tuned"
+    elif processor.train_phase == "pretrain":
+        what = f"--model_name_or_path {name} was aligned on reports and has never been fine-tuned"
+    else:
         return
-    options = RunOptions.read(Path(name)) if Path(name).is_dir() else None
-    if options is not None and options.options.get("train_phase") == "pretrain":
-        logger.warning(
-            "--model_name_or_path %s was aligned on reports and never fine-tuned, so that hardly any of its answers will earn a reward. "
-            "Fine-tune it with `elm sft` first.",
-            name,
-        )
+    logger.warning(
+        "%s, so that hardly any of its answers will earn a reward. Begin with what `elm sft` has made of it.", what
+    )
 
 
 def numbers_of(data: Dataset, condition: str | None = None, most: int | None = None) -> Dataset:
@@ -171,16 +156,12 @@ def make_trainer(
     options: RunOptions,
 ) -> ELMGRPOTrainer:
     """TRL's trainer, which trains the parts of `--update` or a LoRA adapter."""
-    peft_config, adapted = lora_config(args, model_args, model) if model_args.use_peft else None, None
-    if peft_config is None:  # PEFT itself freezes all that the adapter does not train
-        freeze(model, args.update)
-    elif model_args.load_in_4bit or model_args.load_in_8bit:
-        adapted, peft_config = adapt_quantized(model, peft_config, 4 if model_args.load_in_4bit else 8), None
+    parts = parts_to_train(args, model_args, model)
     changes = {option.name: getattr(args, option.name) for option in fields(AugmentationArguments)}
     collator = ELMCollator(processor, seed=training_args.seed, **changes)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     room = None if longest is None else longest - (training_args.max_completion_length or 0)
-    template_kwargs = training_args.chat_template_kwargs or {}
+    template_kwargs: Any = training_args.chat_template_kwargs or {}
     prompts = {"train": Prompts(splits["train"], collator, template_kwargs, room)}
     evaluated = None
     if splits["validation"] is not None:
@@ -191,7 +172,7 @@ def make_trainer(
     checkpoint_by_size(training_args, model)
     for reward in args.reward_functions:
         reward.context = {
-            "think_given": getattr(processor, "explicit_thinking", False),
+            "think_given": processor.explicit_thinking,
             "max_completion_length": training_args.max_completion_length,
         }
     funcs: list[Reward] = list(args.reward_functions)
@@ -202,12 +183,11 @@ def make_trainer(
         draw_steps=args.draw_steps,
         draw_prompts=args.draw_prompts,
         answers_dir=Path(str(training_args.output_dir)) / ANSWERS,
-        model=model if adapted is None else adapted,
+        **parts,
         args=training_args,
         reward_funcs=funcs,
         train_dataset=numbers_of(splits["train"]),
         eval_dataset=evaluated,
-        peft_config=peft_config,
         callbacks=[CountEpochs(collator)],
     )
     assert trainer.model is not None
@@ -228,51 +208,30 @@ def make_trainer(
 
 def train(args: RLArguments, training_args: RLConfig, model_args: ModelConfig) -> None:
     """Trains an ELM by rewards, and saves it, its processor and its card to `output_dir`."""
-    output_dir = Path(str(training_args.output_dir)).absolute()
-    check_output_folder(output_dir)
-    name = model_args.model_name_or_path
-    if name is not None:
-        find_model_file(name, ["adapter_config.json", "config.json"], model_args.model_revision)
-    warn_of_base(args, model_args)
-    torch.manual_seed(training_args.seed)  # of the new weights; the trainer seeds again
-    options = RunOptions.of(args, training_args, model_args)
-    checkpoint = checkpoint_to_resume(training_args)
-    if model_args.use_peft:
-        check_adapter_folder(output_dir, name, checkpoint is not None)
-    if checkpoint is not None:  # before the data are read and the model is built, which take long
-        options.go_on(checkpoint)
-    splits = load_splits(args, training_args)
-    for split, data in splits.items():
-        if data is not None:
-            check_answers(data, split)
-    options.data = fingerprint(splits["train"])
-    if checkpoint is not None:
-        options.go_on_with(checkpoint)
+    options, checkpoint, splits = begin(args, training_args, model_args, check_answers)
     _check_size(training_args, len(splits["train"]))
-    model, processor = build_base(args, training_args, model_args)
-    options.base = read_recipe(str(model.name_or_path))
-    if args.system_prompt is not None:
-        processor.system_prompt = args.system_prompt
-    limit_threads(model, training_args.device)
+    model, processor = build(args, training_args, model_args, options)
+    warn_of_base(args, model_args, processor)
+    processor.train_phase = "rl"
     trainer = make_trainer(args, training_args, model_args, model, processor, splits, options)
-    if trainer.is_world_process_zero():
-        assert trainer.model is not None
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in trainer.model.parameters()]
-        total, trainable = sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
-        rewards = ", ".join(reward.name for reward in args.reward_functions)
-        print(
-            f"{len(splits['train']):,} prompts, {training_args.num_generations} answers to each, rewarded for {rewards}; "
-            f"{trainable:,} of {total:,} parameters trained",
-            flush=True,
-        )
+    rewards = ", ".join(reward.name for reward in args.reward_functions)
+    answers = training_args.num_generations
+    tell_size(trainer, f"{len(splits['train']):,} prompts, {answers} answers to each, rewarded for {rewards}")
+    if checkpoint is None and trainer.is_world_process_zero():  # those of an earlier run
+        shutil.rmtree(Path(str(training_args.output_dir)) / ANSWERS, ignore_errors=True)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.log_metrics("train", result.metrics)
     if splits["validation"] is not None and not _is_evaluated(trainer):
         trainer.evaluate()
-    save(args, training_args, model_args, model, processor, splits, trainer, result.metrics)
+    history: Any = trainer.state.log_history
+    files = {"rewards.svg": rewards_plot(history)} if trainer.is_world_process_zero() else {}
+    facts = _facts(args, training_args)
+    save(trainer, args, training_args, model_args, model, processor, splits, result.metrics, "grpo", facts, files)
+    if trainer.is_world_process_zero():
+        print(verdict(trainer, splits["validation"]), flush=True)
 
 
-def _check_size(training_args: RLConfig, number: int) -> None:
+def _check_size(training_args: Any, number: int) -> None:
     prompts = training_args.generation_batch_size // training_args.num_generations
     if number < prompts:
         raise ValueError(
@@ -285,44 +244,6 @@ def _is_evaluated(trainer: ELMGRPOTrainer) -> bool:
     """Whether the model as it is now was evaluated."""
     steps = [row["step"] for row in trainer.state.log_history if "eval_ecg_reward" in row]
     return trainer.state.global_step in steps
-
-
-def save(
-    args: RLArguments,
-    training_args: RLConfig,
-    model_args: ModelConfig,
-    model: ELMForConditionalGeneration,
-    processor: ELMProcessor,
-    splits: dict[str, Any],
-    trainer: ELMGRPOTrainer,
-    metrics: dict[str, float],
-) -> None:
-    """Saves the model, its processor, card and rewards, and says what training has changed."""
-    output_dir = Path(str(training_args.output_dir)).absolute()
-    with trainer.staging(output_dir) as folder:
-        trainer.save_model(str(folder))  # and the processor, which is its processing_class
-        trainer.accelerator.wait_for_everyone()  # of a sharded model each process writes a part
-        if trainer.is_world_process_zero():
-            history: Any = trainer.state.log_history
-            trainer.state.save_to_json(str(folder / "trainer_state.json"))
-            write_text(folder / "train_results.json", json.dumps(metrics, indent=2) + "\n")
-            (folder / "rewards.svg").write_bytes(rewards_plot(history))
-            write_model_card(
-                folder,
-                args,
-                training_args,
-                model_args,
-                model.config,
-                processor,
-                splits,
-                "grpo",
-                _facts(args, training_args),
-            )
-            trainer.options.save(folder)
-            move_old_results(output_dir)
-            replace_model(folder, output_dir)
-            print(f"Saved model, processor and card to {output_dir}, the rewards in rewards.svg", flush=True)
-            print(verdict(trainer, splits["validation"]), flush=True)
 
 
 def _facts(args: RLArguments, training_args: RLConfig) -> list[tuple[str, Any]]:

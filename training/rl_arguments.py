@@ -16,6 +16,12 @@ _COUNTED = "the loss counts its answers and tokens itself, over all processes"
 _BY_NUMBER = "rows are drawn by their number. Local data are read row by row anyway, and never held whole"
 _SAME_POLICY = "the answers were drawn without it, so that their probabilities would be others in training"
 _DRAWN = "--draw_steps draws ECGs with the answers about them"
+# options of the phases of `elm sft`
+OF_PHASES = {
+    "train_phase": "`elm rl` and `elm dpo` come after both phases of `elm sft`",
+    "report_column": "reports are for --train_phase pretrain of `elm sft`",
+    "explicit_thinking": "the model knows it, from `elm sft --explicit_thinking`",
+}
 # option -> why any value but its default is refused; beside those of `elm sft`
 REFUSED_HERE: dict[str, str] = {
     **{name: why for name, why in REFUSED.items() if name in {option.name for option in fields(GRPOConfig)}},
@@ -38,6 +44,7 @@ REFUSED_HERE: dict[str, str] = {
     "log_completions_hub_repo": REFUSED["push_to_hub"],
     "streaming": _BY_NUMBER,
     "shuffle_buffer": _BY_NUMBER,
+    **OF_PHASES,
     "perturb": "with --eval_strategy the reward is measured with the ECG and with zeros in its place",
 }
 del REFUSED_HERE["shuffle_dataset"]  # TRL's sampler takes it
@@ -66,7 +73,7 @@ class RLConfig(TakesMuon, GRPOConfig):
     """TRL's, with errors in the words of the command line."""
 
     def __post_init__(self) -> None:
-        if self.num_generations < 2:
+        if (self.num_generations or 0) < 2:
             raise ValueError(
                 f"--num_generations is {self.num_generations}; expected at least 2: an answer is better or worse than others to "
                 "the same prompt."

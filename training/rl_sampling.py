@@ -54,9 +54,10 @@ class DrawByRow(LogitsProcessor):
         """Scores [rows, vocabulary], 0 for the token that was drawn and minus infinity for the others (NotFiniteError: a row has none)."""
         require_finite(scores)
         warped: Any = self.warpers(input_ids, scores)  # type: ignore[arg-type]
-        # float64: the sum over a large vocabulary is still 1
-        cumulative = warped.double().softmax(-1).cumsum(-1)
-        draws = self.draws[:, input_ids.shape[1] - self.prompt_length].to(cumulative.device)
+        # in float64, which MPS has not, the sum over a large vocabulary is still 1
+        dtype = torch.float32 if scores.device.type == "mps" else torch.float64
+        cumulative = warped.to(dtype).softmax(-1).cumsum(-1)
+        draws = self.draws[:, input_ids.shape[1] - self.prompt_length].to(cumulative.device, dtype)
         # the first token at which the sum exceeds the draw; one of probability 0 never does
         tokens = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)
         tokens = tokens.clamp(max=scores.shape[1] - 1)

@@ -19,7 +19,6 @@ from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import RepeatSampler, pad
 
 from elm_ecg.training.checkpoints import WholeCheckpoints
-from elm_ecg.training.evaluation.thinking import THINK_OPEN
 from elm_ecg.training.features import EncoderFeatures
 from elm_ecg.training.files import atomic_path
 from elm_ecg.training.muon import OptimizesByMuon
@@ -59,6 +58,17 @@ class ELMGRPOTrainer(OptimizesByMuon, WholeCheckpoints, GRPOTrainer):
     `features`, where they are kept, take the place of the ECGs.
     """
 
+    # of TRL and transformers, which say less of them, or None where a trainer without model would have it
+    args: Any
+    model: Any
+    ref_model: Any
+    processing_class: Any
+    train_dataset: Any
+    num_generations: Any
+    num_generations_eval: Any
+    shuffle_dataset: Any
+    _buffered_inputs: Any
+
     def __init__(
         self,
         *,
@@ -80,7 +90,6 @@ class ELMGRPOTrainer(OptimizesByMuon, WholeCheckpoints, GRPOTrainer):
             self._add_reference()
         self.prompts = prompts
         self.draw_steps, self.draw_prompts, self.answers_dir = draw_steps, draw_prompts, answers_dir
-        self.think_given = getattr(processor, "explicit_thinking", False)
         self.features: EncoderFeatures | None = None
         self.groups = {"trained": 0, "skipped": 0}
         # condition -> row -> its rewards at the first evaluation of the run and at the last
@@ -213,8 +222,6 @@ class ELMGRPOTrainer(OptimizesByMuon, WholeCheckpoints, GRPOTrainer):
     ) -> torch.Tensor:
         """As TRL's, of the answers as they are read everywhere: [answers of all processes, rewards]."""
         self._texts = self.processing_class.decode_answers(completion_ids_list)
-        if self.think_given:
-            self._texts = [f"{THINK_OPEN}{text}" if not text.startswith("<think>") else text for text in self._texts]
         completions = [[{"role": "assistant", "content": text}] for text in self._texts]
         self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if self._of != "train":
@@ -307,9 +314,10 @@ class ELMGRPOTrainer(OptimizesByMuon, WholeCheckpoints, GRPOTrainer):
         step = self.state.global_step
         if not (self.draw_steps and self.answers_dir and self.is_world_process_zero() and step % self.draw_steps == 0):
             return
-        rewards, shown = self._rewards[own].tolist(), {}
+        rewards = self._rewards[own].tolist()
+        shown: dict[int, Answers] = {}
         for place, number in enumerate(self._numbers):
-            group: Answers = shown.setdefault(number, Answers(self.prompts["train"].row(number), []))
+            group = shown.setdefault(number, Answers(self.prompts["train"].row(number), []))
             values = dict(zip(self.reward_func_names, rewards[place], strict=True))
             group.answers.append((self._texts[place], values, float(advantages[place])))
         ecgs = self.prompts["train"].collator.ecgs_of_row
@@ -339,7 +347,7 @@ class ELMGRPOTrainer(OptimizesByMuon, WholeCheckpoints, GRPOTrainer):
         super()._save_rng_state(output_dir)
         if self._step % self.generate_every and self._buffered_inputs is not None:
             tensors = {
-                f"{place}.{name}": value.contiguous()
+                f"{place}.{name}": value.contiguous().clone()  # the same number stands in all batches
                 for place, batch in enumerate(self._buffered_inputs)
                 for name, value in batch.items()
                 if value is not None
@@ -348,10 +356,20 @@ class ELMGRPOTrainer(OptimizesByMuon, WholeCheckpoints, GRPOTrainer):
                 save_file(tensors, path)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """As the trainer's, with the answers that are trained on."""
+        """As the trainer's, with the answers that are trained on.
+
+        Raises:
+            ValueError: they are not there.
+        """
         super()._load_rng_state(checkpoint)
-        if checkpoint is None or not (path := self._answers_file(checkpoint)).is_file():
+        if checkpoint is None or not self._step % self.generate_every:
             return
+        path = self._answers_file(checkpoint)
+        if not path.is_file():
+            raise ValueError(
+                f"--resume_from_checkpoint {checkpoint}: it lacks {path.name}, the answers that were being trained on. Go on from another "
+                "checkpoint."
+            )
         batches: list[dict[str, Any]] = [{} for _ in range(self.args.steps_per_generation)]
         for key, value in load_file(path, device=str(self.accelerator.device)).items():
             place, _, name = key.partition(".")

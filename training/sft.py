@@ -18,7 +18,7 @@ from trl import ModelConfig, SFTConfig, get_quantization_config
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import PARTS, AugmentationArguments, ELMArguments, new_elm_options
-from elm_ecg.training.base_models import find_base, read_recipe, recipe_of
+from elm_ecg.training.base_models import find_base, read_recipe, recipe_of, write_merged
 from elm_ecg.training.build import build_model, build_processor
 from elm_ecg.training.chat_templates import set_chat_template, stop_at_end_of_turn
 from elm_ecg.training.checkpoints import CountEpochs, replace_model
@@ -30,7 +30,7 @@ from elm_ecg.training.evaluation.results import move_old_results
 from elm_ecg.training.features import FOLDER, EncoderFeatures
 from elm_ecg.training.files import check_output_folder, write_text
 from elm_ecg.training.load import limit_threads, load_elm
-from elm_ecg.training.lora import adapt_quantized, freeze, freeze_new_parts, lora_config, set_precision
+from elm_ecg.training.lora import adapt_quantized, complete_head, freeze, freeze_new_parts, lora_config, set_precision
 from elm_ecg.training.model_files import find_model_file
 from elm_ecg.training.muon import MUON, SFTConfigWithMuon, muon_options
 from elm_ecg.training.packing import ROW_TOKENS
@@ -38,6 +38,7 @@ from elm_ecg.training.parser import ELMParser
 from elm_ecg.training.resume import RunOptions, checkpoint_to_resume, fingerprint
 from elm_ecg.training.run_splits import read_splits
 from elm_ecg.training.sharing.cards import write_model_card
+from elm_ecg.training.thinking_tokens import add_rows, add_thinking_tokens, thinking_token_ids
 from elm_ecg.training.trainer import ELMTrainer
 from elm_ecg.training.trl_options import NEEDED, REFUSED, REFUSED_VALUES
 
@@ -285,8 +286,21 @@ def build_base(
         elif kwargs["dtype"] != "auto":
             kwargs["dtype"] = "float32"  # what is trained passes through no other; what is not takes its own below
         model, processor = load_elm(name, model_args.model_revision, training_args.trust_remote_code, **kwargs)
+        if args.thinking_tokens:
+            _add_to_saved(model, processor, name, model_args.use_peft)
         set_chat_template(processor, template)
         stop_at_end_of_turn(model, processor)
+        # an older adapter is in the weights by now, and a new one on the base of that would be without it
+        files = ["adapter_config.json", "config.json"]
+        if model_args.use_peft and find_model_file(name, files, model_args.model_revision)[1] == files[0]:
+            if quantization is not None:
+                raise ValueError(
+                    f"--load_in_4bit and --load_in_8bit with --model_name_or_path {name}, an adapter, which cannot be merged into a "
+                    "quantized model; leave them out."
+                )
+            if training_args.process_index == 0:  # which saves the adapter
+                base = write_merged(model, processor, Path(str(training_args.output_dir)))
+                model.name_or_path = str(base)  # PEFT writes it into the adapter's configuration
     else:
         processor = build_processor(args, model_args.model_revision)
         set_chat_template(processor, template)
@@ -305,6 +319,19 @@ def build_base(
     return model, processor
 
 
+def _add_to_saved(model: ELMForConditionalGeneration, processor: ELMProcessor, name: str, use_peft: bool) -> None:
+    """Makes the tags of thinking tokens of a saved ELM (ValueError: it cannot have them any more)."""
+    signals = processor.signal_token_ids
+    new = add_thinking_tokens(processor.tokenizer)
+    if new and (use_peft or signals):
+        why = "its adapter would need rows that this base lacks" if use_peft else "tokens of ECGs follow its words"
+        raise ValueError(
+            f"--thinking_tokens with --model_name_or_path {name}, which has no {new[0]}: {why}. Say it when the ELM is new, in the phase "
+            f"pretrain too{', or train this one without --use_peft' if use_peft and not signals else ''}."
+        )
+    add_rows(model, processor, new)
+
+
 def make_trainer(
     args: ELMArguments,
     training_args: SFTConfig,
@@ -315,7 +342,8 @@ def make_trainer(
     options: RunOptions,
 ) -> ELMTrainer:
     """TRL's trainer, which trains the parts of `--update` or a LoRA adapter."""
-    peft_config, adapted = lora_config(args, model_args, model) if model_args.use_peft else None, None
+    tags = thinking_token_ids(processor) if args.thinking_tokens else []
+    peft_config, adapted = lora_config(args, model_args, model, tags) if model_args.use_peft else None, None
     if peft_config is None:  # PEFT itself freezes all that the adapter does not train
         freeze(model, args.update)
     elif model_args.load_in_4bit or model_args.load_in_8bit:
@@ -352,6 +380,7 @@ def make_trainer(
     assert trainer.model is not None
     check_trainer(args, trainer, model)
     if model_args.use_peft:
+        complete_head(trainer.model)
         freeze_new_parts(trainer.model, args.update)
     if args.cache_features is not None:
         trainer.features = keep_features(args.cache_features, model)

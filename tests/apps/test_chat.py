@@ -193,18 +193,22 @@ def test_errors_of_the_thread_reach_the_reader(model, processor, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("written", "answer"),
+    ("written", "answer", "name", "settings"),
     [
-        ("<think>\n\n</think>\n\nyes, it is", "yes, it is"),
-        ("<think>\nBecause.\n</think>\n\nyes", "<think>\nBecause.\n</think>\n\nyes"),
-        (" yes", "yes"),
-        ("<", "<"),
-        ("<think>\n\n</think>", ""),
+        ("<think>\n\n</think>\n\nyes, it is", "yes, it is", "qwen3_training", {}),
+        ("<think>\nBecause.\n</think>\n\nyes", "<think>\nBecause.\n</think>\n\nyes", "qwen3_training", {}),
+        (" yes", "yes", "qwen3_training", {}),
+        ("<", "<", "qwen3_training", {}),
+        ("<think>\n\n</think>", "", "qwen3_training", {}),
+        # what a prompt has of an answer is shown with it
+        ("Because.\n</think>\nyes", "<think>\nBecause.\n</think>\nyes", "qwen3_training", {"explicit_thinking": True}),
+        ("Because.\n</think>\nyes", "<think>\nBecause.\n</think>\nyes", "qwen3_5_think", {}),
+        ("\n</think>\n\nyes", "yes", "qwen3_5_think", {}),
     ],
 )
-def test_what_the_template_writes_before_an_answer_is_not_shown(written, answer):
+def test_what_the_template_writes_before_an_answer_is_not_shown(written, answer, name, settings):
     """Of Qwen3 an empty thinking block, in pieces as the model writes it."""
-    qwen3 = processor_of(of_trl("qwen3_training"))
+    qwen3 = processor_of(of_trl(name), **settings)
 
     class Writes:
         device, config = torch.device("cpu"), SimpleNamespace(get_text_config=lambda decoder: None)
@@ -457,3 +461,23 @@ def test_other_representations(representation, records, tmp_path, monkeypatch, c
         output = chat.model.generate(**inputs, max_new_tokens=6, do_sample=False)
         text = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
         assert turns[place]["content"][0]["text"].strip() == text.strip()
+
+
+def test_why_an_answer_was_given(chat, records, tmp_path, capsys):
+    """Pictures and figures of the last answer; of a chat about one ECG alone."""
+    pytest.importorskip("captum")
+    with pytest.raises(ValueError, match="asked about 0"):
+        chat.command("/why")
+    chat.command(f"/ecg {records[0]}")
+    for question in ("Fast?", "Slow?"):
+        list(chat.ask(question))
+    assert chat.command("/why")
+    values = json.loads((tmp_path / "rec0-why.json").read_text())
+    assert values["question"] == "Slow?"
+    assert values["answer"] == chat.messages[-1]["content"][-1]["text"]
+    assert (tmp_path / "rec0-why.png").is_file()
+    assert f"has probability {values['probability']:.2f}; it rests most on" in capsys.readouterr().out
+    chat.command(f"/ecg {records[1]}")
+    list(chat.ask("And this?"))
+    with pytest.raises(ValueError, match="asked about 2"):
+        chat.command("/why other")

@@ -169,6 +169,20 @@ def test_answers_grow_and_are_compared_with_the_ecg_zeroed(page):
     assert not list(page.ask("  ", ecgs, [], True, []))
 
 
+def test_why_an_answer_was_given(page):
+    pytest.importorskip("captum")
+    assert page.explains
+    ecgs, _ = page.pick("walk one")
+    with pytest.raises(ValueError, match="read one, and ask about it"):
+        page.why(ecgs, [])
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "<b>so</b>"}]
+    shown = page.why(ecgs, turns)
+    assert "&#x27;&lt;b&gt;so&lt;/b&gt;&#x27; has probability" in shown
+    assert "fill-opacity" in shown
+    with pytest.raises(ValueError, match="read one, and ask about it"):
+        page.why([*ecgs, *ecgs], turns)
+
+
 @pytest.mark.slow
 def test_served_page(page, folder, tmp_path, monkeypatch):
     gradio_client = pytest.importorskip("gradio_client", reason="needs the extra demo")

@@ -587,3 +587,42 @@ def test_a_file_is_no_dataset(tmp_path):
     json_lines(tmp_path, [{"messages": ASKED}])
     with pytest.raises(ValueError, match=r"train.jsonl is a file; give the folder that holds it"):
         load(tmp_path / "train.jsonl")
+
+
+def of_ecg_r1(names, question):
+    """A row in the form of ECG-R1's data."""
+    thought = "<think>\nNo P waves.\n</think>\n<answer>AF</answer>"
+    turns = [("system", "Think first."), ("user", question), ("assistant", thought)]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    return {"messages": messages, "objects": {"ecg": names}, "source": "PTB-XL"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_of_ecg_r1(tmp_path, streaming):
+    """Their ECGs stand where the text says so."""
+    for name in ("a", "b"):
+        np.savez(tmp_path / f"{name}.npz", array=np.zeros((12, 500), np.float32), sampling_rate=250)
+    rows = [
+        of_ecg_r1(["a.npz"], "<ecg>\nWhat is it?"),
+        of_ecg_r1(["a.npz", "b.npz"], "First <ecg>, then <ECG> <image is no place"),
+        of_ecg_r1(["b.npz"], "What is it?"),
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    args = DataArguments(data=[str(tmp_path)])
+    data = load_stream(args, "train") if streaming else load_data(args, "train")
+    loaded = list(data)
+    chats = [to_chat(row) for row in loaded]
+    first, second = str(tmp_path / "a.npz"), str(tmp_path / "b.npz")
+    assert chats[0][1]["content"] == [{"type": "ecg", "path": first}, {"type": "text", "text": "What is it?"}]
+    assert chats[1][1]["content"] == [
+        {"type": "text", "text": "First "},
+        {"type": "ecg", "path": first},
+        {"type": "text", "text": ", then "},
+        {"type": "ecg", "path": second},
+        {"type": "text", "text": "<image is no place"},
+    ]
+    assert chats[2][1]["content"] == [{"type": "ecg", "path": second}, {"type": "text", "text": "What is it?"}]
+    assert [turn["role"] for turn in chats[0]] == ["system", "user", "assistant"]
+    assert chats[0][2]["content"][0]["text"].startswith("<think>")
+    with pytest.raises(ValueError, match="have 1 places for ECGs, but the row has 2 ECGs"):
+        to_chat({**loaded[0], "ecg": [first, second]})

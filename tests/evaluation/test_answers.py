@@ -335,6 +335,61 @@ def test_the_tokens_of_a_candidate(name, expected):
     assert processor.tokenizer.decode(answerer._suffix("yes", chat, prompt)) == expected
 
 
+@pytest.fixture
+def thinking(elm):
+    model, processor = elm
+    processor = copy(processor)
+    processor.explicit_thinking = True
+    return model, processor
+
+
+def thinking_rows(num_rows: int) -> Dataset:
+    """Conversations of two questions; every third answers the first without thinking."""
+    rows = []
+    for index in range(num_rows):
+        thought = "<think>\nSo.\n</think>\n<answer>no</answer>" if index % 3 else "no"
+        turns = [("user", "Is it" * (1 + index)), ("assistant", thought), ("user", "And?"), ("assistant", thought)]
+        ecg = {
+            "array": np.random.default_rng(index).normal(size=(12, 200)).tolist(),
+            "sampling_rate": 100,
+            "unit": "mV",
+        }
+        rows.append({"messages": [{"role": role, "content": text} for role, text in turns], "ecg": ecg})
+    return Dataset.from_list(rows).with_format("numpy", columns=["ecg"], output_all_columns=True)
+
+
+def test_a_model_that_thinks_is_given_the_opening(thinking):
+    """In every turn, after right answers that think or do not; the answers have it back."""
+    rows = thinking_rows(6)
+    alone = ask(thinking, rows, batch_size=1, reuse_prefix=False)
+    assert alone == ask(thinking, rows, batch_size=4)
+    assert all(answer.startswith("<think>\n") for answer in alone if answer)
+    answerer = Answerer(*thinking, rows, list_questions(rows))
+    (read,) = answerer._read([[2, 3]], CONDITIONS["ecg"])
+    assert read.nested
+    for prompt in read.prompts:
+        assert thinking[1].decode(prompt.input_ids).endswith("<think>\n")
+
+
+def test_candidates_of_a_model_that_thinks(thinking):
+    model, processor = thinking
+    rows = thinking_rows(2).select([1])
+    names = [f"<think>\nSo.\n</think>\n<answer>{word}</answer>" for word in ("no", "yes")]
+    found = ask(thinking, rows, candidates=[names, names])
+    chat = [*to_chat(rows[0])[:3], {"role": "assistant", "content": [{"type": "text", "text": names[1]}]}]
+    batch = processor.apply_chat_template(
+        chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
+    )
+    mask = batch.pop("assistant_masks").bool()
+    with torch.no_grad():
+        scores = model(**batch).logits.log_softmax(-1)[:, :-1].gather(2, batch["input_ids"][:, 1:, None])[..., 0]
+    last = mask[:, 1:].clone()
+    last[:, : int((mask[:, 1:] & ~mask[:, :-1]).nonzero()[-1, 1])] = False  # of the second answer alone
+    assert found[1][1] == pytest.approx(float(scores[last].sum()), abs=1e-3)
+    with pytest.raises(ValueError, match="The candidate 'yes' does not begin with <think>"):
+        ask(thinking, rows, candidates=[["yes", "no"]] * 2)
+
+
 def test_a_model_without_a_chat_template(elm, data, monkeypatch):
     model, processor = elm
     monkeypatch.setattr(processor, "chat_template", None)

@@ -260,10 +260,10 @@ def test_few_patients_have_no_interval():
 def test_p_at_the_floor_of_the_resamples_says_so():
     found = paired_difference([1] * 20, [0] * 20, range(20), num_resamples=2000)
     assert found.to_dict()["p_value_at_floor"] is True
-    assert p_in_words(found.p_value, found.at_floor) == "<= 0.0010"
-    assert p_in_words(found.p_value, found.at_floor, decimals=3) == "<= 0.001"
+    assert p_in_words(found.p_value, found.at_floor) == "< 0.001"
+    assert [p_in_words(p, True) for p in (2 / 101, 0.02, 1.0)] == ["< 0.020", "< 0.021", "< 1.000"]
     assert "p_value_at_floor" not in paired_difference([1, 0] * 10, [0, 1] * 10, range(20)).to_dict()
-    assert [p_in_words(p) for p in (None, 0.03104, 1.0, 0.00001)] == ["none", "0.0310", "1.0000", "< 0.0001"]
+    assert [p_in_words(p) for p in (None, 0.03104, 1.0, 0.00001)] == ["none", "0.031", "1.000", "< 0.001"]
 
 
 def test_one_class_has_no_auroc():

@@ -298,7 +298,7 @@ def test_generated_and_chosen_answers_are_told_apart(paths, tmp_path, capsys):
 def test_p_at_the_floor_is_no_number(tmp_path, capsys):
     a, b = (save(tmp_path / answer, make_questions([answer] * 20)) for answer in ("yes", "no"))
     main([str(a), str(b), "--num_resamples", "2000"])
-    assert capsys.readouterr().out.count("| <= 0.001 ") == 2
+    assert capsys.readouterr().out.count("| < 0.001 ") == 2
 
 
 def test_models_are_compared_by_the_evaluation_that_all_have(tmp_path, capsys):

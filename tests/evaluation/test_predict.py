@@ -27,7 +27,6 @@ from helpers import (
 LAUNCHED = "import runpy\nrunpy.run_module('elm_ecg.training.evaluation.predict', run_name='__main__')"
 QUESTIONS = ["What is the rhythm?", "Is the rate fast?", "Why?"]
 FEW = ["--max_new_tokens", "6", "--batch_size", "2"]
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +299,9 @@ def test_a_file_that_is_there_is_not_overwritten(answered, model, records, capsy
 
 def test_no_record_can_be_read(model, tmp_path):
     (tmp_path / "a.npz").write_bytes(b"no ECG")
-    with pytest.raises(ValueError, match=r"no answer about any of 1 record, .* the first error: Cannot read .*a\.npz"):
+    with pytest.raises(
+        ValueError, match=r"no answer about any of 1 record, .* the first error: .*a\.npz is of no known"
+    ):
         run(model, tmp_path, str(tmp_path / "a.npz"), "--question", "Why?")
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
     with pytest.raises(ValueError, match="No file is named as"):
@@ -314,11 +315,8 @@ def test_a_launcher_sees_one_line_too(tmp_path):
     assert process.stderr.splitlines()[-1] == "elm predict: --output is no/a.csv; there is no folder no."
 
 
-def test_real_recordings(model, tmp_path):
-    folder = SHARED / "ptbxl" / "wfdb_examples" / "records100"
-    if not folder.is_dir():
-        pytest.skip("../shared/data/ptbxl is not here")
-    files = sorted(folder.rglob("*.hea"))[:3]
+def test_real_recordings(model, shared, tmp_path):
+    files = sorted((shared / "data/ptbxl/wfdb_examples/records100").rglob("*.hea"))[:3]
     names = [str(file.with_suffix("")) for file in files]  # as WFDB has it
     short = save_record(tmp_path / "short.npz", seconds=5.0)
     lines = lines_of(run(model, tmp_path, str(short), *names, "--question", "Why?", *FEW))

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from datasets import Dataset
@@ -12,6 +14,7 @@ from elm_ecg.training.evaluation.questions import (
     most_frequent_answers,
     other_patients,
     rows_to_swap,
+    without_thinking,
 )
 
 
@@ -127,3 +130,18 @@ def test_rows_without_ecg_are_not_swapped():
     ecg = {"array": [[0.0]], "sampling_rate": 100}
     rows = [{"ecg": [ecg], "patient_id": "a"}, {"ecg": [], "patient_id": "b"}, {"ecg": [ecg], "patient_id": "c"}]
     assert rows_to_swap(Dataset.from_list(rows), 0).tolist() == [2, 1, 0]
+
+
+def test_questions_are_without_placeholders():
+    """Of ECG-R1's rows, whose texts say where an ECG stands."""
+    turns = [
+        ("system", "S"),
+        ("user", "<ecg>\nWhat is it?"),
+        ("assistant", "<think>\nSo.\n</think>\n<answer> AF </answer>"),
+    ]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in turns]}]
+    (question,) = list_questions(Dataset.from_list(rows))
+    assert (question.question, question.turn) == ("What is it?", 2)
+    assert without_thinking([question]) == [replace(question, answer="AF")]
+    with pytest.raises(ValueError, match="Row 0 has nothing to score in the answer '<answer></answer>' to 'What is it"):
+        without_thinking([replace(question, answer="<answer></answer>")])

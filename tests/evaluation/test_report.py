@@ -5,8 +5,20 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
+from elm_ecg.ecg_utils import ECGRecord
+from elm_ecg.training.evaluation.conditions import CONDITIONS
+from elm_ecg.training.evaluation.explain import Explanation
 from elm_ecg.training.evaluation.questions import Question
-from elm_ecg.training.evaluation.report import NUM_EXAMPLES, examples, score_tables, write_report, wrong_answers
+from elm_ecg.training.evaluation.report import (
+    NUM_EXAMPLES,
+    alike,
+    example,
+    examples,
+    score_tables,
+    write_report,
+    wrong_answers,
+)
+from elm_ecg.training.evaluation.scale import MetricScale
 from elm_ecg.training.evaluation.scores import Scorer, load_metrics
 from elm_ecg.training.evaluation.verdict import verdict
 
@@ -16,9 +28,20 @@ def prediction(row: int, kind: str, answer: str, given: str) -> dict:
 
 
 def test_wrong_answers():
-    rows = [prediction(i, "rate", "80", "60") for i in range(3)] + [prediction(3, "axis", "left", "")]
+    rows = [prediction(i, "heart_rate", "80", "60") for i in range(3)] + [prediction(3, "axis", "left", "")]
     rows += [prediction(4, "axis", "left", "left")]
-    assert wrong_answers(rows) == [("rate", "80", "60", 3), ("axis", "left", "", 1)]
+    assert wrong_answers(rows) == [("heart rate", "80", "60", 3), ("axis", "left", "", 1)]
+
+
+def test_metrics_that_say_the_same_share_a_row():
+    score = {"value": 0.5, "interval_95": [0.4, 0.6]}
+    other = {**score, "value": 0.6}
+    rows = {
+        "ecg": {"exact_match": score, "closed_set": score, "token_f1": score, "rate_error": score},
+        "zeroed": {"exact_match": score, "closed_set": score, "token_f1": other, "rate_error": score},
+    }
+    scales = {"rate_error": MetricScale(unit="bpm", higher_is_better=False)}
+    assert alike(rows, scales) == [["exact_match", "closed_set"], ["token_f1"], ["rate_error"]]
 
 
 def test_examples_are_of_all_types_right_and_wrong():
@@ -114,6 +137,43 @@ def test_report_is_one_file_of_escaped_text(page):
         assert words in text
 
 
+def test_an_example_is_explained():
+    """In place of the plain picture; rows of several ECGs have theirs."""
+    ecg = {"array": [[0] * 500] * 2, "sampling_rate": 100, "lead_names": ["I", "II"], "unit": "uV"}
+    data = Dataset.from_list([{"ecg": [ecg]}, {"ecg": [ecg, ecg]}])
+
+    def explain(row, prediction):
+        record = ECGRecord(np.zeros((2, 500), np.float32), 100, ("I", "II"))
+        assert len(row["ecg"]) == 1
+        attribution = np.ones((2, 500))
+        return Explanation(record, "?", prediction["ecg"], "occlusion", 0.75, attribution, {"most": 0.5, "least": 0.7})
+
+    (shaded,) = example(prediction(0, "rate", "a", "a"), data, explain)["pictures"]
+    (plain,) = example(prediction(0, "rate", "a", "a"), data, None)["pictures"]
+    assert "shaded where the answer rests on it. 'a' has probability 0.75" in shaded["caption"]
+    assert shaded["uri"] != plain["uri"]
+    assert len(example(prediction(1, "rate", "a", "a"), data, explain)["pictures"]) == 2
+
+
+def test_the_contents_lead_to_every_section(page):
+    """And each section stands in them once."""
+    links, sections = (
+        re.findall(r'<a href="#(\w+)">([^<]+)</a>', page),
+        re.findall(r'<h2 id="(\w+)">([^<]+)</h2>', page),
+    )
+    assert links == sections
+    assert len(links) == len(set(links)) == 6
+
+
+def test_tables_are_no_wider_than_the_conditions(page):
+    """However many metrics there are: each is a row. A screen of 1200 pixels shows all columns."""
+    tables = re.findall(r"<table>(.*?)</table>", page, re.DOTALL)
+    assert max(len(re.findall("<th>", table)) for table in tables) <= 2 + len(CONDITIONS)
+    scores = page.split('<h2 id="scores">')[1].split("</table>")[0]
+    assert "<th>metric</th><th>with its ECG</th><th>ECG zeroed</th>" in scores
+    assert "<td>exact match, closed set</td>" in scores  # one row, as they are the same here
+
+
 def test_every_type_of_question_stands_in_the_page(tmp_path):
     """However many there are; numbers of narrow columns go on in a second line in place of beyond the edge."""
     questions = [Question(row, 1, "?", "yes", f"type{row % 24}", f"p{row}") for row in range(48)]
@@ -125,7 +185,7 @@ def test_every_type_of_question_stands_in_the_page(tmp_path):
     results = {**summary, **facts, "settings": settings, "data": data, "verdict": "v"}
     write_report(tmp_path / "report.html", results, [], Dataset.from_list([{"ecg": None}]))
     page = (tmp_path / "report.html").read_text()
-    table = page.split("<h2>By type of question</h2>")[1].split("</table>")[0]
+    table = page.split("By type of question</h2>")[1].split("</table>")[0]
     assert re.findall(r"<td>(type\d+)</td>", table) == sorted(f"type{kind}" for kind in range(24))
     assert not re.search(r"td\.score[^{]*{[^}]*nowrap", page)
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elm_ecg.training.evaluation.thinking import TAGS, THINK_OPEN, answer_of
+from elm_ecg.training.evaluation.thinking import TAGS, THINK_OPEN, answer_of, scored_answer
 
 
 @pytest.mark.parametrize(
@@ -42,3 +42,20 @@ def test_answer_of_any_texts(before, answer, after):
 
 def test_what_is_given_is_the_opening_tag():
     assert f"{TAGS[0]}\n" == THINK_OPEN
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "scored"),
+    [
+        ("<think>\nSo.\n</think>\n<answer>AF</answer>", "<answer>AF</answer>", "AF"),
+        ("<think>\nSo.\n</think>\nAF", "<answer>AF</answer>", ""),
+        ("<think>\nSo.\n</think>\nAF", "AF", "AF"),
+        ("<think>\nSo.\n</think>\n<answer>AF</answer>", "AF", "AF"),
+        ("<think>\nIt goes on", "AF", ""),
+        ("AF", "AF", "AF"),
+        ("AF", "<answer>AF</answer>", ""),
+    ],
+)
+def test_what_scores(text, reference, scored):
+    assert scored_answer(text, reference) == scored
+    assert scored_answer(reference, reference) == "AF"

@@ -16,11 +16,11 @@ from elm_ecg.pipeline_elm import ECGQuestionAnsweringPipeline
 from elm_ecg.tokenization_ecg_byte import ECGByteTokenizer
 from elm_ecg.training import tokenizer
 from elm_ecg.training.apps.conversation import stream_answer
+from elm_ecg.training.evaluation.thinking import TAGS
 from elm_ecg.training.load import load_elm
-from elm_ecg.training.sharing.vocabulary import REASONING_TOKENS
 from helpers import save_tiny_llm
 
-REASONING = list(REASONING_TOKENS)
+REASONING = list(TAGS)
 SIGNALS = [f"signal_{token_id}" for token_id in ORDER]
 CHAT = [{"role": "user", "content": [{"type": "ecg"}, {"type": "text", "text": "Rhythm? <think>"}]}]
 

@@ -40,6 +40,7 @@ HELP = """\
     [--start SECOND]  where the part that the model reads begins, of a longer record
     [--sampling_rate HZ] [--unit UNIT] [--lead_names LEAD ...]  where the file does not say
 /plot [FILE.png]      draw the ECGs of the chat as the model reads them, as PNG or SVG
+/why [NAME]           draw what the last answer rests on, as NAME.png, NAME.svg and NAME.json
 /save FILE.json       write the chat as a row of a dataset
 /clear                begin a new chat
 /help                 this list
@@ -111,11 +112,8 @@ class Chat:
             described = {"sampling_rate": record.sampling_rate, "lead_names": list(record.lead_names), "unit": "mV"}
             ecgs.append({"array": array, **described})
         prompt = getattr(self.processor, "system_prompt", None)  # which code saved before there was one lacks
-        messages = []  # without the records, which stand in `ecg`
-        for turn in [*([as_message("system", prompt)] if prompt else []), *self.messages]:
-            parts = [{"type": "ecg"} if part["type"] == "ecg" else part for part in turn["content"]]
-            messages.append({"role": turn["role"], "content": parts})
-        return {"ecg": ecgs, "messages": messages, "model": self.name}
+        messages = [*([as_message("system", prompt)] if prompt else []), *self.messages]
+        return {"ecg": ecgs, "messages": _with_places(messages), "model": self.name}
 
     def command(self, line: str) -> bool:
         """Runs a line that begins with a slash, and prints what came of it. Returns whether the chat goes on.
@@ -129,6 +127,8 @@ class Chat:
             self._ecg(arguments)
         elif verb == "/plot":
             self._plot(_one(verb, arguments, "FILE.png") if arguments else None)
+        elif verb == "/why":
+            self._why(_one(verb, arguments, "NAME") if arguments else None)
         elif verb == "/save":
             self._save(_one(verb, arguments, "FILE.json"))
         elif verb in ("/clear", "/help", "/quit"):
@@ -170,6 +170,21 @@ class Chat:
             save_picture(output, ecg.prepared, paper, caption)
             print(printable(f"Picture of {ecg.name} in {output.resolve()}"))
 
+    def _why(self, output: Path | None) -> None:
+        from elm_ecg.training.evaluation.explain import explain, write  # late: few chats ask why
+
+        if self.num_asked != 1:
+            raise ValueError(
+                f"/why explains an answer about one ECG; this chat asked about {self.num_asked}. /clear begins a new one."
+            )
+        (ecg,) = self.ecgs[:1]
+        *asked, answer = self.messages
+        text = "".join(part["text"] for part in answer["content"])
+        model: Any = self.model  # an ELM
+        explanation = explain(model, self.processor, ecg.record, _with_places(asked), text)
+        paths = write(explanation, output or Path(f"{Path(ecg.name).stem}-why"))
+        print(printable(f"{explanation.told()}\nPictures in {', '.join(str(path.resolve()) for path in paths)}"))
+
     def _save(self, path: Path) -> None:
         if path.suffix.lower() not in (".json", ".jsonl"):
             raise ValueError(f"/save: {path} is no .json file.")
@@ -177,6 +192,14 @@ class Chat:
             raise ValueError("Nothing was asked yet, so there is no chat to save.")
         write_text(path, json.dumps(self.row(), ensure_ascii=False) + "\n")
         print(f"Chat in {path.resolve()}")
+
+
+def _with_places(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages without their records, whose places stay, as in the rows of a dataset."""
+    return [
+        {**turn, "content": [{"type": "ecg"} if part["type"] == "ecg" else part for part in turn["content"]]}
+        for turn in messages
+    ]
 
 
 def _one(verb: str, arguments: list[str], expected: str) -> Path:

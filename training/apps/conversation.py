@@ -227,11 +227,12 @@ class _Stop:
 def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, Any, str]:
     """The model of `model_parser` on the GPU, if there is one, its processor, and its name for people."""
     # late: --help need not wait for it, and a Space has no such module
-    from elm_ecg.training.load import limit_threads, load_elm
+    from elm_ecg.training.load import limit_threads, load_elm, warn_if_untuned
 
     system_prompt = read_system_prompt(args.system_prompt)
     set_seed(args.seed)
     model, processor = load_elm(args.model, args.revision, args.trust_remote_code, dtype=args.dtype)
+    warn_if_untuned(processor)
     if system_prompt is not None:
         processor.system_prompt = system_prompt
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]  # a wrapped method

@@ -3,6 +3,7 @@
 import argparse
 import html
 import importlib.metadata
+import importlib.util
 import json
 import os
 import shutil
@@ -182,6 +183,28 @@ class Page:
             for without in self._answers(question, [zeroed(ecg) for ecg in ecgs], turns):
                 yield turns_now, [*compared, *asked, {"role": "assistant", "content": without}]
 
+    @property
+    def explains(self) -> bool:
+        """Whether answers can be explained here; in a Space they cannot, which has no training code."""
+        names = ("captum", "elm_ecg.training.evaluation")
+        return self.processor.takes_ecgs and all(map(importlib.util.find_spec, names))
+
+    def why(self, ecgs: list[ChatECG], turns: Turns) -> str:
+        """HTML of what the last answer rests on.
+
+        Raises:
+            ValueError: there is no answer yet, or it is about several ECGs or none.
+        """
+        from elm_ecg.training.evaluation.explain import draw_svg, explain  # not in a Space
+
+        if len(ecgs) != 1 or not turns:
+            raise ValueError("An answer about one ECG can be explained: read one, and ask about it.")
+        *asked, answer = turns
+        model: Any = self.model  # an ELM
+        explanation = explain(model, self.processor, ecgs[0].record, asked, answer["content"])
+        told = f"<b>What the answer rests on</b>: {html.escape(explanation.told())}"
+        return f'<figure><div class="paper">{draw_svg(explanation)}</div><figcaption>{told}</figcaption></figure>'
+
     def _answers(self, question: str, ecgs: list[ChatECG], turns: Turns) -> Iterator[str]:
         """The growing answer: each time all of it that is written so far."""
         chat: list[dict[str, Any]] = []
@@ -245,6 +268,7 @@ def build_demo(page: Page, name: str, questions: Sequence[str] = QUESTIONS) -> A
             )
             send = gr.Button("Ask", variant="primary", scale=1, min_width=80, elem_id="ask")
             stop, clear = (gr.Button(label, scale=1, min_width=80) for label in ("Stop", "Clear"))
+            explain = gr.Button("Why?", scale=1, min_width=80, visible=page.explains, elem_id="why")
         compare = gr.Checkbox(
             label="Show the answer with the ECG zeroed beside it", visible=page.processor.takes_ecgs, elem_id="compare"
         )
@@ -269,11 +293,25 @@ def build_demo(page: Page, name: str, questions: Sequence[str] = QUESTIONS) -> A
             trigger_mode="once",  # another click while it answers does nothing
             show_progress="minimal",
         )
+        explain.click(_why(gr, page), [ecgs, turns], pictures, concurrency_limit=1, trigger_mode="once", api_name="why")
         stop.click(None, None, None, cancels=[answering], **private)
         cleared = [clear.click, chatbot.clear, chatbot_zeroed.clear]
         gr.on(cleared, lambda: [[], [], [], []], None, chats, cancels=[answering], **private)
         compare.change(lambda on: gr.update(visible=on), compare, chatbot_zeroed, show_progress="hidden", **private)
     return demo
+
+
+def _why(gr: Any, page: Page) -> Any:
+    """`Page.why`, which leaves the picture as it is where it fails, and tells the visitor why."""
+
+    def why(ecgs: list[ChatECG], turns: Turns) -> Any:
+        try:
+            return page.why(ecgs, turns)
+        except Exception as error:
+            gr.Warning(html.escape(str(error)))
+            return gr.skip()
+
+    return why
 
 
 def _record_boxes(gr: Any, page: Page) -> tuple[Any, ...]:

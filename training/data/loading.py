@@ -11,6 +11,7 @@ from urllib.parse import quote
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, IterableDatasetDict, List, Value
 from datasets.exceptions import DatasetGenerationError
 from datasets.formatting import NumpyFormatter, _register_formatter
@@ -19,7 +20,7 @@ from huggingface_hub import snapshot_download
 from elm_ecg.ecg_utils import STANDARD_LEADS, ECGRecord, as_record
 from elm_ecg.training.data import records
 from elm_ecg.training.data.paths import confined_rows, split_segment
-from elm_ecg.training.data.reference import OWNER, from_reference, is_key, is_reference
+from elm_ecg.training.data.reference import OWNER, PLACEHOLDER, from_reference, is_key, is_reference
 from elm_ecg.training.data.reference_files import SAMPLING_RATE, Segment
 from elm_ecg.training.data.schema import ECG, LITERALS, MESSAGES, RECORDS, ROLES, WORK, as_list
 
@@ -46,6 +47,7 @@ _FORMS = pa.schema(
         "num_samples": pa.int32(),  # of the reference's ECGs that are no files
     }
 )
+OBJECTS = "objects"  # column of what the messages of ECG-R1 and others name by placeholders
 FOLD_SPLIT = re.compile(r"fold(\d+)_(\w+)")  # names of the splits of datasets with folds
 STREAMED_ROWS = 100  # that are read at once; as many as `elm data build` writes into a row group
 
@@ -308,6 +310,8 @@ def load_split(
     data = _plain_types(_without_media(splits[key]))
     if is_reference(data):
         return from_reference(data, name, ecg_root, num_proc)
+    if OBJECTS in data.column_names and "ecg" not in data.column_names:
+        data = _from_objects(data)
     if column not in data.column_names:
         raise ValueError(f"{name} ({key}) has the columns {data.column_names}; expected {column!r}, {COLUMNS[column]}.")
     if column == "messages" and not isinstance(data.features["messages"], List):
@@ -325,6 +329,27 @@ def load_split(
         }
         data = tables.map(confined_rows, **options).with_format(None)
     return data
+
+
+def _from_objects(data: Any) -> Any:
+    """Rows as those of ECG-R1, with their ECGs, which `objects.ecg` names, in a column `ecg`."""
+    features = None
+    if data.features is not None:  # JSON may not say
+        objects = data.features[OBJECTS]
+        if not (isinstance(objects, dict) and "ecg" in objects):
+            return data
+        features = Features(
+            {name: kind for name, kind in data.features.items() if name != OBJECTS} | {"ecg": objects["ecg"]}
+        )
+    return (
+        data.with_format("arrow")
+        .map(_named_ecgs, batched=True, remove_columns=[OBJECTS], features=features)
+        .with_format(None)
+    )
+
+
+def _named_ecgs(table: pa.Table) -> pa.Table:
+    return table.drop_columns([OBJECTS]).append_column("ecg", pc.struct_field(table[OBJECTS], "ecg"))
 
 
 def _first_ecg(data: Any) -> Any:
@@ -478,8 +503,8 @@ def _resolved(ecg: Any, row: dict[str, Any]) -> Any:
 def to_chat(row: dict[str, Any], with_ecg: bool = True) -> list[dict[str, Any]]:
     """The chat of a row with its ECGs in place.
 
-    Where the messages say `{"type": "ecg"}`, the row's ECGs stand there in their order; where they do not, all stand
-    before the first user message, as in the reference.
+    Where the messages say `{"type": "ecg"}`, or a user's text says `<ecg>` or `<image>`, the row's ECGs stand there in their order;
+    where they do not, all stand before the first user message, as in the reference.
 
     Args:
         with_ecg: False leaves the ECGs out and keeps the words.
@@ -499,6 +524,9 @@ def to_chat(row: dict[str, Any], with_ecg: bool = True) -> list[dict[str, Any]]:
                 "list of parts."
             )
     chat = [{"role": message["role"], "content": _parts(message["content"], row)} for message in messages]
+    for message in chat:
+        if message["role"] == "user":
+            message["content"] = [part for whole in message["content"] for part in _places_in(whole)]
 
     places = [part for message in chat for part in message["content"] if part["type"] == "ecg"]
     if not places:
@@ -534,4 +562,15 @@ def _parts(content: str | list[dict[str, Any]], row: dict[str, Any]) -> list[dic
                 f"{_name(row)} has the part {str(part)[:200]} in a message; expected {{'type': 'text', 'text': ...}} or {{'type': 'ecg'}}, "
                 "whose ECG stands in the column ecg."
             )
+    return parts
+
+
+def _places_in(part: dict[str, Any]) -> list[dict[str, Any]]:
+    """A part of a user's message, of a text with placeholders as texts and places of ECGs."""
+    if part["type"] != "text":
+        return [part]
+    first, *others = PLACEHOLDER.split(part["text"])
+    parts: list[dict[str, Any]] = [{"type": "text", "text": first}] if first or not others else []
+    for text in others:
+        parts += [{"type": "ecg"}] + [{"type": "text", "text": text}] * bool(text)
     return parts

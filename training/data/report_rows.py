@@ -8,6 +8,7 @@ from datasets import Dataset, Features, IterableDataset
 
 from elm_ecg.training.data.loading import load_parts, mix, without_empty
 from elm_ecg.training.data.record_rows import ANSWERS, each_once, report_of
+from elm_ecg.training.data.reference import PLACEHOLDER
 from elm_ecg.training.data.schema import MESSAGES
 
 if TYPE_CHECKING:
@@ -95,4 +96,5 @@ def _question_in(messages: Any) -> str:
     """The words of the user of a chat; none of a bare text."""
     contents = [turn.get("content") for turn in messages or () if turn.get("role") == "user"]
     parts = [part for content in contents for part in ([content] if isinstance(content, str) else content or ())]
-    return " ".join(part if isinstance(part, str) else part.get("text") or "" for part in parts).strip()
+    text = " ".join(part if isinstance(part, str) else part.get("text") or "" for part in parts)
+    return PLACEHOLDER.sub("", text).strip()

@@ -27,6 +27,7 @@ from elm_ecg.training.evaluation.conditions import CONDITIONS, ECG, Condition
 from elm_ecg.training.evaluation.progress import Progress
 from elm_ecg.training.evaluation.questions import Question, rows_to_swap
 from elm_ecg.training.features import EncoderFeatures
+from elm_ecg.training.load import warn_if_untuned
 
 MAX_BYTES_OF_FEATURES = 2**30  # 29,000 ECGs of ST-MEM
 
@@ -113,6 +114,7 @@ class Answerer:
                 "The model has no chat template, so nobody knows how it is asked; save its processor with one (`elm sft` does), or "
                 "put a chat_template.jinja into its folder."
             )
+        warn_if_untuned(self.processor)
         # some language models ask for a penalty or for sampling, which is not greedy
         self._options = {
             "do_sample": False,
@@ -302,6 +304,10 @@ class Answerer:
         if answer not in self._suffixes:  # taken to be the same behind every prompt
             turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
             text: Any = self.processor.apply_chat_template([*chat, turn], tokenize=False)
+            if not text.startswith(prompt) and self.processor.explicit_thinking:
+                raise ValueError(
+                    f"The candidate {answer!r} does not begin with <think>, with which the model begins each answer; score by generation."
+                )
             if not text.startswith(prompt):
                 raise ValueError(
                     "The chat template does not write an answer behind its generation prompt, so its likelihood cannot be told; "

@@ -89,6 +89,9 @@ class EvaluationArguments(DataArguments):
     main_metric: str | None = argument(
         None, "Metric of the verdict and the plots. Default: auroc where there is one, else exact_match."
     )
+    explain_examples: bool = argument(
+        False, "Shade the examples of the report where the answers with the ECG rest on it, as `elm explain` does."
+    )
     bert_score_model: str | None = argument(None, "Encoder of bert_score that it knows, such as roberta-large.")
 
     def __post_init__(self) -> None:

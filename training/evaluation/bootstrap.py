@@ -159,14 +159,13 @@ def difference(value: float, replicates: np.ndarray) -> Difference:
     return Difference(*score, min(1.0, 2 * (int(fewer) + 1) / (len(defined) + 1)), at_floor=int(fewer) == 0)
 
 
-def p_in_words(p_value: float | None, at_floor: bool = False, decimals: int = 4) -> str:
-    """A p-value for a table: `0.0310`, `<= 0.0010` where the resamples show no smaller one, `none`."""
+def p_in_words(p_value: float | None, at_floor: bool = False) -> str:
+    """A p-value for a table: `0.031`, `< 0.001` where it is less or the resamples show no smaller one, `none`."""
     if p_value is None:
         return "none"
-    least = 10**-decimals
     if at_floor:  # rounded up, so that it holds
-        return f"<= {math.ceil(min(1.0, p_value) / least - 1e-9) * least:.{decimals}f}"
-    return f"< {least:.{decimals}f}" if p_value < least else f"{p_value:.{decimals}f}"
+        return f"< {min(1.0, (math.floor(1000 * p_value + 1e-9) + 1) / 1000):.3f}"
+    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
 
 def _defined(replicates: np.ndarray) -> np.ndarray | None:

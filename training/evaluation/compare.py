@@ -423,7 +423,9 @@ def to_markdown(
     differences = []
     for row in comparisons:
         gain = scales[row.metric].with_interval(row.difference.to_dict(), "difference", "+")
-        p_values = [_p(value, row.difference.at_floor) for value in (row.difference.p_value, row.adjusted_p_value)]
+        p_values = [
+            p_in_words(value, row.difference.at_floor) for value in (row.difference.p_value, row.adjusted_p_value)
+        ]
         differences.append([*row.models, row.metric, gain, *p_values])
     units = [f"{scale.title} in {scale.unit}" for scale in scales.values() if scale.factor == 1 and scale.unit]
     exceptions = f" But {', '.join(units)}." if units else ""
@@ -451,10 +453,6 @@ def table_lines(header: list[str], rows: list[list[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [f"| {' | '.join(f'{text:<{width}}' for text, width in zip(row, widths, strict=True))} |" for row in cells]
     return [lines[0], f"|{'|'.join('-' * (width + 2) for width in widths)}|", *lines[1:]]
-
-
-def _p(value: float | None, at_floor: bool) -> str:
-    return p_in_words(value, at_floor, decimals=3)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -4,6 +4,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from elm_ecg.training.data.schema import counted
 from elm_ecg.training.digest import digest_of_folder, digest_of_model, files_of_model, folder_of
 from elm_ecg.training.evaluation.answers import Answerer
 from elm_ecg.training.evaluation.arguments import METRICS, EvaluationArguments, ScoredBy, check_settings, parse
+from elm_ecg.training.evaluation.attributions import require_captum
 from elm_ecg.training.evaluation.card import add_evaluations
 from elm_ecg.training.evaluation.conditions import ASKED, BASELINE, CONDITIONS, ECG
+from elm_ecg.training.evaluation.explain import explain_prediction
 from elm_ecg.training.evaluation.progress import Progress
 from elm_ecg.training.evaluation.questions import (
     Question,
@@ -33,6 +36,7 @@ from elm_ecg.training.evaluation.questions import (
     fingerprint_of,
     list_questions,
     most_frequent_answers,
+    without_thinking,
 )
 from elm_ecg.training.evaluation.report import write_report
 from elm_ecg.training.evaluation.results import (
@@ -50,6 +54,7 @@ from elm_ecg.training.evaluation.results import (
 from elm_ecg.training.evaluation.runs import over_runs
 from elm_ecg.training.evaluation.scale import scales_of
 from elm_ecg.training.evaluation.scores import Scorer, check_contract, file_of, is_path, load_metrics, name_of
+from elm_ecg.training.evaluation.thinking import scored_answer
 from elm_ecg.training.evaluation.verdict import verdict
 from elm_ecg.training.files import check_output_folder
 from elm_ecg.training.load import limit_threads, load_elm
@@ -160,8 +165,9 @@ def _evaluate(
     questions = list_questions(data)
     if not questions:
         raise ValueError(f"The dataset has {counted(len(data), 'row')} and no assistant turn to score.")
+    scored = without_thinking(questions) if processor.explicit_thinking else questions
     for metric in filter(is_path, settings["metrics"]):
-        check_contract(name_of(metric), modules[name_of(metric)], [question.answer for question in questions])
+        check_contract(name_of(metric), modules[name_of(metric)], [question.answer for question in scored])
     training = [] if training_data is None else list_questions(training_data)
     choices = candidate_answers(questions, training, settings["candidates"], prefix) if score == "likelihood" else None
     generation = {"do_sample": False, "max_new_tokens": settings["max_new_tokens"], **settings["generation"]}
@@ -181,7 +187,8 @@ def _evaluate(
     if not PartialState().is_main_process:  # one process scores and writes
         return Results()
     options = {"bert_score": {"model": settings["bert_score_model"]}}
-    scorer = Scorer(questions, modules, settings["num_resamples"], seed, options, choices)
+    whole = [question.answer for question in questions] if processor.explicit_thinking else None
+    scorer = Scorer(scored, modules, settings["num_resamples"], seed, options, choices, whole)
     facts = facts_of(
         Path(model.name_or_path or "").name,
         revision,
@@ -193,9 +200,11 @@ def _evaluate(
             "generation": generation,
             "dtype": dtype_of(model),
             "system_prompt": processor.system_prompt or None,
+            "explicit_thinking": processor.explicit_thinking,
         },
     )
     facts["model_commit"] = getattr(model.config, "_commit_hash", None)
+    training = without_thinking(training) if processor.explicit_thinking else training
     return summarise(answerer, scorer, answers, not_scored, training, facts, settings["main_metric"])
 
 
@@ -210,7 +219,8 @@ def facts_of(
         training: the questions that the baseline is from.
         settings: `dtype` and those of `evaluate`, of which the ones that results name are taken.
     """
-    names = ("score", "generation", "candidates", "batch_size", "dtype", "system_prompt", "seed", "num_resamples")
+    names = ["score", "generation", "candidates", "batch_size", "dtype", "system_prompt", "seed", "num_resamples"]
+    names.append("explicit_thinking")
     return {
         "schema_version": SCHEMA_VERSION,
         "model": model,
@@ -327,12 +337,16 @@ def summarise(
             condition: [names[int(np.argmax(row))] for names, row in zip(candidates, rows, strict=True)]
             for condition, rows in asked.items()
         }
+    written = answers if scorer.whole is not None else {}
+    for condition, texts in written.items():
+        pairs = zip(texts, scorer.whole or [], strict=True)
+        answers = {**answers, condition: [scored_answer(text, reference) for text, reference in pairs]}
     if training:
         answers = {**answers, BASELINE: most_frequent_answers(questions, training)}
     if "closed_set" in scorer.modules and not scorer.closed:
         not_scored["closed_set"] = "No type of question has a few different answers."
     data = answerer.data
-    results = {**facts, **scorer.summarise(answers, likelihoods), "not_scored": not_scored}
+    results = {**facts, **scorer.summarise(answers, likelihoods, written), "not_scored": not_scored}
     scored = results["conditions"][ECG]["metrics"]
     if main_metric is not None and main_metric not in scored:
         logger.warning(
@@ -351,6 +365,10 @@ def summarise(
         if candidates is not None:
             prediction["candidates"] = candidates[index]
             prediction["log_likelihoods"] = {name: rows[index] for name, rows in likelihoods.items()}
+        if scorer.whole is not None:
+            prediction["written"] = {"answer": scorer.whole[index]} | {
+                name: texts[index] for name, texts in written.items()
+            }
         predictions.append(prediction)
     return Results(results, predictions)
 
@@ -451,16 +469,19 @@ def _evaluate_fold(
             results |= {"model": Path(name).name, "model_files": files, "evaluation": evaluation}
             results["data"] |= {"names": [Path(name).name for name in args.data], "split": args.split, "fold": fold}
             results["settings"] |= {"torch_compile": args.torch_compile, "data_subset": args.data_subset}
-            _write(folders[seed], results, data)
+            explain = None
+            if args.explain_examples and processor.takes_ecgs:
+                explain = partial(explain_prediction, model, processor.with_system_prompt(args.system_prompt))
+            _write(folders[seed], results, data, explain)
             if own.is_dir():
                 add_evaluations(own, revision)
     return runs
 
 
-def _write(folder: Path, results: Results, data: Dataset) -> None:
+def _write(folder: Path, results: Results, data: Dataset, explain: Callable[..., Any] | None) -> None:
     folder.mkdir(exist_ok=True)
     results.save(folder)
-    write_report(folder / REPORT_FILE, results, results.predictions, data)
+    write_report(folder / REPORT_FILE, results, results.predictions, data, explain=explain)
     print(results["verdict"])
     print(f"Results, predictions and report in {folder.resolve()}", flush=True)
 
@@ -469,6 +490,8 @@ def main(argv: list[str] | None = None) -> Results:
     """Returns the results of a single run, or the figures over several; on processes other than the first nothing."""
     args = parse(argv)
     load_metrics(args.metrics)  # what they lack should be known before the model is loaded
+    if args.explain_examples:
+        require_captum()
     state = PartialState(cpu=not torch.cuda.is_available())  # no MPS, which accelerate would take
     folds: list[int | None] = [None] if args.fold is None else [*args.fold]
     names = {fold: args.model_name_or_path.replace("{fold}", str(fold)) for fold in folds}

@@ -69,7 +69,9 @@ class Predictor:
             part: its number, by which what is random is drawn.
             read: the records of the rows, by their numbers.
         """
-        lines, questions, chats = [], [], []
+        lines: list[dict[str, Any]] = []
+        questions: list[tuple[Question, dict[str, Any]]] = []
+        chats: list[dict[str, Any]] = []
         for row in rows:
             record = read[row.number]
             error = record.error or self._fault(row, record)
@@ -168,7 +170,7 @@ def predict(predictor: Predictor, rows: Rows, parts: Parts, size: int) -> None:
             following = None if after is None else reader.submit(read, after)
             with torch.inference_mode():
                 parts.write(part, predictor.lines(part, of_part, records), schema)
-            bar.update(min(len(of_part) * state.num_processes, bar.total - bar.n))  # the others are about as far
+            bar.update(min(len(of_part) * state.num_processes, rows.number - int(bar.n)))  # the others are about as far
     state.wait_for_everyone()
 
 
@@ -176,8 +178,10 @@ def _rows(args: argparse.Namespace) -> Rows:
     """What the command line asks."""
     from elm_ecg.training.arguments import DataArguments  # imports TRL, which takes seconds
 
-    questions = read_questions(args.questions) if args.questions else [(None, text) for text in args.question or ()]
-    if args.features in ("encoder", "connector"):
+    questions: list[tuple[str | None, str]] = [(None, text) for text in args.question or ()]
+    if args.questions is not None:
+        questions = read_questions(args.questions)
+    elif args.features in ("encoder", "connector"):
         questions = [(None, "")]
     if args.records:
         described = {name: getattr(args, name) for name in ("sampling_rate", "lead_names", "unit")}

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,9 @@ from tqdm import tqdm
 from elm_ecg.ecg_utils import as_record
 from elm_ecg.training.data.loading import ecgs_of
 from elm_ecg.training.data.paths import LazyECG
+from elm_ecg.training.data.reference import PLACEHOLDER
 from elm_ecg.training.data.schema import counted
+from elm_ecg.training.evaluation.thinking import scored_answer
 
 MAX_CANDIDATES = 50  # each is read by the model after every question
 
@@ -65,7 +67,10 @@ def list_questions(data: Dataset) -> list[Question]:
         for turn, message in enumerate(chat):
             if message["role"] != "assistant":
                 continue
-            asked, answer = chat[turn - 1]["content"] if turn else "", message["content"].strip()
+            asked = (
+                PLACEHOLDER.sub("", chat[turn - 1]["content"]) if turn else ""
+            )  # of ECGs, which are not among the words
+            answer = message["content"].strip()
             if not answer:
                 raise ValueError(
                     f"Row {index} has an empty answer to {asked!r}, which no model could give; leave the row out."
@@ -73,6 +78,21 @@ def list_questions(data: Dataset) -> list[Question]:
             named = asked if template is None else f"template {template}"
             questions.append(Question(index, turn, asked, answer, str(next(types)), patients[index][0], named))
     return questions
+
+
+def without_thinking(questions: list[Question]) -> list[Question]:
+    """The questions with what scores of their right answers, see `scored_answer`.
+
+    Raises:
+        ValueError: nothing does.
+    """
+    scored = [replace(one, answer=scored_answer(one.answer, one.answer)) for one in questions]
+    for question, one in zip(questions, scored, strict=True):
+        if not one.answer:
+            raise ValueError(
+                f"Row {one.row} has nothing to score in the answer {question.answer[-60:]!r} to {one.question!r}; leave the row out."
+            )
+    return scored
 
 
 def digest(facts: Any) -> str:

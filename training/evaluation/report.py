@@ -3,7 +3,8 @@
 import base64
 import io
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from elm_ecg.training.data.loading import ecgs_of
 from elm_ecg.training.data.schema import counted
 from elm_ecg.training.evaluation.bootstrap import MIN_PATIENTS, p_in_words
 from elm_ecg.training.evaluation.conditions import CONDITIONS, ECG
+from elm_ecg.training.evaluation.explain import Explanation, draw
 from elm_ecg.training.evaluation.scale import SHARE, MetricScale, scales_of, title_of
 from elm_ecg.training.figures import confusion_plot, differences_plot, scores_plot
 from elm_ecg.training.files import resource, write_text
@@ -44,11 +46,22 @@ def score_tables(results: Mapping[str, Any]) -> list[tuple[str, dict[str, dict[s
     return tables
 
 
+def alike(rows: Mapping[str, Mapping[str, Any]], scales: Mapping[str, MetricScale]) -> list[list[str]]:
+    """The metrics of a table, condition -> metric -> score, in groups that say the same in every condition."""
+    groups: dict[Any, list[str]] = {}
+    for metric in rows[ECG]:
+        scores = [row.get(metric) or {} for row in rows.values()]
+        shown = [[score.get(key) for key in ("value", "interval_95", "difference", "p_value")] for score in scores]
+        scale = replace(scales.get(metric, MetricScale()), title="")
+        groups.setdefault((repr(shown), scale), []).append(metric)
+    return list(groups.values())
+
+
 def wrong_answers(predictions: list[dict[str, Any]]) -> list[tuple[str, str, str, int]]:
     """The most frequent wrong answers with the ECG: type of the question, right answer, answer given, how often."""
     pairs = Counter((row["question_type"], row["answer"], row[ECG]) for row in predictions if row[ECG] != row["answer"])
     ordered = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))
-    return [(*pair, number) for pair, number in ordered[:NUM_WRONG_ANSWERS]]
+    return [(title_of(kind), *answers, number) for (kind, *answers), number in ordered[:NUM_WRONG_ANSWERS]]
 
 
 def examples(predictions: list[dict[str, Any]], number: int = NUM_EXAMPLES) -> list[dict[str, Any]]:
@@ -67,13 +80,28 @@ def examples(predictions: list[dict[str, Any]], number: int = NUM_EXAMPLES) -> l
     return chosen
 
 
-def example(prediction: dict[str, Any], data: Dataset) -> dict[str, Any]:
+def example(
+    prediction: dict[str, Any], data: Dataset, explain: Callable[[dict[str, Any], dict[str, Any]], Explanation] | None
+) -> dict[str, Any]:
     """A prediction with its `lines`, what was asked and answered, and the drawn ECGs as `pictures`; one that cannot be drawn is a
-    caption without `uri`, which says why."""
+    caption without `uri`, which says why.
+
+    Args:
+        explain: makes of a row with one ECG and a prediction what the answer rests on, which is then shaded.
+    """
     lines = [("question", prediction["question"]), ("right answer", prediction["answer"])]
     lines += [(row.label, prediction[name]) for name, row in CONDITIONS.items() if name in prediction]
     pictures = []
-    ecgs = ecgs_of(data[prediction["row"]])
+    row = data[prediction["row"]]
+    ecgs = ecgs_of(row)
+    if explain is not None and len(ecgs) == 1:
+        explanation = explain(row, prediction)
+        content = io.BytesIO()
+        draw(explanation, PICTURE_WIDTH).quantize(256).save(content, "PNG", optimize=True)
+        caption = (
+            f"The ECG of record {prediction['record_id']}, shaded where the answer rests on it. {explanation.told()}"
+        )
+        return {**prediction, "lines": lines, "pictures": [picture(content.getvalue(), caption, "image/png")]}
     for place, ecg in enumerate(ecgs, start=1):
         name = f"ECG {place} of {len(ecgs)}" if len(ecgs) > 1 else "The ECG"
         try:
@@ -145,6 +173,7 @@ def write_report(
     title: str | None = None,
     notice: str = "",
     pictures: Sequence[tuple[bytes, str]] = (),
+    explain: Callable[[dict[str, Any], dict[str, Any]], Explanation] | None = None,
 ) -> None:
     """Writes a page that needs nothing beside it.
 
@@ -152,6 +181,7 @@ def write_report(
         data: the rows that `predictions` are about, for the ECGs of the examples.
         notice: beside that it is no medical device.
         pictures: SVG and what it shows, put before the examples.
+        explain: as of `example`.
     """
     loader = jinja2.FileSystemLoader(resource("training/templates"))
     environment = jinja2.Environment(loader=loader, autoescape=True)  # questions and answers may hold < and &
@@ -162,7 +192,11 @@ def write_report(
         return scales.get(name, MetricScale()).with_interval(row, key, sign).replace(", ", ",\N{NO-BREAK SPACE}")
 
     environment.filters |= {"title_of": title_of, "in_words": in_words, "p_in_words": p_in_words}
-    environment.filters["heading"] = lambda name: scales[name].heading if name in scales else title_of(name)
+
+    def headings(names: Sequence[str]) -> str:
+        return ", ".join(scales[name].heading if name in scales else title_of(name) for name in names)
+
+    environment.filters["headings"] = headings
     environment.filters["condition_label"] = lambda name: CONDITIONS[name].label
     metric = results["main_metric"]
     lists = results["conditions"][ECG]["metrics"].get("set_f1", {})
@@ -173,7 +207,12 @@ def write_report(
         facts=_facts(results),
         about_intervals=_about_intervals(results),
         conditions=CONDITIONS,
-        score_tables=score_tables(results),
+        score_tables=[(heading, rows, alike(rows, scales)) for heading, rows in score_tables(results)],
+        differences=[
+            (name, metrics, rows[metrics[0]])
+            for name, rows in results["ecg_minus"].items()
+            for metrics in alike({ECG: rows}, scales)
+        ],
         not_scored=[
             (CONDITIONS[name].label if name in CONDITIONS else name, why) for name, why in results["not_scored"].items()
         ],
@@ -183,6 +222,6 @@ def write_report(
         wrong_answers=wrong_answers(predictions),
         statements=[(key, *row) for key in ("missed", "extra") for row in lists.get(key, {}).items()],
         pictures=[picture(*content) for content in pictures],
-        examples=[example(row, data) for row in examples(predictions)],
+        examples=[example(row, data, explain) for row in examples(predictions)],
     )
     write_text(path, page)

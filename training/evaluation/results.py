@@ -24,7 +24,9 @@ say is null):
     verdict: a sentence that says whether the model looks at the ECG.
     predictions_sha256: of the file beside.
 `PREDICTIONS_FILE` has a JSON object for each question: `QUESTION_FIELDS`, the answer of each condition by its name, and where
-answers were decided by likelihood `candidates` and `log_likelihoods` (condition -> one for each candidate).
+answers were decided by likelihood `candidates` and `log_likelihoods` (condition -> one for each candidate). Of a model with
+`explicit_thinking`, which stands among the settings, these answers are what scores of them (`scored_answer`), and `written` has the whole
+texts, by the same names.
 """
 
 import hashlib

@@ -187,6 +187,7 @@ class Scorer:
         modules: metrics, by their names in training/evaluation/metrics.
         options: metric -> what else its `compute` takes.
         candidates: [questions] answers among which each question was decided, if by their likelihood.
+        whole: [questions] the right answers with what they think, of questions without; None where nothing was taken out.
     """
 
     questions: "list[Question]"
@@ -195,6 +196,7 @@ class Scorer:
     seed: int
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     candidates: list[list[str]] | None = None
+    whole: list[str] | None = None
 
     def __post_init__(self) -> None:
         self.patients = [question.patient_id for question in self.questions]
@@ -204,7 +206,10 @@ class Scorer:
         self.closed = closed_types(self.questions) if "closed_set" in self.modules else []
 
     def summarise(
-        self, answers: dict[str, list[str]], likelihoods: dict[str, list[list[float]]] | None = None
+        self,
+        answers: dict[str, list[str]],
+        likelihoods: dict[str, list[list[float]]] | None = None,
+        written: dict[str, list[str]] | None = None,
     ) -> dict[str, Any]:
         """The scores of all conditions, as `results` describes them: `metrics`, `conditions`, `ecg_minus`, and how many questions
         and patients there are.
@@ -212,11 +217,12 @@ class Scorer:
         Args:
             answers: condition -> texts; `ecg` first.
             likelihoods: condition -> log-likelihood of each candidate of each question.
+            written: condition -> texts with what they think, where it was taken out of `answers`.
         """
         conditions: dict[str, Any] = {}
         replicated: dict[str, dict[str, tuple[float, np.ndarray]]] = {}
         for condition, texts in answers.items():
-            figures = self._figures(texts)
+            figures = self._figures(texts, (written or {}).get(condition, texts))
             scores = self._resample(figures)
             if likelihoods and condition in likelihoods:
                 scores |= self._auroc(likelihoods[condition])
@@ -265,8 +271,10 @@ class Scorer:
         scale = self.modules[name].scale if name in self.modules else MetricScale()  # auroc has no module
         return replace(scale, title=scale.title or title_of(name))
 
-    def _figures(self, texts: list[str]) -> dict[Key, Figure]:
+    def _figures(self, texts: list[str], written: list[str]) -> dict[Key, Figure]:
         figures: dict[Key, Figure] = {}
+        # what was taken out has a score of its own
+        tagged, parts = (self.references, PARTS) if self.whole is None else (self.whole, PARTS[:1])
         for name, module in self.modules.items():
             if name == "closed_set":
                 figures |= self._closed(module, texts)
@@ -276,12 +284,12 @@ class Scorer:
             for kind in self.types:
                 of_kind = (self.kinds == kind)[:, None]
                 figures[kind, name, "value"] = Figure(whole.samples * of_kind, whole.statistic)  # others add 0
-            for part in PARTS:
-                rows = [i for i, reference in enumerate(self.references) if f"<{part}>" in reference]
-                right = [part_of(self.references[i], part) for i in rows]
+            for part in parts:
+                rows = [i for i, reference in enumerate(tagged) if f"<{part}>" in reference]
+                right = [part_of(tagged[i], part) for i in rows]
                 if not rows or not all(right):  # no metric takes an empty reference
                     continue
-                of_part = self._figure(module, [part_of(texts[i], part) for i in rows], right, name)
+                of_part = self._figure(module, [part_of(written[i], part) for i in rows], right, name)
                 samples = np.zeros((len(texts), of_part.samples.shape[1]))
                 samples[rows] = of_part.samples
                 figures[f"<{part}>", name, "value"] = Figure(samples, of_part.statistic)

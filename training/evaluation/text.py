@@ -4,6 +4,7 @@ import re
 import sys
 import unicodedata
 from abc import ABC, abstractmethod
+from collections import Counter
 from typing import Any
 
 import datasets
@@ -90,3 +91,10 @@ def normalized_words(text: str) -> list[str]:
     words = OUTSIDE_NUMBERS.sub("", bare).split()
     # an answer "A" may be a choice, and "?" is not "!"
     return [word for word in words if word not in ARTICLES] or words or folded(text).split()
+
+
+def word_f1(answer: str, right: str) -> float:
+    """F1 of the words that two texts have in common, each as often as in both; see `token_f1`."""
+    given, wanted = Counter(normalized_words(answer)), Counter(normalized_words(right))
+    shared = (given & wanted).total()
+    return 2 * shared / (given.total() + wanted.total()) if shared else 0.0

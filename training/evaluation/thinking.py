@@ -18,4 +18,19 @@ def answer_of(text: str) -> str | None:
     return found[-1].strip() if found else None
 
 
-__all__ = ["TAGS", "THINK_OPEN", "answer_of"]
+def scored_answer(text: str, reference: str) -> str:
+    """What scores of a text that reasons, against a reference that may reason too; the reference itself scores as itself.
+
+    Returns:
+        What `answer_of` finds. Without such tags nothing, where the reference has them or the text is still thinking when it ends, and
+        else what follows the thinking.
+    """
+    answer = answer_of(text)
+    if answer is not None:
+        return answer
+    if answer_of(reference) is not None or ("<think>" in text and "</think>" not in text):
+        return ""
+    return text.rpartition("</think>")[2].strip()
+
+
+__all__ = ["TAGS", "THINK_OPEN", "answer_of", "scored_answer"]

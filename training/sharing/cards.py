@@ -29,8 +29,9 @@ from elm_ecg.training.pretrain_arguments import PretrainArguments
 # the arguments of TRL and PEFT that matter most to a run
 TRAINING = ["num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio"]
 TRAINING += ["weight_decay", "max_grad_norm", "optim", "bf16", "fp16", "seed"]  # not all are in every version
-# tag of a card -> by what a model was trained, in words
+# how a model was trained (a tag of its card, but for the phase before chats), in words
 METHODS = {
+    "pretrain": "TRL's `SFTTrainer`, on the reports alone, before any chat.",
     "sft": "TRL's `SFTTrainer`, on the answers alone.",
     "grpo": "TRL's `GRPOTrainer`: reinforcement learning, by rewards of answers that the model writes itself.",
     "dpo": "TRL's `DPOTrainer`, on pairs of a better and a worse answer.",
@@ -149,7 +150,7 @@ def write_model_card(
         data=", ".join(f"`{public_name(name)}`" for name in args.data),
         splits=[(split, *count(data)) for split, data in splits.items() if data is not None],
         training=[*facts, *_training_rows(training_args, model_args)],
-        method=METHODS[method],
+        method=METHODS["pretrain" if processor.train_phase == "pretrain" else method],
     )
     card.save(folder / CARD)
 

@@ -20,7 +20,18 @@ from elm_ecg.training.markdown import on_hub
 # what a run leaves in its folder and nobody needs: states of training, logs, and answers, which quote the data
 NOT_SHARED = ["training_args.bin", "trainer_state.json", "*_results.json", "predictions*.jsonl", REPORT_FILE, "*.log"]
 NOT_SHARED += ["emissions.csv", "events.out.tfevents.*"]
-FOLDERS_NOT_SHARED = ["checkpoint-*", PROBES, "runs", "logs", "wandb", "base_model", "__pycache__", ".*"]
+FOLDERS_NOT_SHARED = [
+    "checkpoint-*",
+    PROBES,
+    "answers",
+    "completions",
+    "runs",
+    "logs",
+    "wandb",
+    "base_model",
+    "__pycache__",
+    ".*",
+]
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
 TABLES = {".csv", ".tsv", ".parquet", ".arrow", ".jsonl", ".xlsx", ".hea", ".dat"}
 PAGES = re.compile(rb"\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)?<(?:!doctype (?:html|svg)|html|svg)\b", re.I | re.S)

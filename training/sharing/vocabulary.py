@@ -7,12 +7,10 @@ from transformers import PreTrainedModel
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
+from elm_ecg.training.evaluation.thinking import TAGS
 from elm_ecg.training.markdown import public_name
 from elm_ecg.training.sharing.checkpoints import Conversion
 from elm_ecg.training.sharing.convert_arguments import ECG_TOKENS, ConvertArguments
-
-# what its phases sft and rl add behind <signal>, unless the language model has them
-REASONING_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def _assume_tokens(
@@ -31,7 +29,8 @@ def _assume_tokens(
     """
     ecgs, llm = [ECG_TOKENS] if num_signals else [], public_name(args.llm)
     pretrained = [ELMProcessor.ecg_token, *ecgs]
-    tuned = [ELMProcessor.ecg_token, *(token for token in REASONING_TOKENS if token not in own), *ecgs]
+    # those of its phases sft and rl
+    tuned = [ELMProcessor.ecg_token, *(token for token in TAGS if token not in own), *ecgs]
     counts = {len(tokens) - len(ecgs) + num_signals: tokens for tokens in (tuned, pretrained)}
     if rows <= len(own) and not ecgs:  # of a smaller vocabulary: no row is of an added token
         return pretrained

@@ -60,6 +60,12 @@ def make_parser(suites: dict[str, Suite]) -> argparse.ArgumentParser:
         help=f"what is shown of the ECG ({'; '.join(f'{name}, {CONDITIONS[name].description}' for name in ASKED)}); ecg is always among them. "
         "Default: all",
     )
+    _add_settings(parser)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """How the questions are asked, and where the results go."""
     parser.add_argument(
         "--describe",
         action="store_true",
@@ -105,7 +111,6 @@ def make_parser(suites: dict[str, Suite]) -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="folders of other models' results of the same suites, which get rows of the tables too",
     )
-    return parser
 
 
 def parse(argv: list[str] | None, suites: dict[str, Suite]) -> tuple[argparse.Namespace, dict[str, str | None]]:

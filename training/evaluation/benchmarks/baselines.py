@@ -104,6 +104,9 @@ class ChatAnswerer:
     system_prompt: str | None = None
     notices: dict[str, set[tuple[int, int]]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._shown: dict[tuple[str, int], list[Message]] = {}
+
     def ask(self, name: str, progress: Progress | None = None) -> tuple[list[str], str | None]:
         """The answers to all questions under a condition, or none and why; as `Answerer.ask`."""
         condition, others = CONDITIONS[name], None
@@ -134,14 +137,18 @@ class ChatAnswerer:
         return [answer for start in starts for answer in done[start]], None
 
     def _chat(self, question: Question, condition: Condition, others: np.ndarray | None) -> list[Message]:
-        row = self.data[question.row]
-        records = shown_records(self.data, question.row, condition, others, self.seed)
-        chat = to_chat(row, with_ecg=False)[: question.turn]
+        key = (condition.name, question.row)
+        if key not in self._shown:  # the questions of a row follow each other
+            records = shown_records(self.data, question.row, condition, others, self.seed)
+            self._shown = {key: self._parts(records)}
+        chat = to_chat(self.data[question.row], with_ecg=False)[: question.turn]
         first = next(message for message in chat if message["role"] == "user")
-        if self.describe and records:
-            parts: list[Message] = [{"type": "text", "text": described(records)}]
-        else:
-            parts = [{"type": "image", "image": drawn(record)} for record in records]
-        first["content"] = [*parts, *first["content"]]
+        first["content"] = [*self._shown[key], *first["content"]]
         system = [{"role": "system", "content": [{"type": "text", "text": self.system_prompt}]}]
         return (system if self.system_prompt else []) + chat
+
+    def _parts(self, records: Sequence[ECGRecord]) -> list[Message]:
+        """The parts of a message that show records, or tell of them."""
+        if self.describe and records:
+            return [{"type": "text", "text": described(records)}]
+        return [{"type": "image", "image": drawn(record)} for record in records]

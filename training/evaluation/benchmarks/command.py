@@ -3,7 +3,7 @@
 import logging
 import sys
 import tempfile
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,16 @@ from accelerate import PartialState
 from huggingface_hub import snapshot_download
 
 from elm_ecg.training.command_line import printable, run_command
-from elm_ecg.training.evaluation.benchmarks.arguments import parse
+from elm_ecg.training.evaluation.benchmarks.arguments import make_parser, parse
+from elm_ecg.training.evaluation.benchmarks.chats import SuiteOptions
 from elm_ecg.training.evaluation.benchmarks.contenders import Contender, FittingAnswerer, open_contender
+from elm_ecg.training.evaluation.benchmarks.ecg_grounding import ECGGrounding
 from elm_ecg.training.evaluation.benchmarks.ecg_qa import ECGQA
 from elm_ecg.training.evaluation.benchmarks.ecg_reasoning import ECGReasoning
+from elm_ecg.training.evaluation.benchmarks.ecgbench import ECGBench
 from elm_ecg.training.evaluation.benchmarks.ptbxl import PTBXL
 from elm_ecg.training.evaluation.benchmarks.records import Asked, make_rows, read_places
-from elm_ecg.training.evaluation.benchmarks.suite import Suite, SuiteOptions, SuiteScorer
+from elm_ecg.training.evaluation.benchmarks.suite import Suite, SuiteScorer
 from elm_ecg.training.evaluation.benchmarks.tables import write_tables
 from elm_ecg.training.evaluation.card import add_evaluations
 from elm_ecg.training.evaluation.conditions import ASKED, ECG
@@ -42,13 +45,23 @@ from elm_ecg.training.files import check_output_folder
 
 logger = logging.getLogger(__name__)
 
-SUITES: dict[str, Suite] = {suite.name: suite for suite in (ECGQA(), ECGReasoning(), PTBXL())}
+SUITES: dict[str, Suite] = {
+    suite.name: suite for suite in (ECGQA(), ECGReasoning(), ECGBench(), ECGGrounding(), PTBXL())
+}
 
 
-def run_suite(args: Namespace, suite: Suite, asked: Asked, contender: Contender, folder: Path) -> Results:
+def parser() -> ArgumentParser:
+    """The options of `elm benchmark`."""
+    return make_parser(SUITES)
+
+
+def run_suite(
+    args: Namespace, suite: Suite, asked: Asked, contender: Contender, folder: Path, fingerprint: str
+) -> Results:
     """Asks the model all questions of a suite and scores its answers; on processes other than the first nothing.
 
     Args:
+        fingerprint: of the questions, as `fingerprint_of` has it.
         folder: that keeps the answers so far.
 
     Raises:
@@ -61,7 +74,6 @@ def run_suite(args: Namespace, suite: Suite, asked: Asked, contender: Contender,
     questions = list_questions(asked.data)
     choices = [list(turn.options) for turn in asked.turns] if suite.score == "likelihood" else None
     generation = {"do_sample": False, "max_new_tokens": args.max_new_tokens or suite.max_new_tokens}
-    fingerprint = fingerprint_of(asked.data, questions)
     answerer = contender.make_answerer(asked.data, questions, choices, generation)
     progress = Progress(folder, [SCHEMA_VERSION, suite.name], PartialState().process_index)
     shown = [fingerprint, choices, args.batch_size, generation, contender.system_prompt]
@@ -104,11 +116,10 @@ def run_suite(args: Namespace, suite: Suite, asked: Asked, contender: Contender,
     return results
 
 
-def _place_of(args: Namespace, suite: Suite, asked: Asked) -> str:
+def _place_of(args: Namespace, suite: Suite, fingerprint: str) -> str:
     """The name by which results are told from others of the same model, as `elm evaluate` has it."""
-    names = ("split", "show_options", "conditions", "describe", "endpoint", "limit", "batch_size", "max_new_tokens")
-    names += ("system_prompt", "dtype", "seed", "num_resamples")
-    fingerprint = fingerprint_of(asked.data, list_questions(asked.data))
+    names = ["split", "show_options", "conditions", "describe", "endpoint", "limit", "batch_size", "max_new_tokens"]
+    names += ["system_prompt", "dtype", "seed", "num_resamples"]
     digits = digest([*(getattr(args, name) for name in names), fingerprint])[:8]
     return f"{suite.name}-{args.split}-{suite.score}-{digits}"
 
@@ -172,11 +183,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Results]:
             move_old_results(own, keep=contender.revision)
         for name, of_suite in asked.items():
             suite = SUITES[name]
-            place_name = _place_of(args, suite, of_suite)
+            fingerprint = fingerprint_of(of_suite.data, list_questions(of_suite.data))
+            place_name = _place_of(args, suite, fingerprint)
             folder = _folder_of(args, suite, place_name, contender.revision)
             folder.mkdir(parents=True, exist_ok=True)
             state.wait_for_everyone()
-            results = run_suite(args, suite, of_suite, contender, folder)
+            results = run_suite(args, suite, of_suite, contender, folder, fingerprint)
             if not state.is_main_process:
                 continue
             results["evaluation"] = place_name

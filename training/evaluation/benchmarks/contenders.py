@@ -168,7 +168,10 @@ def _image_text_model(args: Namespace) -> Contender:
     options = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
     processor = AutoProcessor.from_pretrained(args.model, **options)
     processor.tokenizer.padding_side = "left"  # all prompts of a batch end where the answer begins
-    model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=args.dtype, use_safetensors=True, **options)
+    # wants attributes that no model declares
+    model: Any = AutoModelForImageTextToText.from_pretrained(
+        args.model, dtype=args.dtype, use_safetensors=True, **options
+    )
     model.to(PartialState().device).eval()
 
     def make(data: Dataset, questions: list[Question], choices: Any, generation: dict[str, Any]) -> ChatAnswerer:

@@ -13,14 +13,15 @@ import ast
 import csv
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from elm_ecg.training.data.questions import QuestionRow, read_questions
+from elm_ecg.training.evaluation.benchmarks.chats import Chat, SuiteOptions, Turn
 from elm_ecg.training.evaluation.benchmarks.records import RecordPlaces
-from elm_ecg.training.evaluation.benchmarks.suite import Chat, Suite, SuiteOptions, Turn
+from elm_ecg.training.evaluation.benchmarks.suite import Suite
 from elm_ecg.training.evaluation.scale import MetricScale
 
 NONE = "none"  # the answer where nothing of what is asked for is there
@@ -41,8 +42,9 @@ class ECGQA(Suite):
         """A chat for each question; see `Suite.chats`."""
         assert place is not None
         classes = read_classes(place)
-        rows = list(_rows(place, options.split))
+        rows: Iterable[QuestionRow] = _rows(place, options.split)
         if not classes:
+            rows = list(rows)
             classes = classes_of(rows)
         for row in rows:
             question, answer = (turn["content"] for turn in row.messages)

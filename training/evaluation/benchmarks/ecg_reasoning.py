@@ -31,8 +31,9 @@ from typing import Any
 import numpy as np
 
 from elm_ecg.training.data.schema import as_list
+from elm_ecg.training.evaluation.benchmarks.chats import Chat, SuiteOptions, Turn
 from elm_ecg.training.evaluation.benchmarks.records import RecordPlaces
-from elm_ecg.training.evaluation.benchmarks.suite import Chat, Suite, SuiteOptions, Turn
+from elm_ecg.training.evaluation.benchmarks.suite import Suite
 from elm_ecg.training.evaluation.scale import MetricScale
 
 INITIAL, DECISION, LEADS = "initial_diagnostic_question", "diagnostic_decision", "lead_grounding"

@@ -17,7 +17,9 @@ MIN_BEATS = 3
 REFRACTORY = 0.25  # seconds in which no other QRS complex follows
 BEFORE, AFTER = 0.35, 0.6  # seconds of the mean beat before and after the R peak
 MIN_LIKENESS = 0.8  # correlation of a beat with the median beat
-IRREGULAR = 0.12  # of the RR intervals: mean absolute step from one to the next, as a share of the mean interval
+# of the RR intervals: mean absolute step from one to the next, as a share of the mean interval; of PTB-XL's records in sinus rhythm nine
+# of ten are below 0.07, and of those in atrial fibrillation nine of ten above 0.12
+IRREGULAR = 0.1
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 Macro AUROC of each of the four groups of statements on fold 10, over the labels that some of its records have and some have not. As
 there, a statement counts whatever its likelihood, a diagnostic one as its superclass and its subclass, and a group is asked about
-the records that have a label of it. The score of a label is the likelihood of "yes" against "no" to a question about it.
+the records that have a label of it. The score of a label is the likelihood of "yes" against "no" to a question about it. In a resample
+of patients the macro AUROC is the mean over the labels that are defined there.
 
 There are no texts: the labels are those of PTB-XL's own folder, or of the columns `superclass`, `subclass`, `form` and `rhythm` of
 --metadata (names of labels, separated by spaces). `scp_statements.csv` is in that folder, or beside the records or the table.
@@ -14,8 +15,9 @@ from pathlib import Path
 
 from elm_ecg.training.data.labels import SUPERCLASSES, WORDINGS
 from elm_ecg.training.data.splits import FOLDS
+from elm_ecg.training.evaluation.benchmarks.chats import Chat, SuiteOptions, Turn
 from elm_ecg.training.evaluation.benchmarks.records import RecordPlaces
-from elm_ecg.training.evaluation.benchmarks.suite import Chat, Suite, SuiteOptions, Turn
+from elm_ecg.training.evaluation.benchmarks.suite import Suite
 from elm_ecg.training.evaluation.scale import MetricScale
 
 GROUPS = ("superclass", "subclass", "form", "rhythm")

@@ -14,7 +14,7 @@ from elm_ecg.training.data.downloads import DOWNLOADS
 from elm_ecg.training.data.questions import QuestionRow, choose_questions, count_absent
 from elm_ecg.training.data.sources import Records, find_records, read_metadata, read_source
 from elm_ecg.training.data.tables import read_table
-from elm_ecg.training.evaluation.benchmarks.suite import Chat, Turn
+from elm_ecg.training.evaluation.benchmarks.chats import Chat, Turn
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,8 @@ def make_rows(suite_chats: Iterable[Chat], places: RecordPlaces, folder: Path, l
         left_out["chats that were not drawn (--limit)"] = len(chosen) - limit
         chosen = [chosen[index] for index in sorted(drawn.tolist())]
     files = _files_of(sorted({record for row in chosen for record in row.records}), places.records, folder)
-    turns, chats = [], []
+    turns: list[Turn] = []
+    chats: list[int] = []
     columns: dict[str, list[Any]] = {
         name: [] for name in ("messages", "ecg", "record_id", "patient_id", "question_type")
     }

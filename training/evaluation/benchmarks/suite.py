@@ -1,58 +1,19 @@
-"""What a benchmark suite is: its chats, the options and facts of each turn, and how its answers are scored."""
+"""What a benchmark suite is: where its chats come from, and how its answers are scored."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from elm_ecg.training.evaluation.arguments import ScoredBy
+from elm_ecg.training.evaluation.benchmarks.chats import Chat, SuiteOptions, Turn
+from elm_ecg.training.evaluation.benchmarks.records import RecordPlaces
 from elm_ecg.training.evaluation.bootstrap import auroc_of_candidates
 from elm_ecg.training.evaluation.scale import MetricScale
 from elm_ecg.training.evaluation.scores import Figure, Key, Scorer
-
-if TYPE_CHECKING:
-    from elm_ecg.training.evaluation.benchmarks.records import RecordPlaces
-
-RATIO = 2  # columns of a score that is a ratio of sums: points, and how many could be had
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One question of a suite and its right answer.
-
-    Args:
-        options: among which it is answered, where the suite names them.
-        facts: what else its score needs, such as the step of a chain that it is.
-    """
-
-    question: str
-    answer: str
-    question_type: str
-    options: tuple[str, ...] = ()
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Chat:
-    """Questions about the same record or records, each asked after the right answers to those before it.
-
-    Args:
-        records: their names, as the suite has them.
-    """
-
-    records: tuple[str, ...]
-    turns: tuple[Turn, ...]
-
-
-@dataclass(frozen=True)
-class SuiteOptions:
-    """What a run says of all of its suites: `split`, and whether options are shown that a suite could leave out."""
-
-    split: str = "test"
-    show_options: bool = False
 
 
 class Suite(ABC):
@@ -75,7 +36,7 @@ class Suite(ABC):
     scales: ClassVar[dict[str, MetricScale]]
 
     @abstractmethod
-    def chats(self, place: Path | None, records: "RecordPlaces", options: SuiteOptions) -> Iterator[Chat]:
+    def chats(self, place: Path | None, records: RecordPlaces, options: SuiteOptions) -> Iterator[Chat]:
         """The chats of the suite.
 
         Args:
@@ -154,7 +115,20 @@ class SuiteScorer(Scorer):
         for kind, row in found.items():
             if kind is not None and (group := self.suite.group_of(kind)) is not None:
                 groups.setdefault(group, []).append(row)
-        for group, rows in groups.items():
-            values, replicates = zip(*rows, strict=True)
-            scores[None, group, "value"] = float(np.mean(values)), np.mean(replicates, axis=0)
-        return scores
+        if groups:
+            groups["auroc"] = [row for rows in groups.values() for row in rows]
+        return scores | {(None, group, "value"): macro_auroc(rows) for group, rows in groups.items()}
+
+
+def macro_auroc(rows: Sequence[tuple[float, np.ndarray]]) -> tuple[float, np.ndarray]:
+    """The mean of the AUROCs of several labels, and in each resample the mean over those that are defined there, as `elm probe` has it: of
+    a label that one patient has there is none in a third of the resamples.
+
+    Args:
+        rows: of each label the value and the replicates [num_resamples].
+    """
+    replicates = np.stack([row for _, row in rows])
+    defined = np.isfinite(replicates)
+    number = defined.sum(axis=0)
+    sums = np.where(defined, replicates, 0).sum(axis=0)
+    return float(np.mean([value for value, _ in rows])), sums / np.where(number > 0, number, np.nan)

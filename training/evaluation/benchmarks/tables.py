@@ -7,7 +7,7 @@ from typing import Any
 from elm_ecg.training.data.schema import counted
 from elm_ecg.training.evaluation.benchmarks.suite import Suite
 from elm_ecg.training.evaluation.compare import table_lines
-from elm_ecg.training.evaluation.conditions import CONDITIONS
+from elm_ecg.training.evaluation.conditions import CONDITIONS, ECG
 from elm_ecg.training.evaluation.scale import scales_of
 from elm_ecg.training.files import write_text
 
@@ -26,7 +26,7 @@ def cells_of(suite: Suite, runs: Sequence[Mapping[str, Any]]) -> list[list[str]]
     for run in runs:
         scales = scales_of(run)
         for condition, scores in run["conditions"].items():
-            row = [run["model"], CONDITIONS[condition].label]
+            row = [_model(run), CONDITIONS[condition].label]
             for name in names:
                 found = scores["metrics"].get(name)
                 row.append("" if found is None else scales[name].with_interval(found))
@@ -35,20 +35,22 @@ def cells_of(suite: Suite, runs: Sequence[Mapping[str, Any]]) -> list[list[str]]
 
 
 def type_cells_of(suite: Suite, runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The same for each type of question, with the ECG, of the suite's first score that differs by type; none where there is none."""
-    name = next((name for name in suite.scales if _kinds(runs[0], name)), None)
-    if name is None or len(_kinds(runs[0], name)) < 2:
+    """The scores of each type of question with the ECG, a column for each model, by the suite's first score that tells types apart; none
+    where none does."""
+    of_types = list(runs[0]["conditions"][ECG]["by_question_type"].values())
+    name = next((name for name in suite.scales if sum(name in row for row in of_types) > 1), None)
+    if name is None:
         return []
-    kinds = _kinds(runs[0], name)
-    rows = [["model", *(f"{kind} ({runs[0]['questions_by_type'][kind]:,})" for kind in kinds)]]
-    for run in runs:
-        found = run["conditions"]["ecg"]["by_question_type"]
-        rows.append([run["model"], *(scales_of(run)[name].with_interval(found[kind][name]) for kind in kinds)])
+    rows = [["type of question", "questions", *(f"{_model(run)}, {suite.scales[name].title}" for run in runs)]]
+    for kind, number in runs[0]["questions_by_type"].items():
+        found = [run["conditions"][ECG]["by_question_type"].get(kind, {}).get(name) for run in runs]
+        cells = ["" if row is None else suite.scales[name].with_interval(row) for row in found]
+        rows.append([kind, f"{number:,}", *cells])
     return rows
 
 
-def _kinds(run: Mapping[str, Any], name: str) -> list[str]:
-    return [kind for kind, row in run["conditions"]["ecg"]["by_question_type"].items() if name in row]
+def _model(run: Mapping[str, Any]) -> str:
+    return f"{run['model']} (ECG in words)" if run["settings"]["describe"] else run["model"]
 
 
 def _heading(suite: Suite, name: str) -> str:
@@ -97,7 +99,7 @@ def write_tables(folder: Path, suite: Suite, runs: Sequence[Mapping[str, Any]]) 
     cells, caption = cells_of(suite, runs), caption_of(suite, runs[0])
     lines = [caption, "", *table_lines(cells[0], cells[1:])]
     if by_type := type_cells_of(suite, runs):
-        lines += ["", "By type of question (how many), with the ECG.", "", *table_lines(by_type[0], by_type[1:])]
+        lines += ["", "By type of question, with the ECG.", "", *table_lines(by_type[0], by_type[1:])]
     text = "\n".join(lines) + "\n"
     write_text(folder / MARKDOWN_FILE, text)
     write_text(folder / LATEX_FILE, to_latex(cells, caption))

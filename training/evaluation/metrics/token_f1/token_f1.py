@@ -7,14 +7,11 @@ the score is the mean over the pairs. Words are those of the texts normalised as
 An empty answer scores 0.
 """
 
-from collections import Counter
-
-from elm_ecg.training.evaluation.text import PairMetric, normalized_words
+from elm_ecg.training.evaluation.text import PairMetric, word_f1
 
 
 class TokenF1(PairMetric):
     """F1 of the words of each pair."""
 
     def _score(self, prediction: str, reference: str) -> float:
-        answered, right = Counter(normalized_words(prediction)), Counter(normalized_words(reference))
-        return 2 * (answered & right).total() / (answered.total() + right.total())  # as above, never 0 / 0
+        return word_f1(prediction, reference)

@@ -1,0 +1,332 @@
+import base64
+import io
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from elm_ecg import new_elm
+from elm_ecg.training import cli
+from elm_ecg.training.evaluation.benchmarks import command, endpoint
+from elm_ecg.training.evaluation.results import read_predictions, read_results
+from helpers import TINY_ENCODERS, save_record, write_rows
+
+NUM_RECORDS = 10  # fewer patients have no intervals
+
+
+def question(kind: str, answer: Any, *options: str) -> dict[str, Any]:
+    return {"question": f"What of {kind}?", "answer": answer, "options": [*options], "question_type": kind}
+
+
+def reasoning_sample(record: int) -> dict[str, Any]:
+    yes = "Yes" if record % 2 else "No"
+    loop = {
+        "criterion_selection": question("criterion_selection", "Q waves", "Q waves", "P waves"),
+        "finding_identification": question("finding_identification", yes, "Yes", "No"),
+        "ecg_grounding": [question("lead_grounding", ["Lead V2"], "Lead V1", "Lead V2")],
+        "diagnostic_decision": question("diagnostic_decision", yes, "Yes", "No"),
+    }
+    first = question("initial_diagnostic_question", yes, "Yes", "No")
+    return {"metadata": {"ecg_id": str(record)}, "data": {"initial_diagnostic_question": first, "reasoning": [loop]}}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """Records, a table about them, and the texts of the suites."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    (folder / "ecgs").mkdir()
+    rows, qa = [], []
+    for record in range(1, NUM_RECORDS + 1):
+        save_record(folder / "ecgs" / f"{record:05d}.npz", seed=record)
+        classes = {
+            "superclass": ("MI", "NORM")[record % 2],
+            "subclass": "",
+            "form": "",
+            "rhythm": ("SR AFIB", "SR")[record % 3 > 0],
+        }
+        rows.append({"record": record, "patient_id": record, "strat_fold": 10, **classes})
+        asked = {"template_id": 2, "question_type": "single-verify", "split": "test", "ecg_id": [record]}
+        qa.append({"question": "Is there noise?", "answer": [("no", "yes")[record % 2]], **asked})
+    qa.append({**qa[0], "ecg_id": [1, 2], "question_type": "comparison_irrelevant-verify"})
+    qa.append({**qa[0], "ecg_id": [99]})
+    write_rows(folder / "records.csv", *rows)
+    codes = {"MI": "", "NORM": "normal ECG", "SR": "sinus rhythm", "AFIB": "atrial fibrillation"}
+    columns = ("diagnostic", "form", "rhythm", "diagnostic_class", "diagnostic_subclass")
+    write_rows(
+        folder / "scp_statements.csv",
+        *({"": code, "description": text, **dict.fromkeys(columns, "")} for code, text in codes.items()),
+    )
+    write_rows(folder / "qa.jsonl", *qa)
+    write_rows(folder / "reasoning" / "ptbxl.jsonl", *map(reasoning_sample, range(1, NUM_RECORDS + 1)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def elm(tmp_path_factory, llm) -> Path:
+    folder = tmp_path_factory.mktemp("elm") / "tiny"
+    options = {
+        "encoder": "merl",
+        "encoder_config": json.dumps(TINY_ENCODERS["merl"]),
+        "num_samples": 500,
+        "sampling_rate": 250,
+    }
+    model, processor = new_elm(str(llm), **options)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def argv_of(place: Path, model: str | Path, *suites: str) -> list[str]:
+    texts = {
+        "ecg-qa": f"ecg-qa={place / 'qa.jsonl'}",
+        "ecg-reasoning": f"ecg-reasoning={place / 'reasoning'}",
+        "ptbxl": "ptbxl",
+    }
+    about = ["--records", str(place / "ecgs"), "--metadata", str(place / "records.csv")]
+    return [str(model), "--suite", *map(texts.get, suites), *about, "--max_new_tokens", "2", "--num_resamples", "20"]  # type: ignore[list-item]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, place, elm) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("out")
+    argv = [*argv_of(place, elm, "ecg-qa", "ecg-reasoning", "ptbxl"), "--output_dir", str(folder)]
+    write_report = command.write_report
+
+    def one_report(path: Path, *args: Any) -> None:
+        if path.parent.name == "ptbxl":
+            write_report(path, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "write_report", one_report)
+        return folder, command.main([*argv, "--conditions", "zeroed"])
+
+
+@pytest.fixture(autouse=True)
+def no_report(run, monkeypatch):
+    """That of the first run is enough, as they take longest."""
+    monkeypatch.setattr(command, "write_report", lambda *args: None)
+
+
+def test_files(run):
+    folder, results = run
+    assert [*results] == ["ecg-qa", "ecg-reasoning", "ptbxl"]
+    files = {"evaluation_results.json", "predictions.jsonl", "table.md", "table.tex"}
+    assert (folder / "ptbxl" / "report.html").stat().st_size
+    for name, of_suite in results.items():
+        assert {path.name for path in (folder / name).iterdir()} - {"report.html"} == files
+        saved = read_results(folder / name / "evaluation_results.json")
+        assert saved == json.loads(json.dumps(of_suite))
+        assert read_predictions(folder / name / "evaluation_results.json", saved) == of_suite.predictions
+        assert [*saved["conditions"]] == ["ecg", "zeroed"]
+        assert saved["num_patients"] == NUM_RECORDS
+        assert saved["suite"]["name"] == name
+        assert saved["conditions"]["ecg"]["metrics"][saved["main_metric"]]["value"] is not None
+    assert results["ecg-qa"]["suite"]["left_out"] == {"questions whose records are not there": 1}
+    assert results["ecg-qa"]["num_questions"] == NUM_RECORDS + 1
+    # a question and a chain of four for each
+    assert results["ecg-reasoning"]["num_questions"] == 5 * NUM_RECORDS
+    assert {"auroc_superclass", "auroc_rhythm"} <= results["ptbxl"]["conditions"]["ecg"]["metrics"].keys()
+
+
+def test_tables(run):
+    folder, results = run
+    lines = (folder / "ecg-reasoning" / "table.md").read_text().splitlines()
+    assert "50 questions about 10 patients" in lines[0]
+    assert lines[2].startswith("| model | shown ")
+    depth = results["ecg-reasoning"]["conditions"]["ecg"]["metrics"]["depth"]
+    low, high = depth["interval_95"]
+    assert f"{depth['value']:.2f} [{low:.2f}, {high:.2f}]" in lines[4]
+    by_type = (folder / "ptbxl" / "table.md").read_text().splitlines()[-3:]
+    assert [line.split("|")[1].strip() for line in by_type] == ["rhythm AFIB", "superclass MI", "superclass NORM"]
+    latex = (folder / "ptbxl" / "table.tex").read_text()
+    assert latex.count(r"\\") == 3  # a heading and two conditions
+    assert r"split test: 30 questions" in latex
+    assert r"\begin{tabular}{llrrr}" in latex
+
+
+def test_the_scores_with_the_ecg_are_beside_those_without(run):
+    """What each condition scores is in `ecg_minus` too."""
+    _, results = run
+    for of_suite in results.values():
+        for name, row in of_suite["ecg_minus"]["zeroed"].items():
+            scores = [of_suite["conditions"][condition]["metrics"][name]["value"] for condition in ("ecg", "zeroed")]
+            assert row["difference"] == pytest.approx(scores[0] - scores[1])
+
+
+def test_compare_and_tables_of_two_models(run, place, llm, tmp_path, capsys):
+    """The second is a language model that is told the ECG in words."""
+    folder, results = run
+    argv = [
+        *argv_of(place, llm, "ecg-reasoning", "ptbxl"),
+        "--describe",
+        "--output_dir",
+        str(tmp_path),
+        "--beside",
+        str(folder),
+    ]
+    told = command.main([*argv, "--conditions", "ecg"])
+    table = (tmp_path / "ecg-reasoning" / "table.md").read_text()
+    assert table.count("| tiny ") == 2
+    assert table.count("| llm ") == 1
+    assert told["ptbxl"]["model"] == "llm"
+    for suite, metric in (("ecg-reasoning", "initial_diagnosis"), ("ptbxl", "auroc")):
+        paths = [str(one / suite) for one in (folder, tmp_path)]
+        assert cli.main(["compare", *paths, "--num_resamples", "50", "--output", str(tmp_path / "compared.json")]) == 0
+        compared = json.loads((tmp_path / "compared.json").read_text())
+        for name, of_model in (("tiny", results), ("llm", told)):
+            value = of_model[suite]["conditions"]["ecg"]["metrics"][metric]["value"]
+            assert compared["models"][name][metric]["value"] == pytest.approx(value)
+    assert "completion" in capsys.readouterr().out
+
+
+def test_without_an_output_folder_they_lie_where_evaluations_do(run, place, elm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["--conditions", "ecg", "--limit", "3"]
+    results = command.main([*argv_of(place, elm, "ecg-qa"), *options])
+    (found,) = (elm / "evaluation").iterdir()
+    assert found.name == results["ecg-qa"]["evaluation"]
+    assert found.name.startswith("ecg-qa-test-generation-")
+    assert results["ecg-qa"]["num_questions"] == 3
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, list[dict[str, Any]], list[int]]]:
+    """An endpoint that answers Yes; its address, what it was asked, and the states that it answers with before."""
+    asked: list[dict[str, Any]] = []
+    states: list[int] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append({"path": self.path, "key": self.headers.get("Authorization"), **body})
+            state = states.pop(0) if states else 200
+            content = json.dumps({"choices": [{"message": {"content": " Yes \n"}}]}).encode()
+            self.send_response(state)
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+        thread = threading.Thread(target=listening.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.server_port}/v1", asked, states
+        listening.shutdown()
+        thread.join()
+
+
+def parts_of(body: dict[str, Any], kind: str) -> list[Any]:
+    return [part[kind] for turn in body["messages"] for part in turn["content"] if part["type"] == kind]
+
+
+def test_an_endpoint_is_shown_the_drawn_ecg(place, server, tmp_path, monkeypatch):
+    url, asked, states = server
+    states += [503]
+    monkeypatch.setattr(endpoint.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("OPENAI_API_KEY", "a-key")
+    argv = [*argv_of(place, "some/model", "ecg-reasoning"), "--endpoint", url, "--output_dir", str(tmp_path)]
+    argv += ["--limit", "4", "--conditions", "zeroed", "left_out", "--system_prompt", "Be brief."]
+    results = command.main(argv)["ecg-reasoning"]
+    number = results["num_questions"]
+    assert len(asked) == 3 * number + 1
+    assert {body["path"] for body in asked} == {"/v1/chat/completions"}
+    assert {body["key"] for body in asked} == {"Bearer a-key"}
+    assert {(body["model"], body["max_tokens"], body["temperature"]) for body in asked} == {("some/model", 2, 0)}
+    for row in results.predictions:
+        right = row["suite"].get("initial_diagnosis") or row["suite"].get("finding_identification_with_gold_history")
+        assert right is None or right == [row["answer"] == "Yes", 1]
+    assert results["conditions"]["ecg"]["metrics"]["completion"]["value"] == 0
+    pictures = [parts_of(body, "image_url") for body in asked]
+    # the repeated request, with the ECG and zeroed; none where it is left out
+    assert sum(len(of_body) == 1 for of_body in pictures) == 2 * number + 1
+    picture = next(of_body[0]["url"] for of_body in pictures if of_body)
+    drawn = Image.open(io.BytesIO(base64.b64decode(picture.partition("base64,")[2])))
+    assert drawn.size[0] == 1100
+    last = max(asked, key=lambda body: len(body["messages"]))
+    assert [turn["role"] for turn in last["messages"]] == ["system", *("user", "assistant") * 3, "user"]
+    assert parts_of(last, "text")[2] == "Q waves"  # the right answers to the questions before
+
+
+def test_an_endpoint_is_told_the_ecg(place, server, tmp_path):
+    url, asked, _ = server
+    argv = [*argv_of(place, "m", "ecg-qa"), "--endpoint", url, "--describe", "--output_dir", str(tmp_path)]
+    command.main([*argv, "--conditions", "ecg"])
+    assert not any(parts_of(body, "image_url") for body in asked)
+    texts = ["".join(parts_of(body, "text")) for body in asked]
+    assert sum(text.startswith("The ECG: ") for text in texts) == NUM_RECORDS
+    (compared,) = (text for text in texts if "The second ECG: " in text)
+    assert compared.startswith("The first ECG: ")
+
+
+def test_faults_of_an_endpoint(place, server, tmp_path, monkeypatch, capsys):
+    url, asked, states = server
+    monkeypatch.setattr(endpoint.time, "sleep", lambda seconds: None)
+    for given, message in (
+        (["--endpoint", "localhost"], "--endpoint is localhost; expected an address such as http://"),
+        (["--endpoint", url], "does not answer (401 Unauthorized"),
+        (["--endpoint", "http://127.0.0.1:9"], "does not answer (["),
+    ):
+        states[:] = [401] * 100
+        argv = ["benchmark", *argv_of(place, "m", "ecg-qa"), *given, "--limit", "1", "--output_dir", str(tmp_path)]
+        assert cli.main(argv) == 1
+        assert message in capsys.readouterr().err
+    assert len(asked) == 1  # a key that is refused is not tried again
+    assert cli.main(["benchmark", *argv_of(place, "m", "ptbxl"), "--endpoint", url]) == 1
+    assert "--suite ptbxl is decided by how likely a model finds its answers" in capsys.readouterr().err
+
+
+def test_wrong_options(place, elm, llm, tmp_path, capsys):
+    about = ["--records", str(place / "ecgs")]
+    for argv, message in (
+        ([str(elm), "--suite", "ecgqa", *about], "--suite ecgqa: there is no such suite. Did you mean ecg-qa?"),
+        (
+            [str(elm), "--suite", "ecg-qa", *about],
+            "--suite ecg-qa is not on the Hub: say where its texts are, ecg-qa=FOLDER",
+        ),
+        ([str(elm), "--suite", "ptbxl", "ptbxl", *about], "names ptbxl twice"),
+        ([str(elm), "--suite", f"ecg-qa={tmp_path}/no", *about], "there is no file or folder"),
+        ([str(elm), "--suite", "ptbxl", *about, "--show_options"], "--show_options is about ecg-qa"),
+        ([str(elm), "--suite", "ptbxl", *about, "--seed", "-1"], "--seed is -1"),
+        ([str(elm), "--suite", "ptbxl", *about, "--beside", "none"], "--beside none: there is no such folder"),
+        ([*argv_of(place, llm, "ecg-qa")], "reads texts alone; say --describe"),
+        ([*argv_of(place, elm, "ecg-qa"), "--describe"], "is an ELM; leave it out"),
+        ([*argv_of(place, tmp_path / "no", "ecg-qa")], "no"),
+    ):
+        assert cli.main(["benchmark", *argv, "--output_dir", str(tmp_path / "out")]) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() or not [*(tmp_path / "out").iterdir()]
+
+
+def test_results_of_something_else_are_not_overwritten(run, place, elm, capsys):
+    folder, _ = run
+    argv = ["benchmark", *argv_of(place, elm, "ecg-qa"), "--output_dir", str(folder), "--limit", "3"]
+    assert cli.main(argv) == 1
+    assert "holds the results of another model, data or settings in ecg-qa" in capsys.readouterr().err
+
+
+def test_questions_that_do_not_fit_count_as_wrong(place, elm, tmp_path, monkeypatch, caplog):
+    from elm_ecg.training.evaluation.benchmarks import contenders
+
+    load = contenders.load_elm
+
+    def load_small(*args: Any, **kwargs: Any) -> Any:
+        model, processor = load(*args, **kwargs)
+        processor.max_length = 330  # the first question of a chain fits
+        return model, processor
+
+    monkeypatch.setattr(contenders, "load_elm", load_small)
+    argv = [*argv_of(place, elm, "ecg-reasoning"), "--conditions", "ecg", "--output_dir", str(tmp_path)]
+    results = command.main(argv)["ecg-reasoning"]
+    empty = [row for row in results.predictions if not row["ecg"]]
+    too_long = results["suite"]["left_out"]["questions too long for the model's context, which count as wrong"]
+    assert 0 < len(empty) == too_long < results["num_questions"]
+    assert "too long for the model's context" in caplog.text
+    assert all(np.sum([score[0] for score in row["suite"].values()]) == 0 for row in empty)
