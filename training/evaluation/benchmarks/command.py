@@ -90,12 +90,17 @@ def run_suite(
         args.seed,
         {},
         choices,
+        [question.answer for question in questions] if contender.thinks else None,
         suite=suite,
         turns=asked.turns,
         chats=asked.chats,
     )
     settings = {**vars(args), "score": suite.score, "generation": generation, "candidates": None}
-    settings |= {"dtype": contender.dtype, "system_prompt": contender.system_prompt}
+    settings |= {
+        "dtype": contender.dtype,
+        "system_prompt": contender.system_prompt,
+        "explicit_thinking": contender.thinks,
+    }
     facts = facts_of(contender.name, contender.revision, asked.data, fingerprint, [], settings)
     facts["data"] |= {"names": [suite.name], "split": args.split}
     facts["settings"] |= {"describe": args.describe, "show_options": args.show_options, "limit": args.limit}

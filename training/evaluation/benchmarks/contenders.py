@@ -89,6 +89,7 @@ class Contender:
     Args:
         revision: by which its answers are known again.
         likelihoods: whether it says how likely an answer is.
+        thinks: whether its answers begin with thinking, which is no part of what is scored.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Contender:
     system_prompt: str | None
     make_answerer: MakeAnswerer
     likelihoods: bool = True
+    thinks: bool = False
 
 
 def open_contender(args: Namespace) -> Contender:
@@ -157,7 +159,9 @@ def _of_elm(args: Namespace, model: Any, processor: Any, revision: str, kind: ty
         return answerer if len(asked) == len(questions) else FittingAnswerer(answerer, fits)
 
     dtype = str(model.dtype).removeprefix("torch.")
-    return Contender(_name(args.model), revision, dtype, processor.system_prompt, make)
+    return Contender(
+        _name(args.model), revision, dtype, processor.system_prompt, make, thinks=processor.explicit_thinking
+    )
 
 
 def _name(model: str) -> str:

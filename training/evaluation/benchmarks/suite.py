@@ -83,9 +83,9 @@ class SuiteScorer(Scorer):
     turns: Sequence[Turn] = ()
     chats: Sequence[int] = ()
 
-    def _figures(self, texts: list[str]) -> dict[Key, Figure]:
+    def _figures(self, texts: list[str], written: list[str]) -> dict[Key, Figure]:
         assert self.suite is not None
-        figures = super()._figures(texts)
+        figures = super()._figures(texts, written)
         for name, samples in self.suite.points(self.turns, self.chats, texts).items():
             figures[None, name, "value"] = Figure(samples, ratio)
             for kind in self.types:
