@@ -139,7 +139,7 @@ class ModelArguments(RecordArguments):
 
     llm: str = argument(
         "llama-3.2-1b-instruct",
-        "Language model: a name of the README's table, a Hub id or a local folder. Llama, Gemma and MedGemma are gated: accept their "
+        "Language model: a name of docs/reference/models.md, a Hub id or a local folder. Llama, Gemma and MedGemma are gated: accept their "
         "licence on the Hub, then run `hf auth login`.",
     )
     elm: str | None = argument(
