@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from documents import TEXTS, blocks
-from forks import ROOT
 
 README = TEXTS["README.md"]
 LINES = 200  # of a front page that is read
