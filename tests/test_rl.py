@@ -193,12 +193,19 @@ def bare_trainer(kind: str, beta: float) -> Any:
 # what is measured
 
 
-@pytest.mark.parametrize("kind", ["signal", "symbolic", "stacked_signal", "rgb"])
-def test_log_probabilities_are_those_of_forward(kind, llm, tmp_path):
-    """Rows of no, one and two ECGs in one batch, and one of them masked."""
+@pytest.mark.parametrize(
+    ("kind", "update"),
+    [
+        *((kind, ["connector", "llm"]) for kind in ("signal", "symbolic", "stacked_signal", "rgb")),
+        ("signal", ["encoder", "connector", "llm"]),  # whose batch norm keeps the statistics that it has
+    ],
+)
+def test_log_probabilities_are_those_of_forward(kind, update, llm, tmp_path):
+    """Rows of no, one and two ECGs in one batch, and one of them masked; of the model as it is trained, and as it answers."""
     elm, processor = elm_of(kind, llm, tmp_path)
     rows = mixed_rows(1, 0, 2, 1)
-    trainer = make_trainer(elm, processor, {"train": rows}, tmp_path / "out", "--update", "connector", "llm")
+    trainer = make_trainer(elm, processor, {"train": rows}, tmp_path / "out", "--update", *update)
+    trainer.model.train()
     numbers = [2, 1, 0, 3]
     prompts = [trainer.prompts["train"][number] for number in numbers]
     rng = np.random.default_rng(0)

@@ -252,6 +252,9 @@ class ELMGRPOTrainer(OptimizesByMuon, WholeCheckpoints, GRPOTrainer):
         Args:
             pixel_values: [rows], the numbers of the prompts; None: of those that are answered now.
         """
+        for module in model.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                module.eval()  # as where answers are written: with the statistics of a batch it would be another policy
         numbers = self._numbers if pixel_values is None else pixel_values.tolist()
         answered = attention_mask[:, -logits_to_keep:].bool()  # [rows, logits_to_keep]
         logps, entropies = (torch.zeros(answered.shape, device=input_ids.device) for _ in range(2))
