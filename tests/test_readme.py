@@ -18,6 +18,7 @@ def test_it_is_short() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 def test_every_block_runs_in_order(tmp_path: Path) -> None:
     """In one folder, each block in a process of its own. `uv run` has this environment already, and the tests are running."""
     programs = tmp_path / "programs"
