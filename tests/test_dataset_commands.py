@@ -72,6 +72,7 @@ def test_list(capsys):
     assert all(f"{key} " in output and text in output for key, text in DATASETS.items())
 
 
+@pytest.mark.slow
 def test_push_and_load(folder, tmp_path):
     """What is pushed is loaded by its id, where there is nothing but `datasets`; what did not change makes no commit."""
     with LoopbackHub() as hub:

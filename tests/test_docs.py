@@ -189,6 +189,7 @@ def test_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert (tmp_path / "runs" / "in_python" / "processor_config.json").is_file()
 
 
+@pytest.mark.slow
 def test_own_data_to_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hospital's files with a tiny model: make the data, train, evaluate, load in a process without the project."""
     monkeypatch.chdir(tmp_path)

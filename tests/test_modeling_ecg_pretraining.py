@@ -114,6 +114,7 @@ def test_masked_parity(kind, golden):
 
 
 @torch.inference_mode()
+@pytest.mark.slow
 def test_contrastive_parity(golden):
     shapes, numbers = golden
     text_config = BertConfig(**TEXT | {"hidden_size": 768})

@@ -44,6 +44,8 @@ def test_every_block_runs_in_order(tmp_path: Path) -> None:
     assert answer in printed[2], "the chat does not answer as the README has it"
     assert printed[3].strip() == answer
     assert (folder / "record.svg").is_file()
-    assert "III" in printed[2].partition("rests most on")[2], "the answer does not rest on the leads that the picture shows"
+    assert "III" in printed[2].partition("rests most on")[2], (
+        "the answer does not rest on the leads that the picture shows"
+    )
     assert (folder / "why.svg").is_file()
     assert list(folder.glob("runs/my_elm/evaluation/*/report.html"))

@@ -255,8 +255,8 @@ def test_shards(stopped):
     assert fault_of(folder) == "it lacks model-00002-of-00002.safetensors"
 
 
-def test_the_readme_goes_on_with_the_command_that_began():
-    lines = (ROOT / "README.md").read_text().splitlines()
+def test_the_documentation_goes_on_with_the_command_that_began():
+    lines = (ROOT / "docs" / "how_to" / "fine_tune.md").read_text().splitlines()
     going_on = [line for line in lines if line.startswith("elm sft") and " --resume_from_checkpoint last" in line]
     assert going_on
     assert all(line.replace(" --resume_from_checkpoint last", "") in lines for line in going_on)

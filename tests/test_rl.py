@@ -328,6 +328,7 @@ def elm_of_family(family: str, folder: Path) -> Any:
 # runs
 
 
+@pytest.mark.slow
 def test_rewards_rise_and_all_is_saved(model, data, reward, tmp_path, capsys):
     out = tmp_path / "run"
     options = ["--max_steps", "12", "--batch_size", "16", "--lr", "3e-2", "--draw_steps", "6", "--draw_prompts", "1"]

@@ -458,6 +458,7 @@ def test_symbolic_answers_alike_in_a_batch(symbolic, mixed_data):
     assert symbolic_answers(symbolic, chats) == [symbolic_answers(symbolic, [chat])[0] for chat in chats]
 
 
+@pytest.mark.slow
 def test_symbolic_in_a_fresh_process_without_the_project(symbolic_elms, mixed_data, tmp_path):
     """A whole model, and an adapter that is not merged."""
     chats = chats_about_ecgs(mixed_data)

@@ -548,6 +548,7 @@ MODEL: dict[str, list[str]] = {
     "architecture": ["text"],
     "connector": ["mlp"],
     "connector_config": ['{"hidden_size": 64}', "--connector", "perceiver"],
+    "thinking_tokens": ["true"],
     "representation": ["symbolic"],
     "encoder": ["mtae"],
     "encoder_config": ['{"depths": [1, 1, 1, 1]}'],
@@ -665,8 +666,9 @@ def test_augmentation_arguments(elm, data):
 
 
 def test_options_of_training(elm, data):
-    # those of features are in test_features.py
+    # those of features are in test_features.py, those of the phases in test_phases.py
     shown = {"update", "streaming", "shuffle_buffer", "wandb", "distributed", "cache_features"}
+    shown |= {"train_phase", "report_column", "explicit_thinking"}
     assert shown == names_of(ELMArguments) - names_of(DataArguments, ModelArguments, AugmentationArguments)
     freeze(elm[0], ["connector"])
     assert {name for name, parameter in elm[0].named_parameters() if parameter.requires_grad} == {

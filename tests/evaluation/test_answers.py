@@ -365,7 +365,7 @@ def test_a_model_that_thinks_is_given_the_opening(thinking):
     assert alone == ask(thinking, rows, batch_size=4)
     assert all(answer.startswith("<think>\n") for answer in alone if answer)
     answerer = Answerer(*thinking, rows, list_questions(rows))
-    (read,) = answerer._read([[2, 3]], CONDITIONS["ecg"])
+    (read,) = answerer.read([[2, 3]], CONDITIONS["ecg"])
     assert read.nested
     for prompt in read.prompts:
         assert thinking[1].decode(prompt.input_ids).endswith("<think>\n")

@@ -356,6 +356,7 @@ def covered(truth: float, interval: Estimate | Difference) -> bool:
     return interval.low <= truth <= interval.high
 
 
+@pytest.mark.slow
 def test_coverage_of_means_and_differences():
     """Patients whose questions are alike: intervals by patient hold the truth, those by question do not; and where there
     is no difference, few p-values are below 0.05."""
@@ -379,6 +380,7 @@ def test_coverage_of_means_and_differences():
     assert 0.02 <= false_findings <= 0.08
 
 
+@pytest.mark.slow
 def test_coverage_of_auroc():
     """A class that a patient has or has not, and scores of which most is the patient's own."""
     rng = np.random.default_rng(0)

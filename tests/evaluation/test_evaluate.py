@@ -201,6 +201,7 @@ def test_no_dataset_in_memory(elm, data):
         evaluation.evaluate(*elm, [{"text": "Fast? yes"}])
 
 
+@pytest.mark.slow
 def test_a_further_condition_is_one_entry(elm, data, tmp_path, monkeypatch):
     """Asked, scored, in the verdict, in the report and its plots."""
     entry = Condition(
@@ -271,6 +272,7 @@ def test_an_interrupted_evaluation_goes_on(evaluated, model, data, tmp_path, mon
     assert (tmp_path / "predictions.jsonl").read_text() == (folder / "predictions.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_answers_of_other_settings_are_not_taken(evaluated, model, data, tmp_path, no_report):
     (tmp_path / "predictions.partial.0.jsonl").write_text('another\n["ecg", 0, ["no", "no", "no"]]\n')
     assert evaluation.main(argv_of(model, data, tmp_path, *SETTINGS)) == evaluated[1]
@@ -520,6 +522,7 @@ def test_likelihood(model, data, tmp_path):
         evaluation.main(argv_of(model, tmp_path / "one", tmp_path / "out", *options))
 
 
+@pytest.mark.slow
 def test_folds_and_seeds(model, data, tmp_path, caplog, capsys, no_report):
     """Without sampling a further seed asks of noise and swapped ECGs alone."""
     rows = load_data(EvaluationArguments(data=[str(data)]), "test").with_format(None)

@@ -227,6 +227,7 @@ def parts_of(body: dict[str, Any], kind: str) -> list[Any]:
     return [part[kind] for turn in body["messages"] for part in turn["content"] if part["type"] == kind]
 
 
+@pytest.mark.slow
 def test_an_endpoint_is_shown_the_drawn_ecg(place, server, tmp_path, monkeypatch):
     url, asked, states = server
     states += [503]
