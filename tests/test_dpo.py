@@ -110,7 +110,7 @@ def test_the_better_answer_becomes_more_likely(model, data, tmp_path):
     assert evaluated["eval_rewards/margins"] > 0
     assert "TRL's `DPOTrainer`" in (out / "README.md").read_text()
     assert (out / "training.svg").is_file()
-    load_elm(str(out))
+    assert load_elm(str(out))[1].train_phase == "dpo"
 
 
 @pytest.mark.slow

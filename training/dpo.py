@@ -106,7 +106,7 @@ def make_trainer(
 def train(args: ELMArguments, training_args: PairsConfig, model_args: ModelConfig) -> None:
     """Trains an ELM on pairs of answers, and saves it, its processor and its card to `output_dir`."""
     options, checkpoint, splits = begin(args, training_args, model_args, check_pairs, ("messages", *PAIR))
-    model, processor = build(args, training_args, model_args, options)
+    model, processor = build(args, training_args, model_args, options, "dpo")
     trainer = make_trainer(args, training_args, model_args, model, processor, splits, options)
     tell_size(trainer, f"{len(splits['train']):,} pairs of answers")
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

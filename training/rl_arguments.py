@@ -54,15 +54,18 @@ NEEDED_HERE: dict[str, str] = {
     **{name: other for name, other in NEEDED.items() if name != "shuffle_buffer"},
     **dict.fromkeys(_OF_ADAPTIVE_ENTROPY, "use_adaptive_entropy"),
     **dict.fromkeys(("ref_model_mixup_alpha", "ref_model_sync_steps"), "sync_ref_model"),
-    **dict.fromkeys(("sync_ref_model",), "beta"),
+    **dict.fromkeys(("sync_ref_model", "use_bias_correction_kl"), "beta"),
     **dict.fromkeys(("num_completions_to_print", "log_unique_prompts"), "log_completions"),
     "num_generations_eval": "eval_strategy",
     "eval_prompts": "eval_strategy",
 }
-# loss -> options that it alone reads
-OF_LOSS = {
-    **dict.fromkeys(("sapo_temperature_neg", "sapo_temperature_pos"), "sapo"),
-    **dict.fromkeys(("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"), "vespo"),
+_CLIPPED = ("grpo", "dr_grpo", "dapo", "bnpo", "luspo")
+# option -> the losses that read it
+OF_LOSS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("epsilon", "delta"), _CLIPPED),
+    "epsilon_high": (*_CLIPPED, "cispo"),
+    **dict.fromkeys(("sapo_temperature_neg", "sapo_temperature_pos"), ("sapo",)),
+    **dict.fromkeys(("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"), ("vespo",)),
 }
 LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 # keys of --generation_kwargs that would end in other than independent samples
