@@ -1,6 +1,5 @@
 """Reinforcement learning of an ELM with TRL: `elm rl ...`, or `accelerate launch training/rl.py ...` with several processes."""
 
-import json
 import shutil
 import sys
 from dataclasses import fields, replace
@@ -25,7 +24,7 @@ from elm_ecg.training.lora import freeze_new_parts
 from elm_ecg.training.parser import ELMParser
 from elm_ecg.training.resume import RunOptions
 from elm_ecg.training.rewards import REWARDS, Reward
-from elm_ecg.training.rl_arguments import LOSSES, NEEDED_HERE, NOT_SAMPLED, OF_LOSS, REFUSED_HERE, RLArguments, RLConfig
+from elm_ecg.training.rl_arguments import LOSSES, NEEDED_HERE, OF_LOSS, REFUSED_HERE, RLArguments, RLConfig
 from elm_ecg.training.rl_prompts import Prompts, check_answers
 from elm_ecg.training.rl_trainer import CONDITIONS, ELMGRPOTrainer
 from elm_ecg.training.run import begin, build, parts_to_train, save, tell_size
@@ -55,6 +54,8 @@ def make_parser(prog: str = "elm rl") -> ELMParser:
     )
     options: dict[str, Any] = parser._option_string_actions
     options["--learning_rate"].help = "Of AdamW at first. Default: 1e-6, and 1e-5 with --use_peft."
+    options["--data"].help += " The last answer of each chat is the right one, and what stands before it is asked."
+    options["--update"].help = "Parts that are trained. Default: connector and llm, and an encoder with random weights."
     options["--loss_type"].choices = LOSSES
     options["--loss_type"].help = "How rewards become a loss, see TRL's GRPOConfig; sapo as in the reference."
     options["--num_generations"].help = "Answers to each prompt, a group: each is judged beside the others."
@@ -87,6 +88,8 @@ def parse(argv: list[str] | None = None, prog: str = "elm rl") -> tuple[RLArgume
         raise ValueError(
             f"--reward_weights has {len(weights)} numbers for the {len(names)} of --rewards, {', '.join(names)}; expected one for each."
         )
+    if weights is not None and not np.isfinite(weights).all():
+        raise ValueError(f"--reward_weights are {', '.join(map(str, weights))}; expected finite numbers.")
     if training_args.include_num_input_tokens_seen != "no":
         raise ValueError(
             "--include_num_input_tokens_seen cannot be used: num_tokens in the log counts prompts and answers."
@@ -96,14 +99,6 @@ def parse(argv: list[str] | None = None, prog: str = "elm rl") -> tuple[RLArgume
             raise ValueError(
                 f"--{option} changes nothing with --loss_type {training_args.loss_type}; it is for {', '.join(losses)}."
             )
-    kwargs: Any = training_args.generation_kwargs or {}
-    if not isinstance(kwargs, dict):
-        kwargs = json.loads(kwargs)
-    if refused := [name for name in NOT_SAMPLED if name in kwargs]:
-        raise ValueError(
-            f"--generation_kwargs {refused[0]}: the answers of a group are drawn one by one, by --temperature, --top_p, --top_k and "
-            "--min_p; leave it out."
-        )
     _set_metric(training_args, names)
     return args, training_args, model_args
 
