@@ -55,7 +55,7 @@ class ELMProcessor(ProcessorMixin):
             changed at any time, and is saved.
         chat_template_origin: in words, where the chat template is from and why it was taken.
         explicit_thinking: answers begin with `<think>` and a newline, which the model is given and does not write, see `ChatTemplate`.
-        train_phase: that the model was trained in last: `pretrain` (reports, without chat template), `sft` or `rl`; None where nothing is
+        train_phase: that the model was trained in last: `pretrain` (reports, without chat template), `sft`, `rl` or `dpo`; None where nothing is
             known of it.
     """
 

@@ -110,7 +110,7 @@ def test_the_better_answer_becomes_more_likely(model, data, tmp_path):
     assert evaluated["eval_rewards/margins"] > 0
     assert "TRL's `DPOTrainer`" in (out / "README.md").read_text()
     assert (out / "training.svg").is_file()
-    load_elm(str(out))
+    assert load_elm(str(out))[1].train_phase == "dpo"
 
 
 @pytest.mark.slow
@@ -167,6 +167,8 @@ def test_data_without_pairs(model, tmp_path, monkeypatch):
         (["--padding_free"], "--padding_free cannot be used"),
         (["--streaming"], "--streaming cannot be used"),
         (["--sync_ref_model", "--use_peft"], "--sync_ref_model with --use_peft"),
+        (["--beta", "0"], "--beta is 0.0; expected a number above 0."),
+        (["--label_smoothing", "0.7"], "--label_smoothing is 0.7; expected a number at least 0 and below 0.5."),
         (["--eval_strategy", "epoch", "--metric_for_best_model", "f1"], "--metric_for_best_model is f1; an evaluation"),
         (["--ref_model_sync_steps", "3"], "--ref_model_sync_steps changes nothing without --sync_ref_model"),
     ],

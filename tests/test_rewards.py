@@ -106,6 +106,9 @@ def test_a_thousand_answers():
         ("<think>a</think><answer>lvh</answer><answer>af</answer>", "<answer>af</answer>", 1, 0.5, 1),
         ("", "<answer>af</answer>", 0, 0, 0),
         ("sinus rhythm", "sinus rhythm", 0, 0, 1),  # answers without tags, and what is right without
+        ("<think>a</think>af", "af", 0, 0.5, 1),
+        ("<think>af; lvh</think><answer></answer>", "af; lvh", 1, 1, 0),  # what is thought is no answer
+        ("<think>;af;", "af", 0, 0.25, 0),
     ],
 )
 def test_worked_cases(text, right, of_format, of_tags, of_answer):
@@ -199,6 +202,8 @@ def test_files_without_the_function(tmp_path):
         ValueError, match=r"takes no \*\*kwargs; expected def mine\(completions, solution, \*\*kwargs\)"
     ):
         load_rewards([own(tmp_path, "[]", "completions")])
+    with pytest.raises(ValueError, match="there is a reward answer already; give your function another name"):
+        load_rewards([option.replace(":mine", ":answer")])
     (tmp_path / "broken.py").write_text("1 +")
     with pytest.raises(ValueError, match="cannot be loaded: "):
         load_rewards([f"{tmp_path / 'broken.py'}:mine"])

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from test_families import FUYU, tiny_llm
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
-from elm_ecg.training import rl, sft
+from elm_ecg.training import rl, run, sft
 from elm_ecg.training.build import new_elm
 from elm_ecg.training.data.synthetic import make_record
 from elm_ecg.training.load import load_elm
@@ -331,7 +331,7 @@ def elm_of_family(family: str, folder: Path) -> Any:
 @pytest.mark.slow
 def test_rewards_rise_and_all_is_saved(model, data, reward, tmp_path, capsys):
     out = tmp_path / "run"
-    options = ["--max_steps", "12", "--batch_size", "16", "--lr", "3e-2", "--draw_steps", "6", "--draw_prompts", "1"]
+    options = ["--max_steps", "12", "--batch_size", "16", "--lr", "3e-2", "--draw_steps", "5", "--draw_prompts", "1"]
     options += ["--eval_strategy", "steps", "--eval_steps", "6", "--eval_prompts", "4"]
     rl.main(tiny_rl(model, data, out, *options, rewards=(reward,)))
     rewards = of(out, "reward")
@@ -340,7 +340,8 @@ def test_rewards_rise_and_all_is_saved(model, data, reward, tmp_path, capsys):
     assert of(out, "eval_ecg_reward")[-1] > of(out, "eval_ecg_reward")[0]
     names = {"rewards/vowels/mean", "rewards/vowels/std", "reward_std", "completions/mean_length", "skipped_groups"}
     assert any(names <= row.keys() for row in history(out))
-    assert {path.name for path in (out / "answers").iterdir()} == {"step-000000.html", "step-000006.html"}
+    # answers are written before each second step, the first ones of each five are drawn
+    assert {path.name for path in (out / "answers").iterdir()} == {f"step-{step:06d}.html" for step in (0, 6, 10)}
     page = (out / "answers" / "step-000000.html").read_text()
     assert "data:image/png;base64," in page
     assert "vowels" in page
@@ -441,6 +442,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
             "--generation_kwargs num_beams: the answers of a group are drawn one by one",
         ),
         (["--vespo_k_pos", "1"], "--vespo_k_pos changes nothing with --loss_type sapo; it is for vespo"),
+        (["--epsilon", "0.1"], "--epsilon changes nothing with --loss_type sapo; it is for grpo, dr_grpo, dapo"),
+        (["--use_bias_correction_kl", "false"], "--use_bias_correction_kl changes nothing without --beta"),
         (["--sync_ref_model"], "--sync_ref_model changes nothing without --beta"),
         (["--eval_prompts", "3"], "--eval_prompts changes nothing without --eval_strategy"),
         (["--include_num_input_tokens_seen", "true"], "--include_num_input_tokens_seen cannot be used"),
@@ -448,6 +451,18 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
             ["--eval_strategy", "epoch", "--save_strategy", "epoch", "--metric_for_best_model", "accuracy"],
             "--metric_for_best_model is accuracy; expected reward, or one of --rewards, format, tags, answer",
         ),
+        (["--generation_kwargs", '{"temperature": 0.1}'], "--generation_kwargs temperature: say it as --temperature"),
+        (
+            ["--generation_kwargs", '{"typical": 0.1}'],
+            "--generation_kwargs typical: transformers' GenerationConfig has no",
+        ),
+        (["--generation_kwargs", '{"typical'], "--generation_kwargs is not JSON"),
+        (["--chat_template_kwargs", "thinking"], "--chat_template_kwargs is not JSON"),
+        (["--temperature", "0"], "--temperature is 0.0; expected a number above 0."),
+        (["--top_p", "1.5"], "--top_p is 1.5; expected a number above 0 and at most 1."),
+        (["--beta", "nan"], "--beta is nan; expected a number at least 0."),
+        (["--max_completion_length", "0"], "--max_completion_length is 0; expected a number at least 1."),
+        (["--reward_weights", "1", "nan", "1"], "--reward_weights are 1.0, nan, 1.0; expected finite numbers."),
         (["--draw_steps", "-1"], "--draw_steps is -1; expected at least 0"),
         (["--rewards", "anwser"], "--rewards anwser: there is no such reward. Did you mean answer?"),
     ],
@@ -466,6 +481,24 @@ def test_the_best_model_is_that_of_most_reward(tmp_path):
     ):
         training_args = rl.parse([*tiny_rl(None, Path("d"), tmp_path), *options, *said])[1]
         assert (training_args.metric_for_best_model, training_args.greater_is_better) == (expected, True)
+
+
+def test_the_verdict_is_of_the_weights_that_are_saved():
+    """Those of an earlier step, if it was the best, are evaluated again."""
+    for best, loads_best, told in ((6, True, True), (3, True, False), (3, False, True)):
+        state = SimpleNamespace(
+            best_global_step=best,
+            global_step=6,
+            log_history=[{"step": step, "eval_ecg_reward": 0.5} for step in (3, 6)],
+        )
+        options: Any = SimpleNamespace(load_best_model_at_end=loads_best)
+        assert rl._is_evaluated(SimpleNamespace(state=state), options) == told  # type: ignore[arg-type]
+
+
+def test_evaluated_prompts_are_of_the_whole_split():
+    rows = rl.numbers_of(Dataset.from_dict({"messages": [[]] * 10}), "ecg", 4)
+    assert rows["row"][:] == [0, 2, 5, 7]
+    assert rl.numbers_of(rows, None, None)["row"][:] == [0, 1, 2, 3]
 
 
 def no_model(*args: Any, **kwargs: Any) -> None:
@@ -499,10 +532,8 @@ def test_a_model_that_was_never_fine_tuned(model, tmp_path, caplog):
         caplog.clear()
         args, _, model_args = rl.parse(tiny_rl(name, Path("d"), tmp_path))
         processor.train_phase = phase
-        rl.warn_of_base(args, model_args, processor)
-        assert (
-            "has never been fine-tuned, so that hardly any of its answers will earn a reward" in caplog.text
-        ) == told
+        run.warn_of_base(args, model_args, processor)
+        assert ("has never been fine-tuned, so that it hardly answers questions" in caplog.text) == told
 
 
 def test_thinking_that_is_given(llm, reward, tmp_path):

@@ -18,10 +18,9 @@ CPU = ["--data", "d", "--output_dir", "out", "--use_cpu"]
 COMMANDS = {"rl": (rl, rl_arguments, GRPOConfig), "dpo": (dpo, dpo_arguments, DPOConfig)}
 # beside those of `elm sft`: option -> a value other than its default, and what has to be said with it
 OF_GRPO: dict[str, tuple[str, list[str]]] = {
-    **dict.fromkeys(
-        ("beta", "delta", "entropy_coef", "min_p", "off_policy_mask_threshold", "epsilon_high"), ("0.5", [])
-    ),
-    **dict.fromkeys(("epsilon", "top_p", "temperature", "repetition_penalty", "top_entropy_quantile"), ("0.5", [])),
+    **dict.fromkeys(("beta", "entropy_coef", "min_p", "off_policy_mask_threshold"), ("0.5", [])),
+    **dict.fromkeys(("epsilon", "epsilon_high", "delta"), ("0.5", ["--loss_type", "dapo"])),
+    **dict.fromkeys(("top_p", "temperature", "repetition_penalty", "top_entropy_quantile"), ("0.5", [])),
     **dict.fromkeys(("sapo_temperature_neg", "sapo_temperature_pos"), ("0.5", [])),
     **dict.fromkeys(
         ("vespo_k_neg", "vespo_k_pos", "vespo_lambda_neg", "vespo_lambda_pos"), ("0.5", ["--loss_type", "vespo"])
@@ -31,9 +30,8 @@ OF_GRPO: dict[str, tuple[str, list[str]]] = {
         ("0.5", ["--use_adaptive_entropy"]),
     ),
     **dict.fromkeys(("cast_lm_head_to_fp32", "mask_truncated_completions", "use_adaptive_entropy"), ("true", [])),
-    **dict.fromkeys(
-        ("disable_dropout", "ds3_gather_for_generation", "use_bias_correction_kl", "shuffle_dataset"), ("false", [])
-    ),
+    **dict.fromkeys(("disable_dropout", "ds3_gather_for_generation", "shuffle_dataset"), ("false", [])),
+    "use_bias_correction_kl": ("false", ["--beta", "0.1"]),
     **dict.fromkeys(("log_completions",), ("true", [])),
     "log_unique_prompts": ("true", ["--log_completions"]),
     "num_completions_to_print": ("3", ["--log_completions"]),

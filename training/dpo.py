@@ -12,7 +12,7 @@ from elm_ecg.training.arguments import AugmentationArguments, ELMArguments
 from elm_ecg.training.checkpoints import CountEpochs
 from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.command_line import run_command
-from elm_ecg.training.dpo_arguments import NEEDED_HERE, REFUSED_HERE, PairsConfig
+from elm_ecg.training.dpo_arguments import LOSSES, NEEDED_HERE, REFUSED_HERE, PairsConfig
 from elm_ecg.training.dpo_trainer import PAIR, ELMDPOTrainer, PairsCollator, check_pairs
 from elm_ecg.training.figures import training_plot
 from elm_ecg.training.lora import freeze_new_parts
@@ -36,8 +36,10 @@ def make_parser(prog: str = "elm dpo") -> ELMParser:
         "Datasets of pairs: as of `elm sft`, but messages end with a question, and the columns chosen and rejected hold the better "
         "answer to it and the worse one."
     )
+    options["--update"].help = "Parts that are trained. Default: connector and llm, and an encoder with random weights."
     options["--max_length"].help = "Tokens that a chat may have; a longer one is an error. Default: what the LLM reads."
     options["--learning_rate"].help = "Of AdamW at first. Default: 1e-6, and 1e-5 with --use_peft."
+    options["--loss_type"].choices = LOSSES
     options["--beta"].help = "How near the model stays to what it was at the start: the larger the nearer."
     options["--metric_for_best_model"].help = f"{', '.join(METRICS)}, of the split validation."
     parser.refuse(REFUSED_HERE, needed=NEEDED_HERE)
@@ -106,7 +108,7 @@ def make_trainer(
 def train(args: ELMArguments, training_args: PairsConfig, model_args: ModelConfig) -> None:
     """Trains an ELM on pairs of answers, and saves it, its processor and its card to `output_dir`."""
     options, checkpoint, splits = begin(args, training_args, model_args, check_pairs, ("messages", *PAIR))
-    model, processor = build(args, training_args, model_args, options)
+    model, processor = build(args, training_args, model_args, options, "dpo")
     trainer = make_trainer(args, training_args, model_args, model, processor, splits, options)
     tell_size(trainer, f"{len(splits['train']):,} pairs of answers")
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from trl import DPOConfig
 
 from elm_ecg.training.muon import TakesMuon
-from elm_ecg.training.rl_arguments import OF_PHASES
+from elm_ecg.training.rl_arguments import OF_PHASES, check_numbers
 from elm_ecg.training.trl_options import NEEDED, REFUSED
 
 _ON_THE_FLY = (
@@ -33,8 +33,28 @@ NEEDED_HERE: dict[str, str] = {
     **{name: other for name, other in NEEDED.items() if name != "shuffle_buffer"},
     **dict.fromkeys(("ref_model_mixup_alpha", "ref_model_sync_steps"), "sync_ref_model"),
 }
+LOSSES = (
+    *(
+        "sigmoid",
+        "hinge",
+        "ipo",
+        "exo_pair",
+        "nca_pair",
+        "robust",
+        "bco_pair",
+        "sppo_hard",
+        "aot",
+        "aot_unpaired",
+        "apo_zero",
+    ),
+    *("apo_down", "discopop", "sft", "sigmoid_norm"),
+)
 
 
 @dataclass
 class PairsConfig(TakesMuon, DPOConfig):
-    """TRL's, for `elm dpo`."""
+    """TRL's, for `elm dpo`, with errors in the words of the command line."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, {"beta": "above 0", "label_smoothing": "at least 0 and below 0.5"})
+        super().__post_init__()

@@ -17,7 +17,7 @@ from trl.rewards import get_soft_overlong_punishment
 
 from elm_ecg.own_code import load_own_class
 from elm_ecg.training.evaluation.scores import METRIC_NAMES, load_metrics
-from elm_ecg.training.evaluation.thinking import TAGS, answer_of
+from elm_ecg.training.evaluation.thinking import TAGS, scored_answer
 
 FORMAT = re.compile(r"<think>.*?</think>.*?<answer>.*?</answer>", re.DOTALL)
 OVERLONG = 0.2  # share of --max_completion_length at its end in which an answer loses by its length (DAPO)
@@ -94,10 +94,9 @@ def tags_reward(completions: list[Any], think_given: bool = False, **kwargs: Any
 
 def answer_reward(completions: list[Any], solution: list[str], **kwargs: Any) -> list[float]:
     """Half the F1 of the statements of the answer, parted by semicolons and compared in lower case, half 1 if it is the right text but
-    for white space at either end. 0 without `<answer>...</answer>`, where the right answer has them."""
+    for white space at either end. 0 without `<answer>...</answer>` where the right answer has them, and of one that is still thinking."""
     rewards = []
-    for completion, right in zip(completions, solution, strict=True):
-        answer, right = _answers(_text(completion), right)
+    for answer, right in _answers(completions, solution):
         given, expected = _statements(answer), _statements(right)
         f1 = 2 * len(given & expected) / (len(given) + len(expected)) if given and expected else 0.0
         rewards.append(0.5 * f1 + 0.5 * (answer == right))
@@ -113,13 +112,10 @@ def length_reward(
     return punish(completion_ids=completion_ids)
 
 
-def _answers(text: str, solution: str) -> tuple[str, str]:
-    """What a text answers, and what is right: within `<answer>` where the right answer has it, else all; without white space at
-    either end."""
-    right = answer_of(solution)
-    if right is None:
-        return answer_of(text) or text.strip(), solution.strip()
-    return answer_of(text) or "", right
+def _answers(completions: Sequence[Any], solution: Sequence[str]) -> list[tuple[str, str]]:
+    """What scores of each answer and of the right one, as in `elm evaluate`."""
+    pairs = zip(completions, solution, strict=True)
+    return [(scored_answer(_text(completion), right), scored_answer(right, right)) for completion, right in pairs]
 
 
 def _statements(answer: str) -> set[str]:
@@ -140,7 +136,7 @@ def metric_reward(name: str) -> Callable[..., list[float]]:
         )
 
     def reward(completions: list[Any], solution: list[str], **kwargs: Any) -> list[float]:
-        pairs = [_answers(_text(completion), right) for completion, right in zip(completions, solution, strict=True)]
+        pairs = _answers(completions, solution)
         scores = module.compute(predictions=[pair[0] for pair in pairs], references=[pair[1] for pair in pairs])
         return [float(score) for score in scores["samples"]]
 
@@ -153,6 +149,8 @@ def own_reward(option: str) -> Reward:
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"--rewards {option}: there is no file {file}.")
+    if name in REWARDS or name in METRIC_NAMES:
+        raise ValueError(f"--rewards {option}: there is a reward {name} already; give your function another name.")
     try:
         function: Any = load_own_class(f"{path.stem}.{name}", path.absolute().parent, trust_remote_code=True)
     except Exception as error:  # whatever the file does

@@ -1,7 +1,5 @@
 """Reinforcement learning of an ELM with TRL: `elm rl ...`, or `accelerate launch training/rl.py ...` with several processes."""
 
-import json
-import logging
 import shutil
 import sys
 from dataclasses import fields, replace
@@ -26,13 +24,11 @@ from elm_ecg.training.lora import freeze_new_parts
 from elm_ecg.training.parser import ELMParser
 from elm_ecg.training.resume import RunOptions
 from elm_ecg.training.rewards import REWARDS, Reward
-from elm_ecg.training.rl_arguments import LOSSES, NEEDED_HERE, NOT_SAMPLED, OF_LOSS, REFUSED_HERE, RLArguments, RLConfig
+from elm_ecg.training.rl_arguments import LOSSES, NEEDED_HERE, OF_LOSS, REFUSED_HERE, RLArguments, RLConfig
 from elm_ecg.training.rl_prompts import Prompts, check_answers
 from elm_ecg.training.rl_trainer import CONDITIONS, ELMGRPOTrainer
 from elm_ecg.training.run import begin, build, parts_to_train, save, tell_size
 from elm_ecg.training.sft import check_trainer, checkpoint_by_size, keep_features, set_common_options, settle
-
-logger = logging.getLogger(__name__)
 
 # defaults of --learning_rate, of full training and of LoRA
 LEARNING_RATES = {False: 1e-6, True: 1e-5}
@@ -58,6 +54,8 @@ def make_parser(prog: str = "elm rl") -> ELMParser:
     )
     options: dict[str, Any] = parser._option_string_actions
     options["--learning_rate"].help = "Of AdamW at first. Default: 1e-6, and 1e-5 with --use_peft."
+    options["--data"].help += " The last answer of each chat is the right one, and what stands before it is asked."
+    options["--update"].help = "Parts that are trained. Default: connector and llm, and an encoder with random weights."
     options["--loss_type"].choices = LOSSES
     options["--loss_type"].help = "How rewards become a loss, see TRL's GRPOConfig; sapo as in the reference."
     options["--num_generations"].help = "Answers to each prompt, a group: each is judged beside the others."
@@ -90,23 +88,17 @@ def parse(argv: list[str] | None = None, prog: str = "elm rl") -> tuple[RLArgume
         raise ValueError(
             f"--reward_weights has {len(weights)} numbers for the {len(names)} of --rewards, {', '.join(names)}; expected one for each."
         )
+    if weights is not None and not np.isfinite(weights).all():
+        raise ValueError(f"--reward_weights are {', '.join(map(str, weights))}; expected finite numbers.")
     if training_args.include_num_input_tokens_seen != "no":
         raise ValueError(
             "--include_num_input_tokens_seen cannot be used: num_tokens in the log counts prompts and answers."
         )
-    for option, loss in OF_LOSS.items():
-        if getattr(training_args, option) != parser.presets[option] and training_args.loss_type != loss:
+    for option, losses in OF_LOSS.items():
+        if getattr(training_args, option) != parser.presets[option] and training_args.loss_type not in losses:
             raise ValueError(
-                f"--{option} changes nothing with --loss_type {training_args.loss_type}; it is for {loss}."
+                f"--{option} changes nothing with --loss_type {training_args.loss_type}; it is for {', '.join(losses)}."
             )
-    kwargs: Any = training_args.generation_kwargs or {}
-    if not isinstance(kwargs, dict):
-        kwargs = json.loads(kwargs)
-    if refused := [name for name in NOT_SAMPLED if name in kwargs]:
-        raise ValueError(
-            f"--generation_kwargs {refused[0]}: the answers of a group are drawn one by one, by --temperature, --top_p, --top_k and "
-            "--min_p; leave it out."
-        )
     _set_metric(training_args, names)
     return args, training_args, model_args
 
@@ -125,24 +117,11 @@ def _set_metric(training_args: RLConfig, names: list[str]) -> None:
     training_args.greater_is_better = True
 
 
-def warn_of_base(args: RLArguments, model_args: ModelConfig, processor: ELMProcessor) -> None:
-    """Tells of a model that has not learnt to answer yet, from which little can be drawn that deserves a reward."""
-    name = model_args.model_name_or_path
-    if name is None:
-        what = f"No --model_name_or_path: a new ELM around {args.llm} has never been fine-tuned"
-    elif processor.train_phase == "pretrain":
-        what = f"--model_name_or_path {name} was aligned on reports and has never been fine-tuned"
-    else:
-        return
-    logger.warning(
-        "%s, so that hardly any of its answers will earn a reward. Begin with what `elm sft` has made of it.", what
-    )
-
-
 def numbers_of(data: Dataset, condition: str | None = None, most: int | None = None) -> Dataset:
-    """The numbers of the rows, which the trainer draws from; of an evaluation at most `most`, with their `condition`."""
+    """The numbers of the rows, which the trainer draws from; of an evaluation at most `most`, with their `condition`: spread over all
+    rows, as those of several datasets stand one behind the other."""
     number = len(data) if most is None else min(most, len(data))
-    rows: dict[str, Any] = {"row": np.arange(number)}
+    rows: dict[str, Any] = {"row": np.arange(number) * len(data) // number}
     return Dataset.from_dict(rows if condition is None else {**rows, "condition": [condition] * number})
 
 
@@ -172,7 +151,7 @@ def make_trainer(
     checkpoint_by_size(training_args, model)
     for reward in args.reward_functions:
         reward.context = {
-            "think_given": processor.explicit_thinking,
+            "think_given": bool(processor.given_answer),
             "max_completion_length": training_args.max_completion_length,
         }
     funcs: list[Reward] = list(args.reward_functions)
@@ -210,9 +189,7 @@ def train(args: RLArguments, training_args: RLConfig, model_args: ModelConfig) -
     """Trains an ELM by rewards, and saves it, its processor and its card to `output_dir`."""
     options, checkpoint, splits = begin(args, training_args, model_args, check_answers)
     _check_size(training_args, len(splits["train"]))
-    model, processor = build(args, training_args, model_args, options)
-    warn_of_base(args, model_args, processor)
-    processor.train_phase = "rl"
+    model, processor = build(args, training_args, model_args, options, "rl")
     trainer = make_trainer(args, training_args, model_args, model, processor, splits, options)
     rewards = ", ".join(reward.name for reward in args.reward_functions)
     answers = training_args.num_generations
@@ -221,7 +198,7 @@ def train(args: RLArguments, training_args: RLConfig, model_args: ModelConfig) -
         shutil.rmtree(Path(str(training_args.output_dir)) / ANSWERS, ignore_errors=True)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.log_metrics("train", result.metrics)
-    if splits["validation"] is not None and not _is_evaluated(trainer):
+    if splits["validation"] is not None and not _is_evaluated(trainer, training_args):
         trainer.evaluate()
     history: Any = trainer.state.log_history
     files = {"rewards.svg": rewards_plot(history)} if trainer.is_world_process_zero() else {}
@@ -240,10 +217,12 @@ def _check_size(training_args: Any, number: int) -> None:
         )
 
 
-def _is_evaluated(trainer: ELMGRPOTrainer) -> bool:
-    """Whether the model as it is now was evaluated."""
-    steps = [row["step"] for row in trainer.state.log_history if "eval_ecg_reward" in row]
-    return trainer.state.global_step in steps
+def _is_evaluated(trainer: ELMGRPOTrainer, training_args: RLConfig) -> bool:
+    """Whether the model as it is now was evaluated last."""
+    state = trainer.state
+    if training_args.load_best_model_at_end and state.best_global_step != state.global_step:
+        return False  # its weights are those of an earlier step
+    return state.global_step in [row["step"] for row in state.log_history if "eval_ecg_reward" in row]
 
 
 def _facts(args: RLArguments, training_args: RLConfig) -> list[tuple[str, Any]]:

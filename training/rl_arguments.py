@@ -1,10 +1,13 @@
 """Arguments of `elm rl`, beside TRL's `GRPOConfig` and `ModelConfig`, and which of those it refuses."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
+from transformers import GenerationConfig
 from trl import GRPOConfig
 
-from elm_ecg.training.arguments import ELMArguments, argument
+from elm_ecg.training.arguments import ELMArguments, argument, json_fields
 from elm_ecg.training.muon import TakesMuon
 from elm_ecg.training.rewards import REWARDS, Reward, load_rewards
 from elm_ecg.training.trl_options import NEEDED, REFUSED
@@ -54,19 +57,52 @@ NEEDED_HERE: dict[str, str] = {
     **{name: other for name, other in NEEDED.items() if name != "shuffle_buffer"},
     **dict.fromkeys(_OF_ADAPTIVE_ENTROPY, "use_adaptive_entropy"),
     **dict.fromkeys(("ref_model_mixup_alpha", "ref_model_sync_steps"), "sync_ref_model"),
-    **dict.fromkeys(("sync_ref_model",), "beta"),
+    **dict.fromkeys(("sync_ref_model", "use_bias_correction_kl"), "beta"),
     **dict.fromkeys(("num_completions_to_print", "log_unique_prompts"), "log_completions"),
     "num_generations_eval": "eval_strategy",
     "eval_prompts": "eval_strategy",
 }
-# loss -> options that it alone reads
-OF_LOSS = {
-    **dict.fromkeys(("sapo_temperature_neg", "sapo_temperature_pos"), "sapo"),
-    **dict.fromkeys(("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"), "vespo"),
+_CLIPPED = ("grpo", "dr_grpo", "dapo", "bnpo", "luspo")
+# option -> the losses that read it
+OF_LOSS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("epsilon", "delta"), _CLIPPED),
+    "epsilon_high": (*_CLIPPED, "cispo"),
+    **dict.fromkeys(("sapo_temperature_neg", "sapo_temperature_pos"), ("sapo",)),
+    **dict.fromkeys(("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"), ("vespo",)),
 }
 LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 # keys of --generation_kwargs that would end in other than independent samples
 NOT_SAMPLED = ("do_sample", "num_beams", "num_return_sequences", "num_beam_groups", "penalty_alpha", "assistant_model")
+# keys of --generation_kwargs -> the option for them, which the loss reads too
+OF_OPTIONS = {
+    **{name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")},
+    **dict.fromkeys(("max_new_tokens", "max_length"), "max_completion_length"),
+}
+_ABOVE_0 = "above 0"
+# option -> what its number has to be, one of `_HOLDS`
+NUMBERS = {
+    **dict.fromkeys(("max_completion_length", "num_iterations", "steps_per_generation"), "at least 1"),
+    **dict.fromkeys(("temperature", "repetition_penalty", "sapo_temperature_neg", "sapo_temperature_pos"), _ABOVE_0),
+    **dict.fromkeys(("top_k", "beta", "epsilon", "epsilon_high"), "at least 0"),
+    "top_p": "above 0 and at most 1",
+    "min_p": "from 0 to 1",
+}
+_HOLDS = {
+    "at least 0": lambda value: 0 <= value < float("inf"),  # NaN fails too
+    "at least 1": lambda value: 1 <= value < float("inf"),
+    _ABOVE_0: lambda value: 0 < value < float("inf"),
+    "above 0 and at most 1": lambda value: 0 < value <= 1,
+    "from 0 to 1": lambda value: 0 <= value <= 1,
+    "at least 0 and below 0.5": lambda value: 0 <= value < 0.5,
+}
+
+
+def check_numbers(config: Any, numbers: Mapping[str, str]) -> None:
+    """ValueError for the first option whose number is not what it has to be; None is no number, and left alone."""
+    for name, expected in numbers.items():
+        value = getattr(config, name)
+        if value is not None and not _HOLDS[expected](value):
+            raise ValueError(f"--{name} is {value}; expected a number {expected}.")
 
 
 @dataclass
@@ -74,6 +110,10 @@ class RLConfig(TakesMuon, GRPOConfig):
     """TRL's, with errors in the words of the command line."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, NUMBERS)
+        for name in ("generation_kwargs", "chat_template_kwargs"):
+            setattr(self, name, json_fields(name, getattr(self, name)) or None)
+        self._check_generation()
         if (self.num_generations or 0) < 2:
             raise ValueError(
                 f"--num_generations is {self.num_generations}; expected at least 2: an answer is better or worse than others to "
@@ -100,6 +140,19 @@ class RLConfig(TakesMuon, GRPOConfig):
                     "--generation_batch_size with --steps_per_generation: each follows from the other; leave one of them out."
                 ) from error
             raise
+
+    def _check_generation(self) -> None:
+        """ValueError for what `--generation_kwargs` cannot have."""
+        for name in self.generation_kwargs or {}:
+            told = f"--generation_kwargs {name}:"
+            if name in NOT_SAMPLED:
+                raise ValueError(
+                    f"{told} the answers of a group are drawn one by one, by --temperature, --top_p, --top_k and --min_p; leave it out."
+                )
+            if name in OF_OPTIONS:
+                raise ValueError(f"{told} say it as --{OF_OPTIONS[name]}.")
+            if not hasattr(GenerationConfig(), name):
+                raise ValueError(f"{told} transformers' GenerationConfig has no such field.")
 
 
 @dataclass  # fields stand from the last base to the first: --data, which has no default, must lead

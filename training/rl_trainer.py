@@ -315,7 +315,10 @@ class ELMGRPOTrainer(OptimizesByMuon, WholeCheckpoints, GRPOTrainer):
     def _draw(self, advantages: torch.Tensor, own: slice) -> None:
         """Draws the first answers of this process, if it is the first one, to a page."""
         step = self.state.global_step
-        if not (self.draw_steps and self.answers_dir and self.is_world_process_zero() and step % self.draw_steps == 0):
+        if not (self.draw_steps and self.answers_dir and self.is_world_process_zero()):
+            return
+        # answers are not written at every step: of each `draw_steps` the first ones are drawn
+        if step % self.draw_steps * self.args.gradient_accumulation_steps >= self.generate_every:
             return
         rewards = self._rewards[own].tolist()
         shown: dict[int, Answers] = {}

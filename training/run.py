@@ -1,6 +1,7 @@
 """What `elm rl` and `elm dpo` do before and after they train, which is what `elm sft` does too."""
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from elm_ecg.training.model_files import find_model_file
 from elm_ecg.training.resume import RunOptions, checkpoint_to_resume, fingerprint
 from elm_ecg.training.sft import build_base, check_adapter_folder, load_splits
 from elm_ecg.training.sharing.cards import write_model_card
+
+logger = logging.getLogger(__name__)
 
 
 def begin(
@@ -62,15 +65,29 @@ def begin(
 
 
 def build(
-    args: ELMArguments, training_args: Any, model_args: ModelConfig, options: RunOptions
+    args: ELMArguments, training_args: Any, model_args: ModelConfig, options: RunOptions, phase: str
 ) -> tuple[ELMForConditionalGeneration, ELMProcessor]:
-    """The model to train and its processor."""
+    """The model to train and its processor, which tells from now on that it was trained in this phase."""
     model, processor = build_base(args, training_args, model_args)
+    warn_of_base(args, model_args, processor)
+    processor.train_phase = phase
     options.base = read_recipe(str(model.name_or_path))
     if args.system_prompt is not None:
         processor.system_prompt = args.system_prompt
     limit_threads(model, training_args.device)
     return model, processor
+
+
+def warn_of_base(args: ELMArguments, model_args: ModelConfig, processor: ELMProcessor) -> None:
+    """Tells of a model that has not learnt to answer yet, so that rewards and pairs of answers have little to begin with."""
+    name = model_args.model_name_or_path
+    if name is None:
+        what = f"No --model_name_or_path: a new ELM around {args.llm} has never been fine-tuned"
+    elif processor.train_phase == "pretrain":
+        what = f"--model_name_or_path {name} was aligned on reports and has never been fine-tuned"
+    else:
+        return
+    logger.warning("%s, so that it hardly answers questions. Begin with what `elm sft` has made of it.", what)
 
 
 def parts_to_train(args: ELMArguments, model_args: ModelConfig, model: ELMForConditionalGeneration) -> dict[str, Any]:
