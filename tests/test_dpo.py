@@ -113,6 +113,13 @@ def test_the_better_answer_becomes_more_likely(model, data, tmp_path):
     assert load_elm(str(out))[1].train_phase == "dpo"
 
 
+def test_a_trained_encoder_begins_as_the_model_it_is_compared_with(model, data, tmp_path):
+    """Its batch norm has the statistics of the model, not those of a batch."""
+    dpo.main(tiny_dpo(model, data, tmp_path / "run", "--max_steps", "1", "--update", "encoder", "connector", "llm"))
+    (loss,) = (row["loss"] for row in history(tmp_path / "run") if "loss" in row)
+    assert loss == pytest.approx(np.log(2), abs=1e-5)
+
+
 @pytest.mark.slow
 def test_an_adapter_resumed(model, data, tmp_path):
     options = ["--use_peft", "--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2", "--augment_ecg"]

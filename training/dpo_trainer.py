@@ -14,6 +14,7 @@ from trl import DPOTrainer
 from elm_ecg.training.checkpoints import WholeCheckpoints
 from elm_ecg.training.collator import ELMCollator, naming_records
 from elm_ecg.training.features import EncoderFeatures
+from elm_ecg.training.lora import keep_statistics
 from elm_ecg.training.muon import OptimizesByMuon
 
 PAIR = ("chosen", "rejected")  # columns of a row: the better answer and the worse one
@@ -136,6 +137,7 @@ class ELMDPOTrainer(OptimizesByMuon, WholeCheckpoints, DPOTrainer):
 
     def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """As TRL's; it reads the weight of the head, which under FSDP2 is to be gathered, see `ELMTrainer`."""
+        keep_statistics(model)
         of_trainer: Any = self.model
         head = of_trainer.get_output_embeddings()
         if isinstance(head, FSDPModule):

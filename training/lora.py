@@ -18,6 +18,14 @@ from elm_ecg.training.arguments import ELMArguments
 from elm_ecg.training.command_line import did_you_mean
 
 
+def keep_statistics(model: nn.Module) -> None:
+    """Batch norm goes by the statistics that it has, as where answers are written: with those of a batch, which has several answers to one
+    ECG, it would be another model than the one that is compared."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
 def freeze(model: ELMForConditionalGeneration, update: list[str]) -> None:
     """Leaves only the named parts (`encoder`, `connector`, `llm`) to be trained."""
     if "encoder" in update and model.model.encoder is None:

@@ -21,6 +21,7 @@ from trl.trainer.utils import RepeatSampler, pad
 from elm_ecg.training.checkpoints import WholeCheckpoints
 from elm_ecg.training.features import EncoderFeatures
 from elm_ecg.training.files import atomic_path
+from elm_ecg.training.lora import keep_statistics
 from elm_ecg.training.muon import OptimizesByMuon
 from elm_ecg.training.rl_answers import Answers, draw_answers
 from elm_ecg.training.rl_prompts import Prompts, cat_ecgs
@@ -252,9 +253,7 @@ class ELMGRPOTrainer(OptimizesByMuon, WholeCheckpoints, GRPOTrainer):
         Args:
             pixel_values: [rows], the numbers of the prompts; None: of those that are answered now.
         """
-        for module in model.modules():
-            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-                module.eval()  # as where answers are written: with the statistics of a batch it would be another policy
+        keep_statistics(model)
         numbers = self._numbers if pixel_values is None else pixel_values.tolist()
         answered = attention_mask[:, -logits_to_keep:].bool()  # [rows, logits_to_keep]
         logps, entropies = (torch.zeros(answered.shape, device=input_ids.device) for _ in range(2))
