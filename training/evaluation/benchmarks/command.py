@@ -45,6 +45,7 @@ from elm_ecg.training.files import check_output_folder
 
 logger = logging.getLogger(__name__)
 
+OF_THINKING = 512  # tokens in which a model may think, beside those of an answer
 SUITES: dict[str, Suite] = {
     suite.name: suite for suite in (ECGQA(), ECGReasoning(), ECGBench(), ECGGrounding(), PTBXL())
 }
@@ -63,17 +64,11 @@ def run_suite(
     Args:
         fingerprint: of the questions, as `fingerprint_of` has it.
         folder: that keeps the answers so far.
-
-    Raises:
-        ValueError: the suite needs likelihoods, and the model gives none.
     """
-    if suite.score == "likelihood" and not contender.likelihoods:
-        raise ValueError(
-            f"--suite {suite.name} is decided by how likely a model finds its answers, which {args.model} does not say; leave the suite out."
-        )
     questions = list_questions(asked.data)
     choices = [list(turn.options) for turn in asked.turns] if suite.score == "likelihood" else None
-    generation = {"do_sample": False, "max_new_tokens": args.max_new_tokens or suite.max_new_tokens}
+    needed = suite.max_new_tokens + (OF_THINKING if contender.thinks else 0)
+    generation = {"do_sample": False, "max_new_tokens": args.max_new_tokens or needed}
     answerer = contender.make_answerer(asked.data, questions, choices, generation)
     progress = Progress(folder, [SCHEMA_VERSION, suite.name], PartialState().process_index)
     shown = [fingerprint, choices, args.batch_size, generation, contender.system_prompt]
@@ -119,6 +114,16 @@ def run_suite(
     for place, row in enumerate(results.predictions):
         row["suite"] = {name: samples[place].tolist() for name, samples in points.items() if samples[place, 1]}
     return results
+
+
+def _check_likelihoods(args: Namespace, contender: Contender, suites: Sequence[Suite]) -> None:
+    """Refuses (ValueError) a suite that is decided by likelihood, of a model that does not tell them."""
+    for suite in suites:
+        if suite.score == "likelihood" and (contender.thinks or not contender.likelihoods):
+            why = "thinks before it answers" if contender.thinks else "does not say"
+            raise ValueError(
+                f"--suite {suite.name} is decided by how likely a model finds its answers, and {args.model} {why}; leave the suite out."
+            )
 
 
 def _place_of(args: Namespace, suite: Suite, fingerprint: str) -> str:
@@ -183,6 +188,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Results]:
                 for what, number in asked[name].left_out.items():
                     logger.warning("%s: left out: %s (%s)", name, what, f"{number:,}")
         contender = open_contender(args)
+        _check_likelihoods(args, contender, [SUITES[name] for name in asked])
         own = Path(args.model)
         if args.output_dir is None and own.is_dir() and state.is_main_process:
             move_old_results(own, keep=contender.revision)
