@@ -267,6 +267,16 @@ def test_an_endpoint_is_told_the_ecg(place, server, tmp_path):
     assert compared.startswith("The first ECG: ")
 
 
+def test_an_endpoint_leaves_a_folder_of_its_models_name_alone(place, elm, server, tmp_path, monkeypatch):
+    """Servers name models by their folders."""
+    url, _, _ = server
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in elm.rglob("*")}
+    command.main([*argv_of(place, elm, "ecg-qa"), "--endpoint", url, "--limit", "1", "--conditions", "ecg"])
+    assert {path: path.stat().st_mtime_ns for path in elm.rglob("*")} == before
+    assert [*(tmp_path / "evaluation" / elm.name).iterdir()]
+
+
 def test_faults_of_an_endpoint(place, server, tmp_path, monkeypatch, capsys):
     url, asked, states = server
     monkeypatch.setattr(endpoint.time, "sleep", lambda seconds: None)

@@ -134,10 +134,16 @@ def _place_of(args: Namespace, suite: Suite, fingerprint: str) -> str:
     return f"{suite.name}-{args.split}-{suite.score}-{digits}"
 
 
+def _own_folder(args: Namespace) -> Path | None:
+    """The model's folder here; None of one on the Hub, or behind an endpoint, where a folder of that name is no affair of this run."""
+    folder = Path(args.model)
+    return folder if args.endpoint is None and folder.is_dir() else None
+
+
 def _folder_of(args: Namespace, suite: Suite, place: str, revision: str) -> Path:
     if args.output_dir is None:
-        own = Path(args.model)
-        return own / EVALUATIONS / place if own.is_dir() else Path(EVALUATIONS) / own.name / place
+        own = _own_folder(args)
+        return (own / EVALUATIONS if own is not None else Path(EVALUATIONS) / Path(args.model).name) / place
     folder = args.output_dir / suite.name
     found = identity_of(folder / RESULTS_FILE) if (folder / RESULTS_FILE).is_file() else None
     if found is not None and (found.get("evaluation"), found.get("model_revision")) != (place, revision):
@@ -189,8 +195,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Results]:
                     logger.warning("%s: left out: %s (%s)", name, what, f"{number:,}")
         contender = open_contender(args)
         _check_likelihoods(args, contender, [SUITES[name] for name in asked])
-        own = Path(args.model)
-        if args.output_dir is None and own.is_dir() and state.is_main_process:
+        own = _own_folder(args) if args.output_dir is None else None
+        if own is not None and state.is_main_process:
             move_old_results(own, keep=contender.revision)
         for name, of_suite in asked.items():
             suite = SUITES[name]
@@ -211,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Results]:
             print(results["verdict"])
             print(f"Results, predictions, report and tables in {folder.resolve()}", flush=True)
             Progress(folder, None).remove()
-            if args.output_dir is None and own.is_dir():
+            if own is not None:
                 add_evaluations(own, contender.revision)
             everything[name] = results
     return everything
