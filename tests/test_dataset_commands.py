@@ -131,6 +131,8 @@ def test_simulate_refuses(options, tmp_path):
 def test_simulate_leaves_nothing_of_what_cannot_be_made(tmp_path):
     with pytest.raises(ValueError, match=r"--sampling_rate 50: .*at least 100"):
         main(["simulate", str(tmp_path / "ecgs"), "--sampling_rate", "50"])
+    with pytest.raises(ValueError, match="--seed is -1; it must be at least 0"):
+        main(["simulate", str(tmp_path / "ecgs"), "--seed", "-1"])
     assert list(tmp_path.iterdir()) == []
 
 

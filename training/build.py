@@ -352,6 +352,7 @@ def new_elm(
     seed: int = 0,
     dtype: str = "float32",
     attn_implementation: str | None = None,
+    revision: str = "main",
     trust_remote_code: bool = False,
     **options: Any,
 ) -> tuple[ELMForConditionalGeneration, ELMProcessor]:
@@ -361,6 +362,7 @@ def new_elm(
         encoder: a name, folder or Hub id, such as "merl"; or somebody's own: its class (new weights) or the model itself.
         connector: a name, such as "mlp", or somebody's own class.
         seed: of the new weights.
+        revision: branch, tag or commit of a language model on the Hub.
         trust_remote_code: run the code that comes with an encoder in a folder or on the Hub.
         options: the other fields of `ModelArguments`, such as `representation="signal"`; a ValueError names one that is unknown, or
             does not go with the others.
@@ -375,10 +377,10 @@ def new_elm(
     given = None if named else encoder
     if given is not None:
         check_given_encoder(given, args)
-    processor = build_processor(args)
+    processor = build_processor(args, revision)
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays; weights are drawn on the CPU
         torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed those of GPUs too
-        llm_kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
+        llm_kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation, "revision": revision}
         return build_model(args, processor, encoder=given, trust_remote_code=trust_remote_code, **llm_kwargs), processor
 
 

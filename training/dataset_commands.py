@@ -41,6 +41,8 @@ def simulate(args: argparse.Namespace) -> None:
 
     if args.sampling_rate < 100:
         raise ValueError(f"--sampling_rate {args.sampling_rate}: a QRS needs at least 100 Hz.")
+    if args.seed < 0:
+        raise ValueError(f"--seed is {args.seed}; it must be at least 0.")
     options = {"sampling_rate": args.sampling_rate, "num_proc": args.num_proc}
     chats: list[Any] = []  # for the tokenizer, reports as answers
     with new_folder(args.output_dir) as folder, TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as cache:

@@ -476,7 +476,7 @@ def test_why_an_answer_was_given(chat, records, tmp_path, capsys):
     assert values["question"] == "Slow?"
     assert values["answer"] == chat.messages[-1]["content"][-1]["text"]
     assert (tmp_path / "rec0-why.png").is_file()
-    assert f"has probability {values['probability']:.2f}; it rests most on" in capsys.readouterr().out
+    assert f"has probability {values['probability']:.2g}; it rests most on" in capsys.readouterr().out
     chat.command(f"/ecg {records[1]}")
     list(chat.ask("And this?"))
     with pytest.raises(ValueError, match="asked about 2"):

@@ -101,7 +101,8 @@ def test_the_command_writes_pictures_and_figures(model, tmp_path, capsys):
     argv = ["explain", str(model), str(record), "--question", "Fast?", "--answer", "yes", "--width", "900"]
     assert cli.main([*argv, "--output", str(tmp_path / "why")]) == 0
     told = capsys.readouterr().out
-    assert "'yes' has probability 0." in told
+    probability = json.loads((tmp_path / "why.json").read_text())["probability"]
+    assert f"'yes' has probability {probability:.2g}; it rests most on" in told
     assert str(tmp_path / "why.png") in told
     with Image.open(tmp_path / "why.png") as picture:
         assert picture.width == 900
@@ -117,6 +118,9 @@ def test_the_command_writes_pictures_and_figures(model, tmp_path, capsys):
     assert len(values["share_by_time"]) == 50
     assert cli.main([*argv, "--output", str(tmp_path / "no" / "why")]) == 1
     assert "there is no folder" in capsys.readouterr().err
+    for option in ("--question", "--answer"):
+        assert cli.main([*argv, option, " "]) == 1
+        assert f"{option} has an empty text" in capsys.readouterr().err
 
 
 def questions_of(kind: str, number: int, split: str, cut: int) -> list[dict[str, Any]]:

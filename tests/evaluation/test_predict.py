@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from datasets import load_from_disk
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
+from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training import cli
 from elm_ecg.training.evaluation import evaluate, predict
 from elm_ecg.training.evaluation.answers import Answerer
@@ -307,6 +309,16 @@ def test_a_file_that_is_there_is_not_overwritten(answered, model, records, capsy
     assert answered.read_bytes() == before
 
 
+def test_candidates_of_a_model_that_thinks(model, tmp_path):
+    processor = ELMProcessor.from_pretrained(model)
+    processor.explicit_thinking = True
+    shutil.copytree(model, tmp_path / "thinks")
+    processor.save_pretrained(tmp_path / "thinks")
+    record = save_record(tmp_path / "a.npz", seconds=5.0)
+    with pytest.raises(ValueError, match="--candidates 'no' does not begin with <think>"):
+        run(tmp_path / "thinks", tmp_path, str(record), "--question", "Why?", "--candidates", "no", "yes")
+
+
 def test_no_record_can_be_read(model, tmp_path):
     (tmp_path / "a.npz").write_bytes(b"no ECG")
     with pytest.raises(
@@ -316,6 +328,8 @@ def test_no_record_can_be_read(model, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
     with pytest.raises(ValueError, match="No file is named as"):
         run(model, tmp_path, str(tmp_path / "x*.npz"), "--question", "Why?")
+    with pytest.raises(ValueError, match=r"There is no file or folder .*x\.xml"):
+        run(model, tmp_path, str(tmp_path / "x.xml"), "--question", "Why?")
 
 
 @pytest.mark.slow

@@ -306,7 +306,8 @@ class Answerer:
             text: Any = self.processor.apply_chat_template([*chat, turn], tokenize=False)
             if not text.startswith(prompt) and self.processor.explicit_thinking:
                 raise ValueError(
-                    f"The candidate {answer!r} does not begin with <think>, with which the model begins each answer; score by generation."
+                    f"The candidate {answer!r} does not begin with <think>, with which the model begins each answer; give the thinking too, or "
+                    "have the model write its answers."
                 )
             if not text.startswith(prompt):
                 raise ValueError(

@@ -95,8 +95,8 @@ class Explanation:
         leads = ", ".join(f"{self.record.lead_names[lead]} {of_leads[lead]:.0%}" for lead in order)
         most, least = self.probabilities["most"], self.probabilities["least"]
         return (
-            f"{self.answer!r} has probability {self.probability:.2f}; it rests most on {leads}. With the most important tenth of "
-            f"the ECG taken away it has {most:.2f}, with the least important {least:.2f}."
+            f"{self.answer!r} has probability {self.probability:.2g}; it rests most on {leads}. With the most important tenth of "
+            f"the ECG taken away it has {most:.2g}, with the least important {least:.2g}."
         )
 
 
@@ -199,7 +199,7 @@ def draw_svg(explanation: Explanation, paper: ECGPaper = PAPER) -> str:
 
 
 def _caption(explanation: Explanation) -> str:
-    return f"{explanation.question} {explanation.answer} (P = {explanation.probability:.2f}); shaded: what it rests on"
+    return f"{explanation.question} {explanation.answer} (P = {explanation.probability:.2g}); shaded: what it rests on"
 
 
 def write(explanation: Explanation, output: Path, width: int = WIDTH, paper: ECGPaper = PAPER) -> list[Path]:
@@ -261,6 +261,10 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Explains, and writes the files."""
     args = make_parser().parse_args(argv)
+    if not args.question.strip():
+        raise ValueError("--question has an empty text; say what is asked.")
+    if args.answer is not None and not args.answer.strip():
+        raise ValueError("--answer has an empty text; leave it out to explain the model's own.")
     output = args.output or Path(f"{args.record.stem}-why")
     if not output.parent.is_dir():
         raise ValueError(f"--output is {output}; there is no folder {output.parent}.")

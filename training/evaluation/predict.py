@@ -14,6 +14,7 @@ from accelerate import PartialState
 from scipy.special import softmax
 from tqdm import tqdm
 
+from elm_ecg.chat_template_elm import THINK_OPEN
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.command_line import run_command
@@ -224,6 +225,11 @@ def main(argv: list[str] | None = None) -> None:
     limit_threads(model, state.device)
     if not processor.takes_ecgs:
         raise ValueError(f"The model {args.model} is text-only: it takes no ECG.")
+    said = next((answer for answer in args.candidates or () if not answer.startswith(THINK_OPEN)), None)
+    if processor.explicit_thinking and said is not None:
+        raise ValueError(
+            f"--candidates {said!r} does not begin with <think> and a new line, with which {args.model} begins each answer; leave --candidates out."
+        )
     if args.features is not None:
         check_features(model, args.features)
     processor = processor.with_system_prompt(args.system_prompt)

@@ -212,8 +212,10 @@ def _paths(source: str) -> list[str]:
     header = Path(f"{source}.hea")  # of WFDB, whose records are named without suffix
     if header.is_file() and not Path(source).exists():
         return [str(header)]
-    if record_path(source)[0].exists() or not glob.has_magic(source):
+    if record_path(source)[0].exists():
         return [source]
+    if not glob.has_magic(source):
+        raise ValueError(f"There is no file or folder {source}.")
     found = sorted(glob.glob(source, recursive=True))
     if not found:
         raise ValueError(f"No file is named as {source!r} says.")

@@ -1,6 +1,7 @@
 import base64
 import io
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from elm_ecg import new_elm
+from elm_ecg import ELMProcessor, new_elm
 from elm_ecg.training import cli
 from elm_ecg.training.evaluation.benchmarks import command, endpoint
 from elm_ecg.training.evaluation.results import read_predictions, read_results
@@ -137,7 +138,7 @@ def test_files(run):
 def test_tables(run):
     folder, results = run
     lines = (folder / "ecg-reasoning" / "table.md").read_text().splitlines()
-    assert "50 questions about 10 patients" in lines[0]
+    assert "2603.14326): 50 questions about 10 patients" in lines[0]  # no split, as it has none
     assert lines[2].startswith("| model | shown ")
     depth = results["ecg-reasoning"]["conditions"]["ecg"]["metrics"]["depth"]
     low, high = depth["interval_95"]
@@ -267,6 +268,16 @@ def test_an_endpoint_is_told_the_ecg(place, server, tmp_path):
     assert compared.startswith("The first ECG: ")
 
 
+def test_an_endpoint_leaves_a_folder_of_its_models_name_alone(place, elm, server, tmp_path, monkeypatch):
+    """Servers name models by their folders."""
+    url, _, _ = server
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in elm.rglob("*")}
+    command.main([*argv_of(place, elm, "ecg-qa"), "--endpoint", url, "--limit", "1", "--conditions", "ecg"])
+    assert {path: path.stat().st_mtime_ns for path in elm.rglob("*")} == before
+    assert [*(tmp_path / "evaluation" / elm.name).iterdir()]
+
+
 def test_faults_of_an_endpoint(place, server, tmp_path, monkeypatch, capsys):
     url, asked, states = server
     monkeypatch.setattr(endpoint.time, "sleep", lambda seconds: None)
@@ -297,6 +308,11 @@ def test_wrong_options(place, elm, llm, tmp_path, capsys):
         ([str(elm), "--suite", "ptbxl", *about, "--show_options"], "--show_options is about ecg-qa"),
         ([str(elm), "--suite", "ptbxl", *about, "--seed", "-1"], "--seed is -1"),
         ([str(elm), "--suite", "ptbxl", *about, "--beside", "none"], "--beside none: there is no such folder"),
+        (
+            [str(elm), "--suite", "ptbxl", *about, "--endpoint", "http://localhost/v1", "--dtype", "float16"],
+            "--dtype changes nothing at the model behind --endpoint",
+        ),
+        ([*argv_of(place, elm, "ecg-reasoning"), "--split", "train"], "--split train: ecg-reasoning has no splits"),
         ([*argv_of(place, llm, "ecg-qa")], "reads texts alone; say --describe"),
         ([*argv_of(place, elm, "ecg-qa"), "--describe"], "is an ELM; leave it out"),
         ([*argv_of(place, tmp_path / "no", "ecg-qa")], "no"),
@@ -304,6 +320,39 @@ def test_wrong_options(place, elm, llm, tmp_path, capsys):
         assert cli.main(["benchmark", *argv, "--output_dir", str(tmp_path / "out")]) == 1
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists() or not [*(tmp_path / "out").iterdir()]
+
+
+def test_a_model_that_thinks_has_room_for_it(place, elm, tmp_path, monkeypatch, capsys):
+    processor = ELMProcessor.from_pretrained(elm)
+    processor.explicit_thinking = True
+    shutil.copytree(elm, tmp_path / "thinks")
+    processor.save_pretrained(tmp_path / "thinks")
+    monkeypatch.setattr(command, "OF_THINKING", 3)
+    suites = ["--suite", f"ecg-reasoning={place / 'reasoning'}"]
+    argv = ["--records", str(place / "ecgs"), "--limit", "1", "--conditions", "ecg", "--num_resamples", "20"]
+    argv += ["--output_dir", str(tmp_path / "out")]
+    results = command.main([str(tmp_path / "thinks"), *suites, *argv])["ecg-reasoning"]
+    assert results["settings"]["generation"]["max_new_tokens"] == 48 + 3
+    # refused before the first suite is asked
+    argv += ["--metadata", str(place / "records.csv")]
+    assert cli.main(["benchmark", str(tmp_path / "thinks"), *suites, "ptbxl", *argv]) == 1
+    assert "thinks before it answers; leave the suite out" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "ptbxl").exists()
+
+
+def test_the_revision_of_a_language_model(place, llm, monkeypatch):
+    from elm_ecg.training.evaluation.benchmarks import contenders
+
+    asked: dict[str, Any] = {}
+
+    def build(name: str, **options: Any) -> None:
+        asked.update(options)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(contenders, "new_elm", build)
+    with pytest.raises(ValueError, match="seen"):
+        command.main([*argv_of(place, llm, "ecg-qa"), "--describe", "--model_revision", "v2"])
+    assert asked["revision"] == "v2"
 
 
 def test_results_of_something_else_are_not_overwritten(run, place, elm, capsys):

@@ -116,3 +116,10 @@ def test_other_files(text, tmp_path):
     Path(tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match=r"a\.json"):
         list(ECGQA().chats(tmp_path, NOWHERE, SuiteOptions()))
+
+
+def test_a_template_that_the_table_of_answers_lacks(tmp_path):
+    write_rows(tmp_path / "answers_for_each_template.csv", {"template_id": 1, "classes": "['yes', 'no']"})
+    texts = write_rows(tmp_path / "test.json", row(["yes"]))
+    with pytest.raises(ValueError, match=r"a question has template_id 2, of which answers_for_each_template.csv says"):
+        list(ECGQA().chats(texts, NOWHERE, SuiteOptions()))

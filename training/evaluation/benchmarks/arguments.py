@@ -27,7 +27,7 @@ def make_parser(suites: dict[str, Suite]) -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="NAME[=PLACE]",
-        help=f"{listed}. PLACE is the folder or file of its texts; without, its dataset on the Hub",
+        help=f"{listed}. PLACE is the folder or file of its texts; needed but for those of ecg-reasoning, which are fetched from the Hub, and ptbxl",
     )
     parser.add_argument(
         "--records",
@@ -83,7 +83,9 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "--batch_size", type=whole_number, default=32, help="chats answered at once; default: %(default)s"
     )
     parser.add_argument(
-        "--max_new_tokens", type=whole_number, help="longest answer, in tokens; default: what the suite needs"
+        "--max_new_tokens",
+        type=whole_number,
+        help="longest answer, in tokens, thinking included; default: what the suite needs, and 512 more of a model that thinks",
     )
     parser.add_argument("--system_prompt", help="in place of the model's own; none with an empty one")
     parser.add_argument("--dtype", default="auto", help="of the model: auto, float32, bfloat16 or float16")
@@ -117,7 +119,7 @@ def parse(argv: list[str] | None, suites: dict[str, Suite]) -> tuple[argparse.Na
     """The options, and suite -> the place of its texts, None where none is named.
 
     Raises:
-        ValueError: a suite is unknown, named twice, or has no place though it is not on the Hub.
+        ValueError: a suite is unknown, named twice, or has no place though it is not on the Hub; or options do not go together.
     """
     args = make_parser(suites).parse_args(argv)
     chosen: dict[str, str | None] = {}
@@ -138,6 +140,12 @@ def parse(argv: list[str] | None, suites: dict[str, Suite]) -> tuple[argparse.Na
         chosen[name] = place or None
     if args.seed < 0:
         raise ValueError(f"--seed is {args.seed}; it must be at least 0.")
+    of_weights = {"dtype": "auto", "model_revision": "main", "trust_remote_code": False}
+    said = [name for name, default in of_weights.items() if getattr(args, name) != default]
+    if args.endpoint is not None and said:
+        raise ValueError(f"--{said[0]} changes nothing at the model behind --endpoint; leave it out.")
+    if args.split != "test" and not any(suites[name].has_splits for name in chosen):
+        raise ValueError(f"--split {args.split}: {', '.join(chosen)} has no splits; leave it out.")
     if args.show_options and "ecg-qa" not in chosen:
         raise ValueError("--show_options is about ecg-qa, which is none of the suites; leave it out.")
     return args, chosen

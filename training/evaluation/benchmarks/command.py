@@ -45,6 +45,7 @@ from elm_ecg.training.files import check_output_folder
 
 logger = logging.getLogger(__name__)
 
+OF_THINKING = 512  # tokens in which a model may think, beside those of an answer
 SUITES: dict[str, Suite] = {
     suite.name: suite for suite in (ECGQA(), ECGReasoning(), ECGBench(), ECGGrounding(), PTBXL())
 }
@@ -63,17 +64,11 @@ def run_suite(
     Args:
         fingerprint: of the questions, as `fingerprint_of` has it.
         folder: that keeps the answers so far.
-
-    Raises:
-        ValueError: the suite needs likelihoods, and the model gives none.
     """
-    if suite.score == "likelihood" and not contender.likelihoods:
-        raise ValueError(
-            f"--suite {suite.name} is decided by how likely a model finds its answers, which {args.model} does not say; leave the suite out."
-        )
     questions = list_questions(asked.data)
     choices = [list(turn.options) for turn in asked.turns] if suite.score == "likelihood" else None
-    generation = {"do_sample": False, "max_new_tokens": args.max_new_tokens or suite.max_new_tokens}
+    needed = suite.max_new_tokens + (OF_THINKING if contender.thinks else 0)
+    generation = {"do_sample": False, "max_new_tokens": args.max_new_tokens or needed}
     answerer = contender.make_answerer(asked.data, questions, choices, generation)
     progress = Progress(folder, [SCHEMA_VERSION, suite.name], PartialState().process_index)
     shown = [fingerprint, choices, args.batch_size, generation, contender.system_prompt]
@@ -121,6 +116,16 @@ def run_suite(
     return results
 
 
+def _check_likelihoods(args: Namespace, contender: Contender, suites: Sequence[Suite]) -> None:
+    """Refuses (ValueError) a suite that is decided by likelihood, of a model that does not tell them."""
+    for suite in suites:
+        if suite.score == "likelihood" and (contender.thinks or not contender.likelihoods):
+            why = "thinks before it answers" if contender.thinks else "does not say"
+            raise ValueError(
+                f"--suite {suite.name} is decided by how likely a model finds its answers, and {args.model} {why}; leave the suite out."
+            )
+
+
 def _place_of(args: Namespace, suite: Suite, fingerprint: str) -> str:
     """The name by which results are told from others of the same model, as `elm evaluate` has it."""
     names = ["split", "show_options", "conditions", "describe", "endpoint", "limit", "batch_size", "max_new_tokens"]
@@ -129,10 +134,16 @@ def _place_of(args: Namespace, suite: Suite, fingerprint: str) -> str:
     return f"{suite.name}-{args.split}-{suite.score}-{digits}"
 
 
+def _own_folder(args: Namespace) -> Path | None:
+    """The model's folder here; None of one on the Hub, or behind an endpoint, where a folder of that name is no affair of this run."""
+    folder = Path(args.model)
+    return folder if args.endpoint is None and folder.is_dir() else None
+
+
 def _folder_of(args: Namespace, suite: Suite, place: str, revision: str) -> Path:
     if args.output_dir is None:
-        own = Path(args.model)
-        return own / EVALUATIONS / place if own.is_dir() else Path(EVALUATIONS) / own.name / place
+        own = _own_folder(args)
+        return (own / EVALUATIONS if own is not None else Path(EVALUATIONS) / Path(args.model).name) / place
     folder = args.output_dir / suite.name
     found = identity_of(folder / RESULTS_FILE) if (folder / RESULTS_FILE).is_file() else None
     if found is not None and (found.get("evaluation"), found.get("model_revision")) != (place, revision):
@@ -183,8 +194,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Results]:
                 for what, number in asked[name].left_out.items():
                     logger.warning("%s: left out: %s (%s)", name, what, f"{number:,}")
         contender = open_contender(args)
-        own = Path(args.model)
-        if args.output_dir is None and own.is_dir() and state.is_main_process:
+        _check_likelihoods(args, contender, [SUITES[name] for name in asked])
+        own = _own_folder(args) if args.output_dir is None else None
+        if own is not None and state.is_main_process:
             move_old_results(own, keep=contender.revision)
         for name, of_suite in asked.items():
             suite = SUITES[name]
@@ -205,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Results]:
             print(results["verdict"])
             print(f"Results, predictions, report and tables in {folder.resolve()}", flush=True)
             Progress(folder, None).remove()
-            if args.output_dir is None and own.is_dir():
+            if own is not None:
                 add_evaluations(own, contender.revision)
             everything[name] = results
     return everything

@@ -137,7 +137,7 @@ def _elm(args: Namespace) -> Contender:
 def _language_model(args: Namespace) -> Contender:
     """A language model as the ELM that it is the text part of: without an ECG in it."""
     options = {"architecture": "text", "representation": "signal", "trust_remote_code": args.trust_remote_code}
-    model, processor = new_elm(args.model, dtype=args.dtype, **options)
+    model, processor = new_elm(args.model, dtype=args.dtype, revision=args.model_revision, **options)
     return _of_elm(args, model, processor, digest_of_model(model, processor), DescribingAnswerer)
 
 

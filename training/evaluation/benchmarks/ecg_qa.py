@@ -35,6 +35,7 @@ class ECGQA(Suite):
 
     name, title = "ecg-qa", "ECG-QA"
     paper = "https://arxiv.org/abs/2306.15681"
+    has_splits = True
     main_metric = "set_match"
     scales = {"set_match": MetricScale(title="exact match of answer sets")}
 
@@ -48,9 +49,14 @@ class ECGQA(Suite):
             classes = classes_of(rows)
         for row in rows:
             question, answer = (turn["content"] for turn in row.messages)
-            known = classes.get(_template(row), ())
+            known = classes.get(_template(row))
+            if known is None:
+                raise ValueError(
+                    f"--suite ecg-qa={place}: a question has template_id {_template(row)}, of which {CLASSES_FILE} says no answers; "
+                    "give texts that go with it, or move it away."
+                )
             kind = str(row.columns.get("question_type") or "all")
-            yield Chat(row.records, (Turn(_asked(question, known, options), answer, kind, tuple(known)),))
+            yield Chat(row.records, (Turn(_asked(question, known, options), answer, kind, known),))
 
     def points(self, turns: Sequence[Turn], chats: Sequence[int], answers: Sequence[str]) -> dict[str, np.ndarray]:
         """Whether each set of answers is the right one."""
@@ -81,7 +87,7 @@ def _rows(place: Path, split: str) -> Iterator[QuestionRow]:
                 found = True
                 yield row
     if not found:
-        named = ", ".join(sorted(str(name) for name in splits))
+        named = ", ".join(sorted(name or "no split" for name in splits))
         raise ValueError(f"--split {split}: the questions in {place} are of {named}; name one of these, or all.")
 
 
@@ -93,7 +99,7 @@ def _template(row: QuestionRow) -> int | None:
 
 
 def _asked(question: str, known: Sequence[str], options: SuiteOptions) -> str:
-    if not options.show_options or not known:
+    if not options.show_options:
         return question
     return f"{question}\nOptions: {', '.join(known)}\nAnswer with those of the options that apply, and nothing else."
 

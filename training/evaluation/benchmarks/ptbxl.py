@@ -38,6 +38,7 @@ class PTBXL(Suite):
     name, title = "ptbxl", "PTB-XL"
     paper = "https://arxiv.org/abs/2004.13701"
     needs_texts = False
+    has_splits = True
     score = "likelihood"
     main_metric = "auroc"
     scales = {f"auroc_{group}": MetricScale(title=f"macro AUROC, {group}", unit="", decimals=3) for group in GROUPS} | {

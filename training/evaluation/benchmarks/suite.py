@@ -20,7 +20,7 @@ class Suite(ABC):
     """A published benchmark.
 
     `name` is what `--suite` takes, `paper` where it was published, `hub` its dataset on the Hub if it has one,
-    `needs_texts` whether it is more than the labels of the records, `score` how it is
+    `needs_texts` whether it is more than the labels of the records, `has_splits` whether `--split` chooses among its rows, `score` how it is
     answered, `max_new_tokens` the longest answer, `main_metric` the one of the verdict, and `scales` the scale of each of its own scores,
     in the order of its table.
     """
@@ -30,6 +30,7 @@ class Suite(ABC):
     paper: ClassVar[str]
     hub: ClassVar[str | None] = None
     needs_texts: ClassVar[bool] = True
+    has_splits: ClassVar[bool] = False
     score: ClassVar[ScoredBy] = "generation"
     max_new_tokens: ClassVar[int] = 128
     main_metric: ClassVar[str]

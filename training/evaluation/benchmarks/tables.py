@@ -64,9 +64,10 @@ def caption_of(suite: Suite, run: Mapping[str, Any]) -> str:
         if any(s.factor > 1 for s in suite.scales.values())
         else "Scores"
     )
+    split = f", split {run['data']['split']}" if suite.has_splits else ""
     asked = "chosen by likelihood" if run["settings"]["score"] == "likelihood" else "generated"
     return (
-        f"{suite.title} ({suite.paper}), split {run['data']['split']}: {counted(run['num_questions'], 'question')} about "
+        f"{suite.title} ({suite.paper}){split}: {counted(run['num_questions'], 'question')} about "
         f"{counted(run['num_patients'], 'patient')}, answers {asked}. {shares}, in brackets their 95% intervals by patient."
     )
 
