@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 # parts of a saved ELM that --load_in_4bit and --load_in_8bit leave as they are
 NOT_QUANTIZED = ["model.encoder", "model.connector", "model.signal_embeddings", "lm_head"]
-# defaults of --learning_rate, of full training and of LoRA; the sweep that they come from stands in the README
+# defaults of --learning_rate: TRL's of full training, and ten times that of LoRA
 LEARNING_RATES = {False: 2e-5, True: 2e-4}
 CONNECTOR_LEARNING_RATE = 5e-4  # of --train_phase pretrain without the language model, as in the reference
 BY_SIZE = 2  # of --gradient_checkpointing, where nothing is said; any other true value would do, None becomes False

@@ -101,7 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The options of `elm plot`."""
     usage = "elm plot RECORD [RECORD ...] [options]"
     parser = CommandLineParser(prog="elm plot", usage=usage, description=__doc__)
-    formats_help = "files of any format that the README lists"
+    formats_help = "files of any format of docs/reference/file_formats.md"
     parser.add_argument("records", type=Path, nargs="+", metavar="RECORD", help=formats_help)
     output_help = "picture, .png or .svg, of one record; default: NAME.png in the working directory, for each record"
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help=output_help)

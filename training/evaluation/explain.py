@@ -222,7 +222,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = CommandLineParser(prog="elm explain", usage=usage, description=description)
     add = parser.add_argument
     add("model", metavar="MODEL", help="saved ELM or LoRA adapter: local folder or Hub id")
-    add("record", type=Path, metavar="RECORD", help="ECG file of any format that the README lists")
+    add("record", type=Path, metavar="RECORD", help="ECG file of any format of docs/reference/file_formats.md")
     add("--question", required=True, metavar="TEXT", help="asked about the record")
     add("--answer", metavar="TEXT", help="that is explained; default: the model's own")
     method_help = (

@@ -22,7 +22,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = CommandLineParser(prog="elm predict", usage=usage, description=description)
     add = parser.add_argument
     add("model", metavar="MODEL", help="saved ELM or LoRA adapter: local folder or Hub id")
-    records_help = "files of any format that the README lists, folders, or patterns such as 'ecgs/*.xml'"
+    records_help = "files of any format of docs/reference/file_formats.md, folders, or patterns such as 'ecgs/*.xml'"
     add("records", nargs="*", metavar="RECORD", help=records_help)
     add("--question", nargs="+", metavar="TEXT", help="asked about each record")
     questions_help = (
