@@ -638,6 +638,7 @@ def finish(*processes: Fork) -> str:
     return "".join(process.stdout + process.stderr for process in ended)
 
 
+@pytest.mark.slow
 def test_resumes_bit_for_bit(llm, data, tmp_path):
     options = ["--max_steps", "6", "--save_strategy", "steps", "--save_steps", "3", "--augment_ecg"]
     options += ["--update", "encoder", "connector", "llm"]

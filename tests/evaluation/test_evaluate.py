@@ -102,6 +102,7 @@ def test_files(evaluated, data, model):
         assert row["metrics"]["token_f1"]["value"] == pytest.approx(found["token_f1"])
 
 
+@pytest.mark.slow
 def test_in_memory_as_the_command(evaluated, elm, data):
     folder, results = evaluated
     splits = load_from_disk(data)

@@ -161,6 +161,7 @@ def right_answers(trained: tuple[Any, Any], kind: str, number: int) -> list[tupl
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 def test_st_elevation_rests_on_the_leads_of_its_territory(trained):
     """More than 60% of what speaks for the answer, in the mean; and the most important tenth is what the answer needs.
 
@@ -186,6 +187,7 @@ def test_st_elevation_rests_on_the_leads_of_its_territory(trained):
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 def test_the_rate_rests_on_the_complexes(trained):
     """They get more than twice their share of the time."""
     found = [one.as_json()["qrs"] for _, one in right_answers(trained, "rate", 24)]

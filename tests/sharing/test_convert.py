@@ -115,6 +115,7 @@ def test_whole_elms_give_the_golden_features(kind, shapes, shared, llm, tmp_path
     assert processor.num_ecg_tokens == (5 if llava else 1 if kind == "flat" else 50)
 
 
+@pytest.mark.slow
 def test_both_kinds_load_in_a_fresh_process(llm, tmp_path):
     (tmp_path / "encoder").mkdir()
     run(tmp_path / "encoder/merl.pt", checkpoint_of(basic_merl()), "--encoder", "merl", "--segment_len", 500)
