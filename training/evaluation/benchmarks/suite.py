@@ -11,7 +11,6 @@ import numpy as np
 from elm_ecg.training.evaluation.arguments import ScoredBy
 from elm_ecg.training.evaluation.benchmarks.chats import Chat, SuiteOptions, Turn
 from elm_ecg.training.evaluation.benchmarks.records import RecordPlaces
-from elm_ecg.training.evaluation.bootstrap import auroc_of_candidates
 from elm_ecg.training.evaluation.scale import MetricScale
 from elm_ecg.training.evaluation.scores import Figure, Key, Scorer
 
@@ -101,19 +100,9 @@ class SuiteScorer(Scorer):
 
     def _auroc(self, likelihoods: list[list[float]]) -> dict[Key, tuple[float, np.ndarray]]:
         assert self.suite is not None
-        assert self.candidates is not None
-        found = auroc_of_candidates(
-            self.kinds.tolist(),
-            self.candidates,
-            self.references,
-            likelihoods,
-            self.patients,
-            self.num_resamples,
-            self.seed,
-        )
-        scores: dict[Key, tuple[float, np.ndarray]] = {(kind, "auroc", "value"): row for kind, row in found.items()}
+        scores = super()._auroc(likelihoods)
         groups: dict[str, list[tuple[float, np.ndarray]]] = {}
-        for kind, row in found.items():
+        for (kind, _, _), row in scores.items():
             if kind is not None and (group := self.suite.group_of(kind)) is not None:
                 groups.setdefault(group, []).append(row)
         if groups:
