@@ -18,7 +18,7 @@ from common import add_arguments, make_rows
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from elm_ecg.training import sft
+from elm_ecg.training import run, sft
 from elm_ecg.training.resume import RunOptions
 from elm_ecg.training.small_llm import save_small_llm
 
@@ -71,7 +71,7 @@ def main() -> None:
         argv += ["--batch_size", str(args.batch_size), "--epochs", str(2 * args.repeats + 1), "--save_strategy", "no"]
         argv += ["--report_to", "none", "--disable_tqdm", "true", "--logging_strategy", "no"]
         elm_args, training_args, model_args = sft.parse(argv)
-        model, processor = sft.build_base(elm_args, training_args, model_args)
+        model, processor = run.build_base(elm_args, training_args, model_args)
         options = RunOptions.of(elm_args, training_args, model_args)
         splits = {"train": data, "validation": None}
         trainer = sft.make_trainer(elm_args, training_args, model_args, model, processor, splits, options)

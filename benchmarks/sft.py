@@ -38,7 +38,7 @@ from peft import get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from elm_ecg.training import sft
+from elm_ecg.training import run, sft
 from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.lora import lora_config
 from elm_ecg.training.quickstart import CONFIG
@@ -71,7 +71,7 @@ class Turns(TrainerCallback):
 def train_plainly(argv: list[str], turns: Turns) -> None:
     args, training_args, model_args = sft.parse(argv)
     torch.manual_seed(training_args.seed)
-    model, processor = sft.build_base(args, training_args, model_args)
+    model, processor = run.build_base(args, training_args, model_args)
     collator = ELMCollator(processor)
     if model_args.use_peft:
         model = get_peft_model(model, lora_config(args, model_args, model))
@@ -79,7 +79,7 @@ def train_plainly(argv: list[str], turns: Turns) -> None:
         sft.freeze(model, args.update)
     model.train()
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-5)
-    rows = sft.load_splits(args, training_args)["train"]
+    rows = run.load_splits(args, training_args)["train"]
     loader = DataLoader(rows, training_args.per_device_train_batch_size, collate_fn=collator, drop_last=True)
     for batch in chain.from_iterable(repeat(loader)):
         model(**batch).loss.backward()
@@ -91,8 +91,8 @@ def train_plainly(argv: list[str], turns: Turns) -> None:
 def train_by_trainer(argv: list[str], turns: Turns) -> None:
     args, training_args, model_args = sft.parse(argv)
     torch.manual_seed(training_args.seed)
-    model, processor = sft.build_base(args, training_args, model_args)
-    splits = sft.load_splits(args, training_args)
+    model, processor = run.build_base(args, training_args, model_args)
+    splits = run.load_splits(args, training_args)
     options = RunOptions.of(args, training_args, model_args)
     trainer = sft.make_trainer(args, training_args, model_args, model, processor, splits, options)
     trainer.add_callback(turns)

@@ -388,12 +388,12 @@ def test_data_is_required(capsys):
 
 
 def test_wandb(monkeypatch):
-    monkeypatch.setattr("elm_ecg.training.sft.get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr("elm_ecg.training.run_options.get_available_reporting_integrations", lambda: ["tensorboard"])
     with pytest.raises(
         ValueError, match=r"--report_to wandb: the package wandb is not installed.*here are tensorboard"
     ):
         parse([*BASE, "--wandb"])
-    monkeypatch.setattr("elm_ecg.training.sft.get_available_reporting_integrations", lambda: ["wandb"])
+    monkeypatch.setattr("elm_ecg.training.run_options.get_available_reporting_integrations", lambda: ["wandb"])
     assert parse([*BASE, "--wandb"])[1].report_to == ["wandb"]
     assert parse([*BASE, "--wandb", "--report_to", "none"])[1].report_to == ["wandb"]
 

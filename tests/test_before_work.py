@@ -68,7 +68,7 @@ def fail(*args: Any, **kwargs: Any) -> None:
     [
         (["quickstart", "--use_cpu"], []),
         (["pretrain", "--data", "x", "--use_cpu"], [(pretrain, "build_model"), (pretrain, "load_splits")]),
-        (["sft", "--data", "x", "--use_cpu"], [(sft, "load_splits"), (sft, "load_elm"), (sft, "build_base")]),
+        (["sft", "--data", "x", "--use_cpu"], [(run, "load_splits"), (run, "load_elm"), (run, "build_base")]),
         (["rl", "--data", "x", "--use_cpu"], [(run, "load_splits"), (run, "build_base")]),
         (["dpo", "--data", "x", "--use_cpu"], [(run, "load_splits"), (run, "build_base")]),
         (["evaluate", "model", "--data", "x"], [(evaluate, "_load_data"), (evaluate, "load_elm")]),
@@ -130,7 +130,7 @@ def test_evaluation_loads_no_model_for_data_that_it_has_not(data, tmp_path, monk
 
 
 def test_training_loads_no_model_for_data_that_it_has_not(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sft, "build_base", fail)
+    monkeypatch.setattr(run, "build_base", fail)
     base = ["sft", "--output_dir", str(tmp_path / "out"), "--use_cpu"]
     for options, message in (
         (["--data", "nowhere"], "No dataset 'nowhere'"),
@@ -162,7 +162,7 @@ def test_a_fold_of_one_of_several_datasets(data, tmp_path):
     type(splits)({"fold1_train": splits["train"]}).save_to_disk(tmp_path / "folds")
     options = ["--data", str(data), str(tmp_path / "folds"), "--fold", "1", "--output_dir", "o", "--use_cpu"]
     args, training_args, _ = sft.parse(options)
-    assert len(sft.load_splits(args, training_args)["train"]) == 4
+    assert len(run.load_splits(args, training_args)["train"]) == 4
 
 
 LAUNCHED = "import runpy\nrunpy.run_module('elm_ecg.training.{}', run_name='__main__')"

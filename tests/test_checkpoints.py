@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from elm_ecg.training import checkpoints, cli, sft, trainer
+from elm_ecg.training import checkpoints, cli, run, sft, trainer
 from elm_ecg.training.load import load_elm
 from elm_ecg.training.resume import OPTIONS_FILE, fault_of
 from helpers import losses, save_tiny_data, tiny_sft
@@ -181,7 +181,7 @@ def test_the_card_of_an_old_model_stays_until_the_new_one_is_saved(llm, data, fo
     def fail(*args, **kwargs):
         raise RuntimeError("the power is gone")
 
-    monkeypatch.setattr(sft, "write_model_card", fail)
+    monkeypatch.setattr(run, "write_model_card", fail)
     with pytest.raises(RuntimeError, match="the power is gone"):
         sft.main(tiny_sft(llm, data, folder, "--max_steps", "2", "--seed", "1"))
     assert contents(folder) == before

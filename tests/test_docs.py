@@ -18,7 +18,7 @@ from trl import SFTConfig
 
 import elm_ecg
 from documents import TEXTS, block, blocks
-from elm_ecg.training import cli, pretrain, rl, sft
+from elm_ecg.training import cli, pretrain, rl, run_options, sft
 from elm_ecg.training.arguments import ELMS, VISION_BACKBONES, DataArguments
 from elm_ecg.training.data.loading import ecgs_of, load_data
 from elm_ecg.training.evaluation import evaluate as evaluation
@@ -99,7 +99,7 @@ def test_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
             parse = getattr(parser, "parse_args_and_config", parser.parse_args)
         parsed: list[Any] = []
         monkeypatch.setattr(module, "main", lambda argv: parsed.append(parse(argv)))
-        monkeypatch.setattr(sft, "find_spec", lambda name: name)  # of the extra `quantized`
+        monkeypatch.setattr(run_options, "find_spec", lambda name: name)  # of the extra `quantized`
         assert cli.main(words) == 0, f"does not parse: {command}"
         assert len(parsed) == 1
     elif program == "python":

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from elm_ecg.modeling_elm import ECG_INPUTS, ELMForConditionalGeneration
-from elm_ecg.training import sft
+from elm_ecg.training import run, sft
 from elm_ecg.training.features import EncoderFeatures
 from helpers import (
     TINY_ENCODERS,
@@ -169,7 +169,7 @@ def test_a_damaged_file_is_written_anew(tmp_path):
 @pytest.mark.parametrize(("where", "options"), [("memory", ["--gradient_checkpointing"]), ("disk", ["--peft"])])
 def test_a_run_with_them_equals_one_without(llm, data, tmp_path, monkeypatch, capsys, where, options):
     """Also where it goes on from a checkpoint, bit by bit."""
-    monkeypatch.setattr(sft, "FOLDER", tmp_path / "kept")
+    monkeypatch.setattr(run, "FOLDER", tmp_path / "kept")
     options = [*FROZEN, *options, "--save_strategy", "steps", "--save_steps", "4"]
     options += ["--eval_strategy", "steps", "--eval_steps", "3", "--max_steps", "6"]
     sft.main(tiny_sft(llm, data, tmp_path / "without", *options))

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedConfig, Zamba2Config
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
-from elm_ecg.training import base_models, sft
+from elm_ecg.training import base_models, run, run_options, sft
 from elm_ecg.training.digest import OPTIONS_FILE, base_of_adapter, digest_of_folder
 from elm_ecg.training.load import load_elm
 from elm_ecg.training.lora import linear_layers, lora_config, set_precision
@@ -60,12 +60,12 @@ def of_representation(tmp_path_factory) -> dict[str, list[str]]:
     }
 
 
-def run(llm: Path, data: Path, folder: Path, *options: str) -> sft.ELMTrainer:
+def train_and_save(llm: Path, data: Path, folder: Path, *options: str) -> sft.ELMTrainer:
     """A trainer after its training, and what it trained saved with its logits of a batch."""
     parts = sft.parse(tiny_sft(llm, data, folder, "--max_steps", "2", *options, encoder=None))
     torch.manual_seed(parts[1].seed)
     splits = {"train": load_from_disk(str(data))["train"], "validation": None}
-    model, processor = sft.build_base(*parts)
+    model, processor = run.build_base(*parts)
     options_of_run = RunOptions.of(*parts)
     options_of_run.data = fingerprint(splits["train"])
     options_of_run.base = base_models.read_recipe(str(model.name_or_path))
@@ -102,7 +102,7 @@ with torch.no_grad():
 def test_a_saved_adapter_is_what_was_trained(representation, update, llm, data, of_representation, tmp_path):
     """New parts too, whether they are trained or not; the base knows no seed."""
     options = [*of_representation[representation], "--peft", "--update", *update.split(), "--seed", "3"]
-    trainer = run(llm, data, tmp_path, *options)
+    trainer = train_and_save(llm, data, tmp_path, *options)
     trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     for part in ("encoder", "connector"):
         assert any(f".model.{part}." in name for name in trained) == (part in update and representation != "symbolic")
@@ -116,7 +116,7 @@ def test_a_saved_adapter_is_what_was_trained(representation, update, llm, data, 
 @pytest.mark.parametrize("representation", ["signal", "symbolic", "rgb"])
 def test_what_is_trained_in_full_is_in_float32(representation, half_llm, data, of_representation, tmp_path):
     options = [*of_representation[representation], "--dtype", "bfloat16"]
-    lora = run(half_llm, data, tmp_path / "lora", *options, "--peft")
+    lora = train_and_save(half_llm, data, tmp_path / "lora", *options, "--peft")
     dtypes = {name: parameter.dtype for name, parameter in lora.model.named_parameters()}
     trained = {name for name, parameter in lora.model.named_parameters() if parameter.requires_grad}
     assert {dtypes[name] for name in trained} == {torch.float32}
@@ -124,7 +124,7 @@ def test_what_is_trained_in_full_is_in_float32(representation, half_llm, data, o
     assert frozen == {torch.bfloat16}
     assert len(losses_of(lora)) == 2
 
-    full = run(half_llm, data, tmp_path / "full", *options, "--update", "connector", "llm")
+    full = train_and_save(half_llm, data, tmp_path / "full", *options, "--update", "connector", "llm")
     model = full.model
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad or name.startswith("model.encoder.")
@@ -144,12 +144,12 @@ def losses_of(trainer) -> list[float]:
 
 def test_the_line_that_tells_of_float32(half_llm, data, of_representation, tmp_path, caplog):
     argv = tiny_sft(half_llm, data, tmp_path, *of_representation["signal"], "--dtype", "bfloat16", encoder=None)
-    model, _ = sft.build_base(*sft.parse(argv))
+    model, _ = run.build_base(*sft.parse(argv))
     assert "--dtype bfloat16: all weights of the language model are trained, so they stay in float32" in caplog.text
     assert "--bf16 computes in 16 bits" in caplog.text
     assert {parameter.dtype for parameter in model.model.language_model.parameters()} == {torch.float32}
     caplog.clear()
-    model, _ = sft.build_base(*sft.parse([*argv, "--update", "connector"]))
+    model, _ = run.build_base(*sft.parse([*argv, "--update", "connector"]))
     assert caplog.text == ""
     assert {parameter.dtype for parameter in model.model.language_model.parameters()} == {torch.bfloat16}
 
@@ -160,15 +160,15 @@ def test_new_parts_pass_through_float32_alone(half_llm, data, of_representation,
     models = []
     for dtype in ("bfloat16", "float32"):
         torch.manual_seed(0)
-        models.append(sft.build_base(*sft.parse([*argv, "--dtype", dtype]))[0])
+        models.append(run.build_base(*sft.parse([*argv, "--dtype", dtype]))[0])
     for name in ("encoder", "connector"):
         states = [model.model.get_submodule(name).state_dict() for model in models]
         assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
-    processor = sft.build_base(*sft.parse(argv))[1]
+    processor = run.build_base(*sft.parse(argv))[1]
     models[1].save_pretrained(tmp_path / "elm")
     processor.save_pretrained(tmp_path / "elm")
     saved = tiny_sft(half_llm, data, tmp_path / "run", "--model_name_or_path", str(tmp_path / "elm"), encoder=None)
-    model, _ = sft.build_base(*sft.parse([*saved, "--peft", "--dtype", "bfloat16", "--update", "connector", "llm"]))
+    model, _ = run.build_base(*sft.parse([*saved, "--peft", "--dtype", "bfloat16", "--update", "connector", "llm"]))
     weight = model.model.connector.projection.weight
     assert torch.equal(weight, models[1].model.connector.projection.weight)
     assert (model.dtype, model.model.encoder.dtype) == (torch.bfloat16, torch.bfloat16)
@@ -176,7 +176,7 @@ def test_new_parts_pass_through_float32_alone(half_llm, data, of_representation,
 
 def test_an_adapter_is_merged_with_one_rounding(half_llm, data, of_representation, tmp_path):
     """Into a base in 16 bits: as the sum in float32, rounded."""
-    run(half_llm, data, tmp_path, *of_representation["signal"], "--peft", "--lr", "0.1")
+    train_and_save(half_llm, data, tmp_path, *of_representation["signal"], "--peft", "--lr", "0.1")
     exact, _ = load_elm(str(tmp_path), dtype=torch.float32)
     rounded, _ = load_elm(str(tmp_path), dtype=torch.bfloat16)
     for (name, one), other in zip(exact.named_parameters(), rounded.parameters(), strict=True):
@@ -197,7 +197,7 @@ def test_the_transposed_layers_of_gpt2(data, of_representation, tmp_path):
     llm, options = save_llm(tmp_path / "llm", config), [*of_representation["signal"], "--peft", "--lr", "0.1"]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "fan_in_fan_out")
-        run(llm, data, tmp_path / "run", *options)
+        train_and_save(llm, data, tmp_path / "run", *options)
         loaded, _ = load_elm(str(tmp_path / "run"))
     assert json.loads((tmp_path / "run" / "adapter_config.json").read_text())["fan_in_fan_out"] is True
     batch, expected = torch.load(tmp_path / "run" / "expected.pt")
@@ -360,7 +360,7 @@ class TestFolder:
 
     def test_a_finished_adapter_is_not_replaced(self, finished, llm, data, monkeypatch):
         before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-        monkeypatch.setattr(sft, "load_splits", None)  # found out before
+        monkeypatch.setattr(run, "load_splits", None)  # found out before
         for options in ([], ["--seed", "1"], ["--lora_r", "4"], ["--resume_from_checkpoint", "false"]):
             with pytest.raises(
                 ValueError, match="holds a finished adapter, which would be replaced; name another, remove"
@@ -398,7 +398,7 @@ class TestQuantized:
     def test_trains_saves_and_resumes(self, bits, representation, wide_llm, data, of_representation, tmp_path):
         bnb = pytest.importorskip("bitsandbytes", reason="the extra quantized is not installed")
         options = [*of_representation[representation], "--peft", f"--load_in_{bits}bit", "--max_steps", "8"]
-        trainer = run(wide_llm, data, tmp_path, *options, "--save_strategy", "steps", "--save_steps", "4")
+        trainer = train_and_save(wide_llm, data, tmp_path, *options, "--save_strategy", "steps", "--save_steps", "4")
         model = trainer.model.base_model.model
         kind = bnb.nn.Linear4bit if bits == 4 else bnb.nn.Linear8bitLt
         quantized = {name for name, module in model.named_modules() if isinstance(module, kind)}
@@ -425,7 +425,7 @@ class TestQuantized:
         pytest.importorskip("bitsandbytes", reason="the extra quantized is not installed")
         sft.main(tiny_sft(wide_llm, data, tmp_path / "elm", "--max_steps", "1", encoder="mtae"))
         options = ["--model_name_or_path", str(tmp_path / "elm"), "--peft", "--load_in_8bit"]
-        model = run(wide_llm, data, tmp_path / "lora", *options).model.base_model.model
+        model = train_and_save(wide_llm, data, tmp_path / "lora", *options).model.base_model.model
         dtypes = {name.split(".")[1]: value.dtype for name, value in model.named_parameters() if "weight" in name}
         assert dtypes["encoder"] == dtypes["connector"] == torch.float32
         assert {value.dtype for value in model.model.language_model.parameters()} == {torch.int8, torch.float32}
@@ -440,12 +440,12 @@ class TestQuantized:
         ],
     )
     def test_what_does_not_go_together(self, options, message, llm, data, tmp_path, monkeypatch):
-        monkeypatch.setattr(sft, "find_spec", lambda name: name)
+        monkeypatch.setattr(run_options, "find_spec", lambda name: name)
         with pytest.raises(ValueError, match=message):
             sft.parse(tiny_sft(llm, data, tmp_path, *options))
 
     def test_without_the_package(self, llm, data, tmp_path, monkeypatch):
-        monkeypatch.setattr(sft, "find_spec", lambda name: None)
+        monkeypatch.setattr(run_options, "find_spec", lambda name: None)
         with pytest.raises(
             ValueError, match="--load_in_8bit needs the package bitsandbytes, which is not installed: `uv sync"
         ):

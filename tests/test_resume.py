@@ -8,7 +8,7 @@ import torch
 from datasets import load_from_disk
 from safetensors.torch import load_file
 
-from elm_ecg.training import sft
+from elm_ecg.training import run, sft
 from elm_ecg.training.resume import OPTIONS_FILE, RunOptions, checkpoint_to_resume, fault_of, fingerprint
 from helpers import ROOT, losses, save_record, save_tiny_data, tiny_sft
 
@@ -84,7 +84,7 @@ def test_secrets_are_not_saved(tmp_path):
 )
 def test_what_cannot_go_on_is_named_with_both_values(stopped, llm, data, monkeypatch, options, said):
     """Before the data are read and the model is built."""
-    monkeypatch.setattr(sft, "load_splits", None)
+    monkeypatch.setattr(run, "load_splits", None)
     argv = tiny_sft(llm, data, stopped, "--max_steps", "6", *SAVING, *LAST, *options)
     with pytest.raises(ValueError, match=re.escape(said)) as raised:
         sft.main(argv)
@@ -223,7 +223,7 @@ def test_the_newest_whole_checkpoint(stopped, damage, name, said, caplog):
 
 
 def test_no_whole_checkpoint(stopped, llm, data, monkeypatch):
-    monkeypatch.setattr(sft, "load_splits", None)  # found out before
+    monkeypatch.setattr(run, "load_splits", None)  # found out before
     for name in ("checkpoint-2", "checkpoint-4"):
         (stopped / name / "optimizer.pt").unlink()
     with pytest.raises(ValueError, match=r"no checkpoint in .* is whole\. .*checkpoint-4: it lacks optimizer\.pt"):

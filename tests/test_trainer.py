@@ -4,7 +4,7 @@ import pytest
 import torch
 from trl.trainer import utils as trl_utils
 
-from elm_ecg.training import sft, trainer
+from elm_ecg.training import run, sft, trainer
 from elm_ecg.training.resume import RunOptions
 from helpers import save_tiny_data, tiny_sft
 
@@ -18,8 +18,8 @@ def make_trainer(*argv: str) -> trainer.ELMTrainer:
     """The trainer of a command line, as `elm sft` makes it."""
     args, training_args, model_args = sft.parse(list(argv))
     torch.manual_seed(training_args.seed)
-    model, processor = sft.build_base(args, training_args, model_args)
-    splits = sft.load_splits(args, training_args)
+    model, processor = run.build_base(args, training_args, model_args)
+    splits = run.load_splits(args, training_args)
     options = RunOptions.of(args, training_args, model_args)
     return sft.make_trainer(args, training_args, model_args, model, processor, splits, options)
 

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from trl import ModelConfig, SFTConfig
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
-from elm_ecg.training import build, chat_templates, model_files, sft
+from elm_ecg.training import build, chat_templates, model_files, run, run_options, sft
 from elm_ecg.training.arguments import AugmentationArguments, DataArguments, ELMArguments, ModelArguments
 from elm_ecg.training.build import build_model, build_processor, new_elm
 from elm_ecg.training.collator import ELMCollator
@@ -325,10 +325,10 @@ def lora(llm: Path, elm: Any, *options: str) -> LoraConfig:
 def test_quantization_options(llm, name, monkeypatch):
     """They reach the language model; with others `tests/test_lora.py` trains."""
     loaded: list[Any] = []
-    monkeypatch.setattr(sft, "find_spec", lambda name: name)  # of bitsandbytes
-    monkeypatch.setattr(sft, "build_model", lambda *args, **kwargs: loaded.append(kwargs["quantization_config"]))
-    monkeypatch.setattr(sft, "set_precision", lambda *args: None)
-    monkeypatch.setattr(sft, "find_base", lambda *args: pytest.fail("not asked for by a second process"))
+    monkeypatch.setattr(run_options, "find_spec", lambda name: name)  # of bitsandbytes
+    monkeypatch.setattr(run, "build_model", lambda *args, **kwargs: loaded.append(kwargs["quantization_config"]))
+    monkeypatch.setattr(run, "set_precision", lambda *args: None)
+    monkeypatch.setattr(run, "find_base", lambda *args: pytest.fail("not asked for by a second process"))
     monkeypatch.setattr(SFTConfig, "process_index", property(lambda args: 1))
     field, value = QUANTIZATION[name]
     options = [
@@ -339,7 +339,7 @@ def test_quantization_options(llm, name, monkeypatch):
         "--dtype",
         "bfloat16",
     ]
-    sft.build_base(*sft.parse([*tiny_sft(llm, Path("d"), Path("o")), *options]))
+    run.build_base(*sft.parse([*tiny_sft(llm, Path("d"), Path("o")), *options]))
     (config,) = loaded
     assert str(getattr(config, field)).removeprefix("torch.") == str(value)
     assert config.load_in_8bit or config.bnb_4bit_compute_dtype == torch.bfloat16
@@ -389,19 +389,19 @@ def test_revision(llm, elm, monkeypatch):
     monkeypatch.setattr(
         build.AutoTokenizer, "from_pretrained", lambda name, **kwargs: asked.append(kwargs["revision"]) or load(name)
     )
-    monkeypatch.setattr(sft, "build_model", lambda *args, revision, **kwargs: asked.append(revision))
-    monkeypatch.setattr(sft, "set_precision", lambda *args: None)
+    monkeypatch.setattr(run, "build_model", lambda *args, revision, **kwargs: asked.append(revision))
+    monkeypatch.setattr(run, "set_precision", lambda *args: None)
     parts = sft.parse([*tiny_sft(llm, Path("d"), Path("o")), "--model_revision", "v2"])
-    sft.build_base(*parts)
-    monkeypatch.setattr(sft, "load_elm", lambda name, revision, *args, **kwargs: asked.append(revision) or elm)
-    sft.build_base(*sft.parse([*CPU, "--model_name_or_path", "a/b", "--model_revision", "v2"]))
+    run.build_base(*parts)
+    monkeypatch.setattr(run, "load_elm", lambda name, revision, *args, **kwargs: asked.append(revision) or elm)
+    run.build_base(*sft.parse([*CPU, "--model_name_or_path", "a/b", "--model_revision", "v2"]))
     assert asked == ["v2"] * 3
 
 
 def test_how_the_model_is_loaded(llm):
     options = ["--elm", "fuyu", "--num_ecg_tokens", "5", "--dtype", "bfloat16", "--attn_implementation", "eager"]
     options += ["--update", "connector"]
-    model, _ = sft.build_base(*sft.parse(tiny_sft(llm, Path("d"), Path("o"), *options, encoder=None)))
+    model, _ = run.build_base(*sft.parse(tiny_sft(llm, Path("d"), Path("o"), *options, encoder=None)))
     assert model.dtype == torch.bfloat16
     assert model.model.language_model.config._attn_implementation == "eager"
 
@@ -409,7 +409,7 @@ def test_how_the_model_is_loaded(llm):
 def test_eos_token(llm, data, tmp_path):
     options = ["--eos_token", "<|start_header_id|>", "--elm", "fuyu"]
     parts = sft.parse(tiny_sft(llm, data, tmp_path, *options, "--num_ecg_tokens", "5", encoder=None))
-    model, processor = sft.build_base(*parts)
+    model, processor = run.build_base(*parts)
     sft.make_trainer(
         *parts,
         model,
@@ -441,7 +441,7 @@ def test_a_chat_template_of_ones_own(llm, data, elm, tmp_path, of_folder):
     options = ["--chat_template_path", str(path), "--max_length", "512", "--elm", "fuyu", "--num_ecg_tokens", "5"]
     parts = sft.parse(tiny_sft(llm, data, tmp_path / "out", *options, encoder=None))
     splits = {"train": load_from_disk(str(data))["train"], "validation": None}
-    trainer = sft.make_trainer(*parts, *sft.build_base(*parts), splits, RunOptions.of(*parts))
+    trainer = sft.make_trainer(*parts, *run.build_base(*parts), splits, RunOptions.of(*parts))
     batch = next(iter(trainer.get_train_dataloader()))
     assert "<|begin_of_text|>NEW " in trainer.processing_class.tokenizer.decode(batch["input_ids"][0])
     trainer.processing_class.save_pretrained(tmp_path / "out")
@@ -519,9 +519,9 @@ def test_pad_to_multiple_of(llm, elm, data):
 
 def test_number_of_processes(data, monkeypatch):
     asked = []
-    monkeypatch.setattr(sft, "load_data", lambda args, split, seed, num_proc: asked.append(num_proc) or "rows")
+    monkeypatch.setattr(run, "load_data", lambda args, split, seed, num_proc: asked.append(num_proc) or "rows")
     args, training_args, _ = sft.parse([*CPU, "--dataset_num_proc", "3"])
-    assert sft.load_splits(args, training_args)["train"] == "rows"
+    assert run.load_splits(args, training_args)["train"] == "rows"
     assert asked == [3]
 
 
@@ -636,7 +636,7 @@ def test_data_arguments(data, tmp_path):
 
     def rows(*options: str, of: Path = data) -> str:
         args, training_args, _ = sft.parse(["--data", str(of), "--output_dir", "out", "--use_cpu", *options])
-        loaded = sft.load_splits(args, training_args)["train"]
+        loaded = run.load_splits(args, training_args)["train"]
         return str([(row["record_id"], row["ecg"] if isinstance(row["ecg"], str) else "") for row in loaded])
 
     changes = {
@@ -679,7 +679,7 @@ def test_options_of_training(elm, data):
     options = ["--data", str(data), "--output_dir", "o", "--use_cpu", "--streaming", "--max_steps", "1"]
     for number in ("2", "7"):
         args, training_args, _ = sft.parse([*options, "--shuffle_buffer", number])
-        assert sft.load_splits(args, training_args)["train"].shuffle_buffer == int(number)
+        assert run.load_splits(args, training_args)["train"].shuffle_buffer == int(number)
     args, training_args, _ = sft.parse([*options, "--data_seed", "5"])
-    assert sft.load_splits(args, training_args)["train"].seed == 5
+    assert run.load_splits(args, training_args)["train"].seed == 5
     # wandb and distributed: tests/test_arguments.py

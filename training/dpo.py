@@ -18,8 +18,17 @@ from elm_ecg.training.figures import training_plot
 from elm_ecg.training.lora import freeze_new_parts
 from elm_ecg.training.parser import ELMParser
 from elm_ecg.training.resume import RunOptions
-from elm_ecg.training.run import begin, build, parts_to_train, save, tell_size
-from elm_ecg.training.sft import check_trainer, checkpoint_by_size, keep_features, set_common_options, settle
+from elm_ecg.training.run import (
+    begin,
+    build,
+    check_trainer,
+    checkpoint_by_size,
+    keep_features,
+    parts_to_train,
+    save,
+    tell_size,
+)
+from elm_ecg.training.run_options import set_common_options, settle
 
 # defaults of --learning_rate, of full training and of LoRA
 LEARNING_RATES = {False: 1e-6, True: 1e-5}

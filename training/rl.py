@@ -27,8 +27,17 @@ from elm_ecg.training.rewards import REWARDS, Reward
 from elm_ecg.training.rl_arguments import LOSSES, NEEDED_HERE, OF_LOSS, REFUSED_HERE, RLArguments, RLConfig
 from elm_ecg.training.rl_prompts import Prompts, check_answers
 from elm_ecg.training.rl_trainer import CONDITIONS, ELMGRPOTrainer
-from elm_ecg.training.run import begin, build, parts_to_train, save, tell_size
-from elm_ecg.training.sft import check_trainer, checkpoint_by_size, keep_features, set_common_options, settle
+from elm_ecg.training.run import (
+    begin,
+    build,
+    check_trainer,
+    checkpoint_by_size,
+    keep_features,
+    parts_to_train,
+    save,
+    tell_size,
+)
+from elm_ecg.training.run_options import set_common_options, settle
 
 # defaults of --learning_rate, of full training and of LoRA
 LEARNING_RATES = {False: 1e-6, True: 1e-5}
