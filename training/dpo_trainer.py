@@ -7,15 +7,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from torch.distributed.fsdp import FSDPModule
-from torch.utils.data import DataLoader
 from trl import DPOTrainer
 
 from elm_ecg.training.checkpoints import WholeCheckpoints
 from elm_ecg.training.collator import ELMCollator, naming_records
-from elm_ecg.training.features import EncoderFeatures
 from elm_ecg.training.lora import keep_statistics
 from elm_ecg.training.muon import OptimizesByMuon
+from elm_ecg.training.trainer import CollatesECGs, gather_head
 
 PAIR = ("chosen", "rejected")  # columns of a row: the better answer and the worse one
 
@@ -94,13 +92,11 @@ class PairsCollator:
         return batch
 
 
-class ELMDPOTrainer(OptimizesByMuon, WholeCheckpoints, DPOTrainer):
+class ELMDPOTrainer(CollatesECGs, OptimizesByMuon, WholeCheckpoints, DPOTrainer):
     """TRL's trainer for ELMs.
 
     Args:
         kwargs: for `WholeCheckpoints` and TRL's trainer; the collator is a `PairsCollator`.
-
-    `features`, where they are kept, take the place of the ECGs of a batch.
     """
 
     def __init__(self, **kwargs: Any):
@@ -112,34 +108,13 @@ class ELMDPOTrainer(OptimizesByMuon, WholeCheckpoints, DPOTrainer):
         adapters = getattr(self.model, "peft_config", {})
         if "ref" in adapters:  # a copy of a new adapter, which changes nothing: the model without it is the same
             self.model.delete_adapter("ref")  # type: ignore[union-attr,operator]
-        self.features: EncoderFeatures | None = None
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """As it is: TRL would tokenize the chats, without their ECGs."""
         return dataset
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As the trainer's, of pairs that are not augmented."""
-        collator: Any = self.data_collator
-        self.data_collator = collator.for_evaluation()  # the base class reads it as it makes the loader
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = collator
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """As the trainer's; outside of the model, which may be wrapped, and in its precision."""
-        inputs = super()._prepare_inputs(inputs)
-        if self.features is None:
-            return inputs
-        with self.compute_loss_context_manager():
-            return self.features.replace(inputs)
-
     def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """As TRL's; it reads the weight of the head, which under FSDP2 is to be gathered, see `ELMTrainer`."""
+        """As TRL's, with batch norm and head as they have to be."""
         keep_statistics(model)
-        of_trainer: Any = self.model
-        head = of_trainer.get_output_embeddings()
-        if isinstance(head, FSDPModule):
-            head.unshard()
+        gather_head(self.model)
         return super().compute_loss(model, *args, **kwargs)

@@ -12,7 +12,6 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch.distributed.fsdp import FSDPModule
 from trl import GRPOTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
 from trl.trainer.callbacks import SyncRefModelCallback
@@ -26,7 +25,7 @@ from elm_ecg.training.muon import OptimizesByMuon
 from elm_ecg.training.rl_answers import Answers, draw_answers
 from elm_ecg.training.rl_prompts import Prompts, cat_ecgs
 from elm_ecg.training.rl_sampling import DRAWING, answer_prompts, positions_of
-from elm_ecg.training.trainer import labelled_places
+from elm_ecg.training.trainer import gather_head, labelled_places
 
 ROW_MEANS = ("grpo", "sapo", "dr_grpo", "luspo")  # losses that divide by the number of answers; the others count tokens
 CONDITIONS = ("ecg", "zeros")  # of evaluation: with the ECG, and with zeros in its place
@@ -259,9 +258,7 @@ class ELMGRPOTrainer(OptimizesByMuon, WholeCheckpoints, GRPOTrainer):
         logps, entropies = (torch.zeros(answered.shape, device=input_ids.device) for _ in range(2))
         scored = answered.any(1).nonzero()[:, 0].tolist() or [0]  # rows; gradients need one
         positions = positions_of(attention_mask)
-        head = self.model.get_output_embeddings()
-        if isinstance(head, FSDPModule):  # TRL reads its weight, see `ELMTrainer`
-            head.unshard()
+        gather_head(self.model)
         aux_losses = []
         starts = [*range(0, len(scored), batch_size or len(scored)), len(scored)]
         for start, end in pairwise(starts):

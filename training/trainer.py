@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
+from transformers import Trainer
 from trl import SFTTrainer
 from trl.kernels import ChunkedLogProbFunction
 
@@ -16,18 +17,42 @@ from elm_ecg.training.muon import OptimizesByMuon
 from elm_ecg.training.packing import check_kept_apart, num_packed_tokens
 
 
-class ELMTrainer(OptimizesByMuon, WholeCheckpoints, SFTTrainer):
+class CollatesECGs(Trainer):
+    """A trainer whose batches a collator makes of rows with ECGs, augmented in training only; before it among the bases.
+
+    `features`, where they are kept, take the place of the ECGs of a batch.
+    """
+
+    features: EncoderFeatures | None = None
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As the trainer's, of chats that are neither augmented nor packed."""
+        collator: Any = self.data_collator
+        self.data_collator = collator.for_evaluation()  # the base class reads it as it makes the loader
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As the trainer's; outside of the model, which may be compiled or wrapped, and in its precision."""
+        inputs = super()._prepare_inputs(inputs)
+        if self.features is None:
+            return inputs
+        with self.compute_loss_context_manager():
+            return self.features.replace(inputs)
+
+
+class ELMTrainer(CollatesECGs, OptimizesByMuon, WholeCheckpoints, SFTTrainer):
     """TRL's trainer for ELMs.
 
     Args:
         kwargs: for `WholeCheckpoints` and TRL's trainer.
 
-    `features`, where they are kept, take the place of the ECGs of a batch.
     """
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
-        self.features: EncoderFeatures | None = None
         if self.args.torch_compile and self.args.device.type == "cpu":
             # TRL's head writes into parts of a tensor, at which tracing would end; where there is Triton it is a kernel
             torch.compiler.allow_in_graph(ChunkedLogProbFunction)
@@ -45,21 +70,8 @@ class ELMTrainer(OptimizesByMuon, WholeCheckpoints, SFTTrainer):
             lengths, args.train_batch_size * args.gradient_accumulation_steps * args.world_size, seed
         )
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As the trainer's, of chats that are neither augmented nor packed."""
-        collator = self.data_collator
-        assert isinstance(collator, ELMCollator)
-        self.data_collator = collator.for_evaluation()  # the base class reads it as it makes the loader
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = collator
-
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As TRL's, but the head scores the labelled places alone: TRL does so where it has Triton, and elsewhere scores all.
-
-        TRL reads the weight of the head without calling it. A head that is a part of its own under FSDP2 would get the gradients
-        of this process' rows alone; gathered before, it gets those of all.
 
         Raises:
             ValueError: as `check_kept_apart`, at the first batch of packed chats; or their padding would count among experts.
@@ -68,10 +80,7 @@ class ELMTrainer(OptimizesByMuon, WholeCheckpoints, SFTTrainer):
         if positions is not None and not self._kept_apart:
             self._check_packing(model, positions.device)
             self._kept_apart = True
-        of_trainer: Any = self.model
-        head = of_trainer.get_output_embeddings()
-        if isinstance(head, FSDPModule):
-            head.unshard()
+        gather_head(self.model)
         num_tokens = self._total_train_tokens
         loss = super().compute_loss(model, inputs | labelled_places(inputs["labels"]), *args, **kwargs)
         if positions is not None:  # TRL counts those of one row, padding too
@@ -79,14 +88,6 @@ class ELMTrainer(OptimizesByMuon, WholeCheckpoints, SFTTrainer):
             self._total_train_tokens = num_tokens
             self._metrics["train"]["num_tokens"] = [num_tokens]
         return loss
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """As the trainer's; outside of the model, which may be compiled or wrapped, and in its precision."""
-        inputs = super()._prepare_inputs(inputs)
-        if self.features is None:
-            return inputs
-        with self.compute_loss_context_manager():
-            return self.features.replace(inputs)
 
     def _check_packing(self, model: Any, device: torch.device) -> None:
         collator = self.data_collator
@@ -109,6 +110,17 @@ class ELMTrainer(OptimizesByMuon, WholeCheckpoints, SFTTrainer):
         states: Any = self.state.stateful_callbacks
         self._total_train_tokens = states.pop(type(self).__name__, {}).get("num_tokens", 0)
         super()._load_callback_state()
+
+
+def gather_head(model: Any) -> None:
+    """Makes the head of a model whole in this process, where it is a part of its own under FSDP2.
+
+    TRL reads its weight without calling it. It would get the gradients of this process' rows alone; gathered before, it gets those of
+    all.
+    """
+    head = model.get_output_embeddings()
+    if isinstance(head, FSDPModule):
+        head.unshard()
 
 
 def labelled_places(labels: torch.Tensor) -> dict[str, torch.Tensor]:
