@@ -110,3 +110,25 @@ def whole_number(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
     return value
+
+
+def add_model_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """The options of a command that asks a saved model: where it is from, and how it is asked; the longest answer by default."""
+    add = parser.add_argument
+    add("--revision", default="main", help="of a Hub id; default: %(default)s")
+    code_help = "run the code of an encoder or connector that comes with the model; read it before"
+    add("--trust_remote_code", action="store_true", help=code_help)
+    tokens_help = "longest answer; default: %(default)s"
+    add("--max_new_tokens", type=whole_number, default=max_new_tokens, metavar="TOKENS", help=tokens_help)
+    system_help = "system message, or a file that holds it; default: that of the model's training; '' for none"
+    add("--system_prompt", metavar="TEXT", help=system_help)
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    add("--dtype", choices=dtypes, default="auto", help="of the model; default: as it was saved")
+
+
+def add_record_options(parser: argparse.ArgumentParser) -> None:
+    """The options that describe records whose files do not."""
+    add = parser.add_argument
+    add("--sampling_rate", type=float, metavar="HZ", help="where a file does not say")
+    add("--unit", help="where a file does not say: mV, uV or V")
+    add("--lead_names", nargs="+", metavar="LEAD", help="of the rows, where a file does not say")

@@ -16,7 +16,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, StoppingCriteriaList, TextIteratorStreamer, set_seed
 
 from elm_ecg.ecg_utils import ECGRecord, lead_quality, read_ecg
-from elm_ecg.training.command_line import CommandLineParser, read_system_prompt, whole_number
+from elm_ecg.training.command_line import CommandLineParser, add_model_options, read_system_prompt
 
 DISCLAIMER = (
     "Research software, not a medical device. Nothing that the model says may be used for the care of a patient."
@@ -245,18 +245,10 @@ def model_parser(verb: str, purpose: str | None) -> argparse.ArgumentParser:
     usage, description = f"elm {verb} MODEL [options]", f"{purpose} {DISCLAIMER}"
     parser = CommandLineParser(prog=f"elm {verb}", usage=usage, description=description)
     parser.add_argument("model", metavar="MODEL", help="saved ELM or LoRA adapter: local folder or Hub id")
-    parser.add_argument("--revision", default="main", help="of a Hub id; default: %(default)s")
-    code_help = "run the code of an encoder or connector that comes with the model; read it before"
-    parser.add_argument("--trust_remote_code", action="store_true", help=code_help)
-    tokens: dict[str, Any] = {"type": whole_number, "default": DEFAULT_MAX_NEW_TOKENS, "metavar": "TOKENS"}
-    parser.add_argument("--max_new_tokens", **tokens, help="longest answer; default: %(default)s")
+    add_model_options(parser, DEFAULT_MAX_NEW_TOKENS)
     temperature_help = "draw the words at this temperature; default: 0, the likeliest words"
     parser.add_argument("--temperature", type=_temperature, default=0.0, help=temperature_help)
     parser.add_argument("--seed", type=int, default=0, help="of drawn words; default: %(default)s")
-    system_help = "system message, or a file that holds it; default: that of the model's training; '' for none"
-    parser.add_argument("--system_prompt", metavar="TEXT", help=system_help)
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    parser.add_argument("--dtype", choices=dtypes, default="auto", help="of the model; default: as it was saved")
     return parser
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from elm_ecg.ecg_drawing import LAYOUTS, ECGPaper, draw_ecg, ecg_svg, page_height, page_width
 from elm_ecg.ecg_utils import ECGRecord, read_ecg, select_leads
-from elm_ecg.training.command_line import CommandLineParser, printable, whole_number
+from elm_ecg.training.command_line import CommandLineParser, add_record_options, printable, whole_number
 from elm_ecg.training.files import atomic_path, write_text
 
 DEFAULT_WIDTH = 1600  # pixels
@@ -92,9 +92,7 @@ def plot(path: Path, output: Path, args: argparse.Namespace, paper: ECGPaper) ->
 
 def add_file_options(parser: argparse.ArgumentParser) -> None:
     """Options for what a file may lack and `read_ecg` needs."""
-    parser.add_argument("--sampling_rate", type=float, metavar="HZ", help="where the file does not say")
-    parser.add_argument("--unit", help="where the file does not say: mV, uV or V")
-    parser.add_argument("--lead_names", nargs="+", metavar="LEAD", help="of the rows, where the file does not say")
+    add_record_options(parser)
 
 
 def make_parser() -> argparse.ArgumentParser:

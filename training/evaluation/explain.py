@@ -15,7 +15,15 @@ from elm_ecg.ecg_drawing import LAYOUTS, ECGPaper, draw_ecg, ecg_svg, page_heigh
 from elm_ecg.ecg_utils import ECGRecord, read_ecg
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
-from elm_ecg.training.command_line import CommandLineParser, printable, read_system_prompt, run_command, whole_number
+from elm_ecg.training.command_line import (
+    CommandLineParser,
+    add_model_options,
+    add_record_options,
+    printable,
+    read_system_prompt,
+    run_command,
+    whole_number,
+)
 from elm_ecg.training.data.loading import ecgs_of
 from elm_ecg.training.evaluation.attributions import WINDOW_SECONDS, AskedModel, Method, attribute
 from elm_ecg.training.evaluation.beats import in_qrs, level_between_beats
@@ -238,23 +246,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--layout", choices=LAYOUTS, default=ECGPaper.layout, help=layout_help)
     add("--width", type=whole_number, default=WIDTH, metavar="PIXELS", help="of the PNG; default: %(default)s")
-    add(
-        "--max_new_tokens",
-        type=whole_number,
-        default=128,
-        metavar="TOKENS",
-        help="longest answer; default: %(default)s",
-    )
-    system_help = "system message, or a file that holds it; default: that of the model's training; '' for none"
-    add("--system_prompt", metavar="TEXT", help=system_help)
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    add("--dtype", choices=dtypes, default="auto", help="of the model; default: as it was saved")
-    add("--sampling_rate", type=float, metavar="HZ", help="where the file does not say")
-    add("--unit", help="where the file does not say: mV, uV or V")
-    add("--lead_names", nargs="+", metavar="LEAD", help="of the rows, where the file does not say")
-    add("--revision", default="main", help="of a Hub id; default: %(default)s")
-    code_help = "run the code of an encoder or connector that comes with the model; read it before"
-    add("--trust_remote_code", action="store_true", help=code_help)
+    add_model_options(parser, 128)
+    add_record_options(parser)
     return parser
 
 

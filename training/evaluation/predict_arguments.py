@@ -3,7 +3,13 @@
 import argparse
 from pathlib import Path
 
-from elm_ecg.training.command_line import CommandLineParser, read_system_prompt, whole_number
+from elm_ecg.training.command_line import (
+    CommandLineParser,
+    add_model_options,
+    add_record_options,
+    read_system_prompt,
+    whole_number,
+)
 from elm_ecg.training.evaluation.arguments import check_generation
 
 FEATURES = ("encoder", "connector", "llm")
@@ -47,21 +53,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--features", choices=FEATURES, help=features_help)
     add("--batch_size", type=whole_number, default=32, help="questions answered at once; default: %(default)s")
-    tokens_help = "longest answer; default: %(default)s"
-    add("--max_new_tokens", type=whole_number, default=128, metavar="TOKENS", help=tokens_help)
     generation_help = 'JSON with other options of `generate`, such as {"num_beams": 4}; default: greedy decoding'
     add("--generation_kwargs", metavar="JSON", help=generation_help)
     add("--seed", type=int, default=0, help="of sampled answers; default: %(default)s")
-    system_help = "system message, or a file that holds it; default: that of the model's training; '' for none"
-    add("--system_prompt", metavar="TEXT", help=system_help)
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    add("--dtype", choices=dtypes, default="auto", help="of the model; default: as it was saved")
-    add("--sampling_rate", type=float, metavar="HZ", help="of the files that do not say")
-    add("--unit", help="of the files that do not say: mV, uV or V")
-    add("--lead_names", nargs="+", metavar="LEAD", help="of the rows of the files that do not say")
-    add("--revision", default="main", help="of a Hub id; default: %(default)s")
-    code_help = "run the code of an encoder or connector that comes with the model; read it before"
-    add("--trust_remote_code", action="store_true", help=code_help)
+    add_model_options(parser, 128)
+    add_record_options(parser)
     return parser
 
 
