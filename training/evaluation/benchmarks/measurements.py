@@ -1,6 +1,6 @@
 """What can be measured on an ECG without a model: rate, axis and intervals, on its mean beat; for `--describe`.
 
-Plain signal processing, no diagnosis: R peaks by the energy of the slopes (after Pan and Tompkins 1985, IEEE TBME 32(3)), the mean beat by
+Plain signal processing, no diagnosis: R peaks by the energy of the slopes (`r_peaks`), the mean beat by
 the median over the beats that are like each other, and its waves by thresholds on it. A number that cannot be told reliably is None.
 """
 
@@ -8,13 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.ndimage import uniform_filter1d
-from scipy.signal import find_peaks
 
 from elm_ecg.ecg_utils import ECGRecord, filter_ecg, resample
+from elm_ecg.training.evaluation.beats import r_peaks
 
 RATE = 500.0  # hertz, at which all is measured
 MIN_BEATS = 3
-REFRACTORY = 0.25  # seconds in which no other QRS complex follows
 BEFORE, AFTER = 0.35, 0.6  # seconds of the mean beat before and after the R peak
 MIN_LIKENESS = 0.8  # correlation of a beat with the median beat
 # of the RR intervals: mean absolute step from one to the next, as a share of the mean interval; of PTB-XL's records in sinus rhythm nine
@@ -40,32 +39,6 @@ class Measurements:
     qt: float | None = None
     qtc: float | None = None
     st_levels: dict[str, float] | None = None
-
-
-def r_peaks(record: ECGRecord) -> np.ndarray:
-    """The samples of the R peaks, at the record's sampling rate; none in a record that has no beats, such as noise or zeros."""
-    rate = record.sampling_rate
-    quick = filter_ecg(record.array.astype(np.float64), rate, bandpass=(5.0, min(20.0, 0.45 * rate)))
-    slopes = np.gradient(quick, axis=1) ** 2
-    scale = slopes.mean(axis=1, keepdims=True)
-    energy = uniform_filter1d((slopes / np.where(scale > 0, scale, 1)).mean(axis=0), max(1, round(0.12 * rate)))
-    if not energy.any():
-        return np.array([], dtype=int)
-    # the height of a beat: what the highest point of each second has at least in most of them
-    seconds = np.array_split(energy, max(1, round(len(energy) / rate)))
-    height = 0.35 * np.median([part.max() for part in seconds])
-    # noise has no beats: between these nearly nothing changes
-    if np.median(energy) > 0.5 * height:
-        return np.array([], dtype=int)
-    peaks, _ = find_peaks(energy, height=height, distance=max(1, round(REFRACTORY * rate)))
-    strength = np.abs(quick).sum(axis=0)
-    reach = round(0.08 * rate)
-    return np.array([_highest(strength, peak, reach) for peak in peaks], dtype=int)
-
-
-def _highest(values: np.ndarray, around: int, reach: int) -> int:
-    start = max(0, around - reach)
-    return start + int(np.argmax(values[start : around + reach + 1]))
 
 
 def measure(record: ECGRecord) -> Measurements:
