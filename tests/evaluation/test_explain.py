@@ -99,7 +99,7 @@ def test_explains_what_the_model_answers(model):
 def test_the_command_writes_pictures_and_figures(model, tmp_path, capsys):
     record = save_record(tmp_path / "a.npz", seconds=5.0)
     argv = ["explain", str(model), str(record), "--question", "Fast?", "--answer", "yes", "--width", "900"]
-    assert cli.main([*argv, "--output", str(tmp_path / "why")]) == 0
+    assert cli.main([*argv, "--output", str(tmp_path / "why.png")]) == 0  # named as one of the files
     told = capsys.readouterr().out
     probability = json.loads((tmp_path / "why.json").read_text())["probability"]
     assert f"'yes' has probability {probability:.2g}; it rests most on" in told

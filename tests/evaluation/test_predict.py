@@ -183,6 +183,18 @@ def test_notices_stand_in_the_lines(model, tmp_path):
     assert line["notices"] == ["Shorter than the 5 s that the model reads."]
 
 
+def test_a_part_of_a_longer_record(model, records, tmp_path):
+    long = str(records / "18.npz")
+    for part, start in (("start", 0), ("end", 400)):
+        cut = save_record(tmp_path / f"{part}.npz", seconds=9.0)
+        stored = dict(np.load(long))
+        np.savez(cut, **{**stored, "array": stored["array"][:, 5 * start : 5 * start + 2500]})
+        options = ["--question", "Why?", *FEW]
+        (whole,) = lines_of(run(model, tmp_path, long, *options, "--truncation", part, name=f"{part}.jsonl"))
+        (alone,) = lines_of(run(model, tmp_path, str(cut), *options, name=f"{part}_alone.jsonl"))
+        assert whole["answer"] == alone["answer"]
+
+
 def test_a_table_asks_about_its_records(model, records, tmp_path):
     table = tmp_path / "questions.csv"
     table.write_text("record,question\n03,Why?\n00.npz,Who?\n03,Who?\n")

@@ -32,6 +32,7 @@ from elm_ecg.training.files import atomic_path, write_text
 from elm_ecg.training.load import limit_threads, load_elm
 
 TENTH = 0.1
+SUFFIXES = (".png", ".svg", ".json")  # of what is written
 SHADE_COLOR = "#f2a93b"
 WIDTH = 1600  # pixels
 PAPER = ECGPaper()  # shows all leads over the whole time
@@ -212,7 +213,7 @@ def _caption(explanation: Explanation) -> str:
 
 def write(explanation: Explanation, output: Path, width: int = WIDTH, paper: ECGPaper = PAPER) -> list[Path]:
     """Writes `OUTPUT.png`, `OUTPUT.svg` and `OUTPUT.json`."""
-    paths = [output.with_name(f"{output.name}.{suffix}") for suffix in ("png", "svg", "json")]
+    paths = [output.with_name(f"{output.name}{suffix}") for suffix in SUFFIXES]
     with atomic_path(paths[0]) as temporary:
         draw(explanation, width, paper).save(temporary, "PNG")
     write_text(paths[1], draw_svg(explanation, paper))
@@ -259,6 +260,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.answer is not None and not args.answer.strip():
         raise ValueError("--answer has an empty text; leave it out to explain the model's own.")
     output = args.output or Path(f"{args.record.stem}-why")
+    if output.suffix in SUFFIXES:  # said of one of the files
+        output = output.with_suffix("")
     if not output.parent.is_dir():
         raise ValueError(f"--output is {output}; there is no folder {output.parent}.")
     record = read_ecg(args.record, args.sampling_rate, args.lead_names, args.unit)

@@ -232,6 +232,8 @@ def main(argv: list[str] | None = None) -> None:
         )
     if args.features is not None:
         check_features(model, args.features)
+    if args.truncation is not None:
+        processor.feature_extractor.truncation = args.truncation
     processor = processor.with_system_prompt(args.system_prompt)
     generation = {"max_new_tokens": args.max_new_tokens, **args.generation}
     settings: list[Any] = [args.candidates, args.features, args.batch_size, generation, args.seed]
@@ -239,6 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     facts = [
         digest_of_folder(folder_of(args.model, args.revision)),
         processor.system_prompt,
+        processor.feature_extractor.truncation,
         str(model.dtype),
         rows.facts,
     ]

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from elm_ecg.feature_extraction_elm import TRUNCATIONS
 from elm_ecg.training.command_line import (
     CommandLineParser,
     add_model_options,
@@ -58,6 +59,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of sampled answers; default: %(default)s")
     add_model_options(parser, 128)
     add_record_options(parser)
+    truncation_help = (
+        "part that is read of a record that is longer than the model takes; default: that of its training, or an error"
+    )
+    add("--truncation", choices=TRUNCATIONS[1:], help=truncation_help)
     return parser
 
 

@@ -140,3 +140,11 @@ def test_a_model_that_reads_pictures(llava, data, tmp_path, monkeypatch):
     assert [*results["conditions"]] == ["ecg", "zeroed", "left_out"]
     # the picture reaches the model
     assert any(row["ecg"] != row["left_out"] for row in results.predictions)
+
+
+def test_any_number_of_ecgs_is_described(data):
+    record = as_record(data[0]["ecg"][0])
+    starts = [line.partition(":")[0] for line in described([record] * 7).splitlines()]
+    assert starts[:2] == ["The first ECG", "The second ECG"]
+    assert starts[5:] == ["ECG 6", "ECG 7"]
+    assert described([record]).startswith("The ECG: ")

@@ -20,8 +20,8 @@ from elm_ecg.training.evaluation.conditions import CONDITIONS, Condition
 from elm_ecg.training.evaluation.progress import Progress
 from elm_ecg.training.evaluation.questions import Question, rows_to_swap
 
-PICTURE_WIDTH = 1100  # pixels of a drawn ECG of 10 s, about 100 in an inch of paper
 ORDINALS = ("first", "second", "third", "fourth", "fifth")
+PICTURE_WIDTH = 1100  # pixels of a drawn ECG of 10 s, about 100 in an inch of paper
 # a chat with parts of the types `text` and `image`, each with its content
 Message = dict[str, Any]
 
@@ -47,7 +47,10 @@ def shown_records(
 
 def described(records: Sequence[ECGRecord]) -> str:
     """What is measured on records, in words, a paragraph for each."""
-    names = ["The ECG"] if len(records) == 1 else [f"The {ORDINALS[place]} ECG" for place in range(len(records))]
+    names = [
+        f"The {ORDINALS[place]} ECG" if place < len(ORDINALS) else f"ECG {place + 1}" for place in range(len(records))
+    ]
+    names = names if len(records) > 1 else ["The ECG"]
     return "".join(f"{name}: {in_words(measure(record))}\n" for name, record in zip(names, records, strict=True))
 
 

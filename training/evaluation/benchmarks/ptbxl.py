@@ -56,7 +56,7 @@ class PTBXL(Suite):
         labels = {
             record: of_record
             for record, about in records.about.items()
-            if options.split in ("all", FOLDS.get(int(about.get("strat_fold") or 0)))
+            if options.split in ("all", FOLDS.get(int(float(about.get("strat_fold") or 0))))
             and any((of_record := labels_of(about, statements)).values())
         }
         if not labels:
