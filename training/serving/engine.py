@@ -58,6 +58,7 @@ class SamplingOptions:
         stop: texts that end an answer, and are none of it.
         n: answers.
         top_logprobs: how many of the likeliest tokens are told at each place, beside the one that was taken; None: no logprobs.
+        stream: pieces come as they are written; False: each answer as one piece.
     """
 
     max_new_tokens: int
@@ -67,6 +68,7 @@ class SamplingOptions:
     stop: tuple[str, ...] = ()
     n: int = 1
     top_logprobs: int | None = None
+    stream: bool = True
 
 
 @dataclass(frozen=True)
