@@ -82,8 +82,8 @@ class Answer:
 
     def piece(self) -> Piece | None:
         """What came since the last piece, if it is to be told now."""
-        told = self._text or self._logprobs if self.options.stream else False
-        if not (told or self.finish_reason):
+        is_first = self.choice == 0 and not self._told  # tells that the answer has begun
+        if not (is_first or self.finish_reason or (self.options.stream and (self._text or self._logprobs))):
             return None
         piece = Piece(
             choice=self.choice,
