@@ -28,6 +28,7 @@ COMMANDS = {
     "compare": ["a.json", "b.json"],
     "chat": ["model"],
     "demo": ["model"],
+    "serve": ["model"],
     "push": ["folder", "--repo_id", "a/b"],
     "convert": ["elm.pt", "--output_dir", "out"],
     "data build": ["records", "--output_dir", "out"],
