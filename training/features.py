@@ -69,9 +69,7 @@ class EncoderFeatures:
 
     def _of_one(self, ecg: dict[str, torch.Tensor], precision: str) -> torch.Tensor:
         """[1, tokens, width of the encoder], in the main memory."""
-        digest = hashlib.sha256(precision.encode())
-        _update(digest, ecg)
-        key = digest.hexdigest()
+        key = _digest_of(ecg, precision)
         features = self._read(key)
         if features is not None:
             self.found += 1
@@ -121,6 +119,17 @@ def _rows(ecgs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
     """The tensors of each ECG, of which each keeps its first dimension."""
     number = len(next(iter(ecgs.values())))
     return [{name: values[row : row + 1] for name, values in ecgs.items()} for row in range(number)]
+
+
+def digests_of(ecgs: dict[str, torch.Tensor]) -> list[str]:
+    """Of each ECG of a batch, by the content of what the model reads of it."""
+    return [_digest_of(row) for row in _rows(ecgs)] if ecgs else []
+
+
+def _digest_of(ecg: dict[str, torch.Tensor], precision: str = "") -> str:
+    digest = hashlib.sha256(precision.encode())
+    _update(digest, ecg)
+    return digest.hexdigest()
 
 
 def _digest_of_encoder(model: ELMModel) -> str:

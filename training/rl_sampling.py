@@ -5,28 +5,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import (
-    DynamicCache,
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.training.evaluation.answers import require_finite
-
-# keys of generation that draw a token -> their value where nothing is drawn
-DRAWING: dict[str, Any] = {
-    **{"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None},
-    **{"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0},
-}
+from elm_ecg.training.sampling import DRAWING, drawn_tokens, warpers_of
 
 
 class DrawByRow(LogitsProcessor):
@@ -45,7 +28,7 @@ class DrawByRow(LogitsProcessor):
     def __init__(
         self, options: dict[str, Any], seeds: Sequence[Sequence[int]], prompt_length: int, max_new_tokens: int
     ):
-        self.warpers = _warpers(options)
+        self.warpers = warpers_of(options)
         self.prompt_length = prompt_length
         draws = [np.random.default_rng(list(seed)).random(max_new_tokens) for seed in seeds]
         self.draws = torch.from_numpy(np.stack(draws))  # [rows, tokens], in [0, 1)
@@ -54,35 +37,8 @@ class DrawByRow(LogitsProcessor):
         """Scores [rows, vocabulary], 0 for the token that was drawn and minus infinity for the others (NotFiniteError: a row has none)."""
         require_finite(scores)
         warped: Any = self.warpers(input_ids, scores)  # type: ignore[arg-type]
-        # in float64, which MPS has not, the sum over a large vocabulary is still 1
-        dtype = torch.float32 if scores.device.type == "mps" else torch.float64
-        cumulative = warped.to(dtype).softmax(-1).cumsum(-1)
-        draws = self.draws[:, input_ids.shape[1] - self.prompt_length].to(cumulative.device, dtype)
-        # the first token at which the sum exceeds the draw; one of probability 0 never does
-        tokens = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)
-        tokens = tokens.clamp(max=scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
-
-
-def _warpers(options: dict[str, Any]) -> LogitsProcessorList:
-    """What shapes the probabilities that a token is drawn by, in the order of transformers."""
-    found: dict[str, Any] = {name: options.get(name) for name in DRAWING}
-    warpers = LogitsProcessorList()
-    if found["temperature"] not in (None, 1.0):
-        warpers.append(TemperatureLogitsWarper(found["temperature"]))
-    if found["top_k"]:
-        warpers.append(TopKLogitsWarper(found["top_k"]))
-    if found["top_p"] is not None and found["top_p"] < 1.0:
-        warpers.append(TopPLogitsWarper(found["top_p"]))
-    if found["min_p"] is not None:
-        warpers.append(MinPLogitsWarper(found["min_p"]))
-    if found["typical_p"] is not None and found["typical_p"] < 1.0:
-        warpers.append(TypicalLogitsWarper(found["typical_p"]))
-    if found["epsilon_cutoff"]:
-        warpers.append(EpsilonLogitsWarper(found["epsilon_cutoff"]))
-    if found["eta_cutoff"]:
-        warpers.append(EtaLogitsWarper(found["eta_cutoff"]))
-    return warpers
+        tokens = drawn_tokens(warped, self.draws[:, input_ids.shape[1] - self.prompt_length])
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
 
 def positions_of(mask: torch.Tensor) -> torch.Tensor:

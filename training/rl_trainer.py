@@ -24,7 +24,8 @@ from elm_ecg.training.lora import keep_statistics
 from elm_ecg.training.muon import OptimizesByMuon
 from elm_ecg.training.rl_answers import Answers, draw_answers
 from elm_ecg.training.rl_prompts import Prompts, cat_ecgs
-from elm_ecg.training.rl_sampling import DRAWING, answer_prompts, positions_of
+from elm_ecg.training.rl_sampling import answer_prompts, positions_of
+from elm_ecg.training.sampling import DRAWING
 from elm_ecg.training.trainer import gather_head, labelled_places
 
 ROW_MEANS = ("grpo", "sapo", "dr_grpo", "luspo")  # losses that divide by the number of answers; the others count tokens

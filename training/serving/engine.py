@@ -58,6 +58,7 @@ class SamplingOptions:
         stop: texts that end an answer, and are none of it.
         n: answers.
         top_logprobs: how many of the likeliest tokens are told at each place, beside the one that was taken; None: no logprobs.
+        stream: pieces come as they are written; False: the first one does, then each answer as one piece.
     """
 
     max_new_tokens: int
@@ -67,6 +68,7 @@ class SamplingOptions:
     stop: tuple[str, ...] = ()
     n: int = 1
     top_logprobs: int | None = None
+    stream: bool = True
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ class Engine(ABC):
 
     @abstractmethod
     def generate(self, prompt: Prompt, options: SamplingOptions) -> AsyncGenerator[Piece, None]:
-        """The `n` answers, piece by piece, each up to its `finish_reason`. Closing the iterator frees their places at once.
+        """The `n` answers, piece by piece, each up to its `finish_reason`. The first piece, which may be empty, comes as soon as the
+        prompt was read. Closing the iterator frees their places at once.
 
         Raises:
             EngineDownError, QueueFullError: also after some pieces.
