@@ -53,6 +53,7 @@ COMMANDS = {
     ),
     "chat": ("apps.chat", "ask an ELM about ECGs in the terminal", "MODEL"),
     "demo": ("apps.demo", "ask an ELM about ECGs on a page in the browser", "MODEL"),
+    "serve": ("serving.serve", "answer chats with ECGs over HTTP, as OpenAI's API does", "MODEL [MODEL ...]"),
     "push": ("sharing.push", "share a model, encoder, tokenizer or dataset on the Hub", "FOLDER --repo_id OWNER/NAME"),
     "convert": ("sharing.convert", "convert a checkpoint of ELM-Research/ELM", "FILE.pt --output_dir FOLDER"),
     "export": (

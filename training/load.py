@@ -59,15 +59,22 @@ def load_elm(
     folder, filename = model_folder(name_or_path, ["adapter_config.json", "config.json"], revision)
     label = f"The model {name_or_path}"
     if filename == "config.json":
-        model = _load_whole(folder, label, trust_remote_code, **model_kwargs)
+        model = load_whole(folder, label, trust_remote_code, **model_kwargs)
     else:
         model = _load_adapted(folder, label, trust_remote_code, **model_kwargs)
+    processor = load_processor(folder, label, model)
     with loading(folder, label):
-        # an adapter's folder has one too; without the last, transformers asks on standard input whether its code may run
-        processor = ELMProcessor.from_pretrained(folder, trust_remote_code=False)
-        check_processor(processor, model.config)
         stop_at_end_of_turn(model, processor)  # an adapter's base may have been built for another chat template
     return model, processor
+
+
+def load_processor(folder: Path, label: str, model: ELMForConditionalGeneration) -> ELMProcessor:
+    """The processor of a model's folder, or of an adapter's, which has one too (ValueError: it does not go with the model)."""
+    with loading(folder, label):
+        # without the last, transformers asks on standard input whether its code may run
+        processor = ELMProcessor.from_pretrained(folder, trust_remote_code=False)
+        check_processor(processor, model.config)
+    return processor
 
 
 def warn_if_untuned(processor: ELMProcessor) -> None:
@@ -79,7 +86,8 @@ def warn_if_untuned(processor: ELMProcessor) -> None:
         )
 
 
-def _load_whole(folder: Path, label: str, trust_remote_code: bool, **model_kwargs: Any) -> ELMForConditionalGeneration:
+def load_whole(folder: Path, label: str, trust_remote_code: bool, **model_kwargs: Any) -> ELMForConditionalGeneration:
+    """The model of a folder that holds all of it (ValueError: as `load_elm`)."""
     model_kwargs |= {"use_safetensors": True, "trust_remote_code": trust_remote_code}
     with loading(folder, label):
         check_config(folder, trust_remote_code)
@@ -95,6 +103,15 @@ def _load_whole(folder: Path, label: str, trust_remote_code: bool, **model_kwarg
 def _load_adapted(
     folder: Path, label: str, trust_remote_code: bool, **model_kwargs: Any
 ) -> ELMForConditionalGeneration:
+    base_folder, base_label = base_folder_of(folder, label, trust_remote_code)
+    base = load_whole(base_folder, base_label, trust_remote_code, **model_kwargs)
+    adapted = with_adapter(base, folder, label)
+    with loading(folder, label):
+        return _merged(adapted)
+
+
+def base_folder_of(folder: Path, label: str, trust_remote_code: bool) -> tuple[Path, str]:
+    """The folder of an adapter's base, and how errors call it (ValueError: the adapter names none, or it is not there)."""
     with loading(folder, label):
         config = PeftConfig.from_pretrained(str(folder))
         if not isinstance(config.base_model_name_or_path, str):
@@ -103,7 +120,20 @@ def _load_adapted(
             )
     base_path = _base_of(folder, trust_remote_code)
     base_folder, _ = model_folder(base_path, ["config.json"], config.revision or "main", "The adapter's base")
-    base = _load_whole(base_folder, f"The adapter's base {base_path}", trust_remote_code, **model_kwargs)
+    return base_folder, f"The adapter's base {base_path}"
+
+
+def with_adapter(
+    model: ELMForConditionalGeneration | PeftModel, folder: Path, label: str, name: str = "default"
+) -> PeftModel:
+    """A base model with an adapter in it, or one more beside those that it has.
+
+    Args:
+        name: by which PEFT knows the adapter.
+
+    Raises:
+        ValueError: the adapter is damaged, or belongs to another base.
+    """
     # PEFT uses a name that transformers is about to change
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     with loading(folder, label), warnings.catch_warnings():
@@ -115,21 +145,25 @@ def _load_adapted(
         if not weights.is_file():
             raise ValueError(f"it has no {weights.name}, the weights of the adapter.")
         try:
-            model = PeftModel.from_pretrained(base, folder)
+            if isinstance(model, PeftModel):
+                model.load_adapter(folder, adapter_name=name)
+            else:
+                model = PeftModel.from_pretrained(model, folder, adapter_name=name)
         except KeyError as error:  # of a module that is saved whole
             raise ValueError(f"{weights.name} is not complete: it lacks {error.args[0]}.") from error
         with safe_open(weights, "pt") as file:
             saved = set(file.keys())
-        expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+        expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
         if lacking := sorted(expected.keys() - saved):
             raise ValueError(f"{weights.name} is not complete: it lacks {some_of(lacking)}.")
         if unexpected := sorted(saved - expected.keys() - model.state_dict().keys()):
             raise ValueError(
-                f"{weights.name} holds {some_of(unexpected)}, for which its base {base_path} has no place."
+                f"{weights.name} holds {some_of(unexpected)}, for which its base {model.peft_config[name].base_model_name_or_path} has no "
+                "place."
             )
         check_weights(folder, expected)
         check_finite(expected, "it")
-        return _merged(model)
+        return model
 
 
 def _base_of(folder: Path, trust_remote_code: bool) -> str:
