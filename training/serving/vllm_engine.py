@@ -9,6 +9,7 @@ too: what vLLM would compare them with has the answer's opening in it.
 
 import asyncio
 import base64
+import copy
 import io
 import json
 import logging
@@ -66,7 +67,8 @@ class VLLMEngine(Engine):
     ) -> None:
         check_reads_embeddings(model)
         drop_layers(model)
-        self.model, self.tokenizer, self.url, self.model_name = model, tokenizer, url.rstrip("/"), model_name
+        self.model, self.tokenizer = model, copy.deepcopy(tokenizer)  # which the front's threads use
+        self.url, self.model_name = url.rstrip("/").removesuffix("/v1"), model_name
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._features = None if model.model.encoder is None else EncoderFeatures(model.model, max_bytes=KEPT_BYTES)
         # one prompt after the other: each takes all cores
@@ -89,8 +91,11 @@ class VLLMEngine(Engine):
             logger.warning("%s (%s); requests get 503 until it does.", error, self.url)
 
     async def generate(self, prompt: Prompt, options: SamplingOptions) -> AsyncGenerator[Piece, None]:
-        """As of `Engine`."""
-        await self._ask_models()
+        """See [`Engine`]."""
+        try:
+            await self._ask_models()
+        except ValueError as error:  # is no client's fault
+            raise self._down(str(error)) from error
         loop = asyncio.get_running_loop()
         body = await loop.run_in_executor(self._thread, self._body, prompt, options)
         choices = [_Choice(self.tokenizer, prompt, options, index) for index in range(options.n)]
@@ -106,12 +111,12 @@ class VLLMEngine(Engine):
                             yield choice.piece(part)
                     if all(choice.ended for choice in choices):
                         return
-        except (httpx2.TransportError, httpx2.StreamError) as error:
+        except (httpx2.TransportError, httpx2.StreamError, ValueError, KeyError, TypeError) as error:
             raise self._down(f"{type(error).__name__}: {error}") from error
         raise self._down("the answer ended before its end")
 
     async def healthy(self) -> bool:
-        """As of `Engine`."""
+        """See [`Engine`]."""
         try:
             await self._ask_models()
             return (await self._client.get(f"{self.url}/health", timeout=HEALTH_SECONDS)).is_success
@@ -119,7 +124,7 @@ class VLLMEngine(Engine):
             return False
 
     async def close(self) -> None:
-        """As of `Engine`."""
+        """See [`Engine`]."""
         await self._client.aclose()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
