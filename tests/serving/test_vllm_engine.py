@@ -140,6 +140,10 @@ def test_drawn_answers_and_their_logprobs(trained, server):
     first, again = (ask(trained, server.url, lambda engine: answers(engine, prompt, options)) for _ in "12")
     assert first == again
     assert text_of(first[0]) != text_of(first[1])
+    likeliest = SamplingOptions(max_new_tokens=8, temperature=1.0, top_p=0.0)
+    assert text_of(ask(trained, server.url, lambda engine: answers(engine, prompt, likeliest))[0]) == trained.answer(
+        prompt
+    )
     one = SamplingOptions(max_new_tokens=1, top_logprobs=3)
     ((piece,),) = ask(trained, server.url, lambda engine: answers(engine, prompt, one))
     with torch.inference_mode():
@@ -196,8 +200,9 @@ def test_what_is_told_of_other_faults(trained, server, caplog):
     with pytest.raises(EngineDownError, match=r"^The engine does not answer\.$"):
         ask(trained, nobody, lambda engine: answers(engine, prompt))
     assert nobody in caplog.text  # for who runs the server, and not for its clients
-    with pytest.raises(ValueError, match=r"serves no model other; say with --engine_model which of elm"):
+    with pytest.raises(EngineDownError):
         ask(trained, server.url, lambda engine: answers(engine, prompt), model_name="other")
+    assert "it serves no model other; say with --engine_model which of elm is the language model" in caplog.text
 
 
 def test_the_key_of_the_server(trained):

@@ -9,6 +9,7 @@ too: what vLLM would compare them with has the answer's opening in it.
 
 import asyncio
 import base64
+import contextlib
 import copy
 import io
 import json
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 CONNECT_SECONDS = 5
 HEALTH_SECONDS = 5
 KEPT_BYTES = 256 * 2**20  # of the features of ECGs that were seen before
+SMALLEST = 1e-6  # in place of a `top_p` of 0, which vLLM refuses: the likeliest token alone
 SUPPRESSED = -100  # the lowest that vLLM takes for the logits of tokens that are never written
 
 
@@ -80,22 +82,13 @@ class VLLMEngine(Engine):
         self._known = False  # whether the server has told its name of the model, and its context
 
     async def start(self) -> None:
-        """Asks the server what it serves; if it is not there yet, that is told, and asked again later.
-
-        Raises:
-            ValueError: it does not serve the model.
-        """
-        try:
+        """Asks the server what it serves; if it is not there yet, or serves something else, that is logged, and asked again later."""
+        with contextlib.suppress(EngineDownError):
             await self._ask_models()
-        except EngineDownError as error:
-            logger.warning("%s (%s); requests get 503 until it does.", error, self.url)
 
     async def generate(self, prompt: Prompt, options: SamplingOptions) -> AsyncGenerator[Piece, None]:
         """See [`Engine`]."""
-        try:
-            await self._ask_models()
-        except ValueError as error:  # is no client's fault
-            raise self._down(str(error)) from error
+        await self._ask_models()
         loop = asyncio.get_running_loop()
         body = await loop.run_in_executor(self._thread, self._body, prompt, options)
         choices = [_Choice(self.tokenizer, prompt, options, index) for index in range(options.n)]
@@ -120,7 +113,7 @@ class VLLMEngine(Engine):
         try:
             await self._ask_models()
             return (await self._client.get(f"{self.url}/health", timeout=HEALTH_SECONDS)).is_success
-        except (httpx2.TransportError, EngineDownError, ValueError):
+        except (httpx2.TransportError, EngineDownError):
             return False
 
     async def close(self) -> None:
@@ -132,8 +125,7 @@ class VLLMEngine(Engine):
         """Learns once what the server calls the model, and how many tokens it reads.
 
         Raises:
-            EngineDownError: it does not say.
-            ValueError: it does not serve the model.
+            EngineDownError: it does not say, or does not serve the model.
         """
         if self._known:
             return
@@ -146,10 +138,8 @@ class VLLMEngine(Engine):
         name = self.model_name or (next(iter(served)) if len(served) == 1 else None)
         if name not in served:
             asked = "several models" if name is None else f"no model {name}"
-            raise ValueError(
-                f"--engine_url {self.url} serves {asked}; say with --engine_model which of {', '.join(served) or 'none'} is the language "
-                "model of this ELM."
-            )
+            names = ", ".join(served)
+            raise self._down(f"it serves {asked}; say with --engine_model which of {names} is the language model")
         self.model_name, self._known = name, True
         lengths = [self.context, served[name].get("max_model_len")]
         self.context = min((length for length in lengths if length is not None), default=None)
@@ -178,7 +168,7 @@ class VLLMEngine(Engine):
             "prompt_embeds": as_base64(prompt_embeddings(self.model, prompt, self._features)),
             "max_tokens": options.max_new_tokens,
             "temperature": options.temperature,
-            "top_p": options.top_p,
+            "top_p": max(options.top_p, SMALLEST),
             "top_k": 0,  # all
             "min_p": 0.0,
             "repetition_penalty": 1.0,
