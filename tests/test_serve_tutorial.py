@@ -12,6 +12,7 @@ import torch
 
 from documents import TEXTS, run_blocks
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
+from elm_ecg.training.command_line import printable
 from helpers import free_port, save_tiny_data, tiny_elm_config, tiny_llm_config, tiny_processor
 
 TUTORIAL = TEXTS["docs/tutorials/serve.md"]
@@ -37,6 +38,6 @@ def test_every_block_runs_in_order(tmp_path: Path) -> None:
             with suppress(ProcessLookupError):  # the tutorial has ended it
                 os.kill(int((tmp_path / "serve.pid").read_text()), signal.SIGKILL)
     content = json.loads(answer)["choices"][0]["message"]["content"]
-    assert content
+    assert len(content) > 50
     assert streamed == again != "\n"
-    assert content.splitlines()[0] in chat
+    assert printable(content)[:50] in chat
