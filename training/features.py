@@ -37,14 +37,18 @@ class EncoderFeatures:
         model: whose encoder does not change as long as this lives.
         folder: keep the features below it, in a folder of this very encoder; None: in memory.
         max_bytes: of the memory; what was not asked for longest makes room. None: everything stays.
+        together: encode the new ECGs of a batch at once, which is faster, and rounded by what stands beside them.
 
     `computed` and `found` count ECGs.
     """
 
-    def __init__(self, model: ELMModel, folder: Path | None = None, max_bytes: int | None = None):
+    def __init__(
+        self, model: ELMModel, folder: Path | None = None, max_bytes: int | None = None, together: bool = False
+    ):
         self.model = model
         self.folder = None if folder is None else folder / _digest_of_encoder(model)
         self.max_bytes = max_bytes
+        self.together = together
         self.num_bytes = 0  # in memory, or written by this process
         self.computed, self.found = 0, 0
         self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()  # that asked for last is last
@@ -55,10 +59,18 @@ class EncoderFeatures:
         ecgs = {name: batch[name] for name in ECG_INPUTS if batch.get(name) is not None}
         if not ecgs:
             return batch
-        precision = self._precision()
-        features = [self._of_one(row, precision) for row in _rows(ecgs)]
+        precision, rows = self._precision(), _rows(ecgs)
+        keys = [_digest_of(row, precision) for row in rows]
+        features = {key: self._read(key) for key in dict.fromkeys(keys)}
+        new = {key: row for key, row in zip(keys, rows, strict=True) if features[key] is None}
+        self.found += len(keys) - len(new)
+        for group in [[*new]] if self.together and new else [[key] for key in new]:
+            encoded = self._encode([new[key] for key in group])
+            for key, of_one in zip(group, encoded.split(1), strict=True):
+                features[key] = of_one.clone() if len(group) > 1 else of_one  # which holds no more than itself
+                self._keep(key, features[key])
         rest = {name: values for name, values in batch.items() if name not in ECG_INPUTS}
-        return {**rest, NAME: torch.cat(features).to(self.model.device)}
+        return {**rest, NAME: torch.cat([features[key] for key in keys]).to(self.model.device)}
 
     def __str__(self) -> str:
         where = "memory" if self.folder is None else str(self.folder)
@@ -67,20 +79,16 @@ class EncoderFeatures:
             f"{self.num_bytes / 1e6:,.1f} MB kept in {where}"
         )
 
-    def _of_one(self, ecg: dict[str, torch.Tensor], precision: str) -> torch.Tensor:
-        """[1, tokens, width of the encoder], in the main memory."""
-        key = _digest_of(ecg, precision)
-        features = self._read(key)
-        if features is not None:
-            self.found += 1
-            return features
-        ecg = {name: values.to(self.model.device) for name, values in ecg.items()}
+    def _encode(self, ecgs: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        """[ECGs, tokens, width of the encoder], in the main memory."""
+        inputs = {name: torch.cat([ecg[name] for ecg in ecgs]).to(self.model.device) for name in ecgs[0]}
         with torch.no_grad(), in_eval_mode(self.model.encoder):
-            features = self.model.get_encoder_features(**ecg).cpu().contiguous()
+            return self.model.get_encoder_features(**inputs).cpu().contiguous()
+
+    def _keep(self, key: str, features: torch.Tensor) -> None:
         self.computed += 1
         self.num_bytes += features.nbytes
         self._write(key, features)
-        return features
 
     def _precision(self) -> str:
         """In which ECGs are encoded now; a model takes as long to tell its dtype as a small one to encode."""

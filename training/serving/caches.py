@@ -76,11 +76,15 @@ def trim(cache: DynamicCache, number: int) -> None:
             layer.keys, layer.values = layer.keys[..., -width:, :], layer.values[..., -width:, :]
 
 
-def row_of(cache: DynamicCache, row: int, length: int) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
-    """Copies of the keys and values [1, heads, tokens, width of a head] of the last tokens of a row, for each layer that has any."""
+def row_of(cache: DynamicCache, row: int, mask: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
+    """Copies of the keys and values [1, heads, tokens, width of a head] of a row, for each layer that has any.
+
+    Args:
+        mask: [tokens], True for those of the row that are no padding.
+    """
     return [
         None
         if layer.keys is None
-        else (layer.keys[row : row + 1, :, -length:].clone(), layer.values[row : row + 1, :, -length:].clone())
+        else (layer.keys[row : row + 1, :, mask].clone(), layer.values[row : row + 1, :, mask].clone())
         for layer in cache.layers
     ]

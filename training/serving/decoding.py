@@ -1,6 +1,7 @@
 """A batch of answers that are written side by side, a token of each at a time; answers come and go between the steps."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ class Answer:
     Args:
         owner: who gets its pieces.
         read: the prompt, as it is kept for the next turn.
+        num_cached: tokens of the prompt that were read before.
         choice: which of the answers to the prompt.
         seed: of its drawn tokens, with `choice`.
         tokenizer: of the language model.
@@ -37,6 +39,7 @@ class Answer:
         prompt: Prompt,
         options: SamplingOptions,
         read: Read,
+        num_cached: int,
         choice: int,
         seed: int,
         tokenizer: Any,
@@ -52,7 +55,7 @@ class Answer:
         self._text = ""  # not told yet, and so the others
         self._logprobs: list[TokenLogprob] = []
         self._told = 0
-        self.num_cached = 0
+        self.num_cached = num_cached
 
     @property
     def shape(self) -> tuple[float, float]:
@@ -67,16 +70,15 @@ class Answer:
     def take(self, token_id: int, logits: torch.Tensor) -> None:
         """Adds a token, of which the model gave these logits [vocabulary]."""
         self.ids.append(token_id)
-        if token_id in self.prompt.stop_token_ids:
+        # one that ends the answer too: where it is no special token, `decode_answers` leaves it in the text
+        self._text += self._answer.push(self._detokenizer.push([token_id]))
+        is_end = token_id in self.prompt.stop_token_ids
+        if self.options.top_logprobs is not None and not is_end:
+            self._logprobs.append(self._logprob(token_id, logits))
+        if is_end or self._answer.stopped:
             self.finish_reason = "stop"
-        else:
-            self._text += self._answer.push(self._detokenizer.push([token_id]))
-            if self.options.top_logprobs is not None:
-                self._logprobs.append(self._logprob(token_id, logits))
-            if self._answer.stopped:
-                self.finish_reason = "stop"
-            elif len(self.ids) >= self.options.max_new_tokens:
-                self.finish_reason = "length"
+        elif len(self.ids) >= self.options.max_new_tokens:
+            self.finish_reason = "length"
         if self.finish_reason is not None:
             self._text += self._answer.push(self._detokenizer.end()) + self._answer.end()
 
@@ -107,6 +109,22 @@ class Answer:
         )
 
 
+@dataclass
+class Part:
+    """Answers whose prompts were read together.
+
+    Args:
+        cache: what was read.
+        mask: [answers, tokens], 0 for padding.
+        logits: [answers, vocabulary], of the next tokens.
+    """
+
+    answers: list[Answer]
+    cache: DynamicCache
+    mask: torch.Tensor
+    logits: torch.Tensor
+
+
 class Batch:
     """Answers that are written side by side.
 
@@ -117,31 +135,23 @@ class Batch:
     def __init__(self, model: ELMForConditionalGeneration, suppressed: Sequence[int]) -> None:
         self.model = model
         self.answers: list[Answer] = []
-        self._suppressed = torch.tensor(list(suppressed), dtype=torch.long, device=model.device)
+        size = model.config.text_config.vocab_size  # tokens of ECGs may lie beyond it, and have no scores
+        known = [token_id for token_id in suppressed if token_id < size]
+        self._suppressed = torch.tensor(known, dtype=torch.long, device=model.device)
         self._cache: Any = None
         self._mask = torch.empty(0, 0, dtype=torch.long, device=model.device)  # [answers, tokens], 0 for padding
         self._logits: Any = None  # [answers, vocabulary], of the next tokens
 
-    def join(self, joining: Sequence[tuple[list[Answer], DynamicCache, torch.Tensor]]) -> None:
-        """Adds answers to prompts.
-
-        Args:
-            joining: of each prompt its answers, its cache [1, ...], which is the batch's from now on, and the logits [1, vocabulary]
-                behind it.
-        """
-        parts = [(self._cache, self._mask, self._logits)] if self.answers else []
-        for answers, cache, logits in joining:
-            number = len(answers)
-            if number > 1:
-                cache.reorder_cache(torch.zeros(number, dtype=torch.long, device=logits.device))  # type: ignore[arg-type]
-            mask = self._mask.new_ones(number, len(answers[0].prompt.input_ids))
-            parts.append((cache, mask, logits.expand(number, -1)))
-            self.answers = self.answers + answers
-        caches, masks, all_logits = zip(*parts, strict=True)
-        longest = max(mask.shape[1] for mask in masks)
-        self._cache = merge(caches, longest) if len(caches) > 1 else caches[0]
-        self._mask = torch.cat([pad(mask, (longest - mask.shape[1], 0)) for mask in masks])
-        self._logits = torch.cat(all_logits)
+    def join(self, joining: Sequence[Part]) -> None:
+        """Adds answers; the caches are the batch's from now on."""
+        parts = [*joining]
+        if self.answers:
+            parts.insert(0, Part(self.answers, self._cache, self._mask, self._logits))
+        longest = max(part.mask.shape[1] for part in parts)
+        self.answers = [answer for part in parts for answer in part.answers]
+        self._cache = merge([part.cache for part in parts], longest) if len(parts) > 1 else parts[0].cache
+        self._mask = torch.cat([pad(part.mask, (longest - part.mask.shape[1], 0)) for part in parts])
+        self._logits = torch.cat([part.logits for part in parts])
 
     def write(self) -> dict[int, NotFiniteError]:
         """Chooses the next token of each answer. Returns, by their places, why some have none."""
@@ -198,8 +208,7 @@ class Batch:
 
     def read_of(self, row: int) -> KeysAndValues:
         """The keys and values of what was read of an answer and its prompt: all but the last token."""
-        answer = self.answers[row]
-        return row_of(self._cache, row, len(answer.prompt.input_ids) + len(answer.ids) - 1)
+        return row_of(self._cache, row, self._mask[row].bool())
 
 
 def _faults(scores: torch.Tensor) -> dict[int, NotFiniteError]:

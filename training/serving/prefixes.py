@@ -1,6 +1,6 @@
 """What a model has read of conversations, kept for their next turns."""
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from elm_ecg.training.features import digests_of
 from elm_ecg.training.serving.caches import can_cut
 from elm_ecg.training.serving.engine import Prompt
 
+MAX_KEPT = 1000  # conversations
 KeysAndValues = list[tuple[torch.Tensor, torch.Tensor] | None]  # of each layer [1, heads, tokens, width of a head]
 
 
@@ -27,6 +28,11 @@ class Read:
     adapter: str | None
     tokens: np.ndarray
     digests: tuple[str, ...]
+
+    @property
+    def group(self) -> tuple[str | None, str | None]:
+        """The adapter and the first ECG, which conversations that have more in common than instructions share."""
+        return self.adapter, self.digests[0] if self.digests else None
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class Prefixes:
         self.config, self.max_bytes = config, max_bytes
         self.num_bytes = 0
         self._kept: OrderedDict[int, _Kept] = OrderedDict()  # that asked for last is last
+        self._groups: defaultdict[tuple[str | None, str | None], set[int]] = defaultdict(set)
         self._number = 0
         self.can_keep = max_bytes > 0 and can_cut(self._new())
 
@@ -74,8 +81,8 @@ class Prefixes:
     def find(self, read: Read) -> tuple[DynamicCache, int]:
         """A cache of what was read before of this, and how many tokens of it: never the last, as the model has to read one."""
         cache, longest, found = self._new(), 0, -1
-        for number, kept in self._kept.items():
-            same = self._same(kept.read, read, len(read.tokens) - 1)
+        for number in self._groups.get(read.group, ()):
+            same = self._same(self._kept[number].read, read, len(read.tokens) - 1)
             if same > longest:
                 longest, found = same, number
         if longest:
@@ -86,9 +93,7 @@ class Prefixes:
         return cache, longest
 
     def _same(self, kept: Read, read: Read, limit: int) -> int:
-        """How many of at most so many tokens both begin with; none if they end within an ECG."""
-        if kept.adapter != read.adapter:
-            return 0
+        """How many of at most so many tokens two of a group begin with; none if they end within an ECG."""
         size = min(len(kept.tokens), limit)
         differs = kept.tokens[:size] != read.tokens[:size]
         same = int(differs.argmax()) if differs.any() else size
@@ -100,23 +105,31 @@ class Prefixes:
         """Keeps what was read, in place of what is the beginning of it."""
         if not self.can_keep:
             return
-        for number, kept in list(self._kept.items()):
-            if self._same(kept.read, read, len(read.tokens)) == len(kept.read.tokens):
+        for number in list(self._groups[read.group]):
+            kept = self._kept[number].read
+            if self._same(kept, read, len(read.tokens)) == len(kept.tokens):
                 self._drop(number)
         num_bytes = sum(tensor.nbytes for values in layers if values for tensor in values)
         self._number += 1
         self._kept[self._number] = _Kept(read, layers, num_bytes)
+        self._groups[read.group].add(self._number)
         self.num_bytes += num_bytes
-        while self.num_bytes > self.max_bytes:
+        while self.num_bytes > self.max_bytes or len(self._kept) > MAX_KEPT:
             self._drop(next(iter(self._kept)))
 
     def clear(self) -> None:
         """Forgets all."""
         self._kept.clear()
+        self._groups.clear()
         self.num_bytes = 0
 
     def _drop(self, number: int) -> None:
-        self.num_bytes -= self._kept.pop(number).num_bytes
+        kept = self._kept.pop(number)
+        self.num_bytes -= kept.num_bytes
+        group = self._groups[kept.read.group]
+        group.discard(number)
+        if not group:
+            del self._groups[kept.read.group]
 
 
 def written(read: Read, token_ids: Sequence[int]) -> Read:

@@ -1,8 +1,8 @@
 """The engine that needs no other program: the ELM itself, whose batch answers join and leave between two tokens.
 
 transformers' `generate` writes a batch from its first token to its last, so that whoever comes in between waits for the longest answer,
-and rows that have ended are computed on; its own continuous batching takes no embeddings. Here each prompt is read by itself, from where
-what was read before of its conversation ends, and then joins the batch. A prompt is thus read in the same way whatever is beside it.
+and rows that have ended are computed on; its own continuous batching takes no embeddings. Here prompts that have come are read together, each
+from where what was read before of its conversation ends, and then join the batch.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ from transformers import DynamicCache, LogitsProcessorList
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.training.features import EncoderFeatures
-from elm_ecg.training.serving.caches import can_merge
-from elm_ecg.training.serving.decoding import Answer, Batch
+from elm_ecg.training.serving.caches import can_merge, merge
+from elm_ecg.training.serving.decoding import Answer, Batch, Part
 from elm_ecg.training.serving.engine import Engine, EngineDownError, Piece, Prompt, SamplingOptions
 from elm_ecg.training.serving.prefixes import Prefixes, Read, written
 
@@ -39,6 +40,20 @@ class _Request:
         self.loop = asyncio.get_running_loop()
         self.pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
         self.is_gone = False  # nobody waits for it any more
+
+
+@dataclass
+class _Found:
+    """A prompt with what was read of it before."""
+
+    request: _Request
+    read: Read
+    cache: DynamicCache
+    num_cached: int
+
+    @property
+    def num_new(self) -> int:
+        return len(self.read.tokens) - self.num_cached
 
 
 class TransformersEngine(Engine):
@@ -161,14 +176,8 @@ class TransformersEngine(Engine):
 
     def _round(self, joining: list[_Request]) -> None:
         """A token of each answer; those of new prompts too."""
-        parts = []
-        for request in joining:
-            try:
-                parts.append(self._begin(request))
-            except ValueError as error:  # the prompt is at fault
-                self._tell([(request, error)])
-        if parts:
-            self._batch.join(parts)
+        if joining:
+            self._batch.join(self._read(joining))
         if not self._batch.answers:
             return
         faults = self._batch.write()
@@ -194,43 +203,75 @@ class TransformersEngine(Engine):
         if self._batch.answers:
             self._batch.read()
 
-    def _begin(self, request: _Request) -> tuple[list[Answer], DynamicCache, torch.Tensor]:
-        """Reads a prompt. Returns its answers, its cache [1, ...] and the logits [1, vocabulary] behind it."""
-        prompt, options = request.prompt, request.options
-        read = self._prefixes.read_of(prompt)
-        cache, num_cached = self._prefixes.find(read)
-        length, device = len(prompt.input_ids), self.model.device
+    def _read(self, requests: list[_Request]) -> list[Part]:
+        """Reads prompts, those of about one length together, from where what was read before of their conversations ends."""
+        found = []
+        for request in requests:
+            read = self._prefixes.read_of(request.prompt)
+            found.append(_Found(request, read, *self._prefixes.find(read)))
+        found.sort(key=lambda one: (one.num_cached > 0, one.num_new))
+        groups: list[list[_Found]] = []
+        for one in found:
+            first = groups[-1][0] if groups else None
+            if first and bool(first.num_cached) == bool(one.num_cached) and one.num_new <= 2 * first.num_new + 16:
+                groups[-1].append(one)
+            else:
+                groups.append([one])
+        return [self._read_group(group) for group in groups]
+
+    def _read_group(self, group: list[_Found]) -> Part:
+        device, cached = self.model.device, max(one.num_cached for one in group)
+        cache = merge([one.cache for one in group], cached) if cached and len(group) > 1 else group[0].cache
+        width = max(one.num_new for one in group)
+        input_ids = torch.zeros(len(group), width, dtype=torch.long)
+        mask = torch.zeros(len(group), cached + width, dtype=torch.long)
+        for row, one in enumerate(group):  # padding is on the left, of what was read before and of what is new
+            input_ids[row, width - one.num_new :] = torch.tensor(one.request.prompt.input_ids[one.num_cached :])
+            mask[row, cached - one.num_cached : cached] = 1
+            mask[row, cached + width - one.num_new :] = 1
+        mask = mask.to(device)
         output = self.model(
-            input_ids=torch.tensor([prompt.input_ids[num_cached:]], device=device),
-            attention_mask=torch.ones(1, length, dtype=torch.long, device=device),
-            position_ids=torch.arange(num_cached, length, device=device)[None],
+            input_ids=input_ids.to(device),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, cached:],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
-            **self._ecg_inputs(prompt, read, num_cached),
+            **self._ecg_inputs(group),
         )
-        if self._prefixes.can_keep:  # another question about the same ECG, or the same once more
-            layers = [None if layer.keys is None else (layer.keys, layer.values) for layer in cache.layers]
-            self._prefixes.keep(read, layers)  # type: ignore[arg-type]
+        answers = [answer for one in group for answer in self._answers(one)]
+        rows = [row for row, one in enumerate(group) for _ in range(one.request.options.n)]
+        logits = output.logits[:, -1]
+        if len(rows) > len(group):
+            index = torch.tensor(rows, device=device)
+            cache.reorder_cache(index)  # type: ignore[arg-type]
+            mask, logits = mask[index], logits[index]
+        return Part(answers, cache, mask, logits)
+
+    def _answers(self, one: _Found) -> list[Answer]:
+        request, options = one.request, one.request.options
         processors: LogitsProcessorList = self.model._get_logits_processor(
-            self._processing, input_ids_seq_length=length, device=device
+            self._processing, input_ids_seq_length=len(one.read.tokens), device=self.model.device
         )
         seed = secrets.randbits(63) if options.seed is None else options.seed % 2**64
-        answers = [
-            Answer(request, prompt, options, read, choice, seed, self.tokenizer, processors)
-            for choice in range(options.n)
-        ]
-        answers[0].num_cached = num_cached
-        return answers, cache, output.logits[:, -1]
+        shared = (request, request.prompt, options, one.read, one.num_cached)
+        return [Answer(*shared, choice, seed, self.tokenizer, processors) for choice in range(options.n)]
 
-    def _ecg_inputs(self, prompt: Prompt, read: Read, num_cached: int) -> dict[str, torch.Tensor]:
+    def _ecg_inputs(self, group: list[_Found]) -> dict[str, torch.Tensor]:
         """Of the ECGs that were not read yet."""
-        held, _ = self._prefixes.num_ecgs(read.tokens[:num_cached])
-        ecgs = {name: values[held:] for name, values in prompt.ecg_inputs.items() if len(values) > held}
+        new: list[dict[str, torch.Tensor]] = []
+        for one in group:
+            held, _ = self._prefixes.num_ecgs(one.read.tokens[: one.num_cached])
+            inputs = one.request.prompt.ecg_inputs
+            new.append({name: values[held:] for name, values in inputs.items() if len(values) > held})
+        names = dict.fromkeys(name for ecgs in new for name in ecgs)
+        ecgs = {name: torch.cat([one[name] for one in new if name in one]) for name in names}
         if not ecgs or self.model.model.encoder is None:
             return {name: values.to(self.model.device) for name, values in ecgs.items()}
         if self._adapter not in self._features:  # an adapter may change the encoder
-            self._features[self._adapter] = EncoderFeatures(self.model.model, max_bytes=self.max_kept_bytes)
+            self._features[self._adapter] = EncoderFeatures(
+                self.model.model, max_bytes=self.max_kept_bytes, together=True
+            )
         return self._features[self._adapter].replace(ecgs)
 
     def _tell(self, told: list[tuple[_Request, Piece | Exception]]) -> None:
