@@ -5,52 +5,42 @@ import base64
 import copy
 import io
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
-from standin_vllm import Refused, StandinVLLM
 
+from asking import REPRESENTATIONS, chats, collect, make, predicted, prompt_of, text_of
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.training.evaluation.answers import NotFiniteError
 from elm_ecg.training.serving.engine import EngineDownError, Piece, Prompt, QueueFullError, SamplingOptions
 from elm_ecg.training.serving.vllm_engine import VLLMEngine, as_base64, drop_layers, prompt_embeddings
 from elm_ecg.training.sharing.export import save_language_model
-from helpers import free_port, tiny_elm_config, tiny_llm_config, tiny_processor
+from helpers import free_port
+from standin_vllm import Refused, StandinVLLM
 
-RNG = np.random.default_rng(0)
-ECGS = [RNG.normal(0, 0.3, (12, 500)).cumsum(1).astype(np.float32) for _ in "12"]
 GREEDY = SamplingOptions(max_new_tokens=8)
+ASKED = chats()
 
 
 class Trained:
     """A random ELM whose answers depend on its ECGs, and its language model as `elm export` saves it."""
 
-    def __init__(self, folder: Any) -> None:
-        self.processor = tiny_processor("default", sampling_rate=100)
-        # the placeholder is in the vocabulary, and likelier than what may be written
-        llm = tiny_llm_config("default", self.processor.ecg_token_id + 1, initializer_range=0.3, eos_token_id=1)
-        config = tiny_elm_config(llm=llm, ecg_token_id=self.processor.ecg_token_id, num_samples=500)
-        torch.manual_seed(0)
-        self.model = ELMForConditionalGeneration(config).eval()
-        with torch.no_grad():
-            for parameter in self.model.model.connector.parameters():
-                parameter.normal_(std=0.5)
-            rows = self.model.lm_head.weight
-            rows[self.processor.ecg_token_id] = 2 * rows[self.tokens(self.prompt(ECGS[0]))[0]]
+    def __init__(self, representation: str, folder: Path) -> None:
+        model, self.processor = make(representation)
+        self.model, self.folder = copy.deepcopy(model), folder
+        if representation == "signal":  # its placeholder is likelier than what may be written
+            (first,) = self.tokens(self.prompt(0), 1)
+            with torch.no_grad():
+                rows = self.model.lm_head.weight
+                rows[self.processor.ecg_token_id] = 2 * rows[first]
         save_language_model(self.model, self.processor, folder)
-        self.folder = folder
 
-    def prompt(self, *ecgs: np.ndarray, question: str = "Why?") -> Prompt:
-        parts = [{"type": "ecg", "ecg": ecg, "sampling_rate": 100, "unit": "mV"} for ecg in ecgs]
-        chat = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
-        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-        inputs = dict(self.processor.apply_chat_template(chat, **options))
-        ids = inputs.pop("input_ids")[0].tolist()
-        del inputs["attention_mask"]
-        return Prompt(ids, inputs, stop_token_ids=frozenset(self.processor.stop_token_ids))
+    def prompt(self, number: int) -> Prompt:
+        """Of one of the chats that are asked: the first is about an ECG, the second about none."""
+        return prompt_of(self.processor, ASKED[number])
 
     def tokens(self, prompt: Prompt, max_new_tokens: int = 8) -> list[int]:
         ids = torch.tensor([prompt.input_ids])
@@ -58,13 +48,13 @@ class Trained:
             found: Any = self.model.generate(ids, **prompt.ecg_inputs, do_sample=False, max_new_tokens=max_new_tokens)
         return found[0, ids.shape[1] :].tolist()
 
-    def answer(self, prompt: Prompt, max_new_tokens: int = 8) -> str:
-        return self.processor.decode_answers([self.tokens(prompt, max_new_tokens)])[0]
+    def answer(self, prompt: Prompt) -> str:
+        return self.processor.decode_answers([self.tokens(prompt)])[0]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Trained:
-    return Trained(tmp_path_factory.mktemp("llm"))
+    return Trained("signal", tmp_path_factory.mktemp("llm"))
 
 
 @pytest.fixture
@@ -74,14 +64,7 @@ def server(trained):
 
 
 async def answers(engine: VLLMEngine, prompt: Prompt, options: SamplingOptions = GREEDY) -> list[list[Piece]]:
-    pieces: list[list[Piece]] = [[] for _ in range(options.n)]
-    async for piece in engine.generate(prompt, options):
-        pieces[piece.choice].append(piece)
-    return pieces
-
-
-def text_of(pieces: list[Piece]) -> str:
-    return "".join(piece.text for piece in pieces)
+    return await collect(engine, prompt, options)
 
 
 def ask(trained: Trained, url: str, do: Callable[[VLLMEngine], Coroutine], **options: Any) -> Any:
@@ -98,31 +81,33 @@ def ask(trained: Trained, url: str, do: Callable[[VLLMEngine], Coroutine], **opt
     return asyncio.run(run())
 
 
-def test_many_at_once_answer_as_the_elm(trained, server):
-    prompts = [
-        trained.prompt(*ECGS[:number], question=question) for number in range(3) for question in ("Why?", "Is it?")
-    ]
+@pytest.mark.parametrize("representation", REPRESENTATIONS)
+def test_many_at_once_answer_as_elm_predict(representation, tmp_path):
+    trained = Trained(representation, tmp_path)
+    asked = chats(2.0 if representation == "signal" else 5.0)
+    prompts = [prompt_of(trained.processor, chat) for chat in asked]
 
     async def all_at_once(engine: VLLMEngine) -> list[str]:
         found = await asyncio.gather(*(answers(engine, prompt) for prompt in prompts * 2))
         return [text_of(pieces) for (pieces,) in found]
 
-    expected = [trained.answer(prompt) for prompt in prompts] * 2
-    assert len(set(expected)) == 6
-    assert ask(trained, server.url, all_at_once) == expected
-    assert server.max_batch > 1
-    assert {request["logit_bias"].popitem() for request in server.requests} == {
-        (str(trained.processor.ecg_token_id), -100)
-    }
+    expected = predicted(trained.model, trained.processor, asked, 8) * 2
+    assert len(set(expected)) == len(asked)
+    with StandinVLLM(tmp_path, max_model_len=8192) as server:
+        assert ask(trained, server.url, all_at_once) == expected
+        assert server.max_batch > 1
+        if representation == "signal":
+            placeholder = str(trained.processor.ecg_token_id)
+            assert {*server.requests[0]["logit_bias"].items()} == {(placeholder, -100)}
 
 
 def test_the_end_of_an_answer(trained, server):
-    prompt = trained.prompt(ECGS[0])
+    prompt = trained.prompt(0)
     tokens = trained.tokens(prompt)
     stopping = Prompt(prompt.input_ids, prompt.ecg_inputs, stop_token_ids=frozenset({tokens[4]}))
     at = tokens.index(tokens[4])
     (pieces,) = ask(trained, server.url, lambda engine: answers(engine, stopping))
-    assert text_of(pieces) == trained.processor.decode(tokens[:at]).strip()
+    assert text_of(pieces) == trained.processor.decode(tokens[: at + 1]).strip()  # as it is no special token
     assert (pieces[-1].finish_reason, sum(piece.num_tokens for piece in pieces)) == ("stop", at + 1)
     (pieces,) = ask(trained, server.url, lambda engine: answers(engine, prompt))
     assert [piece.finish_reason for piece in pieces] == [None] * 7 + ["length"]
@@ -135,7 +120,7 @@ def test_the_end_of_an_answer(trained, server):
 
 
 def test_drawn_answers_and_their_logprobs(trained, server):
-    prompt = trained.prompt(ECGS[0])
+    prompt = trained.prompt(0)
     options = SamplingOptions(max_new_tokens=6, temperature=1.0, top_p=0.9, seed=3, n=2, top_logprobs=2)
     first, again = (ask(trained, server.url, lambda engine: answers(engine, prompt, options)) for _ in "12")
     assert first == again
@@ -161,7 +146,7 @@ def test_whoever_goes_away_frees_the_place(trained, server):
     server.seconds_a_token = 0.02
 
     async def leave(engine: VLLMEngine) -> str:
-        stream = engine.generate(trained.prompt(ECGS[0]), SamplingOptions(max_new_tokens=500))
+        stream = engine.generate(trained.prompt(0), SamplingOptions(max_new_tokens=500))
         first = await anext(stream)
         await stream.aclose()
         for _ in range(200):
@@ -176,7 +161,7 @@ def test_whoever_goes_away_frees_the_place(trained, server):
 
 def test_a_server_that_is_down_comes_back(trained, server):
     server.down = True
-    prompt = trained.prompt()
+    prompt = trained.prompt(1)
 
     async def wait(engine: VLLMEngine) -> tuple[bool, bool, str]:
         with pytest.raises(EngineDownError, match=r"^The engine does not answer\.$"):
@@ -191,7 +176,7 @@ def test_a_server_that_is_down_comes_back(trained, server):
 
 
 def test_what_is_told_of_other_faults(trained, server, caplog):
-    prompt = trained.prompt()
+    prompt = trained.prompt(1)
     server.breaks_after = 2
     with pytest.raises(EngineDownError):
         ask(trained, server.url, lambda engine: answers(engine, prompt))
@@ -207,7 +192,7 @@ def test_what_is_told_of_other_faults(trained, server, caplog):
 
 def test_the_key_of_the_server(trained):
     with StandinVLLM(trained.folder, api_key="secret", max_model_len=300) as server:
-        prompt = trained.prompt(ECGS[0])
+        prompt = trained.prompt(0)
         with pytest.raises(EngineDownError):
             ask(trained, server.url, lambda engine: answers(engine, prompt))
 
@@ -221,11 +206,11 @@ def test_the_key_of_the_server(trained):
 def test_a_full_queue_is_told(trained, server, monkeypatch):
     monkeypatch.setattr(server, "rows_of", Mock(side_effect=Refused(429, "full")))
     with pytest.raises(QueueFullError):
-        ask(trained, server.url, lambda engine: answers(engine, trained.prompt()))
+        ask(trained, server.url, lambda engine: answers(engine, trained.prompt(1)))
 
 
 def test_the_embeddings_are_those_of_the_model(trained):
-    prompt = trained.prompt(*ECGS)
+    prompt = trained.prompt(2)
     found = prompt_embeddings(trained.model, prompt)
     assert found.shape == (len(prompt.input_ids), 32)
     with torch.inference_mode():
@@ -243,7 +228,7 @@ def test_without_its_layers_a_model_makes_the_same_embeddings(tie, trained):
     config = copy.deepcopy(trained.model.config)
     config.text_config.tie_word_embeddings = config.tie_word_embeddings = tie
     model = ELMForConditionalGeneration(config).eval()
-    prompt = trained.prompt(ECGS[0])
+    prompt = trained.prompt(0)
     expected = prompt_embeddings(model, prompt)
     whole = sum(parameter.nbytes for parameter in model.parameters())
     drop_layers(model)

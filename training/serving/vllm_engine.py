@@ -204,15 +204,15 @@ class _Choice:
         if reason not in (None, "stop", "length"):  # `abort`, `error`
             logger.warning("The engine ended an answer: %s", reason)
             raise EngineDownError("The engine has ended the answer.")
-        written = ids[:-1] if ids and ids[-1] in self.stop_token_ids else ids
-        text = self.answer.push(self.tokens.push(written))
+        text = self.answer.push(self.tokens.push(ids))
         if reason is not None:
             text += self.answer.push(self.tokens.end())
             text += self.answer.end()
         if self.answer.stopped:
             reason = "stop"
         self.ended = reason is not None
-        logprobs = () if self.num_top is None else self._logprobs(part["logprobs"], len(written))
+        written = len(ids) - bool(ids and ids[-1] in self.stop_token_ids)
+        logprobs = () if self.num_top is None else self._logprobs(part["logprobs"], written)
         return Piece(self.index, text, logprobs, len(ids), finish_reason=reason)
 
     def _logprobs(self, told: dict[str, Any], number: int) -> tuple[TokenLogprob, ...]:
