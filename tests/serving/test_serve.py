@@ -1,0 +1,171 @@
+import json
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import httpx2
+import openai
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from asking import as_data, make, turn
+from elm_ecg.training.evaluation import predict
+from elm_ecg.training.load import load_elm
+from elm_ecg.training.serving.models import find_places, load_places
+from elm_ecg.training.serving.serve import make_server, parse
+from forks import Fork
+from helpers import fork_project, free_port, save_record
+
+MAIN = "import sys\nfrom elm_ecg.training import cli\nsys.exit(cli.main(['serve', *sys.argv[1:]]))"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A saved ELM, and two LoRA adapters of it that answer otherwise."""
+    model, processor = make()
+    folder = tmp_path_factory.mktemp("served")
+    model.save_pretrained(folder / "base")
+    processor.save_pretrained(folder / "base")
+    for name in ("first", "second"):
+        base, _ = load_elm(str(folder / "base"))
+        lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["connector"])
+        adapted = get_peft_model(base, lora)
+        torch.manual_seed(len(name))
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.5)
+        adapted.peft_config["default"].base_model_name_or_path = str(folder / "base")
+        adapted.save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory) -> Path:
+    return save_record(tmp_path_factory.mktemp("record") / "a.npz", seed=3)
+
+
+def expected(model: Path, record: Path, folder: Path) -> str:
+    """What `elm predict` writes."""
+    output = folder / f"{model.name}.jsonl"
+    predict.main([str(model), str(record), "--question", "Why?", "--max_new_tokens", "12", "--output", str(output)])
+    return json.loads(output.read_text())["answer"]
+
+
+class Process:
+    """`elm serve` in a process of its own."""
+
+    def __init__(self, *options: str) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.fork: Fork = fork_project(MAIN, *options, "--port", self.port)
+        for _ in range(600):
+            try:
+                if httpx2.get(f"{self.url}/health").is_success:
+                    break
+            except httpx2.TransportError:
+                time.sleep(0.1)
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="key", max_retries=0)
+
+
+@pytest.mark.slow
+def test_officially(folder, record, tmp_path):
+    """The official client, curl's way and a client that goes away, of a base and its adapters; then SIGTERM ends what runs."""
+    models = [str(folder / name) for name in ("base", "first", "second")]
+    key = tmp_path / "key"
+    key.write_text("key\n")
+    process = Process(*models, "--api_key_file", str(key), "--max_batch_size", "2")
+    try:
+        ask = {"messages": [turn(as_data(record), "Why?")], "max_tokens": 12}
+        answers = {}
+        for name in ("base", "first", "second"):
+            completion = process.client.chat.completions.create(model=name, **ask)
+            answers[name] = completion.choices[0].message.content
+            chunks = process.client.chat.completions.create(model=name, stream=True, **ask)
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == answers[name]
+            assert answers[name] == expected(folder / name, record, tmp_path)
+        assert len(set(answers.values())) == 3
+        assert {model.id for model in process.client.models.list()} == set(answers)
+        with pytest.raises(openai.BadRequestError, match="of no known format"):
+            process.client.chat.completions.create(
+                model="base", messages=[turn({"type": "ecg", "ecg": {"data": "YWJj"}})]
+            )
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=f"{process.url}/v1", api_key="other", max_retries=0).models.list()
+
+        body = json.dumps({"model": "base", "messages": [turn("Write!")], "max_tokens": 500, "stream": True}).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:{process.port}\r\nauthorization: Bearer key\r\n"
+        head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        for _ in range(4):  # more than may be answered at once
+            with socket.create_connection(("127.0.0.1", int(process.port))) as gone:
+                gone.sendall(head.encode() + body)
+                assert b" 200 " in gone.recv(100)
+        assert process.client.chat.completions.create(model="base", **ask).choices[0].message.content == answers["base"]
+
+        stream = process.client.chat.completions.create(
+            model="base", messages=[turn("Write!")], max_tokens=500, stream=True
+        )
+        next(stream)
+        os.kill(process.fork.pid, signal.SIGTERM)
+        assert [chunk.choices[0].finish_reason for chunk in stream][-1] in ("stop", "length")
+    finally:
+        os.kill(process.fork.pid, signal.SIGTERM)
+    assert process.fork.finish().returncode == 0
+
+
+def test_adapters_share_the_weights_of_their_base(folder):
+    places = find_places([str(folder / "first"), f"other={folder / 'second'}"], "main", False)
+    (loaded,) = load_places(places, False)
+    assert list(loaded.processors) == ["first", "other"]
+    base, _ = load_elm(str(folder / "base"))
+    weights = dict(loaded.model.named_parameters())
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(weights[name], dict(base.named_parameters())[name])
+    assert sum(parameter.numel() for parameter in loaded.model.parameters()) < 2 * base.num_parameters()
+    (alone,) = load_places(places[:1], False)
+    assert alone.adapters is None
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 lets other machines ask: give --api_key_file"),
+        (["--port", "70000"], "--port is 70000"),
+        (["--engine", "vllm"], "--engine vllm and --engine_url URL go together"),
+        (["--engine_model", "a"], "--engine_model changes nothing without --engine vllm"),
+    ],
+)
+def test_options_that_do_not_go(options, expected, monkeypatch):
+    monkeypatch.delenv("ELM_API_KEY", raising=False)
+    with pytest.raises(ValueError, match=expected):
+        parse(["model", *options])
+
+
+def test_options_of_models(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("ELM_API_KEY", "secret")
+    (tmp_path / "keys").write_text("one\ntwo\n")
+    args = parse(
+        [
+            str(folder / "base"),
+            "--host",
+            "0.0.0.0",
+            "--api_key_file",
+            str(tmp_path / "keys"),
+            "--system_prompt",
+            "Be brief.",
+        ]
+    )
+    server = make_server(args)
+    assert server.rules.api_keys == ["secret", "one", "two"]
+    assert server.rules.hosts == ()
+    (model,) = server.models
+    assert (model.name, model.processor.system_prompt) == ("base", "Be brief.")
+    with pytest.raises(ValueError, match="Two models are called base; give one another name: NAME="):
+        make_server(parse([str(folder / "base"), str(folder / "base")]))
+    (tmp_path / "empty").write_text("")
+    with pytest.raises(ValueError, match="holds no key"):
+        parse(["model", "--api_key_file", str(tmp_path / "empty")])
