@@ -161,6 +161,9 @@ files_of(".", "tokenizer/ecg_byte.json", "tokenizer/README.md", "tokens.png", "e
 torch.save(reference_encoder(), "merl.pt")
 elm("convert merl.pt --encoder merl --num_samples 500 --sampling_rate 50 --output_dir converted", "converted")
 files_of("converted", "model.safetensors", "README.md", "conversion.json", "modeling_ecg_resnets.py")
+elm("export model --part llm --output_dir exported", "Saved the language model to")
+elm("export model --part encoder --output_dir exported/encoder", "Saved the encoder to")
+files_of("exported", "model.safetensors", "tokenizer.json", "chat_template.jinja", "encoder/preprocessor_config.json")
 with open("records.csv", "w", newline="") as file:
     folds = [1, 1, 1, 1, 9, 9, 9, 9, 10, 10, 10, 10]
     csv.writer(file).writerows(

@@ -1,7 +1,11 @@
 """What the documentation is made of: its pages, and their blocks of code."""
 
+import os
 import re
+import subprocess
+import sys
 import textwrap
+from pathlib import Path
 
 from forks import ROOT
 
@@ -21,3 +25,25 @@ def block(page: str, beginning: str) -> str:
     """The one block of a page that begins so."""
     (found,) = (block for _, block in blocks(TEXTS[page], "bash", "python", "text") if block.startswith(beginning))
     return found
+
+
+def run_blocks(text: str, folder: Path) -> list[str]:
+    """What each block of Bash and Python prints, in order, in one folder, each in a process of its own.
+
+    `uv run` has this environment already, and `uv pip` what it would install; the tests are running.
+    """
+    programs = folder / "programs"
+    programs.mkdir()
+    (programs / "uv").write_text('#!/bin/sh\n[ "$1" = pip ] && exit 0\n[ "$1" = run ] && shift && exec "$@"\n')
+    (programs / "pytest").write_text("#!/bin/sh\nexit 0\n")
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "HF_HOME": str(folder / "hf_home"), "HF_HUB_OFFLINE": "1"}
+    printed = []
+    for language, block in blocks(text, "bash", "python"):
+        command = ["bash", "-euo", "pipefail", "-c", block] if language == "bash" else [sys.executable, "-c", block]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+        printed.append(done.stdout)
+    return printed

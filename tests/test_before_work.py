@@ -10,7 +10,7 @@ from elm_ecg.training import cli, pretrain, run, sft, tokenizer
 from elm_ecg.training.data import write
 from elm_ecg.training.evaluation import evaluate, probe
 from elm_ecg.training.evaluation.benchmarks import command as benchmark
-from elm_ecg.training.sharing import convert
+from elm_ecg.training.sharing import convert, export
 from helpers import fork_project, save_tiny_data
 
 # a command line of each verb, as far as a wrong option matters
@@ -31,6 +31,7 @@ COMMANDS = {
     "serve": ["model"],
     "push": ["folder", "--repo_id", "a/b"],
     "convert": ["elm.pt", "--output_dir", "out"],
+    "export": ["model", "--part", "llm", "--output_dir", "out"],
     "data build": ["records", "--output_dir", "out"],
     "data simulate": ["out"],
     "data check": ["data"],
@@ -79,6 +80,7 @@ def fail(*args: Any, **kwargs: Any) -> None:
         ),
         (["probe", "encoder", "--data", "x"], [(probe, "load_encoder"), (probe, "load_records")]),
         (["convert", "elm.pt", "--encoder", "merl"], [(convert, "read_checkpoint")]),
+        (["export", "model", "--part", "llm"], [(export, "load_elm")]),
         (["data", "build", "records"], [(write, "make_plan")]),
         (["tokenizer", "train", "--data", "x", "--sampling_rate", "250"], [(tokenizer, "load_splits")]),
         (["tokenizer", "import", "a.pkl"], [(tokenizer, "read_ecg_byte_pickle")]),

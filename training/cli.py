@@ -56,6 +56,11 @@ COMMANDS = {
     "serve": ("serving.serve", "answer chats with ECGs over HTTP, as OpenAI's API does", "MODEL [MODEL ...]"),
     "push": ("sharing.push", "share a model, encoder, tokenizer or dataset on the Hub", "FOLDER --repo_id OWNER/NAME"),
     "convert": ("sharing.convert", "convert a checkpoint of ELM-Research/ELM", "FILE.pt --output_dir FOLDER"),
+    "export": (
+        "sharing.export",
+        "save an ELM's language model or encoder by itself, for vLLM or other programs",
+        "MODEL --part llm --output_dir FOLDER",
+    ),
     "data": ("dataset_commands", "build, check or push a dataset of ECGs; list the reference's", "COMMAND"),
     "tokenizer": ("tokenizer", "train, inspect or import an ECG-Byte tokenizer: ECGs as tokens", "COMMAND"),
     "plot": ("apps.plot", "draw ECG files on ECG paper, as PNG or SVG", "RECORD [RECORD ...]"),

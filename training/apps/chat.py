@@ -26,7 +26,8 @@ from elm_ecg.training.apps.conversation import (
     stream_answer,
 )
 from elm_ecg.training.apps.plot import add_file_options, save_picture
-from elm_ecg.training.command_line import printable, sentence
+from elm_ecg.training.apps.served import ServedModel, check_options, read_to_send
+from elm_ecg.training.command_line import printable, read_system_prompt, sentence
 from elm_ecg.training.files import write_text
 
 try:
@@ -88,9 +89,8 @@ class Chat:
         """The answer, piece by piece. It is remembered as far as it came; without one, the question is not."""
         turn = as_message("user", question, self.ecgs[self.num_asked :])  # those that no question was about yet
         answer = ""
-        with contextlib.closing(  # else the model would write on when the reader stops
-            stream_answer(self.model, self.processor, [*self.messages, turn], cache=self.cache, **self.generation)
-        ) as pieces:
+        # else the model would write on when the reader stops
+        with contextlib.closing(self._answer([*self.messages, turn])) as pieces:
             try:
                 for piece in pieces:
                     answer += piece
@@ -100,20 +100,34 @@ class Chat:
                     self.messages += [turn, as_message("assistant", answer.strip())]
                     self.num_asked = len(self.ecgs)
 
+    def _answer(self, messages: list[dict[str, Any]]) -> Generator[str, None, None]:
+        return stream_answer(self.model, self.processor, messages, cache=self.cache, **self.generation)
+
+    def _read(self, path: Path, start: float | None, **described: Any) -> ChatECG:
+        return read_for_model(self.processor, path, start, **described)
+
     def row(self) -> dict[str, Any]:
         """The chat as a row of a dataset, with the part of each ECG that the model read, as it was recorded."""
         ecgs = []
         for ecg in self.ecgs[: self.num_asked]:
-            record, prepared = ecg.record, ecg.prepared
-            first = round(prepared.metadata["start_second"] * record.sampling_rate)  # samples at the record's rate
-            length = round(prepared.array.shape[1] / prepared.sampling_rate * record.sampling_rate)
+            record = ecg.record
             # the shortest numbers that are these float32
-            array = record.array[:, first : first + length].astype(str).astype(np.float64).tolist()
+            array = record.array[:, self._part(ecg)].astype(str).astype(np.float64).tolist()
             described = {"sampling_rate": record.sampling_rate, "lead_names": list(record.lead_names), "unit": "mV"}
             ecgs.append({"array": array, **described})
-        prompt = getattr(self.processor, "system_prompt", None)  # which code saved before there was one lacks
+        prompt = self._system_prompt
         messages = [*([as_message("system", prompt)] if prompt else []), *self.messages]
         return {"ecg": ecgs, "messages": _with_places(messages), "model": self.name}
+
+    @property
+    def _system_prompt(self) -> str | None:
+        return getattr(self.processor, "system_prompt", None)  # which code saved before there was one lacks
+
+    def _part(self, ecg: ChatECG) -> slice:
+        """The samples that the model read, at the rate of the record."""
+        prepared, rate = ecg.prepared, ecg.record.sampling_rate
+        first = round(prepared.metadata["start_second"] * rate)
+        return slice(first, first + round(prepared.array.shape[1] / prepared.sampling_rate * rate))
 
     def command(self, line: str) -> bool:
         """Runs a line that begins with a slash, and prints what came of it. Returns whether the chat goes on.
@@ -148,7 +162,7 @@ class Chat:
         args = _ecg_parser().parse_args(arguments)
         described = {name: getattr(args, name) for name in ("sampling_rate", "unit", "lead_names")}
         # all or none
-        ecgs = [read_for_model(self.processor, path.expanduser(), args.start, **described) for path in args.files]
+        ecgs = [self._read(path.expanduser(), args.start, **described) for path in args.files]
         self.ecgs += ecgs
         self.lacks_ecg = False
         for ecg in ecgs or self.ecgs:
@@ -192,6 +206,50 @@ class Chat:
             raise ValueError("Nothing was asked yet, so there is no chat to save.")
         write_text(path, json.dumps(self.row(), ensure_ascii=False) + "\n")
         print(f"Chat in {path.resolve()}")
+
+
+class ServedChat(Chat):
+    """A conversation with a model of a server.
+
+    Args:
+        served: that model.
+        system_prompt: in place of that of the model's training; None: that.
+        generation: `max_new_tokens`, `temperature` and `seed` of `ServedModel.answer`.
+    """
+
+    def __init__(self, served: ServedModel, system_prompt: str | None = None, **generation: Any) -> None:
+        self.served, self.system_prompt, self.name, self.generation = served, system_prompt, served.name, generation
+        self.clear()
+
+    def clear(self) -> None:
+        """As of `Chat`."""
+        super().clear()
+        self.told: set[str] = set()  # notices of the server that were printed
+
+    def _answer(self, messages: list[dict[str, Any]]) -> Generator[str, None, None]:
+        return self.served.answer(messages, system_prompt=self.system_prompt, **self.generation)
+
+    def _read(self, path: Path, start: float | None, **described: Any) -> ChatECG:
+        return read_to_send(path, start, **described)
+
+    @property
+    def _system_prompt(self) -> str | None:
+        return self.system_prompt
+
+    def _part(self, ecg: ChatECG) -> slice:
+        """All from its start on: the server alone knows where the model's part ends."""
+        return slice(round(ecg.prepared.metadata["start_second"] * ecg.record.sampling_rate), None)
+
+    def ask(self, question: str) -> Generator[str, None, None]:
+        """As of `Chat`; what the server says about the ECGs is printed behind the answer, once."""
+        yield from super().ask(question)
+        for notice in self.served.notices:
+            if notice not in self.told and not any(notice in ecg.facts for ecg in self.ecgs):
+                self.told.add(notice)
+                yield f"\n({notice})"
+
+    def _why(self, output: Path | None) -> None:
+        raise ValueError("/why needs the model here: ask it with `elm chat MODEL`, or `elm explain MODEL FILE`.")
 
 
 def _with_places(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -306,11 +364,18 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Loads the model, and chats until the user ends it."""
     args = make_parser().parse_args(argv)
+    check_options(args)
+    generation = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+    if args.server is not None:
+        served = ServedModel(args.server, args.model, args.api_key)
+        print(f"{served.name} at {served.url}. /help lists the commands.\n{DISCLAIMER}\n", flush=True)
+        with _history():
+            run(ServedChat(served, read_system_prompt(args.system_prompt), seed=args.seed, **generation))
+        return
     model, processor, name = load_model(args)
     extractor = processor.feature_extractor
     seconds, leads = extractor.num_samples / extractor.sampling_rate, len(extractor.lead_names)
     reads = f"It reads ECGs of {leads} leads and {seconds:g} s." if processor.takes_ecgs else "It reads no ECG."
     print(f"{args.model}: {reads} /help lists the commands.\n{DISCLAIMER}\n", flush=True)
-    chat = Chat(model, processor, name, max_new_tokens=args.max_new_tokens, temperature=args.temperature)
     with _history():
-        run(chat)
+        run(Chat(model, processor, name, **generation))

@@ -68,16 +68,22 @@ def read_for_model(processor: Any, path: Path, start: float | None = None, **des
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
+    about, duration = facts_of(record), record.array.shape[1] / record.sampling_rate
+    begin, num_samples = prepared.metadata["start_second"], prepared.array.shape[1]
+    span = (begin, begin + num_samples / prepared.sampling_rate, duration)
+    reads = "The model reads {} to {} s of {} s.".format(*(f"{round(second, 3):.12g}" for second in span))
+    return ChatECG(path.name, record, prepared, " ".join([about[0], reads, *about[1:], *prepared.metadata["notices"]]))
+
+
+def facts_of(record: ECGRecord) -> list[str]:
+    """Sentences about a record: its leads, rate and length, then what is wrong with leads."""
     leads = "all 12 leads" if len(record.lead_names) == 12 else f"leads {', '.join(record.lead_names)}"
     duration = record.array.shape[1] / record.sampling_rate
     facts = [f"{leads}, {record.sampling_rate:g} Hz, {duration:.4g} s."]
-    begin, num_samples = prepared.metadata["start_second"], prepared.array.shape[1]
-    span = (begin, begin + num_samples / prepared.sampling_rate, duration)
-    facts.append("The model reads {} to {} s of {} s.".format(*(f"{round(second, 3):.12g}" for second in span)))
     quality = lead_quality(record)
     for flag in sorted({flag for flags in quality.values() for flag in flags}):
         facts.append(f"{flag.capitalize()}: {', '.join(lead for lead, flags in quality.items() if flag in flags)}.")
-    return ChatECG(path.name, record, prepared, " ".join([*facts, *prepared.metadata["notices"]]))
+    return facts
 
 
 def zeroed(ecg: ChatECG) -> ChatECG:
@@ -242,9 +248,13 @@ def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, Any, str]:
 
 def model_parser(verb: str, purpose: str | None) -> argparse.ArgumentParser:
     """The options of a command that asks a model: which one, and how it answers."""
-    usage, description = f"elm {verb} MODEL [options]", f"{purpose} {DISCLAIMER}"
+    usage, description = f"elm {verb} [MODEL] [options]", f"{purpose} {DISCLAIMER}"
     parser = CommandLineParser(prog=f"elm {verb}", usage=usage, description=description)
-    parser.add_argument("model", metavar="MODEL", help="saved ELM or LoRA adapter: local folder or Hub id")
+    model_help = "saved ELM or LoRA adapter: local folder or Hub id; with --server the name of one that is served there"
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=model_help)
+    server_help = "address of `elm serve`, which is asked in place of a model here: http://127.0.0.1:8000"
+    parser.add_argument("--server", metavar="URL", help=server_help)
+    parser.add_argument("--api_key", metavar="KEY", help="of the server; default: ELM_API_KEY of the environment")
     add_model_options(parser, DEFAULT_MAX_NEW_TOKENS)
     temperature_help = "draw the words at this temperature; default: 0, the likeliest words"
     parser.add_argument("--temperature", type=_temperature, default=0.0, help=temperature_help)

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +32,7 @@ from elm_ecg.training.apps.conversation import (
     stream_answer,
     zeroed,
 )
+from elm_ecg.training.command_line import read_system_prompt
 
 TITLE = "Ask an ECG-language model"
 GRADIO_VERSION = "6.31.0"  # of Spaces
@@ -92,8 +93,11 @@ def draw(ecg: ChatECG) -> str:
     return f'<figure><div class="paper" style="--mm: {width:g}">{svg}</div><figcaption>{facts}</figcaption></figure>'
 
 
-def read_uploads(processor: Any, paths: Sequence[Path], **described: Any) -> list[ChatECG]:
+def read_uploads(read: Callable[..., ChatECG], paths: Sequence[Path], **described: Any) -> list[ChatECG]:
     """The ECGs of uploaded files; the several files of a WFDB record are one.
+
+    Args:
+        read: as `Page.read`.
 
     Raises:
         ValueError: a file is no ECG that the model can take, by the name under which it was uploaded; or two have one name.
@@ -109,7 +113,7 @@ def read_uploads(processor: Any, paths: Sequence[Path], **described: Any) -> lis
         parts = {line.split()[0] for header in headers for line in header.read_bytes().splitlines()[1:] if line.split()}
         records = [file for file in files if os.fsencode(file.name) not in parts]
         try:
-            return [read_for_model(processor, record, **described) for record in records]
+            return [read(record, **described) for record in records]
         except (ValueError, OSError, ImportError) as error:
             raise ValueError(str(error).replace(f"{folder}{os.sep}", "")) from error  # visitors have no such folder
 
@@ -130,6 +134,25 @@ class Page:
         self.model, self.processor, self.examples = model, processor, examples
         self.generation = generation
 
+    @property
+    def takes_ecgs(self) -> bool:
+        """Whether the model reads ECGs."""
+        return self.processor.takes_ecgs
+
+    @property
+    def reads(self) -> str:
+        """How many leads and seconds the model reads."""
+        extractor = self.processor.feature_extractor
+        return f" ({len(extractor.lead_names)} leads, {extractor.num_samples / extractor.sampling_rate:g} s)"
+
+    def read(self, path: Path, start: float | None = None, **described: Any) -> ChatECG:
+        """See `read_for_model`."""
+        return read_for_model(self.processor, path, start, **described)
+
+    def answer(self, chat: list[dict[str, Any]]) -> Iterator[str]:
+        """See `stream_answer`."""
+        return stream_answer(self.model, self.processor, chat, **self.generation)
+
     def upload(
         self,
         files: list[str] | None,
@@ -148,7 +171,7 @@ class Page:
             "start": start,  # 0 is a second too
         }
         try:
-            ecgs = read_uploads(self.processor, [Path(file) for file in files], **described)
+            ecgs = read_uploads(self.read, [Path(file) for file in files], **described)
         except (ValueError, OSError) as error:
             return [], _error(error)
         return ecgs, "".join(map(draw, ecgs))
@@ -158,7 +181,7 @@ class Page:
         if name not in self.examples:
             return [], NO_ECG
         try:
-            ecg = read_for_model(self.processor, self.examples[name])
+            ecg = self.read(self.examples[name])
         except (ValueError, OSError, ImportError) as error:
             return [], _error(error)
         ecg = replace(ecg, name=name)
@@ -187,7 +210,7 @@ class Page:
     def explains(self) -> bool:
         """Whether answers can be explained here; in a Space they cannot, which has no training code."""
         names = ("captum", "elm_ecg.training.evaluation")
-        return self.processor.takes_ecgs and all(map(importlib.util.find_spec, names))
+        return self.takes_ecgs and all(map(importlib.util.find_spec, names))
 
     def why(self, ecgs: list[ChatECG], turns: Turns) -> str:
         """HTML of what the last answer rests on.
@@ -212,11 +235,37 @@ class Page:
             chat.append(as_message(turn["role"], turn["content"], ecgs))
             ecgs = []  # they stand before the first question alone
         answer = ""
-        for piece in stream_answer(self.model, self.processor, chat, **self.generation):
+        for piece in self.answer(chat):
             answer += piece
             yield answer
         if not answer:
             yield "(no answer)"
+
+
+class ServedPage(Page):
+    """The page of a model that `elm serve` serves.
+
+    Args:
+        served: a `ServedModel`.
+        examples, generation: as of `Page`; `seed` and `system_prompt` too.
+    """
+
+    takes_ecgs = True  # as far as is known here; the server says if its model takes none
+    reads = ""
+    explains = False
+
+    def __init__(self, served: Any, examples: dict[str, Path], **generation: Any) -> None:
+        self.served, self.examples, self.generation = served, examples, generation
+
+    def read(self, path: Path, start: float | None = None, **described: Any) -> ChatECG:
+        """See `read_to_send`."""
+        from elm_ecg.training.apps.served import read_to_send  # not in a Space
+
+        return read_to_send(path, start, **described)
+
+    def answer(self, chat: list[dict[str, Any]]) -> Iterator[str]:
+        """See `ServedModel.answer`."""
+        return self.served.answer(chat, **self.generation)
 
 
 def as_text(turns: Turns) -> Turns:
@@ -247,9 +296,9 @@ def build_demo(page: Page, name: str, questions: Sequence[str] = QUESTIONS) -> A
         gr.Markdown(f"# {TITLE}\n`{name}`")
         gr.Markdown(f"**{DISCLAIMER}** Upload no record that could tell who the patient is.", elem_id="disclaimer")
         with gr.Row():
-            with gr.Column(scale=2, min_width=320, visible=page.processor.takes_ecgs):
+            with gr.Column(scale=2, min_width=320, visible=page.takes_ecgs):
                 files, picked, again, *described = _record_boxes(gr, page)
-            with gr.Column(scale=5, min_width=320, visible=page.processor.takes_ecgs):
+            with gr.Column(scale=5, min_width=320, visible=page.takes_ecgs):
                 pictures = gr.HTML(NO_ECG, elem_id="ecgs", padding=False)
         with gr.Row():
             # beside what `as_text` does: `$` is no formula either
@@ -270,7 +319,7 @@ def build_demo(page: Page, name: str, questions: Sequence[str] = QUESTIONS) -> A
             stop, clear = (gr.Button(label, scale=1, min_width=80) for label in ("Stop", "Clear"))
             explain = gr.Button("Why?", scale=1, min_width=80, visible=page.explains, elem_id="why")
         compare = gr.Checkbox(
-            label="Show the answer with the ECG zeroed beside it", visible=page.processor.takes_ecgs, elem_id="compare"
+            label="Show the answer with the ECG zeroed beside it", visible=page.takes_ecgs, elem_id="compare"
         )
         gr.Examples([[text] for text in questions], question, label="Questions")
 
@@ -316,9 +365,7 @@ def _why(gr: Any, page: Page) -> Any:
 
 def _record_boxes(gr: Any, page: Page) -> tuple[Any, ...]:
     """The files, the records to pick, the button that reads the files again, and the other inputs of `Page.upload`."""
-    extractor = page.processor.feature_extractor
-    takes = f"{len(extractor.lead_names)} leads, {extractor.num_samples / extractor.sampling_rate:g} s"
-    files = gr.File(label=f"ECG files ({takes})", file_count="multiple", height=140)
+    files = gr.File(label=f"ECG files{page.reads}", file_count="multiple", height=140)
     picked = gr.Radio(list(page.examples), label="Or pick a record", visible=bool(page.examples))
     with gr.Accordion("What the file does not say", open=False):
         sampling_rate = gr.Number(label="Sampling rate, Hz", value=None, minimum=0)
@@ -424,16 +471,26 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Serves the page until Ctrl-C."""
+    from elm_ecg.training.apps.served import ServedModel, check_options  # not in a Space
+
     args = make_parser().parse_args(argv)
+    check_options(args)
     for path in args.records:
         if not path.is_file():
             raise ValueError(f"--records: there is no file {path}.")
     with temporary_files() as folder:
         import_gradio()  # faults show before the model is loaded
-        model, processor, name = load_model(args)
-        examples = example_files(args.records or write_examples(folder))
         generation = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
-        page = Page(model, processor, examples, **generation)
+        if args.server is None:
+            model, processor, name = load_model(args)
+            page = Page(model, processor, example_files(args.records or write_examples(folder)), **generation)
+        else:
+            served = ServedModel(args.server, args.model, args.api_key)
+            generation |= {"seed": args.seed, "system_prompt": read_system_prompt(args.system_prompt)}
+            name, page = (
+                served.name,
+                ServedPage(served, example_files(args.records or write_examples(folder)), **generation),
+            )
         demo = build_demo(page, name, args.questions)
         try:
             print(f"{name} answers at {serve(demo, args.host, args.port)} until Ctrl-C.\n{DISCLAIMER}", flush=True)
