@@ -131,7 +131,7 @@ def test_rows_of_another_phase(llm, tmp_path):
     rows = AutoConfig.from_pretrained(llm).vocab_size + 5
     with pytest.raises(ValueError, match=r"5 more than .*; the reference adds 1 \(<signal>\)\. Check --llm"):
         run(tmp_path / "elm.pt", fuyu(llm, rows=rows), "--llm", llm, *FUYU, "--train_phase", "pretrain")
-    with pytest.raises(ValueError, match="--explicit_thinking with --train_phase pretrain.*leave it out"):
+    with pytest.raises(ValueError, match=r"--explicit_thinking with --train_phase pretrain.*leave it out"):
         run(tmp_path / "elm.pt", {}, "--llm", llm, *FUYU, "--train_phase", "pretrain", "--explicit_thinking")
 
 
