@@ -153,7 +153,9 @@ def test_scores_of_a_suite_are_of_answers_with_the_ecg(tmp_path, capsys):
     paths = [with_condition(tmp_path / name, questions, suite={"name": "suite"}) for name in "ab"]
     main([*paths, "--condition", "zeroed", "--num_resamples", "50"])
     assert "not shown to differ in exact match" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"--metric accuracy is a score of the benchmark.*leave --condition zeroed out"):
+    with pytest.raises(
+        ValueError, match=r"--metric accuracy is a score of the benchmark.*leave --condition zeroed out"
+    ):
         main([*paths, "--condition", "zeroed", "--metric", "accuracy"])
 
 

@@ -116,7 +116,7 @@ def test_compare(probed, data, tmp_path, capsys):
         ValueError, match=r"--metric auroc_5%: not all of these probes have it; they have auroc_20%, auroc_100%"
     ):
         compare.main([str(probed), str(other), "--metric", "auroc_5%"])
-    with pytest.raises(ValueError, match="--condition zeroed: .* is of `elm probe`, which shows all ECGs"):
+    with pytest.raises(ValueError, match=r"--condition zeroed: .* is of `elm probe`, which shows all ECGs"):
         compare.main([str(probed), str(other), "--condition", "zeroed"])
 
     changed = place_of(other) / "probe_records.jsonl"

@@ -109,7 +109,8 @@ def test_added_tokens_are_told_by_the_number_of_rows(phase, added, llm, thinking
 
 
 @pytest.mark.parametrize(
-    ("phase", "added"), [("pretrain", ["<signal>"]), ("sft", ["<signal>", *REASONING]), ("rl", ["<signal>", *REASONING])]
+    ("phase", "added"),
+    [("pretrain", ["<signal>"]), ("sft", ["<signal>", *REASONING]), ("rl", ["<signal>", *REASONING])],
 )
 def test_checkpoints_of_all_phases(phase, added, llm, tmp_path, capsys):
     """Their weights have the same names; the converted ELM knows which phase it was."""

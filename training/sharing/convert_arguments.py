@@ -105,7 +105,9 @@ class ConvertArguments(ModelArguments):
                 f"{ECG_TOKENS} for those of the tokenizer: --added_tokens '{ELMProcessor.ecg_token}' '{ECG_TOKENS}' if these came last."
             )
         if self.explicit_thinking and self.train_phase == "pretrain":
-            raise ValueError("--explicit_thinking with --train_phase pretrain, whose reports stand in no chat; leave it out.")
+            raise ValueError(
+                "--explicit_thinking with --train_phase pretrain, whose reports stand in no chat; leave it out."
+            )
         if not 0 < self.lora_alpha < float("inf"):
             raise ValueError(f"--lora_alpha is {self.lora_alpha}; expected a positive number.")
         tokens = self.added_tokens or []
