@@ -178,9 +178,8 @@ def make_row(
     if has_signal:
         said, reasons = statements(findings), thought(findings, measured, topics)
         answer = "; ".join(said[topic] for topic in topics)
-        question_type = f"{len(topics)} finding{'s' if len(topics) > 1 else ''}"
     else:
-        answer, reasons, question_type = NO_SIGNAL, TEXTS["no signal"]["thought"], NO_SIGNAL
+        answer, reasons = NO_SIGNAL, TEXTS["no signal"]["thought"]
     answer = f"<answer>{answer}</answer>"
     if kind == "reasoning":
         answer = f"<think>\n{reasons}\n</think>\n{answer}"
@@ -188,7 +187,7 @@ def make_row(
     return {
         **row,
         "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
-        "question_type": question_type,
+        "question_type": f"{len(topics)} finding{'s' if len(topics) > 1 else ''}",
     }
 
 
@@ -208,7 +207,7 @@ def make_set(
     Returns:
         Columns `ecg` ({"array": int16 microvolts [12, samples], "sampling_rate", "lead_names", "unit"}), `record_id`,
         `patient_id` (a patient has one record), and of `reports` a `report`, of the others `messages` (user, assistant) and
-        `question_type` (how many findings are asked for, or that there is no signal).
+        `question_type` (how many findings are asked for).
     """
     texts = {"report": TEXT} if kind == "reports" else {"messages": MESSAGES, "question_type": TEXT}
     return generate(
