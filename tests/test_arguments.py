@@ -457,6 +457,10 @@ def test_yes_or_no_needs_no_value(name):
             ["--lr_scheduler_kwargs", '{"num_cycles": 2}'],
             r"--lr_scheduler_type linear does not go with --lr_scheduler_kwargs \{'num_cycles': 2\}: .*num_cycles",
         ),
+        (["--lr_scheduler_kwargs", '{"num_cycles"'], r"--lr_scheduler_kwargs is not JSON \(Expecting ':' delimiter"),
+        (["--lr_scheduler_kwargs", "num_cycles=2"], "--lr_scheduler_kwargs is not JSON"),
+        (["--lr_scheduler_kwargs", "[1]"], r"--lr_scheduler_kwargs is '\[1\]'; expected names and values of fields"),
+        (["--gradient_checkpointing_kwargs", "{3}"], "--gradient_checkpointing_kwargs is not JSON"),
         (
             ["--streaming", "--max_steps", "1", "--train_sampling_strategy", "sequential"],
             "--train_sampling_strategy sequential with --streaming: its rows are shuffled in --shuffle_buffer",

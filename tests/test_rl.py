@@ -513,6 +513,17 @@ def test_data_without_answers(model, tmp_path, monkeypatch):
         rl.main(tiny_rl(model, tmp_path / "data", tmp_path / "out"))
 
 
+def test_a_column_that_a_reward_would_not_get(model, reward, tmp_path, monkeypatch):
+    monkeypatch.setattr(rl, "build", no_model)
+    chat = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "yes"}]
+    rows = [{"messages": chat, "ecg": None, "solution": "theirs"}] * 8
+    Dataset.from_list(rows).to_parquet(tmp_path / "data" / "train.parquet")
+    with pytest.raises(ValueError, match=r"have the column solution, and --rewards .* gets something else .*rename"):
+        rl.main(tiny_rl(model, tmp_path / "data", tmp_path / "out", rewards=(reward,)))
+    with pytest.raises(AssertionError, match="the model is loaded"):  # rewards of the project read no such column
+        rl.main(tiny_rl(model, tmp_path / "data", tmp_path / "out"))
+
+
 def test_more_prompts_at_once_than_there_are(model, data, tmp_path, monkeypatch):
     monkeypatch.setattr(rl, "build", no_model)
     with pytest.raises(

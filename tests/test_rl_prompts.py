@@ -43,6 +43,14 @@ def test_the_last_answer_is_what_is_right():
     assert text.endswith("assistant<|end_header_id|>\n\n")
 
 
+def test_columns_of_names_that_rewards_know_are_left_out():
+    data = rows(1)
+    data = data.add_column("solution", ["theirs"]).add_column("row", [7]).add_column("image", ["a.png"])
+    row = prompts_of(data).row(0)
+    assert (row["solution"], row["row"], row["age"]) == ("sinus rhythm", 0, 40)
+    assert "image" not in row  # TRL would read it
+
+
 def test_prompts_are_what_the_processor_makes_of_the_chat():
     data = rows(2, 0, 1)
     prompts = prompts_of(data)

@@ -43,7 +43,9 @@ def simulate(args: argparse.Namespace) -> None:
         raise ValueError(f"--sampling_rate {args.sampling_rate}: a QRS needs at least 100 Hz.")
     if args.seed < 0:
         raise ValueError(f"--seed is {args.seed}; it must be at least 0.")
-    options = {"sampling_rate": args.sampling_rate, "num_proc": args.num_proc}
+    if not 0 <= args.no_signal < 1:  # `not` refuses NaN too
+        raise ValueError(f"--no_signal is {args.no_signal}; expected a share of the records, from 0 to less than 1.")
+    options = {"sampling_rate": args.sampling_rate, "no_signal": args.no_signal, "num_proc": args.num_proc}
     chats: list[Any] = []  # for the tokenizer, reports as answers
     with new_folder(args.output_dir) as folder, TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as cache:
         for kind, number in zip(KINDS, args.num_records, strict=True):
@@ -137,6 +139,9 @@ def make_parser() -> argparse.ArgumentParser:
         metavar=("REPORTS", "REASONING", "ANSWERS"),
         help=sizes,
     )
+    no_signal = "share of the records whose electrodes are off, and of which every right answer is that there is no ECG signal: models "
+    no_signal += "that learn it do not answer without an ECG; default: %(default)s"
+    add("--no_signal", type=float, default=0.05, metavar="SHARE", help=no_signal)
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--sampling_rate", type=whole_number, default=125, help="hertz, at least 100; default: %(default)s")
     add("--num_proc", type=whole_number, default=2, help="processes; default: %(default)s")

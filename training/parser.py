@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 
 from trl import TrlParser
 
+from elm_ecg.training.arguments import json_fields
 from elm_ecg.training.command_line import CommandLineParser, did_you_mean
 from elm_ecg.training.files import resource
 from elm_ecg.training.trl_options import RENAMED
@@ -41,6 +42,9 @@ COMMON |= {
     "beta",
 }
 COMMON |= {"logging_steps", "save_strategy", "resume_from_checkpoint", "report_to", "lora_r", "attn_implementation"}
+# options of transformers that are JSON on the command line; one that does not begin with a brace is a file, or refused with its values
+JSON_OPTIONS = ("accelerator_config", "activation_checkpointing_kwargs", "deepspeed", "fsdp_config")
+JSON_OPTIONS += ("gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
 # values of the reference's --optimizer
 OPTIMIZERS = {"adam": "adamw_torch", "adamw": "adamw_torch"}  # transformers has no plain Adam; alike at weight_decay 0
 
@@ -166,7 +170,7 @@ class ELMParser(CommandLineParser, TrlParser):
                 self.refused[action.dest] = reasons[action.dest]
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """As `CommandLineParser`'s; a value that `refuse` was told of is a ValueError, wherever it comes from."""
+        """As `CommandLineParser`'s; a value that `refuse` was told of is a ValueError, wherever it comes from, as is broken JSON."""
         namespace, unknown = super().parse_known_args(args, namespace)
         said = {name for name, preset in self.presets.items() if getattr(namespace, name, preset) != preset}
         for name, reason in self.refused.items():
@@ -178,6 +182,10 @@ class ELMParser(CommandLineParser, TrlParser):
         for name, other in self.needed.items():
             if name in said and other not in said:
                 raise ValueError(f"--{name} changes nothing without --{other}; add that, or leave --{name} out.")
+        for name in JSON_OPTIONS:
+            value = getattr(namespace, name, None)
+            if isinstance(value, str) and value.startswith("{"):
+                json_fields(name, value)  # transformers would not say of which option its error is
         return namespace, unknown
 
     def parse_args_into_dataclasses(  # type: ignore[override]

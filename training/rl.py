@@ -25,7 +25,7 @@ from elm_ecg.training.parser import ELMParser
 from elm_ecg.training.resume import RunOptions
 from elm_ecg.training.rewards import REWARDS, Reward
 from elm_ecg.training.rl_arguments import LOSSES, NEEDED_HERE, OF_LOSS, REFUSED_HERE, RLArguments, RLConfig
-from elm_ecg.training.rl_prompts import Prompts, check_answers
+from elm_ecg.training.rl_prompts import TAKEN, Prompts, check_answers
 from elm_ecg.training.rl_trainer import CONDITIONS, ELMGRPOTrainer
 from elm_ecg.training.run import (
     begin,
@@ -197,6 +197,7 @@ def make_trainer(
 def train(args: RLArguments, training_args: RLConfig, model_args: ModelConfig) -> None:
     """Trains an ELM by rewards, and saves it, its processor and its card to `output_dir`."""
     options, checkpoint, splits = begin(args, training_args, model_args, check_answers)
+    _check_columns(args, splits["train"])
     _check_size(training_args, len(splits["train"]))
     model, processor = build(args, training_args, model_args, options, "rl")
     trainer = make_trainer(args, training_args, model_args, model, processor, splits, options)
@@ -215,6 +216,16 @@ def train(args: RLArguments, training_args: RLConfig, model_args: ModelConfig) -
     save(trainer, args, training_args, model_args, model, processor, splits, result.metrics, "grpo", facts, files)
     if trainer.is_world_process_zero():
         print(verdict(trainer, splits["validation"]), flush=True)
+
+
+def _check_columns(args: RLArguments, data: Dataset) -> None:
+    """ValueError if a function of one's own would get something else under the name of a column."""
+    own = next((option for option in args.rewards if ".py:" in option), None)
+    if own is not None and (taken := sorted(TAKEN.intersection(data.column_names))):
+        raise ValueError(
+            f"The data have the column {taken[0]}, and --rewards {own} gets something else under that name, as `elm rl` and TRL say it; "
+            "rename the column."
+        )
 
 
 def _check_size(training_args: Any, number: int) -> None:

@@ -12,6 +12,10 @@ from elm_ecg.modeling_elm import ECG_INPUTS
 from elm_ecg.training.collator import ELMCollator, naming_records
 from elm_ecg.training.data.loading import to_chat
 
+# names under which rewards, or TRL, get something else than a column of the data
+TAKEN = {"row", "prompt", "prompts", "solution", "completion", "completions", "completion_ids", "image", "images"}
+TAKEN |= {"environment", "environments", "trainer_state", "log_extra", "log_metric", "think_given", "max_completion_length"}
+
 
 @dataclass
 class Prompt:
@@ -41,12 +45,13 @@ class Prompts:
     max_length: int | None = None
 
     def __post_init__(self) -> None:
-        columns = [name for name in self.data.column_names if name != "ecg"]
+        columns = [name for name in self.data.column_names if name not in {"ecg", *TAKEN}]
         self._texts = self.data.with_format(None).select_columns(columns)  # no ECG is read for them
         self._kept: dict[int, Prompt] = {}
 
     def row(self, number: int) -> dict[str, Any]:
-        """The columns of a row but for its ECG, `prompt` and `solution`, as TRL gives them to the rewards."""
+        """The columns of a row but for its ECG and those in `TAKEN`, with `row`, `prompt` and `solution`, as TRL gives them to the
+        rewards."""
         row = self._texts[number]
         turns = [{"role": turn["role"], "content": _text(turn["content"])} for turn in row["messages"]]
         place = last_answer(row["messages"])

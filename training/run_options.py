@@ -9,7 +9,7 @@ from transformers import SchedulerType, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from trl import ModelConfig, SFTConfig
 
-from elm_ecg.training.arguments import PARTS, ELMArguments
+from elm_ecg.training.arguments import PARTS, ELMArguments, json_fields
 from elm_ecg.training.muon import MUON, muon_options
 from elm_ecg.training.parser import ELMParser
 
@@ -97,10 +97,10 @@ def settle(
             raise ValueError(f"--{name} is {value}; expected a number from 0 to {2**32 - 1}.")
     if training_args.fp16 and training_args.device.type == "cpu":  # accelerate would ignore it there
         raise ValueError("--fp16 needs a GPU, and there is none; --bf16 computes in 16 bits on a CPU too.")
-    kwargs: Any = training_args.lr_scheduler_kwargs or {}
+    kwargs = json_fields("lr_scheduler_kwargs", training_args.lr_scheduler_kwargs)
     try:  # as the trainer will, with a few steps of nothing
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
-        get_scheduler(training_args.lr_scheduler_type, optimizer, 1, 2, scheduler_specific_kwargs=dict(kwargs))
+        get_scheduler(training_args.lr_scheduler_type, optimizer, 1, 2, scheduler_specific_kwargs=kwargs)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"--lr_scheduler_type {SchedulerType(training_args.lr_scheduler_type).value} does not go with --lr_scheduler_kwargs {kwargs}: {error}."

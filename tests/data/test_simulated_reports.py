@@ -1,6 +1,7 @@
 import itertools
 import re
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -193,6 +194,35 @@ def test_each_cycle_asks_for_every_finding_equally_often(texts) -> None:
         assert max(numbers) < 3 * min(numbers)
 
 
+def beats(row: dict[str, Any]) -> np.ndarray:
+    """The largest value of each lead, microvolts."""
+    return np.abs(row["ecg"]["array"]).max(1)
+
+
+def test_records_without_a_signal_say_so() -> None:
+    """All others are as without them; the questions, which tell nothing, are of the same kinds."""
+    options = {"seed": 0, "sampling_rate": 100}
+    flat = noisy = 0
+    for index in range(60):
+        row = make_row(index, kind="reasoning", no_signal=0.4, **options)
+        plain = make_row(index, kind="reasoning", **options)
+        report_row = make_row(index, kind="reports", no_signal=0.4, **options)
+        assert row["question_type"] == plain["question_type"]
+        question, answer = (turn["content"] for turn in row["messages"])
+        if answer == "<think>\nno QRS complexes in any lead\n</think>\n<answer>no ECG signal</answer>":
+            flat += beats(row).max() == 0
+            noisy += 0 < beats(row).max() < 400  # of noise and wander, where the smallest beats have 500
+            assert beats(plain).max() > 500
+            assert question == plain["messages"][0]["content"]
+        else:
+            np.testing.assert_array_equal(row["ecg"].pop("array"), plain["ecg"].pop("array"))
+            assert row == plain
+        assert ("no ecg signal" in report_row["report"].lower()) == (beats(report_row).max() < 400)
+    assert 5 < flat
+    assert 5 < noisy
+    assert flat + noisy < 36
+
+
 def test_sets_and_splits_share_no_record() -> None:
     rows = [
         make_row(4, kind=kind, seed=seed, split=split, sampling_rate=100)
@@ -239,6 +269,7 @@ def test_every_wording_is_used() -> None:
     [
         ({"kind": "report"}, r"kind='report'; expected one of 'reports', 'reasoning', 'answers'"),
         ({"split": "dev"}, r"split='dev'; expected one of 'train'"),
+        ({"no_signal": float("nan")}, "no_signal=nan; expected a share of the records, 0 to 1"),
         ({"sampling_rate": 50}, "sampling_rate=50 Hz; a QRS needs at least 100"),
     ],
 )

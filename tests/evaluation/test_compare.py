@@ -108,6 +108,57 @@ def test_three_models(paths, tmp_path, capsys):
     assert f"| +{gain:.1f} [{low:.1f}, {high:.1f}]" in tables[7]
 
 
+def with_condition(folder: Path, questions: list[dict[str, Any]], **changes: Any) -> str:
+    conditions = {**RESULTS["conditions"], "zeroed": RESULTS["conditions"]["left_out"]}
+    return str(save(folder, questions, conditions=conditions, **changes))
+
+
+def test_answers_in_another_condition(tmp_path, capsys):
+    """The paired difference of what the models say without their ECG, whatever they say with it."""
+    questions = {
+        name: [{**row, "zeroed": answer} for row, answer in zip(make_questions(["yes"] * 60), answers, strict=True)]
+        for name, answers in ANSWERS.items()
+    }
+    paths = [with_condition(tmp_path / name, rows) for name, rows in questions.items()]
+    output = tmp_path / "out.json"
+    main([*paths[:2], "--condition", "zeroed", "--num_resamples", "500", "--output", str(output)])
+    written = json.loads(output.read_text())
+    right = {name: np.array([answer == "yes" for answer in answers]) for name, answers in ANSWERS.items()}
+    patients = [f"patient {row % 10}" for row in range(60)]
+    expected = paired_difference(right["good"], right["poor"], patients, None, 500, 0).to_dict()
+    (row,) = written["comparisons"]
+    assert row["difference"] == pytest.approx(expected["difference"])
+    assert row["interval_95"] == pytest.approx(expected["interval_95"])
+    assert written["settings"]["condition"] == "zeroed"
+    assert "Answers in the condition zeroed: every sample zero." in capsys.readouterr().out
+
+
+def test_auroc_in_another_condition(tmp_path):
+    """Of likelihoods that are all equal it is one half."""
+    paths = [with_condition(tmp_path / str(seed), likelihoods(seed, skill=2.5)) for seed in (0, 1)]
+    output = tmp_path / "out.json"
+    main([*paths, "--metric", "auroc", "--condition", "zeroed", "--num_resamples", "50", "--output", str(output)])
+    models = json.loads(output.read_text())["models"]
+    assert [scores["auroc"]["value"] for scores in models.values()] == [0.5, 0.5]
+
+
+def test_a_condition_that_was_not_evaluated(paths):
+    with pytest.raises(ValueError, match=r"--condition noise: .* has ecg, .*evaluate with --conditions ecg noise"):
+        main([*paths, "--condition", "noise"])
+
+
+def test_scores_of_a_suite_are_of_answers_with_the_ecg(tmp_path, capsys):
+    """Without it the models are compared by exact match."""
+    questions = make_questions(ANSWERS["good"], suite={"accuracy": [1, 1]})
+    paths = [with_condition(tmp_path / name, questions, suite={"name": "suite"}) for name in "ab"]
+    main([*paths, "--condition", "zeroed", "--num_resamples", "50"])
+    assert "not shown to differ in exact match" in capsys.readouterr().out
+    with pytest.raises(
+        ValueError, match=r"--metric accuracy is a score of the benchmark.*leave --condition zeroed out"
+    ):
+        main([*paths, "--condition", "zeroed", "--metric", "accuracy"])
+
+
 def test_starts_at_once():
     """It has no use for libraries that take seconds to import."""
     code = "import sys, elm_ecg.training.evaluation.compare; print({'torch', 'datasets', 'evaluate'} & {*sys.modules})"

@@ -116,6 +116,8 @@ def test_compare(probed, data, tmp_path, capsys):
         ValueError, match=r"--metric auroc_5%: not all of these probes have it; they have auroc_20%, auroc_100%"
     ):
         compare.main([str(probed), str(other), "--metric", "auroc_5%"])
+    with pytest.raises(ValueError, match=r"--condition zeroed: .* is of `elm probe`, which shows all ECGs"):
+        compare.main([str(probed), str(other), "--condition", "zeroed"])
 
     changed = place_of(other) / "probe_records.jsonl"
     changed.write_text(changed.read_text().replace("test-1", "test-9"))

@@ -368,6 +368,8 @@ def test_vision_backbones(model_type, llm, tmp_path):
         (["--encoder", "merl", "--llm", "nowhere"], "holds no language model.*leave --llm out"),
         (["--encoder", "merl", "--lead_names", "I", "II"], "are of 12 leads, --lead_names are 2: name those"),
         (["--encoder", "merl", "--representation", "rgb"], "holds no language model.*leave --representation rgb out"),
+        (["--encoder", "merl", "--train_phase", "rl"], "holds no language model.*leave --train_phase rl out"),
+        (["--encoder", "merl", "--explicit_thinking"], "holds no language model.*leave --explicit_thinking out"),
     ],
 )
 def test_options_that_do_not_fit_an_encoder(options, message, tmp_path):

@@ -108,6 +108,34 @@ def test_added_tokens_are_told_by_the_number_of_rows(phase, added, llm, thinking
     assert ("<think>" in tokens) == (phase != "pretrain")
 
 
+@pytest.mark.parametrize(
+    ("phase", "added"),
+    [("pretrain", ["<signal>"]), ("sft", ["<signal>", *REASONING]), ("rl", ["<signal>", *REASONING])],
+)
+def test_checkpoints_of_all_phases(phase, added, llm, tmp_path, capsys):
+    """Their weights have the same names; the converted ELM knows which phase it was."""
+    rows = AutoConfig.from_pretrained(llm).vocab_size + len(added)
+    content = checkpoint_of(fuyu(llm, rows=rows), "module.")
+    thinks = phase == "rl"
+    options = ["--llm", llm, *FUYU, "--train_phase", phase, *(["--explicit_thinking"] if thinks else [])]
+    report = run(tmp_path / "elm.pt", content, *options)
+    assert (report["left_over"], report["missing"], report["ignored"]) == ([], [], {})
+    assert report["used"].keys() == content["model_state_dict"].keys()
+    said = capsys.readouterr().out
+    assert f"the {len(added)} rows behind those of {llm.name} are {' '.join(added)}" in said
+    assert ("answers begin without a given <think>; give --explicit_thinking" in said) == (phase == "sft")
+    _, processor = load_elm(str(tmp_path / "out"))
+    assert (processor.train_phase, processor.explicit_thinking) == (phase, thinks)
+
+
+def test_rows_of_another_phase(llm, tmp_path):
+    rows = AutoConfig.from_pretrained(llm).vocab_size + 5
+    with pytest.raises(ValueError, match=r"5 more than .*; the reference adds 1 \(<signal>\)\. Check --llm"):
+        run(tmp_path / "elm.pt", fuyu(llm, rows=rows), "--llm", llm, *FUYU, "--train_phase", "pretrain")
+    with pytest.raises(ValueError, match=r"--explicit_thinking with --train_phase pretrain.*leave it out"):
+        run(tmp_path / "elm.pt", {}, "--llm", llm, *FUYU, "--train_phase", "pretrain", "--explicit_thinking")
+
+
 @pytest.mark.parametrize("source", ["tokenizer.pkl", "imported"])
 @pytest.mark.parametrize("reasoning", [REASONING, []])
 @pytest.mark.parametrize("lora", [False, True])
@@ -284,3 +312,16 @@ def test_reasoning_is_in_the_answers(llm, tmp_path):
     rows = [{"messages": [*chat, {"role": "assistant", "content": "b"}]}]
     results = evaluate(model, processor, rows, max_new_tokens=9)
     assert results.predictions[0]["ecg"] == written
+
+
+def test_a_given_think_is_given_again(llm, tmp_path):
+    """Answers of a run with --explicit_thinking go on behind it."""
+    weights = answering(llm, ["a", "</think>", "<answer>", "b", "</answer>", "<|eot_id|>"])
+    options = ["--llm", llm, *FUYU, "--train_phase", "rl", "--explicit_thinking"]
+    run(tmp_path / "elm.pt", checkpoint_of(weights), *options)
+    model, processor = load_elm(str(tmp_path / "out"))
+    chat = [{"role": "user", "content": "Rhythm?"}]
+    assert "".join(stream_answer(model, processor, chat, max_new_tokens=9)) == "<think>\na</think><answer>b</answer>"
+    rows = [{"messages": [*chat, {"role": "assistant", "content": "<think>\nc</think><answer>b</answer>"}]}]
+    results = evaluate(model, processor, rows, max_new_tokens=9)
+    assert results.predictions[0]["ecg"] == "b"

@@ -2,6 +2,7 @@
 
 All texts are true by construction: they say what was simulated (`Findings`) and what can be measured on it (`Measurements`).
 A question asks for one to three topics, such as the rhythm and the ST segments, and its answer has a statement for each.
+Records without a signal, as of electrodes that came off, teach a model to say so in place of an answer that sounds likely.
 """
 
 import itertools
@@ -26,6 +27,7 @@ from elm_ecg.training.data.synthetic import (
     generate,
     sample_findings,
     simulate_measured,
+    simulate_no_signal,
     stored_ecg,
 )
 from elm_ecg.training.files import resource
@@ -35,6 +37,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 TEXTS_FILE = resource("training/data/simulated_reports.yaml")
 TEXTS: dict[str, Any] = yaml.safe_load(TEXTS_FILE.read_text(encoding="utf-8"))
 
+NO_SIGNAL = "no ECG signal"  # the answer to every question about a record without one
 WIDTHS = ("narrow QRS", "wide QRS")
 # topic -> its statements. The first two are never asked together: fast rhythms have no premature complexes here
 STATEMENTS: dict[str, tuple[str, ...]] = {
@@ -120,16 +123,23 @@ def _topics_in_words(topics: tuple[str, ...]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def make_row(index: int, *, kind: Kind, seed: int, split: str = "train", sampling_rate: int = 250) -> dict[str, Any]:
+def make_row(
+    index: int, *, kind: Kind, seed: int, split: str = "train", sampling_rate: int = 250, no_signal: float = 0.0
+) -> dict[str, Any]:
     """Record `index` of a split of a set as a row of `make_set`, 10 seconds, the same whatever was made before it; no two sets or splits
     share a record.
 
     Records come in cycles of 72, in each of which all combinations of findings come up once; over 21 cycles each of them is
     asked about in each of the 21 sets of topics once. So the text of a question tells nothing of its answer.
 
+    Args:
+        no_signal: share of the records that are without a signal; all others are the same at any share.
+
     Raises:
-        ValueError: another kind or split, or a sampling rate below 100 Hz.
+        ValueError: another kind or split, a sampling rate below 100 Hz, or a share that is none.
     """
+    if not 0 <= no_signal <= 1:  # `not` refuses NaN too
+        raise ValueError(f"no_signal={no_signal}; expected a share of the records, 0 to 1.")
     for name, value, expected in (("kind", kind, KINDS), ("split", split, SPLITS)):
         if value not in expected:
             raise ValueError(f"{name}={value!r}; expected one of {', '.join(map(repr, expected))}.")
@@ -155,14 +165,24 @@ def make_row(index: int, *, kind: Kind, seed: int, split: str = "train", samplin
         st_elevation=None if territory == "no" else territory,
     )
     ecg, measured = simulate_measured(findings, rng, sampling_rate=sampling_rate)
+    off = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(*stream, 2, index)))  # 2: the electrodes
+    has_signal = off.random() >= no_signal
+    if not has_signal:
+        ecg = simulate_no_signal(off, sampling_rate=sampling_rate)
     name = f"simulated-{kind}-{seed}-{split}-{index:06d}"
     row = {"ecg": stored_ecg(ecg, sampling_rate), "record_id": name, "patient_id": name}  # one record each
     if kind == "reports":
-        return {**row, "report": report(findings, measured, rng)}
-    said = statements(findings)
-    answer = f"<answer>{'; '.join(said[topic] for topic in topics)}</answer>"
+        wordings = TEXTS["no signal"]["report"]
+        text = report(findings, measured, rng) if has_signal else wordings[off.integers(len(wordings))]
+        return {**row, "report": text}
+    if has_signal:
+        said, reasons = statements(findings), thought(findings, measured, topics)
+        answer = "; ".join(said[topic] for topic in topics)
+    else:
+        answer, reasons = NO_SIGNAL, TEXTS["no signal"]["thought"]
+    answer = f"<answer>{answer}</answer>"
     if kind == "reasoning":
-        answer = f"<think>\n{thought(findings, measured, topics)}\n</think>\n{answer}"
+        answer = f"<think>\n{reasons}\n</think>\n{answer}"
     question = TEXTS["questions"][rng.integers(len(TEXTS["questions"]))].format(topics=_topics_in_words(topics))
     return {
         **row,
@@ -178,10 +198,11 @@ def make_set(
     split: str = "train",
     *,
     sampling_rate: int = 250,
+    no_signal: float = 0.0,
     num_proc: int | None = None,
     cache_dir: str | None = None,
 ) -> Dataset:
-    """One split of a simulated set, on disk in the cache of `datasets`.
+    """One split of a simulated set, on disk in the cache of `datasets`; what the arguments mean, and errors, as of `make_row`.
 
     Returns:
         Columns `ecg` ({"array": int16 microvolts [12, samples], "sampling_rate", "lead_names", "unit"}), `record_id`,
@@ -202,4 +223,5 @@ def make_set(
         seed=seed,
         split=split,
         sampling_rate=sampling_rate,
+        no_signal=no_signal,
     )

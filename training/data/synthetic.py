@@ -302,12 +302,30 @@ def simulate_measured(
         flutter = (1 + 0.4 * slow[1]) * (np.sin(phase) + 0.3 * np.sin(2 * phase))
         dipole += rng.uniform(0.07, 0.12) * np.outer([-0.3, 0.6, -0.75], flutter)  # largest in V1, V2
 
-    electrode = findings.noise * rng.standard_normal((9, len(time)), dtype=np.float32)
-    for low, high in ((0.05, 0.15), (0.2, 0.35)):  # drift of the electrode, breathing
-        swing = rng.uniform(low, high) * time + rng.uniform(size=(9, 1))
-        electrode += findings.wander * rng.uniform(0.3, 1, (9, 1)) * np.sin((2 * np.pi * swing).astype(np.float32))
+    electrode = electrode_noise(findings, rng, time)
     ecg = derive_leads(DOWER @ dipole + ELECTRODES @ electrode).astype(np.float32)  # [8, samples] to [12, samples]
     return ecg, measurements
+
+
+def electrode_noise(findings: Findings, rng: np.random.Generator, time: np.ndarray) -> np.ndarray:
+    """What arises at the electrodes of `ELECTRODES` beside the heart, at these seconds: millivolts [9, samples]."""
+    noise = findings.noise * rng.standard_normal((9, len(time)), dtype=np.float32)
+    for low, high in ((0.05, 0.15), (0.2, 0.35)):  # drift of the electrode, breathing
+        swing = rng.uniform(low, high) * time + rng.uniform(size=(9, 1))
+        noise += findings.wander * rng.uniform(0.3, 1, (9, 1)) * np.sin((2 * np.pi * swing).astype(np.float32))
+    return noise
+
+
+def simulate_no_signal(rng: np.random.Generator, *, sampling_rate: int = 250, seconds: float = 10.0) -> np.ndarray:
+    """A record of electrodes that are off the patient: of each second one a flat line, of the others their noise and wander alone.
+
+    Returns:
+        Millivolts, float32 [12, samples], as of `simulate_ecg`.
+    """
+    time = np.arange(round(seconds * sampling_rate)) / sampling_rate
+    if rng.integers(2):
+        return np.zeros((len(STANDARD_LEADS), len(time)), dtype=np.float32)
+    return derive_leads(ELECTRODES @ electrode_noise(sample_findings(rng), rng, time)).astype(np.float32)
 
 
 # gaps at the borders, so that no rate is a matter of opinion

@@ -23,7 +23,7 @@ from elm_ecg.training.evaluation.bootstrap import (
     p_in_words,
     resampled_sums,
 )
-from elm_ecg.training.evaluation.conditions import ECG
+from elm_ecg.training.evaluation.conditions import ASKED, CONDITIONS, ECG
 from elm_ecg.training.evaluation.probe_results import Probe, read_probe, resample_scores
 from elm_ecg.training.evaluation.results import (
     DATA_FIELDS,
@@ -48,11 +48,13 @@ LEVEL = 0.05
 
 @dataclass
 class EvaluatedModel:
-    """What `elm evaluate` wrote about a model: its results, and a prediction for each question."""
+    """What `elm evaluate` wrote about a model: its results, and a prediction for each question. It is compared by its answers in
+    `condition`."""
 
     path: Path
     results: dict[str, Any]
     predictions: list[dict[str, Any]]
+    condition: str = ECG
 
     def column(self, name: str) -> list[Any]:
         """A field of each prediction."""
@@ -84,12 +86,22 @@ class Comparison:
         }
 
 
-def read_model(path: Path) -> EvaluatedModel | Probe:
-    """Reads a results file and what lies beside it; errors as `read_results` and `read_predictions`, or as `read_probe`."""
+def read_model(path: Path, condition: str = ECG) -> EvaluatedModel | Probe:
+    """Reads a results file and what lies beside it.
+
+    Raises:
+        ValueError: as `read_results` and `read_predictions`, or as `read_probe`; or there are no answers in this condition.
+    """
     if "probe" in identity_of(path):
+        if condition != ECG:
+            raise ValueError(f"--condition {condition}: {path} is of `elm probe`, which shows all ECGs; leave it out.")
         return read_probe(path)
     results = read_results(path)
-    return EvaluatedModel(path, results, read_predictions(path, results))
+    if condition not in results["conditions"]:
+        raise ValueError(
+            f"--condition {condition}: {path} has {', '.join(results['conditions'])}; evaluate with --conditions {ECG} {condition}."
+        )
+    return EvaluatedModel(path, results, read_predictions(path, results), condition)
 
 
 def find_results(places: list[Path]) -> list[Path]:
@@ -188,13 +200,18 @@ def points_of(metric: str, model: EvaluatedModel) -> np.ndarray:
     """The points of each answer, and how many could be had, [questions, 2]: by a metric, or by a score of a benchmark's suite.
 
     Raises:
-        ValueError: as `score`; or it is a score of the suite that is no ratio of sums.
+        ValueError: as `score`; or it is a score of the suite that is no ratio of sums, or not asked for of answers with the ECG.
     """
     if any(metric in row.get("suite", {}) for row in model.predictions):
+        if model.condition != ECG:
+            raise ValueError(
+                f"--metric {metric} is a score of the benchmark, which {model.path} has of answers with the ECG alone; leave "
+                f"--condition {model.condition} out, or compare by another metric."
+            )
         return np.array([row.get("suite", {}).get(metric, (0.0, 0.0)) for row in model.predictions], dtype=float)
     if metric not in METRIC_NAMES and metric in model.results["metrics"]:
         raise ValueError(f"{metric} is not a mean over the answers, so it cannot be compared answer by answer.")
-    scores = score(metric, model.column(ECG), model.column("answer"))
+    scores = score(metric, model.column(model.condition), model.column("answer"))
     return np.stack([scores, np.ones(len(scores))], axis=1)
 
 
@@ -213,7 +230,7 @@ def scale_of(metric: str, models: Models) -> MetricScale:
 
 
 def auroc(models: list[EvaluatedModel], num_resamples: int, seed: int) -> list[tuple[float, np.ndarray]]:
-    """The AUROC of each model with the ECG, as `elm evaluate --score likelihood` has it, and its replicates.
+    """The AUROC of each model in its condition, as `elm evaluate --score likelihood` has it, and its replicates.
 
     Raises:
         ValueError: the models decided among other candidates, or among none; or there is no question type with two right answers.
@@ -232,7 +249,7 @@ def auroc(models: list[EvaluatedModel], num_resamples: int, seed: int) -> list[t
             model.column("question_type"),
             model.column("candidates"),
             model.column("answer"),
-            [logs[ECG] for logs in model.column("log_likelihoods")],
+            [logs[model.condition] for logs in model.column("log_likelihoods")],
             model.column("patient_id"),
             num_resamples,
             seed,
@@ -255,19 +272,19 @@ def _by_kind(models: Models) -> tuple[list[Probe], list[EvaluatedModel]]:
 
 
 def metrics_of(models: Models, asked: list[str] | None) -> list[str]:
-    """The metrics by which models are compared: those that were asked for; else exact match, of benchmarks the suite's own scores, or of
-    probes all that they have.
+    """The metrics by which models are compared: those that were asked for; else exact match, of benchmarks with the ECG the suite's own
+    scores, or of probes all that they have.
 
     Raises:
         ValueError: a probe lacks a metric, or they have none in common.
     """
     probes, evaluated = _by_kind(models)
     if not probes:
-        # of a benchmark its own scores
-        suite = {name for row in evaluated[0].predictions for name in row.get("suite", {})}
-        default = [name for name in evaluated[0].results["metrics"] if name in suite]
-        if not default and "suite" in evaluated[0].results:
-            default = [evaluated[0].results["main_metric"]]
+        default = []
+        if "suite" in evaluated[0].results and evaluated[0].condition == ECG:
+            suite = {name for row in evaluated[0].predictions for name in row.get("suite", {})}
+            default = [name for name in evaluated[0].results["metrics"] if name in suite]
+            default = default or [evaluated[0].results["main_metric"]]
         return list(dict.fromkeys(asked or default or ["exact_match"]))
     common = [metric for metric in probes[0].results["metrics"] if all(metric in probe.scores for probe in probes)]
     for metric in asked or ():
@@ -331,7 +348,7 @@ def _of_probes(models: list[Probe], names: list[str], metrics: list[str], num_re
 def compare(
     models: Models, metrics: list[str], num_resamples: int, seed: int
 ) -> tuple[dict[str, dict[str, Estimate]], list[Comparison]]:
-    """Scores with the ECG, or of probes, and their differences between all pairs of models: intervals by patient, p-values adjusted by
+    """Scores of answers, or of probes, and their differences between all pairs of models: intervals by patient, p-values adjusted by
     Holm's method over all pairs and metrics.
 
     Returns:
@@ -429,7 +446,9 @@ def to_markdown(
         differences.append([*row.models, row.metric, gain, *p_values])
     units = [f"{scale.title} in {scale.unit}" for scale in scales.values() if scale.factor == 1 and scale.unit]
     exceptions = f" But {', '.join(units)}." if units else ""
+    shown = [CONDITIONS[model.condition] for model in _by_kind(models)[1][:1] if model.condition != ECG]
     lines = [
+        *(f"Answers in the condition {condition.name}: {condition.description}." for condition in shown),
         f"{counted(len(models[0].predictions), _things(models))} {_of(models)} {counted(num_patients, 'patient')}. Scores in percent, differences "
         f"in points, in brackets their 95% intervals by patient.{exceptions}",
         *warnings_of(models),
@@ -473,6 +492,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="exact_match, a metric of training/evaluation/metrics or the path of your own that is a mean over the answers, or auroc (of "
         "--score likelihood); default: exact_match. Of probes auroc_10%% and the like, or auroc_zero_shot; default: all",
     )
+    condition = "what the models were shown of the ECG when they gave the answers that are compared, one of --conditions of `elm evaluate`; "
+    condition += "default: %(default)s"
+    parser.add_argument("--condition", choices=ASKED, default=ECG, help=condition)
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="the comparison, as JSON")
     parser.add_argument(
         "--num_resamples",
@@ -501,7 +523,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--output is {args.output}; there is no folder {args.output.parent}.")
     if args.num_resamples < 1:
         raise ValueError(f"--num_resamples is {args.num_resamples}; it must be at least 1.")
-    models: Any = [read_model(path) for path in args.results]
+    models: Any = [read_model(path, args.condition) for path in args.results]
     metrics = metrics_of(models, args.metric)
     scores, comparisons = compare(models, metrics, args.num_resamples, args.seed)
     scales = {metric: scale_of(metric, models) for metric in metrics}
@@ -514,7 +536,7 @@ def main(argv: list[str] | None = None) -> None:
         f"num_{_things(models)}s": len(models[0].predictions),
         "num_patients": len(set(models[0].column("patient_id"))),
         "settings": {
-            **({} if isinstance(models[0], Probe) else {"condition": ECG}),
+            **({} if isinstance(models[0], Probe) else {"condition": args.condition}),
             "num_resamples": args.num_resamples,
             "seed": args.seed,
             "adjustment": f"Holm, {len(comparisons)} comparisons",

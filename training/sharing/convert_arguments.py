@@ -39,6 +39,14 @@ class ConvertArguments(ModelArguments):
         "Tokens that the run added to the language model's, in the order of their rows; signal_* stands for all ECG tokens "
         "of a symbolic ELM. Default: those that the reference adds, told by the number of rows.",
     )
+    train_phase: Literal["pretrain", "sft", "rl"] | None = argument(
+        None,
+        "Phase of that run. After pretrain, which has learnt reports alone, the ELM says so when it is asked. Default: not known; weights "
+        "have the same names in all phases.",
+    )
+    explicit_thinking: bool = argument(
+        False, "That run had --explicit_thinking: the ELM's answers begin with a <think> that it is given."
+    )
     lora_alpha: float = argument(32.0, "Alpha of LoRA in that run.")
     use_rslora: bool = argument(False, "LoRA was scaled by the square root of its rank.")
     weights: Literal["ema", "model"] | None = argument(
@@ -95,6 +103,10 @@ class ConvertArguments(ModelArguments):
                 "A checkpoint of a symbolic ELM does not say which of its rows is which token. Give the run's tokenizer, its .pkl, as "
                 "--ecg_tokenizer; and if you name the tokens that the run added, all of them in the order of their rows, with "
                 f"{ECG_TOKENS} for those of the tokenizer: --added_tokens '{ELMProcessor.ecg_token}' '{ECG_TOKENS}' if these came last."
+            )
+        if self.explicit_thinking and self.train_phase == "pretrain":
+            raise ValueError(
+                "--explicit_thinking with --train_phase pretrain, whose reports stand in no chat; leave it out."
             )
         if not 0 < self.lora_alpha < float("inf"):
             raise ValueError(f"--lora_alpha is {self.lora_alpha}; expected a positive number.")

@@ -161,8 +161,13 @@ def check_encoder_options(args: ConvertArguments) -> None:
             f"The checkpoint holds no language model ({LLM_PREFIXES[-1]}...), so an encoder alone, and --encoder is {encoder}; expected "
             f"one of {', '.join(PRETRAINING_RULES)}."
         )
-    if args.llm or args.representation != "signal":
-        option = "--llm" if args.llm else f"--representation {args.representation}"
+    of_elms = {
+        "--llm": args.llm,
+        f"--representation {args.representation}": args.representation != "signal",
+        f"--train_phase {args.train_phase}": args.train_phase,
+        "--explicit_thinking": args.explicit_thinking,
+    }
+    if option := next((option for option, given in of_elms.items() if given), None):
         raise ValueError(f"The checkpoint holds no language model ({LLM_PREFIXES[-1]}...); leave {option} out.")
 
 
@@ -344,6 +349,7 @@ def convert_elm(
     # it was trained with the prompts of the reference, whatever those of the language model are
     processor.chat_template, ours = family_template(processor.tokenizer)
     processor.chat_template_origin = f"{ours}, as in the reference"
+    processor.train_phase, processor.explicit_thinking = args.train_phase, args.explicit_thinking
     of_llm = _state_dict_of(llm_prefix, tensors)
     merged = _merge_llm(args, of_llm)
     rest = {key: tensor for key, tensor in tensors.items() if not key.startswith(llm_prefix)}

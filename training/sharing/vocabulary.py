@@ -25,19 +25,21 @@ def _assume_tokens(
         spare: rows of a language model that has more than tokens, which do not tell how many were added.
 
     Raises:
-        ValueError: neither phase adds as many.
+        ValueError: no phase adds as many, or not that of `--train_phase`.
     """
     ecgs, llm = [ECG_TOKENS] if num_signals else [], public_name(args.llm)
     pretrained = [ELMProcessor.ecg_token, *ecgs]
     # those of its phases sft and rl
     tuned = [ELMProcessor.ecg_token, *(token for token in TAGS if token not in own), *ecgs]
-    counts = {len(tokens) - len(ecgs) + num_signals: tokens for tokens in (tuned, pretrained)}
+    # older runs of sft add as few as pretrain
+    of_phase = [pretrained] if args.train_phase == "pretrain" else [tuned, pretrained]
+    counts = {len(tokens) - len(ecgs) + num_signals: tokens for tokens in of_phase}
     if rows <= len(own) and not ecgs:  # of a smaller vocabulary: no row is of an added token
         return pretrained
     if rows - len(own) in counts:
         tokens, why = counts[rows - len(own)], f"the {rows - len(own)} rows behind those of {llm} are"
     elif rows == spare and rows - len(own) > max(counts):
-        tokens, why = tuned, f"{llm} has spare rows, which do not tell how many tokens were added: they are"
+        tokens, why = of_phase[0], f"{llm} has spare rows, which do not tell how many tokens were added: they are"
     else:
         fitting = " or ".join(f"{count} ({' '.join(tokens)})" for count, tokens in sorted(counts.items()))
         raise ValueError(
@@ -47,6 +49,8 @@ def _assume_tokens(
         )
     order = f", {ECG_TOKENS} in the order of the tokenizer's vocabulary" if ecgs else ""
     args.assumed.append(f"{why} {' '.join(tokens)}, in this order{order}; name others with --added_tokens")
+    if tokens == tuned != pretrained and not args.explicit_thinking:
+        args.assumed.append("answers begin without a given <think>; give --explicit_thinking if the run had it")
     return tokens
 
 
