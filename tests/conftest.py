@@ -19,12 +19,12 @@ settings.load_profile("suite")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 # those that take longest, first: a process that began one of them last would run on alone
-LONG_FILES = ["test_sft.py", "test_evaluate.py", "test_push.py", "test_modeling_elm.py", "test_convert.py"]
-LONG_FILES += ["test_answers.py", "test_modeling_ecg_encoders.py", "test_processing_elm.py"]
+LONG_FILES = ["sft", "evaluate", "rl", "push", "modeling_elm", "distributed", "answers", "lora", "families"]
+LONG_FILES += ["modeling_ecg_pretraining", "convert"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    place = {name: index for index, name in enumerate(LONG_FILES)}
+    place = {f"test_{name}.py": index for index, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 

@@ -417,6 +417,7 @@ def test_system_prompt(processor):
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 def test_fresh_process_without_the_project_and_torchvision(processor, tmp_path):
     """AutoProcessor gives the same inputs with the same template, and what it saves again is the same."""
     first, second = tmp_path / "first", tmp_path / "second"

@@ -657,29 +657,44 @@ def test_resumes_bit_for_bit(llm, data, tmp_path):
     )
 
 
+SIX_STEPS = ["--max_steps", "6", "--gradient_checkpointing", "true"]
+
+
+def assert_one_run(one: Path, two: Path) -> None:
+    """The losses and weights of `two` are those of `one`, which has learnt."""
+    expected = losses(one)
+    assert len(expected) == 6
+    assert expected[-1] < expected[0] - 0.1
+    assert losses(two) == pytest.approx(expected, abs=1e-4)
+    trained = weights(two)
+    for key, tensor in weights(one).items():  # Adam turns a tiny difference of a tiny gradient into a step
+        assert torch.allclose(trained[key], tensor, atol=5e-3), key
+
+
 @pytest.mark.slow
-def test_two_processes_equal_one(llm, mixed_data, tmp_path):
-    """Of signals as torchrun starts them, and of drawings with accelerate itself."""
-    arguments = {}
-    for name, options, encoder in (("torchrun", [], "st_mem"), ("accelerate", of_pictures("clip"), None)):
-        args = ["--max_steps", "6", "--gradient_checkpointing", "true", *options, "--batch_size"]
-        sft.main(tiny_sft(llm, mixed_data, tmp_path / f"{name}_one", *args, "4", encoder=encoder))
-        arguments[name] = tiny_sft(llm, mixed_data, tmp_path / name, *args, "2", "--distributed", encoder=encoder)
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    accelerate += ["--main_process_port", free_port(), "training/sft.py", *arguments["accelerate"]]
+@pytest.mark.parametrize(("options", "encoder"), [((), "st_mem"), (of_pictures("clip"), None)], ids=["signal", "rgb"])
+def test_two_processes_equal_one(options, encoder, llm, mixed_data, tmp_path):
+    options = [*SIX_STEPS, *options, "--batch_size"]
+    sft.main(tiny_sft(llm, mixed_data, tmp_path / "one", *options, "4", encoder=encoder))
+    argv = tiny_sft(llm, mixed_data, tmp_path / "two", *options, "2", "--distributed", encoder=encoder)
+    output = finish(*fork_two(SFT, *argv))
+    assert output.count("parameters trained") == 1  # the main process speaks, the other is silent
+    assert_one_run(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.minutes
+def test_accelerate_starts_two_processes(llm, mixed_data, tmp_path):
+    """By its own command, as a user does."""
+    two = ["--batch_size", "2", "--distributed"]
+    sft.main(tiny_sft(llm, mixed_data, tmp_path / "one", *SIX_STEPS, "--batch_size", "4", encoder="st_mem"))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--main_process_port", free_port(), "training/sft.py"]
+    command += tiny_sft(llm, mixed_data, tmp_path / "two", *SIX_STEPS, *two, encoder="st_mem")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
-    launched = subprocess.run(accelerate, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    launched = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert launched.returncode == 0, launched.stdout + launched.stderr[-4000:]
-    output = launched.stdout + launched.stderr + finish(*fork_two(SFT, *arguments["torchrun"]))
-    assert output.count("parameters trained") == 2  # the main process speaks, the other is silent
-    for name in arguments:
-        one = losses(tmp_path / f"{name}_one")
-        assert len(one) == 6
-        assert one[-1] < one[0] - 0.1
-        assert losses(tmp_path / name) == pytest.approx(one, abs=1e-4)
-        trained, expected = weights(tmp_path / name), weights(tmp_path / f"{name}_one")
-        for key in expected:  # Adam turns a tiny difference of a tiny gradient into a step
-            assert torch.allclose(trained[key], expected[key], atol=5e-3), key
+    assert_one_run(tmp_path / "one", tmp_path / "two")
 
 
 def test_gradient_accumulation_equals_a_larger_batch(llm, mixed_data, tmp_path):

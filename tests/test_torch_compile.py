@@ -18,7 +18,8 @@ def fresh():
 
 
 @pytest.mark.parametrize(
-    ("ecg_part", "lora"), [("mtae", True), ("patch", False), ("clip_vision_model", False)], ids=str
+    ("ecg_part", "lora"),
+    [pytest.param("mtae", True, marks=pytest.mark.minutes), ("patch", False), ("clip_vision_model", False)],
 )
 def test_forward_in_training_is_one_graph(ecg_part, lora):
     """With ECGs and, but for one of them, without; blocks are checkpointed, and the vision backbone is frozen."""

@@ -107,7 +107,7 @@ class RecordArguments:
     lead_names: list[str] | None = argument(None, "Leads and their order. Default: I II III aVR aVL aVF V1 ... V6.")
     missing_leads: str = argument(
         "error",
-        "Leads that a record lacks and I and II do not give: an error, or zeros that the model is told of.",
+        "Leads that a record lacks and that cannot be computed from I and II: an error, or zeros, of which the model is told.",
         choices=MISSING_LEADS,
     )
     bandpass: list[float] | None = argument(
@@ -116,7 +116,7 @@ class RecordArguments:
     notch: float | None = argument(None, "Hz of the mains that is taken out, 50 or 60. Default: no filter.")
     normalization: str | None = argument(
         None,
-        "none keeps millivolts (default); zscore and minmax (default of stacked_signal) are of each record.",
+        "none keeps millivolts (default); zscore and minmax (default of stacked_signal) are computed for each record.",
         choices=NORMALIZATIONS,
     )
 
@@ -295,10 +295,13 @@ class AugmentationArguments:
 
     augment_ecg: bool = argument(False, "Add noise and baseline wander to some of the ECGs.")
     augment_rgb: bool = argument(False, "Change brightness, colour, angle and sharpness of some of the drawn ECGs.")
-    time_shift: float = argument(0.0, "Begin each recording up to so many seconds later, at most at its half.")
-    gain_jitter: float = argument(0.0, "Make each recording up to this share larger or smaller, such as 0.1.")
+    time_shift: float = argument(0.0, "Begin each recording up to this many seconds later, at most at its middle.")
+    gain_jitter: float = argument(
+        0.0, "Scale each recording at random, up to this share larger or smaller, such as 0.1."
+    )
     lead_dropout: float = argument(
-        0.0, "Lose each lead with this probability, but never all: it is zeros, or missing with --missing_leads zeros."
+        0.0,
+        "Drop each lead with this probability, but never all: it becomes zeros, or missing with --missing_leads zeros.",
     )
 
     def __post_init__(self) -> None:
@@ -320,8 +323,8 @@ class RunArguments:
     )
     shuffle_buffer: int = argument(
         1000,
-        "Rows that --streaming holds in memory and shuffles, in each data loader worker. Records that a dataset stores once are read anew "
-        "where these are about more than 256 MB of them.",
+        "Rows that --streaming holds in memory and shuffles, in each data loader worker. If each record is stored once, for all its questions, "
+        "keep these below 256 MB of records: of more, each is read several times.",
     )
     wandb: bool = argument(False, "Report to Weights & Biases, as --report_to wandb does.")
     distributed: bool = argument(False, "Insist on several processes: start with `accelerate launch` or `torchrun`.")

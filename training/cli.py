@@ -21,12 +21,12 @@ COMMANDS = {
     ),
     "rl": (
         "rl",
-        "reinforce an ELM's answers by rewards, with the options of TRL's GRPOConfig",
+        "train an ELM by reinforcement learning, with the options of TRL's GRPOConfig",
         "--data DATA --model_name_or_path MODEL --output_dir FOLDER",
     ),
     "dpo": (
         "dpo",
-        "teach an ELM the better of two answers, with the options of TRL's DPOConfig",
+        "train an ELM on preferences, the better of two answers, with the options of TRL's DPOConfig",
         "--data DATA --model_name_or_path MODEL --output_dir FOLDER",
     ),
     "evaluate": ("evaluation.evaluate", "score an ELM with the ECG and without it", "MODEL --data DATA"),
@@ -45,10 +45,14 @@ COMMANDS = {
         "score a model on published benchmarks, with the ECG and without it",
         "MODEL --suite NAME[=PLACE] --records PLACE",
     ),
-    "probe": ("evaluation.probe", "tell what a frozen ECG encoder has learnt, by linear probes", "ENCODER --data DATA"),
+    "probe": (
+        "evaluation.probe",
+        "measure what a frozen ECG encoder has learnt, by linear probes",
+        "ENCODER --data DATA",
+    ),
     "compare": (
         "evaluation.compare",
-        "tell models apart by their answers, or encoders by their probes",
+        "compare models by their answers, or encoders by their probes, with intervals",
         "A.json B.json ...",
     ),
     "chat": ("apps.chat", "ask an ELM about ECGs in the terminal", "MODEL"),

@@ -47,7 +47,7 @@ def make_parser(prog: str = "elm dpo") -> ELMParser:
     )
     options["--update"].help = "Parts that are trained. Default: connector and llm, and an encoder with random weights."
     options["--max_length"].help = "Tokens that a chat may have; a longer one is an error. Default: what the LLM reads."
-    options["--learning_rate"].help = "Of AdamW at first. Default: 1e-6, and 1e-5 with --use_peft."
+    options["--learning_rate"].help = "Initial learning rate of AdamW. Default: 1e-6, and 1e-5 with --use_peft."
     options["--loss_type"].choices = LOSSES
     options["--beta"].help = "How near the model stays to what it was at the start: the larger the nearer."
     options["--metric_for_best_model"].help = f"{', '.join(METRICS)}, of the split validation."

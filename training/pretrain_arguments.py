@@ -63,22 +63,22 @@ class ObjectiveArguments:
         "st_mem",
         f"Encoder: {', '.join(ENCODER_CONFIGS)} with random weights, or the folder or Hub id of a pretrained ECG encoder.",
     )
-    trust_remote_code: bool = argument(False, "Run the code that an encoder of somebody's own comes with.")
+    trust_remote_code: bool = argument(False, "Run the code that comes with an encoder.")
     encoder_config: str | None = argument(  # a YAML file may also hold a mapping, see `json_fields`
         None, 'JSON with fields of the config of an encoder with random weights, such as {"num_hidden_layers": 4}.'
     )
     objectives: list[str] = argument(
         [],
-        "masked: the encoder sees some patches, and a decoder draws the others. contrastive: ECGs and their reports lie near each other. "
-        f"Both together are added. Default: masked for {', '.join(MASKED_ENCODERS)}, contrastive for others.",
+        "masked: the encoder reads some patches, and a decoder reconstructs the others. contrastive: ECGs are matched with their reports. "
+        f"The losses of both are added. Default: masked for {', '.join(MASKED_ENCODERS)}, contrastive for others.",
         choices=list(OBJECTIVES),
     )
     mask_ratio: float = argument(
-        _default("mask_ratio"), "Share of the patches that are masked; of st_mem in each lead."
+        _default("mask_ratio"), "Share of the patches that are masked; for st_mem, in each lead."
     )
     targets: Literal["standardised", "plain"] | None = argument(
         None,
-        "What the decoder draws: each patch with mean 0 and deviation 1, or as it is. Default: plain for mlae, whose patches are whole "
+        "What the decoder reconstructs: each patch with mean 0 and standard deviation 1, or as the encoder reads it. Default: plain for mlae, whose patches are whole "
         "leads, else standardised.",
     )
     text_encoder: str | None = argument(
@@ -87,26 +87,31 @@ class ObjectiveArguments:
     )
     train_text_encoder: bool = argument(False, "Train the text encoder too; else it stays as it is.")
     text_pooling: Literal["mean", "cls", "pooler"] = argument(
-        _default("text_pooling"), "What stands for a report: mean of its tokens, cls, or pooler."
+        _default("text_pooling"),
+        "Embedding of a report: mean of its tokens, its first token (cls), or the pooler's output.",
     )
     report_column: str = argument(
         "report",
         f"Column of the reports; {ANSWERS}: the answers of the chats, as in the reference's pretrain-mimic datasets.",
     )
-    max_report_tokens: int = argument(128, "Tokens of a report that are read; what follows is cut.")
+    max_report_tokens: int = argument(128, "Longest report in tokens; what follows is cut.")
     cache_reports: bool = argument(
         False,
-        "Read each report once and keep in memory what the frozen text encoder gives for it: many times as fast on a CPU.",
+        "Encode each report once and keep its embedding in memory, with a frozen text encoder: many times as fast on a CPU.",
     )
     contrastive_loss: Literal["infonce", "sigmoid"] = argument(
         _default("contrastive_loss"),
-        "Of ECGs and reports: infonce, among the batch of all processes (MERL), or sigmoid, pair by pair (SigLIP).",
+        "Loss of ECGs and reports: infonce, over the batch of all processes (MERL), or sigmoid, pair by pair (SigLIP).",
     )
-    temperature: float = argument(_default("temperature"), "Of infonce, and of the two views of each ECG.")
+    temperature: float = argument(
+        _default("temperature"), "Temperature of infonce, and of the loss between two views of each ECG."
+    )
     contrastive_weight: float = argument(
-        _default("contrastive_weight"), "Factor of the contrastive loss beside the masked one."
+        _default("contrastive_weight"), "Weight of the contrastive loss beside the masked one."
     )
-    projection_size: int = argument(_default("projection_size"), "Width in which ECGs and reports are compared.")
+    projection_size: int = argument(
+        _default("projection_size"), "Size of the vectors by which ECGs and reports are compared."
+    )
     pretraining_config: str | None = argument(
         None, f"JSON with further fields of the pretraining model: {', '.join(FREE_FIELDS)}."
     )

@@ -34,9 +34,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(  # no CommandLineParser: what it does not know is for `elm sft`
         prog="elm quickstart", description=__doc__, epilog="All options of `elm sft` are taken too."
     )
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
-    parser.add_argument("--num_records", type=whole_number, default=1920, help="training records; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("runs/quickstart"),
+        help="folder of the data, models and report; default: %(default)s",
+    )
+    parser.add_argument(
+        "--num_records", type=whole_number, default=1920, help="simulated training records; default: %(default)s"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed of data and training; default: %(default)s")
     args, options = parser.parse_known_args(argv)
     for option in OWN:
         if any(word == option or word.startswith(f"{option}=") for word in options):

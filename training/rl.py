@@ -62,7 +62,7 @@ def make_parser(prog: str = "elm rl") -> ELMParser:
         eval_on_start=True,  # what is gained is told by it
     )
     options: dict[str, Any] = parser._option_string_actions
-    options["--learning_rate"].help = "Of AdamW at first. Default: 1e-6, and 1e-5 with --use_peft."
+    options["--learning_rate"].help = "Initial learning rate of AdamW. Default: 1e-6, and 1e-5 with --use_peft."
     options["--data"].help += " The last answer of each chat is the right one, and what stands before it is asked."
     options["--update"].help = "Parts that are trained. Default: connector and llm, and an encoder with random weights."
     options["--loss_type"].choices = LOSSES

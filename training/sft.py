@@ -56,7 +56,7 @@ def make_parser(prog: str = "elm sft") -> ELMParser:
     )
     options[
         "--learning_rate"
-    ].help = "Of AdamW at first. Default: 2e-5, and 2e-4 with --use_peft; 5e-4 of --train_phase pretrain without the language model."
+    ].help = "Initial learning rate of AdamW. Default: 2e-5, and 2e-4 with --use_peft; 5e-4 of --train_phase pretrain without the language model."
     options["--pad_to_multiple_of"].help = "Pad batches to a multiple of so many tokens."
     options[
         "--padding_free"

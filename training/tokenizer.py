@@ -351,9 +351,9 @@ def _runs(symbols: str, at_most: int = 12) -> str:
 def _add_data_options(command: argparse.ArgumentParser, required: bool) -> None:
     data_help = "datasets as of `elm sft`; only their column `ecg` is read, and each distinct record once"
     command.add_argument("--data", nargs="+", required=required, help=data_help)
-    command.add_argument("--fold", type=int, help="of datasets that have splits such as fold1_train")
+    command.add_argument("--fold", type=int, help="fold of datasets that have splits such as fold1_train")
     command.add_argument(
-        "--ecg_root", metavar="FOLDER", help="of the ECG files that a dataset names; default: its own folder"
+        "--ecg_root", metavar="FOLDER", help="folder of the ECG files that a dataset names; default: its own folder"
     )
 
 
@@ -395,12 +395,18 @@ def make_parser() -> argparse.ArgumentParser:
     command.set_defaults(work=inspect)
     command.add_argument("tokenizer", help=f"folder or Hub id that holds {FILE_NAME}, or such a file")
     command.add_argument("--ecg", type=Path, metavar="FILE", help="a record, of any format that read_ecg reads")
-    command.add_argument("--sampling_rate", type=float, metavar="HZ", help="of --ecg, where the file does not state it")
-    command.add_argument("--unit", help="of --ecg, where the file does not state it: mV, uV or V")
-    command.add_argument("--lead_names", nargs="+", help="of the rows of --ecg, where the file does not state them")
+    command.add_argument(
+        "--sampling_rate", type=float, metavar="HZ", help="sampling rate of --ecg, where the file does not state it"
+    )
+    command.add_argument("--unit", help="unit of --ecg, where the file does not state it: mV, uV or V")
+    command.add_argument(
+        "--lead_names", nargs="+", help="leads of the rows of --ecg, where the file does not state them"
+    )
     _add_data_options(command, required=False)
-    command.add_argument("--split", default="test", help="of the data; default: %(default)s")
-    command.add_argument("--max_records", type=whole_number, default=200, help="of the data; default: %(default)s")
+    command.add_argument("--split", default="test", help="split of the data; default: %(default)s")
+    command.add_argument(
+        "--max_records", type=whole_number, default=200, help="records of the data that are read; default: %(default)s"
+    )
     command.add_argument(
         "--output",
         type=Path,

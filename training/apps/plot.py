@@ -116,8 +116,10 @@ def make_parser() -> argparse.ArgumentParser:
     line_help = "of the trace, at least a pixel; default: %(default)g"
     parser.add_argument("--line_width", type=float, default=ECGPaper.line_width, metavar="MM", help=line_help)
     parser.add_argument("--title", help="in the caption, in place of the record's name")
-    parser.add_argument("--width", type=whole_number, metavar="PIXELS", help=f"of a PNG; default: {DEFAULT_WIDTH}")
-    height_help = "of a PNG; default: by the page's own proportions"
+    parser.add_argument(
+        "--width", type=whole_number, metavar="PIXELS", help=f"width of a PNG; default: {DEFAULT_WIDTH}"
+    )
+    height_help = "height of a PNG; default: by the page's own proportions"
     parser.add_argument("--height", type=whole_number, metavar="PIXELS", help=height_help)
     add_file_options(parser)
     return parser

@@ -51,7 +51,7 @@ class EvaluationArguments(DataArguments):
     )
     output_dir: str | None = argument(
         None,
-        "Where the results go. Default: a folder of this data and these settings in MODEL/evaluation, or ./evaluation.",
+        "Folder of the results. Default: one of this data and these settings in MODEL/evaluation, or ./evaluation.",
     )
     score: ScoredBy = argument(
         "generation",
@@ -74,11 +74,11 @@ class EvaluationArguments(DataArguments):
     generation_kwargs: str | None = argument(
         None, 'JSON with other options of `generate`, such as {"num_beams": 4}. Default: greedy decoding.'
     )
-    dtype: str = argument("auto", "Of the model: auto, float32, bfloat16 or float16.")
+    dtype: str = argument("auto", "Data type of the model: auto, float32, bfloat16 or float16.")
     torch_compile: bool = argument(False, "Compile the model with torch.compile.")
     dataset_num_proc: int | None = argument(None, "Processes that prepare datasets of the reference.")
     seed: list[int] = argument(
-        [0], "Of noise, swapped ECGs, sampled answers and the bootstrap; of several, each is a run."
+        [0], "Random seed of noise, swapped ECGs, sampled answers and the bootstrap; each of several is a run."
     )
     num_resamples: int = argument(2000, "Bootstrap resamples of patients.")
     metrics: list[str] = argument(

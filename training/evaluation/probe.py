@@ -58,14 +58,14 @@ def make_parser() -> argparse.ArgumentParser:
         help="folder or Hub id of an ECG encoder, a pretraining model, an ELM or its adapter, or a vision backbone",
     )
     add("--revision", default="main", help="branch, tag or commit of an encoder on the Hub")
-    add("--trust_remote_code", action="store_true", help="run the code that an encoder of your own comes with")
+    add("--trust_remote_code", action="store_true", help="run the code that comes with an encoder")
     add(
         "--data",
         nargs="+",
         required=True,
         help="datasets with the splits train, validation and test: folders, Hub ids or keys",
     )
-    add("--fold", type=int, help="of datasets that have splits such as fold1_train and fold1_test")
+    add("--fold", type=int, help="fold of datasets that have splits such as fold1_train and fold1_test")
     add("--ecg_root", help="folder of the ECG files that a dataset names; default: its own, if it is local")
     add(
         "--label_columns",
@@ -85,13 +85,13 @@ def make_parser() -> argparse.ArgumentParser:
         type=float,
         nargs="+",
         default=[0.01, 0.1, 1.0],
-        help="of the training patients; default: 0.01 0.1 1",
+        help="shares of the training patients to learn from; default: 0.01 0.1 1",
     )
-    add("--draws", type=whole_number, default=5, help="of patients, for shares below 1; default: 5")
+    add("--draws", type=whole_number, default=5, help="random draws of patients, for each share below 1; default: 5")
     add(
         "--zero_shot",
         action="store_true",
-        help="insist on scores by text prompts, which a contrastive encoder has anyway",
+        help="require zero-shot scores by text prompts, which a contrastive encoder gets anyway",
     )
     add(
         "--prompts",
@@ -103,25 +103,27 @@ def make_parser() -> argparse.ArgumentParser:
         "--sampling_rate",
         type=float,
         metavar="HZ",
-        help="of an encoder that has no preprocessor_config.json, like the next two",
+        help="sampling rate of an encoder that has no preprocessor_config.json; the next two are for such an encoder too",
     )
     add(
         "--lead_names",
         nargs="+",
         metavar="LEAD",
-        help="leads that it reads, in order; default: the twelve standard ones",
+        help="leads that the encoder reads, in order; default: the twelve standard ones",
     )
-    add("--normalization", choices=NORMALIZATIONS, help="of its records; default: none")
+    add("--normalization", choices=NORMALIZATIONS, help="normalization of the records; default: none")
     add(
         "--truncation",
         choices=TRUNCATIONS[1:],
         help="part of longer records that is kept; default: as the encoder says",
     )
     add("--batch_size", type=whole_number, default=64, help="records encoded at once; default: 64")
-    add("--seed", type=int, default=0, help="of random weights, draws, the CNN and the bootstrap; default: 0")
+    add("--seed", type=int, default=0, help="random seed of weights, draws, the CNN and the bootstrap; default: 0")
     add("--num_resamples", type=whole_number, default=2000, help="bootstrap resamples of patients; default: 2000")
     add(
-        "--output_dir", type=Path, help="default: a folder of this data and these settings in ENCODER/probe, or ./probe"
+        "--output_dir",
+        type=Path,
+        help="folder of the results; default: one of this data and these settings in ENCODER/probe, or ./probe",
     )
     return parser
 
