@@ -76,28 +76,28 @@ def reference_encoder() -> dict[str, torch.Tensor]:
     return {f"resnet.{names[split[key][0]]}.{split[key][2]}": value for key, value in encoder.state_dict().items()}
 
 
-def show_demo(model: str) -> None:
-    """Ends the run if the page of `elm demo` cannot be fetched."""
+def show(verb: str, model: str, path: str, holds: bytes) -> None:
+    """Ends the run if a page of `elm demo` or `elm serve` cannot be fetched, or lacks what it `holds`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     start = time.monotonic()
-    demo = os.fork()
-    if demo == 0:
-        os._exit(main(["demo", model, "--port", str(port)]))
+    process = os.fork()
+    if process == 0:
+        os._exit(main([verb, model, "--port", str(port)]))
     try:
         while True:
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/") as page:
-                    assert b"gradio" in page.read()
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}") as page:
+                    assert holds in page.read()
                 break
             except OSError:  # it does not listen yet
-                if time.monotonic() - start > 120 or os.waitpid(demo, os.WNOHANG)[0]:
-                    sys.exit("elm demo: there is no page")
+                if time.monotonic() - start > 120 or os.waitpid(process, os.WNOHANG)[0]:
+                    sys.exit(f"elm {verb}: there is no page {path}")
                 time.sleep(0.2)
     finally:
-        os.kill(demo, signal.SIGKILL)
-    print(f"elm demo: {time.monotonic() - start:.1f} s", flush=True)
+        os.kill(process, signal.SIGKILL)
+    print(f"elm {verb}: {time.monotonic() - start:.1f} s", flush=True)
 
 
 Path("recordings").mkdir()
@@ -182,7 +182,8 @@ files_of("pretrained", "model.safetensors", "encoder/model.safetensors", "encode
 options = "--label_columns odd --min_records 1 --shares 1 --output_dir probed"
 elm(f"probe converted --data labelled {options}", "Has pretraining helped?")
 files_of("probed", "probe_results.json", "probe_records.jsonl", "probe_scores.safetensors", "report.html")
-show_demo("model")
+show("demo", "model", "", b"gradio")
+show("serve", "model", "v1/models", b'"id":"model"')
 elm("chat model --max_new_tokens 4", "leads", typed="/ecg recordings/0.npz\nWhat is the rhythm?\n/quit\n")
 elm("push model --repo_id user/model --license mit", "user/model")
 elm("chat user/model", "leads", typed="/quit\n")  # as others get it

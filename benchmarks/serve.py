@@ -32,6 +32,14 @@ def bodies(data: str, model: str, max_tokens: int, stream: bool) -> list[bytes]:
     return [json.dumps(body).encode() for body in found]
 
 
+def memory_of(url: str, key: str | None) -> float:
+    """Megabytes of the server, as its /metrics tell."""
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    text = httpx2.get(f"{url.removesuffix('/v1')}/metrics", headers=headers).text
+    (line,) = [line for line in text.splitlines() if line.startswith("process_resident_memory_bytes")]
+    return float(line.split()[1]) / 1e6
+
+
 class Load:
     """What so many clients see for so long."""
 
@@ -89,7 +97,7 @@ def main() -> None:
         p50, p99 = np.percentile(load.seconds, [50, 99]) if load.seconds else (np.nan, np.nan)
         print(
             f"{clients} clients: {rates[-1]:.1f} answers/s, p50 {p50:.2f} s, p99 {p99:.2f} s, {load.num_busy} busy, "
-            f"{len(load.errors)} errors {load.errors[:2]}",
+            f"{len(load.errors)} errors {load.errors[:2]}, {memory_of(args.url, args.api_key):.0f} MB",
             flush=True,
         )
     print(f"{rates[1] / rates[0]:.1f} times the answers of one client")

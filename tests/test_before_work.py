@@ -28,6 +28,7 @@ COMMANDS = {
     "compare": ["a.json", "b.json"],
     "chat": ["model"],
     "demo": ["model"],
+    "serve": ["model"],
     "push": ["folder", "--repo_id", "a/b"],
     "convert": ["elm.pt", "--output_dir", "out"],
     "export": ["model", "--part", "llm", "--output_dir", "out"],

@@ -4,8 +4,10 @@ import contextlib
 import io
 import json
 import logging
+import random
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from asking import as_data, chats, ecg, ecg_part, make, predicted, turn
+from asking import REPRESENTATIONS, as_data, chats, ecg, ecg_part, make, predicted, turn
 from elm_ecg.training.evaluation.answers import NotFiniteError
 from elm_ecg.training.serving.app import Server, make_app
 from elm_ecg.training.serving.chats import Limits, ServedModel
@@ -36,11 +38,13 @@ from helpers import save_record
 PATH = "/v1/chat/completions"
 
 
-def served(representation: str = "signal", engine: Engine | None = None, **limits: int) -> ServedModel:
+def served(
+    representation: str = "signal", engine: Engine | None = None, name: str = "tiny", **limits: int
+) -> ServedModel:
     model, processor = make(representation)
     engine = engine or TransformersEngine(model, processor.tokenizer)
     stop = frozenset(processor.stop_token_ids)
-    return ServedModel("tiny", processor, engine, stop, limits=Limits(**{"max_new_tokens": 8} | limits))
+    return ServedModel(name, processor, engine, stop, limits=Limits(**{"max_new_tokens": 8} | limits))
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +132,25 @@ def test_answers_are_those_of_elm_predict_however_they_are_asked(client, tmp_pat
         for part in (as_data(path), {"type": "ecg", "ecg": samples}, ecg_part(5))
     )
     assert by_file == by_samples != other
+
+
+@pytest.mark.slow
+def test_fifty_at_once_of_all_representations():
+    """Four models, chats of 0, 1 and 2 ECGs, streamed and not: each gets what `elm predict` writes alone."""
+    models = [served(representation, name=representation) for representation in REPRESENTATIONS]
+    asked, expected = [], []
+    for representation in REPRESENTATIONS:
+        of_model = chats(2.0 if representation == "signal" else 5.0)
+        asked += [(representation, chat) for chat in of_model]
+        expected += predicted(*make(representation), of_model, 8)
+    requests = [(body(*chat, model=name), answer) for (name, chat), answer in zip(asked, expected, strict=True)] * 3
+    random.Random(0).shuffle(requests)
+    with TestClient(make_app(Server(models))) as client, ThreadPoolExecutor(50) as clients:
+
+        def ask(request: tuple[dict[str, Any], str]) -> bool:
+            return answer_of(client.post(PATH, json=request[0])) == request[1]
+
+        assert all(clients.map(ask, requests[:50]))
 
 
 def test_choices_and_logprobs(client):

@@ -5,11 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from test_families import FAMILIES, FUYU, tiny_llm
 
 from asking import REPRESENTATIONS, chats, collect, make, predicted, prompt_of, text_of
+from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.training.evaluation.answers import NotFiniteError
-from elm_ecg.training.serving.engine import EngineDownError, SamplingOptions
+from elm_ecg.training.serving.engine import EngineDownError, Prompt, SamplingOptions
 from elm_ecg.training.serving.transformers_engine import TransformersEngine
+from helpers import tiny_processor
 
 
 def run(engine: TransformersEngine, work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
@@ -175,3 +178,43 @@ def test_a_failure_is_told_and_gone_when_the_model_works_again(monkeypatch):
         return text_of((await collect(engine, prompt, options))[0])
 
     assert [run(engine, work)] == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_language_models_of_every_family(family, tmp_path):
+    """Whatever they keep of what they have read: windows, states, or nothing in some layers."""
+    tiny_llm(family).save_pretrained(tmp_path / "llm")
+    processor = tiny_processor("default", sampling_rate=100)
+    ecg_id = processor.ecg_token_id
+    model = ELMForConditionalGeneration.from_encoder_llm_pretrained(
+        tmp_path / "llm", ecg_token_id=ecg_id, **FUYU
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.model.connector.parameters():
+            parameter.normal_(std=0.5)
+    ecg, generator = [ecg_id] * 4, torch.Generator().manual_seed(0)
+    prompts = [
+        Prompt([*ids, 6], {"ecg_values": torch.randn(number, 12, 500, generator=generator)} if number else {})
+        for ids, number in [
+            ([*ecg, 7, 8, *ecg], 2),
+            ([11, 12], 0),
+            ([14, *ecg, *range(20, 80)], 1),
+            ([14, *ecg], 1),
+            ([3], 0),
+        ]
+    ]
+    engine = TransformersEngine(model, processor.tokenizer, max_batch_size=3)
+
+    async def work() -> list[str]:
+        asked = enumerate(prompts)
+        each = (collect(engine, one, SamplingOptions(6 + 3 * i), 0.01 * i) for i, one in asked)
+        return [text_of(choices[0]) for choices in await asyncio.gather(*each)]
+
+    expected = []
+    for number, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt.input_ids])
+        options = {"max_new_tokens": 6 + 3 * number, "do_sample": False, "repetition_penalty": 1.0, "eos_token_id": []}
+        output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options, **prompt.ecg_inputs)
+        expected += processor.decode_answers(output[:, ids.shape[1] :])
+    assert run(engine, work) == expected

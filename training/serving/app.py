@@ -290,7 +290,11 @@ def make_app(server: Server) -> FastAPI:
             if known is None:
                 raise
             raise known from error
-        return StreamingResponse(chat.events(), media_type="text/event-stream", headers={"cache-control": "no-store"})
+        return StreamingResponse(
+            chat.events(),
+            media_type="text/event-stream",
+            headers={"cache-control": "no-store", "x-accel-buffering": "no"},
+        )
 
     @app.get("/v1/models", dependencies=with_key)
     async def models() -> Models:

@@ -1,6 +1,6 @@
 """What Prometheus is told of a server."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -10,6 +10,7 @@ class Metrics:
 
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
+        ProcessCollector(registry=registry)  # memory, files and time of the process
         self.requests = Counter("elm_requests", "Requests by path and status.", ["path", "status"], registry=registry)
         self.waiting = Gauge("elm_requests_waiting", "Chats whose answer has not begun.", registry=registry)
         self.running = Gauge("elm_requests_running", "Chats whose answer is written.", registry=registry)
@@ -18,7 +19,7 @@ class Metrics:
         self.tokens = Counter("elm_completion_tokens", "Tokens that were written.", ["model"], registry=registry)
         self.first_token = Histogram(
             "elm_time_to_first_token_seconds",
-            "From a chat's request to the first text of its answer; to all of it where it is not streamed.",
+            "From a chat's request to the first token of its answer.",
             registry=registry,
             buckets=SECONDS,
         )
