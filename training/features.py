@@ -61,7 +61,7 @@ class EncoderFeatures:
             return batch
         precision, rows = self._precision(), _rows(ecgs)
         keys = [_digest_of(row, precision) for row in rows]
-        features = {key: self._read(key) for key in dict.fromkeys(keys)}
+        features: dict[str, Any] = {key: self._read(key) for key in dict.fromkeys(keys)}
         new = {key: row for key, row in zip(keys, rows, strict=True) if features[key] is None}
         self.found += len(keys) - len(new)
         for group in [[*new]] if self.together and new else [[key] for key in new]:

@@ -17,6 +17,7 @@ from elm_ecg.ecg_utils import STANDARD_LEADS
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training import cli
+from elm_ecg.training.apps import demo as demo_module
 from elm_ecg.training.apps.chat import Chat, ServedChat
 from elm_ecg.training.apps.demo import Page, ServedPage, example_files
 from elm_ecg.training.apps.served import ServedModel, read_to_send
@@ -232,6 +233,21 @@ def test_a_served_page_answers_as_one_here(running, served, records):
     ecgs, picture = there.upload([str(records[1])], start=3.0)
     assert "<svg" in picture
     assert ecgs[0].prepared.array.shape[1] == 9 * 500
+
+
+def test_the_command_of_the_page(running, records, monkeypatch, capsys):
+    pytest.importorskip("gradio")
+    monkeypatch.setenv("ELM_API_KEY", KEY)
+    built = []
+
+    def show(demo: Any, *_: object) -> str:
+        built.append(demo)
+        raise KeyboardInterrupt  # who has seen it ends it
+
+    monkeypatch.setattr(demo_module, "serve", show)
+    assert cli.main(["demo", "--server", running.url, "--records", str(records[0]), "--system_prompt", "Brief."]) == 130
+    texts = [block.value for block in built[0].blocks.values() if isinstance(getattr(block, "value", None), str)]
+    assert any("`tiny`" in text for text in texts)
 
 
 def test_what_is_drawn_of_a_long_record(records):

@@ -319,6 +319,14 @@ def make_app(server: Server) -> FastAPI:
         """For Prometheus."""
         return Response(server.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
+    _add_errors(app)
+    _add_guard(app, server)
+    return app
+
+
+def _add_errors(app: FastAPI) -> None:
+    """All errors in OpenAI's form."""
+
     @app.exception_handler(HTTPException)
     async def told(request: Request, error: HTTPException) -> Response:
         known = error if isinstance(error, APIError) else APIError(error.status_code, str(error.detail))
@@ -330,6 +338,9 @@ def make_app(server: Server) -> FastAPI:
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         return _as_error(error).response()
 
+
+def _add_guard(app: FastAPI, server: Server) -> None:
+    """What stands before all paths; that of browsers is outermost, as pages read errors too."""
     app.add_middleware(Guard, rules=server.rules, metrics=server.metrics, paths=PATHS)
     if server.cors_origins:
         app.add_middleware(
@@ -339,7 +350,6 @@ def make_app(server: Server) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    return app
 
 
 def _as_error(error: RequestValidationError) -> APIError:

@@ -82,9 +82,8 @@ def row_of(cache: DynamicCache, row: int, mask: torch.Tensor) -> list[tuple[torc
     Args:
         mask: [tokens], True for those of the row that are no padding.
     """
-    return [
-        None
-        if layer.keys is None
-        else (layer.keys[row : row + 1, :, mask].clone(), layer.values[row : row + 1, :, mask].clone())
-        for layer in cache.layers
+    layers: Any = cache.layers
+    return [  # a mask copies
+        None if layer.keys is None else (layer.keys[row : row + 1, :, mask], layer.values[row : row + 1, :, mask])
+        for layer in layers
     ]

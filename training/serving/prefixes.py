@@ -87,6 +87,7 @@ class Prefixes:
                 longest, found = same, number
         if longest:
             self._kept.move_to_end(found)
+            layer: Any
             for layer, values in zip(cache.layers, self._kept[found].layers, strict=True):
                 if values is not None:
                     layer.update(*(tensor[..., :longest, :] for tensor in values))
