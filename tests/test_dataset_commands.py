@@ -133,7 +133,9 @@ def test_simulate_leaves_nothing_of_what_cannot_be_made(tmp_path):
         main(["simulate", str(tmp_path / "ecgs"), "--sampling_rate", "50"])
     with pytest.raises(ValueError, match="--seed is -1; it must be at least 0"):
         main(["simulate", str(tmp_path / "ecgs"), "--seed", "-1"])
-    with pytest.raises(ValueError, match=r"--no_signal is 1\.0; expected a share of the records, from 0 to less than 1"):
+    with pytest.raises(
+        ValueError, match=r"--no_signal is 1\.0; expected a share of the records, from 0 to less than 1"
+    ):
         main(["simulate", str(tmp_path / "ecgs"), "--no_signal", "1"])
     assert list(tmp_path.iterdir()) == []
 

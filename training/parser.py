@@ -43,8 +43,8 @@ COMMON |= {
 }
 COMMON |= {"logging_steps", "save_strategy", "resume_from_checkpoint", "report_to", "lora_r", "attn_implementation"}
 # options of transformers that are JSON on the command line; one that does not begin with a brace is a file, or refused with its values
-JSON_OPTIONS = ("accelerator_config", "activation_checkpointing_kwargs", "deepspeed", "fsdp_config")
-JSON_OPTIONS += ("gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
+JSON_OPTIONS = ["accelerator_config", "activation_checkpointing_kwargs", "deepspeed", "fsdp_config"]
+JSON_OPTIONS += ["gradient_checkpointing_kwargs", "lr_scheduler_kwargs"]
 # values of the reference's --optimizer
 OPTIMIZERS = {"adam": "adamw_torch", "adamw": "adamw_torch"}  # transformers has no plain Adam; alike at weight_decay 0
 

@@ -14,7 +14,15 @@ from elm_ecg.training.data.loading import to_chat
 
 # names under which rewards, or TRL, get something else than a column of the data
 TAKEN = {"row", "prompt", "prompts", "solution", "completion", "completions", "completion_ids", "image", "images"}
-TAKEN |= {"environment", "environments", "trainer_state", "log_extra", "log_metric", "think_given", "max_completion_length"}
+TAKEN |= {
+    "environment",
+    "environments",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+    "think_given",
+    "max_completion_length",
+}
 
 
 @dataclass
