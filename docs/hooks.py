@@ -11,6 +11,7 @@ import itertools
 import json
 import re
 import shutil
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ PACKAGE = (
 )  # where mkdocstrings finds the package by its name, without the environment and the tests
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 SHARED = ("help", "help_all")  # options of every command
+LINE_WIDTH = 100  # of what a notebook printed
 MAX_CHOICES = 6  # that a heading shows
 RECIPE_COMMANDS = ("sft", "pretrain", "rl", "dpo")
 COMMANDS_INTRODUCTION = """\
@@ -240,7 +242,8 @@ def python_page() -> str:
 def _shown(output: dict[str, Any]) -> str:
     """What a cell printed, drew or gave, as Markdown; pictures stand in the page itself."""
     if output["output_type"] == "stream":
-        return f"```text\n{''.join(output['text']).rstrip()}\n```"
+        lines = "".join(output["text"]).rstrip().splitlines()
+        return "\n".join(["```text", *(textwrap.fill(line, LINE_WIDTH) for line in lines), "```"])
     content = output["data"]
     if "image/png" in content:
         return f"![Picture](data:image/png;base64,{''.join(content['image/png']).strip()})"
