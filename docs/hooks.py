@@ -1,14 +1,17 @@
-"""Writes the pages of the reference while the site is built: the commands from their parsers, the Python API from its names.
+"""Writes pages while the site is built: the commands from their parsers, the Python API from its names, the notebooks from their cells.
 
 `mkdocs.yml` names this file. The functions above the hooks need no mkdocs, so that the tests compare parsers and pages.
 """
 
 import argparse
+import base64
 import html
 import importlib
 import itertools
+import json
 import re
 import shutil
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = (
     ROOT / "build" / "docs"
 )  # where mkdocstrings finds the package by its name, without the environment and the tests
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 SHARED = ("help", "help_all")  # options of every command
+LINE_WIDTH = 100  # of what a notebook printed
 MAX_CHOICES = 6  # that a heading shows
 RECIPE_COMMANDS = ("sft", "pretrain", "rl", "dpo")
 COMMANDS_INTRODUCTION = """\
@@ -37,6 +42,13 @@ A recipe is a YAML file of options that comes with the package. `--config NAME` 
 PYTHON_INTRODUCTION = """\
 The first section is what `from elm_ecg import ...` gives. Most users need no other. [In Python](../how_to/python.md) shows them at work.
 The sections after it are what the modules of a saved model define: configurations, encoders and processors.
+"""
+NOTEBOOK_INTRODUCTION = """\
+This page is the notebook [{name}]({name}) with the outputs of its last run. This opens it in a clone:
+
+```bash
+uv run --with jupyterlab jupyter lab docs/notebooks
+```
 """
 
 
@@ -227,9 +239,38 @@ def python_page() -> str:
     return "\n".join(lines)
 
 
+def _shown(output: dict[str, Any]) -> str:
+    """What a cell printed, drew or gave, as Markdown; pictures stand in the page itself."""
+    if output["output_type"] == "stream":
+        lines = "".join(output["text"]).rstrip().splitlines()
+        return "\n".join(["```text", *(textwrap.fill(line, LINE_WIDTH) for line in lines), "```"])
+    content = output["data"]
+    if "image/png" in content:
+        return f"![Picture](data:image/png;base64,{''.join(content['image/png']).strip()})"
+    if "image/svg+xml" in content:
+        drawing = base64.b64encode("".join(content["image/svg+xml"]).encode()).decode()
+        return f"![Picture](data:image/svg+xml;base64,{drawing})"
+    return f"```text\n{''.join(content['text/plain'])}\n```"
+
+
+def notebook_page(path: Path) -> str:
+    """A notebook as Markdown: its texts, its code, and what came out of it when it was last run."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source.replace(".ipynb)", ".md)"))
+        else:
+            parts += [f"```python\n{source}\n```", *map(_shown, cell["outputs"])]
+    heading, *others = parts
+    title, _, introduction = heading.partition("\n\n")
+    return "\n\n".join([title, NOTEBOOK_INTRODUCTION.format(name=path.name), introduction, *others]) + "\n"
+
+
 def pages() -> dict[str, str]:
     """All pages that are written here, by their paths in `docs`."""
     return {
+        **{f"notebooks/{path.stem}.md": notebook_page(path) for path in NOTEBOOKS},
         "reference/commands.md": commands_page(),
         **{f"reference/commands/{command}.md": command_page(command) for command in COMMANDS},
         "reference/recipes.md": recipes_page(),

@@ -1,5 +1,6 @@
 """What the documentation is made of: its pages, and their blocks of code."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -8,6 +9,12 @@ import textwrap
 from pathlib import Path
 
 from forks import ROOT
+
+_spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
+assert _spec is not None
+assert _spec.loader is not None
+hooks = importlib.util.module_from_spec(_spec)  # writes pages of the site
+_spec.loader.exec_module(hooks)
 
 # what people read: the pages of the site, and what stands at the root
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

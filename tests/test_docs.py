@@ -1,6 +1,6 @@
 """What the documentation says, holds: commands parse, code runs, tables name what there is, links lead somewhere."""
 
-import importlib.util
+import importlib
 import os
 import re
 import shlex
@@ -17,7 +17,7 @@ from torch.distributed.run import get_args_parser
 from trl import SFTConfig
 
 import elm_ecg
-from documents import TEXTS, block, blocks
+from documents import TEXTS, block, blocks, hooks
 from elm_ecg.training import cli, pretrain, rl, run_options, sft
 from elm_ecg.training.arguments import ELMS, VISION_BACKBONES, DataArguments
 from elm_ecg.training.data.loading import ecgs_of, load_data
@@ -28,12 +28,6 @@ from elm_ecg.training.llms import LLMS
 from elm_ecg.training.parser import ALIASES
 from elm_ecg.training.sharing import convert
 from helpers import ROOT, run_isolated, save_tiny_llm
-
-spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
-assert spec is not None
-assert spec.loader is not None
-hooks = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hooks)
 
 TYPED = "\n".join(TEXTS.values())
 COMMANDS = [line for _, block in blocks(TYPED, "bash") for line in block.splitlines()]
@@ -287,7 +281,7 @@ def test_links_lead_somewhere() -> None:
     pages = TEXTS | {f"docs/{path}": text for path, text in hooks.pages().items()}
     for page, text in pages.items():
         for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`]*`", "", text)):
-            if re.match("https?:|mailto:", target):
+            if re.match("https?:|mailto:|data:", target):
                 continue
             file, _, anchor = target.partition("#")
             place = (ROOT / page).parent / file if file else ROOT / page
@@ -296,9 +290,26 @@ def test_links_lead_somewhere() -> None:
             assert not anchor or anchor in anchors(pages[name]), f"{page} links to {target}"
 
 
+def test_links_to_other_sites_are_well_formed() -> None:
+    """The network is not asked. A new host goes into the list once its page was looked at."""
+    hosts = {"docs.astral.sh", "download.pytorch.org", "github.com", "huggingface.co", "kellerjordan.github.io"}
+    hosts |= {"arxiv.org", "doi.org", "rustup.rs", "www.adept.ai"}
+    forms = {"arxiv.org": r"/abs/\d{4}\.\d{5}", "doi.org": r"/10\.\d{4,5}/[\w./-]*\w"}
+    pages = [*TEXTS.values(), *(hooks.notebook_page(path) for path in hooks.NOTEBOOKS)]
+    targets = {target for text in pages for target in re.findall(r"\]\((https?:[^)\s]+)\)", text)}
+    assert len(targets) > 20
+    for target in targets:
+        found = re.fullmatch(r"https://([^/]+)(/.*)?", target)
+        assert found, f"{target} is not https"
+        host, path = found[1], found[2] or ""
+        assert host in hosts, target
+        assert re.fullmatch(forms.get(host, ".*"), path), target
+
+
 def test_every_page_is_in_the_navigation() -> None:
     loader = yaml.SafeLoader
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     listed = set(re.findall(r"^ +- .*: (\S+\.md)$", text, re.MULTILINE))
     assert {path.removeprefix("docs/") for path in TEXTS if path.startswith("docs/")} <= listed
+    assert {f"notebooks/{path.stem}.md" for path in hooks.NOTEBOOKS} <= listed
     assert yaml.load(text, loader)["strict"]
