@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from elm_ecg.training.files import NO_ROOM, ending_on_sigterm, no_room
 
-MAX_NEW_TOKENS = 128  # of an answer, where the command line does not say
+MAX_NEW_TOKENS = 128  # of an answer, in `elm predict` and `elm explain`
 
 
 class CommandLineParser(argparse.ArgumentParser):
@@ -114,13 +114,14 @@ def whole_number(text: str) -> int:
     return value
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """The options of a command that asks a saved model: where it is from, and how it is asked."""
+def add_model_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """The options of a command that asks a saved model: where it is from, and how it is asked; the longest answer by default."""
     add = parser.add_argument
     add("--revision", default="main", help="of a Hub id; default: %(default)s")
     code_help = "run the code of an encoder or connector that comes with the model; read it before"
     add("--trust_remote_code", action="store_true", help=code_help)
-    add("--max_new_tokens", type=whole_number, metavar="TOKENS", help=f"longest answer; default: {MAX_NEW_TOKENS}")
+    tokens_help = f"longest answer; default: {max_new_tokens}"
+    add("--max_new_tokens", type=whole_number, default=max_new_tokens, metavar="TOKENS", help=tokens_help)
     system_help = "system message, or a file that holds it; default: that of the model's training; '' for none"
     add("--system_prompt", metavar="TEXT", help=system_help)
     dtypes = ("auto", "float32", "bfloat16", "float16")

@@ -248,7 +248,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--layout", choices=LAYOUTS, default=ECGPaper.layout, help=layout_help)
     add("--width", type=whole_number, default=WIDTH, metavar="PIXELS", help="of the PNG; default: %(default)s")
-    add_model_options(parser)
+    add_model_options(parser, MAX_NEW_TOKENS)
+    parser.set_defaults(max_new_tokens=None)  # whether it was said counts
     add_record_options(parser)
     return parser
 

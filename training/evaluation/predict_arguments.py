@@ -58,7 +58,8 @@ def make_parser() -> argparse.ArgumentParser:
     generation_help = 'JSON with other options of `generate`, such as {"num_beams": 4}; default: greedy decoding'
     add("--generation_kwargs", metavar="JSON", help=generation_help)
     add("--seed", type=int, default=0, help="of sampled answers; default: %(default)s")
-    add_model_options(parser)
+    add_model_options(parser, MAX_NEW_TOKENS)
+    parser.set_defaults(max_new_tokens=None)  # whether it was said counts
     add_record_options(parser)
     truncation_help = (
         "part that is read of a record that is longer than the model takes; default: that of its training, or an error"

@@ -91,9 +91,11 @@ class ECGGrounding(Suite):
 
     def judged_share(self, said: dict[str, Any]) -> float | None:
         """The mean score of the diagnoses; None where there are none, or one has no score."""
-        listed = said.get("diagnoses")
-        scores = [one.get("score") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
-        if not scores or len(scores) < len(listed) or not all(type(s) is int and 0 <= s <= MAX_SCORE for s in scores):
+        listed: Any = said.get("diagnoses")
+        if not isinstance(listed, list) or not listed:
+            return None
+        scores: list[Any] = [one.get("score") if isinstance(one, dict) else None for one in listed]
+        if not all(type(score) is int and 0 <= score <= MAX_SCORE for score in scores):
             return None
         return sum(scores) / (MAX_SCORE * len(scores))
 

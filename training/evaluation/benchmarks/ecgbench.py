@@ -114,7 +114,7 @@ class ECGBench(Suite):
 
     def judged_share(self, said: dict[str, Any]) -> float | None:
         """The mean of the three scores; None where one is missing or is none."""
-        scores = [said.get(name) for name in JUDGED]
+        scores: list[Any] = [said.get(name) for name in JUDGED]
         if not all(type(score) in (int, float) and 0 <= score <= 10 for score in scores):
             return None
         return float(np.mean(scores)) / 10
