@@ -9,12 +9,17 @@ from elm_ecg.training.evaluation.benchmarks.chats import Turn
 from elm_ecg.training.evaluation.benchmarks.ecg_grounding import ECGGrounding
 from elm_ecg.training.evaluation.benchmarks.ecgbench import ECGBench
 from elm_ecg.training.evaluation.benchmarks.endpoint import Endpoint
-from elm_ecg.training.evaluation.benchmarks.judge import Judge, prompt_of
+from elm_ecg.training.evaluation.benchmarks.judge import Judge
 from helpers import save_record
 
 BENCH = ECGBench()
 REPORT = Turn("Write a report.", "Sinus rhythm. Normal ECG.", "ptb-test-report")
 MARKS = {"Sinus rhythm.": (10, 10, 4), "Asystole.": (0, 3, 0)}  # rhythm, waveform, diagnosis
+
+
+def judge_at(endpoint: Endpoint, file: Path) -> Judge:
+    assert BENCH.judge_prompt is not None
+    return Judge(endpoint, file, BENCH.judge_prompt, BENCH.is_judged, BENCH.judged_share)
 
 
 def text_of(body: dict) -> str:
@@ -37,14 +42,14 @@ def test_scores_of_a_judge(server, tmp_path, monkeypatch):
     monkeypatch.setenv("ELM_JUDGE_API_KEY", "a-key")
     monkeypatch.setenv("OPENAI_API_KEY", "another")
     endpoint = Endpoint(server.url, "judge", "judge_url", "ELM_JUDGE_API_KEY")
-    judge = Judge(endpoint, tmp_path / "judge.jsonl")
+    judge = judge_at(endpoint, tmp_path / "judge.jsonl")
     turns = [REPORT, REPORT, Turn("NORM or MI?", "NORM", "ptb-test"), REPORT, REPORT, REPORT]
     answers = ["Sinus rhythm.", "Asystole.", "NORM", " ", "{}", "Asystole."]
-    points = judge.points(BENCH, turns, answers)
+    points = judge.points(turns, answers)
     assert points.tolist() == [[0.8, 1], [0.1, 1], [0, 0], [0, 1], [0, 0], [0.1, 1]]
-    assert judge.as_json(BENCH)["replies_without_a_score"] == 1
+    assert judge.as_json()["replies_without_a_score"] == 1
     assert sorted(map(text_of, server.asked)) == sorted(
-        {prompt_of(BENCH, REPORT, answers[place]) for place in (0, 1, 4)}
+        {judge.prompt_of(REPORT, answers[place]) for place in (0, 1, 4)}
     )
     assert "right text:\nSinus rhythm. Normal ECG.\n" in text_of(server.asked[0])
     assert {(body["key"], body["model"], body["temperature"]) for body in server.asked} == {
@@ -52,14 +57,14 @@ def test_scores_of_a_judge(server, tmp_path, monkeypatch):
     }
     with judge.file.open("a") as file:
         file.write('\n{"key": "cut off')
-    again = Judge(endpoint, judge.file)
-    assert again.points(BENCH, turns, answers).tolist() == points.tolist()
+    again = judge_at(endpoint, judge.file)
+    assert again.points(turns, answers).tolist() == points.tolist()
     assert len(server.asked) == 3
-    assert again.points(BENCH, [REPORT], ["Sinus rhythm!"]).tolist() == [[0, 0]]
+    assert again.points([REPORT], ["Sinus rhythm!"]).tolist() == [[0, 0]]
     assert len(server.asked) == 4  # kept behind the line that was cut
-    assert Judge(endpoint, judge.file).points(BENCH, [REPORT], ["Sinus rhythm!"]).tolist() == [[0, 0]]
+    assert judge_at(endpoint, judge.file).points([REPORT], ["Sinus rhythm!"]).tolist() == [[0, 0]]
     assert len(server.asked) == 4
-    Judge(Endpoint(server.url, "other"), judge.file).points(BENCH, [REPORT], ["Asystole."])
+    judge_at(Endpoint(server.url, "other"), judge.file).points([REPORT], ["Asystole."])
     assert len(server.asked) == 5  # another judge's reply is not taken
 
 

@@ -115,7 +115,7 @@ def run_suite(
     facts["suite"] = {"name": suite.name, "title": suite.title, "paper": suite.paper, "left_out": left_out}
     results = summarise(answerer, scorer, answers, not_scored, [], facts, suite.main_metric)
     if judge is not None:
-        results["suite"]["judge"] = judge.as_json(suite)
+        results["suite"]["judge"] = judge.as_json()
         if judge.unread:
             logger.warning(
                 "%s: %s replies of the judge have no score, and are left out.", suite.name, f"{len(judge.unread):,}"
@@ -130,7 +130,8 @@ def _judge_of(args: Namespace, suite: Suite, folder: Path) -> Judge | None:
     """The judge of the command line, of a suite that has something to judge."""
     if args.judge_url is None or suite.judge_prompt is None:
         return None
-    return Judge(Endpoint(args.judge_url, args.judge_model, "judge_url", KEY_VARIABLE), folder / JUDGE_FILE)
+    endpoint = Endpoint(args.judge_url, args.judge_model, "judge_url", KEY_VARIABLE)
+    return Judge(endpoint, folder / JUDGE_FILE, suite.judge_prompt, suite.is_judged, suite.judged_share)
 
 
 def _check_likelihoods(args: Namespace, contender: Contender, suites: Sequence[Suite]) -> None:

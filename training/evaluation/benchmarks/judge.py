@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import numpy as np
 
 from elm_ecg.training.evaluation.benchmarks.chats import Turn
 from elm_ecg.training.evaluation.benchmarks.endpoint import AT_ONCE, Endpoint
-from elm_ecg.training.evaluation.benchmarks.suite import Suite
 
 JUDGE_FILE = "judge.jsonl"
 KEY_VARIABLE = "ELM_JUDGE_API_KEY"  # not that of --endpoint: each address sees its own key alone
@@ -25,12 +24,22 @@ class Judge:
 
     Args:
         file: JSON Lines, a digest, the prompt and the reply in each; whole lines alone are read.
+        told: what it is told before the two texts.
+        is_judged, share_of: as `Suite.is_judged` and `Suite.judged_share`.
 
     `unread` has the digests of the prompts whose replies say no score.
     """
 
-    def __init__(self, endpoint: Endpoint, file: Path) -> None:
-        self.endpoint, self.file = endpoint, file
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        file: Path,
+        told: str,
+        is_judged: Callable[[Turn], bool],
+        share_of: Callable[[dict[str, Any]], float | None],
+    ) -> None:
+        self.endpoint, self.file, self.told = endpoint, file, told
+        self.is_judged, self.share_of = is_judged, share_of
         self.unread: set[str] = set()
         self._replies: dict[str, str] = {}
         if file.is_file():
@@ -40,31 +49,35 @@ class Judge:
                 if row is not None and row.get("key") == self._key(str(row.get("prompt"))):
                     self._replies[row["key"]] = str(row.get("reply"))
 
-    def points(self, suite: Suite, turns: Sequence[Turn], answers: Sequence[str]) -> np.ndarray:
+    def points(self, turns: Sequence[Turn], answers: Sequence[str]) -> np.ndarray:
         """The judged score of each turn, [turns, 2]: its share of the best, and 1; two zeros where none can be told, as of a turn that is not
         judged. An empty answer has no point, and nobody is asked."""
         points = np.zeros((len(turns), 2))
-        judged = [place for place, turn in enumerate(turns) if suite.is_judged(turn)]
+        judged = [place for place, turn in enumerate(turns) if self.is_judged(turn)]
         points[judged, 1] = 1
-        prompts = {place: prompt_of(suite, turns[place], answers[place]) for place in judged if answers[place].strip()}
+        prompts = {place: self.prompt_of(turns[place], answers[place]) for place in judged if answers[place].strip()}
         self._ask(list(dict.fromkeys(prompts.values())))
         for place, prompt in prompts.items():
             key = self._key(prompt)
             said = _read(_object_in(self._replies[key]))
-            share = None if said is None else suite.judged_share(said)
+            share = None if said is None else self.share_of(said)
             if share is None:
                 self.unread.add(key)
             points[place] = (0, 0) if share is None else (share, 1)
         return points
 
-    def as_json(self, suite: Suite) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """What is to be known about the judge, beside its scores."""
         return {
             "url": self.endpoint.url,
             "model": self.endpoint.model,
-            "prompt": suite.judge_prompt,
+            "prompt": self.told,
             "replies_without_a_score": len(self.unread),
         }
+
+    def prompt_of(self, turn: Turn, answer: str) -> str:
+        """What the judge reads of an answer."""
+        return f"{self.told}\n\nThe right text:\n{turn.answer}\n\nThe text to judge:\n{answer}"
 
     def _key(self, prompt: str) -> str:
         return hashlib.sha256(json.dumps([self.endpoint.model, prompt]).encode()).hexdigest()
@@ -80,11 +93,6 @@ class Judge:
                     self._replies[key] = reply
                     # a line that was cut before does not spoil this one
                     file.write("\n" + json.dumps({"key": key, "prompt": prompt, "reply": reply}))
-
-
-def prompt_of(suite: Suite, turn: Turn, answer: str) -> str:
-    """What the judge reads of an answer."""
-    return f"{suite.judge_prompt}\n\nThe right text:\n{turn.answer}\n\nThe text to judge:\n{answer}"
 
 
 def _object_in(reply: str) -> str:

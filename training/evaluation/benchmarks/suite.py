@@ -4,18 +4,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from elm_ecg.training.evaluation.arguments import ScoredBy
 from elm_ecg.training.evaluation.benchmarks.chats import Chat, SuiteOptions, Turn
+from elm_ecg.training.evaluation.benchmarks.judge import Judge
 from elm_ecg.training.evaluation.benchmarks.records import RecordPlaces
 from elm_ecg.training.evaluation.scale import MetricScale
 from elm_ecg.training.evaluation.scores import Figure, Key, Scorer
-
-if TYPE_CHECKING:
-    from elm_ecg.training.evaluation.benchmarks.judge import Judge
 
 
 class Suite(ABC):
@@ -97,14 +95,14 @@ class SuiteScorer(Scorer):
     suite: Suite | None = None
     turns: Sequence[Turn] = ()
     chats: Sequence[int] = ()
-    judge: "Judge | None" = None
+    judge: Judge | None = None
 
     def points(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """As `Suite.points`, with the judged score."""
         assert self.suite is not None
         points = self.suite.points(self.turns, self.chats, texts)
         if self.judge is not None and self.suite.judged_metric is not None:
-            judged = self.judge.points(self.suite, self.turns, texts)
+            judged = self.judge.points(self.turns, texts)
             if judged[:, 1].any():
                 points[self.suite.judged_metric] = judged
         return points
