@@ -73,15 +73,15 @@ def stay_frozen(part: nn.Module) -> None:
 @contextmanager
 def in_eval_mode(part: nn.Module | None) -> Iterator[None]:
     """All of a part is in eval mode in the block, and behind it as it was; LoRA leaves some modules in eval mode."""
-    modules = [] if part is None else list(part.modules())
-    modes = [module.training for module in modules]
-    for module in modules:
+    # setting an attribute of a module takes long, and in evaluation none is in training mode
+    training = [] if part is None else [module for module in part.modules() if module.training]
+    for module in training:
         module.training = False
     try:
         yield
     finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
+        for module in training:
+            module.training = True
 
 
 def attention_of(model_class: type[PreTrainedModel], requested: str | None) -> str | None:

@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 
 from elm_ecg.training.files import NO_ROOM, ending_on_sigterm, no_room
 
+MAX_NEW_TOKENS = 128  # of an answer, in `elm predict` and `elm explain`
+
 
 class CommandLineParser(argparse.ArgumentParser):
     """An argparse parser whose errors take two lines, and name the option that was probably meant."""
@@ -118,7 +120,7 @@ def add_model_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> N
     add("--revision", default="main", help="of a Hub id; default: %(default)s")
     code_help = "run the code of an encoder or connector that comes with the model; read it before"
     add("--trust_remote_code", action="store_true", help=code_help)
-    tokens_help = "longest answer; default: %(default)s"
+    tokens_help = f"longest answer; default: {max_new_tokens}"
     add("--max_new_tokens", type=whole_number, default=max_new_tokens, metavar="TOKENS", help=tokens_help)
     system_help = "system message, or a file that holds it; default: that of the model's training; '' for none"
     add("--system_prompt", metavar="TEXT", help=system_help)

@@ -118,6 +118,8 @@ def test_the_command_writes_pictures_and_figures(model, tmp_path, capsys):
     assert len(values["share_by_time"]) == 50
     assert cli.main([*argv, "--output", str(tmp_path / "no" / "why")]) == 1
     assert "there is no folder" in capsys.readouterr().err
+    assert cli.main([*argv, "--max_new_tokens", "4"]) == 1
+    assert "--max_new_tokens changes nothing with --answer" in capsys.readouterr().err
     for option in ("--question", "--answer"):
         assert cli.main([*argv, option, " "]) == 1
         assert f"{option} has an empty text" in capsys.readouterr().err

@@ -297,6 +297,12 @@ def test_records_stand_anywhere(tmp_path):
         (["--data", "d", "--unit", "uV"], "--unit changes nothing without RECORD"),
         (["x.npz", "--question", "Why?", "--candidates", "yes", "yes"], "at least two different"),
         (["x.npz", "--question", "Why?", "--candidates", "a", "b", "--generation_kwargs", '{"top_k": 2}'], "nothing"),
+        (
+            ["x.npz", "--question", "Why?", "--candidates", "a", "b", "--max_new_tokens", "4"],
+            "nothing with --candidates",
+        ),
+        (["x.npz", "--features", "encoder", "--max_new_tokens", "4"], "--max_new_tokens changes nothing"),
+        (["x.npz", "--questions", "nope.csv"], "--questions nope.csv: there is no such file"),
         (["x.npz", "--question", "Why?", "--generation_kwargs", '{"max_length": 2}'], "has max_length; expected"),
         (["x.npz", "--question", "Why?", "--output", "a.txt"], "ends with .jsonl or .csv"),
         (["x.npz", "--question", "Why?", "--output", "no/a.csv"], "there is no folder no"),

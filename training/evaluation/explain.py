@@ -16,6 +16,7 @@ from elm_ecg.ecg_utils import ECGRecord, read_ecg
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.command_line import (
+    MAX_NEW_TOKENS,
     CommandLineParser,
     add_model_options,
     add_record_options,
@@ -135,7 +136,7 @@ def explain(
     question: str | Sequence[dict[str, Any]],
     answer: str | None = None,
     method: Method = "integrated_gradients",
-    max_new_tokens: int = 128,
+    max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> Explanation:
     """Explains an answer about one record.
 
@@ -247,7 +248,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--layout", choices=LAYOUTS, default=ECGPaper.layout, help=layout_help)
     add("--width", type=whole_number, default=WIDTH, metavar="PIXELS", help="of the PNG; default: %(default)s")
-    add_model_options(parser, 128)
+    add_model_options(parser, MAX_NEW_TOKENS)
+    parser.set_defaults(max_new_tokens=None)  # whether it was said counts
     add_record_options(parser)
     return parser
 
@@ -259,6 +261,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("--question has an empty text; say what is asked.")
     if args.answer is not None and not args.answer.strip():
         raise ValueError("--answer has an empty text; leave it out to explain the model's own.")
+    if args.answer is not None and args.max_new_tokens is not None:
+        raise ValueError("--max_new_tokens changes nothing with --answer, which is given; leave one of them out.")
     output = args.output or Path(f"{args.record.stem}-why")
     if output.suffix in SUFFIXES:  # said of one of the files
         output = output.with_suffix("")
@@ -271,7 +275,8 @@ def main(argv: list[str] | None = None) -> None:
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]  # a wrapped method
     limit_threads(model, model.device)
     processor = processor.with_system_prompt(read_system_prompt(args.system_prompt))
-    explanation = explain(model, processor, record, args.question, args.answer, args.method, args.max_new_tokens)
+    longest = args.max_new_tokens or MAX_NEW_TOKENS
+    explanation = explain(model, processor, record, args.question, args.answer, args.method, longest)
     paths = write(explanation, output, args.width, ECGPaper(layout=args.layout))
     print(printable(explanation.told()))
     for notice in explanation.record.metadata["notices"]:

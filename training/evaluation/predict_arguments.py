@@ -5,6 +5,7 @@ from pathlib import Path
 
 from elm_ecg.feature_extraction_elm import TRUNCATIONS
 from elm_ecg.training.command_line import (
+    MAX_NEW_TOKENS,
     CommandLineParser,
     add_model_options,
     add_record_options,
@@ -57,7 +58,8 @@ def make_parser() -> argparse.ArgumentParser:
     generation_help = 'JSON with other options of `generate`, such as {"num_beams": 4}; default: greedy decoding'
     add("--generation_kwargs", metavar="JSON", help=generation_help)
     add("--seed", type=int, default=0, help="of sampled answers; default: %(default)s")
-    add_model_options(parser, 128)
+    add_model_options(parser, MAX_NEW_TOKENS)
+    parser.set_defaults(max_new_tokens=None)  # whether it was said counts
     add_record_options(parser)
     truncation_help = (
         "part that is read of a record that is longer than the model takes; default: that of its training, or an error"
@@ -67,7 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The options, with `output` and `split` as they count, and `generation`, the other options of `generate`.
+    """The options, with `output`, `split` and `max_new_tokens` as they count, and `generation`, the other options of `generate`.
 
     Raises:
         ValueError: some do not go together, or one is not as expected.
@@ -84,6 +86,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     check_generation(args.generation, "--")
     _check_records(args)
     _check_questions(args)
+    _check_answers(args)
     if args.seed < 0:
         raise ValueError(f"--seed is {args.seed}; it must be at least 0.")
     suffixes = ANSWER_FILES if args.features is None else FEATURE_FILES
@@ -119,16 +122,26 @@ def _check_questions(args: argparse.Namespace) -> None:
         raise ValueError("--question and --questions are two ways to say what is asked; leave one of them out.")
     if args.question is not None and not all(text.strip() for text in args.question):
         raise ValueError("--question has an empty text; say what is asked.")
+    if args.questions is not None and not args.questions.is_file():
+        raise ValueError(f"--questions {args.questions}: there is no such file.")
     if args.features in ("encoder", "connector"):
         if asked:
             raise ValueError(f"--features {args.features} reads no question; leave it out, or take --features llm.")
     elif not asked and args.records:
         raise ValueError("What is asked? Give --question TEXT, or --questions FILE.")
+
+
+def _check_answers(args: argparse.Namespace) -> None:
+    writing = {"generation_kwargs": args.generation, "max_new_tokens": args.max_new_tokens}
+    said = next((name for name, value in writing.items() if value), None)
     if args.candidates is not None:
         if len(set(args.candidates)) < max(2, len(args.candidates)) or not all(c.strip() for c in args.candidates):
             raise ValueError(f"--candidates {' '.join(args.candidates)}: expected at least two different answers.")
-        if args.generation:
-            raise ValueError("--generation_kwargs with --candidates, which generates nothing; leave one of them out.")
-    if args.features is not None and (args.candidates or args.generation):
-        name = "candidates" if args.candidates else "generation_kwargs"
-        raise ValueError(f"--{name} changes nothing with --features, which answers nothing; leave it out.")
+        if said is not None:
+            raise ValueError(
+                f"--{said} changes nothing with --candidates, of which one is chosen; leave one of them out."
+            )
+    said = "candidates" if args.candidates else said
+    if args.features is not None and said is not None:
+        raise ValueError(f"--{said} changes nothing with --features, which answers nothing; leave it out.")
+    args.max_new_tokens = args.max_new_tokens or MAX_NEW_TOKENS

@@ -56,14 +56,14 @@ class Rows:
         number: of rows.
         num_records: that they are about.
         row: its number -> the row.
-        ecgs: the number of a record -> its ECGs, as `as_record` takes them.
+        ecgs: the number of a record -> its ECGs.
         facts: by which the same rows are known again; what JSON can hold.
     """
 
     number: int
     num_records: int
     row: Callable[[int], Row]
-    ecgs: Callable[[int], list[Any]]
+    ecgs: Callable[[int], list[ECGRecord]]
     facts: Any
 
 
@@ -75,7 +75,7 @@ def read_record(rows: Rows, number: int, extractor: Any, known: dict[Any, list[s
         known: what preparing says of records of a shape, kept from record to record.
     """
     try:
-        records = [as_record(ecg) for ecg in rows.ecgs(number)]
+        records = rows.ecgs(number)
         notices = [notice for record in records for notice in notices_of(record, extractor, known)]
     except (ValueError, OSError, ImportError) as error:
         return ReadRecord([], [], " ".join(str(error).split()))
@@ -134,7 +134,7 @@ def rows_of_files(
             raise ValueError(f"--questions names {name!r}, which is the name of {len(found)} records; use their paths.")
         return found[0] if found else None
 
-    def ecgs(number: int) -> list[Any]:
+    def ecgs(number: int) -> list[ECGRecord]:
         return [as_record(locations[number], **described)]
 
     versions = [_version(path) for path in (*paths, *locations)]
@@ -156,8 +156,8 @@ def rows_of_data(args: "DataArguments", split: str, questions: list[tuple[str | 
     versions = [stored_records.cache_of(folder) if folder.is_dir() else None for folder in folders]
     facts = [args.data, versions, split, args.fold, args.ecg_root, len(data)]
 
-    def ecgs(number: int) -> list[Any]:
-        return ecgs_of(data[number])
+    def ecgs(number: int) -> list[ECGRecord]:
+        return [as_record(ecg) for ecg in ecgs_of(data[number])]
 
     if questions:
         places = {name: place for place, name in enumerate(names)}
@@ -179,7 +179,7 @@ def _asked(
     names: list[str],
     questions: list[tuple[str | None, str]],
     find: Callable[[str], int | None],
-    ecgs: Callable[[int], list[Any]],
+    ecgs: Callable[[int], list[ECGRecord]],
     facts: Any,
 ) -> Rows:
     """Each question about each record, record by record; or about the record that it names."""

@@ -2,9 +2,6 @@ import base64
 import io
 import json
 import shutil
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -197,40 +194,13 @@ def test_without_an_output_folder_they_lie_where_evaluations_do(run, place, elm,
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.fixture
-def server() -> Iterator[tuple[str, list[dict[str, Any]], list[int]]]:
-    """An endpoint that answers Yes; its address, what it was asked, and the states that it answers with before."""
-    asked: list[dict[str, Any]] = []
-    states: list[int] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked.append({"path": self.path, "key": self.headers.get("Authorization"), **body})
-            state = states.pop(0) if states else 200
-            content = json.dumps({"choices": [{"message": {"content": " Yes \n"}}]}).encode()
-            self.send_response(state)
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
-        thread = threading.Thread(target=listening.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{listening.server_port}/v1", asked, states
-        listening.shutdown()
-        thread.join()
-
-
 def parts_of(body: dict[str, Any], kind: str) -> list[Any]:
     return [part[kind] for turn in body["messages"] for part in turn["content"] if part["type"] == kind]
 
 
 @pytest.mark.slow
 def test_an_endpoint_is_shown_the_drawn_ecg(place, server, tmp_path, monkeypatch):
-    url, asked, states = server
+    url, asked, states = server.url, server.asked, server.states
     states += [503]
     monkeypatch.setattr(endpoint.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("OPENAI_API_KEY", "a-key")
@@ -258,7 +228,7 @@ def test_an_endpoint_is_shown_the_drawn_ecg(place, server, tmp_path, monkeypatch
 
 
 def test_an_endpoint_is_told_the_ecg(place, server, tmp_path):
-    url, asked, _ = server
+    url, asked = server.url, server.asked
     argv = [*argv_of(place, "m", "ecg-qa"), "--endpoint", url, "--describe", "--output_dir", str(tmp_path)]
     command.main([*argv, "--conditions", "ecg"])
     assert not any(parts_of(body, "image_url") for body in asked)
@@ -270,16 +240,15 @@ def test_an_endpoint_is_told_the_ecg(place, server, tmp_path):
 
 def test_an_endpoint_leaves_a_folder_of_its_models_name_alone(place, elm, server, tmp_path, monkeypatch):
     """Servers name models by their folders."""
-    url, _, _ = server
     monkeypatch.chdir(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in elm.rglob("*")}
-    command.main([*argv_of(place, elm, "ecg-qa"), "--endpoint", url, "--limit", "1", "--conditions", "ecg"])
+    command.main([*argv_of(place, elm, "ecg-qa"), "--endpoint", server.url, "--limit", "1", "--conditions", "ecg"])
     assert {path: path.stat().st_mtime_ns for path in elm.rglob("*")} == before
     assert [*(tmp_path / "evaluation" / elm.name).iterdir()]
 
 
 def test_faults_of_an_endpoint(place, server, tmp_path, monkeypatch, capsys):
-    url, asked, states = server
+    url, asked, states = server.url, server.asked, server.states
     monkeypatch.setattr(endpoint.time, "sleep", lambda seconds: None)
     for given, message in (
         (["--endpoint", "localhost"], "--endpoint is localhost; expected an address such as http://"),

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from elm_ecg.training.command_line import CommandLineParser, did_you_mean, whole_number
 from elm_ecg.training.data.schema import SPLITS
+from elm_ecg.training.evaluation.benchmarks.endpoint import check_address
+from elm_ecg.training.evaluation.benchmarks.judge import KEY_VARIABLE
 from elm_ecg.training.evaluation.benchmarks.suite import Suite
 from elm_ecg.training.evaluation.conditions import ASKED, CONDITIONS
 
@@ -87,6 +89,13 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         type=whole_number,
         help="longest answer, in tokens, thinking included; default: what the suite needs, and 512 more of a model that thinks",
     )
+    parser.add_argument(
+        "--judge_url",
+        metavar="URL",
+        help="OpenAI-compatible address, up to /v1, of a language model that judges the reports of ecgbench and the diagnoses of ecg-grounding; its "
+        f"key is read from {KEY_VARIABLE}, and its replies are kept beside the results",
+    )
+    parser.add_argument("--judge_model", metavar="NAME", help="that the address of --judge_url has for the model")
     parser.add_argument("--system_prompt", help="in place of the model's own; none with an empty one")
     parser.add_argument("--dtype", default="auto", help="of the model: auto, float32, bfloat16 or float16")
     parser.add_argument("--model_revision", default="main", help="branch, tag or commit of a model on the Hub")
@@ -146,6 +155,15 @@ def parse(argv: list[str] | None, suites: dict[str, Suite]) -> tuple[argparse.Na
         raise ValueError(f"--{said[0]} changes nothing at the model behind --endpoint; leave it out.")
     if args.split != "test" and not any(suites[name].has_splits for name in chosen):
         raise ValueError(f"--split {args.split}: {', '.join(chosen)} has no splits; leave it out.")
+    if (args.judge_url is None) != (args.judge_model is None):
+        raise ValueError("--judge_url and --judge_model go together: where a judge is asked, and which; say both.")
+    if args.judge_url is not None:
+        check_address(args.judge_url, "judge_url")
+    if args.judge_url is not None and all(suites[name].judge_prompt is None for name in chosen):
+        judged = [name for name, suite in suites.items() if suite.judge_prompt is not None]
+        raise ValueError(
+            f"--judge_url changes nothing: of {', '.join(chosen)} nothing is judged, but of {' and '.join(judged)}."
+        )
     if args.show_options and "ecg-qa" not in chosen:
         raise ValueError("--show_options is about ecg-qa, which is none of the suites; leave it out.")
     return args, chosen

@@ -20,6 +20,8 @@ from elm_ecg.training.evaluation.benchmarks.ecg_grounding import ECGGrounding
 from elm_ecg.training.evaluation.benchmarks.ecg_qa import ECGQA
 from elm_ecg.training.evaluation.benchmarks.ecg_reasoning import ECGReasoning
 from elm_ecg.training.evaluation.benchmarks.ecgbench import ECGBench
+from elm_ecg.training.evaluation.benchmarks.endpoint import Endpoint
+from elm_ecg.training.evaluation.benchmarks.judge import JUDGE_FILE, KEY_VARIABLE, Judge
 from elm_ecg.training.evaluation.benchmarks.ptbxl import PTBXL
 from elm_ecg.training.evaluation.benchmarks.records import Asked, make_rows, read_places
 from elm_ecg.training.evaluation.benchmarks.suite import Suite, SuiteScorer
@@ -78,6 +80,7 @@ def run_suite(
     if not PartialState().is_main_process:
         return Results()
     modules = load_metrics(["exact_match"])
+    judge = _judge_of(args, suite, folder)
     scorer = SuiteScorer(
         questions,
         modules,
@@ -89,6 +92,7 @@ def run_suite(
         suite=suite,
         turns=asked.turns,
         chats=asked.chats,
+        judge=judge,
     )
     settings = {**vars(args), "score": suite.score, "generation": generation, "candidates": None}
     settings |= {
@@ -110,10 +114,24 @@ def run_suite(
         )
     facts["suite"] = {"name": suite.name, "title": suite.title, "paper": suite.paper, "left_out": left_out}
     results = summarise(answerer, scorer, answers, not_scored, [], facts, suite.main_metric)
-    points = suite.points(asked.turns, asked.chats, [row[ECG] for row in results.predictions])
+    if judge is not None:
+        results["suite"]["judge"] = judge.as_json()
+        if judge.unread:
+            logger.warning(
+                "%s: %s replies of the judge have no score, and are left out.", suite.name, f"{len(judge.unread):,}"
+            )
+    points = scorer.points([row[ECG] for row in results.predictions])
     for place, row in enumerate(results.predictions):
         row["suite"] = {name: samples[place].tolist() for name, samples in points.items() if samples[place, 1]}
     return results
+
+
+def _judge_of(args: Namespace, suite: Suite, folder: Path) -> Judge | None:
+    """The judge of the command line, of a suite that has something to judge."""
+    if args.judge_url is None or suite.judge_prompt is None:
+        return None
+    endpoint = Endpoint(args.judge_url, args.judge_model, "judge_url", KEY_VARIABLE)
+    return Judge(endpoint, folder / JUDGE_FILE, suite.judge_prompt, suite.is_judged, suite.judged_share)
 
 
 def _check_likelihoods(args: Namespace, contender: Contender, suites: Sequence[Suite]) -> None:
@@ -129,7 +147,7 @@ def _check_likelihoods(args: Namespace, contender: Contender, suites: Sequence[S
 def _place_of(args: Namespace, suite: Suite, fingerprint: str) -> str:
     """The name by which results are told from others of the same model, as `elm evaluate` has it."""
     names = ["split", "show_options", "conditions", "describe", "endpoint", "limit", "batch_size", "max_new_tokens"]
-    names += ["system_prompt", "dtype", "seed", "num_resamples"]
+    names += ["system_prompt", "dtype", "seed", "num_resamples", "judge_url", "judge_model"]
     digits = digest([*(getattr(args, name) for name in names), fingerprint])[:8]
     return f"{suite.name}-{args.split}-{suite.score}-{digits}"
 

@@ -1,10 +1,11 @@
 """ECG-Reasoning-Benchmark: diagnoses reasoned step by step, by questions with options (Oh et al. 2026, arXiv:2603.14326).
 
 A sample asks for a diagnosis, then reasons in loops of up to four steps: criterion selection, finding identification, ECG grounding (one
-or several questions, or none) and diagnostic decision. As in the authors' protocol (README of
-https://github.com/Jwoo5/ecg-reasoning-benchmark, release 0.0.2), the first question is asked alone, and each question of the chain
-after the right answers to those before it. A model that is right up to a question is then asked exactly what its own chain would have
-asked, so that one run gives the scores of both. By `ecg_reasoning_benchmark/evaluators/evaluator.py` there:
+or several questions, or none) and diagnostic decision. The protocol is that of the README of
+https://github.com/Jwoo5/ecg-reasoning-benchmark, release 0.0.2, "Curating Responses From Models for Evaluation": each question of the chain is
+asked after the right answers to those before it, whatever the model said; the first question is asked alone, and left out of the prompts of
+the chain ("Adding New Models", 6). A model that is right up to a question is then asked exactly what its own chain would have asked, so that one
+run gives the scores of both. Table 1 of the paper has IDA, Completion, Depth and GT-RDA. By `ecg_reasoning_benchmark/evaluators/evaluator.py` there:
 
     initial_diagnosis: accuracy of the first question (IDA).
     completion: share of the samples whose whole chain is right; the chain ends at the first wrong answer (Completion, hard).
@@ -14,8 +15,8 @@ asked, so that one run gives the scores of both. By `ecg_reasoning_benchmark/eva
     gold_history_diagnosis: accuracy of the last decision after the right reasoning (GT-RDA).
     STEP_with_gold_history: accuracy of each kind of step (`_w_gt` there).
 
-Where the paper's sections name these could not be looked up, so none is given. The authors judge texts by string matching or by a
-language model; here a text is right if it is the right option but for case, white space, emphasis and punctuation at its ends, yes and
+The numbers of the paper's sections could not be looked up, as its beginning alone was to be had. The authors judge texts by string matching or
+by a language model ("Evaluating the Model Performance"); here a text is right if it is the right option but for case, white space, emphasis and punctuation at its ends, yes and
 no also where it begins or ends with them, and a list of leads if it names the right ones. The prompt's wording is ours, as the authors'
 differs by model.
 

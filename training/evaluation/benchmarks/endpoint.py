@@ -26,15 +26,17 @@ class Endpoint:
     Args:
         url: up to `/v1`.
         model: the name that the address has for it.
+        option: that named the address, for errors.
+        key_variable: of the environment, that holds the key if the address needs one.
 
     Raises:
         ValueError: the address is none of http or https.
     """
 
-    def __init__(self, url: str, model: str) -> None:
-        if urlsplit(url).scheme not in ("http", "https"):
-            raise ValueError(f"--endpoint is {url}; expected an address such as http://localhost:8000/v1.")
+    def __init__(self, url: str, model: str, option: str = "endpoint", key_variable: str = KEY_VARIABLE) -> None:
+        check_address(url, option)
         self.url, self.model = f"{url.rstrip('/')}/chat/completions", model
+        self.option, self.key_variable = option, key_variable
 
     def reply_all(self, chats: list[list[Message]], max_new_tokens: int) -> list[str]:
         """The answers to some chats, asked at once, greedily."""
@@ -59,12 +61,12 @@ class Endpoint:
             return str(json.loads(content)["choices"][0]["message"]["content"] or "").strip()
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise ValueError(
-                f"--endpoint: {self.url} answers {content[:200]!r}; expected a chat completion as of OpenAI's API."
+                f"--{self.option}: {self.url} answers {content[:200]!r}; expected a chat completion as of OpenAI's API."
             ) from error
 
     def _post(self, body: bytes) -> bytes:
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(KEY_VARIABLE):
+        if key := os.environ.get(self.key_variable):
             headers["Authorization"] = f"Bearer {key}"
         for number in range(TRIES):
             # the scheme was checked above
@@ -81,8 +83,14 @@ class Endpoint:
             if number < TRIES - 1:
                 time.sleep(2**number)
         raise OSError(
-            f"--endpoint: {self.url} does not answer ({reason}). Is the server running, and {KEY_VARIABLE} set if it needs one?"
+            f"--{self.option}: {self.url} does not answer ({reason}). Is the server running, and {self.key_variable} set if it needs one?"
         )
+
+
+def check_address(url: str, option: str) -> None:
+    """Raises ValueError if an address is none of http or https."""
+    if urlsplit(url).scheme not in ("http", "https"):
+        raise ValueError(f"--{option} is {url}; expected an address such as http://localhost:8000/v1.")
 
 
 def _part(part: Message) -> dict[str, Any]:

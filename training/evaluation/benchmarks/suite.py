@@ -4,12 +4,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from elm_ecg.training.evaluation.arguments import ScoredBy
 from elm_ecg.training.evaluation.benchmarks.chats import Chat, SuiteOptions, Turn
+from elm_ecg.training.evaluation.benchmarks.judge import Judge
 from elm_ecg.training.evaluation.benchmarks.records import RecordPlaces
 from elm_ecg.training.evaluation.scale import MetricScale
 from elm_ecg.training.evaluation.scores import Figure, Key, Scorer
@@ -21,7 +22,8 @@ class Suite(ABC):
     `name` is what `--suite` takes, `paper` where it was published, `hub` its dataset on the Hub if it has one,
     `needs_texts` whether it is more than the labels of the records, `has_splits` whether `--split` chooses among its rows, `score` how it is
     answered, `max_new_tokens` the longest answer, `main_metric` the one of the verdict, and `scales` the scale of each of its own scores,
-    in the order of its table.
+    in the order of its table. `judge_prompt` is what a language model is told that judges answers, if any are judged, and `judged_metric` the
+    score that comes of it.
     """
 
     name: ClassVar[str]
@@ -34,6 +36,8 @@ class Suite(ABC):
     max_new_tokens: ClassVar[int] = 128
     main_metric: ClassVar[str]
     scales: ClassVar[dict[str, MetricScale]]
+    judge_prompt: ClassVar[str | None] = None
+    judged_metric: ClassVar[str | None] = None
 
     @abstractmethod
     def chats(self, place: Path | None, records: RecordPlaces, options: SuiteOptions) -> Iterator[Chat]:
@@ -61,6 +65,14 @@ class Suite(ABC):
         """The suite's own scores that are no ratios of sums, such as a macro F1."""
         return {}
 
+    def is_judged(self, turn: Turn) -> bool:
+        """Whether a judge is asked about the answers to a question."""
+        return self.judge_prompt is not None
+
+    def judged_share(self, said: dict[str, Any]) -> float | None:
+        """The score of an answer, from 0 to 1, by the JSON object that a judge says; None where it tells none."""
+        return None
+
     def group_of(self, question_type: str) -> str | None:
         """The score in which the AUROCs of a type of question are averaged; None where there are none."""
         return None
@@ -77,16 +89,28 @@ class SuiteScorer(Scorer):
 
     Args:
         suite, turns, chats: as `Suite.points` takes them; a turn for each of the questions.
+        judge: that is asked too, of a suite with `judge_prompt`.
     """
 
     suite: Suite | None = None
     turns: Sequence[Turn] = ()
     chats: Sequence[int] = ()
+    judge: Judge | None = None
+
+    def points(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """As `Suite.points`, with the judged score."""
+        assert self.suite is not None
+        points = self.suite.points(self.turns, self.chats, texts)
+        if self.judge is not None and self.suite.judged_metric is not None:
+            judged = self.judge.points(self.turns, texts)
+            if judged[:, 1].any():
+                points[self.suite.judged_metric] = judged
+        return points
 
     def _figures(self, texts: list[str], written: list[str]) -> dict[Key, Figure]:
         assert self.suite is not None
         figures = super()._figures(texts, written)
-        for name, samples in self.suite.points(self.turns, self.chats, texts).items():
+        for name, samples in self.points(texts).items():
             figures[None, name, "value"] = Figure(samples, ratio)
             for kind in self.types:
                 of_kind = samples * (self.kinds == kind)[:, None]

@@ -66,9 +66,11 @@ def caption_of(suite: Suite, run: Mapping[str, Any]) -> str:
     )
     split = f", split {run['data']['split']}" if suite.has_splits else ""
     asked = "chosen by likelihood" if run["settings"]["score"] == "likelihood" else "generated"
+    judge = run["suite"].get("judge")
+    judged = "" if judge is None else f" Judged by {judge['model']}."
     return (
         f"{suite.title} ({suite.paper}){split}: {counted(run['num_questions'], 'question')} about "
-        f"{counted(run['num_patients'], 'patient')}, answers {asked}. {shares}, in brackets their 95% intervals by patient."
+        f"{counted(run['num_patients'], 'patient')}, answers {asked}. {shares}, in brackets their 95% intervals by patient.{judged}"
     )
 
 
