@@ -307,6 +307,17 @@ def test_keys_hosts_and_rates(caplog):
     assert secret not in caplog.text
 
 
+def test_what_is_kept_is_of_one_client_alone():
+    """A question that is asked again goes on from what was read, and tells nobody else that it was asked before."""
+    with TestClient(make_app(Server([served()], Rules(api_keys=("one", "two"))))) as client:
+
+        def cached(key: str) -> int:
+            response = client.post(PATH, json=body(), headers={"authorization": f"Bearer {key}"})
+            return response.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+        assert [cached(key) > 0 for key in ("one", "one", "two", "two")] == [False, True, False, True]
+
+
 def test_texts_are_logged_if_asked_for(caplog):
     with TestClient(make_app(Server([served()], log_requests=True))) as client, caplog.at_level(logging.INFO):
         client.post(PATH, json=body(turn(ecg_part(1), "Is it fast?")))
@@ -322,6 +333,7 @@ def test_texts_are_logged_if_asked_for(caplog):
     [
         (EngineDownError("down"), 503, "engine_down"),
         (NotFiniteError("nan"), 500, None),
+        (ValueError("a batch at /etc/path"), 500, None),
         (KeyError("own fault at /etc/path"), 500, None),
     ],
 )

@@ -6,7 +6,6 @@ import io
 import os
 import tempfile
 import threading
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +25,8 @@ from elm_ecg.training.serving.protocol import ECG, ChatRequest, ECGPart, ImagePa
 MAX_PIXELS = 50_000_000  # of a picture: a page that was scanned at 600 dots an inch
 MAX_KNOWN = 1000
 PICTURES = ("PNG", "JPEG", "WEBP")
+# readers see some damage by Python's warnings, whose filters all threads share: one file is read at a time
+_reading_file = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,11 @@ class ServedModel:
         tokens = self.processor.tokenizer.added_tokens_decoder.values()
         self._control = [token.content for token in tokens if not token.content.isspace()]
 
-    def prepare(self, request: ChatRequest) -> Prepared:
+    def prepare(self, request: ChatRequest, client: str = "") -> Prepared:
         """What the engine is asked. It reads and computes: not for an event loop.
+
+        Args:
+            client: who asks, as `Prompt` has it.
 
         Raises:
             ValueError, ImportError: the request is at fault; says why in words for the client.
@@ -98,6 +102,7 @@ class ServedModel:
             input_ids=input_ids,
             ecg_inputs={name: inputs[name] for name in ECG_INPUTS if name in inputs},
             adapter=self.adapter,
+            client=client,
             stop_token_ids=self.stop_token_ids,
             opening=self._opening,
             given=self._given,
@@ -177,12 +182,10 @@ class ServedModel:
         if not (comma and head.startswith("data:image/") and head.endswith(";base64")):
             raise ValueError("image_url is no data:image/...;base64 URL; nothing is fetched from other places.")
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")  # of a picture that unpacks to very many pixels
-                image = Image.open(io.BytesIO(_decoded(content)), formats=PICTURES)
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"it has {image.width} x {image.height} pixels; expected at most {MAX_PIXELS}")
-                return image.convert("RGB")
+            image = Image.open(io.BytesIO(_decoded(content)), formats=PICTURES)  # of which only the head is read yet
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"it has {image.width} x {image.height} pixels; expected at most {MAX_PIXELS}")
+            return image.convert("RGB")
         except Exception as error:  # damaged pictures raise all sorts of things
             raise ValueError(f"The picture cannot be read as {', '.join(PICTURES)}: {error}.") from error
 
@@ -225,7 +228,7 @@ def _read(content: bytes, ending: str | None, described: dict[str, Any]) -> ECGR
         raise ValueError(
             "data is a header of WFDB, which names files that are not here: send the samples with sampling_rate, unit and lead_names."
         )
-    with tempfile.TemporaryDirectory(prefix="elm-serve-") as folder:
+    with _reading_file, tempfile.TemporaryDirectory(prefix="elm-serve-") as folder:
         path = Path(folder) / f"ecg.{ending or 'dat'}"
         path.write_bytes(content)
         try:

@@ -59,7 +59,7 @@ class _Ascii(JSONResponse):
 
 
 def as_api_error(error: Exception) -> APIError | None:
-    """What an error of an engine means for the client; None for one that nobody expected."""
+    """What an error of an engine means for the client; None for one that nobody expected, whose text is not for clients."""
     if isinstance(error, QueueFullError):
         return APIError(429, str(error), code="queue_full", retry_after=error.retry_after)
     if isinstance(error, EngineDownError):
@@ -68,6 +68,4 @@ def as_api_error(error: Exception) -> APIError | None:
         return APIError(500, "The model gives NaN or infinity for the scores of tokens, so that it has no answer.")
     if isinstance(error, TimeoutError):
         return APIError(408, "The answer took longer than this server allows (--max_seconds); ask for fewer tokens.")
-    if isinstance(error, ValueError | ImportError):
-        return APIError(400, str(error))
     return None

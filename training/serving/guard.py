@@ -1,6 +1,7 @@
 """What stands before all paths of a server: who may ask how much, and what is logged and counted of it."""
 
 import asyncio
+import hashlib
 import hmac
 import logging
 import math
@@ -45,7 +46,7 @@ class Rules:
 class Guard:
     """Middleware of all paths: a name for each request, its rules, a line in the log without what it says, and its count.
 
-    `ending` turns new chats away, as the server is about to end.
+    A request's state has its `request_id`, and its `client`: who asks, by the digest of the key.
     """
 
     def __init__(self, app: Any, rules: Rules, metrics: Metrics, paths: Sequence[str]) -> None:
@@ -61,6 +62,7 @@ class Guard:
         given = headers.get(b"x-request-id", b"")
         request_id = given.decode() if REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = request_id
+        scope["state"]["client"] = ""  # all of a server without keys are one
         begun, status = time.monotonic(), 499  # as nginx has it of a client that went away
 
         async def answer(message: Any) -> None:
@@ -103,7 +105,7 @@ class Guard:
                 raise APIError(
                     401, "There is no such API key; send it as `Authorization: Bearer KEY`.", code="invalid_api_key"
                 )
-            caller = f"key {matches.index(True)}"
+            caller = scope["state"]["client"] = hashlib.sha256(key.strip()).hexdigest()
         if self.rules.requests_per_minute:
             self._count(caller)
 
