@@ -24,6 +24,9 @@ from elm_ecg.training.serving.protocol import ECG, ChatRequest, ECGPart, ImagePa
 
 MAX_PIXELS = 50_000_000  # of a picture: a page that was scanned at 600 dots an inch
 MAX_KNOWN = 1000
+# more are not even made tokens, which takes minutes and gigabytes where somebody sends as much as a request may hold
+MAX_LETTERS = 32  # of a chat for each token that its model reads
+MAX_CONTEXT = 2**20  # of a model that reads any number of tokens
 PICTURES = ("PNG", "JPEG", "WEBP")
 # readers see some damage by Python's warnings, whose filters all threads share: one file is read at a time
 _reading_file = threading.Lock()
@@ -133,6 +136,7 @@ class ServedModel:
 
     def _chat(self, request: ChatRequest) -> tuple[list[dict[str, Any]], list[str]]:
         """The chat as the processor takes it, and what is to be known of its ECGs."""
+        self._check_size(request)
         parts = [
             part for message in request.messages for part in message.content if isinstance(part, ECGPart | ImagePart)
         ]
@@ -161,6 +165,14 @@ class ServedModel:
                 content.append({"type": "ecg", "ecg": ecg})
             chat.append({"role": "system" if message.role == "developer" else message.role, "content": content})
         return chat, list(notices)
+
+    def _check_size(self, request: ChatRequest) -> None:
+        size, most = 0, self.engine.context or MAX_CONTEXT
+        for message in request.messages:
+            size += 1 + len(message.content)  # letters, or parts
+            size += sum(len(part.text) for part in message.content if isinstance(part, TextPart))
+        if size > MAX_LETTERS * most:
+            raise ValueError(f"The chat has {size} letters and the model reads {most} tokens: shorten it.")
 
     def _record(self, ecg: ECG) -> ECGRecord:
         described: dict[str, Any] = {"sampling_rate": ecg.sampling_rate, "unit": ecg.unit, "lead_names": ecg.lead_names}
@@ -215,9 +227,10 @@ def _decoded(data: str) -> bytes:
 
 def _array(samples: Sequence[Sequence[float | None]]) -> np.ndarray:
     """float64 [leads, samples], NaN where one is missing."""
-    if len({len(row) for row in samples}) > 1:
+    lengths = {len(row) for row in samples}
+    if len(lengths) > 1:
         raise ValueError(
-            f"samples has leads of {sorted({len(row) for row in samples})} samples; expected [leads][samples]."
+            f"samples has leads of {min(lengths)} to {max(lengths)} samples; all leads have to be of one length."
         )
     return np.array(samples, dtype=np.float64)  # None becomes NaN
 

@@ -2,10 +2,12 @@
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from elm_ecg.training.command_line import CommandLineParser, add_model_options, 
 ENGINES = ("transformers", "vllm")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SECONDS_TO_CLOSE = 30  # that clients have to read the end of their answers
+SECONDS_TO_ASK = 20  # from a connection, or the answer before, until the head of a request is here
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -153,6 +156,8 @@ def run(server: Any, listener: socket.socket) -> None:
     from elm_ecg.training.serving.app import make_app
 
     class Uvicorn(uvicorn.Server):
+        silent: dict[Any, float] = {}  # connections, each with its last request, since when they ask nothing
+
         def handle_exit(self, sig: int, frame: Any) -> None:
             if server.is_ending:
                 self.should_exit = self.force_exit = True
@@ -161,6 +166,13 @@ def run(server: Any, listener: socket.socket) -> None:
         async def on_tick(self, counter: int) -> bool:
             if server.is_ending and not (server.waiting or server.running):
                 self.should_exit = True
+            now = time.monotonic()
+            states = [(one, one.cycle) for one in self.server_state.connections]
+            silent = [(one, last) for one, last in states if last is None or last.response_complete]
+            self.silent = {state: self.silent.get(state, now) for state in silent}
+            for (connection, _), since in self.silent.items():
+                if now - since > SECONDS_TO_ASK:
+                    connection.transport.close()
             return await super().on_tick(counter)
 
     config = uvicorn.Config(
@@ -168,6 +180,7 @@ def run(server: Any, listener: socket.socket) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        ws="none",
         timeout_graceful_shutdown=SECONDS_TO_CLOSE,
     )
     asyncio.run(Uvicorn(config).serve([listener]))
@@ -186,6 +199,8 @@ def main(argv: list[str] | None = None) -> None:
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
         logging.getLogger("elm_ecg.training.serving").setLevel(logging.INFO)
         server = make_server(args)
+        gc.collect()
+        gc.freeze()  # a request of very many small parts would have all of the models looked through again and again
         host = f"[{args.host}]" if ":" in args.host else args.host
         names = ", ".join(model.name for model in server.models)
         print(f"{names} at http://{host}:{listener.getsockname()[1]}/v1; Ctrl-C ends it.", flush=True)
