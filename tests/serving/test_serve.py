@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ from asking import as_data, make, turn
 from elm_ecg.training.evaluation import predict
 from elm_ecg.training.load import load_elm
 from elm_ecg.training.serving.models import find_places, load_places
-from elm_ecg.training.serving.serve import make_server, parse
+from elm_ecg.training.serving.serve import log_handler, make_server, parse
 from forks import Fork
 from helpers import fork_project, free_port, save_record
 
@@ -146,6 +147,18 @@ def test_options_that_do_not_go(options, expected, monkeypatch):
     monkeypatch.delenv("ELM_API_KEY", raising=False)
     with pytest.raises(ValueError, match=expected):
         parse(["model", *options])
+
+
+def test_the_log_is_the_servers_own():
+    """pydicom logs values of a file that it does not like, such as a name."""
+    told = [
+        name for name in ("elm_ecg.training", "uvicorn.error", "pydicom", "wfdb") if log_handler().filter(log_of(name))
+    ]
+    assert told == ["elm_ecg.training", "uvicorn.error"]
+
+
+def log_of(name: str) -> logging.LogRecord:
+    return logging.LogRecord(name, logging.WARNING, "", 0, "'Doe^John'", None, None)
 
 
 def test_options_of_models(folder, tmp_path, monkeypatch):

@@ -149,6 +149,13 @@ def make_server(args: argparse.Namespace) -> Any:
     )
 
 
+def log_handler() -> logging.Handler:
+    """Writes what the server says, and no other library: those of readers quote the files, and so what they hold of a patient."""
+    handler = logging.StreamHandler()
+    handler.addFilter(lambda record: record.name.partition(".")[0] in ("asyncio", "elm_ecg", "uvicorn"))
+    return handler
+
+
 def run(server: Any, listener: socket.socket) -> None:
     """Answers until SIGINT or SIGTERM: then what runs is ended, and what comes is turned away. A second one ends at once."""
     import uvicorn
@@ -196,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:  # before the models are loaded
         raise ValueError(f"--host {args.host} --port {args.port}: {error.strerror}; choose others.") from error
     with listener:
-        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", handlers=[log_handler()])
         logging.getLogger("elm_ecg.training.serving").setLevel(logging.INFO)
         server = make_server(args)
         gc.collect()
