@@ -370,6 +370,19 @@ def test_what_is_kept_is_of_one_client_alone():
         assert [cached(key) > 0 for key in ("one", "one", "two", "two")] == [False, True, False, True]
 
 
+@pytest.mark.parametrize("origins", [[], ["https://page.org"]])
+def test_pages_in_browsers(origins):
+    """What a browser asks before it sends a question of a page: nobody may but those that are named."""
+    asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+    with TestClient(
+        make_app(Server([served(engine=Fake())], Rules(api_keys=("one",)), cors_origins=origins))
+    ) as client:
+        for origin in ("https://page.org", "https://evil.org", "null"):
+            response = client.options(PATH, headers={"origin": origin, **asked})
+            assert (response.headers.get("access-control-allow-origin") == origin) == (origin in origins)
+            assert response.is_success == (origin in origins)
+
+
 def test_texts_are_logged_if_asked_for(caplog):
     with TestClient(make_app(Server([served()], log_requests=True))) as client, caplog.at_level(logging.INFO):
         client.post(PATH, json=body(turn(ecg_part(1), "Is it fast?")))
