@@ -174,7 +174,8 @@ def run(server: Any, listener: socket.socket) -> None:
             if server.is_ending and not (server.waiting or server.running):
                 self.should_exit = True
             now = time.monotonic()
-            states = [(one, one.cycle) for one in self.server_state.connections]
+            connections: Any = self.server_state.connections  # of h11
+            states = [(one, one.cycle) for one in connections]
             silent = [(one, last) for one, last in states if last is None or last.response_complete]
             self.silent = {state: self.silent.get(state, now) for state in silent}
             for (connection, _), since in self.silent.items():
@@ -187,6 +188,7 @@ def run(server: Any, listener: socket.socket) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        http="h11",
         ws="none",
         timeout_graceful_shutdown=SECONDS_TO_CLOSE,
     )
