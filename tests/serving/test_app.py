@@ -230,6 +230,7 @@ def ecg_of(content: bytes, **fields: Any) -> dict[str, Any]:
         ({"messages": [turn(*[ecg_part(1)] * 3)]}, "has 3 ECGs; this server takes at most 2"),
         (body(turn({"type": "ecg", "ecg": {}})), "either data"),
         (body(turn({"type": "ecg", "ecg": ecg(1) | {"sampling_rate": None}})), "no sampling rate"),
+        (body(turn({"type": "ecg", "ecg": ecg(1) | {"sampling_rate": 1e-308}})), "expected 1 to 1e+06 hertz"),
         (
             body(turn({"type": "ecg", "ecg": ecg(1) | {"samples": [[1.0], [2.0, 3.0]]}})),
             "samples has leads of 1 to 2 samples",

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from elm_ecg.ecg_formats import SAMPLING_RATES
 from elm_ecg.ecg_formats_wfdb import is_wfdb_header
 from elm_ecg.ecg_utils import ECGRecord, as_record, read_ecg
 from elm_ecg.modeling_elm import ECG_INPUTS
@@ -175,6 +176,9 @@ class ServedModel:
             raise ValueError(f"The chat has {size} letters and the model reads {most} tokens: shorten it.")
 
     def _record(self, ecg: ECG) -> ECGRecord:
+        lowest, highest = SAMPLING_RATES
+        if ecg.sampling_rate is not None and not lowest <= ecg.sampling_rate <= highest:
+            raise ValueError(f"sampling_rate is {ecg.sampling_rate:g}; expected {lowest:g} to {highest:g} hertz.")
         described: dict[str, Any] = {"sampling_rate": ecg.sampling_rate, "unit": ecg.unit, "lead_names": ecg.lead_names}
         if ecg.data is not None:
             record = _read(_decoded(ecg.data), ecg.format, described)
