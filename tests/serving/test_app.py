@@ -224,6 +224,7 @@ def ecg_of(content: bytes, **fields: Any) -> dict[str, Any]:
         ({"messages": []}, "messages"),
         ({"messages": [turn("a", role="tool")]}, "role"),
         ({"messages": [turn("a \ud800 b")]}, "half of a letter"),
+        (body(turn({"type": "ecg", "ecg": ecg(1) | {"lead_names": ["\ud800"] + ["I"] * 11}})), "half of a letter"),
         ({"messages": [turn("What is <signal>?")]}, "holds <signal>"),
         ({"messages": [turn("a" * 9000)]}, "tokens and the model reads 8192"),
         ({"messages": [turn("a" * 300_000)]}, "letters and the model reads 8192"),

@@ -51,8 +51,8 @@ class ECG(_Given):
         None, max_length=MAX_LEADS, description="[leads][samples]; null where a sample is missing"
     )
     sampling_rate: float | None = Field(None, description="in hertz; of a file that does not say it, and of samples")
-    unit: str | None = Field(None, description="mV, uV or V; of samples without it mV")
-    lead_names: list[str] | None = Field(
+    unit: Text | None = Field(None, description="mV, uV or V; of samples without it mV")
+    lead_names: list[Text] | None = Field(
         None, max_length=MAX_LEADS, description="of the rows; of twelve without them the standard leads"
     )
     start: float | None = Field(None, description="second at which the part begins that is read of a longer record")
