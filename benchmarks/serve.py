@@ -1,20 +1,38 @@
 """How many chats a second `elm serve` answers: one client, then many, on records of a dataset.
 
     elm serve runs/quickstart/model --port 8000
-    python benchmarks/serve.py --url http://127.0.0.1:8000/v1 --data runs/quickstart/data --clients 50 --seconds 60
+    python benchmarks/serve.py --url http://127.0.0.1:8000/v1 --data runs/quickstart/data --clients 50 --seconds 300
 
 A client asks one question after the other. A 429 is counted, and asked again after `Retry-After`; anything else but 200 is an error.
+Memory is that of the server, before the clients come and after they have gone.
+
+The same with the language model in the stand-in for vLLM of the tests:
+
+    elm export runs/quickstart/model --part llm --output_dir runs/quickstart/served_llm
+    python tests/standin_vllm.py runs/quickstart/served_llm --port 8001
+    elm serve runs/quickstart/model --port 8000 --engine vllm --engine_url http://127.0.0.1:8001
+
+With `--damaged 2000` so many recordings of all formats are damaged, and sent one after the other: each is answered, or refused with 400,
+and no refusal tells of a file of the server. What follows the OpenAPI document, and what does not, schemathesis makes up:
+
+    schemathesis run http://127.0.0.1:8000/openapi.json --max-examples 2500 --phases fuzzing \\
+        --checks not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance
 """
 
 import argparse
 import asyncio
+import base64
 import json
 import random
 import time
+from collections import Counter
 
 import httpx2
 import numpy as np
 from datasets import load_from_disk
+from fuzz import mutation, whole_files
+
+LEAKS = ("Traceback", "/tmp", "site-packages", ".py")  # of which nothing may stand in an answer
 
 
 def bodies(data: str, model: str, max_tokens: int, stream: bool) -> list[bytes]:
@@ -77,18 +95,48 @@ class Load:
                 self.seconds.append(time.monotonic() - begun)
 
 
+def send_damaged(url: str, number: int, model: str, key: str | None) -> None:
+    """Prints how many damaged recordings had which status, and those that are at fault."""
+    statuses: Counter[int] = Counter()
+    files = [file for file in whole_files() if len(file[2]) == 1]
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    with httpx2.Client(timeout=600, headers=headers) as client:
+        for count in range(number):
+            _, name, contents, rng = mutation(count, 0, files)
+            (content,) = contents.values()
+            ecg = {
+                "data": base64.b64encode(content).decode(),
+                **({"sampling_rate": 500.0} if rng.random() < 0.5 else {}),
+            }
+            chat = [{"role": "user", "content": [{"type": "ecg", "ecg": ecg}, {"type": "text", "text": "Why?"}]}]
+            body = {"model": model, "messages": chat, "max_tokens": 1}
+            answer = client.post(f"{url}/chat/completions", json=body)
+            statuses[answer.status_code] += 1
+            if answer.status_code not in (200, 400) or any(word in answer.text for word in LEAKS):
+                print(f"mutation {count} of {name}: {answer.status_code} {answer.text[:300]}", flush=True)
+    print(f"{number} damaged recordings: {dict(statuses)}")
+
+
 def main() -> None:
     """Prints a line for one client, and one for many."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url", default="http://127.0.0.1:8000/v1")
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--data")
     parser.add_argument("--model", default="model")
     parser.add_argument("--api_key")
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--max_tokens", type=int, default=16)
     parser.add_argument("--stream", action="store_true")
+    parser.add_argument("--damaged", type=int, metavar="NUMBER", help="send so many damaged recordings instead")
     args = parser.parse_args()
+    print(f"memory at the beginning: {memory_of(args.url, args.api_key):.0f} MB", flush=True)
+    if args.damaged:
+        send_damaged(args.url, args.damaged, args.model, args.api_key)
+        print(f"memory at the end: {memory_of(args.url, args.api_key):.0f} MB")
+        return
+    if args.data is None:
+        parser.error("--data is missing: the dataset whose questions are asked")
     requests = bodies(args.data, args.model, args.max_tokens, args.stream)
     rates = []
     for clients in (1, args.clients):

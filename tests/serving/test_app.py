@@ -25,13 +25,15 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
+from starlette.responses import JSONResponse
 
 from asking import REPRESENTATIONS, as_data, chats, ecg, ecg_part, make, predicted, turn
 from elm_ecg.training.evaluation.answers import NotFiniteError
 from elm_ecg.training.serving.app import Server, make_app
 from elm_ecg.training.serving.chats import Limits, ServedModel
 from elm_ecg.training.serving.engine import Engine, EngineDownError, Piece
-from elm_ecg.training.serving.guard import Rules
+from elm_ecg.training.serving.guard import Guard, Rules
+from elm_ecg.training.serving.metrics import Metrics
 from elm_ecg.training.serving.transformers_engine import TransformersEngine
 from helpers import save_record
 
@@ -222,12 +224,19 @@ def ecg_of(content: bytes, **fields: Any) -> dict[str, Any]:
         ({"messages": []}, "messages"),
         ({"messages": [turn("a", role="tool")]}, "role"),
         ({"messages": [turn("a \ud800 b")]}, "half of a letter"),
+        (body(turn({"type": "ecg", "ecg": ecg(1) | {"lead_names": ["\ud800"] + ["I"] * 11}})), "half of a letter"),
         ({"messages": [turn("What is <signal>?")]}, "holds <signal>"),
         ({"messages": [turn("a" * 9000)]}, "tokens and the model reads 8192"),
+        ({"messages": [turn("a" * 300_000)]}, "letters and the model reads 8192"),
         ({"messages": [turn(*[ecg_part(1)] * 3)]}, "has 3 ECGs; this server takes at most 2"),
         (body(turn({"type": "ecg", "ecg": {}})), "either data"),
         (body(turn({"type": "ecg", "ecg": ecg(1) | {"sampling_rate": None}})), "no sampling rate"),
-        (body(turn({"type": "ecg", "ecg": ecg(1) | {"samples": [[1.0], [2.0, 3.0]]}})), "samples has leads of"),
+        (body(turn({"type": "ecg", "ecg": ecg(1) | {"sampling_rate": 1e-308}})), "expected 1 to 1e+06 hertz"),
+        (
+            body(turn({"type": "ecg", "ecg": ecg(1) | {"samples": [[1.0], [2.0, 3.0]]}})),
+            "samples has leads of 1 to 2 samples",
+        ),
+        (body(turn({"type": "ecg", "ecg": ecg(1) | {"samples": [[1.0]] * 257}})), "at most 256"),
         (body(turn({"type": "ecg", "ecg": ecg(1, 200.0)})), "at most 100000"),
         (body(turn({"type": "image_url", "image_url": {"url": "http://a/b.png"}})), "reads samples, not pictures"),
         (ecg_of(b"no ECG"), r"ecg.dat is of no known format"),
@@ -307,6 +316,75 @@ def test_keys_hosts_and_rates(caplog):
     assert secret not in caplog.text
 
 
+def test_bodies_together_and_those_that_are_not_read(monkeypatch):
+    """All bodies that are held have a limit; a client whose request was not read to its end cannot go on with it."""
+    guard = Guard(None, Rules(max_body_bytes=100), Metrics(), ())
+    sent: list[Any] = []
+
+    async def ask(length: int, body: dict[str, Any]) -> None:
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", **body}
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await receive()
+            if length == 99:  # one that is being answered
+                await ask(100, {"body": b"a" * 100})
+            await JSONResponse({})(scope, receive, send)
+
+        guard.app = app
+        headers = [(b"content-length", str(length).encode())]
+        await guard({"type": "http", "path": "/", "method": "POST", "headers": headers}, receive, send)
+
+    monkeypatch.setattr("elm_ecg.training.serving.guard.BODIES", 1)
+    asyncio.run(ask(99, {"body": b"a" * 99}))
+    asyncio.run(ask(100, {"body": b"a" * 50, "more_body": True}))
+    asyncio.run(ask(101, {}))
+    starts = [message for message in sent if message["type"] == "http.response.start"]
+    closes = [(b"connection", b"close") in message["headers"] for message in starts]
+    assert [message["status"] for message in starts] == [429, 200, 200, 413]
+    assert closes == [False, False, True, True]
+    assert guard.num_bytes == 0
+
+
+def test_who_does_not_read_the_answer(caplog):
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await JSONResponse({})(scope, receive, send)
+
+    async def send(message: Any) -> None:
+        await asyncio.sleep(10)
+
+    guard = Guard(app, Rules(max_seconds=0.05), Metrics(), ())
+    asyncio.run(guard({"type": "http", "path": "/", "method": "GET", "headers": []}, None, send))
+    assert "does not read its answer" in caplog.text
+
+
+def test_what_is_kept_is_of_one_client_alone():
+    """A question that is asked again goes on from what was read, and tells nobody else that it was asked before."""
+    with TestClient(make_app(Server([served()], Rules(api_keys=("one", "two"))))) as client:
+
+        def cached(key: str) -> int:
+            response = client.post(PATH, json=body(), headers={"authorization": f"Bearer {key}"})
+            return response.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+        assert [cached(key) > 0 for key in ("one", "one", "two", "two")] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("origins", [[], ["https://page.org"]])
+def test_pages_in_browsers(origins):
+    """What a browser asks before it sends a question of a page: nobody may but those that are named."""
+    asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+    with TestClient(
+        make_app(Server([served(engine=Fake())], Rules(api_keys=("one",)), cors_origins=origins))
+    ) as client:
+        for origin in ("https://page.org", "https://evil.org", "null"):
+            response = client.options(PATH, headers={"origin": origin, **asked})
+            assert (response.headers.get("access-control-allow-origin") == origin) == (origin in origins)
+            assert response.is_success == (origin in origins)
+
+
 def test_texts_are_logged_if_asked_for(caplog):
     with TestClient(make_app(Server([served()], log_requests=True))) as client, caplog.at_level(logging.INFO):
         client.post(PATH, json=body(turn(ecg_part(1), "Is it fast?")))
@@ -322,6 +400,7 @@ def test_texts_are_logged_if_asked_for(caplog):
     [
         (EngineDownError("down"), 503, "engine_down"),
         (NotFiniteError("nan"), 500, None),
+        (ValueError("a batch at /etc/path"), 500, None),
         (KeyError("own fault at /etc/path"), 500, None),
     ],
 )

@@ -24,9 +24,10 @@ def test_what_was_read_is_found_by_tokens_and_ecgs():
     assert kept.find(longer)[1] == length + 1
     begins_alike = kept.find(kept.read_of(more))[1]
     assert length > begins_alike > model.config.num_ecg_tokens
-    # with another ECG in the same tokens, another adapter, or the second ECG first
+    # with another ECG in the same tokens, another adapter, another client, or the second ECG first
     other = {name: values + 1 for name, values in one.ecg_inputs.items()}
-    for changed in (Prompt(one.input_ids, other), Prompt(one.input_ids, one.ecg_inputs, adapter="a")):
+    of_others = [Prompt(one.input_ids, one.ecg_inputs, **{name: "a"}) for name in ("adapter", "client")]
+    for changed in (Prompt(one.input_ids, other), *of_others):
         assert kept.find(kept.read_of(changed))[1] == 0
     swapped = {name: values.flip(0) for name, values in both.ecg_inputs.items()}
     kept.keep(kept.read_of(both), keys(len(both.input_ids)))

@@ -1,7 +1,9 @@
 import json
+import logging
 import os
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -14,8 +16,9 @@ from peft import LoraConfig, get_peft_model
 from asking import as_data, make, turn
 from elm_ecg.training.evaluation import predict
 from elm_ecg.training.load import load_elm
+from elm_ecg.training.serving.app import Server
 from elm_ecg.training.serving.models import find_places, load_places
-from elm_ecg.training.serving.serve import make_server, parse
+from elm_ecg.training.serving.serve import log_handler, make_server, parse, run
 from forks import Fork
 from helpers import fork_project, free_port, save_record
 
@@ -146,6 +149,44 @@ def test_options_that_do_not_go(options, expected, monkeypatch):
     monkeypatch.delenv("ELM_API_KEY", raising=False)
     with pytest.raises(ValueError, match=expected):
         parse(["model", *options])
+
+
+def test_the_log_is_the_servers_own():
+    """pydicom logs values of a file that it does not like, such as a name."""
+    told = [
+        name for name in ("elm_ecg.training", "uvicorn.error", "pydicom", "wfdb") if log_handler().filter(log_of(name))
+    ]
+    assert told == ["elm_ecg.training", "uvicorn.error"]
+
+
+def log_of(name: str) -> logging.LogRecord:
+    return logging.LogRecord(name, logging.WARNING, "", 0, "'Doe^John'", None, None)
+
+
+def test_connections_that_ask_nothing_are_closed(monkeypatch):
+    """One that never ends the head of its request, and not one that asks again and again."""
+    monkeypatch.setattr("elm_ecg.training.serving.serve.SECONDS_TO_ASK", 1.0)
+    server = Server([])
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+        thread = threading.Thread(target=run, args=(server, listener))
+        thread.start()
+        try:
+            with socket.create_connection(address, 20) as silent, socket.create_connection(address, 20) as asks:
+                silent.sendall(b"GET /health HTTP/1.1\r\n")
+                begun = time.monotonic()
+                while time.monotonic() < begun + 1.5:
+                    asks.sendall(b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n")
+                    told = b""
+                    while b'"ok"' not in told:
+                        more = asks.recv(4096)
+                        assert more
+                        told += more
+                    time.sleep(0.1)
+                assert silent.recv(1) == b""
+        finally:
+            server.is_ending = True
+            thread.join()
 
 
 def test_options_of_models(folder, tmp_path, monkeypatch):

@@ -104,10 +104,11 @@ def test_many_at_once_answer_as_elm_predict(representation, tmp_path):
 def test_the_end_of_an_answer(trained, server):
     prompt = trained.prompt(0)
     tokens = trained.tokens(prompt)
-    stopping = Prompt(prompt.input_ids, prompt.ecg_inputs, stop_token_ids=frozenset({tokens[4]}))
+    stopping = Prompt(prompt.input_ids, prompt.ecg_inputs, stop_token_ids=frozenset({tokens[4]}), client="a")
     at = tokens.index(tokens[4])
     (pieces,) = ask(trained, server.url, lambda engine: answers(engine, stopping))
     assert text_of(pieces) == trained.processor.decode(tokens[: at + 1]).strip()  # as it is no special token
+    assert server.requests[-1]["cache_salt"] == "a"  # what vLLM keeps of a prompt is of one client
     assert (pieces[-1].finish_reason, sum(piece.num_tokens for piece in pieces)) == ("stop", at + 1)
     (pieces,) = ask(trained, server.url, lambda engine: answers(engine, prompt))
     assert [piece.finish_reason for piece in pieces] == [None] * 7 + ["length"]

@@ -83,9 +83,12 @@ class Server:
             )
         return self.by_name[name]
 
-    async def prepare(self, model: ServedModel, request: ChatRequest) -> Prepared:
-        """See [`ServedModel.prepare`]; in a thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._readers, model.prepare, request)
+    async def prepare(self, model: ServedModel, request: ChatRequest, client: str) -> Prepared:
+        """See [`ServedModel.prepare`]; in a thread (APIError: the request is at fault)."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._readers, model.prepare, request, client)
+        except (ValueError, ImportError) as error:
+            raise APIError(400, str(error)) from error
 
     async def pieces(self, model: ServedModel, prepared: Prepared, begun: float) -> AsyncGenerator[Piece, None]:
         """The answers of an engine, which are counted, and end in time (TimeoutError).
@@ -146,7 +149,7 @@ class Chat:
         """Prepares the prompt, and waits for the first piece of an answer."""
         with self.server.waits():
             async with asyncio.timeout_at(self.begun + self.server.max_seconds):
-                self.prepared = await self.server.prepare(self.model, self.asked)
+                self.prepared = await self.server.prepare(self.model, self.asked, self.request.state.client)
             options = self.prepared.options
             self.collected = Collected(len(self.prepared.prompt.input_ids), options.n, options.top_logprobs is not None)
             self._pieces = self.server.pieces(self.model, self.prepared, self.begun)
@@ -269,6 +272,15 @@ def make_app(server: Server) -> FastAPI:
         responses=ERRORS,
     )
     with_key = [Depends(HTTPBearer(auto_error=False))] if server.rules.api_keys else []  # `Guard` looks at it
+    _add_chats(app, server, with_key)
+    _add_watching(app, server, with_key)
+    _add_errors(app)
+    _add_guard(app, server)
+    return app
+
+
+def _add_chats(app: FastAPI, server: Server, with_key: Sequence[Any]) -> None:
+    """The path on which models are asked."""
 
     @app.post(
         "/v1/chat/completions",
@@ -296,6 +308,10 @@ def make_app(server: Server) -> FastAPI:
             headers={"cache-control": "no-store", "x-accel-buffering": "no"},
         )
 
+
+def _add_watching(app: FastAPI, server: Server, with_key: Sequence[Any]) -> None:
+    """The paths that say what there is, and how it is."""
+
     @app.get("/v1/models", dependencies=with_key)
     async def models() -> Models:
         """All models that can be asked."""
@@ -318,10 +334,6 @@ def make_app(server: Server) -> FastAPI:
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(server.metrics.text(), media_type=CONTENT_TYPE_LATEST)
-
-    _add_errors(app)
-    _add_guard(app, server)
-    return app
 
 
 def _add_errors(app: FastAPI) -> None:

@@ -6,7 +6,6 @@ import io
 import os
 import tempfile
 import threading
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from elm_ecg.ecg_formats import SAMPLING_RATES
 from elm_ecg.ecg_formats_wfdb import is_wfdb_header
 from elm_ecg.ecg_utils import ECGRecord, as_record, read_ecg
 from elm_ecg.modeling_elm import ECG_INPUTS
@@ -25,7 +25,12 @@ from elm_ecg.training.serving.protocol import ECG, ChatRequest, ECGPart, ImagePa
 
 MAX_PIXELS = 50_000_000  # of a picture: a page that was scanned at 600 dots an inch
 MAX_KNOWN = 1000
+# more are not even made tokens, which takes minutes and gigabytes where somebody sends as much as a request may hold
+MAX_LETTERS = 32  # of a chat for each token that its model reads
+MAX_CONTEXT = 2**20  # of a model that reads any number of tokens
 PICTURES = ("PNG", "JPEG", "WEBP")
+# readers see some damage by Python's warnings, whose filters all threads share: one file is read at a time
+_reading_file = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,11 @@ class ServedModel:
         tokens = self.processor.tokenizer.added_tokens_decoder.values()
         self._control = [token.content for token in tokens if not token.content.isspace()]
 
-    def prepare(self, request: ChatRequest) -> Prepared:
+    def prepare(self, request: ChatRequest, client: str = "") -> Prepared:
         """What the engine is asked. It reads and computes: not for an event loop.
+
+        Args:
+            client: who asks, as `Prompt` has it.
 
         Raises:
             ValueError, ImportError: the request is at fault; says why in words for the client.
@@ -98,6 +106,7 @@ class ServedModel:
             input_ids=input_ids,
             ecg_inputs={name: inputs[name] for name in ECG_INPUTS if name in inputs},
             adapter=self.adapter,
+            client=client,
             stop_token_ids=self.stop_token_ids,
             opening=self._opening,
             given=self._given,
@@ -128,6 +137,7 @@ class ServedModel:
 
     def _chat(self, request: ChatRequest) -> tuple[list[dict[str, Any]], list[str]]:
         """The chat as the processor takes it, and what is to be known of its ECGs."""
+        self._check_size(request)
         parts = [
             part for message in request.messages for part in message.content if isinstance(part, ECGPart | ImagePart)
         ]
@@ -157,7 +167,18 @@ class ServedModel:
             chat.append({"role": "system" if message.role == "developer" else message.role, "content": content})
         return chat, list(notices)
 
+    def _check_size(self, request: ChatRequest) -> None:
+        size, most = 0, self.engine.context or MAX_CONTEXT
+        for message in request.messages:
+            size += 1 + len(message.content)  # letters, or parts
+            size += sum(len(part.text) for part in message.content if isinstance(part, TextPart))
+        if size > MAX_LETTERS * most:
+            raise ValueError(f"The chat has {size} letters and the model reads {most} tokens: shorten it.")
+
     def _record(self, ecg: ECG) -> ECGRecord:
+        lowest, highest = SAMPLING_RATES
+        if ecg.sampling_rate is not None and not lowest <= ecg.sampling_rate <= highest:
+            raise ValueError(f"sampling_rate is {ecg.sampling_rate:g}; expected {lowest:g} to {highest:g} hertz.")
         described: dict[str, Any] = {"sampling_rate": ecg.sampling_rate, "unit": ecg.unit, "lead_names": ecg.lead_names}
         if ecg.data is not None:
             record = _read(_decoded(ecg.data), ecg.format, described)
@@ -177,12 +198,10 @@ class ServedModel:
         if not (comma and head.startswith("data:image/") and head.endswith(";base64")):
             raise ValueError("image_url is no data:image/...;base64 URL; nothing is fetched from other places.")
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")  # of a picture that unpacks to very many pixels
-                image = Image.open(io.BytesIO(_decoded(content)), formats=PICTURES)
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"it has {image.width} x {image.height} pixels; expected at most {MAX_PIXELS}")
-                return image.convert("RGB")
+            image = Image.open(io.BytesIO(_decoded(content)), formats=PICTURES)  # of which only the head is read yet
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"it has {image.width} x {image.height} pixels; expected at most {MAX_PIXELS}")
+            return image.convert("RGB")
         except Exception as error:  # damaged pictures raise all sorts of things
             raise ValueError(f"The picture cannot be read as {', '.join(PICTURES)}: {error}.") from error
 
@@ -212,9 +231,10 @@ def _decoded(data: str) -> bytes:
 
 def _array(samples: Sequence[Sequence[float | None]]) -> np.ndarray:
     """float64 [leads, samples], NaN where one is missing."""
-    if len({len(row) for row in samples}) > 1:
+    lengths = {len(row) for row in samples}
+    if len(lengths) > 1:
         raise ValueError(
-            f"samples has leads of {sorted({len(row) for row in samples})} samples; expected [leads][samples]."
+            f"samples has leads of {min(lengths)} to {max(lengths)} samples; all leads have to be of one length."
         )
     return np.array(samples, dtype=np.float64)  # None becomes NaN
 
@@ -225,7 +245,7 @@ def _read(content: bytes, ending: str | None, described: dict[str, Any]) -> ECGR
         raise ValueError(
             "data is a header of WFDB, which names files that are not here: send the samples with sampling_rate, unit and lead_names."
         )
-    with tempfile.TemporaryDirectory(prefix="elm-serve-") as folder:
+    with _reading_file, tempfile.TemporaryDirectory(prefix="elm-serve-") as folder:
         path = Path(folder) / f"ecg.{ending or 'dat'}"
         path.write_bytes(content)
         try:

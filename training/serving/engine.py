@@ -34,6 +34,7 @@ class Prompt:
         input_ids: tokens of the whole chat, placeholders or tokens of its ECGs among them.
         ecg_inputs: `ECG_INPUTS` of the ECGs of the chat, in their order, each [ECGs, ...]; empty where it has none, or they are tokens.
         adapter: of those that the engine was started with; None: the model itself.
+        client: who asks; nobody gets anything of what was read for others, not even its speed.
         stop_token_ids: each ends an answer, and is none of its text if it is a special token.
         opening, given: of the answers, as `AnswerText` takes them.
     """
@@ -41,6 +42,7 @@ class Prompt:
     input_ids: list[int]
     ecg_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     adapter: str | None = None
+    client: str = ""
     stop_token_ids: frozenset[int] = frozenset()
     opening: str = ""
     given: str = ""

@@ -11,6 +11,7 @@ from elm_ecg.training.serving.engine import EngineDownError, QueueFullError
 from elm_ecg.training.serving.protocol import Error, ErrorDetail
 
 TYPES = {401: "authentication_error", 404: "not_found_error", 408: "timeout_error", 429: "rate_limit_error"}
+MAX_LETTERS = 2000  # of a message, as it may quote the request
 OWN_FAULT = "The server has failed; its log says why, under this request's x-request-id."
 
 
@@ -19,7 +20,7 @@ class APIError(HTTPException):
 
     Args:
         status: of HTTP.
-        message: for the client: no path of this machine, and nothing of another request.
+        message: for the client: no path of this machine, and nothing of another request; cut at `MAX_LETTERS`.
         param: the field of the request that is at fault.
         retry_after: seconds after which it is worth another try.
     """
@@ -33,6 +34,8 @@ class APIError(HTTPException):
         retry_after: int | None = None,
     ) -> None:
         super().__init__(status, message)
+        if len(message) > MAX_LETTERS:
+            message = f"{message[:MAX_LETTERS]}..."
         self.message, self.param, self.code, self.retry_after = message, param, code, retry_after
 
     @property
@@ -47,8 +50,6 @@ class APIError(HTTPException):
         headers = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
         if self.status_code == 401:
             headers["www-authenticate"] = "Bearer"
-        if self.status_code in (401, 403, 413):  # what else the client sends is not read
-            headers["connection"] = "close"
         # ASCII: a text of the request may hold halves of letters, which no UTF-8 has
         return _Ascii(self.content, self.status_code, headers)
 
@@ -59,7 +60,7 @@ class _Ascii(JSONResponse):
 
 
 def as_api_error(error: Exception) -> APIError | None:
-    """What an error of an engine means for the client; None for one that nobody expected."""
+    """What an error of an engine means for the client; None for one that nobody expected, whose text is not for clients."""
     if isinstance(error, QueueFullError):
         return APIError(429, str(error), code="queue_full", retry_after=error.retry_after)
     if isinstance(error, EngineDownError):
@@ -68,6 +69,4 @@ def as_api_error(error: Exception) -> APIError | None:
         return APIError(500, "The model gives NaN or infinity for the scores of tokens, so that it has no answer.")
     if isinstance(error, TimeoutError):
         return APIError(408, "The answer took longer than this server allows (--max_seconds); ask for fewer tokens.")
-    if isinstance(error, ValueError | ImportError):
-        return APIError(400, str(error))
     return None

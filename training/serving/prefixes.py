@@ -22,17 +22,19 @@ class Read:
     """What was read: an adapter's tokens, and the digests of the ECGs whose placeholders are among them.
 
     Args:
+        client: for whom.
         tokens: [tokens], in place of each placeholder a number of its ECG.
     """
 
+    client: str
     adapter: str | None
     tokens: np.ndarray
     digests: tuple[str, ...]
 
     @property
-    def group(self) -> tuple[str | None, str | None]:
-        """The adapter and the first ECG, which conversations that have more in common than instructions share."""
-        return self.adapter, self.digests[0] if self.digests else None
+    def group(self) -> tuple[str, str | None, str | None]:
+        """The client, the adapter and the first ECG, which conversations that have more in common than instructions share."""
+        return self.client, self.adapter, self.digests[0] if self.digests else None
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class _Kept:
 
 
 class Prefixes:
-    """The keys and values of the prompts and answers that were read last, whosever they were.
+    """The keys and values of the prompts and answers that were read last. Each client goes on from its own alone.
 
     One that begins as another does goes on from there. Of ECGs that is told by the digests of their content.
 
@@ -56,7 +58,7 @@ class Prefixes:
         self.config, self.max_bytes = config, max_bytes
         self.num_bytes = 0
         self._kept: OrderedDict[int, _Kept] = OrderedDict()  # that asked for last is last
-        self._groups: defaultdict[tuple[str | None, str | None], set[int]] = defaultdict(set)
+        self._groups: defaultdict[tuple[str, str | None, str | None], set[int]] = defaultdict(set)
         self._number = 0
         self.can_keep = max_bytes > 0 and can_cut(self._new())
 
@@ -71,7 +73,7 @@ class Prefixes:
             numbers = [int(digest[:15], 16) for digest in digests]  # 60 bits
             # below 0, where no token is
             tokens[tokens == self.config.ecg_token_id] = -1 - np.repeat(numbers, self.config.num_ecg_tokens)
-        return Read(prompt.adapter, tokens, digests)
+        return Read(prompt.client, prompt.adapter, tokens, digests)
 
     def num_ecgs(self, tokens: np.ndarray) -> tuple[int, int]:
         """How many ECGs have all of their placeholders among the tokens of a `Read`, and how many placeholders are left over."""
@@ -135,4 +137,4 @@ class Prefixes:
 
 def written(read: Read, token_ids: Sequence[int]) -> Read:
     """What was read, with the tokens of its answer that were read after it."""
-    return Read(read.adapter, np.append(read.tokens, np.array(token_ids, dtype=np.int64)), read.digests)
+    return Read(read.client, read.adapter, np.append(read.tokens, np.array(token_ids, dtype=np.int64)), read.digests)

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from elm_ecg.training.serving.engine import Piece, TokenLogprob
 
 MAX_CHOICES = 16
+MAX_LEADS = 256  # of a map of the body's surface; the parser takes seconds for a million
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity; as OpenAI's
 # letters, as of keys and names of files
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
@@ -47,11 +48,13 @@ class ECG(_Given):
         None, description="what the name of the file ends in, such as xml; the content tells the format"
     )
     samples: list[list[float | None]] | None = Field(
-        None, description="[leads][samples]; null where a sample is missing"
+        None, max_length=MAX_LEADS, description="[leads][samples]; null where a sample is missing"
     )
     sampling_rate: float | None = Field(None, description="in hertz; of a file that does not say it, and of samples")
-    unit: str | None = Field(None, description="mV, uV or V; of samples without it mV")
-    lead_names: list[str] | None = Field(None, description="of the rows; of twelve without them the standard leads")
+    unit: Text | None = Field(None, description="mV, uV or V; of samples without it mV")
+    lead_names: list[Text] | None = Field(
+        None, max_length=MAX_LEADS, description="of the rows; of twelve without them the standard leads"
+    )
     start: float | None = Field(None, description="second at which the part begins that is read of a longer record")
 
     @model_validator(mode="after")

@@ -2,10 +2,12 @@
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from elm_ecg.training.command_line import CommandLineParser, add_model_options, 
 ENGINES = ("transformers", "vllm")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SECONDS_TO_CLOSE = 30  # that clients have to read the end of their answers
+SECONDS_TO_ASK = 20  # from a connection, or the answer before, until the head of a request is here
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -146,6 +149,13 @@ def make_server(args: argparse.Namespace) -> Any:
     )
 
 
+def log_handler() -> logging.Handler:
+    """Writes what the server says, and no other library: those of readers quote the files, and so what they hold of a patient."""
+    handler = logging.StreamHandler()
+    handler.addFilter(lambda record: record.name.partition(".")[0] in ("asyncio", "elm_ecg", "uvicorn"))
+    return handler
+
+
 def run(server: Any, listener: socket.socket) -> None:
     """Answers until SIGINT or SIGTERM: then what runs is ended, and what comes is turned away. A second one ends at once."""
     import uvicorn
@@ -153,6 +163,8 @@ def run(server: Any, listener: socket.socket) -> None:
     from elm_ecg.training.serving.app import make_app
 
     class Uvicorn(uvicorn.Server):
+        silent: dict[Any, float] = {}  # connections, each with its last request, since when they ask nothing
+
         def handle_exit(self, sig: int, frame: Any) -> None:
             if server.is_ending:
                 self.should_exit = self.force_exit = True
@@ -161,6 +173,14 @@ def run(server: Any, listener: socket.socket) -> None:
         async def on_tick(self, counter: int) -> bool:
             if server.is_ending and not (server.waiting or server.running):
                 self.should_exit = True
+            now = time.monotonic()
+            connections: Any = self.server_state.connections  # of h11
+            states = [(one, one.cycle) for one in connections]
+            silent = [(one, last) for one, last in states if last is None or last.response_complete]
+            self.silent = {state: self.silent.get(state, now) for state in silent}
+            for (connection, _), since in self.silent.items():
+                if now - since > SECONDS_TO_ASK:
+                    connection.transport.close()
             return await super().on_tick(counter)
 
     config = uvicorn.Config(
@@ -168,6 +188,8 @@ def run(server: Any, listener: socket.socket) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        http="h11",
+        ws="none",
         timeout_graceful_shutdown=SECONDS_TO_CLOSE,
     )
     asyncio.run(Uvicorn(config).serve([listener]))
@@ -183,9 +205,11 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:  # before the models are loaded
         raise ValueError(f"--host {args.host} --port {args.port}: {error.strerror}; choose others.") from error
     with listener:
-        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", handlers=[log_handler()])
         logging.getLogger("elm_ecg.training.serving").setLevel(logging.INFO)
         server = make_server(args)
+        gc.collect()
+        gc.freeze()  # a request of very many small parts would have all of the models looked through again and again
         host = f"[{args.host}]" if ":" in args.host else args.host
         names = ", ".join(model.name for model in server.models)
         print(f"{names} at http://{host}:{listener.getsockname()[1]}/v1; Ctrl-C ends it.", flush=True)

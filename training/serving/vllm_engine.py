@@ -180,6 +180,7 @@ class VLLMEngine(Engine):
             "return_tokens_as_token_ids": True,
             "return_token_ids": True,
             "stream": True,
+            "cache_salt": prompt.client or None,  # what is kept of a prompt is of one client alone
         }
         return json.dumps({name: value for name, value in asked.items() if value is not None}).encode()
 
