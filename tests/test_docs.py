@@ -292,7 +292,14 @@ def test_links_lead_somewhere() -> None:
 
 def test_links_to_other_sites_are_well_formed() -> None:
     """The network is not asked. A new host goes into the list once its page was looked at."""
-    hosts = {"docs.astral.sh", "docs.vllm.ai", "download.pytorch.org", "github.com", "huggingface.co", "kellerjordan.github.io"}
+    hosts = {
+        "docs.astral.sh",
+        "docs.vllm.ai",
+        "download.pytorch.org",
+        "github.com",
+        "huggingface.co",
+        "kellerjordan.github.io",
+    }
     hosts |= {"arxiv.org", "doi.org", "rustup.rs", "www.adept.ai"}
     forms = {"arxiv.org": r"/abs/\d{4}\.\d{5}", "doi.org": r"/10\.\d{4,5}/[\w./-]*\w"}
     pages = [*TEXTS.values(), *(hooks.notebook_page(path) for path in hooks.NOTEBOOKS)]
