@@ -138,7 +138,6 @@ def with_adapter(
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     with loading(folder, label), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
-        warnings.filterwarnings("ignore", "All adapters are already merged")
         # on the meta device none is copied
         warnings.filterwarnings("ignore", "(?s).*copying from a non-meta parameter")
         weights = folder / "adapter_model.safetensors"
@@ -189,7 +188,9 @@ def _merged(model: PeftModel) -> ELMForConditionalGeneration:
                 base.to(torch.float32)
                 layer.merge()  # type: ignore[operator]
                 base.to(dtype)
-    merged: Any = model.merge_and_unload()  # what is saved whole takes its place
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All adapters are already merged")
+        merged: Any = model.merge_and_unload()  # what is saved whole takes its place
     for part in (merged.model.encoder, merged.model.connector, merged.model.signal_embeddings):
         if part is not None:
             part.to(merged.dtype)  # they were trained in float32
