@@ -19,6 +19,7 @@ TUTORIAL = TEXTS["docs/tutorials/serve.md"]
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 def test_every_block_runs_in_order(tmp_path: Path) -> None:
     save_tiny_data(tmp_path / "runs/quickstart/data", test=15)
     processor = tiny_processor("default", sampling_rate=100)
