@@ -1,10 +1,17 @@
+import html
 import json
 import logging
 import os
+import random
+import shutil
 import signal
 import socket
+import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx2
@@ -13,7 +20,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from asking import as_data, make, turn
+from asking import REPRESENTATIONS, as_data, chats, make, predicted, turn
 from elm_ecg.training.evaluation import predict
 from elm_ecg.training.load import load_elm
 from elm_ecg.training.serving.app import Server
@@ -66,7 +73,7 @@ class Process:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.fork: Fork = fork_project(MAIN, *options, "--port", self.port)
-        for _ in range(600):
+        for _ in range(3000):
             try:
                 if httpx2.get(f"{self.url}/health").is_success:
                     break
@@ -118,6 +125,81 @@ def test_officially(folder, record, tmp_path):
         next(stream)
         os.kill(process.fork.pid, signal.SIGTERM)
         assert [chunk.choices[0].finish_reason for chunk in stream][-1] in ("stop", "length")
+    finally:
+        os.kill(process.fork.pid, signal.SIGTERM)
+    assert process.fork.finish().returncode == 0
+
+
+@pytest.fixture
+def page(tmp_path):
+    """Address of a page in a browser that asks what is in `ask.json` beside it, and shows the answer."""
+    script = """<p id="answer"></p><script>
+        fetch("ask.json").then(answer => answer.json()).then(({url, body}) =>
+            fetch(url, {method: "POST", headers: {"content-type": "application/json"}, body: JSON.stringify(body)})
+        ).then(answer => answer.json()).then(
+            answer => document.getElementById("answer").textContent = answer.choices[0].message.content,
+            error => document.getElementById("answer").textContent = `${error}`)
+    </script>"""
+    (tmp_path / "page.html").write_text(f'<!doctype html><meta charset="utf-8">{script}')
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.minutes
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium") or not shutil.which("curl"), reason="needs chromium and curl")
+def test_every_client_among_fifty(tmp_path, page):
+    """The official client, curl and a page get what `elm predict` writes, while fifty others ask four models of all representations."""
+    names, requests = [], []
+    for representation in REPRESENTATIONS:
+        model, processor = make(representation)
+        model.save_pretrained(tmp_path / representation)
+        processor.save_pretrained(tmp_path / representation)
+        names.append(f"{representation}={tmp_path / representation}")
+        asked = chats(2.0 if representation == "signal" else 5.0)
+        found = predicted(model, processor, asked, 8)
+        requests += [
+            ({"model": representation, "messages": chat, "max_tokens": 8}, answer)
+            for chat, answer in zip(asked, found, strict=True)
+        ]
+    process, ended, wrong = Process(*names, "--cors_origins", page), threading.Event(), []
+
+    def ask_on(number: int) -> int:
+        order, count = random.Random(number), 0
+        with httpx2.Client(timeout=300) as client:
+            while not ended.is_set():
+                body, answer = order.choice(requests)
+                response = client.post(f"{process.url}/v1/chat/completions", json=body)
+                if response.status_code != 200 or response.json()["choices"][0]["message"]["content"] != answer:
+                    wrong.append(response.text)
+                count += 1
+        return count
+
+    try:
+        with ThreadPoolExecutor(50) as others:
+            counts = [others.submit(ask_on, number) for number in range(50)]
+            try:
+                for body, answer in requests:
+                    completion = process.client.chat.completions.create(**body)
+                    assert completion.choices[0].message.content == answer
+                    (tmp_path / "body.json").write_text(json.dumps(body))
+                    curl = ["curl", "--silent", "--fail", "--json", f"@{tmp_path / 'body.json'}"]
+                    said = subprocess.check_output([*curl, f"{process.url}/v1/chat/completions"])
+                    assert json.loads(said)["choices"][0]["message"]["content"] == answer
+                for body, answer in requests[::6]:  # one of each representation
+                    ask = {"url": f"{process.url}/v1/chat/completions", "body": body}
+                    (tmp_path / "ask.json").write_text(json.dumps(ask))
+                    chromium = ["chromium", "--headless", "--no-sandbox", f"--user-data-dir={tmp_path / 'profile'}"]
+                    chromium += ["--virtual-time-budget=60000", "--dump-dom", f"{page}/page.html"]
+                    shown = subprocess.check_output(chromium, stderr=subprocess.DEVNULL, timeout=300).decode()
+                    assert html.unescape(shown.split('id="answer">')[1].split("</p>")[0]) == answer
+            finally:
+                ended.set()
+            assert sum(count.result() for count in counts) >= 50
+        assert not wrong
     finally:
         os.kill(process.fork.pid, signal.SIGTERM)
     assert process.fork.finish().returncode == 0
