@@ -75,7 +75,7 @@ class Clients:
 
     def _ask(self, client: httpx2.Client, body: dict[str, Any]) -> str:
         with client.stream("POST", f"{self.url}/v1/chat/completions", json=body) as response:
-            lines = [line for line in response.iter_lines() if line]
+            lines = [line for line in response.read().decode().split("\n") if line]
         if response.status_code in (429, 503) and "retry-after" in response.headers:
             return BUSY if response.status_code == 429 else DOWN
         if response.status_code != 200:

@@ -289,7 +289,9 @@ class _Handler(BaseHTTPRequestHandler):
             for number, choice in enumerate(self._choices(rows)):
                 if number == self.server.breaks_after:
                     return
-                self.wfile.write(f"data: {json.dumps({'id': 'cmpl-0', 'choices': [choice]})}\n\n".encode())
+                self.wfile.write(
+                    f"data: {json.dumps({'id': 'cmpl-0', 'choices': [choice]}, ensure_ascii=False)}\n\n".encode()
+                )
             self.wfile.write(b"data: [DONE]\n\n")
         except (BrokenPipeError, ConnectionResetError):
             pass

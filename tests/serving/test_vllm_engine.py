@@ -204,6 +204,14 @@ def test_the_key_of_the_server(trained):
         assert ask(trained, server.url, with_key, api_key="secret") == (300, trained.answer(prompt))
 
 
+def test_an_event_ends_at_a_line_feed_alone(trained, server, monkeypatch):
+    """vLLM writes other separators of lines as they are."""
+    prompt = trained.prompt(0)
+    monkeypatch.setattr(server, "tokenizer", Mock(decode=Mock(return_value="a\u2028b\x85")))
+    (pieces,) = ask(trained, server.url, lambda engine: answers(engine, prompt))
+    assert text_of(pieces) == trained.answer(prompt)
+
+
 def test_a_full_queue_is_told(trained, server, monkeypatch):
     monkeypatch.setattr(server, "rows_of", Mock(side_effect=Refused(429, "full")))
     with pytest.raises(QueueFullError):

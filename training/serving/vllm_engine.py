@@ -232,9 +232,9 @@ class _Choice:
 
 async def _events(answer: httpx2.Response) -> AsyncIterator[dict[str, Any]]:
     """The events of a stream up to `[DONE]` (EngineDownError: one tells of an error)."""
-    async for line in answer.aiter_lines():
-        data = line.removeprefix("data:").strip()
-        if data == "[DONE]":
+    async for line in _lines(answer):
+        data = line.removeprefix(b"data:").strip()
+        if data == b"[DONE]":
             return
         if data:
             event = json.loads(data)
@@ -242,6 +242,16 @@ async def _events(answer: httpx2.Response) -> AsyncIterator[dict[str, Any]]:
                 logger.warning("The engine has failed: %s", str(event["error"])[:500])
                 raise EngineDownError("The engine has failed.")
             yield event
+
+
+async def _lines(answer: httpx2.Response) -> AsyncIterator[bytes]:
+    """Lines up to a line feed. `aiter_lines` would also end one at U+2028 and its like, which stand in answers as they are."""
+    rest = b""
+    async for part in answer.aiter_bytes():
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            yield line
+    yield rest
 
 
 def check_reads_embeddings(model: ELMForConditionalGeneration) -> None:
