@@ -564,7 +564,14 @@ def test_bfloat16(kind, objectives):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "objectives"), [("mtae", "masked"), ("st_mem", "both"), ("merl", "contrastive")])
+@pytest.mark.parametrize(
+    ("kind", "objectives"),
+    [
+        ("mtae", "masked"),
+        pytest.param("st_mem", "both", marks=pytest.mark.minutes),
+        pytest.param("merl", "contrastive", marks=pytest.mark.minutes),
+    ],
+)
 def test_one_graph(kind, objectives):
     model, batch = tiny(kind, objectives), batch_of(text=objectives != "masked")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

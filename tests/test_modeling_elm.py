@@ -561,6 +561,7 @@ class TestNumerics:
         torch.testing.assert_close(checkpointed_loss, loss)
         torch.testing.assert_close(checkpointed, gradients)
 
+    @pytest.mark.minutes
     @pytest.mark.slow
     def test_compiled_training_step(self):
         model = tiny_elm("st_mem").train()

@@ -247,6 +247,7 @@ def test_beams(elm):
     assert ask(elm, rows, batch_size=5, **options) != ask(elm, rows)
 
 
+@pytest.mark.minutes
 @pytest.mark.slow
 def test_compiled_answers_are_the_same(elm, data):
     rows, options = data.select([0]), {"generation": {"max_new_tokens": 3}}

@@ -57,6 +57,7 @@ def test_full_size_encoder_gives_the_golden_tokens(shapes, shared, tmp_path, cap
 
 
 @pytest.mark.parametrize("kind", ["mlae", "mtae", "st_mem"])
+@pytest.mark.minutes
 @pytest.mark.slow
 def test_other_full_size_encoders_give_the_golden_tokens(kind, shapes, shared, tmp_path):
     report = run(tmp_path / "encoder.pt", checkpoint_of(golden_state_dict(shapes[kind])), "--encoder", kind)
