@@ -46,6 +46,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,9 @@ from elm_ecg.training.augmentation import augmented
 from elm_ecg.training.data.labels import SUPERCLASSES
 from elm_ecg.training.data.schema import ECG, SPLITS
 from elm_ecg.training.data.splits import FOLDS
-from elm_ecg.training.evaluation.probe_models import plain_cnn
+from elm_ecg.training.ema import MovingAverage
+from elm_ecg.training.evaluation.predict import main as elm_predict
+from elm_ecg.training.evaluation.probe_models import linear_probe, plain_cnn
 from elm_ecg.training.small_llm import save_small_llm
 
 NUM_SAMPLES = 1000  # 10 s at 100 Hz
@@ -252,6 +255,7 @@ def cnn(args: argparse.Namespace) -> None:
     labels = torch.tensor([[answer_of(row, superclass) == "yes" for superclass in SUPERCLASSES] for row in rows])
     parts = {split: torch.tensor([index for index, row in enumerate(rows) if in_split(row, split)]) for split in SPLITS}
     model = make_classifier(args)
+    average = None if args.ema_decay is None else MovingAverage(model, args.ema_decay)
     optimizer = torch.optim.AdamW(model.parameters())
     num_steps = args.num_epochs * -(-len(parts["train"]) // args.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=num_steps)
@@ -282,14 +286,64 @@ def cnn(args: argparse.Namespace) -> None:
             loss.backward()
             optimizer.step()
             schedule.step()
-        on_validation = areas("validation")
-        macro = float(np.mean(list(on_validation.values())))
-        if macro > best[0]:
-            best = macro, epoch, in_words(on_validation), in_words(areas("test"))
-            if isinstance(model, LinearHead) and args.output_dir is not None:
-                model.encoder.save_pretrained(args.output_dir)
-                extract.save_pretrained(args.output_dir)
+            if average is not None:
+                average.update()
+        with nullcontext() if average is None else average.in_model():
+            on_validation = areas("validation")
+            macro = float(np.mean(list(on_validation.values())))
+            if macro > best[0]:
+                best = macro, epoch, in_words(on_validation), in_words(areas("test"))
+                if isinstance(model, LinearHead) and args.output_dir is not None:
+                    model.encoder.save_pretrained(args.output_dir)
+                    extract.save_pretrained(args.output_dir)
     print(f"epoch {best[1]} of {args.num_epochs}\nfold  9: {best[2]}\nfold 10: {best[3]}")
+
+
+def predicted(model: str, rows: list[dict[str, str]], folder: Path, *options: str) -> np.ndarray:
+    """What `elm predict` finds of each record, [records, questions, width]: features, or shares of the candidate answers."""
+    files = [str(folder / "ecgs" / f"{int(row['ecg_id']):05d}.npz") for row in rows]
+    with tempfile.TemporaryDirectory() as temporary:
+        output = Path(temporary, "features.npz" if "--features" in options else "answers.jsonl")
+        elm_predict([model, *files, *options, "--output", str(output), "--batch_size", "64"])
+        if output.suffix == ".npz":
+            with np.load(output) as arrays:
+                names, values = arrays["record"].tolist(), arrays["features"]
+        else:
+            lines = [json.loads(line) for line in output.read_text().splitlines()]
+            names, values = (
+                [line["record"] for line in lines],
+                np.array([list(line["shares"].values()) for line in lines]),
+            )
+    number = len(names) // len(rows)
+    assert names[::number] == files  # a record after the other
+    return values.reshape(len(rows), number, -1)
+
+
+def gap(args: argparse.Namespace) -> None:
+    """The macro AUROC that a linear head gets from what each part of an ELM makes of a record, and that of the ELM's own answers."""
+    rows = read_records(SHARED)
+    labels = np.array([[answer_of(row, superclass) == "yes" for superclass in SUPERCLASSES] for row in rows])
+    parts = {split: np.flatnonzero([in_split(row, split) for row in rows]) for split in SPLITS}
+    asked = ["--question", *SUPERCLASSES.values()]
+
+    def told(name: str, scores: np.ndarray) -> None:
+        for fold, split in ((9, "validation"), (10, "test")):
+            has = labels[parts[split]]
+            areas = [area_under_roc(*pair) for pair in zip(scores[parts[split]].T, has.T, strict=True)]
+            print(f"{name}, fold {fold}: {in_words(dict(zip(SUPERCLASSES, areas, strict=True)))}", flush=True)
+
+    for kind in ("encoder", "connector", "llm"):
+        values = predicted(args.model, rows, args.folder, "--features", kind, *(asked if kind == "llm" else ()))
+        scores = np.zeros(labels.shape)
+        for column in range(len(SUPERCLASSES)):
+            features = values[:, column if kind == "llm" else 0]  # of the language model those of its own question
+            of = {split: features[part] for split, part in parts.items()}
+            of["test"] = features  # all, to be scored
+            truth = {split: labels[part, column, None].astype(int) for split, part in parts.items()}
+            scores[:, column] = linear_probe(of, truth, np.arange(len(parts["train"])))[0][:, 0]
+        told(f"linear head on {kind}", scores)
+    shares = predicted(args.model, rows, args.folder, "--candidates", "yes", "no", *asked)
+    told("its answers", shares[:, :, 0])
 
 
 def main() -> None:
@@ -311,6 +365,10 @@ def main() -> None:
         kind: dict[str, Any] = {"action": "store_true"} if is_switch else {"type": float, "default": option.default}
         if option.name != "augment_rgb":
             command.add_argument(f"--{option.name}", **kind)
+    command.add_argument("--ema_decay", type=float, help="as of `elm sft`")
+    command = commands.add_parser("gap")
+    command.add_argument("model", help="ELM with an encoder, trained on the data of `build`")
+    command.add_argument("folder", type=Path, help="that `build` has made")
     command = commands.add_parser("records")
     command.add_argument("folder", type=Path)
     command.add_argument(
@@ -321,6 +379,8 @@ def main() -> None:
         build(args.folder, args.seed)
     elif args.command == "records":
         save_records(args.folder, args.splits)
+    elif args.command == "gap":
+        gap(args)
     else:
         cnn(args)
 

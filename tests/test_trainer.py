@@ -78,7 +78,18 @@ class Remember(TrainerCallback):
 
 def test_a_moving_average_is_evaluated(llm, data, tmp_path):
     """The last evaluation is that of the weights in the end, which are not those of the last step."""
-    options = ["--ema_decay", "0.9", "--max_steps", "2", "--eval_strategy", "steps", "--eval_steps", "1", "--lr", "1e-1"]
+    options = [
+        "--ema_decay",
+        "0.9",
+        "--max_steps",
+        "2",
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        "1",
+        "--lr",
+        "1e-1",
+    ]
     run, last = make_trainer(*tiny_sft(llm, data, tmp_path, *options)), Remember()
     run.add_callback(last)
     run.train()

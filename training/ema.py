@@ -34,9 +34,13 @@ class MovingAverage(TrainerCallback):
         self.num_steps = 0
         self.averaged: dict[str, torch.Tensor] = {}  # empty before the first step, at which the model is on its device
 
-    @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the trainer, behind each step of the optimizer."""
+        self.update()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Takes the weights of a step into the average."""
         current = self._tensors()
         if not self.averaged:
             whole = torch.contiguous_format  # as they are saved
