@@ -315,35 +315,40 @@ def predicted(model: str, rows: list[dict[str, str]], folder: Path, *options: st
                 np.array([list(line["shares"].values()) for line in lines]),
             )
     number = len(names) // len(rows)
-    assert names[::number] == files  # a record after the other
+    assert names[::number] == [Path(file).stem for file in files]  # a record after the other
     return values.reshape(len(rows), number, -1)
 
 
 def gap(args: argparse.Namespace) -> None:
-    """The macro AUROC that a linear head gets from what each part of an ELM makes of a record, and that of the ELM's own answers."""
-    rows = read_records(SHARED)
+    """The areas that a linear head gets from what each part of an ELM makes of a record, and those of the ELM's own answers."""
+    of_split = {split: [row for row in read_records(SHARED) if in_split(row, split)] for split in SPLITS}
+    rows = [row for split in SPLITS for row in of_split[split]]
     labels = np.array([[answer_of(row, superclass) == "yes" for superclass in SUPERCLASSES] for row in rows])
-    parts = {split: np.flatnonzero([in_split(row, split) for row in rows]) for split in SPLITS}
+    ends = np.cumsum([len(of_split[split]) for split in SPLITS])
+    parts = dict(zip(SPLITS, np.split(np.arange(len(rows)), ends[:-1]), strict=True))
     asked = ["--question", *SUPERCLASSES.values()]
 
-    def told(name: str, scores: np.ndarray) -> None:
+    def tell(name: str, scores: np.ndarray) -> None:
+        """Prints the areas of folds 9 and 10; `scores` are those of their records, the last of `rows`."""
         for fold, split in ((9, "validation"), (10, "test")):
-            has = labels[parts[split]]
-            areas = [area_under_roc(*pair) for pair in zip(scores[parts[split]].T, has.T, strict=True)]
-            print(f"{name}, fold {fold}: {in_words(dict(zip(SUPERCLASSES, areas, strict=True)))}", flush=True)
+            part = parts[split]
+            has, of_part = labels[part].T, scores[part - len(parts["train"])].T
+            areas = [area_under_roc(*pair) for pair in zip(of_part, has, strict=True)]
+            print(f"fold {fold:>2}, {name}: {in_words(dict(zip(SUPERCLASSES, areas, strict=True)))}", flush=True)
 
     for kind in ("encoder", "connector", "llm"):
         values = predicted(args.model, rows, args.folder, "--features", kind, *(asked if kind == "llm" else ()))
-        scores = np.zeros(labels.shape)
-        for column in range(len(SUPERCLASSES)):
-            features = values[:, column if kind == "llm" else 0]  # of the language model those of its own question
-            of = {split: features[part] for split, part in parts.items()}
-            of["test"] = features  # all, to be scored
-            truth = {split: labels[part, column, None].astype(int) for split, part in parts.items()}
-            scores[:, column] = linear_probe(of, truth, np.arange(len(parts["train"])))[0][:, 0]
-        told(f"linear head on {kind}", scores)
-    shares = predicted(args.model, rows, args.folder, "--candidates", "yes", "no", *asked)
-    told("its answers", shares[:, :, 0])
+        columns = []
+        for index in range(len(SUPERCLASSES)):
+            features = values[:, index if kind == "llm" else 0]  # the language model is asked each question
+            of = {"train": features[parts["train"]], "validation": features[parts["validation"]]}
+            of["test"] = features[len(parts["train"]) :]  # both folds are scored
+            known = {split: labels[part, index, None].astype(int) for split, part in parts.items()}
+            columns.append(linear_probe(of, known, np.arange(len(parts["train"])))[0][:, 0])
+        tell(f"a linear head on what the {kind} gives", np.stack(columns, 1))
+    evaluated = rows[len(parts["train"]) :]
+    shares = predicted(args.model, evaluated, args.folder, "--candidates", "yes", "no", *asked)
+    tell("the answers", shares[:, :, 0])
 
 
 def main() -> None:
