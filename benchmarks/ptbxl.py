@@ -30,7 +30,12 @@ Encoders pretrained on the same records, without their questions; for the second
     elm pretrain --config pretrain_ptbxl_merl --text_encoder sentence-transformers/all-MiniLM-L6-v2 --data runs/ptbxl/records --output_dir runs/ptbxl/merl
     python benchmarks/ptbxl.py records --splits runs/PTB-XL-labels
     elm probe runs/ptbxl/st_mem --data runs/PTB-XL-labels --label_columns superclass
+
+An ELM around the second kind of pretraining, and what is lost on the way from encoder to answer:
+
+    elm pretrain --config pretrain_ptbxl_merl --encoder xresnet1d --encoder_config '{"depths": [1, 1, 1], "widths": [32, 64, 128], "kernel_size": 7}' --text_encoder sentence-transformers/all-MiniLM-L6-v2 --data runs/ptbxl/records --output_dir runs/ptbxl/pretrained_xresnet1d
     elm sft --config ptbxl_pretrained --data runs/ptbxl/all_questions --ecg_root runs/ptbxl --llm runs/ptbxl/llm --output_dir runs/ptbxl/pretrained
+    python benchmarks/ptbxl.py gap runs/ptbxl/pretrained runs/ptbxl
 
 The tokenizer that comes with the package is made so:
 
