@@ -30,12 +30,13 @@ Encoders pretrained on the same records, without their questions; for the second
     elm pretrain --config pretrain_ptbxl_merl --text_encoder sentence-transformers/all-MiniLM-L6-v2 --data runs/ptbxl/records --output_dir runs/ptbxl/merl
     python benchmarks/ptbxl.py records --splits runs/PTB-XL-labels
     elm probe runs/ptbxl/st_mem --data runs/PTB-XL-labels --label_columns superclass
+    elm sft --config ptbxl_pretrained --data runs/ptbxl/all_questions --ecg_root runs/ptbxl --llm runs/ptbxl/llm --output_dir runs/ptbxl/pretrained
 
-An ELM around the second kind of pretraining, and what is lost on the way from encoder to answer:
+The same with another encoder and a moving average, and what is lost on the way from its encoder to its answers:
 
     elm pretrain --config pretrain_ptbxl_merl --encoder xresnet1d --encoder_config '{"depths": [1, 1, 1], "widths": [32, 64, 128], "kernel_size": 7}' --text_encoder sentence-transformers/all-MiniLM-L6-v2 --data runs/ptbxl/records --output_dir runs/ptbxl/pretrained_xresnet1d
-    elm sft --config ptbxl_pretrained --data runs/ptbxl/all_questions --ecg_root runs/ptbxl --llm runs/ptbxl/llm --output_dir runs/ptbxl/pretrained
-    python benchmarks/ptbxl.py gap runs/ptbxl/pretrained runs/ptbxl
+    elm sft --config ptbxl_pretrained --encoder_name_or_path runs/ptbxl/pretrained_xresnet1d --gain_jitter 0.1 --num_train_epochs 3 --ema_decay 0.99 --data runs/ptbxl/all_questions --ecg_root runs/ptbxl --llm runs/ptbxl/llm --output_dir runs/ptbxl/averaged
+    python benchmarks/ptbxl.py gap runs/ptbxl/averaged runs/ptbxl
 
 The tokenizer that comes with the package is made so:
 
