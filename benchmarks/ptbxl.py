@@ -32,6 +32,12 @@ Encoders pretrained on the same records, without their questions; for the second
     elm probe runs/ptbxl/st_mem --data runs/PTB-XL-labels --label_columns superclass
     elm sft --config ptbxl_pretrained --data runs/ptbxl/all_questions --ecg_root runs/ptbxl --llm runs/ptbxl/llm --output_dir runs/ptbxl/pretrained
 
+The same with another encoder and a moving average, and what is lost on the way from its encoder to its answers:
+
+    elm pretrain --config pretrain_ptbxl_merl --encoder xresnet1d --encoder_config '{"depths": [1, 1, 1], "widths": [32, 64, 128], "kernel_size": 7}' --text_encoder sentence-transformers/all-MiniLM-L6-v2 --data runs/ptbxl/records --output_dir runs/ptbxl/pretrained_xresnet1d
+    elm sft --config ptbxl_pretrained --encoder_name_or_path runs/ptbxl/pretrained_xresnet1d --gain_jitter 0.1 --num_train_epochs 3 --ema_decay 0.99 --data runs/ptbxl/all_questions --ecg_root runs/ptbxl --llm runs/ptbxl/llm --output_dir runs/ptbxl/averaged
+    python benchmarks/ptbxl.py gap runs/ptbxl/averaged runs/ptbxl
+
 The tokenizer that comes with the package is made so:
 
     python benchmarks/ptbxl.py records runs/PTB-XL                  # all 2,009 records, no questions
@@ -46,6 +52,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -69,7 +76,9 @@ from elm_ecg.training.augmentation import augmented
 from elm_ecg.training.data.labels import SUPERCLASSES
 from elm_ecg.training.data.schema import ECG, SPLITS
 from elm_ecg.training.data.splits import FOLDS
-from elm_ecg.training.evaluation.probe_models import plain_cnn
+from elm_ecg.training.ema import MovingAverage
+from elm_ecg.training.evaluation.predict import main as elm_predict
+from elm_ecg.training.evaluation.probe_models import linear_probe, plain_cnn
 from elm_ecg.training.small_llm import save_small_llm
 
 NUM_SAMPLES = 1000  # 10 s at 100 Hz
@@ -252,6 +261,7 @@ def cnn(args: argparse.Namespace) -> None:
     labels = torch.tensor([[answer_of(row, superclass) == "yes" for superclass in SUPERCLASSES] for row in rows])
     parts = {split: torch.tensor([index for index, row in enumerate(rows) if in_split(row, split)]) for split in SPLITS}
     model = make_classifier(args)
+    average = None if args.ema_decay is None else MovingAverage(model, args.ema_decay)
     optimizer = torch.optim.AdamW(model.parameters())
     num_steps = args.num_epochs * -(-len(parts["train"]) // args.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=num_steps)
@@ -282,14 +292,69 @@ def cnn(args: argparse.Namespace) -> None:
             loss.backward()
             optimizer.step()
             schedule.step()
-        on_validation = areas("validation")
-        macro = float(np.mean(list(on_validation.values())))
-        if macro > best[0]:
-            best = macro, epoch, in_words(on_validation), in_words(areas("test"))
-            if isinstance(model, LinearHead) and args.output_dir is not None:
-                model.encoder.save_pretrained(args.output_dir)
-                extract.save_pretrained(args.output_dir)
+            if average is not None:
+                average.update()
+        with nullcontext() if average is None else average.in_model():
+            on_validation = areas("validation")
+            macro = float(np.mean(list(on_validation.values())))
+            if macro > best[0]:
+                best = macro, epoch, in_words(on_validation), in_words(areas("test"))
+                if isinstance(model, LinearHead) and args.output_dir is not None:
+                    model.encoder.save_pretrained(args.output_dir)
+                    extract.save_pretrained(args.output_dir)
     print(f"epoch {best[1]} of {args.num_epochs}\nfold  9: {best[2]}\nfold 10: {best[3]}")
+
+
+def predicted(model: str, rows: list[dict[str, str]], folder: Path, *options: str) -> np.ndarray:
+    """What `elm predict` finds of each record, [records, questions, width]: features, or shares of the candidate answers."""
+    files = [str(folder / "ecgs" / f"{int(row['ecg_id']):05d}.npz") for row in rows]
+    with tempfile.TemporaryDirectory() as temporary:
+        output = Path(temporary, "features.npz" if "--features" in options else "answers.jsonl")
+        elm_predict([model, *files, *options, "--output", str(output), "--batch_size", "64"])
+        if output.suffix == ".npz":
+            with np.load(output) as arrays:
+                names, values = arrays["record"].tolist(), arrays["features"]
+        else:
+            lines = [json.loads(line) for line in output.read_text().splitlines()]
+            names, values = (
+                [line["record"] for line in lines],
+                np.array([list(line["shares"].values()) for line in lines]),
+            )
+    number = len(names) // len(rows)
+    assert names[::number] == [Path(file).stem for file in files]  # a record after the other
+    return values.reshape(len(rows), number, -1)
+
+
+def gap(args: argparse.Namespace) -> None:
+    """The areas that a linear head gets from what each part of an ELM makes of a record, and those of the ELM's own answers."""
+    of_split = {split: [row for row in read_records(SHARED) if in_split(row, split)] for split in SPLITS}
+    rows = [row for split in SPLITS for row in of_split[split]]
+    labels = np.array([[answer_of(row, superclass) == "yes" for superclass in SUPERCLASSES] for row in rows])
+    ends = np.cumsum([len(of_split[split]) for split in SPLITS])
+    parts = dict(zip(SPLITS, np.split(np.arange(len(rows)), ends[:-1]), strict=True))
+    asked = ["--question", *SUPERCLASSES.values()]
+
+    def tell(name: str, scores: np.ndarray) -> None:
+        """Prints the areas of folds 9 and 10; `scores` are those of their records, the last of `rows`."""
+        for fold, split in ((9, "validation"), (10, "test")):
+            part = parts[split]
+            has, of_part = labels[part].T, scores[part - len(parts["train"])].T
+            areas = [area_under_roc(*pair) for pair in zip(of_part, has, strict=True)]
+            print(f"fold {fold:>2}, {name}: {in_words(dict(zip(SUPERCLASSES, areas, strict=True)))}", flush=True)
+
+    for kind in ("encoder", "connector", "llm"):
+        values = predicted(args.model, rows, args.folder, "--features", kind, *(asked if kind == "llm" else ()))
+        columns = []
+        for index in range(len(SUPERCLASSES)):
+            features = values[:, index if kind == "llm" else 0]  # the language model is asked each question
+            of = {"train": features[parts["train"]], "validation": features[parts["validation"]]}
+            of["test"] = features[len(parts["train"]) :]  # both folds are scored
+            known = {split: labels[part, index, None].astype(int) for split, part in parts.items()}
+            columns.append(linear_probe(of, known, np.arange(len(parts["train"])))[0][:, 0])
+        tell(f"a linear head on what the {kind} gives", np.stack(columns, 1))
+    evaluated = rows[len(parts["train"]) :]
+    shares = predicted(args.model, evaluated, args.folder, "--candidates", "yes", "no", *asked)
+    tell("the answers", shares[:, :, 0])
 
 
 def main() -> None:
@@ -311,6 +376,10 @@ def main() -> None:
         kind: dict[str, Any] = {"action": "store_true"} if is_switch else {"type": float, "default": option.default}
         if option.name != "augment_rgb":
             command.add_argument(f"--{option.name}", **kind)
+    command.add_argument("--ema_decay", type=float, help="as of `elm sft`")
+    command = commands.add_parser("gap")
+    command.add_argument("model", help="ELM with an encoder, trained on the data of `build`")
+    command.add_argument("folder", type=Path, help="that `build` has made")
     command = commands.add_parser("records")
     command.add_argument("folder", type=Path)
     command.add_argument(
@@ -321,6 +390,8 @@ def main() -> None:
         build(args.folder, args.seed)
     elif args.command == "records":
         save_records(args.folder, args.splits)
+    elif args.command == "gap":
+        gap(args)
     else:
         cnn(args)
 

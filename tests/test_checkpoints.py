@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from elm_ecg.training import checkpoints, cli, run, sft, trainer
+from elm_ecg.training.ema import FILE_NAME
 from elm_ecg.training.load import load_elm
 from elm_ecg.training.resume import OPTIONS_FILE, fault_of
 from helpers import losses, save_tiny_data, tiny_sft
@@ -145,6 +146,29 @@ def test_rotation_and_the_best_model(llm, data, tmp_path):
     weights = list(folder.rglob("*.safetensors"))
     assert len(weights) == 2
     assert all(file.stat().st_mode & 0o777 == 0o644 for file in weights)  # others read them too
+
+
+@pytest.mark.parametrize("options", [[], ["--peft", "--update", "encoder", "connector", "llm"]], ids=["full", "lora"])
+def test_a_moving_average(llm, data, tmp_path, options):
+    """The best average is what is saved, and a run that goes on goes on with it."""
+    options = [*options, *SAVING, *WORST, "--metric_for_best_model", "loss", "--load_best_model_at_end"]
+    options += ["--max_steps", "3", "--ema_decay", "0.9"]
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    sft.main(tiny_sft(llm, data, straight, *options))
+    for step in (1, 2):
+        shutil.copytree(straight / f"checkpoint-{step}", resumed / f"checkpoint-{step}")
+    sft.main(tiny_sft(llm, data, resumed, *options, "--resume_from_checkpoint", "last"))
+    whole, parts = (load_file(folder / "checkpoint-3" / FILE_NAME) for folder in (straight, resumed))
+    assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
+    best = Path(json.loads((straight / "trainer_state.json").read_text())["best_model_checkpoint"])
+    saved = load_file(straight / ("adapter_model.safetensors" if "--peft" in options else "model.safetensors"))
+    averages = {
+        name.replace(".default", "").replace(".modules_to_save", ""): tensor
+        for name, tensor in load_file(best / FILE_NAME).items()
+    }
+    assert len(averages.keys() & saved.keys()) > len(saved) / 2
+    for name in averages.keys() & saved.keys():
+        assert torch.equal(saved[name], averages[name]), name
 
 
 def test_the_best_model_of_a_run_whose_folder_was_moved(llm, data, tmp_path, monkeypatch):

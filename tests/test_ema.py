@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -32,7 +33,7 @@ def stepped(model, average, seed):
         weight += torch.randn_like(weight)
     model.trained.norm.running_mean += torch.randn(2)
     model.trained.norm.num_batches_tracked += 1
-    average.on_optimizer_step(None, None, None)
+    average.update()
 
 
 def test_the_average_is_that_of_all_steps(tmp_path):
@@ -57,6 +58,23 @@ def test_the_average_is_that_of_all_steps(tmp_path):
     for name, value in model.frozen.state_dict().items():
         assert torch.equal(value, frozen[name])
     assert model.trained.norm.num_batches_tracked == 30
+
+
+def test_it_is_in_the_model_for_a_while(tmp_path):
+    """As in an evaluation; before the first step there is none."""
+    model = Model()
+    average = MovingAverage(model, 0.9)
+    with average.in_model():
+        stepped(model, average, 0)
+    stepped(model, average, 1)
+    average.save(tmp_path)
+    now, saved = copy.deepcopy(model.state_dict()), load_file(tmp_path / FILE_NAME)
+    with average.in_model():
+        for name, value in model.trained.named_parameters():
+            assert torch.equal(value, saved[f"trained.{name}"]), name
+            assert not torch.equal(value, now[f"trained.{name}"]), name
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, now[name]), name
 
 
 def test_it_goes_on_from_a_checkpoint(tmp_path):
@@ -91,7 +109,9 @@ def test_checkpoints_without_it_or_of_another_model(tmp_path):
     ):
         average.load(tmp_path)
     other = Model()
-    other.more = nn.Linear(1, 1)
-    MovingAverage(other, 0.9).save(tmp_path)
+    other.trained.more = nn.Linear(1, 1)
+    other_average = MovingAverage(other, 0.9)
+    stepped(other, other_average, 0)
+    other_average.save(tmp_path)
     with pytest.raises(ValueError, match="is of another model"):
         average.load(tmp_path)

@@ -1,7 +1,9 @@
+import copy
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainerCallback
 from trl.trainer import utils as trl_utils
 
 from elm_ecg.training import run, sft, trainer
@@ -65,3 +67,33 @@ def test_the_head_on_labels_alone_is_that_on_all_tokens(llm, data, tmp_path, opt
     with pytest.raises(TypeError):
         run.compute_loss(run.model, batch)
     assert seen == [num_labels]
+
+
+class Remember(TrainerCallback):
+    """The weights after each step, before they are evaluated."""
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        self.weights = copy.deepcopy(model.state_dict())
+
+
+def test_a_moving_average_is_evaluated(llm, data, tmp_path):
+    """The last evaluation is that of the weights in the end, which are not those of the last step."""
+    options = [
+        "--ema_decay",
+        "0.9",
+        "--max_steps",
+        "2",
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        "1",
+        "--lr",
+        "1e-1",
+    ]
+    run, last = make_trainer(*tiny_sft(llm, data, tmp_path, *options)), Remember()
+    run.add_callback(last)
+    run.train()
+    evaluated = [row["eval_loss"] for row in run.state.log_history if "eval_loss" in row]
+    assert run.evaluate()["eval_loss"] == evaluated[-1]
+    run.model.load_state_dict(last.weights)
+    assert run.evaluate()["eval_loss"] != evaluated[-1]

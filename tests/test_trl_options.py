@@ -666,8 +666,8 @@ def test_augmentation_arguments(elm, data):
 
 
 def test_options_of_training(elm, data):
-    # those of features are in test_features.py, those of the phases in test_phases.py
-    shown = {"update", "streaming", "shuffle_buffer", "wandb", "distributed", "cache_features"}
+    # those of features are in test_features.py, those of the phases in test_phases.py, ema_decay in test_checkpoints.py
+    shown = {"update", "streaming", "shuffle_buffer", "wandb", "distributed", "cache_features", "ema_decay"}
     shown |= {"train_phase", "report_column", "explicit_thinking"}
     assert shown == names_of(ELMArguments) - names_of(DataArguments, ModelArguments, AugmentationArguments)
     freeze(elm[0], ["connector"])

@@ -326,12 +326,18 @@ class RunArguments:
         "Rows that --streaming holds in memory and shuffles, in each data loader worker. If each record is stored once, for all its questions, "
         "keep these below 256 MB of records: of more, each is read several times.",
     )
+    ema_decay: float | None = argument(
+        None,
+        "Keep a moving average of the weights, such as 0.999, which is what is evaluated, and saved in the end. Default: none.",
+    )
     wandb: bool = argument(False, "Report to Weights & Biases, as --report_to wandb does.")
     distributed: bool = argument(False, "Insist on several processes: start with `accelerate launch` or `torchrun`.")
 
     def __post_init__(self) -> None:
         if self.shuffle_buffer < 1:
             raise ValueError(f"--shuffle_buffer is {self.shuffle_buffer}; expected at least 1 row.")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"--ema_decay is {self.ema_decay}; expected a number between 0 and 1, such as 0.999.")
 
 
 @dataclass  # fields stand from the last base to the first: --data, which has no default, must lead

@@ -1,9 +1,10 @@
-"""What the trainers of all commands share: checkpoints that are whole or not there, and a stop where numbers end."""
+"""What the trainers of all commands share: whole checkpoints, a stop where numbers end, and a moving average of the weights."""
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from elm_ecg.training.ema import MovingAverage, saved_buffers
 from elm_ecg.training.files import let_others_read_weights, naming, read_json
 from elm_ecg.training.resume import RunOptions
+
+logger = logging.getLogger(__name__)
 
 UNFINISHED = ".unfinished"  # folder of what is being saved
 # without one of them a folder is no model: they go first when another takes its place, and come last
@@ -49,12 +53,27 @@ class WholeCheckpoints(Trainer):
 
     Args:
         options: of the run; each checkpoint has them.
+        ema_decay: of a moving average of the weights, which is evaluated and takes their place in the end; checkpoints have both. None:
+            none is kept.
         kwargs: for the trainer.
+
+    Raises:
+        ValueError: a moving average of weights that are cut into parts.
     """
 
-    def __init__(self, *, options: RunOptions, **kwargs: Any):
+    def __init__(self, *, options: RunOptions, ema_decay: float | None = None, **kwargs: Any):
         super().__init__(**kwargs)
         self.options = options
+        self.average: MovingAverage | None = None
+        if ema_decay is not None:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError(
+                    f"--ema_decay {ema_decay} with FSDP or DeepSpeed, where no process has all weights; train with DDP, or leave the option "
+                    "out."
+                )
+            assert self.model is not None
+            self.average = MovingAverage(self.model, ema_decay)
+            self.add_callback(self.average)
         self._saving_to: Path | None = None  # in place of `output_dir`, while a checkpoint is saved
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -71,6 +90,19 @@ class WholeCheckpoints(Trainer):
                 f"{self._get_learning_rate():g}. Nothing of this step is kept. {WHAT_TO_DO}"
             )
         return loss
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the trainer's; then the weights are the moving average."""
+        result = super().train(*args, **kwargs)
+        if self.average is not None:
+            self.average.replace()
+            logger.info("The weights are now the moving average (--ema_decay %g)", self.average.decay)
+        return result
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the trainer's, of the moving average."""
+        with nullcontext() if self.average is None else self.average.in_model():
+            return super().evaluate(*args, **kwargs)
 
     @contextmanager
     def staging(self, target: Path) -> Iterator[Path]:
@@ -134,15 +166,9 @@ class WholeCheckpoints(Trainer):
             ValueError: a weight is no number; nothing is written.
         """
         assert self.model is not None
-        buffers = (
-            (f"{prefix}.{name}", buffer)
-            for prefix, module in self.model.named_modules()
-            for name, buffer in module.named_buffers(recurse=False)
-            if name not in module._non_persistent_buffers_set  # those are not saved
-        )
         broken = (
             name
-            for name, tensor in chain(self.model.named_parameters(), buffers)
+            for name, tensor in chain(self.model.named_parameters(), saved_buffers(self.model))
             if tensor.is_floating_point() and not _local(tensor).isfinite().all()
         )
         # of a sharded model each process sees a part; all stop where one does
@@ -156,6 +182,18 @@ class WholeCheckpoints(Trainer):
             self._save(output_dir, self.accelerator.get_state_dict(self.model))
         else:
             super().save_model(output_dir, _internal_call)
+        if _internal_call and self.average is not None and self.args.should_save:
+            self.average.save(Path(str(output_dir)))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.average is not None:
+            self.average.load(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.average is not None:
+            self.average.load(Path(str(self.state.best_model_checkpoint)))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """As the trainer's, without the pickle of its arguments, which holds tokens; `RunOptions` has them to be read."""

@@ -31,7 +31,7 @@ from elm_ecg.training.load import limit_threads
 from elm_ecg.training.model_files import ENCODER_FOLDER, find_model_file, loading, model_folder
 from elm_ecg.training.pretrain_arguments import PretrainArguments, make_parser
 from elm_ecg.training.pretrain_collator import PretrainingCollator
-from elm_ecg.training.pretrain_trainer import MovingAverage, PretrainingTrainer
+from elm_ecg.training.pretrain_trainer import PretrainingTrainer
 from elm_ecg.training.reconstructions import draw_reconstructions
 from elm_ecg.training.resume import RunOptions, checkpoint_to_resume, fingerprint
 from elm_ecg.training.run_splits import read_splits
@@ -192,10 +192,9 @@ def make_trainer(
     """transformers' trainer for the parts that are trained: all but a text encoder without `--train_text_encoder`."""
     if model.text_encoder is not None:
         model.text_encoder.requires_grad_(args.train_text_encoder)
-    average = None if args.ema_decay is None else MovingAverage(model, args.ema_decay)
-    trainer = PretrainingTrainer(
+    return PretrainingTrainer(
         options=options,
-        average=average,
+        ema_decay=args.ema_decay,
         cache_reports=args.cache_reports,
         model=model,
         args=training_args,
@@ -205,12 +204,6 @@ def make_trainer(
         processing_class=collator.feature_extractor,
         callbacks=[CountEpochs(collator)],
     )
-    if average is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        raise ValueError(
-            f"--ema_decay {args.ema_decay} with FSDP or DeepSpeed, where no process has all weights; train with DDP, or leave the option "
-            "out."
-        )
-    return trainer
 
 
 def _told(args: PretrainArguments, model: ECGForPreTraining, extractor: ECGFeatureExtractor, data: Any) -> str:
@@ -268,9 +261,6 @@ def train(args: PretrainArguments, training_args: TrainingArguments) -> None:
             f"than {training_args.per_device_train_batch_size}, or say --dataloader_drop_last false."
         )
     trainer.log_metrics("train", result.metrics)
-    if trainer.average is not None:
-        trainer.average.replace()
-        logger.info("The weights that are saved are the moving average (--ema_decay %g)", trainer.average.decay)
     with trainer.staging(output_dir) as folder:
         trainer.save_model(str(folder))  # and the feature extractor, which is its processing_class
         trainer.accelerator.wait_for_everyone()  # of a sharded model each process writes a part

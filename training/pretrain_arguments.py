@@ -115,9 +115,6 @@ class ObjectiveArguments:
     pretraining_config: str | None = argument(
         None, f"JSON with further fields of the pretraining model: {', '.join(FREE_FIELDS)}."
     )
-    ema_decay: float | None = argument(
-        None, "Keep a moving average of the weights, such as 0.999, which is what is saved in the end. Default: none."
-    )
     num_pictures: int = argument(
         8, "Records of the validation split, or else of train, drawn with their reconstruction; none with --streaming."
     )
@@ -131,8 +128,6 @@ class ObjectiveArguments:
             raise ValueError(
                 f"--pretraining_config has no field {', '.join(sorted(unknown))}; expected {', '.join(FREE_FIELDS)}{hint}."
             )
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"--ema_decay is {self.ema_decay}; expected a number between 0 and 1, such as 0.999.")
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"--mask_ratio is {self.mask_ratio}; expected a share between 0 and 1, such as 0.75.")
         for name, least in (("max_report_tokens", 1), ("num_pictures", 0)):

@@ -1,7 +1,6 @@
-"""transformers' trainer for the pretraining of ECG encoders: each part of the loss is logged, and a moving average kept."""
+"""transformers' trainer for the pretraining of ECG encoders: each part of the loss is logged."""
 
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +8,6 @@ from torch.utils.data import DataLoader
 
 from elm_ecg.modeling_common import in_eval_mode
 from elm_ecg.training.checkpoints import WholeCheckpoints
-from elm_ecg.training.ema import MovingAverage
 from elm_ecg.training.pretrain_collator import PretrainingCollator
 
 PARTS = ("masked_loss", "contrastive_loss")  # of the output of the model
@@ -18,16 +16,12 @@ PARTS = ("masked_loss", "contrastive_loss")  # of the output of the model
 class PretrainingTrainer(WholeCheckpoints):
     """
     Args:
-        average: of the weights, which checkpoints have too; None: none is kept.
         cache_reports: keep what the text encoder, which is frozen, gives for each report.
         kwargs: for `WholeCheckpoints` and transformers' trainer.
     """
 
-    def __init__(self, *, average: MovingAverage | None = None, cache_reports: bool = False, **kwargs: Any):
+    def __init__(self, *, cache_reports: bool = False, **kwargs: Any):
         super().__init__(**kwargs)
-        self.average = average
-        if average is not None:
-            self.add_callback(average)
         # ids of a text -> what the text encoder gives for it; None: nothing is kept
         self._texts: dict[bytes, torch.Tensor] | None = {} if cache_reports else None
         # sums of the parts of the loss, and of how many batches, since they were logged; in training and in evaluation
@@ -96,14 +90,3 @@ class PretrainingTrainer(WholeCheckpoints):
         if "loss" in logs or "eval_loss" in logs:
             sums.clear()
         super().log(logs, *args, **kwargs)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As of `WholeCheckpoints`; a checkpoint has the moving average too."""
-        super().save_model(output_dir, _internal_call)
-        if _internal_call and self.average is not None and self.args.should_save:
-            self.average.save(Path(str(output_dir)))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.average is not None:
-            self.average.load(Path(resume_from_checkpoint))

@@ -25,6 +25,7 @@ OF_PHASES = {
     "report_column": "reports are for --train_phase pretrain of `elm sft`",
     "thinking_tokens": "the tokens are the model's own, from `elm sft --thinking_tokens`",
     "explicit_thinking": "the model knows it, from `elm sft --explicit_thinking`",
+    "ema_decay": "a moving average of the weights is for `elm sft` and `elm pretrain`",
 }
 # option -> why any value but its default is refused; beside those of `elm sft`
 REFUSED_HERE: dict[str, str] = {

@@ -125,6 +125,7 @@ def make_trainer(
     training_args.dataset_kwargs = {"skip_prepare_dataset": True}  # TRL would tokenize the chats, without their ECGs
     trainer = ELMTrainer(
         options=options,
+        ema_decay=args.ema_decay,
         **parts,
         args=training_args,
         train_dataset=splits["train"].sources[0] if args.streaming else splits["train"],
