@@ -4,7 +4,7 @@ The heart is a moving dipole: each wave (P, Q, R, S, ST, T) is a Gaussian in tim
 three directions, as in Sameni et al. 2007 ("Multichannel ECG and noise modeling", EURASIP J. Adv. Signal Process.
 2007:043407), and the leads are its projections with the coefficients of Dower et al. 1980 (Clin. Cardiol. 3:87-92).
 Directions are Frank's: x to the left, y to the feet, z to the back; amplitudes are millivolts, times are seconds.
-Lateral ST elevation alone is no dipole: see `ST_POTENTIALS`.
+ST elevation alone is of no dipole: see `ST_POTENTIALS`.
 """
 
 import hashlib
