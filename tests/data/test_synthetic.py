@@ -128,8 +128,8 @@ def test_lateral_elevation_is_not_posterior():
     """The inferior leads are depressed, III most, and V1 and V2 are as of the same patient without."""
     for seed in SEEDS:
         change, _ = change_of_st(seed, "lateral")
-        assert change["III"] < change["aVF"] < -0.05
-        assert change["III"] < -0.15
+        assert change["III"] < change["aVF"] < -0.03
+        assert change["III"] < -0.1
         assert max(abs(change[lead]) for lead in ("V1", "V2", "V3")) < 0.02
 
 

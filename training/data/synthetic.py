@@ -60,7 +60,7 @@ AXIS_DEGREES: dict[Axis, tuple[float, float]] = {
     "left axis deviation": (-75, -45),
     "right axis deviation": (115, 150),
 }
-# potentials of leads I, II, V1-V6 that lift every lead of the territory by 0.8 mV or more and no lead of another by a fifth of that, as
+# potentials of leads I, II, V1-V6 that lift every lead of the territory by 0.6 mV or more and no lead of another by a third of that, as
 # two ends between which a patient's lie. They are of no dipole: one that lifts V5 and V6 but not V4 points so far to the back that V1 and V2
 # sink most, which is a posterior infarct (Fourth Universal Definition of Myocardial Infarction, Thygesen et al. 2018, Circulation 138:e618).
 # Over the inferior wall III rises above II and aVL sinks as the right coronary artery is closed, less so with the circumflex (AHA/ACCF/HRS
@@ -69,7 +69,7 @@ ST_POTENTIALS: dict[Territory | None, np.ndarray] = {
     None: np.zeros((2, 8)),
     "anterior": np.array([[-0.1, 0.0, 0.8, 1.4, 1.5, 1.0, 0.15, 0.0], [0.1, 0.0, 1.1, 1.6, 1.5, 0.9, 0.15, 0.0]]),
     "inferior": np.array([[-0.3, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], [0.15, 1.1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.15]]),
-    "lateral": np.array([[1.0, 0.0, 0.0, 0.0, 0.0, 0.15, 1.4, 1.4], [1.1, 0.15, 0.0, 0.0, 0.0, 0.15, 1.4, 1.4]]),
+    "lateral": np.array([[0.7, 0.1, 0.0, 0.0, 0.0, 0.15, 1.6, 1.6], [0.75, 0.2, 0.0, 0.0, 0.0, 0.15, 1.6, 1.6]]),
 }
 ST_DELAY = 0.05  # seconds from the end of the QRS to the middle of the first wave of the ST segment
 # places among the waves of a patient: those of the QRS, of the ST segment and of the T wave; an ectopic beat has the last ones
@@ -219,7 +219,7 @@ def _waves(findings: Findings, rng: np.random.Generator) -> tuple[np.ndarray, ..
     if findings.wide_qrs:  # secondary repolarisation: T against the QRS
         t_wave = -0.35 * (widths @ qrs) / widths.sum()
     share = rng.uniform()
-    st = rng.uniform(0.18, 0.32) * ([share, 1 - share] @ ST_POTENTIALS[findings.st_elevation])  # millivolts
+    st = rng.uniform(0.17, 0.28) * ([share, 1 - share] @ ST_POTENTIALS[findings.st_elevation])  # millivolts
     p = vary([[0.04, 0.09, -0.05], [0.07, 0.07, 0.05]]) * rng.uniform(0.9, 1.3)
     if findings.rhythm == "atrial fibrillation":
         p[:] = 0  # fibrillating atria have no P; `simulate_ecg` adds their waves
