@@ -115,6 +115,31 @@ def test_st_elevation_has_reciprocal_depression(st_elevation):
     assert beats[{"inferior": "aVL", "lateral": "III"}[st_elevation]][end + 15] < -0.1
 
 
+def change_of_st(seed: int, st_elevation: str) -> tuple[dict[str, float], dict[str, float]]:
+    """How much higher the ST segment 60 ms after the QRS and the T wave are than of the same patient without elevation, by lead."""
+    isoelectric, elevated = (simulate(seed, st_elevation=territory) for territory in (None, st_elevation))
+    peaks = r_peaks(isoelectric)
+    (before, _, end), (after, _, _) = mean_beat(isoelectric, peaks), mean_beat(elevated, peaks)
+    st = {lead: after[lead][end + 15] - before[lead][end + 15] for lead in STANDARD_LEADS}
+    return st, {lead: after[lead][end + 25 :].max() - before[lead][end + 25 :].max() for lead in STANDARD_LEADS}
+
+
+def test_lateral_elevation_is_not_posterior():
+    """The inferior leads are depressed, III most, and V1 and V2 are as of the same patient without."""
+    for seed in SEEDS:
+        change, _ = change_of_st(seed, "lateral")
+        assert change["III"] < change["aVF"] < -0.03
+        assert change["III"] < -0.1
+        assert max(abs(change[lead]) for lead in ("V1", "V2", "V3")) < 0.02
+
+
+@pytest.mark.parametrize("st_elevation", TERRITORIES)
+def test_t_waves_are_tall_where_the_st_segment_is_elevated(st_elevation):
+    for seed in SEEDS:
+        _, taller = change_of_st(seed, st_elevation)
+        assert min(taller[lead] for lead in TERRITORY_LEADS[st_elevation]) > 0.1
+
+
 @pytest.mark.parametrize("heart_rate", [40, 51, 75, 110, 150])
 @pytest.mark.parametrize("rhythm", RHYTHMS[:2])
 def test_heart_rate_by_counting(rhythm, heart_rate):

@@ -107,7 +107,7 @@ def thought(findings: Findings, measured: Measurements, topics: Iterable[str]) -
     rate = f"rate {round(measured.heart_rate)} bpm"
     axis = round(measured.axis)
     lead_one, avf = ("up" if part > 0 else "down" for part in (np.cos(np.radians(axis)), np.sin(np.radians(axis))))
-    levels = ", ".join(f"{territory} {level:.2f}" for territory, level in measured.st_levels.items())
+    levels = ", ".join(f"{territory} {level:z.2f}" for territory, level in measured.st_levels.items())
     lines = {
         "rhythm": f"{rate}, RR {intervals}, {p_waves}",
         "rate": rate,

@@ -4,6 +4,7 @@ The heart is a moving dipole: each wave (P, Q, R, S, ST, T) is a Gaussian in tim
 three directions, as in Sameni et al. 2007 ("Multichannel ECG and noise modeling", EURASIP J. Adv. Signal Process.
 2007:043407), and the leads are its projections with the coefficients of Dower et al. 1980 (Clin. Cardiol. 3:87-92).
 Directions are Frank's: x to the left, y to the feet, z to the back; amplitudes are millivolts, times are seconds.
+ST elevation alone is of no dipole: see `ST_POTENTIALS`.
 """
 
 import hashlib
@@ -59,17 +60,20 @@ AXIS_DEGREES: dict[Axis, tuple[float, float]] = {
     "left axis deviation": (-75, -45),
     "right axis deviation": (115, 150),
 }
-# dipoles that lift every lead of the territory by at least 1 mV and no lead of another territory by half as much;
-# the lateral one points to the back as well, as when the circumflex artery is closed: V1-V3 are depressed
-ST_DIPOLES: dict[Territory | None, tuple[float, float, float]] = {
-    None: (0, 0, 0),
-    "anterior": (0.19, 0.0, -1.28),
-    "inferior": (-0.05, 1.0, 0.15),
-    "lateral": (1.13, -0.92, 1.48),
+# potentials of leads I, II, V1-V6 that lift every lead of the territory by 0.6 mV or more and no lead of another by a third of that, as
+# two ends between which a patient's lie. They are of no dipole: one that lifts V5 and V6 but not V4 points so far to the back that V1 and V2
+# sink most, which is a posterior infarct (Fourth Universal Definition of Myocardial Infarction, Thygesen et al. 2018, Circulation 138:e618).
+# Over the inferior wall III rises above II and aVL sinks as the right coronary artery is closed, less so with the circumflex (AHA/ACCF/HRS
+# recommendations, part VI, Wagner et al. 2009, Circulation 119:e262). Over the lateral wall III sinks, and aVF less
+ST_POTENTIALS: dict[Territory | None, np.ndarray] = {
+    None: np.zeros((2, 8)),
+    "anterior": np.array([[-0.1, 0.0, 0.8, 1.4, 1.5, 1.0, 0.15, 0.0], [0.1, 0.0, 1.1, 1.6, 1.5, 0.9, 0.15, 0.0]]),
+    "inferior": np.array([[-0.3, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], [0.15, 1.1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.15]]),
+    "lateral": np.array([[0.7, 0.1, 0.0, 0.0, 0.0, 0.15, 1.6, 1.6], [0.75, 0.2, 0.0, 0.0, 0.0, 0.15, 1.6, 1.6]]),
 }
 ST_DELAY = 0.05  # seconds from the end of the QRS to the middle of the first wave of the ST segment
-# places among the waves of a patient: those of the QRS, the first of the ST segment; an ectopic beat has the last ones
-QRS, ST, ECTOPIC = slice(2, 5), 5, 3
+# places among the waves of a patient: those of the QRS, of the ST segment and of the T wave; an ectopic beat has the last ones
+QRS, ST, T, ECTOPIC = slice(2, 5), slice(5, 7), slice(7, 9), 3
 # right ventricular outflow tract, right ventricular apex, left ventricular lateral wall
 ECTOPIC_DIPOLES = np.array([[0.5, 1.3, 0.6], [0.9, -1.0, 0.6], [-1.2, 0.5, -0.7]])
 
@@ -186,8 +190,8 @@ def _rotation(rng: np.random.Generator, degrees: float) -> np.ndarray:
 
 
 def _waves(findings: Findings, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """Centres [waves] and widths [waves] in seconds from the R peak, dipoles [waves, 3]: P (2), QRS (3), ST (2), T
-    (2), and those of an ectopic beat: QRS (2), T."""
+    """Centres [waves] and widths [waves] in seconds from the R peak, potentials of leads I, II, V1-V6 [waves, 8]: P (2),
+    QRS (3), ST (2), T (2), and those of an ectopic beat: QRS (2), T."""
     rr = 60 / findings.heart_rate
     turn = _rotation(rng, 12).T
 
@@ -214,7 +218,8 @@ def _waves(findings: Findings, rng: np.random.Generator) -> tuple[np.ndarray, ..
     (t_wave,) = vary([[0.36, 0.2, -0.17]]) * rng.uniform(0.8, 1.2)
     if findings.wide_qrs:  # secondary repolarisation: T against the QRS
         t_wave = -0.35 * (widths @ qrs) / widths.sum()
-    st = rng.uniform(0.12, 0.17) * np.array(ST_DIPOLES[findings.st_elevation])  # lifts its leads by 0.12 mV or more
+    share = rng.uniform()
+    st = rng.uniform(0.17, 0.28) * ([share, 1 - share] @ ST_POTENTIALS[findings.st_elevation])  # millivolts
     p = vary([[0.04, 0.09, -0.05], [0.07, 0.07, 0.05]]) * rng.uniform(0.9, 1.3)
     if findings.rhythm == "atrial fibrillation":
         p[:] = 0  # fibrillating atria have no P; `simulate_ecg` adds their waves
@@ -230,28 +235,37 @@ def _waves(findings: Findings, rng: np.random.Generator) -> tuple[np.ndarray, ..
         (p_centre - 0.012, 0.016, p[0]),  # right atrium
         (p_centre + 0.018, 0.018, p[1]),  # left atrium
         *zip(centres * duration, widths * duration, qrs, strict=True),
-        (end + ST_DELAY, 0.035, st),  # just after the J point
-        (end + 0.12 * scale, 0.045 * scale, st),  # holds the level up to the T wave
+        (end + ST_DELAY, 0.035, np.zeros(3)),  # just after the J point
+        (end + 0.12 * scale, 0.045 * scale, np.zeros(3)),  # holds the level up to the T wave
         (end + t_centre - 0.05 * scale, t_width, 0.3 * t_wave),  # slow rise, fast fall
         (end + t_centre, 0.85 * t_width, 0.85 * t_wave),
         (-0.15 * ectopic_duration, 0.14 * ectopic_duration, ectopic),
         (0.18 * ectopic_duration, 0.15 * ectopic_duration, 0.7 * ectopic),
         (ectopic_duration / 2 + t_centre, 1.2 * t_width, -0.3 * ectopic),
     ]
-    return tuple(np.array(column) for column in zip(*waves, strict=True))
+    centres, widths, dipoles = (np.array(column) for column in zip(*waves, strict=True))
+    potentials = dipoles @ DOWER.T
+    potentials[ST] = st
+    potentials[T] += np.outer([0.3, 0.85], st)  # hyperacute: tall where the ST segment is (Thygesen et al. 2018)
+    return centres, widths, potentials
+
+
+def _by_lead(potential: np.ndarray) -> dict[str, float]:
+    """Lead -> potential, of those of I, II, V1-V6."""
+    return dict(zip(STANDARD_LEADS, derive_leads(potential[:, None])[:, 0].tolist(), strict=True))
 
 
 def _measure(findings: Findings, num_premature: int, waves: tuple[np.ndarray, ...]) -> Measurements:
     """What the waves of `_waves` show of a beat that is not premature."""
-    centres, widths, dipoles = waves
-    across, down, _ = FRONTAL @ (widths[QRS] @ dipoles[QRS])  # the area of a Gaussian goes with width times amplitude
-    duration = 2 * (centres[ST] - ST_DELAY)  # the R peak is in the middle of the QRS
+    centres, widths, potentials = waves
+    areas = _by_lead(widths[QRS] @ potentials[QRS])  # the area of a Gaussian goes with width times amplitude
+    duration = 2 * (centres[ST][0] - ST_DELAY)  # the R peak is in the middle of the QRS
     own = slice(None, -ECTOPIC)
-    potential = np.exp(-0.5 * ((duration / 2 + 0.06 - centres[own]) / widths[own]) ** 2) @ dipoles[own]
-    level = dict(zip(STANDARD_LEADS, derive_leads(DOWER @ potential[:, None])[:, 0], strict=True))
+    shares = np.exp(-0.5 * ((duration / 2 + 0.06 - centres[own]) / widths[own]) ** 2)
+    level = _by_lead(shares @ potentials[own])
     return Measurements(
         heart_rate=findings.heart_rate,
-        axis=float(np.degrees(np.arctan2(down, across))),
+        axis=float(np.degrees(np.arctan2(areas["aVF"] * 2 / np.sqrt(3), areas["I"]))),
         qrs_duration=float(1000 * duration),
         st_levels={
             territory: float(np.mean([level[name] for name in names])) for territory, names in TERRITORY_LEADS.items()
@@ -280,7 +294,7 @@ def simulate_measured(
         raise ValueError(f"sampling_rate={sampling_rate} Hz; a QRS needs at least 100 Hz.")
     time = np.arange(round(seconds * sampling_rate)) / sampling_rate  # seconds, [samples]
     peaks, ectopic = _beats(findings, rng, seconds)
-    centres, widths, dipoles = waves = _waves(findings, rng)
+    centres, widths, potentials = waves = _waves(findings, rng)
     inside = (peaks >= 0) & (peaks < seconds)
     measurements = _measure(findings, int(np.count_nonzero(ectopic & inside)), waves)
 
@@ -294,16 +308,16 @@ def simulate_measured(
     since[0, beat[0] == beat[1]] = np.inf  # there is no beat before the first
     distance = (since - centres.astype(np.float32)[:, None, None]) / widths.astype(np.float32)[:, None, None]
     waves = gain.astype(np.float32).T[:, beat] * np.exp(-0.5 * distance**2)  # [waves, 3, samples]
-    dipole = dipoles.T @ waves.sum(1)  # [directions, samples]
+    eight = potentials.T @ waves.sum(1)  # leads I, II, V1-V6, [8, samples]
 
     if findings.rhythm == "atrial fibrillation":
         slow = np.sin(2 * np.pi * (rng.uniform(0.4, 1, (2, 1)) * time + rng.uniform(size=(2, 1))))
         phase = 2 * np.pi * rng.uniform(5, 8) * time + 1.2 * slow[0]  # f waves, 300 to 480 per minute
         flutter = (1 + 0.4 * slow[1]) * (np.sin(phase) + 0.3 * np.sin(2 * phase))
-        dipole += rng.uniform(0.07, 0.12) * np.outer([-0.3, 0.6, -0.75], flutter)  # largest in V1, V2
+        eight += rng.uniform(0.07, 0.12) * np.outer(DOWER @ [-0.3, 0.6, -0.75], flutter)  # largest in V1, V2
 
     electrode = electrode_noise(findings, rng, time)
-    ecg = derive_leads(DOWER @ dipole + ELECTRODES @ electrode).astype(np.float32)  # [8, samples] to [12, samples]
+    ecg = derive_leads(eight + ELECTRODES @ electrode).astype(np.float32)  # [8, samples] to [12, samples]
     return ecg, measurements
 
 
