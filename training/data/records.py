@@ -81,7 +81,7 @@ def is_stored(ecg: Any) -> bool:
 def _as_ecg(row: pa.Table) -> dict[str, Any]:
     """The only row of a table; its samples stay where they are."""
     about = {name: row[name][0].as_py() for name in MEMBERS[1:]}
-    samples = row["array"].chunk(0).flatten()
+    samples = row["array"][0].values
     if pa.types.is_list(samples.type):  # a list for each lead, as datasets were written before
         samples = samples.flatten()
     return {"array": samples.to_numpy().reshape(len(about["lead_names"]), -1), **about}
