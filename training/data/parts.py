@@ -250,7 +250,9 @@ def ecg_table(ecgs: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
     stays in the cache."""
     types = {name: schema.field(name).type for name in schema.names}
     columns = {name: pa.array([ecg.get(name) for ecg in ecgs], types[name]) for name in types if name != "array"}
-    signals = [pa.ListArray.from_arrays(np.array([0, ecg["array"].size], np.int32), ecg["array"].ravel()) for ecg in ecgs]
+    signals = [
+        pa.ListArray.from_arrays(np.array([0, ecg["array"].size], np.int32), ecg["array"].ravel()) for ecg in ecgs
+    ]
     columns["array"] = pa.chunked_array(signals, types["array"])
     return pa.table(columns, schema=schema)
 
