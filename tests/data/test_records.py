@@ -8,6 +8,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from elm_ecg.ecg_utils import STANDARD_LEADS
@@ -82,6 +84,17 @@ def test_in_a_stream(stored, monkeypatch):
     stream = iter(load_stream(DataArguments(data=[str(stored)]), "train", shuffle_buffer=5))
     check([next(stream) for _ in range(21)])
     assert sum(table.nbytes for table in records._held.values()) <= 6000
+
+
+def test_with_a_list_for_each_lead(stored):
+    """As datasets were written before."""
+    for file in (stored / "records").iterdir():
+        table = pq.read_table(file)
+        arrays = [np.reshape(flat, (12, -1)).tolist() for flat in table["array"].to_pylist()]
+        nested = pa.array(arrays, pa.list_(pa.list_(pa.int16())))
+        pq.write_table(table.set_column(table.schema.get_field_index("array"), "array", nested), file, row_group_size=2)
+    check(load_stream(DataArguments(data=[str(stored)]), "train"))
+    check(load_dataset(str(stored), "train"))
 
 
 def test_mixed_with_arrays_and_files(stored, tmp_path):

@@ -130,7 +130,7 @@ class TestRealData:
         stored = load_dataset("parquet", data_files=str(folder / "records" / "train-*.parquet"), split="train")
         assert stored.features == {
             "id": Value("string"),
-            "array": List(List(Value("int16"))),
+            "array": List(Value("int16")),
             "sampling_rate": Value("float32"),
             "lead_names": List(Value("string")),
             "unit": Value("string"),
@@ -454,7 +454,7 @@ def test_unknown_licence_is_said(small, tmp_path):
     build(small[0], tmp_path / "out", "--questions", small[1], *options)
     card = DatasetCard.load(tmp_path / "out" / "README.md")
     assert "| `ecg` | string | which of the records below" in card.text
-    assert "| `array` | list of list of int16 | [leads, samples]" in card.text
+    assert "| `array` | list of int16 | lead after lead" in card.text
     assert "| `what` | string | as its source says |" in card.text
     assert "| length | 2 s |" in card.text
     assert card.data.license is None

@@ -19,7 +19,7 @@ from elm_ecg.training.data.arguments import KEPT_COLUMNS, METADATA_COLUMNS, Buil
 from elm_ecg.training.data.labels import KIND, label_questions, labelled, read_labels, superclass_questions
 from elm_ecg.training.data.parts import PART_RECORDS, Block, Found, Part, in_processes, part_name, read_part
 from elm_ecg.training.data.questions import QuestionRow, choose_questions, count_absent, read_questions
-from elm_ecg.training.data.schema import ECG, MESSAGES, as_list, counted
+from elm_ecg.training.data.schema import ECG, MESSAGES, STORED_ARRAY, as_list, counted
 from elm_ecg.training.data.sources import PTBXL_TABLE, Records, find_records, read_metadata, read_source
 from elm_ecg.training.data.splits import Metadata, default_split, split_questions, with_patients, without_patients
 from elm_ecg.training.data.tables import RECORD_COLUMNS, demand, table_rows
@@ -494,7 +494,7 @@ def make_schemas(
         about_ecgs = {name: pa.list_(kind) for name, kind in about_ecgs.items()}
     chats = {"messages": MESSAGES} if any(question.messages for question in questions) else {}
     rows = {"ecg": about_ecgs.pop("ecg"), **chats, **about_ecgs, **of_questions}
-    members = {member.name: member.type for member in ECG}
+    members = {member.name: member.type for member in ECG} | {"array": STORED_ARRAY}
     return pa.schema(rows), pa.schema({"id": pa.string(), **start, **members, **of_records})
 
 

@@ -1,5 +1,6 @@
 """A part of a dataset: some records of one split and the questions about them, which one process reads and writes."""
 
+import gc
 import os
 import signal
 import sys
@@ -245,16 +246,14 @@ def _row(part: Part, question: QuestionRow, start: float | None) -> dict[str, An
 
 
 def ecg_table(ecgs: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
-    """The ECGs of a block as a table; their arrays are not made lists, which would take longer than to read them."""
-    arrays = [ecg["array"] for ecg in ecgs]
-    leads = np.cumsum([0, *(len(array) for array in arrays)], dtype=np.int32)
-    samples = np.cumsum([0, *(array.shape[1] for array in arrays for _ in array)], dtype=np.int32)
-    values = pa.array(np.concatenate([array.ravel() for array in arrays]) if arrays else np.zeros(0, np.int16))
-    signals = pa.ListArray.from_arrays(leads, pa.ListArray.from_arrays(samples, values))
-    columns = {
-        name: signals if name == "array" else pa.array([ecg.get(name) for ecg in ecgs], schema.field(name).type)
-        for name in schema.names
-    }
+    """The ECGs of a block as a table. Each array is a chunk of its own: it is not copied, and what is made of it when it is encoded
+    stays in the cache."""
+    types = {name: schema.field(name).type for name in schema.names}
+    columns = {name: pa.array([ecg.get(name) for ecg in ecgs], types[name]) for name in types if name != "array"}
+    signals = [
+        pa.ListArray.from_arrays(np.array([0, ecg["array"].size], np.int32), ecg["array"].ravel()) for ecg in ecgs
+    ]
+    columns["array"] = pa.chunked_array(signals, types["array"])
     return pa.table(columns, schema=schema)
 
 
@@ -310,6 +309,7 @@ def in_processes(
 def _start_process(counter: Any) -> None:
     global _read_records
     _read_records = counter
+    gc.freeze()  # the plan is no garbage, and looking through it again and again takes time, and memory as its pages are copied
     os.environ["OMP_NUM_THREADS"] = "1"  # of PyTorch, where a process imports it
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)  # its threads do not survive a fork

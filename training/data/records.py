@@ -80,9 +80,11 @@ def is_stored(ecg: Any) -> bool:
 
 def _as_ecg(row: pa.Table) -> dict[str, Any]:
     """The only row of a table; its samples stay where they are."""
-    leads = row["array"].chunk(0).flatten()
-    array = leads.flatten().to_numpy().reshape(len(leads), -1)
-    return {"array": array, **{name: row[name][0].as_py() for name in MEMBERS[1:]}}
+    about = {name: row[name][0].as_py() for name in MEMBERS[1:]}
+    samples = row["array"][0].values
+    if pa.types.is_list(samples.type):  # a list for each lead, as datasets were written before
+        samples = samples.flatten()
+    return {"array": samples.to_numpy().reshape(len(about["lead_names"]), -1), **about}
 
 
 def _builder(folder: str) -> Any:
