@@ -40,7 +40,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCa
 
 from elm_ecg.training import run, sft
 from elm_ecg.training.collator import ELMCollator
-from elm_ecg.training.lora import lora_config
+from elm_ecg.training.lora import freeze, lora_config
 from elm_ecg.training.quickstart import CONFIG
 from elm_ecg.training.resume import RunOptions
 from elm_ecg.training.small_llm import save_small_llm
@@ -76,7 +76,7 @@ def train_plainly(argv: list[str], turns: Turns) -> None:
     if model_args.use_peft:
         model = get_peft_model(model, lora_config(args, model_args, model))
     else:
-        sft.freeze(model, args.update)
+        freeze(model, args.update)
     model.train()
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-5)
     rows = run.load_splits(args, training_args)["train"]
