@@ -1,4 +1,4 @@
-"""Learning rates of `elm sft` compared by the loss of held-out chats, as the defaults of --learning_rate were chosen.
+"""Learning rates of `elm sft` compared by the loss of held-out chats.
 
     python benchmarks/ptbxl.py build runs/ptbxl
     python benchmarks/learning_rates.py --rates 1e-4 2e-4 5e-4 1e-3 2e-3 --use_peft --llm FOLDER_OR_ID --encoder_name_or_path FOLDER
