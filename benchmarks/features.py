@@ -4,7 +4,8 @@
     python benchmarks/features.py --encoder merl --batch_size 4
 
 Both sides are epochs of one run of `elm sft` with LoRA, in turn, on simulated ECGs with a question of each; without --llm it is the
-quickstart's small language model. Samples by CPU seconds, all that the trainer does included.
+quickstart's small language model. What the command line has beside the options below is given to `elm sft`. Samples by CPU seconds, all
+that the trainer does included.
 """
 
 import argparse
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="ECGs of an epoch; default: %(default)s")
     parser.add_argument("--epochs", type=int, default=10, help="of the last column; default: %(default)s")
     parser.set_defaults(encoder="st_mem", repeats=3)
-    args = parser.parse_args()
+    args, others = parser.parse_known_args()
 
     rows = [{**row, "messages": row["messages"][:2]} for row in make_rows(args.rows, args.seed)]
     data = Dataset.from_list(rows).with_format("numpy", columns=["ecg"], output_all_columns=True)
@@ -69,7 +70,7 @@ def main() -> None:
         ]
         argv += ["--cache_features", "memory", "--output_dir", str(Path(folder) / "run"), "--seed", str(args.seed)]
         argv += ["--batch_size", str(args.batch_size), "--epochs", str(2 * args.repeats + 1), "--save_strategy", "no"]
-        argv += ["--report_to", "none", "--disable_tqdm", "true", "--logging_strategy", "no"]
+        argv += ["--report_to", "none", "--disable_tqdm", "true", "--logging_strategy", "no", *others]
         elm_args, training_args, model_args = sft.parse(argv)
         model, processor = run.build_base(elm_args, training_args, model_args)
         options = RunOptions.of(elm_args, training_args, model_args)

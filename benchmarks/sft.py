@@ -2,7 +2,7 @@
 
     python benchmarks/sft.py
     python benchmarks/sft.py --vocabularies 152000 --elms merl
-    python benchmarks/sft.py --llm FOLDER --data FOLDER --elms merl --batch_size 32 --packing --use_peft
+    python benchmarks/sft.py --llm FOLDER --data FOLDER --elms merl --batch_size 32 --sides ours packed --use_peft
 
 The plain loop is what one would write by hand: a data loader with the same collator, so the same batches, which are padded to
 their longest chat; the model's own forward and loss; `torch.optim.AdamW`; nothing else, not even clipping. The other side is
@@ -40,13 +40,13 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCa
 
 from elm_ecg.training import run, sft
 from elm_ecg.training.collator import ELMCollator
-from elm_ecg.training.lora import lora_config
+from elm_ecg.training.lora import freeze, lora_config
 from elm_ecg.training.quickstart import CONFIG
 from elm_ecg.training.resume import RunOptions
 from elm_ecg.training.small_llm import save_small_llm
 
 ELMS = ("patch", "merl")
-PLAIN, OURS, PACKED = "plain loop", "elm sft", "elm sft --packing"
+SIDES = {"plain": "plain loop", "ours": "elm sft", "packed": "elm sft --packing"}
 
 
 class Turns(TrainerCallback):
@@ -76,7 +76,7 @@ def train_plainly(argv: list[str], turns: Turns) -> None:
     if model_args.use_peft:
         model = get_peft_model(model, lora_config(args, model_args, model))
     else:
-        sft.freeze(model, args.update)
+        freeze(model, args.update)
     model.train()
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-5)
     rows = run.load_splits(args, training_args)["train"]
@@ -162,7 +162,13 @@ def main() -> None:
     parser.add_argument("--elms", nargs="+", choices=ELMS, default=ELMS, help="default: %(default)s")
     parser.add_argument("--llm", help="language model in place of the small ones")
     parser.add_argument("--data", help="chats in place of the simulated ones")
-    parser.add_argument("--packing", action="store_true", help="measure `elm sft --packing` too")
+    parser.add_argument(
+        "--sides",
+        nargs="+",
+        choices=SIDES,
+        default=["plain", "ours"],
+        help="ratios are to the first; default: %(default)s",
+    )
     parser.add_argument("--batch_size", type=int, default=8, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=4, help="of a turn; default: %(default)s")
     parser.add_argument("--repeats", type=int, default=5, help="turns that count; default: %(default)s")
@@ -188,18 +194,17 @@ def main() -> None:
                 argv += ["--train_sampling_strategy", "sequential", "--gradient_checkpointing", "false"]
                 argv += ["--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "true", "--output_dir"]
                 sides: dict[str, Callable[[Turns], None]] = {
-                    PLAIN: partial(train_plainly, [*argv, str(folder / "plain")]),
-                    OURS: partial(train_by_trainer, [*argv, str(folder / "ours")]),
+                    "plain": partial(train_plainly, [*argv, str(folder / "plain")]),
+                    "ours": partial(train_by_trainer, [*argv, str(folder / "ours")]),
+                    "packed": partial(train_by_trainer, [*argv, str(folder / "packed"), "--packing"]),
                 }
-                if args.packing:
-                    sides[PACKED] = partial(train_by_trainer, [*argv, str(folder / "packed"), "--packing"])
-                results = in_turns(sides, args.steps, args.repeats)
-            plain_seconds, plain_memory = results[PLAIN]
+                results = in_turns({side: sides[side] for side in args.sides}, args.steps, args.repeats)
+            first_seconds, first_memory = results[args.sides[0]]
             for side, (seconds, memory) in results.items():
-                ratio = statistics.median(one / other for one, other in zip(plain_seconds, seconds, strict=True))
+                ratio = statistics.median(one / other for one, other in zip(first_seconds, seconds, strict=True))
                 speed = num_chats / statistics.median(seconds)
-                row = (vocabulary or args.llm, elm, side, f"{speed:.2f}", f"{ratio:.2f}", f"{memory:.0f}")
-                print("|", " | ".join(map(str, row)), f"| {memory / plain_memory:.2f} |", flush=True)
+                row = (vocabulary or args.llm, elm, SIDES[side], f"{speed:.2f}", f"{ratio:.2f}", f"{memory:.0f}")
+                print("|", " | ".join(map(str, row)), f"| {memory / first_memory:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import torch
 
 from elm_ecg.configuration_elm import ELMConfig
 
-# of a packed row, where nothing else is said: attention to all of a longer one takes its time on a CPU
-ROW_TOKENS = 512
+# of a packed row, where nothing else is said: enough for little padding, and attention to all of a longer row takes its time
+ROW_TOKENS = 128
 
 
 def shared_rows(lengths: list[int], limit: int) -> list[list[int]]:
