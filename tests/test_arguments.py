@@ -466,7 +466,7 @@ def test_yes_or_no_needs_no_value(name):
             "--train_sampling_strategy sequential with --streaming: its rows are shuffled in --shuffle_buffer",
         ),
         (
-            ["--use_peft", "--lora_target_parameters", "a.weight", "--lora_dropout", "0.05"],
+            ["--use_peft", "--lora_target_parameters", "a.weight"],
             r"--lora_target_parameters with --lora_dropout 0.05: .*add --lora_dropout 0\.",
         ),
         (

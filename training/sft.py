@@ -47,7 +47,6 @@ def make_parser(prog: str = "elm sft") -> ELMParser:
     parser.set_defaults(
         max_length=None,  # TRL would cut chats at 1024 tokens
         assistant_only_loss=True,  # as its labels are
-        lora_dropout=0.0,  # TRL's 0.05 draws a number for all that each adapted layer reads
     )
     options = parser._option_string_actions  # TRL's own texts are not true here: nothing is cut
     options["--max_length"].help = "Tokens that a chat may have; a longer one is an error. Default: what the LLM reads."
