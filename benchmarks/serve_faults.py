@@ -56,9 +56,14 @@ class Clients:
 
     def watch(self, seconds: float) -> Counter[str]:
         """What is seen in this time."""
-        self.seen = Counter()
+        self.take()
         time.sleep(seconds)
-        return self.seen
+        return self.take()
+
+    def take(self) -> Counter[str]:
+        """What was seen since it was last taken."""
+        seen, self.seen = self.seen, Counter()
+        return seen
 
     def _ask_on(self, stream: bool) -> None:
         messages = [{"role": "user", "content": "Write a long story."}]
@@ -79,7 +84,7 @@ class Clients:
         if response.status_code in (429, 503) and "retry-after" in response.headers:
             return BUSY if response.status_code == 429 else DOWN
         if response.status_code != 200:
-            return f"{response.status_code} {lines[-1][:200]}"
+            return f"{response.status_code} {' '.join(lines)[:200]}"
         if not body["stream"]:
             return WHOLE if json.loads(lines[-1])["choices"][0]["finish_reason"] else "half an answer with status 200"
         if lines and lines[-1] == "data: [DONE]":
@@ -155,10 +160,9 @@ class Trial:
     @staticmethod
     def during(clients: Clients, seconds: float, act: Callable[[], None]) -> Counter[str]:
         """What is seen around an act."""
-        clients.seen = Counter()
+        clients.take()
         act()
-        time.sleep(seconds)
-        return clients.seen
+        return clients.take() + clients.watch(seconds)
 
 
 def save_talkative(model: str, folder: Path) -> str:

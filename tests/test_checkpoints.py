@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Trainer
 
 from elm_ecg.training import checkpoints, cli, run, sft, trainer
 from elm_ecg.training.ema import FILE_NAME
@@ -151,8 +152,8 @@ def test_rotation_and_the_best_model(llm, data, tmp_path):
 @pytest.mark.parametrize("options", [[], ["--peft", "--update", "encoder", "connector", "llm"]], ids=["full", "lora"])
 def test_a_moving_average(llm, data, tmp_path, options):
     """The best average is what is saved, and a run that goes on goes on with it."""
-    options = [*options, *SAVING, *WORST, "--metric_for_best_model", "loss", "--load_best_model_at_end"]
-    options += ["--max_steps", "3", "--ema_decay", "0.9"]
+    options = [*options, *SAVING, "--metric_for_best_model", "loss", "--load_best_model_at_end"]
+    options += ["--max_steps", "3", "--ema_decay", "0.9", *WORST[:4]]  # the last step is the best
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     sft.main(tiny_sft(llm, data, straight, *options))
     for step in (1, 2):
@@ -169,6 +170,20 @@ def test_a_moving_average(llm, data, tmp_path, options):
     assert len(averages.keys() & saved.keys()) > len(saved) / 2
     for name in averages.keys() & saved.keys():
         assert torch.equal(saved[name], averages[name]), name
+    step = load_file(best / ("adapter_model.safetensors" if "--peft" in options else "model.safetensors"))
+    assert not all(torch.equal(saved[name], step[name]) for name in averages.keys() & saved.keys())
+    assert "| moving average of the weights | 0.9 |" in (straight / "README.md").read_text()
+
+
+def test_a_moving_average_needs_whole_weights(llm, data, tmp_path, monkeypatch):
+    def pretend(trainer: Trainer) -> None:
+        create(trainer)
+        trainer.is_fsdp_enabled = True
+
+    create = Trainer.create_accelerator_and_postprocess
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", pretend)
+    with pytest.raises(ValueError, match=r"--ema_decay 0\.9 with FSDP or DeepSpeed"):
+        sft.main(tiny_sft(llm, data, tmp_path / "run", "--ema_decay", "0.9"))
 
 
 def test_the_best_model_of_a_run_whose_folder_was_moved(llm, data, tmp_path, monkeypatch):

@@ -104,8 +104,10 @@ class MovingAverage(TrainerCallback):
 
 
 def saved_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The names and values of the buffers that are saved with a model."""
+    """The names and values of the buffers that are saved with a model; one that has several names once."""
+    seen = set()
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
+            if name not in module._non_persistent_buffers_set and id(buffer) not in seen:
+                seen.add(id(buffer))
                 yield f"{prefix}.{name}", buffer

@@ -86,15 +86,27 @@ def test_in_a_stream(stored, monkeypatch):
     assert sum(table.nbytes for table in records._held.values()) <= 6000
 
 
-def test_with_a_list_for_each_lead(stored):
+def replace_column(file: Path, name: str, values: pa.Array) -> None:
+    table = pq.read_table(file)
+    pq.write_table(table.set_column(table.schema.get_field_index(name), name, values), file, row_group_size=2)
+
+
+@pytest.mark.parametrize("kind", [pa.list_, pa.large_list])
+def test_with_a_list_for_each_lead(stored, kind):
     """As datasets were written before."""
     for file in (stored / "records").iterdir():
-        table = pq.read_table(file)
-        arrays = [np.reshape(flat, (12, -1)).tolist() for flat in table["array"].to_pylist()]
-        nested = pa.array(arrays, pa.list_(pa.list_(pa.int16())))
-        pq.write_table(table.set_column(table.schema.get_field_index("array"), "array", nested), file, row_group_size=2)
+        arrays = [np.reshape(flat, (12, -1)).tolist() for flat in pq.read_table(file)["array"].to_pylist()]
+        replace_column(file, "array", pa.array(arrays, kind(kind(pa.int16()))))
     check(load_stream(DataArguments(data=[str(stored)]), "train"))
     check(load_dataset(str(stored), "train"))
+
+
+@pytest.mark.parametrize("leads", [["I"] * 7, []])
+def test_amplitudes_that_do_not_fit_the_leads(stored, leads):
+    for file in (stored / "records").iterdir():
+        replace_column(file, "lead_names", pa.array([leads] * pq.read_metadata(file).num_rows, pa.list_(pa.string())))
+    with pytest.raises(ValueError, match=rf"amplitudes for {len(leads)} leads"):
+        check(load_dataset(str(stored), "train"))
 
 
 def test_mixed_with_arrays_and_files(stored, tmp_path):

@@ -81,10 +81,14 @@ def is_stored(ecg: Any) -> bool:
 def _as_ecg(row: pa.Table) -> dict[str, Any]:
     """The only row of a table; its samples stay where they are."""
     about = {name: row[name][0].as_py() for name in MEMBERS[1:]}
-    samples = row["array"][0].values
-    if pa.types.is_list(samples.type):  # a list for each lead, as datasets were written before
-        samples = samples.flatten()
-    return {"array": samples.to_numpy().reshape(len(about["lead_names"]), -1), **about}
+    samples, num_leads = row["array"][0].values, len(about["lead_names"])
+    if pa.types.is_nested(samples.type):  # a list for each lead, as datasets were written before
+        num_leads, samples = len(samples), samples.flatten()
+    if not num_leads or len(samples) % num_leads:
+        raise ValueError(
+            f"A stored record has {len(samples)} amplitudes for {num_leads} leads ({about['lead_names']})."
+        )
+    return {"array": samples.to_numpy().reshape(num_leads, -1), **about}
 
 
 def _builder(folder: str) -> Any:

@@ -48,7 +48,8 @@ def write_part(
     """Writes the records and rows of a part, each a file, and last what was found.
 
     Of amplitudes the differences from one to the next are packed: smaller and faster than what compression alone makes of them; after
-    that zstd makes them hardly smaller than LZ4, and takes longer. A row group of records has the same place as that of the rows about them, unless a recording has more windows than a row group takes.
+    that zstd makes them hardly smaller than LZ4, and takes longer. A row group of records has the same place as that
+    of the rows about them, unless a recording has more windows than a row group takes.
     """
     found = Found()
     of_records: dict[str, Any] = {

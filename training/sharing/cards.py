@@ -17,7 +17,7 @@ from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS, ecg_encoder_class
 from elm_ecg.own_code import own_reference
 from elm_ecg.processing_elm import ELMProcessor
-from elm_ecg.training.arguments import ELMArguments
+from elm_ecg.training.arguments import ELMArguments, RunArguments
 from elm_ecg.training.data.schema import as_list
 from elm_ecg.training.digest import digest_of_folder
 from elm_ecg.training.evaluation.card import with_evaluations
@@ -58,6 +58,10 @@ def count(data: Any) -> tuple[Any, Any, Any]:
         return "unknown" if values & {None, ""} else f"{len(values):,}"
 
     return f"{len(data):,}", distinct("record_id"), distinct("patient_id")
+
+
+def _average_rows(args: RunArguments) -> list[tuple[str, Any]]:
+    return [] if args.ema_decay is None else [("moving average of the weights", args.ema_decay)]
 
 
 def _training_rows(args: TrainingArguments, model_args: ModelConfig | None = None) -> list[tuple[str, Any]]:
@@ -149,7 +153,7 @@ def write_model_card(
         trained=", ".join(parts) + (" (LoRA on the language model)" if model_args.use_peft else ""),
         data=", ".join(f"`{public_name(name)}`" for name in args.data),
         splits=[(split, *count(data)) for split, data in splits.items() if data is not None],
-        training=[*facts, *_training_rows(training_args, model_args)],
+        training=[*facts, *_training_rows(training_args, model_args), *_average_rows(args)],
         method=METHODS["pretrain" if processor.train_phase == "pretrain" else method],
     )
     card.save(folder / CARD)
@@ -263,15 +267,13 @@ def write_encoder_card(
     reads_reports = "contrastive" in config.objectives
     learnt_from = "with reports in place of labels" if reads_reports else "without labels"
     source = f"Pretrained by `elm pretrain` from {begun}, {learnt_from}: {' and '.join(objectives)}."
-    rows = _training_rows(training_args)
-    rows += [("moving average of the weights", args.ema_decay)] if args.ema_decay is not None else []
     card = encoder_card(
         folder,
         config.encoder_config,
         name,
         source,
         [(split, *count(data)) for split, data in splits.items() if data is not None],
-        rows,
+        [*_training_rows(training_args), *_average_rows(args)],
         list(args.data),
         reads_reports,
     )
