@@ -27,7 +27,7 @@ def test_wide_complexes_of_a_fast_rhythm_are_no_noise(heart_rate):
         assert len(r_peaks(simulated(heart_rate, seed, wide_qrs=True))) == pytest.approx(heart_rate / 6, abs=1.5)
 
 
-@pytest.mark.parametrize("leads", [2, 12])
+@pytest.mark.parametrize("leads", [2, 3, 12])
 def test_noise_has_no_beats(leads):
     for seed in range(8):
         array = np.random.default_rng(seed).normal(0, 0.1, (leads, 2500)).astype(np.float32)

@@ -32,8 +32,9 @@ def r_peaks(record: ECGRecord) -> np.ndarray:
     seconds = np.array_split(energy, max(1, round(len(energy) / rate)))
     height = max(0.35 * np.median([part.max() for part in seconds]), 0.02 * energy.max())
     peaks, _ = find_peaks(energy, height=height, distance=max(1, round(REFRACTORY * rate)))
-    # noise has no beats: between these there is a moment at which nearly nothing changes
-    if len(peaks) > 1 and np.median([energy[first:second].min() for first, second in pairwise(peaks)]) > 0.5 * height:
+    # noise has no beats: between these there is a moment at which little changes. In the mean of many leads noise has no such moment
+    quiet = (0.5 if len(record.array) < 3 else 0.75) * height
+    if len(peaks) > 1 and np.median([energy[first:second].min() for first, second in pairwise(peaks)]) > quiet:
         return np.array([], dtype=int)
     strength = np.abs(quick).sum(axis=0)
     reach = round(0.08 * rate)
