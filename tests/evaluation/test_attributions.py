@@ -62,8 +62,8 @@ def test_attributions_add_up_to_what_the_beats_change(representation):
     found = attribute(asked, "yes", "integrated_gradients")
     assert found.shape == asked.record.array.shape
     level, whole = asked.log_likelihoods(np.stack([asked.levelled.array, asked.record.array]), "yes")
-    assert abs(whole - level) > 1e-3
-    assert found.sum() == pytest.approx(whole - level, rel=0.1, abs=2e-3)
+    assert abs(whole - level) > 5e-4
+    assert found.sum() == pytest.approx(whole - level, rel=0.1)
 
 
 def test_tokens_share_what_they_add_among_their_samples():
