@@ -151,7 +151,9 @@ CASES: dict[str, tuple[str | None, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", ["bf16", "untied LoRA", *(pytest.param(case, marks=pytest.mark.minutes) for case in ("symbolic", "rgb"))]
+)
 def test_fsdp_of_other_kinds_equals_one_process(case, llm, tmp_path):
     encoder, options = CASES[case]
     if case == "symbolic":

@@ -1,7 +1,6 @@
 """What is trained by LoRA and in which precision, the base that its runs share, and quantized language models."""
 
 import copy
-import itertools
 import json
 import re
 import shutil
@@ -93,9 +92,14 @@ with torch.no_grad():
 @pytest.mark.parametrize(
     ("representation", "update"),
     [
-        *itertools.product(["signal", "rgb"], ["llm", "connector llm", "encoder connector llm"]),
-        ("stacked_signal", "encoder connector llm"),
+        ("signal", "llm"),
+        ("rgb", "encoder connector llm"),
+        ("stacked_signal", "connector llm"),
         ("symbolic", "llm"),
+        *(
+            pytest.param(*case, marks=pytest.mark.minutes)
+            for case in [("signal", "connector llm"), ("signal", "encoder connector llm"), ("rgb", "llm")]
+        ),
     ],
 )
 @pytest.mark.slow

@@ -574,6 +574,7 @@ class TestNumerics:
         torch.testing.assert_close(compiled_loss.detach(), loss)
         torch.testing.assert_close({name: p.grad for name, p in model.named_parameters()}, gradients)
 
+    @pytest.mark.minutes
     @pytest.mark.slow
     def test_compiled_as_one_graph(self):
         """Which checks the number of placeholders too."""

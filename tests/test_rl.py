@@ -611,10 +611,6 @@ def test_two_processes_are_one(model, data, reward, tmp_path):
     [
         ["--beta", "0.1", "--sync_ref_model", "--ref_model_sync_steps", "1", "--loss_type", "dapo"],
         ["--loss_type", "cispo", "--epsilon_high", "5", "--mask_truncated_completions", "--log_completions"],
-        ["--loss_type", "vespo", "--top_entropy_quantile", "0.5", "--scale_rewards", "batch"],
-        ["--loss_type", "luspo", "--importance_sampling_level", "sequence", "--off_policy_mask_threshold", "0.5"],
-        ["--loss_type", "dr_grpo", "--scale_rewards", "none", "--entropy_coef", "0.01", "--optim", "muon"],
-        ["--loss_type", "bnpo", "--use_adaptive_entropy", "--multi_objective_aggregation", "normalize_then_sum"],
         [
             "--steps_per_generation",
             "4",
@@ -639,7 +635,38 @@ def test_two_processes_are_one(model, data, reward, tmp_path):
         ],
         ["--use_peft", "--beta", "0.1", "--bf16", "--gradient_checkpointing", "true", "--repetition_penalty", "1.1"],
         ["--augment_ecg", "--lead_dropout", "0.1", "--missing_leads", "zeros", "--dataloader_num_workers", "1"],
-        ["--generation_kwargs", '{"typical_p": 0.9}', "--min_p", "0.01", "--top_k", "50", "--disable_dropout", "false"],
+        *(
+            pytest.param(options, marks=pytest.mark.minutes)
+            for options in [
+                ["--loss_type", "vespo", "--top_entropy_quantile", "0.5", "--scale_rewards", "batch"],
+                [
+                    "--loss_type",
+                    "luspo",
+                    "--importance_sampling_level",
+                    "sequence",
+                    "--off_policy_mask_threshold",
+                    "0.5",
+                ],
+                ["--loss_type", "dr_grpo", "--scale_rewards", "none", "--entropy_coef", "0.01", "--optim", "muon"],
+                [
+                    "--loss_type",
+                    "bnpo",
+                    "--use_adaptive_entropy",
+                    "--multi_objective_aggregation",
+                    "normalize_then_sum",
+                ],
+                [
+                    "--generation_kwargs",
+                    '{"typical_p": 0.9}',
+                    "--min_p",
+                    "0.01",
+                    "--top_k",
+                    "50",
+                    "--disable_dropout",
+                    "false",
+                ],
+            ]
+        ),
     ],
 )
 def test_options_that_train(options, model, data, reward, tmp_path):

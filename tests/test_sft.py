@@ -672,7 +672,11 @@ def assert_one_run(one: Path, two: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("options", "encoder"), [((), "st_mem"), (of_pictures("clip"), None)], ids=["signal", "rgb"])
+@pytest.mark.parametrize(
+    ("options", "encoder"),
+    [((), "st_mem"), pytest.param(of_pictures("clip"), None, marks=pytest.mark.minutes)],
+    ids=["signal", "rgb"],
+)
 def test_two_processes_equal_one(options, encoder, llm, mixed_data, tmp_path):
     options = [*SIX_STEPS, *options, "--batch_size"]
     sft.main(tiny_sft(llm, mixed_data, tmp_path / "one", *options, "4", encoder=encoder))

@@ -300,7 +300,9 @@ def _ids(rows: list[dict[str, Any]]) -> list[tuple[int, str]]:
     return [(row["epoch"], row["record_id"]) for row in rows]
 
 
-@pytest.mark.parametrize("workers", [0, 2, 5])  # fewer and more than row groups
+@pytest.mark.parametrize(
+    "workers", [0, 2, pytest.param(5, marks=pytest.mark.minutes)]
+)  # fewer and more than row groups
 @pytest.mark.slow
 def test_a_stream_gives_every_row_once_a_pass(parquet, workers):
     rows = stream_ids(parquet, rows=72, workers=workers)

@@ -90,6 +90,7 @@ def ask(elm: Any, data: Dataset, condition: str = "ecg", **options: Any) -> list
     return answers
 
 
+@pytest.mark.minutes
 @pytest.mark.slow
 def test_200_mixed_samples_in_batches_of_32_and_one_by_one(elm):
     """In float32, greedy: the same answers, whether what turns have in common is read once or for each of them."""

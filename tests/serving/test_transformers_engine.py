@@ -180,8 +180,14 @@ def test_a_failure_is_told_and_gone_when_the_model_works_again(monkeypatch):
     assert [run(engine, work)] == expected
 
 
+# one of each kind of memory: whole, windows, a state, a state and experts
+FIRST = ("llama", "gemma4", "qwen3_5", "jamba")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [family if family in FIRST else pytest.param(family, marks=pytest.mark.minutes) for family in FAMILIES]
+)
 def test_language_models_of_every_family(family, tmp_path):
     """Whatever they keep of what they have read: windows, states, or nothing in some layers."""
     tiny_llm(family).save_pretrained(tmp_path / "llm")
