@@ -4,13 +4,15 @@
     python benchmarks/data_build.py build FOLDER                       # beside the reader alone, on both cores
     python benchmarks/data_build.py once FOLDER [--questions 400000]   # many questions about each record: size, and a pass over them
 
-Figures are seconds of wall time within one run, and MiB of the largest process.
+Figures are seconds of wall time within one run, beside others of CPU time, which other work on the machine changes less, and MiB of the
+largest process.
 """
 
 import argparse
 import csv
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -99,17 +101,26 @@ def command(folder: Path, output: Path, *options: str) -> tuple[float, float]:
     return seconds, max(map(float, run.stdout.split()[-2:]))
 
 
+def cpu_seconds() -> float:
+    """Of the processes that this one has started, and that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def build(folder: Path, processes: int, repeats: int) -> None:
     """How fast records become a dataset, against how fast they are read; files are in the page cache, as the disk is not what is measured."""
     options = ["--source", "mimic-iv-ecg", "--no_questions", "--num_proc", str(processes)]
     number = len(list(folder.rglob("*.hea")))
     only_read(folder, processes)
     for _ in range(repeats):
+        begun = cpu_seconds()
         alone = only_read(folder, processes)
+        between = cpu_seconds()
         seconds, mebibytes = command(folder, folder.parent / "built", *options)
+        share = (between - begun) / (cpu_seconds() - between)
         print(
             f"{number} records, {processes} processes: read alone {number / alone:.0f}/s, built {number / seconds:.0f}/s, "
-            f"{alone / seconds:.2f} of it; at most {mebibytes:.0f} MiB in one process",
+            f"{alone / seconds:.2f} of it, {share:.2f} by CPU seconds; at most {mebibytes:.0f} MiB in one process",
             flush=True,
         )
 

@@ -92,11 +92,14 @@ def replace_column(file: Path, name: str, values: pa.Array) -> None:
 
 
 @pytest.mark.parametrize("kind", [pa.list_, pa.large_list])
-def test_with_a_list_for_each_lead(stored, kind):
-    """As datasets were written before."""
+@pytest.mark.parametrize("nested", [True, False])
+def test_as_written_before(stored, kind, nested):
+    """With a list for each lead, or lists and values that may be missing."""
     for file in (stored / "records").iterdir():
-        arrays = [np.reshape(flat, (12, -1)).tolist() for flat in pq.read_table(file)["array"].to_pylist()]
-        replace_column(file, "array", pa.array(arrays, kind(kind(pa.int16()))))
+        arrays = pq.read_table(file)["array"].to_pylist()
+        if nested:
+            arrays = [np.reshape(flat, (12, -1)).tolist() for flat in arrays]
+        replace_column(file, "array", pa.array(arrays, kind(kind(pa.int16()) if nested else pa.int16())))
     check(load_stream(DataArguments(data=[str(stored)]), "train"))
     check(load_dataset(str(stored), "train"))
 

@@ -494,8 +494,9 @@ def make_schemas(
         about_ecgs = {name: pa.list_(kind) for name, kind in about_ecgs.items()}
     chats = {"messages": MESSAGES} if any(question.messages for question in questions) else {}
     rows = {"ecg": about_ecgs.pop("ecg"), **chats, **about_ecgs, **of_questions}
-    members = {member.name: member.type for member in ECG} | {"array": STORED_ARRAY}
-    return pa.schema(rows), pa.schema({"id": pa.string(), **start, **members, **of_records})
+    members = {member.name: member.type for member in ECG}
+    stored = pa.schema({"id": pa.string(), **start, **members, **of_records})
+    return pa.schema(rows), stored.set(stored.get_field_index("array"), STORED_ARRAY)
 
 
 def _types(columns: Mapping[str, list[Any]]) -> dict[str, pa.DataType]:

@@ -118,7 +118,8 @@ def read_ecgs(location: Any, options: BuildArguments) -> RecordECGs:
     record = as_record(location, options.sampling_rate, options.lead_names, options.unit, has_windows)
     rate = record.sampling_rate if options.resample is None else options.resample
     # filters and normalisation are the model's business: a dataset keeps what was recorded
-    microvolts = np.rint(1000 * resample(record.array, record.sampling_rate, rate))  # from millivolts
+    microvolts = 1000 * resample(record.array, record.sampling_rate, rate)  # from millivolts
+    np.rint(microvolts, out=microvolts)
     limits = np.iinfo(np.int16)  # beyond them, `astype(np.int16)` would wrap around
     if microvolts.min() < limits.min or microvolts.max() > limits.max:
         raise ValueError(
@@ -251,7 +252,8 @@ def ecg_table(ecgs: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
     types = {name: schema.field(name).type for name in schema.names}
     columns = {name: pa.array([ecg.get(name) for ecg in ecgs], types[name]) for name in types if name != "array"}
     signals = [
-        pa.ListArray.from_arrays(np.array([0, ecg["array"].size], np.int32), ecg["array"].ravel()) for ecg in ecgs
+        pa.ListArray.from_arrays(np.array([0, ecg["array"].size], np.int32), ecg["array"].ravel(), types["array"])
+        for ecg in ecgs
     ]
     columns["array"] = pa.chunked_array(signals, types["array"])
     return pa.table(columns, schema=schema)

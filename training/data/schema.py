@@ -19,8 +19,8 @@ ECG = pa.struct(
         "unit": pa.string(),
     }
 )
-# in files of records, lead after lead: lists in lists take longer to write and to read
-STORED_ARRAY = pa.list_(pa.int16())
+# in files of records, lead after lead: lists in lists take longer to write and to read, and so do values that may be missing
+STORED_ARRAY = pa.field("array", pa.list_(pa.field("element", pa.int16(), nullable=False)), nullable=False)
 # Of a dataset that stores each record once: `data/train-00000-of-00002.parquet` has its rows, whose ECGs are named so that they
 # read as paths in its folder
 RECORDS = "records"
