@@ -364,7 +364,7 @@ class Answerer:
                 of_turn = self._generate(input_ids, mask, None, ecg_inputs)
             else:  # `generate` has to be left one token to read; it writes into the cache, which the next turn needs as it is
                 _, cache = self._prefill(input_ids, mask, cache, ecg_inputs, until=input_ids.shape[1] - 1)
-                of_turn = self._generate(input_ids, mask, cache if last else copy.deepcopy(cache), {})
+                of_turn = self._generate(input_ids, mask, cache if last else _copied(cache), {})
             for place, answer in zip(active, of_turn, strict=True):
                 answers[place].append(answer)
         return [answer for row in answers for answer in row]
@@ -428,7 +428,7 @@ class Answerer:
             where = torch.tensor(rows, device=mask.device)
             scores_of_tokens = first[where].gather(1, ids[:, :1])  # the prompt itself predicts the first token
             if width > 1:
-                prefix = copy.deepcopy(cache)  # the model writes the candidate into it
+                prefix = _copied(cache)  # the model writes the candidate into it
                 prefix.reorder_cache(where)  # type: ignore[arg-type]  # the rows that have such a candidate
                 whole = torch.cat([mask[where], real[:, :-1]], dim=1)  # the last token is only predicted, never read
                 positions = _positions(whole)
@@ -460,6 +460,16 @@ def _keeps_tokens(cache: DynamicCache) -> bool:
     Padding between turns cannot be taken out of a state again, and most read on from it by one token at a time alone.
     """
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer) for layer in cache.layers)
+
+
+def _copied(cache: DynamicCache) -> DynamicCache:
+    """A cache that can be written into while the other stays as it is. Keys and values of tokens are never changed in place, as more are
+    joined to them in new tensors, so they are not copied; a state is."""
+    if not _keeps_tokens(cache):
+        return copy.deepcopy(cache)
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    return copied
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:
