@@ -191,10 +191,13 @@ def page_of(folder: Path, conditions: list[str], **changes: Any) -> str:
 
 def test_a_benchmark_with_the_ecg_alone(tmp_path):
     """There is nothing to compare with, and the page says what was not asked."""
-    page = page_of(tmp_path, ["ecg"], suite={"left_out": {"chats that were not drawn (--limit)": 1234}})
+    page = page_of(
+        tmp_path, ["ecg"], suite={"title": "ECG-QA", "left_out": {"chats that were not drawn (--limit)": 1234}}
+    )
     assert "<td>1,234 chats that were not drawn (--limit)</td>" in page
     assert "It was asked with its ECG alone." in page
     assert "What the ECG adds" not in page
+    assert "the scores of ECG-QA may count it as right" in page
 
 
 def test_every_type_of_question_stands_in_the_page(tmp_path):
