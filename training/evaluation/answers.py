@@ -31,8 +31,8 @@ from elm_ecg.training.features import EncoderFeatures
 from elm_ecg.training.load import warn_if_untuned
 
 MAX_BYTES_OF_FEATURES = 2**30  # 29,000 ECGs of ST-MEM
-# that all rows of a batch write; those that have not ended then go on without the others, which are most where questions have options
-FIRST_TOKENS = 8
+# that all rows of a batch write, such as "yes" and its end; those that have not ended then go on without the others
+FIRST_TOKENS = 2
 # options of `generate` that leave greedy writing what it is, from whatever token it goes on
 OF_PLAIN_GREEDY = {
     "bos_token_id",
