@@ -60,6 +60,17 @@ def test_scores():
         assert f"<!-- {label} -->" in text
 
 
+def test_types_without_the_score_are_not_plotted():
+    """As of ECG-Reasoning-Benchmark, whose first score is of one type alone."""
+    results = results_of()
+    of_one = results["conditions"]["ecg"] | {
+        "by_question_type": {"rate": {"exact_match": {"value": 1, "interval_95": None}}}
+    }
+    text = scores_plot(results | {"conditions": {"ecg": of_one}}).decode()
+    assert "<!-- rate (4) -->" in text
+    assert "<!-- axis (4) -->" not in text
+
+
 def test_differences():
     text = differences_plot(results_of()).decode()
     for name in set(CONDITIONS) - {"ecg"}:

@@ -47,8 +47,14 @@ def scores_plot(results: Mapping[str, Any]) -> bytes:
     """SVG of the main metric under each condition with its interval, over all questions and by their type: a row for each type."""
     metric = results["main_metric"]
     scale = scales_of(results)[metric]
-    kinds = [("all", results["num_questions"]), *results["questions_by_type"].items()]
     conditions = {name: row for name, row in results["conditions"].items() if metric in row["metrics"]}
+    # a score of a benchmark may be of some types alone
+    types = {
+        kind: number
+        for kind, number in results["questions_by_type"].items()
+        if any(metric in row["by_question_type"].get(kind, {}) for row in conditions.values())
+    }
+    kinds = [("all", results["num_questions"]), *types.items()]
     figure, axes = plt.subplots(figsize=(8, 1 + (0.2 * len(conditions) + 0.25) * len(kinds)))
     step = 0.8 / len(conditions)
     for index, (name, row) in enumerate(conditions.items()):

@@ -10,6 +10,7 @@ from datasets import Dataset
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.training.arguments import DataArguments
 from elm_ecg.training.data.loading import load_data, to_chat
+from elm_ecg.training.evaluation import answers as answering
 from elm_ecg.training.evaluation.answers import Answerer, NotFiniteError
 from elm_ecg.training.evaluation.conditions import ASKED, CONDITIONS
 from elm_ecg.training.evaluation.progress import Progress
@@ -100,6 +101,24 @@ def test_200_mixed_samples_in_batches_of_32_and_one_by_one(elm):
     assert len(set(alone)) > 50
     assert ask(elm, rows, batch_size=32) == alone
     assert ask(elm, rows, batch_size=32, reuse_prefix=False) == alone
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_rows_that_have_ended_do_not_wait_for_the_others(elm, monkeypatch, reuse):
+    """The others go on with the same words, in batches that become smaller."""
+    rows, sizes = mixed_rows(12, seed=3), []
+    monkeypatch.setattr(answering, "FIRST_TOKENS", 10)  # all at once
+    together = ask(elm, rows, batch_size=12, reuse_prefix=reuse)
+    monkeypatch.undo()
+    generate = type(elm[0]).generate
+    monkeypatch.setattr(
+        type(elm[0]),
+        "generate",
+        lambda self, **options: sizes.append(len(options["input_ids"])) or generate(self, **options),
+    )
+    assert ask(elm, rows, batch_size=12, reuse_prefix=reuse) == together
+    assert 0 < min(sizes) < max(sizes)
+    assert len(set(together)) > 5
 
 
 @pytest.mark.parametrize("score", ["generation", "likelihood"])

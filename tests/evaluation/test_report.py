@@ -1,5 +1,7 @@
 import re
 from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -171,20 +173,36 @@ def test_tables_are_no_wider_than_the_conditions(page):
     assert max(len(re.findall("<th>", table)) for table in tables) <= 2 + len(CONDITIONS)
     scores = page.split('<h2 id="scores">')[1].split("</table>")[0]
     assert "<th>metric</th><th>with its ECG</th><th>ECG zeroed</th>" in scores
-    assert "<td>exact match, closed set</td>" in scores  # one row, as they are the same here
+    assert "<td>exact match; closed set</td>" in scores  # one row, as they are the same here
+
+
+def page_of(folder: Path, conditions: list[str], **changes: Any) -> str:
+    """The report of an evaluation of 24 types of questions."""
+    questions = [Question(row, 1, "?", "yes", f"type{row % 24}", f"p{row}") for row in range(48)]
+    answers = dict.fromkeys(conditions, ["yes", "no"] * 24)
+    summary = Scorer(questions, load_metrics(["exact_match"]), 20, 0).summarise(answers)
+    facts = {"model": "m", "model_revision": "sha256:0", "packages": {}, "not_scored": {}, "main_metric": "exact_match"}
+    settings = {"score": "generation", "dtype": "float32", "seed": 0, "num_resamples": 20}
+    data = {"names": ["d"], "split": "test", "fold": None}
+    results = {**summary, **facts, "settings": settings, "data": data, "verdict": "v", **changes}
+    write_report(folder / "report.html", results, [], Dataset.from_list([{"ecg": None}]))
+    return (folder / "report.html").read_text()
+
+
+def test_a_benchmark_with_the_ecg_alone(tmp_path):
+    """There is nothing to compare with, and the page says what was not asked."""
+    page = page_of(
+        tmp_path, ["ecg"], suite={"title": "ECG-QA", "left_out": {"chats that were not drawn (--limit)": 1234}}
+    )
+    assert "<td>1,234 chats that were not drawn (--limit)</td>" in page
+    assert "It was asked with its ECG alone." in page
+    assert "What the ECG adds" not in page
+    assert "the scores of ECG-QA may count it as right" in page
 
 
 def test_every_type_of_question_stands_in_the_page(tmp_path):
     """However many there are; numbers of narrow columns go on in a second line in place of beyond the edge."""
-    questions = [Question(row, 1, "?", "yes", f"type{row % 24}", f"p{row}") for row in range(48)]
-    texts = ["yes", "no"] * 24
-    summary = Scorer(questions, load_metrics(["exact_match"]), 20, 0).summarise({"ecg": texts, "zeroed": texts})
-    facts = {"model": "m", "model_revision": "sha256:0", "packages": {}, "not_scored": {}, "main_metric": "exact_match"}
-    settings = {"score": "generation", "dtype": "float32", "seed": 0, "num_resamples": 20}
-    data = {"names": ["d"], "split": "test", "fold": None}
-    results = {**summary, **facts, "settings": settings, "data": data, "verdict": "v"}
-    write_report(tmp_path / "report.html", results, [], Dataset.from_list([{"ecg": None}]))
-    page = (tmp_path / "report.html").read_text()
+    page = page_of(tmp_path, ["ecg", "zeroed"])
     table = page.split("By type of question</h2>")[1].split("</table>")[0]
     assert re.findall(r"<td>(type\d+)</td>", table) == sorted(f"type{kind}" for kind in range(24))
     assert not re.search(r"td\.score[^{]*{[^}]*nowrap", page)

@@ -15,6 +15,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
+from torch import nn
 from tqdm import tqdm
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
@@ -30,6 +31,19 @@ from elm_ecg.training.features import EncoderFeatures
 from elm_ecg.training.load import warn_if_untuned
 
 MAX_BYTES_OF_FEATURES = 2**30  # 29,000 ECGs of ST-MEM
+# that all rows of a batch write, such as "yes" and its end; those that have not ended then go on without the others
+FIRST_TOKENS = 2
+# options of `generate` that leave greedy writing what it is, from whatever token it goes on
+OF_PLAIN_GREEDY = {
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "transformers_version",
+    "_from_model_config",
+    "use_cache",
+}
+OF_PLAIN_GREEDY |= {"output_attentions", "output_hidden_states", "suppress_tokens", "repetition_penalty", "do_sample"}
+OF_PLAIN_GREEDY |= {"temperature", "top_k", "top_p", "max_length", "max_new_tokens"}
 
 
 class NotFiniteError(ValueError):
@@ -364,7 +378,7 @@ class Answerer:
                 of_turn = self._generate(input_ids, mask, None, ecg_inputs)
             else:  # `generate` has to be left one token to read; it writes into the cache, which the next turn needs as it is
                 _, cache = self._prefill(input_ids, mask, cache, ecg_inputs, until=input_ids.shape[1] - 1)
-                of_turn = self._generate(input_ids, mask, cache if last else copy.deepcopy(cache), {})
+                of_turn = self._generate(input_ids, mask, cache if last else _copied(cache), {})
             for place, answer in zip(active, of_turn, strict=True):
                 answers[place].append(answer)
         return [answer for row in answers for answer in row]
@@ -402,15 +416,34 @@ class Answerer:
         cache: DynamicCache | None,
         ecg_inputs: dict[str, torch.Tensor],
     ) -> list[str]:
-        options: dict[str, Any] = {**ecg_inputs, **self._options}
-        options["logits_processor"] = LogitsProcessorList([RequireFinite()])
-        if cache is not None:
-            options["past_key_values"] = cache
-        output: Any = self.model.generate(  # type: ignore[misc]  # wants attributes that no model declares
-            input_ids=input_ids, attention_mask=mask, **options
-        )
-        new_tokens = output[:, input_ids.shape[1] :]  # `generate` gives the prompt back too
+        def write(ids: torch.Tensor, mask: torch.Tensor, **options: Any) -> torch.Tensor:
+            options = {**self._options, **options, "logits_processor": LogitsProcessorList([RequireFinite()])}
+            # wants attributes that no model declares
+            return self.model.generate(input_ids=ids, attention_mask=mask, **options)  # type: ignore[misc, return-value]
+
+        start, limit = input_ids.shape[1], self._options.get("max_new_tokens")
+        written = self._new_cache() if cache is None else cache
+        if limit is None or not self._is_plain_greedy() or not _keeps_tokens(written):
+            given = {} if cache is None else {"past_key_values": cache}
+            output = write(input_ids, mask, **given, **ecg_inputs)
+            return self.processor.decode_answers(output[:, start:])  # `generate` gives the prompt back too
+        ends = torch.tensor(_as_list(self.model.generation_config.eos_token_id), dtype=torch.long, device=mask.device)
+        new_tokens = torch.full((len(input_ids), limit), self._options["pad_token_id"], device=mask.device)
+        rows = torch.arange(len(input_ids), device=mask.device)  # that have not ended
+        number = FIRST_TOKENS
+        while len(rows) and (number := min(number, start + limit - input_ids.shape[1])):
+            output = write(input_ids, mask, past_key_values=written, max_new_tokens=number, **ecg_inputs)
+            new_tokens[rows, : output.shape[1] - start] = output[:, start:]
+            going_on = (~torch.isin(output[:, start:], ends).any(1)).nonzero()[:, 0]
+            mask = nn.functional.pad(mask[going_on], (0, output.shape[1] - mask.shape[1]), value=1)
+            rows, input_ids, ecg_inputs, number = rows[going_on], output[going_on], {}, 2 * number
+            written.batch_select_indices(going_on)
         return self.processor.decode_answers(new_tokens)
+
+    def _is_plain_greedy(self) -> bool:
+        """Whether the next token depends on those before it alone, so that another call of `generate` can go on from there."""
+        set_by_model = self.model.generation_config.to_diff_dict()
+        return not self._options["do_sample"] and {*set_by_model, *self._options} <= OF_PLAIN_GREEDY
 
     def _likelihoods(
         self, logits: torch.Tensor, mask: torch.Tensor, cache: DynamicCache, options: list[list[list[int]]]
@@ -428,7 +461,7 @@ class Answerer:
             where = torch.tensor(rows, device=mask.device)
             scores_of_tokens = first[where].gather(1, ids[:, :1])  # the prompt itself predicts the first token
             if width > 1:
-                prefix = copy.deepcopy(cache)  # the model writes the candidate into it
+                prefix = _copied(cache)  # the model writes the candidate into it
                 prefix.reorder_cache(where)  # type: ignore[arg-type]  # the rows that have such a candidate
                 whole = torch.cat([mask[where], real[:, :-1]], dim=1)  # the last token is only predicted, never read
                 positions = _positions(whole)
@@ -460,6 +493,20 @@ def _keeps_tokens(cache: DynamicCache) -> bool:
     Padding between turns cannot be taken out of a state again, and most read on from it by one token at a time alone.
     """
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer) for layer in cache.layers)
+
+
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    return [] if ids is None else ids if isinstance(ids, list) else [ids]
+
+
+def _copied(cache: DynamicCache) -> DynamicCache:
+    """A cache that can be written into while the other stays as it is. Keys and values of tokens are never changed in place, as more are
+    joined to them in new tensors, so they are not copied; a state is."""
+    if not _keeps_tokens(cache):
+        return copy.deepcopy(cache)
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    return copied
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:

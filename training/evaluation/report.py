@@ -133,6 +133,8 @@ def _facts(results: Mapping[str, Any]) -> list[tuple[str, Any]]:
         ("bootstrap resamples", settings["num_resamples"]),
         ("packages", ", ".join(f"{name} {version}" for name, version in results["packages"].items())),
     ]
+    unasked = results.get("suite", {}).get("left_out", {})  # of a benchmark
+    facts += [("not asked", f"{number:,} {what}") for what, number in unasked.items()]
     return [fact for fact in facts if fact[1] is not None]
 
 
@@ -141,11 +143,11 @@ def _plots(results: Mapping[str, Any], metric: str) -> dict[str, Any]:
     caption = "how often each right answer (row) got each answer (column), with its ECG."
     unit = f", in {'points' if scale.unit == SHARE else scale.unit}" if scale.unit else ""
     direction = "" if scale.higher_is_better else "; below 0 is better"
+    adds = f"What the ECG adds to {scale.title}{unit}{direction}; paired, by patient."
+    compared = any(metric in rows for rows in results["ecg_minus"].values())
     return {
         "scores": picture(scores_plot(results), f"{scale.heading} by type of question and by what became of the ECG."),
-        "differences": picture(
-            differences_plot(results), f"What the ECG adds to {scale.title}{unit}{direction}; paired, by patient."
-        ),
+        "differences": picture(differences_plot(results), adds) if compared else None,
         "confusions": [
             picture(confusion_plot(scores["closed_set"]), f"{title_of(kind)}: {caption}")
             for kind, scores in types.items()
@@ -194,7 +196,7 @@ def write_report(
     environment.filters |= {"title_of": title_of, "in_words": in_words, "p_in_words": p_in_words}
 
     def headings(names: Sequence[str]) -> str:
-        return ", ".join(scales[name].heading if name in scales else title_of(name) for name in names)
+        return "; ".join(scales[name].heading if name in scales else title_of(name) for name in names)
 
     environment.filters["headings"] = headings
     environment.filters["condition_label"] = lambda name: CONDITIONS[name].label

@@ -136,11 +136,22 @@ def test_tables(run):
     folder, results = run
     lines = (folder / "ecg-reasoning" / "table.md").read_text().splitlines()
     assert "2603.14326): 50 questions about 10 patients" in lines[0]  # no split, as it has none
-    assert lines[2].startswith("| model | shown ")
+    # so many scores are rows, below the model and what it is shown
+    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == ["model", "tiny", "tiny"]
+    assert [cell.strip() for cell in lines[4].split("|")[1:-1]] == ["shown", "with its ECG", "ECG zeroed"]
     depth = results["ecg-reasoning"]["conditions"]["ecg"]["metrics"]["depth"]
     low, high = depth["interval_95"]
-    assert f"{depth['value']:.2f} [{low:.2f}, {high:.2f}]" in lines[4]
-    by_type = (folder / "ptbxl" / "table.md").read_text().splitlines()[-3:]
+    (line,) = (line for line in lines if line.startswith("| depth "))
+    assert f"{depth['value']:.2f} [{low:.2f}, {high:.2f}]" in line
+    heading = (folder / "ecg-reasoning" / "table.tex").read_text().partition(r"\midrule")[0]
+    assert r"\begin{tabular}{lrr}" in heading
+    assert heading.endswith("model & tiny & tiny \\\\\nshown & with its ECG & ECG zeroed \\\\\n")
+    assert (
+        "- tiny: 1 questions whose records are not there." in (folder / "ecg-qa" / "table.md").read_text().splitlines()
+    )
+    *_, heading, _, first, second, third = (folder / "ptbxl" / "table.md").read_text().splitlines()
+    assert "| tiny, AUROC " in heading
+    by_type = (first, second, third)
     assert [line.split("|")[1].strip() for line in by_type] == ["rhythm AFIB", "superclass MI", "superclass NORM"]
     latex = (folder / "ptbxl" / "table.tex").read_text()
     assert latex.count(r"\\") == 3  # a heading and two conditions
@@ -170,8 +181,8 @@ def test_compare_and_tables_of_two_models(run, place, llm, tmp_path, capsys):
     ]
     told = command.main([*argv, "--conditions", "ecg"])
     table = (tmp_path / "ecg-reasoning" / "table.md").read_text()
-    assert table.count("| tiny ") == 2
-    assert table.count("| llm ") == 1
+    models = [cell.strip() for cell in table.splitlines()[2].split("|")[1:-1]]
+    assert models == ["model", "llm (ECG in words)", "tiny", "tiny"]
     assert told["ptbxl"]["model"] == "llm"
     for suite, metric in (("ecg-reasoning", "initial_diagnosis"), ("ptbxl", "auroc")):
         paths = [str(one / suite) for one in (folder, tmp_path)]

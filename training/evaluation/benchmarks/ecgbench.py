@@ -1,19 +1,18 @@
 """ECGBench of PULSE: labels, options and reports about drawn ECGs (Liu et al. 2024, arXiv:2410.19008).
 
-Of its tasks those whose ECGs are public records; MMMU ECG and ECG Arena are about pictures of no record here. Data sets of several labels have AUC,
-F1 and Hamming loss, the others accuracy, and reports a judge's score of at most 100 (told in section 4.2, "ECG-Bench", of GEM's paper,
-arXiv:2503.06073; of PULSE's own the beginning alone was to be had). How, is by the authors' evaluation (`evaluation/evaluate_ecgbench.py` of
-https://github.com/AIMedLab/PULSE, read in a fork, as that file of theirs could not be had):
+Of its tasks (section 3.1, Table 2) those whose ECGs are public records; MMMU ECG and ECG Arena are about pictures of no record here. The
+scores are those of section 3.2, "Evaluation Metrics", and appendix F, which have no equations. What counts as an answer is by the authors' evaluation
+(`evaluation/evaluate_ecgbench.py` of https://github.com/AIMedLab/PULSE, read in a fork, as that file of theirs could not be had):
 
     label_f1, label_auc, hamming_loss of `ptb-test`, `cpsc-test` and `code15-test`: an answer is the set of the task's labels that stand
         in its text, as they are spelt; macro F1 over the labels, macro AUC of these sets as scores of 0 and 1, and the share of wrong
         cells. Of several tasks the mean. A label that no right answer has is left out.
     accuracy of `csn-test-no-cot` and `g12-test-no-cot`, by the letter of the option that a text names first, and of `ecgqa-test`, by the set of options that stand
-        in the text in lower case. Where no letter can be found the authors draw one; here it is wrong, so that scores do not depend on
-        luck.
+        in the text in lower case. Where no letter can be found the authors draw one (appendix F); here it is wrong, so that scores do not
+        depend on luck.
     report_score of `ptb-test-report`, with `--judge_url` alone: a language model judges a report beside the right one by its rhythm, its
-        waveforms and its diagnoses, each from 0 to 10; the score is their mean, from 0 to 100. The authors' judge is GPT-4o, and the prompt
-        here is ours.
+        waveforms and its diagnoses, each from 0 to 10; the score is their mean, from 0 to 100 (appendix F, "Report Perfect Score"). The
+        authors' judge is GPT-4o with the prompt of Fig. A9; the prompt here is ours.
     report_f1 of `ptb-test-report`: F1 of the words of a report and the right one (`token_f1` of `elm evaluate`), which is ours and no number
         of the paper.
 

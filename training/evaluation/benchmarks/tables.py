@@ -1,4 +1,5 @@
-"""A suite's scores as a table for a paper: Markdown and LaTeX, a row for each model and for what it is shown of the ECG."""
+"""A suite's scores as a table for a paper: Markdown and LaTeX, a row for each model and for what it is shown of the ECG. Of a suite with many scores
+these are the rows."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,10 +9,11 @@ from elm_ecg.training.data.schema import counted
 from elm_ecg.training.evaluation.benchmarks.suite import Suite
 from elm_ecg.training.evaluation.compare import table_lines
 from elm_ecg.training.evaluation.conditions import CONDITIONS, ECG
-from elm_ecg.training.evaluation.scale import scales_of
+from elm_ecg.training.evaluation.scale import scales_of, title_of
 from elm_ecg.training.files import write_text
 
 MARKDOWN_FILE, LATEX_FILE = "table.md", "table.tex"
+MAX_COLUMNS = 7  # of scores with intervals a page is not wide enough for more
 _LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -41,7 +43,9 @@ def type_cells_of(suite: Suite, runs: Sequence[Mapping[str, Any]]) -> list[list[
     name = next((name for name in suite.scales if sum(name in row for row in of_types) > 1), None)
     if name is None:
         return []
-    rows = [["type of question", "questions", *(f"{_model(run)}, {suite.scales[name].title}" for run in runs)]]
+    # by likelihood a type is a single label, whose AUROC is no mean
+    title = title_of(name) if suite.score == "likelihood" else suite.scales[name].title
+    rows = [["type of question", "questions", *(f"{_model(run)}, {title}" for run in runs)]]
     for kind, number in runs[0]["questions_by_type"].items():
         found = [run["conditions"][ECG]["by_question_type"].get(kind, {}).get(name) for run in runs]
         cells = ["" if row is None else suite.scales[name].with_interval(row) for row in found]
@@ -70,26 +74,34 @@ def caption_of(suite: Suite, run: Mapping[str, Any]) -> str:
     judged = "" if judge is None else f" Judged by {judge['model']}."
     return (
         f"{suite.title} ({suite.paper}){split}: {counted(run['num_questions'], 'question')} about "
-        f"{counted(run['num_patients'], 'patient')}, answers {asked}. {shares}, in brackets their 95% intervals by patient.{judged}"
+        f"{counted(run['num_patients'], 'patient')}, answers {asked}. {shares}, in brackets their 95% intervals by patient, where the patients are enough for one.{judged}"
     )
 
 
-def to_latex(cells: Sequence[Sequence[str]], caption: str) -> str:
-    """A table with the rules of the package booktabs."""
-    lines = [
-        " & ".join("".join(_LATEX.get(character, character) for character in cell) for cell in row) for row in cells
-    ]
-    head, *rows = (f"{line} \\\\" for line in lines)
-    escaped = "".join(_LATEX.get(character, character) for character in caption)
-    body = [r"\toprule", head, r"\midrule", *rows, r"\bottomrule"]
-    columns = "ll" + "r" * (len(cells[0]) - 2)
+def notes_of(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the scores of each model leave out, and what counts as wrong unasked."""
+    return [f"{_model(run)}: {number:,} {what}." for run in runs for what, number in run["suite"]["left_out"].items()]
+
+
+def to_latex(cells: Sequence[Sequence[str]], caption: str, num_heads: int = 1) -> str:
+    """A table with the rules of the package booktabs.
+
+    Args:
+        num_heads: rows of the heading.
+    """
+    lines = [" & ".join(map(_escaped, row)) + r" \\" for row in cells]
+    columns = "".join("l" if place < 3 - num_heads else "r" for place in range(len(cells[0])))
     return "\n".join(
         [
             r"\begin{table}",
             r"\centering",
-            f"\\caption{{{escaped}}}",
+            f"\\caption{{{_escaped(caption)}}}",
             f"\\begin{{tabular}}{{{columns}}}",
-            *body,
+            r"\toprule",
+            *lines[:num_heads],
+            r"\midrule",
+            *lines[num_heads:],
+            r"\bottomrule",
             r"\end{tabular}",
             r"\end{table}",
             "",
@@ -97,13 +109,22 @@ def to_latex(cells: Sequence[Sequence[str]], caption: str) -> str:
     )
 
 
+def _escaped(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
 def write_tables(folder: Path, suite: Suite, runs: Sequence[Mapping[str, Any]]) -> str:
     """Writes both files, with the runs of other models below the first; the Markdown."""
-    cells, caption = cells_of(suite, runs), caption_of(suite, runs[0])
+    cells, caption, notes = cells_of(suite, runs), caption_of(suite, runs[0]), notes_of(runs)
+    turned = len(cells[0]) > MAX_COLUMNS
+    if turned:  # the model and what it is shown are two rows of the heading, which Markdown has as one and the first of the others
+        cells = [list(column) for column in zip(*cells, strict=True)]
     lines = [caption, "", *table_lines(cells[0], cells[1:])]
+    if notes:
+        lines += ["", *(f"- {note}" for note in notes)]
     if by_type := type_cells_of(suite, runs):
         lines += ["", "By type of question, with the ECG.", "", *table_lines(by_type[0], by_type[1:])]
     text = "\n".join(lines) + "\n"
     write_text(folder / MARKDOWN_FILE, text)
-    write_text(folder / LATEX_FILE, to_latex(cells, caption))
+    write_text(folder / LATEX_FILE, to_latex(cells, " ".join([caption, *notes]), num_heads=1 + turned))
     return text
