@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -23,6 +24,8 @@ from .modeling_language_models import load_language_model, logit_scale, without_
 from .modeling_parts import ModelOfParts, load_encoder_part, make_encoder
 from .modeling_vision_encoders import blank_images, encode_images
 from .pipeline_elm import ECGQuestionAnsweringPipeline
+
+ROWS_OF_HEAD = 16_384  # that are in float32 at a time; 256 MiB at a width of 4,096
 
 
 def _is_trained(part: nn.Module) -> bool:
@@ -422,9 +425,20 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, ELMGenerationMixin):
                 "it would not answer as it does. Choose another language model."
             )
 
-    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The logits [..., vocabulary] of hidden states [..., width], with scale and soft cap as the language model has them."""
-        logits, config = self.lm_head(hidden_states), self.config.text_config
+    def compute_logits(self, hidden_states: torch.Tensor, in_float32: bool = False) -> torch.Tensor:
+        """The logits [..., vocabulary] of hidden states [..., width], with scale and soft cap as the language model has them.
+
+        Args:
+            in_float32: compute them so, whatever dtype the head is in. In bfloat16 logits of 32 to 64 move in steps of 0.25.
+        """
+        config = self.config.text_config
+        if in_float32:
+            hidden, bias = hidden_states.float(), self.lm_head.bias
+            # some rows of the head at a time, as the whole of it in float32 may take gigabytes
+            parts = [F.linear(hidden, rows.float()) for rows in self.lm_head.weight.split(ROWS_OF_HEAD)]
+            logits = torch.cat(parts, dim=-1) + (0 if bias is None else bias.float())
+        else:
+            logits = self.lm_head(hidden_states)
         scale, softcap = logit_scale(config), getattr(config, "final_logit_softcapping", None)
         if scale != 1:  # Granite, Cohere, Falcon-H1
             logits = logits * scale

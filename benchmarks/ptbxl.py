@@ -23,6 +23,13 @@ ptbxl_fuyu.yaml, ptbxl_rgb.yaml and ptbxl_stacked_signal.yaml run as the first r
     elm tokenizer train --data runs/ptbxl/data --ecg_root runs/ptbxl --sampling_rate 50 --lead_names I II V1 V3 V5 --millivolt_range -2 2 --within_leads --num_merges 1000 --output_dir runs/ptbxl/ecg_byte
     elm sft --config training/configs/ptbxl_symbolic.yaml --ecg_tokenizer runs/ptbxl/ecg_byte --data runs/ptbxl/data --ecg_root runs/ptbxl --llm runs/ptbxl/llm --output_dir runs/ptbxl/symbolic
 
+A pretrained language model reads short symbolic ECGs by LoRA, asked one question alone (SmolLM2 as a folder; 10 CPU minutes, of a CPU with bfloat16):
+
+    python -c "from datasets import load_from_disk as l; l('runs/ptbxl/data').filter(lambda row: row['question_type'] == 'NORM').save_to_disk('runs/ptbxl/norm')"
+    elm tokenizer train --data runs/ptbxl/data --ecg_root runs/ptbxl --sampling_rate 33 --lead_names I V2 V5 --millivolt_range -6 6 --within_leads --num_merges 500 --output_dir runs/ptbxl/ecg_byte_33
+    elm sft --llm runs/smollm2 --representation symbolic --ecg_tokenizer runs/ptbxl/ecg_byte_33 --sampling_rate 33 --num_samples 83 --truncation start --lead_names I V2 V5 --chat_template_path training/templates/qwen2_5.jinja --data runs/ptbxl/norm --ecg_root runs/ptbxl --use_peft --lora_dropout 0 --dtype bfloat16 --bf16 --attn_implementation eager --learning_rate 1e-3 --lr_scheduler_type cosine --warmup_steps 10 --batch_size 8 --max_steps 200 --eval_strategy no --output_dir runs/ptbxl/smollm2_symbolic
+    elm evaluate runs/ptbxl/smollm2_symbolic --data runs/ptbxl/norm --ecg_root runs/ptbxl --score likelihood --conditions swapped --batch_size 16 --dtype bfloat16
+
 Encoders pretrained on the same records, without their questions; for the second the statements in English are the reports. Probes ask what they have learnt:
 
     elm data build runs/ptbxl/ecgs --metadata ../shared/data/ptbxl/records.csv --metadata_columns statement_text_en --no_questions --output_dir runs/ptbxl/records

@@ -1,4 +1,3 @@
-import functools
 from copy import copy
 from typing import Any
 
@@ -229,6 +228,16 @@ def test_likelihoods_are_those_of_the_whole_text(elm):
     assert all(len(row) == len(names) for row, names in zip(found[6], candidates, strict=True))
 
 
+def test_likelihoods_in_bfloat16_are_not_rounded_by_the_head(data):
+    model, processor = tiny_elm()
+    model.to(torch.bfloat16)
+    questions = list_questions(data)
+    scores = [ask((model, processor), data, candidates=[["yes", "no"]] * len(questions))]
+    model.lm_head.float()  # the same weights: a head that computes in float32 anyway
+    scores.append(ask((model, processor), data, candidates=[["yes", "no"]] * len(questions)))
+    assert scores[0] == scores[1]
+
+
 def test_batches_do_not_tell_the_right_answer(elm, data):
     """They are made by length, but not that of the answer which is asked for: rounding differs by batch."""
 
@@ -424,15 +433,14 @@ def test_a_model_that_gives_nan_has_no_answers(elm, value, monkeypatch):
     model, processor = elm
     rows = mixed_rows(2)
     questions = list_questions(rows)
-    forward = type(model).forward
+    compute = type(model).compute_logits
 
-    @functools.wraps(forward)  # `generate` looks at its signature
     def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = forward(self, *args, **kwargs)
-        output.logits[..., 3] = value
-        return output
+        logits = compute(self, *args, **kwargs)
+        logits[..., 3] = value
+        return logits
 
-    monkeypatch.setattr(type(model), "forward", broken)
+    monkeypatch.setattr(type(model), "compute_logits", broken)
     candidates = [["yes", "no"]] * len(questions)
     for choices in (None, candidates):
         answerer = Answerer(model, processor, rows, questions, choices, generation=TEN_TOKENS)

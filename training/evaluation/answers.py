@@ -34,16 +34,10 @@ MAX_BYTES_OF_FEATURES = 2**30  # 29,000 ECGs of ST-MEM
 # that all rows of a batch write, such as "yes" and its end; those that have not ended then go on without the others
 FIRST_TOKENS = 2
 # options of `generate` that leave greedy writing what it is, from whatever token it goes on
-OF_PLAIN_GREEDY = {
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "transformers_version",
-    "_from_model_config",
-    "use_cache",
-}
-OF_PLAIN_GREEDY |= {"output_attentions", "output_hidden_states", "suppress_tokens", "repetition_penalty", "do_sample"}
-OF_PLAIN_GREEDY |= {"temperature", "top_k", "top_p", "max_length", "max_new_tokens"}
+OF_PLAIN_GREEDY = set(
+    "bos_token_id eos_token_id pad_token_id suppress_tokens repetition_penalty do_sample temperature top_k top_p max_length max_new_tokens "
+    "output_attentions output_hidden_states transformers_version _from_model_config".split()
+)
 
 
 class NotFiniteError(ValueError):
@@ -371,9 +365,9 @@ class Answerer:
                 ecg_inputs = self._features.replace(ecg_inputs)
             last = turn == num_turns - 1
             if self.candidates is not None:
-                logits, cache = self._prefill(input_ids, mask, cache, ecg_inputs, until=input_ids.shape[1])
+                hidden, cache = self._prefill(input_ids, mask, cache, ecg_inputs, until=input_ids.shape[1])
                 options = [(rows[place].candidates or [])[turn] for place in active]
-                of_turn: Sequence[Any] = self._likelihoods(logits, mask, cache, options)
+                of_turn: Sequence[Any] = self._likelihoods(hidden, mask, cache, options)
             elif last and cache is None:
                 of_turn = self._generate(input_ids, mask, None, ecg_inputs)
             else:  # `generate` has to be left one token to read; it writes into the cache, which the next turn needs as it is
@@ -394,20 +388,19 @@ class Answerer:
         ecg_inputs: dict[str, torch.Tensor],
         until: int,
     ) -> tuple[torch.Tensor, DynamicCache]:
-        """Reads the tokens that the cache does not hold yet, up to `until`; the logits after the last of them."""
+        """Reads the tokens that the cache does not hold yet, up to `until`; the hidden state [rows, width] of the last of them."""
         if cache is None:
             cache = self._new_cache()
         start = cache.get_seq_length()
-        output = self.model(
+        output = self.model.model(
             input_ids=input_ids[:, start:until],
             attention_mask=mask[:, :until],
             position_ids=_positions(mask)[:, start:until],  # without, the model counts padding too
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,  # [rows, 1, vocabulary]; for all tokens this would be gigabytes
             **ecg_inputs,
         )
-        return output.logits[:, -1], output.past_key_values
+        return output.last_hidden_state[:, -1], output.past_key_values
 
     def _generate(
         self,
@@ -445,13 +438,18 @@ class Answerer:
         set_by_model = self.model.generation_config.to_diff_dict()
         return not self._options["do_sample"] and {*set_by_model, *self._options} <= OF_PLAIN_GREEDY
 
-    def _likelihoods(
-        self, logits: torch.Tensor, mask: torch.Tensor, cache: DynamicCache, options: list[list[list[int]]]
-    ) -> list[list[float]]:
-        """The log-likelihood of each candidate of each row, summed over its tokens."""
-        scores = [[0.0] * len(candidates) for candidates in options]
+    def _log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Those of the tokens that follow hidden states [..., width]: [..., vocabulary], in float32 from the head on."""
+        logits = self.model.compute_logits(hidden, in_float32=True)
         require_finite(logits)
-        first = logits.float().log_softmax(-1)  # float32: bfloat16 has 3 digits
+        return logits.log_softmax(-1)
+
+    def _likelihoods(
+        self, hidden: torch.Tensor, mask: torch.Tensor, cache: DynamicCache, options: list[list[list[int]]]
+    ) -> list[list[float]]:
+        """The log-likelihood of each candidate of each row, summed over its tokens; `hidden` [rows, width] is of the prompts' ends."""
+        scores = [[0.0] * len(candidates) for candidates in options]
+        first = self._log_probabilities(hidden)
         for place in range(max(map(len, options))):  # the same candidate of all rows at once, the next after it
             rows = [row for row, candidates in enumerate(options) if len(candidates) > place]
             tokens = [options[row][place] for row in rows]
@@ -470,15 +468,14 @@ class Answerer:
                 step = width if _keeps_tokens(cache) else 1
                 for start in range(0, width - 1, step):
                     end = min(start + step, width - 1)
-                    output = self.model(
+                    output = self.model.model(
                         input_ids=ids[:, start:end],
                         attention_mask=whole[:, : mask.shape[1] + end],
                         position_ids=positions[:, mask.shape[1] + start : mask.shape[1] + end],
                         past_key_values=prefix,
                         use_cache=True,
                     )
-                    require_finite(output.logits)
-                    following = output.logits.float().log_softmax(-1)
+                    following = self._log_probabilities(output.last_hidden_state)
                     steps.append(following.gather(2, ids[:, start + 1 : end + 1, None])[..., 0])
                 following = torch.cat(steps, dim=1)
                 scores_of_tokens = torch.cat([scores_of_tokens, following * real[:, 1:]], dim=1)  # padding adds 0
