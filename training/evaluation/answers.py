@@ -34,10 +34,10 @@ MAX_BYTES_OF_FEATURES = 2**30  # 29,000 ECGs of ST-MEM
 # that all rows of a batch write, such as "yes" and its end; those that have not ended then go on without the others
 FIRST_TOKENS = 2
 # options of `generate` that leave greedy writing what it is, from whatever token it goes on
-OF_PLAIN_GREEDY = set(
-    "bos_token_id eos_token_id pad_token_id suppress_tokens repetition_penalty do_sample temperature top_k top_p max_length max_new_tokens "
-    "output_attentions output_hidden_states transformers_version _from_model_config".split()
-)
+OF_PLAIN_GREEDY = {
+    "bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "repetition_penalty", "do_sample", "temperature", "top_k", "top_p",
+    "max_length", "max_new_tokens", "output_attentions", "output_hidden_states", "transformers_version", "_from_model_config",
+}  # fmt: skip
 
 
 class NotFiniteError(ValueError):
