@@ -410,7 +410,7 @@ class ECGByteTokenizer(PushToHubMixin):
         min_frequency: int = 2,
         show_progress: bool = True,
     ) -> "ECGByteTokenizer":
-        """Byte-pair encoding of the records: the commonest pair of neighbours becomes a token, again and again.
+        """Byte-pair encoding of the records: the most frequent pair of neighbours becomes a token, again and again.
 
         Ties go to the pair of the smallest ids; no pair crosses the border of a record. The same records give the same
         tokenizer.

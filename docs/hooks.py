@@ -40,7 +40,7 @@ A recipe is a YAML file of options that comes with the package. `--config NAME` 
 `--config FILE.yaml` takes a file of your own.
 """
 PYTHON_INTRODUCTION = """\
-The first section is what `from elm_ecg import ...` gives. Most users need no other. [In Python](../how_to/python.md) shows them at work.
+The first section is what `from elm_ecg import ...` gives. Most users need no other. [Work in Python](../how_to/python.md) shows them at work.
 The sections after it are what the modules of a saved model define: configurations, encoders and processors.
 """
 NOTEBOOK_INTRODUCTION = """\

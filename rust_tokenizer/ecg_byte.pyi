@@ -77,7 +77,7 @@ def train(
     min_frequency: int = 2,
     progress: Callable[[int, int], object] | None = None,
 ) -> list[str]:
-    """Learns merges by byte-pair encoding: always the commonest pair, of equals the one with the smallest ids.
+    """Learns merges by byte-pair encoding: always the most frequent pair, of equals the one with the smallest ids.
 
     Ends at `num_merges`, or where no pair is found `min_frequency` times. Pairs never cross from one record into the
     next, nor, without `across_leads`, from one lead into the next. The same records give the same merges.

@@ -408,6 +408,11 @@ class TestQuantized:
         quantized = {name for name, module in model.named_modules() if isinstance(module, kind)}
         assert len(quantized) == 14  # 7 linear layers in each of 2 blocks
         assert all(".language_model.layers." in name for name in quantized)
+        layer = model.get_submodule(min(quantized)).train()
+        inputs = torch.ones(1, layer.in_features, requires_grad=True)
+        layer(inputs).sum().backward()  # through the layer, as what stands before it is taught
+        assert inputs.grad is not None
+        assert inputs.grad.abs().sum() > 0
         values = losses_of(trainer)
         assert sum(values[-3:]) < sum(values[:3])
         trained = {name: value.dtype for name, value in trainer.model.named_parameters() if value.requires_grad}

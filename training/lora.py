@@ -175,7 +175,14 @@ def adapt_quantized(model: ELMForConditionalGeneration, config: LoraConfig, bits
 
     PEFT asks the whole model whether it is quantized. TRL does so too, and would then train in bfloat16 all that is trained, the
     parts that are trained in full among it: so the answer is given to PEFT alone.
+
+    On CPUs with AVX512-BF16 a 4-bit layer of bitsandbytes repacks its weights when it is asked without gradients, and no gradient goes
+    through it from then on (0.50.2): they are packed back, and stay so.
     """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.state_dict()  # packs back in place
+            module.support_avx512bf16_for_cpu = False
     setattr(model, f"is_loaded_in_{bits}bit", True)
     adapted = get_peft_model(model, config)
     setattr(model, f"is_loaded_in_{bits}bit", False)

@@ -308,7 +308,7 @@ def _print_usage(tokenizer: ECGByteTokenizer, usage: Usage) -> None:
             "error": f"{np.sqrt(usage.mean_square):.4f} mV RMS, at most {usage.worst:.4f} mV",
         }
     )
-    print("  commonest tokens")
+    print("  most frequent tokens")
     for token_id in used[np.argsort(-usage.counts[used], kind="stable")][:10]:  # of equals the smallest id first
         share = usage.counts[token_id] / usage.counts.sum()
         print(

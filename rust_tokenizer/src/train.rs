@@ -24,7 +24,7 @@ pub struct Options {
     pub min_frequency: u32,
 }
 
-/// The merges in the order in which they were learnt: always the commonest pair, of equals the one with the smallest ids.
+/// The merges in the order in which they were learnt: always the most frequent pair, of equals the one with the smallest ids.
 ///
 /// The count of a pair is the number of its adjacent places, overlapping ones included; it is merged from the left. No two
 /// pairs make the same string: what stands between two borders of tokens is split the same way everywhere, so the first
