@@ -182,7 +182,7 @@ def adapt_quantized(model: ELMForConditionalGeneration, config: LoraConfig, bits
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.state_dict()  # packs back in place
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # of a layer, which says of no attribute what it is
     setattr(model, f"is_loaded_in_{bits}bit", True)
     adapted = get_peft_model(model, config)
     setattr(model, f"is_loaded_in_{bits}bit", False)
