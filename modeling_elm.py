@@ -429,16 +429,19 @@ class ELMForConditionalGeneration(ELMPreTrainedModel, ELMGenerationMixin):
         """The logits [..., vocabulary] of hidden states [..., width], with scale and soft cap as the language model has them.
 
         Args:
-            in_float32: compute them so, whatever dtype the head is in. In bfloat16 logits of 32 to 64 move in steps of 0.25.
+            in_float32: compute them so, whatever dtype the head is in. In bfloat16 logits of 32 to 64 move in steps of 0.25. A head that
+                is more than its weights, by an adapter, by quantization or as they are kept elsewhere, computes as it does, and its
+                logits are cast.
         """
-        config = self.config.text_config
-        if in_float32:
-            hidden, bias = hidden_states.float(), self.lm_head.bias
+        config, head = self.config.text_config, self.lm_head
+        if in_float32 and type(head) is nn.Linear and not head.weight.is_meta:
+            hidden = hidden_states.float()
             # some rows of the head at a time, as the whole of it in float32 may take gigabytes
-            parts = [F.linear(hidden, rows.float()) for rows in self.lm_head.weight.split(ROWS_OF_HEAD)]
-            logits = torch.cat(parts, dim=-1) + (0 if bias is None else bias.float())
+            parts = [F.linear(hidden, rows.float()) for rows in head.weight.split(ROWS_OF_HEAD)]
+            logits = torch.cat(parts, dim=-1) + (0 if head.bias is None else head.bias.float())
         else:
-            logits = self.lm_head(hidden_states)
+            logits = head(hidden_states)
+            logits = logits.float() if in_float32 else logits
         scale, softcap = logit_scale(config), getattr(config, "final_logit_softcapping", None)
         if scale != 1:  # Granite, Cohere, Falcon-H1
             logits = logits * scale

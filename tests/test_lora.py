@@ -98,7 +98,13 @@ with torch.no_grad():
         ("symbolic", "llm"),
         *(
             pytest.param(*case, marks=pytest.mark.minutes)
-            for case in [("signal", "connector llm"), ("signal", "encoder connector llm"), ("rgb", "llm")]
+            for case in [
+                ("signal", "connector llm"),
+                ("signal", "encoder connector llm"),
+                ("rgb", "llm"),
+                ("rgb", "connector llm"),
+                ("stacked_signal", "encoder connector llm"),
+            ]
         ),
     ],
 )

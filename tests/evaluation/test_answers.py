@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from transformers import DynamicCache
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.training.arguments import DataArguments
 from elm_ecg.training.data.loading import load_data, to_chat
-from elm_ecg.training.evaluation import answers as answering
 from elm_ecg.training.evaluation.answers import Answerer, NotFiniteError
 from elm_ecg.training.evaluation.conditions import ASKED, CONDITIONS
 from elm_ecg.training.evaluation.progress import Progress
@@ -103,21 +103,35 @@ def test_200_mixed_samples_in_batches_of_32_and_one_by_one(elm):
 
 
 @pytest.mark.parametrize("reuse", [True, False])
-def test_rows_that_have_ended_do_not_wait_for_the_others(elm, monkeypatch, reuse):
-    """The others go on with the same words, in batches that become smaller."""
+@pytest.mark.parametrize(
+    "ends", [{}, {"eos_token_id": [50, 60, 70, 80]}, {"eos_token_id": [50, 60, 70, 80], "repetition_penalty": 1.3}]
+)
+def test_rows_that_have_ended_do_not_wait_for_the_others(elm, monkeypatch, reuse, ends):
+    """The others go on with the same words as by one call of `generate`, in batches that become smaller."""
     rows, sizes = mixed_rows(12, seed=3), []
-    monkeypatch.setattr(answering, "FIRST_TOKENS", 10)  # all at once
-    together = ask(elm, rows, batch_size=12, reuse_prefix=reuse)
-    monkeypatch.undo()
+    options = {"generation": {"max_new_tokens": 30} | ends, "batch_size": 40, "reuse_prefix": reuse}
+    with monkeypatch.context() as patch:
+        patch.setattr(Answerer, "_is_plain_greedy", lambda self: False)
+        at_once = ask(elm, rows, **options)
+    dropped = DynamicCache.batch_select_indices
+
+    def counted(self: DynamicCache, indices: torch.Tensor) -> None:
+        sizes.append(len(indices))
+        dropped(self, indices)
+
+    monkeypatch.setattr(DynamicCache, "batch_select_indices", counted)
+    assert ask(elm, rows, **options) == at_once
+    assert len(set(sizes)) > 1
+    assert len(set(at_once)) > 5
+
+
+@pytest.mark.parametrize("option", [{"min_length": 3}, {"do_sample": True}])
+def test_what_another_call_would_write_otherwise_is_written_in_one(elm, data, monkeypatch, option):
+    calls = []
     generate = type(elm[0]).generate
-    monkeypatch.setattr(
-        type(elm[0]),
-        "generate",
-        lambda self, **options: sizes.append(len(options["input_ids"])) or generate(self, **options),
-    )
-    assert ask(elm, rows, batch_size=12, reuse_prefix=reuse) == together
-    assert 0 < min(sizes) < max(sizes)
-    assert len(set(together)) > 5
+    monkeypatch.setattr(type(elm[0]), "generate", lambda self, **given: calls.append(1) or generate(self, **given))
+    ask(elm, data.select([0]), generation=TEN_TOKENS | option)
+    assert len(calls) == len(list_questions(data.select([0])))
 
 
 @pytest.mark.parametrize("score", ["generation", "likelihood"])
@@ -282,7 +296,7 @@ def test_compiled_answers_are_the_same(elm, data):
     rows, options = data.select([0]), {"generation": {"max_new_tokens": 3}}
     answers = ask(elm, rows, **options)
     model, processor = tiny_elm()
-    model.compile(dynamic=True, backend="eager")
+    model.model.compile(dynamic=True, backend="eager")
     assert ask((model, processor), rows, **options) == answers
 
 

@@ -420,7 +420,8 @@ class Answerer:
             given = {} if cache is None else {"past_key_values": cache}
             output = write(input_ids, mask, **given, **ecg_inputs)
             return self.processor.decode_answers(output[:, start:])  # `generate` gives the prompt back too
-        ends = torch.tensor(_as_list(self.model.generation_config.eos_token_id), dtype=torch.long, device=mask.device)
+        eos = self._options.get("eos_token_id", self.model.generation_config.eos_token_id)
+        ends = torch.tensor([] if eos is None else eos, dtype=torch.long, device=mask.device)
         new_tokens = torch.full((len(input_ids), limit), self._options["pad_token_id"], device=mask.device)
         rows = torch.arange(len(input_ids), device=mask.device)  # that have not ended
         number = FIRST_TOKENS
@@ -435,8 +436,8 @@ class Answerer:
 
     def _is_plain_greedy(self) -> bool:
         """Whether the next token depends on those before it alone, so that another call of `generate` can go on from there."""
-        set_by_model = self.model.generation_config.to_diff_dict()
-        return not self._options["do_sample"] and {*set_by_model, *self._options} <= OF_PLAIN_GREEDY
+        options = self.model.generation_config.to_diff_dict() | self._options
+        return not options["do_sample"] and options.pop("use_cache", True) and options.keys() <= OF_PLAIN_GREEDY
 
     def _log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
         """Those of the tokens that follow hidden states [..., width]: [..., vocabulary], in float32 from the head on."""
@@ -490,10 +491,6 @@ def _keeps_tokens(cache: DynamicCache) -> bool:
     Padding between turns cannot be taken out of a state again, and most read on from it by one token at a time alone.
     """
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer) for layer in cache.layers)
-
-
-def _as_list(ids: int | list[int] | None) -> list[int]:
-    return [] if ids is None else ids if isinstance(ids, list) else [ids]
 
 
 def _copied(cache: DynamicCache) -> DynamicCache:

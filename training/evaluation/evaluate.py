@@ -530,7 +530,9 @@ def main(argv: list[str] | None = None) -> Results:
             model.to(state.device)  # type: ignore[arg-type]  # a wrapped method
             limit_threads(model, state.device)
             if args.torch_compile:
-                model.compile(dynamic=True)  # batches differ in length
+                model.model.compile(
+                    dynamic=True
+                )  # batches differ in length; the head is no part of it, as it computes in two ways
         runs += _evaluate_fold(args, fold, model, processor, name, loaded[fold], folders[fold], evaluation)
     if not state.is_main_process:
         return Results()

@@ -116,7 +116,7 @@ def _escaped(text: str) -> str:
 def write_tables(folder: Path, suite: Suite, runs: Sequence[Mapping[str, Any]]) -> str:
     """Writes both files, with the runs of other models below the first; the Markdown."""
     cells, caption, notes = cells_of(suite, runs), caption_of(suite, runs[0]), notes_of(runs)
-    turned = len(cells[0]) > MAX_COLUMNS
+    turned = MAX_COLUMNS < len(cells[0]) > len(cells)
     if turned:  # the model and what it is shown are two rows of the heading, which Markdown has as one and the first of the others
         cells = [list(column) for column in zip(*cells, strict=True)]
     lines = [caption, "", *table_lines(cells[0], cells[1:])]
