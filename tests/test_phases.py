@@ -110,7 +110,7 @@ def test_scores_are_of_the_answer(thinking, data):
 
     def generate(input_ids, **kwargs):
         assert processor.decode(input_ids[0]).endswith("<|im_start|>assistant\n<think>\n")
-        texts = [written[next(texts_of)] for _ in input_ids]
+        texts = [written[next(texts_of)] + "<|im_end|>" for _ in input_ids]
         ids = processor.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")["input_ids"]
         return torch.cat([input_ids, ids], dim=1)
 
