@@ -177,7 +177,7 @@ def adapt_quantized(model: ELMForConditionalGeneration, config: LoraConfig, bits
     parts that are trained in full among it: so the answer is given to PEFT alone.
 
     On CPUs with AVX512-BF16 a 4-bit layer of bitsandbytes repacks its weights when it is asked without gradients, and no gradient goes
-    through it from then on (0.50.2): they are packed back, and stay so.
+    through it from then on (0.50.2): they are packed back, and stay so. With nested quantization its scales move a little by that.
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):

@@ -134,7 +134,7 @@ def _facts(results: Mapping[str, Any]) -> list[tuple[str, Any]]:
         ("packages", ", ".join(f"{name} {version}" for name, version in results["packages"].items())),
     ]
     unasked = results.get("suite", {}).get("left_out", {})  # of a benchmark
-    facts += [("not asked", f"{number:,} {what}") for what, number in unasked.items()]
+    facts += [("not asked", f"{what}: {number:,}") for what, number in unasked.items()]
     return [fact for fact in facts if fact[1] is not None]
 
 

@@ -147,7 +147,7 @@ def test_tables(run):
     assert r"\begin{tabular}{lrr}" in heading
     assert heading.endswith("model & tiny & tiny \\\\\nshown & with its ECG & ECG zeroed \\\\\n")
     assert (
-        "- tiny: 1 questions whose records are not there." in (folder / "ecg-qa" / "table.md").read_text().splitlines()
+        "- tiny, questions whose records are not there: 1." in (folder / "ecg-qa" / "table.md").read_text().splitlines()
     )
     *_, heading, _, first, second, third = (folder / "ptbxl" / "table.md").read_text().splitlines()
     assert "| tiny, AUROC " in heading
