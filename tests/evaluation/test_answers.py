@@ -283,6 +283,15 @@ def test_sampled_answers_do_not_depend_on_what_came_before(elm, data, tmp_path, 
     assert 0 not in asked
 
 
+def test_an_answer_stops_at_a_text(elm, data):
+    rows = data.select(range(4))
+    whole = ask(elm, rows)
+    text = next(letter for answer in whole for letter in answer[1:-1] if letter.isascii() and letter.isalpha())
+    cut = ask(elm, rows, generation=TEN_TOKENS | {"stop_strings": [text]})
+    assert cut == [answer[: answer.index(text) + 1] if text in answer else answer for answer in whole]
+    assert cut != whole
+
+
 def test_beams(elm):
     rows = mixed_rows(5)
     options = {"generation": {**TEN_TOKENS, "num_beams": 3}}

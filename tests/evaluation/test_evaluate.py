@@ -171,6 +171,7 @@ def test_in_memory_of_a_list_without_training_data(evaluated, elm, data, tmp_pat
         ({"seed": -1}, "^seed is -1; it must be at least 0"),
         ({"metrics": ["bert_score"]}, "^metrics bert_score .* name it with bert_score_model"),
         ({"generation": {"beams": 2}}, "^generation has beams; expected options of `generate`"),
+        ({"generation": {"use_cache": False}}, "^generation has use_cache; expected options of `generate`"),
         ({"candidates": ["yes", "no"]}, "^candidates are what score likelihood decides among"),
         (
             {"main_metric": "meteor"},

@@ -411,6 +411,7 @@ class Answerer:
     ) -> list[str]:
         def write(ids: torch.Tensor, mask: torch.Tensor, **options: Any) -> torch.Tensor:
             options = {**self._options, **options, "logits_processor": LogitsProcessorList([RequireFinite()])}
+            options["tokenizer"] = self.processor.tokenizer  # which `stop_strings` needs
             # wants attributes that no model declares
             return self.model.generate(input_ids=ids, attention_mask=mask, **options)  # type: ignore[misc, return-value]
 

@@ -16,13 +16,15 @@ from elm_ecg.training.parser import ELMParser
 
 ScoredBy = Literal["generation", "likelihood"]
 METRICS = ("normalized_match", "token_f1", "closed_set")  # by default, beside exact_match
-# fields of a generation config that would give other than one text to a prompt, or have an option of their own
+# fields of a generation config that would give other than one text to a prompt, or have an option of their own; and the
+# cache, from which answers go on
 NOT_GENERATION = (
     "max_new_tokens",
     "max_length",
     "num_return_sequences",
     "return_dict_in_generate",
     "cache_implementation",
+    "use_cache",
 )
 
 

@@ -80,7 +80,8 @@ def caption_of(suite: Suite, run: Mapping[str, Any]) -> str:
 
 def notes_of(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the scores of each model leave out, and what counts as wrong unasked."""
-    return [f"{_model(run)}, {what}: {number:,}." for run in runs for what, number in run["suite"]["left_out"].items()]
+    notes = [f"{_model(run)}, {what}: {number:,}." for run in runs for what, number in run["suite"]["left_out"].items()]
+    return list(dict.fromkeys(notes))  # of two models of one name those that differ
 
 
 def to_latex(cells: Sequence[Sequence[str]], caption: str, num_heads: int = 1) -> str:
