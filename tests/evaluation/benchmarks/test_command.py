@@ -12,6 +12,7 @@ from PIL import Image
 from elm_ecg import ELMProcessor, new_elm
 from elm_ecg.training import cli
 from elm_ecg.training.evaluation.benchmarks import command, endpoint
+from elm_ecg.training.evaluation.benchmarks.tables import write_tables
 from elm_ecg.training.evaluation.results import read_predictions, read_results
 from helpers import TINY_ENCODERS, save_record, write_rows
 
@@ -157,6 +158,16 @@ def test_tables(run):
     assert latex.count(r"\\") == 3  # a heading and two conditions
     assert r"split test: 30 questions" in latex
     assert r"\begin{tabular}{llrrr}" in latex
+
+
+def test_tables_of_too_few_questions(run, tmp_path):
+    """No statement has both answers, so that there is no AUROC."""
+    suite, results = command.SUITES["ptbxl"], run[1]["ptbxl"]
+    few = results | {"metrics": {name: of for name, of in results["metrics"].items() if name not in suite.scales}}
+    write_tables(tmp_path, suite, [few, few])
+    note = "None of the scores can be had of these questions: they are too few."
+    assert f"- {note}" in (tmp_path / "table.md").read_text().splitlines()
+    assert note in (tmp_path / "table.tex").read_text()
 
 
 def test_the_scores_with_the_ecg_are_beside_those_without(run):

@@ -117,6 +117,8 @@ def _escaped(text: str) -> str:
 def write_tables(folder: Path, suite: Suite, runs: Sequence[Mapping[str, Any]]) -> str:
     """Writes both files, with the runs of other models below the first; the Markdown."""
     cells, caption, notes = cells_of(suite, runs), caption_of(suite, runs[0]), notes_of(runs)
+    if len(cells[0]) == 2:
+        notes.append("None of the scores can be had of these questions: they are too few.")
     turned = MAX_COLUMNS < len(cells[0]) > len(cells)
     if turned:  # the model and what it is shown are two rows of the heading, which Markdown has as one and the first of the others
         cells = [list(column) for column in zip(*cells, strict=True)]
