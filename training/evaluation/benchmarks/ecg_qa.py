@@ -1,10 +1,11 @@
 """ECG-QA: questions about one ECG or two by 70 templates (Oh et al. 2023, NeurIPS Datasets and Benchmarks, arXiv:2306.15681).
 
-An answer is a set of the template's answers, and it is right where the set is: the paper's exact match accuracy, for each type of
-question. Of a text, as that of a language model, the set is taken as in the authors' own experiments with language models
-(`llm_modeling/llm_modeling.py` of https://github.com/Jwoo5/ecg-qa): all answers of the template that are named in it, in lower case.
-Where they name options in the prompt, `--show_options` does. No answer at all is the answer "none" of the authors' labels (README there, "Run
-QA Experiments"); of a text it has to be said. The numbers of the paper's sections could not be looked up, as no copy of it was to be had.
+An answer is a set of the template's answers, and it is right where the set is: the exact match accuracy of section 4.1 of version 3, "Evaluation
+metrics", for each type of question as in section 4.4 and appendix C.2. Of a text, as that of a language model, the set is taken as in the authors'
+own experiments with language models (section 4.3 and appendix C.1.3; `llm_modeling/llm_modeling.py` of https://github.com/Jwoo5/ecg-qa): all
+answers of the template that are named in it, in lower case. Where they name options in the prompt, `--show_options` does. No answer at all is
+the answer "none" of the authors' labels (README there, "Run QA Experiments"); of a text it has to be said. How it is computed is from their
+code, as of the paper's text its contents and abstract were to be had.
 
 Texts: the folder `ecgqa/ptbxl` or `ecgqa/mimic-iv-ecg` of that repository, or one below it such as `ecgqa/ptbxl/paraphrased`, or
 files of the same rows. The template's answers are in `answers_for_each_template.csv`, in that folder or above it.
