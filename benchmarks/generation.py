@@ -1,15 +1,17 @@
-"""Answers a second of `elm evaluate`: one by one, in batches, and with what the turns of a conversation share read once.
+"""Answers a second of `elm evaluate`: one by one, in batches, and with what questions share read once.
 
     python benchmarks/generation.py
     python benchmarks/generation.py --llm qwen2.5-0.5b-instruct --encoder st_mem
 
 Conversations of four or five questions about one record each. Every answer has the same number of tokens, so that all sides do
-the same work: processor, greedy generation with cache, decoding; on a GPU in bf16.
+the same work: processor, greedy generation with cache, decoding; on a GPU in bf16. Then the same questions in rows of their own, by the
+likelihoods of "yes" and "no", as benchmarks ask them: what the rows about a record begin with is read for each of them, and once.
 """
 
 import argparse
 import contextlib
 import os
+from collections.abc import Callable
 from functools import partial
 
 from common import DEVICE, add_arguments, build, interleaved, make_rows
@@ -38,26 +40,42 @@ def main() -> None:
         ]
     )
     data = data.with_format("numpy", columns=["ecg"], output_all_columns=True)
-    questions = list_questions(data)
+    apart = Dataset.from_list(
+        [
+            {**row, "messages": row["messages"][turn : turn + 2], "record_id": str(number)}
+            for number, row in enumerate(data.with_format(None))
+            for turn in range(0, len(row["messages"]), 2)
+        ]
+    )
+    apart = apart.with_format("numpy", columns=["ecg"], output_all_columns=True)
+    num_questions = len(list_questions(data))
     generation = {"min_new_tokens": args.new_tokens, "max_new_tokens": args.new_tokens}
 
-    def answer(batch_size: int, reuse_prefix: bool) -> None:
+    def answer(rows: Dataset, candidates: list[str] | None, batch_size: int, reuse_prefix: bool) -> None:
+        questions = list_questions(rows)
+        choices = None if candidates is None else [candidates] * len(questions)
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # the bar
             answerer = Answerer(
-                model, processor, data, questions, None, batch_size, generation, reuse_prefix=reuse_prefix
+                model, processor, rows, questions, choices, batch_size, generation, reuse_prefix=reuse_prefix
             )
             answerer.ask("ecg")
 
-    works = {str(size): partial(answer, size, False) for size in args.batch_sizes}
+    def compare(title: str, works: dict[str, Callable[[], None]]) -> None:
+        times = interleaved(works, args.repeats)
+        speeds = {name: num_questions / median for name, median in times.items()}
+        print(f"\n{title}\n\n| batch | answers/s | ratio |\n| --- | --- | --- |")
+        for name, speed in speeds.items():
+            print(f"| {name} | {speed:.2f} | {speed / next(iter(speeds.values())):.1f} |")
+
     largest = max(args.batch_sizes)
-    works[f"{largest}, prefix reused"] = partial(answer, largest, True)
-    times = interleaved(works, args.repeats)
-    speeds = {size: len(questions) / median for size, median in times.items()}
-    print(
-        f"\n{len(questions)} answers of {args.new_tokens} tokens\n\n| batch | answers/s | ratio |\n| --- | --- | --- |"
-    )
-    for size, speed in speeds.items():
-        print(f"| {size} | {speed:.2f} | {speed / speeds[str(args.batch_sizes[0])]:.1f} |")
+    works = {str(size): partial(answer, data, None, size, False) for size in args.batch_sizes}
+    works[f"{largest}, prefix reused"] = partial(answer, data, None, largest, True)
+    compare(f"{num_questions} answers of {args.new_tokens} tokens, in conversations", works)
+    works = {
+        f"{largest}": partial(answer, apart, ["yes", "no"], largest, False),
+        f"{largest}, beginnings read once": partial(answer, apart, ["yes", "no"], largest, True),
+    }
+    compare(f'{num_questions} questions in rows of their own, by the likelihoods of "yes" and "no"', works)
 
 
 if __name__ == "__main__":

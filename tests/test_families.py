@@ -165,17 +165,19 @@ def loaded(built, request):
 
 
 def chats() -> Dataset:
-    """Two conversations of three turns and of one, with ECGs in any of them."""
+    """A conversation of three turns with two ECGs, and three of one turn about a record that is in none of the first's."""
     rng = np.random.default_rng(0)
-    rows = []
-    for number, turns in enumerate([[("Is it?", 1), ("And the other one?", 1), ("Why", 0)], [("Rate", 1)]]):
+    rows: list[dict] = []
+    asked = [[("Is it?", 1), ("And the other one?", 1), ("Why", 0)], [("Rate", 1)], [("Rhythm?", 1)], [("Rat", 1)]]
+    for number, turns in enumerate(asked):
         messages, ecgs = [], []
         for question, num_ecgs in turns:
             parts = [{"type": "ecg", "text": None}] * num_ecgs + [{"type": "text", "text": question}]
             ecgs += [{"array": rng.normal(size=(12, 500)).tolist(), "sampling_rate": 100, "unit": "mV"}] * num_ecgs
             answer = {"role": "assistant", "content": [{"type": "text", "text": "no"}]}
             messages += [{"role": "user", "content": parts}, answer]
-        rows.append({"messages": messages, "ecg": ecgs, "patient_id": str(number)})
+        record = min(number, 1)
+        rows.append({"messages": messages, "ecg": ecgs if number < 2 else rows[1]["ecg"], "record_id": str(record)})
     return Dataset.from_list(rows).with_format("numpy", columns=["ecg"], output_all_columns=True)
 
 
@@ -247,7 +249,9 @@ class TestFamily:
     def test_evaluation_with_shared_prefixes(self, built, family, score):
         elm, rows = built(family), chats()
         questions = list_questions(rows)
-        candidates = None if score == "generation" else [["yes", "no"], ["a", "maybe"], ["no"], ["yes", "I do"]]
+        candidates = (
+            None if score == "generation" else [["yes", "no"], ["a", "maybe"], ["no"], ["yes", "I do"], ["no"], ["60"]]
+        )
         answers = [
             Answerer(
                 elm.model,
@@ -259,7 +263,7 @@ class TestFamily:
                 {"max_new_tokens": 4},
                 reuse_prefix=reuse,
             ).ask("ecg")[0]
-            for batch_size, reuse in [(1, False), (2, True), (2, False)]
+            for batch_size, reuse in [(1, False), (4, True), (4, False)]
         ]
         if score == "generation":
             assert answers[1:] == answers[:1] * 2

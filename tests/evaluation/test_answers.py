@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import DynamicCache
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
@@ -13,7 +13,7 @@ from elm_ecg.training.data.loading import load_data, to_chat
 from elm_ecg.training.evaluation.answers import Answerer, NotFiniteError
 from elm_ecg.training.evaluation.conditions import ASKED, CONDITIONS
 from elm_ecg.training.evaluation.progress import Progress
-from elm_ecg.training.evaluation.questions import list_questions, other_patients
+from elm_ecg.training.evaluation.questions import digest, list_questions, other_patients
 from foreign_templates import message, of_trl, processor_of
 from helpers import (
     TINY_VISION,
@@ -208,6 +208,64 @@ def test_swapped_is_the_other_patients_ecg(elm, data):
     assert ask(elm, swapped) == ask(elm, data, "swapped")
 
 
+def rows_about_records(num_records: int = 2, num_questions: int = 4) -> Dataset:
+    """Several rows about each record, which do not follow each other; the first record is compared with another in each of its rows."""
+    rng = np.random.default_rng(1)
+    names = [f"record {number}" for number in range(num_records)]
+    ecgs = {
+        name: [
+            {"array": rng.normal(size=(12, 200)).tolist(), "sampling_rate": 100, "unit": "mV"}
+            for _ in range(2 if name == names[0] else 1)
+        ]
+        for name in names
+    }
+    rows = []
+    for question in range(num_questions):
+        for name in names:
+            content = [*[part(None)] * len(ecgs[name]), part("And now, what is it " + "then " * question + "?")]
+            messages = [{"role": "user", "content": content}, {"role": "assistant", "content": [part("no")]}]
+            rows.append({"messages": messages, "ecg": ecgs[name], "record_id": name, "patient_id": name})
+    return Dataset.from_list(rows).with_format("numpy", columns=["ecg"], output_all_columns=True)
+
+
+@pytest.mark.parametrize("condition", ["ecg", "zeroed", "noise", "left_out"])
+def test_what_rows_about_a_record_begin_with_is_read_once(elm, condition):
+    (model, _), rows, read = elm, rows_about_records(), []
+    alone = ask(elm, rows, condition, batch_size=1, reuse_prefix=False)
+    candidates = [["yes", "no", "maybe"]] * len(rows)
+    likelihoods = ask(elm, rows, condition, candidates=candidates, batch_size=1, reuse_prefix=False)
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    try:
+        found = ask(elm, rows, condition, candidates=candidates, batch_size=6)
+        shared, read[:] = sum(read), []
+        assert ask(elm, rows, condition, batch_size=6) == alone
+        read.clear()
+        ask(elm, rows, condition, candidates=candidates, batch_size=6, reuse_prefix=False)
+    finally:
+        hook.remove()
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(likelihoods), rtol=0, atol=1e-4)
+    if condition == "noise":  # which differs by row
+        assert shared == sum(read)
+    else:
+        assert shared < 0.7 * sum(read)
+    assert condition != "ecg" or len(set(alone)) > 4
+
+
+def test_rows_that_are_the_same_are_left_a_token_each(elm):
+    rows = rows_about_records(num_questions=1)
+    rows = concatenate_datasets([rows, rows, rows])
+    assert ask(elm, rows, batch_size=6) == ask(elm, rows, batch_size=1, reuse_prefix=False)
+
+
+def test_questions_about_a_record_stand_in_one_batch(elm):
+    rows = rows_about_records(num_records=3)
+    batches = Answerer(*elm, rows, list_questions(rows), batch_size=4).batches
+    records = [{rows[index]["record_id"] for (index,) in batch} for batch in batches]
+    assert records == [{"record 0"}, {"record 1"}, {"record 2"}]
+
+
 def test_likelihoods_are_those_of_the_whole_text(elm):
     """Against one forward pass over each prompt with each candidate behind it."""
     model, processor = elm
@@ -275,7 +333,7 @@ def test_sampled_answers_do_not_depend_on_what_came_before(elm, data, tmp_path, 
     whole = Answerer(*elm, data, questions, **options)
     first = [index for row in whole.batches[0] for index in row]
     progress.begin([])
-    progress.add("ecg 0", 0, [answers[index] for index in first])
+    progress.add(f"ecg 0 {digest(whole.batches)}", 0, [answers[index] for index in first])
     asked: list[int] = []
     answer = Answerer.answer_batch
     monkeypatch.setattr(Answerer, "answer_batch", lambda self, *args: asked.append(args[2]) or answer(self, *args))

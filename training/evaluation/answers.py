@@ -1,7 +1,8 @@
 """What an ELM answers to the questions of a split, under each condition of an evaluation.
 
 A row is a conversation: each of its questions is asked after the right answers to those before it. What several questions of
-a conversation begin with is read once, and its keys and values are kept for the next turn.
+a conversation begin with is read once, and its keys and values are kept for the next turn. So is what several rows of a batch begin with,
+such as the record that they are about.
 """
 
 import copy
@@ -24,10 +25,11 @@ from elm_ecg.ecg_utils import as_record
 from elm_ecg.modeling_elm import ECG_INPUTS, ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.data.loading import ecgs_of, notices_of, to_chat
+from elm_ecg.training.evaluation.beginnings import shared_beginnings
 from elm_ecg.training.evaluation.conditions import CONDITIONS, ECG, Condition
 from elm_ecg.training.evaluation.progress import Progress
-from elm_ecg.training.evaluation.questions import Question, rows_to_swap
-from elm_ecg.training.features import EncoderFeatures
+from elm_ecg.training.evaluation.questions import Question, digest, first_rows_of_records, rows_to_swap
+from elm_ecg.training.features import EncoderFeatures, digests_of
 from elm_ecg.training.load import warn_if_untuned
 
 MAX_BYTES_OF_FEATURES = 2**30  # 29,000 ECGs of ST-MEM
@@ -101,7 +103,7 @@ class Answerer:
         generation: options of `generate`; greedy where they say nothing else.
         seed: of random conditions and of sampled answers. Batches are seeded one by one: their answers do not depend on
             which process gives them, or on what was answered before.
-        reuse_prefix: keep the keys and values of a conversation for its next turn.
+        reuse_prefix: keep the keys and values of a conversation for its next turn, and of what several rows begin with for all of them.
 
     `notices` has what reading and preparing say about the records that were read: sentence -> row and place among its ECGs.
     """
@@ -140,8 +142,24 @@ class Answerer:
         rows: dict[int, list[int]] = {}
         for index, question in enumerate(self.questions):
             rows.setdefault(question.row, []).append(index)
-        # conversations of as many turns and about one length share a batch, so little of it is padding
-        order = sorted(rows, key=lambda row: (-len(rows[row]), self._length(rows[row]), row))
+        self._records = first_rows_of_records(self.data)
+        lengths = {row: self._length(indices) for row, indices in rows.items()}
+        longest: dict[tuple[int, int], int] = {}
+        for row, length in lengths.items():
+            group = len(rows[row]), self._records[row]
+            longest[group] = max(length, longest.get(group, 0))
+        # conversations of as many turns and about one length share a batch, so little of it is padding; those about a record stay
+        # together, as they begin alike
+        order = sorted(
+            rows,
+            key=lambda row: (
+                -len(rows[row]),
+                longest[len(rows[row]), self._records[row]],
+                self._records[row],
+                lengths[row],
+                row,
+            ),
+        )
         size = self.batch_size
         # for each batch the questions of each of its rows
         self.batches = [[rows[row] for row in order[start : start + size]] for start in range(0, len(order), size)]
@@ -169,6 +187,7 @@ class Answerer:
                 return [], str(error)
         if condition.random or self._options["do_sample"]:
             name = f"{name} {self.seed}"  # in `progress`: what no seed changes is asked once for all of them
+        name = f"{name} {digest(self.batches)}"  # whose numbers stand there
         state = PartialState()
         kept = {} if progress is None else progress.read()
         done = {batch: answers for (of, batch), answers in kept.items() if of == name}
@@ -228,7 +247,8 @@ class Answerer:
             reuse = _keeps_tokens(cache) and longest <= min(windows, default=2 * longest) // 2
         with torch.inference_mode():
             if reuse:
-                return self._of_conversations(read)
+                records = {self._records[self.questions[indices[0]].row] for indices in conversations}
+                return self._of_conversations(read, sharing=len(records) < len(read))
             turns = [
                 Conversation([prompt], row.ecgs, candidates=None if row.candidates is None else [row.candidates[turn]])
                 for row in read
@@ -329,15 +349,22 @@ class Answerer:
             self._suffixes[answer] = self.processor.tokenizer(suffix, add_special_tokens=False)["input_ids"]
         return self._suffixes[answer]
 
-    def _of_conversations(self, rows: list[Conversation]) -> list[Any]:
-        """The answers of conversations, turn by turn for all of them at once; in the order of the rows and their turns."""
+    def _of_conversations(self, rows: list[Conversation], sharing: bool = False) -> list[Any]:
+        """The answers of conversations, turn by turn for all of them at once; in the order of the rows and their turns.
+
+        Args:
+            sharing: read what several of them begin with once.
+        """
         # those of most turns first: the rows that are still asked are then always the first of the tensors
         places = sorted(range(len(rows)), key=lambda place: -len(rows[place].prompts))
         answers: list[list[Any]] = [[] for _ in rows]
-        device, pad = self.model.device, self.processor.tokenizer.pad_token_id
+        device = self.model.device
+        begun = [Prompt([], 0)] * len(rows)  # what was read of each
         input_ids = torch.empty((len(rows), 0), dtype=torch.long, device=device)  # [rows, tokens], longer by each turn
         mask = torch.empty_like(input_ids)
         cache: DynamicCache | None = None
+        if sharing and (groups := self._groups(rows)):
+            input_ids, mask, cache, begun = self._read_beginnings(rows, groups, places)
         num_turns = len(rows[places[0]].prompts)
         for turn in range(num_turns):
             active = [place for place in places if len(rows[place].prompts) > turn]
@@ -346,23 +373,13 @@ class Answerer:
             input_ids, mask = input_ids[: len(active)], mask[: len(active)]
             new_ids, ecgs = [], []
             for place in active:
-                prompt, row = rows[place].prompts[turn], rows[place]
-                before = row.prompts[turn - 1] if turn else Prompt([], 0)
+                prompt, row, before = rows[place].prompts[turn], rows[place], begun[place]
                 new_ids.append(prompt.input_ids[len(before.input_ids) :])
                 ecgs.append({name: values[before.num_ecgs : prompt.num_ecgs] for name, values in row.ecgs.items()})
-            width = max(map(len, new_ids))
-            # padding stands between the turns, where the mask hides it
-            padded = [[pad] * (width - len(ids)) + ids for ids in new_ids]  # left: all rows end in a token
-            real = [[0] * (width - len(ids)) + [1] * len(ids) for ids in new_ids]
-            input_ids = torch.cat([input_ids, torch.tensor(padded, device=device)], dim=1)
-            mask = torch.cat([mask, torch.tensor(real, device=device)], dim=1)
-            ecg_inputs = {
-                name: torch.cat([own[name] for own in ecgs if name in own]).to(device)
-                for name in ECG_INPUTS
-                if any(name in own and len(own[name]) for own in ecgs)
-            }
-            if self._features is not None:
-                ecg_inputs = self._features.replace(ecg_inputs)
+                begun[place] = prompt
+            padded, real = self._padded(new_ids)  # padding stands between the turns, where the mask hides it
+            input_ids, mask = torch.cat([input_ids, padded], dim=1), torch.cat([mask, real], dim=1)
+            ecg_inputs = self._ecg_inputs(ecgs)
             last = turn == num_turns - 1
             if self.candidates is not None:
                 hidden, cache = self._prefill(input_ids, mask, cache, ecg_inputs, until=input_ids.shape[1])
@@ -371,11 +388,61 @@ class Answerer:
             elif last and cache is None:
                 of_turn = self._generate(input_ids, mask, None, ecg_inputs)
             else:  # `generate` has to be left one token to read; it writes into the cache, which the next turn needs as it is
-                _, cache = self._prefill(input_ids, mask, cache, ecg_inputs, until=input_ids.shape[1] - 1)
+                if cache is None or padded.shape[1] > 1:
+                    _, cache = self._prefill(input_ids, mask, cache, ecg_inputs, until=input_ids.shape[1] - 1)
                 of_turn = self._generate(input_ids, mask, cache if last else _copied(cache), {})
             for place, answer in zip(active, of_turn, strict=True):
                 answers[place].append(answer)
         return [answer for row in answers for answer in row]
+
+    def _groups(self, rows: list[Conversation]) -> list[tuple[int, list[int]]]:
+        """Rows whose first prompts begin alike, as of `shared_beginnings`."""
+        prompts = [row.prompts[0].input_ids for row in rows]
+        ecgs = [tuple(digests_of(row.ecgs)) for row in rows]
+        signal = self.processor.ecg_token_id
+        behind = [
+            len(ids) - ids[::-1].index(signal) if of_row else 0 for ids, of_row in zip(prompts, ecgs, strict=True)
+        ]
+        return shared_beginnings(prompts, ecgs, behind)
+
+    def _read_beginnings(
+        self, rows: list[Conversation], groups: list[tuple[int, list[int]]], places: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor, DynamicCache, list[Prompt]]:
+        """Reads what the rows of each group begin with once.
+
+        Returns:
+            Tokens and mask [rows, tokens] and the cache of all rows, in the order of `places`, and what was read of each row.
+        """
+        begun = [Prompt([], 0)] * len(rows)
+        group_of = [0] * len(rows)
+        for number, (length, members) in enumerate(groups):
+            for place in members:
+                prompt = rows[place].prompts[0]
+                begun[place] = Prompt(prompt.input_ids[:length], prompt.num_ecgs)
+                group_of[place] = number
+        first = [members[0] for _, members in groups]
+        input_ids, mask = self._padded([begun[place].input_ids for place in first])
+        ecgs = [{name: values[: begun[place].num_ecgs] for name, values in rows[place].ecgs.items()} for place in first]
+        _, cache = self._prefill(input_ids, mask, None, self._ecg_inputs(ecgs), until=input_ids.shape[1])
+        of_row = torch.tensor([group_of[place] for place in places], device=mask.device)
+        cache.batch_select_indices(of_row)
+        return input_ids[of_row], mask[of_row], cache, begun
+
+    def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens [rows, tokens] and their mask, padded on the left, so that all rows end in a token."""
+        width, pad = max(map(len, rows)), self.processor.tokenizer.pad_token_id
+        padded = [[pad] * (width - len(ids)) + ids for ids in rows]
+        real = [[0] * (width - len(ids)) + [1] * len(ids) for ids in rows]
+        return torch.tensor(padded, device=self.model.device), torch.tensor(real, device=self.model.device)
+
+    def _ecg_inputs(self, ecgs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """What the model reads of the ECGs of some rows."""
+        inputs = {
+            name: torch.cat([own[name] for own in ecgs if name in own]).to(self.model.device)
+            for name in ECG_INPUTS
+            if any(name in own and len(own[name]) for own in ecgs)
+        }
+        return inputs if self._features is None else self._features.replace(inputs)
 
     def _new_cache(self) -> DynamicCache:
         return DynamicCache(config=self.model.config.get_text_config())  # which layers have a window, or a state

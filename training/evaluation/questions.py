@@ -197,6 +197,13 @@ def candidate_answers(
     return [of_type[question.question_type] for question in questions]
 
 
+def first_rows_of_records(data: Dataset) -> list[int]:
+    """For each row the first one about the same record, by `record_id`; a row that names none is by itself."""
+    names = data["record_id"] if "record_id" in data.column_names else [None] * len(data)
+    first: dict[str, int] = {}
+    return [first.setdefault(str(name), row) if name else row for row, name in enumerate(names)]
+
+
 def patients_of(data: Dataset) -> list[tuple[str, ...]]:
     """The patients of each row's ECGs."""
     patients = data["patient_id"] if "patient_id" in data.column_names else [None] * len(data)
