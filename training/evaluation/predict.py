@@ -83,7 +83,7 @@ class Predictor:
             if error is None:
                 asked = [Question(len(chats), turn, _question(row, turn), "", "", "") for turn in row.turns]
                 questions += [(question, line) for question, line in zip(asked, of_row, strict=True)]
-                chats.append({"messages": row.messages, "ecg": record.ecgs})
+                chats.append({"messages": row.messages, "ecg": record.ecgs, "record_id": str(row.number)})
             else:
                 for line in of_row:
                     line["error"] = error

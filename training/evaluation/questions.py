@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -197,9 +197,12 @@ def candidate_answers(
     return [of_type[question.question_type] for question in questions]
 
 
-def first_rows_of_records(data: Dataset) -> list[int]:
+def first_rows_of_records(data: Dataset | Sequence[Mapping[str, Any]]) -> list[int]:
     """For each row the first one about the same record, by `record_id`; a row that names none is by itself."""
-    names = data["record_id"] if "record_id" in data.column_names else [None] * len(data)
+    if isinstance(data, Dataset):
+        names = data["record_id"] if "record_id" in data.column_names else [None] * len(data)
+    else:
+        names = [row.get("record_id") for row in data]
     first: dict[str, int] = {}
     return [first.setdefault(str(name), row) if name else row for row, name in enumerate(names)]
 
