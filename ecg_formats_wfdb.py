@@ -247,7 +247,9 @@ def _plain_microvolts(counts: list[np.ndarray], signals: list[dict[str, str]], u
         factors.append([int(factor)])
         baselines.append([int(baseline)])
     # what exceeds 16 bits on the way wraps around, and back: the results do not
-    return (table - np.array(baselines).astype(np.int16)) * np.array(factors).astype(np.int16)
+    table -= np.array(baselines).astype(np.int16)
+    table *= np.array(factors).astype(np.int16)
+    return table
 
 
 def _packed_signals(path: Path, header: _Header, rows: list[int]) -> tuple[list[np.ndarray], list[np.ndarray]]:
