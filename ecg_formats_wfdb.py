@@ -235,14 +235,13 @@ def _plain_microvolts(counts: list[np.ndarray], signals: list[dict[str, str]], u
     None where a count is no whole number of microvolts, 16 bits do not hold them, or there is a gap.
     """
     table = np.stack(counts)
-    if not table.size:
-        return None
     factors, baselines = [], []
     for signal, unit, low, high in zip(signals, units, table.min(axis=1), table.max(axis=1), strict=True):
         gain, baseline = _scale(signal)
         factor = 1000 / gain / PER_MILLIVOLT_IN_ANY_CASE[unit.strip().casefold()]
         ends = [(int(count) - baseline) * factor for count in (low, high)]
-        if low == _PLAIN_GAP or not factor.is_integer() or not all(-(2**15) <= end < 2**15 for end in ends):
+        whole = factor.is_integer() and 0 < abs(factor) < 2**15
+        if low == _PLAIN_GAP or not whole or not all(-(2**15) <= end < 2**15 for end in ends):
             return None
         factors.append([int(factor)])
         baselines.append([int(baseline)])

@@ -127,10 +127,21 @@ class TestWFDB:
             np.testing.assert_array_equal(microvolts["array"], millivolts)
             assert "2/uV" in gains or rounded.max() > 32767 or rounded.min() < -32768
 
-    def test_gaps_are_no_whole_microvolts(self, tmp_path):
-        counts = np.array([1, -32768, 3], dtype="<i2")
-        path = write_wfdb(tmp_path, ["r 1 100 3", "r.dat 16 1(0)/uV 16 0 0 0 0 II"], r=counts.tobytes())
-        assert read_file(path, Given(microvolts=True))["unit"] == "mV"
+    @pytest.mark.parametrize(
+        ("counts", "gain", "expected"),
+        [
+            ([1, -32768, 3], "1000/mV", [0.001, np.nan, 0.003]),  # a gap
+            ([0, 0, 0], "1e-297/mV", [0, 0, 0]),
+            ([1, 2, 3], f"1e999({10**300})/mV", [0, 0, 0]),
+            ([1, 2, 3], "3/mV", np.float32([1 / 3, 2 / 3, 1])),
+        ],
+    )
+    def test_no_whole_microvolts(self, counts, gain, expected, tmp_path):
+        content = np.array(counts, "<i2").tobytes()
+        path = write_wfdb(tmp_path, ["r 1 100 3", f"r.dat 16 {gain} 16 0 0 0 0 II"], r=content)
+        read = read_file(path, Given(microvolts=True))
+        assert read["unit"] == "mV"
+        np.testing.assert_array_equal(read["array"], np.float32([expected]))
 
     def test_invalid_samples_stay_nan(self, tmp_path):
         counts = np.array([1, -32768, 3], dtype="<i2")
