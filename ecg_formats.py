@@ -7,6 +7,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ def read_file(path: str | os.PathLike, given: Given = NOTHING_GIVEN) -> dict[str
     record_keys = dict.fromkeys(
         ("array", "sampling_rate", "lead_names", "unit", "metadata")
     )  # whatever its reader gives
-    name, read = _reader(path, Given(given.lead_names, given.unit, record))
+    name, read = _reader(path, replace(given, record=record))
     with _reading(path, name):
         return {**record_keys, **_checked(read())}
 

@@ -33,11 +33,13 @@ class Given:
         lead_names: of all signals of the file, or of those that are read.
         unit: one of `UNITS_PER_MILLIVOLT`.
         record: which record is read of a file of several.
+        microvolts: whole microvolts are wanted as such, int16 of the unit uV, where a file holds nothing else.
     """
 
     lead_names: Sequence[str] | None = None
     unit: str | None = None
     record: str | None = None
+    microvolts: bool = False
 
 
 NOTHING_GIVEN = Given()

@@ -19,6 +19,7 @@ from .ecg_formats_common import (
     MAX_FILE_BYTES,
     MAX_SAMPLES,
     NOTHING_GIVEN,
+    PER_MILLIVOLT_IN_ANY_CASE,
     Given,
     content_lines,
     in_millivolts,
@@ -199,8 +200,8 @@ def _samples_per_frame(signal: dict[str, str]) -> int:
     return samples
 
 
-def _plain_signals(folder: Path, header: _Header, rows: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Counts of signals, and their values in the signal's unit; each [samples]. All are of `_PLAIN_FORMAT`, none is skewed."""
+def _plain_counts(folder: Path, header: _Header, rows: list[int]) -> list[np.ndarray]:
+    """Counts of signals, each [samples]. All are of `_PLAIN_FORMAT`, none is skewed."""
     counts, frames = [], header.frames
     for name, signals in header.files:
         ends = np.cumsum([0, *map(_samples_per_frame, signals)])
@@ -212,23 +213,51 @@ def _plain_signals(folder: Path, header: _Header, rows: list[int]) -> list[tuple
             raise ValueError(f"{name} is cut: it holds {len(data)} samples, expected {frames * ends[-1]}.")
         table = data[: frames * ends[-1]].reshape(frames, -1)
         counts += [np.ascontiguousarray(table[:, start:end]).reshape(-1) for start, end in pairwise(ends)]
-    signals, read = header.signals, []
-    for row in rows:
-        gain = float(signals[row]["adc_gain"] or 0) or _DEFAULT_GAIN
-        baseline = float(signals[row]["baseline"] or signals[row]["adc_zero"] or 0)
-        values = (counts[row] - baseline) / gain
-        values[counts[row] == _PLAIN_GAP] = np.nan
-        read.append((counts[row], values))
-    return read
+    return [counts[row] for row in rows]
 
 
-def _packed_signals(path: Path, header: _Header, rows: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """As `_plain_signals`, of any format."""
+def _scale(signal: dict[str, str]) -> tuple[float, float]:
+    """Counts in a unit, and the count that is 0."""
+    return float(signal["adc_gain"] or 0) or _DEFAULT_GAIN, float(signal["baseline"] or signal["adc_zero"] or 0)
+
+
+def _plain_values(counts: np.ndarray, signal: dict[str, str]) -> np.ndarray:
+    """Values in the signal's unit [samples], NaN in gaps."""
+    gain, baseline = _scale(signal)
+    values = (counts - baseline) / gain
+    values[counts == _PLAIN_GAP] = np.nan
+    return values
+
+
+def _plain_microvolts(counts: list[np.ndarray], signals: list[dict[str, str]], units: list[str]) -> np.ndarray | None:
+    """Int16 [signals, samples], to which the millivolts of `_plain_values` would be rounded: these are off by a millionth at most.
+
+    None where a count is no whole number of microvolts, 16 bits do not hold them, or there is a gap.
+    """
+    table = np.stack(counts)
+    factors, baselines = [], []
+    for signal, unit, low, high in zip(signals, units, table.min(axis=1), table.max(axis=1), strict=True):
+        gain, baseline = _scale(signal)
+        factor = 1000 / gain / PER_MILLIVOLT_IN_ANY_CASE[unit.strip().casefold()]
+        ends = [(int(count) - baseline) * factor for count in (low, high)]
+        whole = factor.is_integer() and 0 < abs(factor) < 2**15
+        if low == _PLAIN_GAP or not whole or not all(-(2**15) <= end < 2**15 for end in ends):
+            return None
+        factors.append([int(factor)])
+        baselines.append([int(baseline)])
+    # what exceeds 16 bits on the way wraps around, and back: the results do not
+    table -= np.array(baselines).astype(np.int16)
+    table *= np.array(factors).astype(np.int16)
+    return table
+
+
+def _packed_signals(path: Path, header: _Header, rows: list[int]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Counts of signals of any format, and their values in the signal's unit; each [samples]."""
     if "::" in str(path.absolute()):  # fsspec, below wfdb, would take it for a chain of addresses
         raise ValueError("its path holds '::'; rename the folder.")
     with _readable(path, header) as name:
         record = library("wfdb").rdrecord(name, channels=rows, smooth_frames=False, physical=False)
-    return list(zip(record.e_d_signal, record.dac(expanded=True), strict=True))
+    return record.e_d_signal, record.dac(expanded=True)
 
 
 @contextmanager
@@ -288,12 +317,19 @@ def read_wfdb(path: Path, given: Given = NOTHING_GIVEN) -> dict[str, Any]:
     units = [signal["units"] or "mV" for signal in signals]  # the standard's default
     rates = [header.frame_rate * _samples_per_frame(signal) for signal in signals]
     chosen = select_signals(names, units, rates, given)
-    if all(signal["fmt"] == _PLAIN_FORMAT and not int(signal["skew"] or 0) for signal in signals):
-        read = _plain_signals(path.parent, header, chosen.rows)
+    read = [signals[row] for row in chosen.rows]
+    plain = all(signal["fmt"] == _PLAIN_FORMAT and not int(signal["skew"] or 0) for signal in signals)
+    if plain:
+        counts = _plain_counts(path.parent, header, chosen.rows)
     else:
-        read = _packed_signals(path, header, chosen.rows)
-    for row, (counts, _) in zip(chosen.rows, read, strict=True):
-        _check_samples(names[row] or str(row), signals[row], counts)
+        counts, values = _packed_signals(path, header, chosen.rows)
+    for row, of_row in zip(chosen.rows, counts, strict=True):
+        _check_samples(names[row] or str(row), signals[row], of_row)
+    array = _plain_microvolts(counts, read, chosen.units) if plain and given.microvolts else None
+    unit = "mV" if array is None else "uV"
+    if array is None:
+        values = list(map(_plain_values, counts, read)) if plain else values
+        array = np.stack([in_millivolts(of_row, own) for of_row, own in zip(values, chosen.units, strict=True)])
     facts = {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in header.comments)}
     moment = _moment(header.moment) if len(header.moment) == 2 else None  # a time alone is no date
     metadata = stated(
@@ -305,9 +341,9 @@ def read_wfdb(path: Path, given: Given = NOTHING_GIVEN) -> dict[str, Any]:
         left_out=chosen.left_out,
     )
     return {
-        "array": np.stack([in_millivolts(values, unit) for (_, values), unit in zip(read, chosen.units, strict=True)]),
+        "array": array,
         "sampling_rate": rates[chosen.rows[0]],
         "lead_names": chosen.lead_names if any(chosen.lead_names) else None,
-        "unit": "mV",
+        "unit": unit,
         "metadata": {"format": "WFDB", **metadata},
     }

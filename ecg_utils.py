@@ -100,6 +100,7 @@ def as_record(
     lead_names: Sequence[str] | None = None,
     unit: str | None = None,
     long_gaps: bool = False,
+    microvolts: bool = False,
 ) -> ECGRecord:
     """Any form of one ECG as a checked `ECGRecord` in millivolts.
 
@@ -113,6 +114,8 @@ def as_record(
         unit: `mV` (the default for floats), `uV` or `V`. Integers need one: counts say nothing about the amplitude.
         long_gaps: fill longer gaps too, where they would be an error. The `gaps` of the record's metadata are then the seconds
             at which each begins and ends in any lead; `cut_windows` leaves out the windows that they touch.
+        microvolts: leave int16 of the unit uV as they are, which is how datasets store records, where there is such an array, or a
+            file whose samples are whole microvolts. The record's array is then int16, in microvolts; else it is as ever.
 
     The caller's names and unit stand for what a record says in words that are no standard lead and no unit of volts.
 
@@ -126,7 +129,7 @@ def as_record(
             lead, or one twice; it exceeds `MAX_MILLIVOLTS`, as microvolts taken for millivolts do.
     """
     if isinstance(ecg, (str, os.PathLike)):
-        return read_ecg(ecg, sampling_rate, lead_names, unit, long_gaps)
+        return read_ecg(ecg, sampling_rate, lead_names, unit, long_gaps, microvolts)
     # by name: the class loaded from a Hub repo and the installed one are two classes
     if type(ecg).__name__ == "ECGRecord":
         ecg = {**vars(ecg), "unit": "mV"}
@@ -159,15 +162,15 @@ def as_record(
                 'amplitude: give unit="uV" (for a file: --unit uV) if one count is one microvolt, or convert it to millivolts.'
             )
         scale = 1.0
-    with np.errstate(over="ignore", invalid="ignore"):  # reported below as infinite, or a gap
-        array = array.astype(np.float32, copy=False)
-        if scale != 1.0:
-            array = array / np.float32(scale)  # not in place: the input is never written to
     metadata = dict(ecg.get("metadata") or {})
-    if not np.isfinite(array).all():
-        array, gaps = _fill_gaps(array, rate, leads, long_gaps)
-        metadata |= {"gaps": gaps} if gaps else {}
-    _check_peak(array)
+    if not (microvolts and array.dtype == np.int16 and scale == UNITS_PER_MILLIVOLT["uV"]):
+        with np.errstate(over="ignore", invalid="ignore"):  # reported below as infinite, or a gap
+            array = array.astype(np.float32, copy=False)
+            array = array if scale == 1.0 else array / np.float32(scale)  # not in place: the input is never written to
+        if not np.isfinite(array).all():
+            array, gaps = _fill_gaps(array, rate, leads, long_gaps)
+            metadata |= {"gaps": gaps} if gaps else {}
+        _check_peak(array)
     others = [name for name in names if name not in STANDARD_LEADS]
     notices = [f"Left out, as no standard lead has that name: {listed(others)}."] if others else []
     return with_notices(ECGRecord(array, rate, leads, metadata), *notices)
@@ -300,10 +303,12 @@ def limb_lead_error(record: ECGRecord) -> float:
     recorded at the same time. 0.0 where I, II or all the others are missing: there is nothing to compare.
     """
     rows = dict(zip(record.lead_names, record.array, strict=True))
-    if "I" not in rows or "II" not in rows:
+    derived = [name for name in LIMB_LEADS if name in rows]
+    if "I" not in rows or "II" not in rows or not derived:
         return 0.0
-    errors = [rows[name] - i * rows["I"] - ii * rows["II"] for name, (i, ii) in LIMB_LEADS.items() if name in rows]
-    return max((float(error.std()) for error in errors), default=0.0)
+    limbs = np.stack([rows[name] for name in ("I", "II", *derived)]).astype(np.float32, copy=False)
+    expected = np.array([LIMB_LEADS[name] for name in derived], np.float32) @ limbs[:2]
+    return float((limbs[2:] - expected).std(axis=1).max())
 
 
 def lead_quality(record: ECGRecord) -> dict[str, list[str]]:
@@ -545,6 +550,7 @@ def read_ecg(
     lead_names: Sequence[str] | None = None,
     unit: str | None = None,
     long_gaps: bool = False,
+    microvolts: bool = False,
 ) -> ECGRecord:
     """Reads one ECG from a file; the other arguments are those of `as_record`, for what the file does not say.
 
@@ -565,7 +571,7 @@ def read_ecg(
         _units_per_millivolt(unit)
     if lead_names is not None:
         lead_names = canonical_lead_names(lead_names, others=True)
-    members = read_file(path, Given(lead_names, unit))
+    members = read_file(path, Given(lead_names, unit, microvolts=microvolts))
     try:
         # what the file says is agreed with the caller's already
         record = as_record(
@@ -574,6 +580,7 @@ def read_ecg(
             lead_names if members["lead_names"] is None else None,
             unit if members["unit"] is None else None,
             long_gaps,
+            microvolts,
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -583,7 +590,7 @@ def read_ecg(
         notices.append(
             "Zeros before and after the recording, as the data set pads it: {:.3g} and {:.3g} s.".format(*padding)
         )
-    if limb_lead_error(record) > MAX_LIMB_LEAD_ERROR:
+    if limb_lead_error(record) > MAX_LIMB_LEAD_ERROR * (1000 if record.array.dtype == np.int16 else 1):
         notices.append(
             f"III, aVR, aVL or aVF differ by more than {MAX_LIMB_LEAD_ERROR:g} mV from what I and II give: leads may have wrong "
             "names or signs."

@@ -125,9 +125,11 @@ def build(folder: Path, processes: int, repeats: int) -> None:
         )
 
 
-def once(folder: Path, num_questions: int, processes: int) -> None:
-    """Many questions about each record: how large the dataset is, and how long a pass over its rows in random order takes."""
-    from elm_ecg.training.data.loading import ecgs_of, load_dataset
+def once(folder: Path, num_questions: int, num_inline: int, processes: int) -> None:
+    """Many questions about each record: how large the dataset is, and how fast its rows are read in random order, beside the first of
+    them in the form of before, each with its array."""
+    from elm_ecg.training.data import records
+    from elm_ecg.training.data.loading import load_dataset
 
     studies = [path.stem for path in sorted(folder.rglob("*.hea"))]
     place = folder.parent / "questions.jsonl"
@@ -137,42 +139,68 @@ def once(folder: Path, num_questions: int, processes: int) -> None:
             row = {"record": studies[index % len(studies)], "question": question, "answer": ["yes", "no"][index % 2]}
             file.write(json.dumps(row) + "\n")
     output = folder.parent / "asked"
-    options = [
-        "--source",
-        "mimic-iv-ecg",
-        "--questions",
-        str(place),
-        "--num_proc",
-        str(processes),
-        "--shares",
-        "1",
-        "0",
-        "0",
-    ]
-    seconds, mebibytes = command(folder, output, *options)
+    options = ["--source", "mimic-iv-ecg", "--questions", str(place), "--num_proc", str(processes)]
+    seconds, mebibytes = command(folder, output, *options, "--shares", "1", "0", "0")
     sizes = {part: sum(file.stat().st_size for file in (output / part).iterdir()) for part in ("records", "data")}
     print(
         f"{num_questions} questions about {len(studies)} records: built in {seconds:.0f} s, at most {mebibytes:.0f} MiB in one process; "
-        f"{sum(sizes.values()) / sizes['records']:.3f} of the size of the records ({sizes['records'] / 1e6:.0f} MB)"
+        f"{sum(sizes.values()) / sizes['records']:.3f} of the size of the records ({sizes['records'] / 1e6:.0f} MB)",
+        flush=True,
     )
     data: Any = load_dataset(str(output), "train").shuffle(seed=0)
-    rows = data.select(range(min(len(data), 20_000)))
-    held = [{**row, "ecg": ecg} for row in rows.select(range(2000)) for ecg in ecgs_of(row)]
-    from datasets import Dataset
+    rows = data.select(range(min(len(data), num_inline)))
+    inline = written_inline(rows, folder.parent / "inline")
+    forms = {
+        "inline": (inline.shuffle(seed=1), [Path(file["filename"]) for file in inline.cache_files]),
+        "stored once": (rows.shuffle(seed=1), list(Path(records.cache_of(output / records.RECORDS)).rglob("*.arrow"))),
+    }
+    for state in ("cold", "warm", "warm"):
+        for name, (part, files) in forms.items():
+            if state == "cold":
+                records.forget()  # pages that are mapped stay
+                forget_pages(files)
+            print(f"{name}, {len(part)} rows, {state}: {reading(part)}", flush=True)
+    print(f"stored once, all {len(data)} rows: {reading(data)}")
 
-    from elm_ecg.training.data.loading import with_arrays
 
-    # the form of before, each row with its array
-    inline = Dataset.from_list([{**row, "ecg": {**row["ecg"], "array": list(row["ecg"]["array"])}} for row in held])
-    inline.save_to_disk(folder.parent / "inline")
-    inline = with_arrays(Dataset.load_from_disk(folder.parent / "inline"))
-    timings = {}
-    for name, part in (("inline", inline), ("stored once", rows.select(range(2000)))) * 2:  # the second time warm
-        start = time.process_time()
-        for row in part:
-            ecgs_of(row)[0]["array"].sum()
-        timings[name] = (time.process_time() - start) / len(part)
-    print(", ".join(f"{name}: {1e6 * value:.0f} us of CPU a row" for name, value in timings.items()))
+def written_inline(rows: Any, place: Path) -> Any:
+    """The rows with their arrays, as datasets were before, in Arrow files."""
+    import pyarrow as pa
+    from datasets import Dataset, Features
+
+    from elm_ecg.training.data.loading import ecgs_of, with_arrays
+    from elm_ecg.training.data.schema import ECG
+
+    schema = rows.data.schema.remove_metadata()
+    schema = schema.set(schema.get_field_index("ecg"), pa.field("ecg", ECG))
+
+    def generate() -> Any:
+        for row in rows:
+            ecg = ecgs_of(row)[0]
+            yield {**row, "ecg": {**ecg, "array": list(ecg["array"])}}
+
+    shutil.rmtree(place, ignore_errors=True)
+    features = Features.from_arrow_schema(schema)
+    return with_arrays(Dataset.from_generator(generate, features, cache_dir=str(place)))
+
+
+def forget_pages(files: list[Path]) -> None:
+    """Has the system read these files from the disk the next time."""
+    for path in files:
+        with path.open("rb") as file:
+            os.fdatasync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def reading(rows: Any) -> str:
+    """How long it takes to read the ECG of each row."""
+    from elm_ecg.training.data.loading import ecgs_of
+
+    begun, cpu = time.perf_counter(), time.process_time()
+    for row in rows:
+        ecgs_of(row)[0]["array"].sum()
+    begun, cpu = time.perf_counter() - begun, time.process_time() - cpu
+    return f"{1e6 * cpu / len(rows):.0f} us of CPU a row, {1e6 * begun / len(rows):.0f} by the clock"
 
 
 def main() -> None:
@@ -181,6 +209,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--records", type=int, default=20_000)
     parser.add_argument("--questions", type=int, default=400_000)
+    parser.add_argument(
+        "--inline", type=int, default=20_000, help="rows of once that are written with their arrays too"
+    )
     parser.add_argument("--num_proc", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=3, help="of build")
     parser.add_argument("--seed", type=int, default=0)
@@ -190,7 +221,7 @@ def main() -> None:
     elif args.work == "build":
         build(args.folder, args.num_proc, args.repeats)
     else:
-        once(args.folder, args.questions, args.num_proc)
+        once(args.folder, args.questions, args.inline, args.num_proc)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elm_ecg.ecg_formats import read_file
+from elm_ecg.ecg_formats_common import Given
 from elm_ecg.ecg_utils import read_ecg
 
 
@@ -102,6 +103,45 @@ class TestWFDB:
         ]
         np.testing.assert_array_equal(read["array"], np.array(expected, np.float32))
         assert read["sampling_rate"] == 100 * highest
+
+    @given(st.lists(st.integers(-(2**15) + 1, 2**15 - 1), min_size=9, max_size=9), st.data())
+    def test_whole_microvolts(self, tmp_path_factory, counts, data):
+        """They are what the millivolts of the same file round to; and stay millivolts where a count is no whole number of them."""
+        gains = data.draw(
+            st.lists(
+                st.sampled_from(["200/mV", "1000(7)/mV", "-2.5e2/mV", "1(-40000)/uV", "0/mV", "1e6/V", "2/uV", "1/mV"]),
+                min_size=3,
+                max_size=3,
+            )
+        )
+        lines = [f"r.dat 16 {gain} 16 0 0 0 0 {lead}" for gain, lead in zip(gains, ["I", "II", "III"], strict=True)]
+        folder = tmp_path_factory.mktemp("wfdb")
+        path = write_wfdb(folder, ["r 3 100 3", *lines], r=np.array(counts, "<i2").tobytes())
+        microvolts = read_file(path, Given(microvolts=True))
+        millivolts = read_file(path)["array"]
+        rounded = np.rint(1000 * millivolts)
+        if microvolts["unit"] == "uV":
+            assert microvolts["array"].dtype == np.int16
+            np.testing.assert_array_equal(microvolts["array"], rounded)
+        else:
+            np.testing.assert_array_equal(microvolts["array"], millivolts)
+            assert "2/uV" in gains or rounded.max() > 32767 or rounded.min() < -32768
+
+    @pytest.mark.parametrize(
+        ("counts", "gain", "expected"),
+        [
+            ([1, -32768, 3], "1000/mV", [0.001, np.nan, 0.003]),  # a gap
+            ([0, 0, 0], "1e-297/mV", [0, 0, 0]),
+            ([1, 2, 3], f"1e999({10**300})/mV", [0, 0, 0]),
+            ([1, 2, 3], "3/mV", np.float32([1 / 3, 2 / 3, 1])),
+        ],
+    )
+    def test_no_whole_microvolts(self, counts, gain, expected, tmp_path):
+        content = np.array(counts, "<i2").tobytes()
+        path = write_wfdb(tmp_path, ["r 1 100 3", f"r.dat 16 {gain} 16 0 0 0 0 II"], r=content)
+        read = read_file(path, Given(microvolts=True))
+        assert read["unit"] == "mV"
+        np.testing.assert_array_equal(read["array"], np.float32([expected]))
 
     def test_invalid_samples_stay_nan(self, tmp_path):
         counts = np.array([1, -32768, 3], dtype="<i2")

@@ -273,6 +273,15 @@ class TestGaps:
         with pytest.raises(ValueError, match="Lead V2 is NaN throughout"):
             as_record(array, 500)
 
+    def test_microvolts_are_left_where_they_are_asked_for(self):
+        counts = np.array([[0, 40, -70], [3, 5, 9]], np.int16)
+        record = as_record(counts, 500, ["I", "V1"], "uV", microvolts=True)
+        assert record.array is counts
+        for ecg, unit in ((counts, "mV"), (counts.astype(np.int32), "uV"), (counts / 1000, "mV")):
+            other = as_record(ecg, 500, ["I", "V1"], unit, microvolts=True)
+            np.testing.assert_array_equal(other.array, as_record(ecg, 500, ["I", "V1"], unit).array)
+            assert other.array.dtype == np.float32
+
     def test_constant_records_are_kept(self):
         for value in (0.0, -0.3):
             assert (as_record(np.full((12, 5), value), 500).array == np.float32(value)).all()
@@ -369,8 +378,12 @@ class TestLimbLeads:
         np.savez(tmp_path / "a.npz", array=np.concatenate([limb, noise(6, 50)]), sampling_rate=100)
         for lead_names in (None, STANDARD_LEADS):
             assert read_ecg(tmp_path / "a.npz", lead_names=lead_names).metadata["notices"] == ()
-        for _ in range(2):
-            (notice,) = read_ecg(tmp_path / "a.npz", lead_names=REFERENCE_LEADS).metadata["notices"]
+        microvolts = (1000 * np.concatenate([limb, noise(6, 50)])).astype(np.int16)
+        np.savez(tmp_path / "b.npz", array=microvolts, sampling_rate=100, unit="uV")
+        assert read_ecg(tmp_path / "b.npz", microvolts=True).metadata["notices"] == ()
+        for name in ("a", "b"):
+            read = read_ecg(tmp_path / f"{name}.npz", lead_names=REFERENCE_LEADS, microvolts=True)
+            (notice,) = read.metadata["notices"]
             assert notice.startswith("III, aVR, aVL or aVF differ by more than 0.05 mV from what I and II give")
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import streamed_run
 import torch
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
@@ -22,6 +22,8 @@ from transformers.utils.logging import warning_once
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.training import sft
 from elm_ecg.training.build import build_model
+from elm_ecg.training.data.parts import part_name
+from elm_ecg.training.data.schema import RECORDS, stored_name
 from elm_ecg.training.digest import base_of_adapter
 from elm_ecg.training.load import load_elm
 from forks import Fork
@@ -720,10 +722,15 @@ def test_gradient_accumulation_equals_a_larger_batch(llm, mixed_data, tmp_path):
 
 @pytest.fixture(scope="module")
 def parquet(data, tmp_path_factory) -> Path:
-    """Of the data's 24 training rows, in three row groups."""
+    """Of the data's 24 training rows, in three row groups; each record is stored once, and rows name them."""
     folder = tmp_path_factory.mktemp("parquet")
     for split, rows in load_from_disk(data).items():
-        rows.to_parquet(folder / f"{split}.parquet", batch_size=8)
+        name = part_name(split, 0, 1)
+        records = [{"id": str(index), **ecg} for index, ecg in enumerate(rows.with_format(None)["ecg"])]
+        Dataset.from_list(records).to_parquet(folder / RECORDS / f"{name}.parquet", batch_size=8)
+        places = [stored_name(name, record["id"]) for record in records]
+        rows = rows.remove_columns("ecg").add_column("ecg", places)
+        rows.to_parquet(folder / "data" / f"{name}.parquet", batch_size=8)
     return folder
 
 

@@ -1,9 +1,11 @@
 """Datasets made of records and questions about them: `build_dataset` in memory, and the plan of what `elm data build` writes."""
 
+import gc
 import hashlib
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import chain
@@ -258,6 +260,19 @@ class Plan:
         return lines + ([self.too_few] if self.too_few else [])
 
 
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Garbage is not looked for meanwhile: a plan is of millions of objects, none of which is any."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_without_collection()
 def make_plan(
     source: str | Path | Mapping[Any, Any], questions: str | Path | Iterable[Any] | None, options: BuildArguments
 ) -> Plan:

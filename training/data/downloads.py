@@ -157,7 +157,7 @@ def _mimic(root: Path, resample: float | None) -> Listing:
     reports: dict[str, str] = {}  # many are the same, and are held once
     columns = [f"report_{number}" for number in range(18)]
     for study, *sentences in read_rows(root / "machine_measurements.csv", "study_id", *columns):
-        report = "; ".join(sentence.strip() for sentence in sentences if sentence.strip())
+        report = "; ".join(filter(None, map(str.strip, sentences)))
         if report and study in listing.about:
             listing.about[study]["report"] = reports.setdefault(report, report)
     return listing

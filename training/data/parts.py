@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from elm_ecg.ecg_utils import ZERO_CROSSINGS, as_record, cut_windows, resample, window_starts
+from elm_ecg.ecg_utils import ZERO_CROSSINGS, ECGRecord, as_record, cut_windows, resample, window_starts
 from elm_ecg.training.data.arguments import BuildArguments
 from elm_ecg.training.data.questions import QuestionRow
 from elm_ecg.training.data.schema import stored_name
@@ -114,9 +114,22 @@ def read_ecgs(location: Any, options: BuildArguments) -> RecordECGs:
         ValueError: it cannot be read, or exceeds what 16-bit microvolts hold.
         OSError: likewise.
     """
-    has_windows = options.window is not None
-    record = as_record(location, options.sampling_rate, options.lead_names, options.unit, has_windows)
-    rate = record.sampling_rate if options.resample is None else options.resample
+    has_windows, whole = options.window is not None, options.resample is None
+    record = as_record(location, options.sampling_rate, options.lead_names, options.unit, has_windows, whole)
+    if record.array.dtype != np.int16:
+        record = _in_microvolts(record, options.resample)
+    windows, num_gaps = [record], 0
+    if options.window is not None:
+        windows = cut_windows(record, options.window, options.stride)
+        num_gaps = len(window_starts(record, options.window, options.stride)) - len(windows)
+    about = {"sampling_rate": record.sampling_rate, "lead_names": list(record.lead_names), "unit": "uV"}
+    ecgs = [(window.metadata.get("start_second", 0.0), {"array": window.array, **about}) for window in windows]
+    return RecordECGs(ecgs, record.metadata.get("notices", ()), num_gaps)
+
+
+def _in_microvolts(record: ECGRecord, rate: float | None) -> ECGRecord:
+    """A record of millivolts as int16 microvolts, at that sampling rate or its own; ValueError if 16 bits do not hold them."""
+    rate = record.sampling_rate if rate is None else rate
     # filters and normalisation are the model's business: a dataset keeps what was recorded
     microvolts = 1000 * resample(record.array, record.sampling_rate, rate)  # from millivolts
     np.rint(microvolts, out=microvolts)
@@ -130,14 +143,7 @@ def read_ecgs(location: Any, options: BuildArguments) -> RecordECGs:
     reach = 0.0 if rate == record.sampling_rate else ZERO_CROSSINGS / min(rate, record.sampling_rate)
     gaps = [(start - reach, end + reach) for start, end in record.metadata.get("gaps", ())]
     metadata = {**record.metadata, "gaps": gaps}
-    record = replace(record, array=microvolts.astype(np.int16), sampling_rate=rate, metadata=metadata)
-    windows, num_gaps = [record], 0
-    if options.window is not None:
-        windows = cut_windows(record, options.window, options.stride)
-        num_gaps = len(window_starts(record, options.window, options.stride)) - len(windows)
-    about = {"sampling_rate": rate, "lead_names": list(record.lead_names), "unit": "uV"}
-    ecgs = [(window.metadata.get("start_second", 0.0), {"array": window.array, **about}) for window in windows]
-    return RecordECGs(ecgs, record.metadata.get("notices", ()), num_gaps)
+    return replace(record, array=microvolts.astype(np.int16), sampling_rate=rate, metadata=metadata)
 
 
 def read_part(part: Part, options: BuildArguments, found: Found) -> Iterator[Block]:
