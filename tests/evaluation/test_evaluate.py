@@ -621,6 +621,15 @@ def test_compare(evaluated, model, data, tmp_path, capsys, no_report):
             "has beams, num_return_sequences; expected",
         ),
         (["--score", "likelihood", "--generation_kwargs", '{"num_beams": 2}'], "generates nothing"),
+        (
+            ["--generation_kwargs", '{"stop_strings": ["x"], "eos_token_id": "x"}'],
+            "--generation_kwargs eos_token_id is 'x'; expected the number of a token, or a list of them",
+        ),
+        (
+            ["--generation_kwargs", '{"suppress_tokens": [1, true]}'],
+            r"suppress_tokens is \[1, True\]; expected the num",
+        ),
+        (["--generation_kwargs", '{"top_k": "2"}'], "top_k is '2'; expected a number, true or false"),
     ],
 )
 def test_bad_input(model, data, options, message, monkeypatch):
