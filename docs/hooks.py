@@ -278,19 +278,24 @@ def pages() -> dict[str, str]:
     }
 
 
+def on_startup(**_: Any) -> None:
+    """Lays out the package for mkdocstrings, before it looks for `paths`: where that is not there it finds the package in the
+    environment, and with it all files of the clone, which takes minutes."""
+    package = PACKAGE / "elm_ecg"
+    shutil.rmtree(package, ignore_errors=True)
+    package.mkdir(parents=True)
+    for path in [*ROOT.glob("*.py"), ROOT / "training"]:
+        (package / path.name).symlink_to(path)
+
+
 def on_config(config: Any) -> Any:
-    """Lists the page of each command in the navigation, and lays out the package for mkdocstrings."""
+    """Lists the page of each command in the navigation."""
     reference = next(item["Reference"] for item in config.nav if "Reference" in item)
     commands = next(item for item in reference if "Commands" in item)
     commands["Commands"] = [
         {"All commands": "reference/commands.md"},
         *({f"elm {name}": f"reference/commands/{name}.md"} for name in COMMANDS),
     ]
-    package = PACKAGE / "elm_ecg"
-    shutil.rmtree(package, ignore_errors=True)
-    package.mkdir(parents=True)
-    for path in [*ROOT.glob("*.py"), ROOT / "training"]:
-        (package / path.name).symlink_to(path)
     return config
 
 
