@@ -145,7 +145,8 @@ class RLConfig(TakesMuon, GRPOConfig):
 
     def _check_generation(self) -> None:
         """ValueError for what `--generation_kwargs` cannot have."""
-        for name in self.generation_kwargs or {}:
+        generation = json_fields("generation_kwargs", self.generation_kwargs)
+        for name in generation:
             told = f"--generation_kwargs {name}:"
             if name in NOT_SAMPLED:
                 raise ValueError(
@@ -155,7 +156,7 @@ class RLConfig(TakesMuon, GRPOConfig):
                 raise ValueError(f"{told} say it as --{OF_OPTIONS[name]}.")
             if not hasattr(GenerationConfig(), name):
                 raise ValueError(f"{told} transformers' GenerationConfig has no such field.")
-        check_kinds("--generation_kwargs", self.generation_kwargs or {})
+        check_kinds("--generation_kwargs", generation)
 
 
 @dataclass  # fields stand from the last base to the first: --data, which has no default, must lead
