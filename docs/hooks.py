@@ -141,6 +141,8 @@ def _entry(actions: list[argparse.Action], parser: argparse.ArgumentParser, leve
     value = "" if action.nargs == 0 else formatter._format_args(action, action.dest.upper() if names else action.dest)
     if len(choices) > MAX_CHOICES:
         value = action.dest.upper()
+    elif choices:
+        value = value.replace(",", ", ")  # may break there on a phone
     spellings = ", ".join(f"`{name}`" for name in names)
     heading = f"{spellings} {as_markdown(value)}" if names else f"`{value}`"
     # argparse's formatter adds the default, which stands at the end here, in a form of its own
