@@ -310,7 +310,10 @@ def test_each_evaluation_has_a_place_of_its_own(model, data, tmp_path, capsys, m
     assert subset["num_patients"] == 5
     assert set(subset["conditions"]) == {"ecg", "left_out", "most_frequent"}
     first = model / "evaluation" / subset["evaluation"]
-    assert f"Results, predictions and report in {first}" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        f"Results, predictions and report in {first}",
+        subset["verdict"],
+    ]
     written = (first / "evaluation_results.json").read_text()
     whole = evaluate_in_model(model, data, "--metrics", "set_f1", "--main_metric", "set_f1")
     evaluate_in_model(model, data, "--metrics", "set_f1", "--main_metric", "set_f1")

@@ -233,8 +233,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Results]:
             )
             runs = {(folder / RESULTS_FILE).resolve(): results, **_others(args, suite, results)}
             print(printable(write_tables(folder, suite, runs)))
-            print(results["verdict"])
-            print(f"Results, predictions, report and tables in {folder.resolve()}", flush=True)
+            print(f"Results, predictions, report and tables in {folder.resolve()}")
+            print(results["verdict"], flush=True)
             Progress(folder, None).remove()
             if own is not None:
                 add_evaluations(own, contender.revision)
