@@ -141,6 +141,8 @@ def _entry(actions: list[argparse.Action], parser: argparse.ArgumentParser, leve
     value = "" if action.nargs == 0 else formatter._format_args(action, action.dest.upper() if names else action.dest)
     if len(choices) > MAX_CHOICES:
         value = action.dest.upper()
+    elif choices:
+        value = value.replace(",", ", ")  # may break there on a phone
     spellings = ", ".join(f"`{name}`" for name in names)
     heading = f"{spellings} {as_markdown(value)}" if names else f"`{value}`"
     # argparse's formatter adds the default, which stands at the end here, in a form of its own
@@ -278,19 +280,24 @@ def pages() -> dict[str, str]:
     }
 
 
+def on_startup(**_: Any) -> None:
+    """Lays out the package for mkdocstrings, before it looks for `paths`: where that is not there it finds the package in the
+    environment, and with it all files of the clone, which takes minutes."""
+    package = PACKAGE / "elm_ecg"
+    shutil.rmtree(package, ignore_errors=True)
+    package.mkdir(parents=True)
+    for path in [*ROOT.glob("*.py"), ROOT / "training"]:
+        (package / path.name).symlink_to(path)
+
+
 def on_config(config: Any) -> Any:
-    """Lists the page of each command in the navigation, and lays out the package for mkdocstrings."""
+    """Lists the page of each command in the navigation."""
     reference = next(item["Reference"] for item in config.nav if "Reference" in item)
     commands = next(item for item in reference if "Commands" in item)
     commands["Commands"] = [
         {"All commands": "reference/commands.md"},
         *({f"elm {name}": f"reference/commands/{name}.md"} for name in COMMANDS),
     ]
-    package = PACKAGE / "elm_ecg"
-    shutil.rmtree(package, ignore_errors=True)
-    package.mkdir(parents=True)
-    for path in [*ROOT.glob("*.py"), ROOT / "training"]:
-        (package / path.name).symlink_to(path)
     return config
 
 

@@ -313,6 +313,16 @@ def test_links_to_other_sites_are_well_formed() -> None:
         assert re.fullmatch(forms.get(host, ".*"), path), target
 
 
+def test_the_package_lies_where_mkdocstrings_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any plugin looks: else it goes through all files of the clone, those of `.venv` too."""
+    monkeypatch.setattr(hooks, "PACKAGE", tmp_path)
+    hooks.on_startup(command="build", dirty=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"elm_ecg"}
+    found = {path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.py"), ROOT / "training"]}
+    assert {path.name for path in (tmp_path / "elm_ecg").iterdir()} == found
+    assert "paths: [build/docs]" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+
+
 def test_every_page_is_in_the_navigation() -> None:
     loader = yaml.SafeLoader
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")

@@ -457,6 +457,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
             "--generation_kwargs typical: transformers' GenerationConfig has no",
         ),
         (["--generation_kwargs", '{"typical'], "--generation_kwargs is not JSON"),
+        (
+            ["--generation_kwargs", '{"bos_token_id": 1.5}'],
+            "--generation_kwargs bos_token_id is 1.5; expected the number",
+        ),
         (["--chat_template_kwargs", "thinking"], "--chat_template_kwargs is not JSON"),
         (["--temperature", "0"], "--temperature is 0.0; expected a number above 0."),
         (["--top_p", "1.5"], "--top_p is 1.5; expected a number above 0 and at most 1."),

@@ -8,6 +8,7 @@ from transformers import GenerationConfig
 from trl import GRPOConfig
 
 from elm_ecg.training.arguments import ELMArguments, argument, json_fields
+from elm_ecg.training.evaluation.arguments import check_kinds
 from elm_ecg.training.muon import TakesMuon
 from elm_ecg.training.rewards import REWARDS, Reward, load_rewards
 from elm_ecg.training.trl_options import NEEDED, REFUSED
@@ -144,7 +145,8 @@ class RLConfig(TakesMuon, GRPOConfig):
 
     def _check_generation(self) -> None:
         """ValueError for what `--generation_kwargs` cannot have."""
-        for name in self.generation_kwargs or {}:
+        generation = json_fields("generation_kwargs", self.generation_kwargs)
+        for name in generation:
             told = f"--generation_kwargs {name}:"
             if name in NOT_SAMPLED:
                 raise ValueError(
@@ -154,6 +156,7 @@ class RLConfig(TakesMuon, GRPOConfig):
                 raise ValueError(f"{told} say it as --{OF_OPTIONS[name]}.")
             if not hasattr(GenerationConfig(), name):
                 raise ValueError(f"{told} transformers' GenerationConfig has no such field.")
+        check_kinds("--generation_kwargs", generation)
 
 
 @dataclass  # fields stand from the last base to the first: --data, which has no default, must lead

@@ -11,7 +11,7 @@ import pytest
 
 from elm_ecg.training.evaluation import compare
 from elm_ecg.training.evaluation.bootstrap import Difference, holm
-from elm_ecg.training.evaluation.compare import in_words, main, read_model, score
+from elm_ecg.training.evaluation.compare import in_words, main, read_model, score, told_apart
 from elm_ecg.training.evaluation.scale import MetricScale
 from elm_ecg.training.evaluation.scores import METRICS
 from helpers import RESULTS
@@ -171,11 +171,28 @@ def test_the_worse_may_come_first(paths, capsys):
 
 
 def test_the_same_answers(paths, tmp_path, capsys):
-    twin = save(tmp_path / "twin", make_questions(ANSWERS["good"]), model="good")
-    main([paths[0], str(twin), "--num_resamples", "100", "--output", str(tmp_path / "out.json")])
-    (row,) = json.loads((tmp_path / "out.json").read_text())["comparisons"]
+    twins = [str(save(tmp_path / run / "good", make_questions(ANSWERS["good"]))) for run in ("a", "b/c")]
+    main([*twins, paths[1], "--num_resamples", "100", "--output", str(tmp_path / "out.json")])
+    row, *_ = json.loads((tmp_path / "out.json").read_text())["comparisons"]
     assert (row["difference"], row["interval_95"], row["p_value"], row["adjusted_p_value"]) == (0, [0, 0], 1, 1)
-    assert "- 1: good and 2: good: not shown to differ" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "- good (a) and good (b/c): not shown to differ" in printed
+    assert "- good (b/c) and poor: " in printed
+
+
+@pytest.mark.parametrize(
+    ("names", "paths", "apart"),
+    [
+        (["m", "n"], ["a/m/x", "a/n/x"], ["m", "n"]),
+        (["m", "m", "n"], ["a/1/m/x", "a/2/m/x", "a/3/m/x"], ["m (1)", "m (2)", "n"]),
+        (["m", "m"], ["m/x", "old/m/x"], ["m", "m (old)"]),
+        (["m", "m"], ["m/m/x", "m/x"], ["m (m)", "m"]),
+        (["m", "m"], ["m/evaluation/1/x", "m/evaluation/2/x"], ["m (1)", "m (2)"]),
+        (["m", "m", "m"], ["a/1/b/x", "a/2/b/x", "c/x"], ["m (a/1/b)", "m (a/2/b)", "m (c)"]),
+    ],
+)
+def test_models_of_one_name_are_told_apart_by_their_paths(names, paths, apart):
+    assert told_apart(names, [Path(path) for path in paths]) == apart
 
 
 def test_one_patient(tmp_path, capsys):

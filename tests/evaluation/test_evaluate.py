@@ -310,7 +310,10 @@ def test_each_evaluation_has_a_place_of_its_own(model, data, tmp_path, capsys, m
     assert subset["num_patients"] == 5
     assert set(subset["conditions"]) == {"ecg", "left_out", "most_frequent"}
     first = model / "evaluation" / subset["evaluation"]
-    assert f"Results, predictions and report in {first}" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        f"Results, predictions and report in {first}",
+        subset["verdict"],
+    ]
     written = (first / "evaluation_results.json").read_text()
     whole = evaluate_in_model(model, data, "--metrics", "set_f1", "--main_metric", "set_f1")
     evaluate_in_model(model, data, "--metrics", "set_f1", "--main_metric", "set_f1")
@@ -621,6 +624,15 @@ def test_compare(evaluated, model, data, tmp_path, capsys, no_report):
             "has beams, num_return_sequences; expected",
         ),
         (["--score", "likelihood", "--generation_kwargs", '{"num_beams": 2}'], "generates nothing"),
+        (
+            ["--generation_kwargs", '{"stop_strings": ["x"], "eos_token_id": "x"}'],
+            "--generation_kwargs eos_token_id is 'x'; expected the number of a token, or a list of them",
+        ),
+        (
+            ["--generation_kwargs", '{"suppress_tokens": [1, true]}'],
+            r"suppress_tokens is \[1, True\]; expected the num",
+        ),
+        (["--generation_kwargs", '{"top_k": "2"}'], "top_k is '2'; expected a number, true or false"),
     ],
 )
 def test_bad_input(model, data, options, message, monkeypatch):

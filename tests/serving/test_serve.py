@@ -1,3 +1,4 @@
+import gc
 import html
 import json
 import logging
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2
 import openai
@@ -23,6 +25,7 @@ from peft import LoraConfig, get_peft_model
 from asking import REPRESENTATIONS, as_data, chats, make, predicted, turn
 from elm_ecg.training.evaluation import predict
 from elm_ecg.training.load import load_elm
+from elm_ecg.training.serving import serve
 from elm_ecg.training.serving.app import Server
 from elm_ecg.training.serving.models import find_places, load_places
 from elm_ecg.training.serving.serve import log_handler, make_server, parse, run
@@ -231,6 +234,17 @@ def test_options_that_do_not_go(options, expected, monkeypatch):
     monkeypatch.delenv("ELM_API_KEY", raising=False)
     with pytest.raises(ValueError, match=expected):
         parse(["model", *options])
+
+
+def test_nothing_stays_frozen_at_the_end(monkeypatch):
+    """Libraries would tell of it, as of what they have leaked."""
+    done = []
+    monkeypatch.setattr(serve, "gc", SimpleNamespace(**{name: partial(done.append, name) for name in dir(gc)}))
+    monkeypatch.setattr(serve, "make_server", lambda args: SimpleNamespace(models=[]))
+    monkeypatch.setattr(serve, "run", lambda *args: [done.append("run"), os.listdir("/nowhere")])
+    with pytest.raises(FileNotFoundError):
+        serve.main(["model", "--port", "0"])
+    assert done == ["collect", "freeze", "run", "unfreeze"]
 
 
 def test_the_log_is_the_servers_own():

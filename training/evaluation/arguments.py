@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -25,6 +26,19 @@ NOT_GENERATION = (
     "return_dict_in_generate",
     "cache_implementation",
     "use_cache",
+)
+# fields of a generation config that take others than a number, true or false
+OF_OTHER_KINDS = (
+    "early_stopping",
+    "stop_strings",
+    "bad_words_ids",
+    "sequence_bias",
+    "exponential_decay_length_penalty",
+    "watermarking_config",
+    "cache_config",
+    "compile_config",
+    "num_assistant_tokens_schedule",
+    "speculation_type",
 )
 
 
@@ -180,9 +194,29 @@ def check_settings(settings: Mapping[str, Any], prefix: str = "") -> None:
 
 def check_generation(generation: Mapping[str, Any], prefix: str = "") -> None:
     """Refuses (ValueError) what are no options of `generate`, or such as give other than one text to a question."""
+    name = "--generation_kwargs" if prefix else "generation"
     unknown = [key for key in generation if key in NOT_GENERATION or not hasattr(GenerationConfig(), key)]
     if unknown:
         raise ValueError(
-            f"{'--generation_kwargs' if prefix else 'generation'} has {', '.join(unknown)}; expected options of `generate` that leave "
-            f"one text to a question, and {prefix}max_new_tokens apart."
+            f"{name} has {', '.join(unknown)}; expected options of `generate` that leave one text to a question, and "
+            f"{prefix}max_new_tokens apart."
         )
+    check_kinds(name, generation)
+
+
+def check_kinds(name: str, generation: Mapping[str, Any]) -> None:
+    """Refuses (ValueError) fields of a generation config whose values are of another kind, at which `generate` would stumble later.
+
+    Args:
+        name: of the option that they are from.
+    """
+    for key, value in generation.items():
+        if key.endswith(("_token_id", "suppress_tokens")):
+            expected = "the number of a token, or a list of them"
+            tokens = value if isinstance(value, list | tuple) else [value]
+            right = all(isinstance(token, Integral) and not isinstance(token, bool) for token in tokens)
+        else:
+            expected = "a number, true or false"
+            right = key in OF_OTHER_KINDS or isinstance(value, Real)
+        if not right and value is not None:
+            raise ValueError(f"{name} {key} is {value!r}; expected {expected}.")

@@ -2,9 +2,9 @@
 
 import argparse
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -300,11 +300,30 @@ def metrics_of(models: Models, asked: list[str] | None) -> list[str]:
 
 
 def name_models(models: Models) -> list[str]:
-    """The models' names, with their places among the arguments where two are of one name."""
-    names = [model.results["model"] for model in models]
-    if len(set(names)) == len(names):
-        return names
-    return [f"{place}: {name}" for place, name in enumerate(names, start=1)]
+    """The models' names, which are different; see `told_apart`."""
+    return told_apart([model.results["model"] for model in models], [model.path for model in models])
+
+
+def told_apart(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
+    """Names of which those that are the same have in brackets where the paths of their results differ.
+
+    Args:
+        paths: of the results, all different.
+    """
+    differing = [""] * len(names)
+    for name in {name for name in names if names.count(name) > 1}:
+        places = [place for place, other in enumerate(names) if other == name]
+        parts = [paths[place].resolve().parts for place in places]
+        start = _num_shared(parts)
+        end = _num_shared([part[start:][::-1] for part in parts])
+        for place, part in zip(places, parts, strict=True):
+            differing[place] = "/".join(part[start : len(part) - end])
+    return [f"{name} ({part})" if part else name for name, part in zip(names, differing, strict=True)]
+
+
+def _num_shared(parts: Iterable[Sequence[str]]) -> int:
+    """How many of the first parts are the same in all paths."""
+    return sum(1 for _ in takewhile(lambda same: len(set(same)) == 1, zip(*parts, strict=False)))
 
 
 def _of_answers(

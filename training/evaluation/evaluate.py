@@ -482,8 +482,8 @@ def _write(folder: Path, results: Results, data: Dataset, explain: Callable[...,
     folder.mkdir(exist_ok=True)
     results.save(folder)
     write_report(folder / REPORT_FILE, results, results.predictions, data, explain=explain)
-    print(results["verdict"])
-    print(f"Results, predictions and report in {folder.resolve()}", flush=True)
+    print(f"Results, predictions and report in {folder.resolve()}")
+    print(results["verdict"], flush=True)
 
 
 def main(argv: list[str] | None = None) -> Results:

@@ -122,7 +122,8 @@ def _facts(results: Mapping[str, Any]) -> list[tuple[str, Any]]:
     source, settings = results["data"], results["settings"]
     facts = [
         ("model", f"{results['model']} ({results['model_revision']})"),
-        ("data", f"{', '.join(source['names'])}, split {source['split']}"),
+        ("data", ", ".join(source["names"])),
+        ("split", source["split"]),
         ("fold", source["fold"]),
         ("questions", results["num_questions"]),
         ("patients", results["num_patients"]),

@@ -213,4 +213,7 @@ def main(argv: list[str] | None = None) -> None:
         host = f"[{args.host}]" if ":" in args.host else args.host
         names = ", ".join(model.name for model in server.models)
         print(f"{names} at http://{host}:{listener.getsockname()[1]}/v1; Ctrl-C ends it.", flush=True)
-        run(server, listener)
+        try:
+            run(server, listener)
+        finally:
+            gc.unfreeze()  # libraries look at the end for what they have left, and would tell of all that is frozen

@@ -128,6 +128,7 @@ def test_files(run):
         assert saved["conditions"]["ecg"]["metrics"][saved["main_metric"]]["value"] is not None
     assert results["ecg-qa"]["suite"]["left_out"] == {"questions whose records are not there": 1}
     assert results["ecg-qa"]["num_questions"] == NUM_RECORDS + 1
+    assert [of_suite["data"]["split"] for of_suite in results.values()] == ["test", None, "test"]  # reasoning has none
     # a question and a chain of four for each
     assert results["ecg-reasoning"]["num_questions"] == 5 * NUM_RECORDS
     assert {"auroc_superclass", "auroc_rhythm"} <= results["ptbxl"]["conditions"]["ecg"]["metrics"].keys()
@@ -164,10 +165,24 @@ def test_tables_of_too_few_questions(run, tmp_path):
     """No statement has both answers, so that there is no AUROC."""
     suite, results = command.SUITES["ptbxl"], run[1]["ptbxl"]
     few = results | {"metrics": {name: of for name, of in results["metrics"].items() if name not in suite.scales}}
-    write_tables(tmp_path, suite, [few, few])
+    write_tables(tmp_path, suite, {Path("some"): few})
     note = "None of the scores can be had of these questions: they are too few."
     assert f"- {note}" in (tmp_path / "table.md").read_text().splitlines()
     assert note in (tmp_path / "table.tex").read_text()
+
+
+def test_models_of_one_name_are_told_apart(run, tmp_path):
+    """By the folders in which they differ, in every row, column and note."""
+    suite, results = command.SUITES["ecg-qa"], run[1]["ecg-qa"]
+    told = results | {"settings": results["settings"] | {"describe": True}}
+    write_tables(tmp_path, suite, {Path("a/x"): results, Path("b/x"): results, Path("c/x"): told})
+    text = (tmp_path / "table.md").read_text()
+    assert {line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| tiny")} == {
+        "tiny (a)",
+        "tiny (b)",
+        "tiny (ECG in words)",
+    }
+    assert "- tiny (b), questions whose records are not there: 1." in text
 
 
 def test_the_scores_with_the_ecg_are_beside_those_without(run):
@@ -288,6 +303,7 @@ def test_faults_of_an_endpoint(place, server, tmp_path, monkeypatch, capsys):
 
 def test_wrong_options(place, elm, llm, tmp_path, capsys):
     about = ["--records", str(place / "ecgs")]
+    np.savez(tmp_path / "no_rate.npz", ecg=np.zeros((2, 12, 500), np.float32), ecg_id=[1, 2])
     for argv, message in (
         ([str(elm), "--suite", "ecgqa", *about], "--suite ecgqa: there is no such suite. Did you mean ecg-qa?"),
         (
@@ -302,6 +318,10 @@ def test_wrong_options(place, elm, llm, tmp_path, capsys):
         (
             [str(elm), "--suite", "ptbxl", *about, "--endpoint", "http://localhost/v1", "--dtype", "float16"],
             "--dtype changes nothing at the model behind --endpoint",
+        ),
+        (
+            [str(elm), "--suite", f"ecg-qa={place / 'qa.jsonl'}", "--records", str(tmp_path / "no_rate.npz")],
+            "--records: the record '1' of an archive: The ECG has no sampling rate",
         ),
         ([*argv_of(place, elm, "ecg-reasoning"), "--split", "train"], "--split train: ecg-reasoning has no splits"),
         ([*argv_of(place, llm, "ecg-qa")], "reads texts alone; say --describe"),

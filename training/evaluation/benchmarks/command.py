@@ -101,7 +101,7 @@ def run_suite(
         "explicit_thinking": contender.thinks,
     }
     facts = facts_of(contender.name, contender.revision, asked.data, fingerprint, [], settings)
-    facts["data"] |= {"names": [suite.name], "split": args.split}
+    facts["data"] |= {"names": [suite.name], "split": args.split if suite.has_splits else None}
     facts["settings"] |= {"describe": args.describe, "show_options": args.show_options, "limit": args.limit}
     left_out = dict(asked.left_out)
     if isinstance(answerer, FittingAnswerer):
@@ -172,12 +172,12 @@ def _folder_of(args: Namespace, suite: Suite, place: str, revision: str) -> Path
     return folder
 
 
-def _others(args: Namespace, suite: Suite, results: Results) -> list[dict[str, Any]]:
-    """The results of --beside that are of the same suite and questions."""
+def _others(args: Namespace, suite: Suite, results: Results) -> dict[Path, dict[str, Any]]:
+    """The results of --beside that are of the same suite and questions, by their paths."""
     files = [folder / RESULTS_FILE for folder in args.beside]
     files += [folder / suite.name / RESULTS_FILE for folder in args.beside]
-    found = [read_results(file) for file in files if file.is_file()]
-    same = [run for run in found if run["data"]["fingerprint"] == results["data"]["fingerprint"]]
+    found = {file.resolve(): read_results(file) for file in files if file.is_file()}
+    same = {file: run for file, run in found.items() if run["data"]["fingerprint"] == results["data"]["fingerprint"]}
     if args.beside and not same:
         logger.warning("--beside: none of these folders holds results of %s about the same questions.", suite.name)
     return same
@@ -231,9 +231,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Results]:
             write_report(
                 folder / REPORT_FILE, results, results.predictions, of_suite.data, f"{contender.name} on {suite.title}"
             )
-            print(printable(write_tables(folder, suite, [results, *_others(args, suite, results)])))
-            print(results["verdict"])
-            print(f"Results, predictions, report and tables in {folder.resolve()}", flush=True)
+            runs = {(folder / RESULTS_FILE).resolve(): results, **_others(args, suite, results)}
+            print(printable(write_tables(folder, suite, runs)))
+            print(f"Results, predictions, report and tables in {folder.resolve()}")
+            print(results["verdict"], flush=True)
             Progress(folder, None).remove()
             if own is not None:
                 add_evaluations(own, contender.revision)

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
+from elm_ecg.ecg_formats_arrays import FACTS
+from elm_ecg.ecg_utils import as_record
 from elm_ecg.training.data.downloads import DOWNLOADS
 from elm_ecg.training.data.questions import QuestionRow, choose_questions, count_absent
 from elm_ecg.training.data.sources import Records, find_records, read_metadata, read_source
@@ -107,7 +109,7 @@ def make_rows(suite_chats: Iterable[Chat], places: RecordPlaces, folder: Path, l
         limit: as many chats are drawn; None: all.
 
     Raises:
-        ValueError: none of the records is there.
+        ValueError: none of the records is there, or one of an archive cannot be read.
     """
     rows = (QuestionRow(chat.records, [], columns={"turns": chat.turns}) for chat in suite_chats)
     chosen, absent = choose_questions(rows, places.records)
@@ -158,6 +160,13 @@ def _files_of(names: Sequence[str], records: Records, folder: Path) -> dict[str,
     for number, name in enumerate(names):
         location = records.locations[name]
         if isinstance(location, Mapping):
+            try:
+                as_record(location)
+            except ValueError as error:
+                raise ValueError(
+                    f"--records: the record {name!r} of an archive: {error} The archive says it of all its records in arrays named "
+                    f"{', '.join(FACTS)}."
+                ) from error
             path = folder / f"{number}.npz"
             facts = {"sampling_rate": 0, "lead_names": None, "unit": None} | dict(location)
             np.savez(path, **{key: value for key, value in facts.items() if value is not None})  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from typing import Any
 
 from elm_ecg.training.data.schema import counted
 from elm_ecg.training.evaluation.benchmarks.suite import Suite
-from elm_ecg.training.evaluation.compare import table_lines
+from elm_ecg.training.evaluation.compare import table_lines, told_apart
 from elm_ecg.training.evaluation.conditions import CONDITIONS, ECG
 from elm_ecg.training.evaluation.scale import scales_of, title_of
 from elm_ecg.training.files import write_text
@@ -28,7 +28,7 @@ def cells_of(suite: Suite, runs: Sequence[Mapping[str, Any]]) -> list[list[str]]
     for run in runs:
         scales = scales_of(run)
         for condition, scores in run["conditions"].items():
-            row = [_model(run), CONDITIONS[condition].label]
+            row = [run["model"], CONDITIONS[condition].label]
             for name in names:
                 found = scores["metrics"].get(name)
                 row.append("" if found is None else scales[name].with_interval(found))
@@ -45,7 +45,7 @@ def type_cells_of(suite: Suite, runs: Sequence[Mapping[str, Any]]) -> list[list[
         return []
     # by likelihood a type is a single label, whose AUROC is no mean
     title = title_of(name) if suite.score == "likelihood" else suite.scales[name].title
-    rows = [["type of question", "questions", *(f"{_model(run)}, {title}" for run in runs)]]
+    rows = [["type of question", "questions", *(f"{run['model']}, {title}" for run in runs)]]
     for kind, number in runs[0]["questions_by_type"].items():
         found = [run["conditions"][ECG]["by_question_type"].get(kind, {}).get(name) for run in runs]
         cells = ["" if row is None else suite.scales[name].with_interval(row) for row in found]
@@ -53,8 +53,11 @@ def type_cells_of(suite: Suite, runs: Sequence[Mapping[str, Any]]) -> list[list[
     return rows
 
 
-def _model(run: Mapping[str, Any]) -> str:
-    return f"{run['model']} (ECG in words)" if run["settings"]["describe"] else run["model"]
+def named(results: Mapping[Path, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Results, by their paths; the `model` of each is its name in the tables, where no two have the same."""
+    runs = results.values()
+    names = [f"{run['model']} (ECG in words)" if run["settings"]["describe"] else run["model"] for run in runs]
+    return [{**run, "model": name} for run, name in zip(runs, told_apart(names, [*results]), strict=True)]
 
 
 def _heading(suite: Suite, name: str) -> str:
@@ -80,8 +83,7 @@ def caption_of(suite: Suite, run: Mapping[str, Any]) -> str:
 
 def notes_of(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the scores of each model leave out, and what counts as wrong unasked."""
-    notes = [f"{_model(run)}, {what}: {number:,}." for run in runs for what, number in run["suite"]["left_out"].items()]
-    return list(dict.fromkeys(notes))  # of two models of one name those that differ
+    return [f"{run['model']}, {what}: {number:,}." for run in runs for what, number in run["suite"]["left_out"].items()]
 
 
 def to_latex(cells: Sequence[Sequence[str]], caption: str, num_heads: int = 1) -> str:
@@ -114,8 +116,13 @@ def _escaped(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in text)
 
 
-def write_tables(folder: Path, suite: Suite, runs: Sequence[Mapping[str, Any]]) -> str:
-    """Writes both files, with the runs of other models below the first; the Markdown."""
+def write_tables(folder: Path, suite: Suite, results: Mapping[Path, Mapping[str, Any]]) -> str:
+    """Writes both files, with the runs of other models below the first; the Markdown.
+
+    Args:
+        results: of the runs, by their paths.
+    """
+    runs = named(results)
     cells, caption, notes = cells_of(suite, runs), caption_of(suite, runs[0]), notes_of(runs)
     if len(cells[0]) == 2:
         notes.append("None of the scores can be had of these questions: they are too few.")
