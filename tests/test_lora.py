@@ -184,9 +184,16 @@ def test_new_parts_pass_through_float32_alone(half_llm, data, of_representation,
     assert (model.dtype, model.model.encoder.dtype) == (torch.bfloat16, torch.bfloat16)
 
 
-def test_an_adapter_is_merged_with_one_rounding(half_llm, data, of_representation, tmp_path):
-    """Into a base in 16 bits: as the sum in float32, rounded."""
-    train_and_save(half_llm, data, tmp_path, *of_representation["signal"], "--peft", "--lr", "0.1")
+def test_an_adapter_is_merged_with_one_rounding(half_llm, data, of_representation, tmp_path, capsys):
+    """Into a base in 16 bits: as the sum in float32, rounded. What it holds whole was counted once."""
+    trainer = train_and_save(half_llm, data, tmp_path, *of_representation["signal"], "--peft", "--lr", "0.1")
+    capsys.readouterr()
+    run.tell_size(trainer, "5 chats")
+    saved = load_file(tmp_path / "adapter_model.safetensors")  # with the statistics of MERL's batch norms
+    adapter = sum(value.numel() for name, value in saved.items() if not re.search(r"running_|num_batches", name))
+    lora = sum(value.numel() for name, value in trainer.model.named_parameters() if ".lora_" in name)
+    whole = load_elm(str(tmp_path))[0].num_parameters()
+    assert capsys.readouterr().out == f"5 chats; {adapter:,} of {whole + lora:,} parameters trained\n"
     exact, _ = load_elm(str(tmp_path), dtype=torch.float32)
     rounded, _ = load_elm(str(tmp_path), dtype=torch.bfloat16)
     for (name, one), other in zip(exact.named_parameters(), rounded.parameters(), strict=True):

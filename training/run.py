@@ -280,7 +280,11 @@ def tell_size(trainer: WholeCheckpoints, what: str) -> None:
     """Prints what is about to be trained on what, in a line."""
     if trainer.is_world_process_zero():
         assert trainer.model is not None
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in trainer.model.parameters()]
+        sizes = [
+            (parameter.numel(), parameter.requires_grad)
+            for name, parameter in trainer.model.named_parameters()
+            if ".original_module." not in name  # of what an adapter holds whole, PEFT keeps what it replaced
+        ]
         total, trainable = sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
         print(f"{what}; {trainable:,} of {total:,} parameters trained", flush=True)
 
