@@ -278,6 +278,7 @@ def in_processes(
         ValueError: as `work`; or a process was killed, as where memory is short.
     """
     if num_proc == 1:
+        _keep_memory()
         for part in parts:
             result = work(part)
             watch(len(part.locations))
@@ -318,11 +319,18 @@ def _start_process(counter: Any) -> None:
     global _read_records
     _read_records = counter
     gc.freeze()  # the plan is no garbage, and looking through it again and again takes time, and memory as its pages are copied
+    _keep_memory()
     os.environ["OMP_NUM_THREADS"] = "1"  # of PyTorch, where a process imports it
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)  # its threads do not survive a fork
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the main process, and that ends this one
     Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _keep_memory() -> None:
+    """Has the memory of a block of records serve the next one: the C library of Linux else gives it back to the system, and takes it
+    anew page by page. It keeps twice the size of the largest array that it has seen freed, of those below 32 MiB."""
+    np.empty(31 * 2**20, np.uint8)
 
 
 def _end_with_parent() -> None:

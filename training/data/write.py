@@ -10,6 +10,7 @@ different parts, whose names are the same as if one had written all.
 """
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -148,6 +149,7 @@ def build(args: argparse.Namespace) -> None:
     new = not work.is_dir()
     _check_output(args, output, new)  # before all is read
     plan = make_plan(args.records, args.questions, options)
+    gc.freeze()  # neither it nor the modules are garbage: they are looked through no more, not even when the process ends
     names = [name for split in plan.questions for name in plan.part_names(split)]
     with ending_on_sigterm(), naming(output):
         _begin(work, plan, output)
