@@ -1,10 +1,11 @@
 """Training with a frozen encoder: its features kept against computed in each step.
 
     python benchmarks/features.py --llm FOLDER_OR_ID
+    python benchmarks/features.py --llm FOLDER_OR_ID --data FOLDER
     python benchmarks/features.py --encoder merl --batch_size 4
 
-Both sides are epochs of one run of `elm sft` with LoRA, in turn, on simulated ECGs with a question of each; without --llm it is the
-quickstart's small language model. What the command line has beside the options below is given to `elm sft`. Samples by CPU seconds, all
+Both sides are epochs of one run of `elm sft` with LoRA, in turn, on simulated ECGs with a question of each, or on the first chats of
+--data; without --llm it is the quickstart's small language model. What the command line has beside the options below is given to `elm sft`. Samples by CPU seconds, all
 that the trainer does included.
 """
 
@@ -43,37 +44,32 @@ class TakingTurns(TrainerCallback):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
+    parser.add_argument("--data", help="chats in place of the simulated ones")
     parser.add_argument("--batch_size", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--rows", type=int, default=16, help="ECGs of an epoch; default: %(default)s")
+    parser.add_argument("--rows", type=int, default=16, help="chats of an epoch; default: %(default)s")
     parser.add_argument("--epochs", type=int, default=10, help="of the last column; default: %(default)s")
     parser.set_defaults(encoder="st_mem", repeats=3)
     args, others = parser.parse_known_args()
 
-    rows = [{**row, "messages": row["messages"][:2]} for row in make_rows(args.rows, args.seed)]
-    data = Dataset.from_list(rows).with_format("numpy", columns=["ecg"], output_all_columns=True)
     with tempfile.TemporaryDirectory() as folder:
         llm = args.llm
         if llm is None:
             llm = str(Path(folder) / "llm")
             save_small_llm(Path(llm), [row["messages"] for row in make_rows(960, args.seed)], args.seed)
-        argv = [
-            "--data",
-            "simulated",
-            "--llm",
-            llm,
-            "--encoder",
-            args.encoder,
-            "--update",
-            "connector",
-            "llm",
-            "--use_peft",
-        ]
+        argv = ["--data", args.data or "simulated", "--llm", llm, "--encoder", args.encoder]
+        argv += ["--update", "connector", "llm", "--use_peft"]
         argv += ["--cache_features", "memory", "--output_dir", str(Path(folder) / "run"), "--seed", str(args.seed)]
         argv += ["--batch_size", str(args.batch_size), "--epochs", str(2 * args.repeats + 1), "--save_strategy", "no"]
         argv += ["--report_to", "none", "--disable_tqdm", "true", "--logging_strategy", "no", *others]
         elm_args, training_args, model_args = sft.parse(argv)
         model, processor = run.build_base(elm_args, training_args, model_args)
         options = RunOptions.of(elm_args, training_args, model_args)
+        if args.data is None:
+            rows = [{**row, "messages": row["messages"][:2]} for row in make_rows(args.rows, args.seed)]
+            data = Dataset.from_list(rows).with_format("numpy", columns=["ecg"], output_all_columns=True)
+        else:
+            data = run.load_splits(elm_args, training_args)["train"]
+            data = data.select(range(min(args.rows, len(data))))
         splits = {"train": data, "validation": None}
         trainer = sft.make_trainer(elm_args, training_args, model_args, model, processor, splits, options)
         turns = TakingTurns(trainer)
@@ -88,7 +84,7 @@ def main() -> None:
     print(turns.features)
     print("\n| | samples/s, computed | kept | ratio |\n| --- | --- | --- | --- |")
     for name, (without, with_features) in seconds.items():
-        speeds = args.rows / without, args.rows / with_features
+        speeds = len(data) / without, len(data) / with_features
         print(f"| {name} | {speeds[0]:.2f} | {speeds[1]:.2f} | {speeds[1] / speeds[0]:.2f} |")
 
 
