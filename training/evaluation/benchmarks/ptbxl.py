@@ -1,7 +1,7 @@
 """PTB-XL's benchmark of superclasses, subclasses, form and rhythm (Strodthoff et al. 2020, IEEE JBHI 25(5), arXiv:2004.13701).
 
-Macro AUROC of each of the four groups of statements on fold 10, over the labels that some of its records have and some have not. As
-there, a statement counts whatever its likelihood, a diagnostic one as its superclass and its subclass, and a group is asked about
+Macro AUROC of each of the four groups of statements on fold 10, as Table II has it, over the labels that some of its records have and some
+have not. As there, a statement counts whatever its likelihood, a diagnostic one as its superclass and its subclass, and a group is asked about
 the records that have a label of it. The score of a label is the likelihood of "yes" against "no" to a question about it. In a resample
 of patients the macro AUROC is the mean over the labels that are defined there.
 
