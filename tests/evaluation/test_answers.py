@@ -302,6 +302,15 @@ def test_rows_about_a_record_whose_first_turn_has_no_ecg(elm):
     assert ask(elm, data) == ask(elm, data, batch_size=1, reuse_prefix=False)
 
 
+def test_a_model_that_asks_for_no_cache(elm, monkeypatch):
+    """As after training with gradient checkpointing: what was read is kept all the same."""
+    for rows in (rows_about_records(), mixed_rows(3)):
+        expected = ask(elm, rows)
+        with monkeypatch.context() as patch:
+            patch.setattr(elm[0].generation_config, "use_cache", False)
+            assert ask(elm, rows) == expected
+
+
 def test_questions_about_a_record_stand_in_one_batch(elm):
     rows = rows_about_records(num_records=3)
     batches = Answerer(*elm, rows, list_questions(rows), batch_size=4).batches

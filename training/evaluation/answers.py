@@ -131,6 +131,7 @@ class Answerer:
             "do_sample": False,
             "repetition_penalty": 1.0,
             "pad_token_id": self.processor.tokenizer.pad_token_id,
+            "use_cache": True,  # for training, some are saved without
             **(self.generation or {}),
         }
         self._suffixes: dict[str, list[int]] = {}  # candidate -> its tokens
