@@ -209,6 +209,8 @@ def _plain_counts(folder: Path, header: _Header, rows: list[int]) -> list[np.nda
             folder / name, "<i2", frames * ends[-1] if frames else -1, offset=int(signals[0]["byte_offset"] or 0)
         )
         frames = frames or len(data) // ends[-1]  # of the first file, where the header does not say it
+        if not frames:
+            raise ValueError(f"{name} holds no samples.")
         if len(data) < frames * ends[-1]:
             raise ValueError(f"{name} is cut: it holds {len(data)} samples, expected {frames * ends[-1]}.")
         table = data[: frames * ends[-1]].reshape(frames, -1)

@@ -143,6 +143,14 @@ class TestWFDB:
         assert read["unit"] == "mV"
         np.testing.assert_array_equal(read["array"], np.float32([expected]))
 
+    @pytest.mark.parametrize("length", ["", " 0", " 3"])
+    def test_no_samples(self, length, tmp_path):
+        path = write_wfdb(tmp_path, [f"r 1 100{length}", "r.dat 16 1000/mV 16 0 0 0 0 II"], r=b"")
+        with pytest.raises(
+            ValueError, match=r"r\.dat is cut: it has 0 bytes" if length == " 3" else r"r\.dat holds no samples"
+        ):
+            read_file(path)
+
     def test_invalid_samples_stay_nan(self, tmp_path):
         counts = np.array([1, -32768, 3], dtype="<i2")
         record = read_file(write_wfdb(tmp_path, ["r 1 100 3", "r.dat 16 1(0)/mV 16 0 0 0 0 II"], r=counts.tobytes()))

@@ -173,6 +173,37 @@ def test_a_sliding_window_is_not_stretched_by_padding(monkeypatch):
     ask(elm, mixed_rows(4), batch_size=4)
 
 
+def test_a_sliding_window_is_not_stretched_by_what_rows_begin_with():
+    """Nor by that, a long first question and a long second one, each of another row, though two conversations of any row would fit."""
+    model, processor = tiny_elm("gemma2")
+    rng = np.random.default_rng(0)
+    records = {
+        name: [{"array": rng.normal(size=(12, 200)).tolist(), "sampling_rate": 100, "unit": "mV"}] for name in "abc"
+    }
+    asked = [("a", "x" * 70 + end, "y") for end in "1234"] + [
+        ("b", "x", "y"),
+        ("b", "x" + "z" * 70, "y"),
+        ("c", "x", "y" * 70),
+    ]
+    rows = []
+    for name, *questions in asked:
+        messages: list[dict] = []
+        for question in questions:
+            content = [part(None)] * (not messages) + [part(question)]
+            messages += [{"role": "user", "content": content}, {"role": "assistant", "content": [part("no")]}]
+        rows.append({"messages": messages, "ecg": records[name], "record_id": name})
+    data = Dataset.from_list(rows).with_format("numpy", columns=["ecg"], output_all_columns=True)
+    candidates = [["yes", "no"]] * 2 * len(rows)
+    answerer = Answerer(model, processor, data, list_questions(data))
+    read = answerer.read(answerer.batches[0], CONDITIONS["ecg"])
+    window = 2 * max(len(row.prompts[-1].input_ids) for row in read)
+    model.config.text_config.sliding_window = window
+    model.model.language_model.layers[0].self_attn.sliding_window = window
+    alone = ask((model, processor), data, candidates=candidates, batch_size=1, reuse_prefix=False)
+    together = ask((model, processor), data, candidates=candidates)
+    torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), rtol=0, atol=1e-4)
+
+
 def test_a_template_that_rewrites_what_was_said(elm, monkeypatch):
     """Where a turn is written otherwise when another follows, every prompt is read by itself."""
     _, processor = elm
@@ -257,6 +288,27 @@ def test_rows_that_are_the_same_are_left_a_token_each(elm):
     rows = rows_about_records(num_questions=1)
     rows = concatenate_datasets([rows, rows, rows])
     assert ask(elm, rows, batch_size=6) == ask(elm, rows, batch_size=1, reuse_prefix=False)
+
+
+def test_rows_about_a_record_whose_first_turn_has_no_ecg(elm):
+    rng, rows = np.random.default_rng(0), []
+    ecg = [{"array": rng.normal(size=(12, 200)).tolist(), "sampling_rate": 100, "unit": "mV"}]
+    for question in ("Why", "How"):
+        messages = []
+        for content in ([part("What will you be shown?")], [part(None), part(question)]):
+            messages += [{"role": "user", "content": content}, {"role": "assistant", "content": [part("no")]}]
+        rows.append({"messages": messages, "ecg": ecg, "record_id": "0"})
+    data = Dataset.from_list(rows).with_format("numpy", columns=["ecg"], output_all_columns=True)
+    assert ask(elm, data) == ask(elm, data, batch_size=1, reuse_prefix=False)
+
+
+def test_a_model_that_asks_for_no_cache(elm, monkeypatch):
+    """As after training with gradient checkpointing: what was read is kept all the same."""
+    for rows in (rows_about_records(), mixed_rows(3)):
+        expected = ask(elm, rows)
+        with monkeypatch.context() as patch:
+            patch.setattr(elm[0].generation_config, "use_cache", False)
+            assert ask(elm, rows) == expected
 
 
 def test_questions_about_a_record_stand_in_one_batch(elm):

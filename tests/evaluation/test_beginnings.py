@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elm_ecg.training.evaluation.beginnings import shared_beginnings
+from elm_ecg.training.evaluation.beginnings import padded_width, shared_beginnings
 
 SYSTEM = list(range(10))
 
@@ -32,6 +32,10 @@ def test_no_ecg_is_cut():
 
 def test_little_in_common_is_not_worth_a_step():
     assert shared_beginnings([[1, 2, *range(10, 40)], [1, 2, *range(50, 80)]], [()] * 2, [0] * 2) == []
+
+
+def test_width_of_rows_that_are_longest_in_different_turns():
+    assert padded_width([[7, 8, 12], [2, 9], [5]]) == 7 + 7 + 7 + 4
 
 
 @given(

@@ -6,6 +6,7 @@ such as the record that they are about.
 """
 
 import copy
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from elm_ecg.ecg_utils import as_record
 from elm_ecg.modeling_elm import ECG_INPUTS, ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.data.loading import ecgs_of, notices_of, to_chat
-from elm_ecg.training.evaluation.beginnings import shared_beginnings
+from elm_ecg.training.evaluation.beginnings import padded_width, shared_beginnings, tokens_of
 from elm_ecg.training.evaluation.conditions import CONDITIONS, ECG, Condition
 from elm_ecg.training.evaluation.progress import Progress
 from elm_ecg.training.evaluation.questions import Question, digest, first_rows_of_records, rows_to_swap
@@ -130,6 +131,7 @@ class Answerer:
             "do_sample": False,
             "repetition_penalty": 1.0,
             "pad_token_id": self.processor.tokenizer.pad_token_id,
+            "use_cache": True,  # for training, some are saved without
             **(self.generation or {}),
         }
         self._suffixes: dict[str, list[int]] = {}  # candidate -> its tokens
@@ -241,10 +243,7 @@ class Answerer:
         reuse = self.reuse_prefix and not one_by_one and all(row.nested for row in read)
         if reuse:
             cache = self._new_cache()
-            windows = [layer.sliding_window for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
-            longest = max(len(row.prompts[-1].input_ids) for row in read)
-            # padding between turns would push earlier turns out of a window; half of it leaves room for padding
-            reuse = _keeps_tokens(cache) and longest <= min(windows, default=2 * longest) // 2
+            reuse = _keeps_tokens(cache) and self._fits_windows(read, cache)
         with torch.inference_mode():
             if reuse:
                 records = {self._records[self.questions[indices[0]].row] for indices in conversations}
@@ -258,6 +257,15 @@ class Answerer:
             for start in range(0, len(turns), self.batch_size):
                 answers += self._of_conversations(turns[start : start + self.batch_size])
             return answers
+
+    def _fits_windows(self, rows: list[Conversation], cache: DynamicCache) -> bool:
+        """Whether rows that are read turn by turn, with padding between, and their answers stay within each window of the cache."""
+        windows = [layer.sliding_window for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+        written = self._options.get("max_new_tokens", math.inf)
+        if self.candidates is not None:
+            written = max(len(tokens) for row in rows for of_turn in row.candidates or [] for tokens in of_turn)
+        width = padded_width([[len(prompt.input_ids) for prompt in row.prompts] for row in rows])
+        return bool(width + written <= min(windows, default=math.inf))
 
     def _row(self, place: int, condition: Condition) -> dict[str, Any]:
         """A row of the data with the ECGs that are shown in place of its own."""
@@ -298,7 +306,7 @@ class Answerer:
             own = slice(places[place], places[place + 1])
             ecgs = {name: columns[name][own] for name in ECG_INPUTS if name in columns and own.stop > own.start}
             input_ids, offsets = columns["input_ids"][place], columns["offset_mapping"][place]
-            ends = [_tokens_of(prompt, prompts[-1], offsets) for prompt in prompts]  # None where tokens do not fit
+            ends = [tokens_of(prompt, prompts[-1], offsets) for prompt in prompts]  # None where tokens do not fit
             nested = all(end is not None for end in ends)
             if nested:
                 tokens = [input_ids[:end] for end in ends]
@@ -398,7 +406,7 @@ class Answerer:
     def _groups(self, rows: list[Conversation]) -> list[tuple[int, list[int]]]:
         """Rows whose first prompts begin alike, as of `shared_beginnings`."""
         prompts = [row.prompts[0].input_ids for row in rows]
-        ecgs = [tuple(digests_of(row.ecgs)) for row in rows]
+        ecgs = [tuple(digests_of(row.ecgs)[: row.prompts[0].num_ecgs]) for row in rows]
         signal = self.processor.ecg_token_id
         behind = [
             len(ids) - ids[::-1].index(signal) if of_row else 0 for ids, of_row in zip(prompts, ecgs, strict=True)
@@ -578,15 +586,3 @@ def _positions(mask: torch.Tensor) -> torch.Tensor:
 
 def _num_ecgs(chat: list[dict[str, Any]]) -> int:
     return sum(part["type"] == "ecg" for message in chat for part in message["content"])
-
-
-def _tokens_of(prompt: str, text: str, offsets: list[tuple[int, int]]) -> int | None:
-    """How many of the tokens of a text are those of a prompt that it begins with; None if it does not, or a token stands across
-    its end."""
-    if not text.startswith(prompt):
-        return None
-    ends = [end for _, end in offsets]
-    # some tokenizers give (0, 0) for added tokens, so the ends are made to increase
-    number = int(np.searchsorted(np.maximum.accumulate(ends), len(prompt), side="right"))
-    aligned = ends[number - 1] == len(prompt) and (number == len(offsets) or offsets[number][0] >= len(prompt))
-    return number if aligned else None
