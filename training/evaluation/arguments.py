@@ -35,6 +35,7 @@ OF_OTHER_KINDS = (
     "sequence_bias",
     "exponential_decay_length_penalty",
     "watermarking_config",
+    "cache_implementation",
     "cache_config",
     "compile_config",
     "num_assistant_tokens_schedule",
