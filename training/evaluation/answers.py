@@ -146,22 +146,13 @@ class Answerer:
             rows.setdefault(question.row, []).append(index)
         self._records = first_rows_of_records(self.data)
         lengths = {row: self._length(indices) for row, indices in rows.items()}
-        longest: dict[tuple[int, int], int] = {}
+        groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for row, length in lengths.items():
-            group = len(rows[row]), self._records[row]
-            longest[group] = max(length, longest.get(group, 0))
+            groups.setdefault((-len(rows[row]), self._records[row]), []).append((length, row))
         # conversations of as many turns and about one length share a batch, so little of it is padding; those about a record stay
         # together, as they begin alike
-        order = sorted(
-            rows,
-            key=lambda row: (
-                -len(rows[row]),
-                longest[len(rows[row]), self._records[row]],
-                self._records[row],
-                lengths[row],
-                row,
-            ),
-        )
+        ordered = sorted((turns, max(members), record, sorted(members)) for (turns, record), members in groups.items())
+        order = [row for *_, members in ordered for _, row in members]
         size = self.batch_size
         # for each batch the questions of each of its rows
         self.batches = [[rows[row] for row in order[start : start + size]] for start in range(0, len(order), size)]

@@ -530,9 +530,8 @@ def main(argv: list[str] | None = None) -> Results:
             model.to(state.device)  # type: ignore[arg-type]  # a wrapped method
             limit_threads(model, state.device)
             if args.torch_compile:
-                model.model.compile(
-                    dynamic=True
-                )  # batches differ in length; the head is no part of it, as it computes in two ways
+                # batches differ in length; the head is no part of it, as it computes in two ways
+                model.model.compile(dynamic=True)
         runs += _evaluate_fold(args, fold, model, processor, name, loaded[fold], folders[fold], evaluation)
     if not state.is_main_process:
         return Results()
