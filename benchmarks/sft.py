@@ -17,6 +17,7 @@ process above what it had before it built the model.
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -34,6 +35,7 @@ import common
 import torch
 import yaml
 from datasets import Dataset, DatasetDict
+from huggingface_hub import constants
 from peft import get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
@@ -54,6 +56,7 @@ class Turns(TrainerCallback):
 
     def __init__(self, connection: Connection, steps: int):
         self.connection, self.steps, self.done = connection, steps, 0
+        gc.collect()  # which reads pages of all libraries: they are none of what comes next
         self.before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         self.start = 0.0
 
@@ -176,6 +179,7 @@ def main() -> None:
     args, others = parser.parse_known_args()
 
     torch.set_num_threads(1)
+    constants.HF_HUB_DISABLE_TELEMETRY = True  # what TRL tells Hugging Face takes 4 MiB of TLS, and is no part of training
     num_chats = args.batch_size * args.steps
     print("| vocabulary | ELM | side | samples/s | ratio | MiB | ratio |\n| --- | --- | --- | --- | --- | --- | --- |")
     for vocabulary in [None] if args.llm else args.vocabularies:
