@@ -1,6 +1,7 @@
 """Runs the verbs of the installed `elm`, in the working directory, where `elm quickstart --output_dir quickstart` has run.
 
-Each in a process of its own, forked from this one, which has imported what takes most of the time of a command.
+Each in a process of its own, forked from this one, which has imported what takes most of the time of a command, all of other projects:
+what our modules import of each other, each command shows.
 """
 
 import csv
@@ -16,12 +17,19 @@ import traceback
 import urllib.request
 from pathlib import Path
 
+import captum.attr  # noqa: F401
 import datasets  # noqa: F401
+import evaluate  # noqa: F401
+import matplotlib.pyplot as plt  # noqa: F401
 import numpy as np
 import peft  # noqa: F401
+import scipy.signal
+import scipy.stats  # noqa: F401
+import sklearn.linear_model  # noqa: F401
 import torch
-import trl  # noqa: F401
 from datasets import Dataset, DatasetDict
+from transformers import Pipeline, Trainer  # noqa: F401
+from trl import DPOTrainer, GRPOTrainer, SFTTrainer  # noqa: F401
 
 from elm_ecg.configuration_ecg_encoders import MERLConfig
 from elm_ecg.modeling_ecg_encoders import MERLModel
