@@ -6,7 +6,8 @@
 
 Both sides are epochs of one run of `elm sft` with LoRA, in turn, on simulated ECGs with a question of each, or on the first chats of
 --data; without --llm it is the quickstart's small language model. What the command line has beside the options below is given to `elm sft`. Samples by CPU seconds, all
-that the trainer does included.
+that the trainer does included. Beside them what PyTorch counts of one epoch's arithmetic: where encoder and language model compute
+equally fast, its ratio is the most that keeping features can bring.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from typing import Any
 
 from common import add_arguments, make_rows
 from datasets import Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
 from elm_ecg.training import run, sft
@@ -26,19 +28,34 @@ from elm_ecg.training.small_llm import save_small_llm
 
 
 class TakingTurns(TrainerCallback):
-    """Epochs in which features are found, and in which they are computed, in turn; the first one fills what is kept."""
+    """Epochs in which features are found, and in which they are computed, in turn; the first one fills what is kept.
 
-    def __init__(self, trainer: sft.ELMTrainer) -> None:
-        self.trainer, self.features = trainer, trainer.features
-        self.seconds: dict[str, list[float]] = {"computed": [], "kept": []}  # CPU seconds of each epoch
+    Args:
+        trainer: whose epochs they are.
+        timed: epochs whose CPU seconds count; of those after them the arithmetic does.
+    """
+
+    def __init__(self, trainer: sft.ELMTrainer, timed: int) -> None:
+        self.trainer, self.features, self.timed = trainer, trainer.features, timed
+        self.seconds: dict[str, list[float]] = {"computed": [], "kept": []}
+        self.flops: dict[str, int] = {}
+        self.done = 0
 
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.name = "computed" if len(self.seconds["kept"]) > len(self.seconds["computed"]) else "kept"
+        self.name = "computed" if self.done % 2 else "kept"
         self.trainer.features = self.features if self.name == "kept" else None
+        self.counter = FlopCounterMode(display=False) if self.done >= self.timed else None
+        if self.counter:
+            self.counter.__enter__()
         self.start = time.process_time()
 
     def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds[self.name].append(time.process_time() - self.start)
+        if self.counter:
+            self.counter.__exit__(None, None, None)
+            self.flops[self.name] = self.counter.get_total_flops()
+        else:
+            self.seconds[self.name].append(time.process_time() - self.start)
+        self.done += 1
 
 
 def main() -> None:
@@ -56,10 +73,11 @@ def main() -> None:
         if llm is None:
             llm = str(Path(folder) / "llm")
             save_small_llm(Path(llm), [row["messages"] for row in make_rows(960, args.seed)], args.seed)
+        timed = 2 * args.repeats + 1
         argv = ["--data", args.data or "simulated", "--llm", llm, "--encoder", args.encoder]
         argv += ["--update", "connector", "llm", "--use_peft"]
         argv += ["--cache_features", "memory", "--output_dir", str(Path(folder) / "run"), "--seed", str(args.seed)]
-        argv += ["--batch_size", str(args.batch_size), "--epochs", str(2 * args.repeats + 1), "--save_strategy", "no"]
+        argv += ["--batch_size", str(args.batch_size), "--epochs", str(timed + 2), "--save_strategy", "no"]
         argv += ["--report_to", "none", "--disable_tqdm", "true", "--logging_strategy", "no", *others]
         elm_args, training_args, model_args = sft.parse(argv)
         model, processor = run.build_base(elm_args, training_args, model_args)
@@ -72,7 +90,7 @@ def main() -> None:
             data = data.select(range(min(args.rows, len(data))))
         splits = {"train": data, "validation": None}
         trainer = sft.make_trainer(elm_args, training_args, model_args, model, processor, splits, options)
-        turns = TakingTurns(trainer)
+        turns = TakingTurns(trainer, timed)
         trainer.add_callback(turns)
         trainer.train()
 
@@ -86,6 +104,11 @@ def main() -> None:
     for name, (without, with_features) in seconds.items():
         speeds = len(data) / without, len(data) / with_features
         print(f"| {name} | {speeds[0]:.2f} | {speeds[1]:.2f} | {speeds[1] / speeds[0]:.2f} |")
+    per_sample = {name: flops / len(data) / 1e9 for name, flops in turns.flops.items()}
+    print(
+        f"\nArithmetic of a sample: {per_sample['computed']:.1f} GFLOP computed, {per_sample['kept']:.1f} kept, "
+        f"ratio {per_sample['computed'] / per_sample['kept']:.2f}"
+    )
 
 
 if __name__ == "__main__":
