@@ -6,6 +6,7 @@ arguments and environment, and finds the project only where it is asked to.
 """
 
 import atexit
+import gc
 import importlib
 import importlib.util
 import json
@@ -16,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import weakref
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -60,6 +63,27 @@ def hide_project() -> list[Any]:
     return finders
 
 
+def remember_imports() -> None:
+    """What a Python file imports is read once for its content. transformers reads it each time that a model is saved or loaded, and
+    our modules many times over."""
+    from transformers import dynamic_module_utils
+
+    for name in ("get_imports", "get_relative_imports"):
+        setattr(dynamic_module_utils, name, _by_content(getattr(dynamic_module_utils, name)))
+
+
+def _by_content(read: Callable[[str | Path], list[str]]) -> Callable[[str | Path], list[str]]:
+    known: dict[bytes, list[str]] = {}
+
+    def imports(path: str | Path) -> list[str]:
+        content = Path(path).read_bytes()
+        if content not in known:
+            known[content] = read(path)
+        return list(known[content])
+
+    return imports
+
+
 @cache
 def _template() -> subprocess.Popen:
     """The template of this process; it ends when nobody can ask any more."""
@@ -85,7 +109,12 @@ def _serve() -> None:
     requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no reply
     project = hide_project()
+    gc.disable()
     _import_what_takes_seconds()
+    gc.freeze()  # nothing of it is garbage, in no fork either
+    gc.enable()
+    for finalizer in weakref.finalize._registry:  # type: ignore[attr-defined]
+        finalizer.atexit = False  # nor is there anything to clear up
     assert not {"elm_ecg", "training", "transformers_modules", "helpers"} & sys.modules.keys()
     sys.stdout.flush()
     for line in requests:
@@ -128,13 +157,16 @@ def _run(code: str, arguments: list[str], cwd: str, environment: dict[str, str],
 
 
 def _import_what_takes_seconds() -> None:
+    import captum.attr  # noqa: F401
     import datasets  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
     import peft  # noqa: F401
+    import scipy.io  # noqa: F401
     import scipy.signal  # noqa: F401
     import torch
     import transformers
     import trl
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     # lazy modules: a name imports what it stands for
     for module, name in (
@@ -143,14 +175,23 @@ def _import_what_takes_seconds() -> None:
         (transformers, "AutoProcessor"),
         (transformers, "AutoFeatureExtractor"),
         (transformers, "AutoImageProcessor"),
+        (transformers, "BertModel"),
+        (transformers, "CLIPModel"),
         (transformers, "LlamaForCausalLM"),
         (transformers, "Qwen2ForCausalLM"),
+        (transformers, "SiglipModel"),
         (transformers, "Trainer"),
         (transformers, "pipeline"),
+        (trl, "GRPOTrainer"),
         (trl, "SFTTrainer"),
     ):
         getattr(module, name)
+    get_checkpoint_conversion_mapping("llama")  # compiles the regular expressions of all architectures, for `from_pretrained`
     torch.set_num_threads(1)
+    remember_imports()
+    for path in ROOT.glob("*.py"):
+        transformers.dynamic_module_utils.get_imports(path)
+        transformers.dynamic_module_utils.get_relative_imports(path)
 
 
 def _read_environment_again() -> None:
