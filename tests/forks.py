@@ -161,7 +161,7 @@ def _import_what_takes_seconds() -> None:
     import datasets  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
     import peft  # noqa: F401
-    import scipy.io  # noqa: F401
+    import scipy.io
     import scipy.signal  # noqa: F401
     import torch
     import transformers
