@@ -186,7 +186,9 @@ def _import_what_takes_seconds() -> None:
         (trl, "SFTTrainer"),
     ):
         getattr(module, name)
-    get_checkpoint_conversion_mapping("llama")  # compiles the regular expressions of all architectures, for `from_pretrained`
+    get_checkpoint_conversion_mapping(
+        "llama"
+    )  # compiles the regular expressions of all architectures, for `from_pretrained`
     torch.set_num_threads(1)
     remember_imports()
     for path in ROOT.glob("*.py"):

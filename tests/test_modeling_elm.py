@@ -174,9 +174,7 @@ def logits(model, **inputs):
 
 def new_tokens(model, inputs, **kwargs):
     """So many tokens that follow each prompt, [sequences, NEW_TOKENS]."""
-    output = model.generate(
-        **inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, **kwargs
-    )
+    output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, **kwargs)
     return output[:, -NEW_TOKENS:]
 
 
@@ -443,7 +441,9 @@ class TestGeneration:
                 assert kind == "elm" or len(steps) <= len(calls)
             if kind == "elm":  # which sees the ECGs, so all that it drafts is right
                 draft.generation_config.num_assistant_tokens = 20
-                sequences = model.generate(**alone[0], max_new_tokens=NEW_TOKENS, do_sample=False, assistant_model=draft)
+                sequences = model.generate(
+                    **alone[0], max_new_tokens=NEW_TOKENS, do_sample=False, assistant_model=draft
+                )
                 assert torch.equal(sequences[:, -NEW_TOKENS:], new_tokens(model, alone[0]))
 
     def test_a_draft_model_with_a_vocabulary_of_its_own(self):
