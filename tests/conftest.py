@@ -54,9 +54,9 @@ def pytest_collection_finish() -> None:
     them again. Nor does one come after every 700 new objects, or with each training for the sake of a GPU's memory."""
     from accelerate.utils import memory
 
-    from forks import remember_imports
+    from forks import read_files_once
 
-    remember_imports()
+    read_files_once()
     memory.clear_device_cache = lambda garbage_collection=False: None
     gc.collect()
     gc.freeze()

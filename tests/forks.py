@@ -20,6 +20,7 @@ import traceback
 import weakref
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import PathDistribution
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -63,13 +64,25 @@ def hide_project() -> list[Any]:
     return finders
 
 
-def remember_imports() -> None:
-    """What a Python file imports is read once for its content. transformers reads it each time that a model is saved or loaded, and
-    our modules many times over."""
+def read_files_once() -> None:
+    """What a Python file imports, and what an installed package is, is read once.
+
+    transformers reads the imports each time that a model is saved or loaded, those of our modules many times over, and accelerate
+    the package's description dozens of times in each training.
+    """
     from transformers import dynamic_module_utils
 
     for name in ("get_imports", "get_relative_imports"):
         setattr(dynamic_module_utils, name, _by_content(getattr(dynamic_module_utils, name)))
+    parse = PathDistribution.metadata.fget
+    described: dict[Path, Any] = {}
+
+    def metadata(package: PathDistribution) -> Any:
+        if package._path not in described:
+            described[package._path] = parse(package)
+        return described[package._path]
+
+    PathDistribution.metadata = property(metadata)
 
 
 def _by_content(read: Callable[[str | Path], list[str]]) -> Callable[[str | Path], list[str]]:
@@ -113,7 +126,7 @@ def _serve() -> None:
     _import_what_takes_seconds()
     gc.freeze()  # nothing of it is garbage, in no fork either
     gc.enable()
-    for finalizer in weakref.finalize._registry:  # type: ignore[attr-defined]
+    for finalizer in weakref.finalize._registry:
         finalizer.atexit = False  # nor is there anything to clear up
     assert not {"elm_ecg", "training", "transformers_modules", "helpers"} & sys.modules.keys()
     sys.stdout.flush()
@@ -190,7 +203,7 @@ def _import_what_takes_seconds() -> None:
         "llama"
     )  # compiles the regular expressions of all architectures, for `from_pretrained`
     torch.set_num_threads(1)
-    remember_imports()
+    read_files_once()
     for path in ROOT.glob("*.py"):
         transformers.dynamic_module_utils.get_imports(path)
         transformers.dynamic_module_utils.get_relative_imports(path)
