@@ -387,7 +387,9 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("changed", ["the ECG's file", *CHANGES])
+@pytest.mark.parametrize(
+    "changed", ["the ECG's file", *(pytest.param(name, marks=pytest.mark.slow) for name in CHANGES)]
+)
 def test_an_interrupted_evaluation_takes_no_answers_of_what_was_changed(
     model, data, tmp_path, monkeypatch, changed, no_report
 ):
