@@ -107,7 +107,7 @@ def test_says_where_and_how_many(model, records, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]
 
 
-@pytest.mark.parametrize("after", [1, 3])
+@pytest.mark.parametrize("after", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_and_repeated(after, answered, model, records, tmp_path, monkeypatch):
     argv = (str(records), "--question", *QUESTIONS, *FEW)
     answer, number = Answerer.answer_batch, iter(range(100))

@@ -394,6 +394,7 @@ def test_a_commit_of_somebody_else_during_ours(model, hub, monkeypatch):
     assert hub.files("user/model")["model.safetensors"] == b"theirs"
 
 
+@pytest.mark.slow
 def test_a_repository_of_something_else(model, folders, hub, tmp_path):
     """It is not overwritten, neither by another kind nor as the base of an adapter, nor is a Space."""
     shutil.copytree(Path(cli.__file__).parent / "tokenizers" / "ptbxl_250hz", tmp_path / "tokenizer")
