@@ -17,7 +17,7 @@ NUM_POOL_HEADS = 4  # of the attention that pools an ECG's tokens, as in MERL
 if TYPE_CHECKING:
     SubConfig = Any  # once the base class has made it: its class depends on its model_type
 else:  # what a caller may pass
-    SubConfig = dict | PreTrainedConfig | None
+    SubConfig = PreTrainedConfig | dict | None
 
 
 @strict

@@ -98,7 +98,7 @@ class EncoderSpec(SubConfigSpec):
 if TYPE_CHECKING:
     SubConfig = Any  # once the base class has made it: its class depends on its model_type
 else:  # what a caller may pass
-    SubConfig = dict | PreTrainedConfig | None
+    SubConfig = PreTrainedConfig | dict | None
 
 
 @strict

@@ -17,6 +17,9 @@ settings.register_profile(
 )
 settings.load_profile("suite")
 
+# what is imported stays: to look for garbage meanwhile is in vain
+gc.disable()
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 # those that take longest, first: a process that began one of them last would run on alone
 LONG_FILES = ["sft", "evaluate", "rl", "push", "modeling_elm", "distributed", "answers", "lora", "families"]
@@ -45,10 +48,20 @@ def llm(tmp_path_factory) -> Path:
 
 
 def pytest_collection_finish() -> None:
-    """The modules that all tests import stay to the end: no collection of garbage, of which each training has some, looks through
-    them again."""
+    """Once all is imported, what takes time for nothing in tests.
+
+    The modules that all tests import stay to the end: no collection of garbage, of which each training has some, looks through
+    them again. Nor does one come after every 700 new objects, or with each training for the sake of a GPU's memory."""
+    from accelerate.utils import memory
+
+    from forks import read_files_once
+
+    read_files_once()
+    memory.clear_device_cache = lambda garbage_collection=False: None
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
+    gc.enable()
 
 
 def pytest_sessionfinish() -> None:

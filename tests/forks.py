@@ -6,6 +6,7 @@ arguments and environment, and finds the project only where it is asked to.
 """
 
 import atexit
+import gc
 import importlib
 import importlib.util
 import json
@@ -16,7 +17,10 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import weakref
+from collections.abc import Callable
 from functools import cache
+from importlib.metadata import PathDistribution
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -60,6 +64,39 @@ def hide_project() -> list[Any]:
     return finders
 
 
+def read_files_once() -> None:
+    """What a Python file imports, and what an installed package is, is read once.
+
+    transformers reads the imports each time that a model is saved or loaded, those of our modules many times over, and accelerate
+    the package's description dozens of times in each training.
+    """
+    from transformers import dynamic_module_utils
+
+    for name in ("get_imports", "get_relative_imports"):
+        setattr(dynamic_module_utils, name, _by_content(getattr(dynamic_module_utils, name)))
+    parse = PathDistribution.metadata.fget
+    described: dict[Path, Any] = {}
+
+    def metadata(package: PathDistribution) -> Any:
+        if package._path not in described:
+            described[package._path] = parse(package)
+        return described[package._path]
+
+    PathDistribution.metadata = property(metadata)
+
+
+def _by_content(read: Callable[[str | Path], list[str]]) -> Callable[[str | Path], list[str]]:
+    known: dict[bytes, list[str]] = {}
+
+    def imports(path: str | Path) -> list[str]:
+        content = Path(path).read_bytes()
+        if content not in known:
+            known[content] = read(path)
+        return list(known[content])
+
+    return imports
+
+
 @cache
 def _template() -> subprocess.Popen:
     """The template of this process; it ends when nobody can ask any more."""
@@ -85,7 +122,12 @@ def _serve() -> None:
     requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no reply
     project = hide_project()
+    gc.disable()
     _import_what_takes_seconds()
+    gc.freeze()  # nothing of it is garbage, in no fork either
+    gc.enable()
+    for finalizer in weakref.finalize._registry:
+        finalizer.atexit = False  # nor is there anything to clear up
     assert not {"elm_ecg", "training", "transformers_modules", "helpers"} & sys.modules.keys()
     sys.stdout.flush()
     for line in requests:
@@ -128,13 +170,16 @@ def _run(code: str, arguments: list[str], cwd: str, environment: dict[str, str],
 
 
 def _import_what_takes_seconds() -> None:
+    import captum.attr  # noqa: F401
     import datasets  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
     import peft  # noqa: F401
+    import scipy.io
     import scipy.signal  # noqa: F401
     import torch
     import transformers
     import trl
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     # lazy modules: a name imports what it stands for
     for module, name in (
@@ -143,14 +188,25 @@ def _import_what_takes_seconds() -> None:
         (transformers, "AutoProcessor"),
         (transformers, "AutoFeatureExtractor"),
         (transformers, "AutoImageProcessor"),
+        (transformers, "BertModel"),
+        (transformers, "CLIPModel"),
         (transformers, "LlamaForCausalLM"),
         (transformers, "Qwen2ForCausalLM"),
+        (transformers, "SiglipModel"),
         (transformers, "Trainer"),
         (transformers, "pipeline"),
+        (trl, "GRPOTrainer"),
         (trl, "SFTTrainer"),
     ):
         getattr(module, name)
+    get_checkpoint_conversion_mapping(
+        "llama"
+    )  # compiles the regular expressions of all architectures, for `from_pretrained`
     torch.set_num_threads(1)
+    read_files_once()
+    for path in ROOT.glob("*.py"):
+        transformers.dynamic_module_utils.get_imports(path)
+        transformers.dynamic_module_utils.get_relative_imports(path)
 
 
 def _read_environment_again() -> None:

@@ -149,7 +149,11 @@ def test_rotation_and_the_best_model(llm, data, tmp_path):
     assert all(file.stat().st_mode & 0o777 == 0o644 for file in weights)  # others read them too
 
 
-@pytest.mark.parametrize("options", [[], ["--peft", "--update", "encoder", "connector", "llm"]], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "options",
+    [[], pytest.param(["--peft", "--update", "encoder", "connector", "llm"], marks=pytest.mark.slow)],
+    ids=["full", "lora"],
+)
 def test_a_moving_average(llm, data, tmp_path, options):
     """The best average is what is saved, and a run that goes on goes on with it."""
     options = [*options, *SAVING, "--metric_for_best_model", "loss", "--load_best_model_at_end"]

@@ -164,6 +164,7 @@ def loaded(built, request):
     return {family: load_file(f"{folder}/loaded.safetensors")["logits"] for family, folder in folders.items()}
 
 
+@functools.cache
 def chats() -> Dataset:
     """A conversation of three turns with two ECGs, and three of one turn about a record that is in none of the first's."""
     rng = np.random.default_rng(0)
@@ -260,17 +261,16 @@ class TestFamily:
                 questions,
                 candidates,
                 batch_size,
-                {"max_new_tokens": 4},
+                {"max_new_tokens": 3},
                 reuse_prefix=reuse,
             ).ask("ecg")[0]
-            for batch_size, reuse in [(1, False), (4, True), (4, False)]
+            for batch_size, reuse in [(1, False), (4, True)]
         ]
         if score == "generation":
-            assert answers[1:] == answers[:1] * 2
+            assert answers[0] == answers[1]
         else:
-            alone, *others = (torch.tensor([value for row in rows for value in row]) for rows in answers)
-            for other in others:
-                torch.testing.assert_close(other, alone, rtol=0, atol=1e-4)
+            alone, shared = (torch.tensor([value for row in rows for value in row]) for rows in answers)
+            torch.testing.assert_close(shared, alone, rtol=0, atol=1e-4)
 
     def test_loaded_in_a_fresh_process(self, built, loaded, family):
         torch.testing.assert_close(loaded[family], built(family).last_logits, rtol=0, atol=1e-6)

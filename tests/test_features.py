@@ -166,7 +166,10 @@ def test_a_damaged_file_is_written_anew(tmp_path):
 # in training
 
 
-@pytest.mark.parametrize(("where", "options"), [("memory", ["--gradient_checkpointing"]), ("disk", ["--peft"])])
+@pytest.mark.parametrize(
+    ("where", "options"),
+    [("memory", ["--gradient_checkpointing"]), pytest.param("disk", ["--peft"], marks=pytest.mark.slow)],
+)
 def test_a_run_with_them_equals_one_without(llm, data, tmp_path, monkeypatch, capsys, where, options):
     """Also where it goes on from a checkpoint, bit by bit."""
     monkeypatch.setattr(run, "FOLDER", tmp_path / "kept")

@@ -123,7 +123,7 @@ def test_a_saved_adapter_is_what_was_trained(representation, update, llm, data, 
     assert float(process.stdout) < 1e-5
 
 
-@pytest.mark.parametrize("representation", ["signal", "symbolic", "rgb"])
+@pytest.mark.parametrize("representation", ["signal", "symbolic", pytest.param("rgb", marks=pytest.mark.slow)])
 def test_what_is_trained_in_full_is_in_float32(representation, half_llm, data, of_representation, tmp_path):
     options = [*of_representation[representation], "--dtype", "bfloat16"]
     lora = train_and_save(half_llm, data, tmp_path / "lora", *options, "--peft")

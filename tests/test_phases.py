@@ -166,7 +166,9 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [*list(WAYS)[:3], *(pytest.param(way, marks=pytest.mark.slow) for way in list(WAYS)[3:])]
+)
 def test_reports_in_every_way(llm, data, tmp_path, way):
     options = ["--train_phase", "pretrain", "--max_steps", "2", *WAYS[way]]
     if way == "pictures, augmented":

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertModel
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.modeling_ecg_pretraining import ECGForPreTraining
-from elm_ecg.training import cli, pretrain, sft
+from elm_ecg.training import cli, pretrain, reconstructions, sft
 from elm_ecg.training.data.synthetic import make_record
 from elm_ecg.training.encoders import load_encoder
 from helpers import TINY_ENCODERS, fork_two, losses, run_isolated, save_tiny_data, tiny_sft, tiny_tokenizer
@@ -44,6 +44,14 @@ def save_records(folder: Path, **sizes: int) -> Path:
         splits[split] = Dataset.from_list(rows)
     DatasetDict(splits).save_to_disk(folder)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_pictures():
+    """Which test_reconstructions.py looks at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reconstructions, "WIDTH", 400)
+        yield
 
 
 @pytest.fixture(scope="module")

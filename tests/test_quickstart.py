@@ -34,6 +34,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_writes_what_it_promises(folder):
     names = {str(path.relative_to(folder)) for path in folder.rglob("*")}
     assert names >= {"data/dataset_dict.json", "llm/model.safetensors", "report.html"}
@@ -51,6 +52,7 @@ def evaluation(folder: Path) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_report(folder):
     report = (folder / "report.html").read_text()
     assert "src=" not in re.sub(r'src="data:[^"]+"', "", report)  # nothing outside the file
@@ -59,6 +61,7 @@ def test_report(folder):
         assert words in html.unescape(report)
 
 
+@pytest.mark.slow
 def test_examples_are_the_records_that_were_asked_about(folder):
     report = (folder / "report.html").read_text()
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', report)
@@ -71,10 +74,12 @@ def test_examples_are_the_records_that_were_asked_about(folder):
         assert ImageChops.difference(picture.convert("RGB"), drawn.convert("RGB")).getbbox() is None
 
 
+@pytest.mark.slow
 def test_options_reach_the_training(folder):
     assert json.loads((folder / "model" / "trainer_state.json").read_text())["max_steps"] == 2
 
 
+@pytest.mark.slow
 def test_parts_load(folder):
     model, processor = load_elm(str(folder / "model"))
     assert model.config.encoder_config.model_type == "merl"
@@ -86,6 +91,7 @@ def test_parts_load(folder):
     assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == text
 
 
+@pytest.mark.slow
 def test_card_has_the_scores(folder):
     card = (folder / "model" / "README.md").read_text()
     assert "| left_out |" in card

@@ -114,7 +114,10 @@ def test_what_may_differ_is_said_and_the_run_is_the_same(straight, stopped, llm,
     assert RunOptions.read(stopped).started == RunOptions.read(straight).started  # it is the same run
 
 
-@pytest.mark.parametrize("option", ["packing", "group_by_length", "chat_template_path"])
+@pytest.mark.parametrize(
+    "option",
+    ["packing", *(pytest.param(name, marks=pytest.mark.slow) for name in ("group_by_length", "chat_template_path"))],
+)
 def test_what_makes_the_batches_goes_on(option, llm, tmp_path):
     """In the middle of the second epoch, of chats with an ECG and without."""
     data = save_tiny_data(tmp_path / "data", without_ecg=3, train=14)

@@ -637,7 +637,10 @@ def test_two_processes_are_one(model, data, reward, tmp_path):
             "--loss_type",
             "grpo",
         ],
-        ["--use_peft", "--beta", "0.1", "--bf16", "--gradient_checkpointing", "true", "--repetition_penalty", "1.1"],
+        [
+            *("--use_peft", "--beta", "0.1", "--bf16", "--gradient_checkpointing", "true"),
+            *("--repetition_penalty", "1.1", "--eval_strategy", "steps", "--eval_steps", "2", "--eval_prompts", "2"),
+        ],
         ["--augment_ecg", "--lead_dropout", "0.1", "--missing_leads", "zeros", "--dataloader_num_workers", "1"],
         *(
             pytest.param(options, marks=pytest.mark.minutes)
@@ -674,9 +677,8 @@ def test_two_processes_are_one(model, data, reward, tmp_path):
     ],
 )
 def test_options_that_train(options, model, data, reward, tmp_path):
-    """Two steps, of which the second goes on with the answers of the first or writes new ones."""
-    options = [*options, "--max_steps", "3", "--eval_strategy", "steps", "--eval_steps", "2", "--eval_prompts", "2"]
-    options += ["--reward_weights", "1", "-0.5"]
+    """Three steps, of which the later ones go on with the answers of the first or write new ones."""
+    options = [*options, "--max_steps", "3", "--reward_weights", "1", "-0.5"]
     rl.main(tiny_rl(model, data, tmp_path / "run", *options, rewards=(reward, "length")))
     assert all(math.isfinite(loss) for loss in of(tmp_path / "run", "loss"))
     load_elm(str(tmp_path / "run"))

@@ -301,8 +301,9 @@ def test_the_eager_backend_is_refused_where_it_fails(llm, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_torch_compile(llm, data, tmp_path):
+def test_torch_compile(data, tmp_path):
     """A step is one graph: at each break a GPU waits for Python. test_torch_compile.py has the other architectures."""
+    llm = save_tiny_llm(tmp_path / "llm", num_hidden_layers=1)  # it takes seconds to trace another
     torch._dynamo.reset()
     counters.clear()
     options = ["--elm", "patch_elf", "--max_steps", "1"]

@@ -46,8 +46,17 @@ def rows_of(model, ids) -> torch.Tensor:
     return torch.stack([model.get_input_embeddings().weight[ids], model.get_output_embeddings().weight[ids]]).detach()
 
 
-@pytest.mark.parametrize("kind", ["tied", "untied", "spare rows"])
-@pytest.mark.parametrize("way", ["in full", "LoRA", "LoRA of symbolic ECGs"])
+KINDS, WAYS = ("tied", "untied", "spare rows"), ("in full", "LoRA", "LoRA of symbolic ECGs")
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        pytest.param(kind, way, marks=[] if KINDS.index(kind) == WAYS.index(way) else [pytest.mark.slow])
+        for kind in KINDS
+        for way in WAYS
+    ],
+)
 def test_rows_are_trained_and_saved(llms, data, tmp_path, kind, way):
     if way == "LoRA of symbolic ECGs":
         tiny_ecg_byte().save_pretrained(tmp_path / "ecg_byte")

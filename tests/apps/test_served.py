@@ -235,6 +235,7 @@ def test_a_served_page_answers_as_one_here(running, served, records):
     assert ecgs[0].prepared.array.shape[1] == 9 * 500
 
 
+@pytest.mark.slow
 def test_the_command_of_the_page(running, records, monkeypatch, capsys):
     pytest.importorskip("gradio")
     monkeypatch.setenv("ELM_API_KEY", KEY)

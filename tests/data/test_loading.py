@@ -379,9 +379,19 @@ def outside(tmp_path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("column", ["text", "list", "dict", "reference"])
-@pytest.mark.parametrize("path", ["{0}/private.npz", "../private.npz", "link.npz", "/etc/hostname"])
-@pytest.mark.parametrize("ecg_root", [True, False])
+COLUMNS = ("text", "list", "dict", "reference")
+OUTSIDE = ("{0}/private.npz", "../private.npz", "link.npz", "/etc/hostname")
+
+
+@pytest.mark.parametrize(
+    ("path", "column", "ecg_root"),
+    [
+        pytest.param(path, column, ecg_root, marks=[] if (place + number) % 2 == ecg_root else [pytest.mark.slow])
+        for place, path in enumerate(OUTSIDE)
+        for number, column in enumerate(COLUMNS)
+        for ecg_root in (True, False)
+    ],
+)
 def test_rows_read_no_other_files(path, column, ecg_root, outside):
     """Neither with --ecg_root nor without, in no form of a row, whole or streamed, by whatever command."""
     path = path.format(outside)

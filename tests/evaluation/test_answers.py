@@ -27,7 +27,7 @@ from helpers import (
     tiny_symbolic_processor,
 )
 
-TEN_TOKENS = {"max_new_tokens": 10}
+FEW_TOKENS = {"max_new_tokens": 5}
 
 
 def tiny_elm(family: str = "default", ecg_part: str | None = "merl", **changes: Any) -> Any:
@@ -84,7 +84,7 @@ def data(tmp_path_factory) -> Dataset:
 
 def ask(elm: Any, data: Dataset, condition: str = "ecg", **options: Any) -> list[Any]:
     model, processor = elm
-    options = {"generation": TEN_TOKENS} | options
+    options = {"generation": FEW_TOKENS} | options
     answers, reason = Answerer(model, processor, data, list_questions(data), **options).ask(condition)
     assert reason is None
     return answers
@@ -108,8 +108,8 @@ def test_200_mixed_samples_in_batches_of_32_and_one_by_one(elm):
 )
 def test_rows_that_have_ended_do_not_wait_for_the_others(elm, monkeypatch, reuse, ends):
     """The others go on with the same words as by one call of `generate`, in batches that become smaller."""
-    rows, sizes = mixed_rows(12, seed=3), []
-    options = {"generation": {"max_new_tokens": 30} | ends, "batch_size": 40, "reuse_prefix": reuse}
+    rows, sizes = mixed_rows(8, seed=3), []
+    options = {"generation": {"max_new_tokens": 16} | ends, "batch_size": 40, "reuse_prefix": reuse}
     with monkeypatch.context() as patch:
         patch.setattr(Answerer, "_is_plain_greedy", lambda self: False)
         at_once = ask(elm, rows, **options)
@@ -130,7 +130,7 @@ def test_what_another_call_would_write_otherwise_is_written_in_one(elm, data, mo
     calls = []
     generate = type(elm[0]).generate
     monkeypatch.setattr(type(elm[0]), "generate", lambda self, **given: calls.append(1) or generate(self, **given))
-    ask(elm, data.select([0]), generation=TEN_TOKENS | option)
+    ask(elm, data.select([0]), generation=FEW_TOKENS | option)
     assert len(calls) == len(list_questions(data.select([0])))
 
 
@@ -140,7 +140,7 @@ def test_an_ecg_is_encoded_once_for_all_conditions(elm, data, score):
     model, processor = elm
     questions = list_questions(data)
     candidates = None if score == "generation" else [["yes", "no"]] * len(questions)
-    options = {"generation": {"max_new_tokens": 3, "num_beams": 2}, "batch_size": 4, "candidates": candidates}
+    options = {"generation": {"max_new_tokens": 2, "num_beams": 2}, "batch_size": 7, "candidates": candidates}
     kept, anew = (Answerer(model, processor, data, questions, **options) for _ in range(2))
     anew._features = None
     for condition in CONDITIONS:
@@ -375,7 +375,7 @@ def test_batches_do_not_tell_the_right_answer(elm, data):
 
 
 def test_sampled_answers_do_not_depend_on_what_came_before(elm, data, tmp_path, monkeypatch):
-    options = {"generation": {**TEN_TOKENS, "do_sample": True, "temperature": 2.0}, "batch_size": 2}
+    options = {"generation": {**FEW_TOKENS, "do_sample": True, "temperature": 2.0}, "batch_size": 2}
     answers = ask(elm, data, **options)
     torch.manual_seed(5)
     assert ask(elm, data, **options) == answers
@@ -397,14 +397,14 @@ def test_an_answer_stops_at_a_text(elm, data):
     rows = data.select(range(4))
     whole = ask(elm, rows)
     text = next(letter for answer in whole for letter in answer[1:-1] if letter.isascii() and letter.isalpha())
-    cut = ask(elm, rows, generation=TEN_TOKENS | {"stop_strings": [text]})
+    cut = ask(elm, rows, generation=FEW_TOKENS | {"stop_strings": [text]})
     assert cut == [answer[: answer.index(text) + 1] if text in answer else answer for answer in whole]
     assert cut != whole
 
 
 def test_beams(elm):
     rows = mixed_rows(5)
-    options = {"generation": {**TEN_TOKENS, "num_beams": 3}}
+    options = {"generation": {**FEW_TOKENS, "num_beams": 3}}
     assert ask(elm, rows, batch_size=5, **options) == ask(elm, rows, batch_size=1, **options)
     assert ask(elm, rows, batch_size=5, **options) != ask(elm, rows)
 
@@ -444,7 +444,7 @@ def test_symbolic_ecgs(data):
 
     assert longest("noise") > longest("ecg")
     processor.max_length = longest("ecg") + 1
-    found, reason = Answerer(*elm, data, list_questions(data), generation=TEN_TOKENS).ask("noise")
+    found, reason = Answerer(*elm, data, list_questions(data), generation=FEW_TOKENS).ask("noise")
     assert found == []
     assert reason is not None
     assert "Nothing is cut in silence" in reason
@@ -576,11 +576,11 @@ def test_a_model_that_gives_nan_has_no_answers(elm, value, monkeypatch):
     monkeypatch.setattr(type(model), "compute_logits", broken)
     candidates = [["yes", "no"]] * len(questions)
     for choices in (None, candidates):
-        answerer = Answerer(model, processor, rows, questions, choices, generation=TEN_TOKENS)
+        answerer = Answerer(model, processor, rows, questions, choices, generation=FEW_TOKENS)
         with pytest.raises(NotFiniteError, match="The model gives NaN or infinity for the scores of tokens"):
             answerer.ask("noise")
 
 
 def test_tokens_that_are_ruled_out_are_no_fault(elm):
     """They have minus infinity."""
-    assert ask(elm, mixed_rows(2), generation={**TEN_TOKENS, "suppress_tokens": [5, 6], "min_new_tokens": 3})
+    assert ask(elm, mixed_rows(2), generation={**FEW_TOKENS, "suppress_tokens": [5, 6], "min_new_tokens": 3})

@@ -107,7 +107,7 @@ def test_says_where_and_how_many(model, records, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]
 
 
-@pytest.mark.parametrize("after", [1, 3])
+@pytest.mark.parametrize("after", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_and_repeated(after, answered, model, records, tmp_path, monkeypatch):
     argv = (str(records), "--question", *QUESTIONS, *FEW)
     answer, number = Answerer.answer_batch, iter(range(100))
@@ -228,8 +228,9 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_questions_of_a_dataset(model, data, tmp_path):
+def test_the_questions_of_a_dataset(model, data, tmp_path, monkeypatch):
     """As `elm evaluate` asks them: behind the right answers to those before."""
+    monkeypatch.setattr(evaluate, "write_report", lambda *args, **options: None)
     lines = lines_of(run(model, tmp_path, "--data", str(data), *FEW))
     options = ["--conditions", "ecg", "--num_resamples", "1", "--output_dir", str(tmp_path / "evaluated"), *FEW]
     results = evaluate.main(["--model_name_or_path", str(model), "--data", str(data), *options])

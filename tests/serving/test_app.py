@@ -470,6 +470,7 @@ def address():
         thread.join()
 
 
+@pytest.mark.slow
 def test_the_openapi_document_is_true(address):
     """Requests that follow it and that do not, at random; HYPOTHESIS_EXAMPLES=1000 tries more."""
     schema = schemathesis.openapi.from_url(f"{address}/openapi.json")

@@ -17,7 +17,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import httpx2
-import openai
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -82,12 +81,16 @@ class Process:
                     break
             except httpx2.TransportError:
                 time.sleep(0.1)
+        import openai  # late, as the other tests have no need of it
+
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="key", max_retries=0)
 
 
 @pytest.mark.slow
 def test_officially(folder, record, tmp_path):
     """The official client, curl's way and a client that goes away, of a base and its adapters; then SIGTERM ends what runs."""
+    import openai
+
     models = [str(folder / name) for name in ("base", "first", "second")]
     key = tmp_path / "key"
     key.write_text("key\n")

@@ -81,7 +81,10 @@ def ask(trained: Trained, url: str, do: Callable[[VLLMEngine], Coroutine], **opt
     return asyncio.run(run())
 
 
-@pytest.mark.parametrize("representation", REPRESENTATIONS)
+@pytest.mark.parametrize(
+    "representation",
+    ["signal", "symbolic", *(pytest.param(name, marks=pytest.mark.slow) for name in REPRESENTATIONS[2:])],
+)
 def test_many_at_once_answer_as_elm_predict(representation, tmp_path):
     trained = Trained(representation, tmp_path)
     asked = chats() if representation == "signal" else chats(5.0)[:3]

@@ -205,6 +205,7 @@ def test_weights_that_are_none(key, change, message, tmp_path):
         run(tmp_path / "merl.pt", weights, "--encoder", "merl", "--segment_len", 500)
 
 
+@pytest.mark.slow
 def test_changed_checkpoints_are_converted_or_refused_in_one_line(llm, tmp_path):
     """Entries that are missing, renamed, there twice, or of another shape, type or value."""
     random = np.random.default_rng(0)

@@ -41,6 +41,7 @@ def test_tokenizer_of_every_binary_protocol(protocol, tmp_path):
     assert (tokenizer.millivolt_range, tokenizer.across_leads, tokenizer.sampling_rate) == (None, True, None)
 
 
+@pytest.mark.slow
 def test_tokenizer_of_many_merges(tmp_path):
     # more items than the pickler writes at once, and ids of more than two bytes
     strings = ["".join(letters) for letters in itertools.product("abcdefghijklmnopq", repeat=4)]

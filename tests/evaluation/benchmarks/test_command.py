@@ -11,6 +11,7 @@ from PIL import Image
 
 from elm_ecg import ELMProcessor, new_elm
 from elm_ecg.training import cli
+from elm_ecg.training.evaluation import report
 from elm_ecg.training.evaluation.benchmarks import command, endpoint
 from elm_ecg.training.evaluation.benchmarks.tables import write_tables
 from elm_ecg.training.evaluation.results import read_predictions, read_results
@@ -103,6 +104,7 @@ def run(tmp_path_factory, place, elm) -> tuple[Path, dict[str, Any]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "write_report", one_report)
+        patch.setattr(report, "PICTURE_WIDTH", 300)  # of examples that no test looks at
         return folder, command.main([*argv, "--conditions", "zeroed"])
 
 
