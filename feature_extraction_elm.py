@@ -222,7 +222,7 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
             raise ValueError(
                 f"The ECG is {length / rate:.4g} s long ({length:.6g} samples at {rate:g} Hz), the model takes "
                 f"{self.num_samples / rate:.4g} s ({self.num_samples} samples), {(length - self.num_samples) / rate:.4g} s less: "
-                'cut the ECG, or keep a part of it with truncation="start", "center" or "end" (in training and elm predict: --truncation).'
+                'cut the ECG, or keep a part of it with truncation="start", "center" or "end" (in training and elm predict: --truncation; in elm explain: --start SECOND).'
             )
         excess = max(0, num_samples - self.num_samples)
         return excess if truncation == "end" else excess // 2 if truncation == "center" else 0
