@@ -136,6 +136,15 @@ def test_a_part_of_another_command_is_not_taken(model, records, tmp_path, monkey
             run(model, tmp_path, str(records), *options)
 
 
+def test_killed_when_all_was_answered(answered, model, records, tmp_path, monkeypatch):
+    """Nothing is left to ask then, as of those processes that get no part of few rows."""
+    argv = (str(records), "--question", *QUESTIONS, *FEW)
+    with monkeypatch.context() as patched:
+        patched.setattr(predict.Parts, "finish", lambda *args: None)
+        run(model, tmp_path, *argv)
+    assert run(model, tmp_path, *argv).read_bytes() == answered.read_bytes()
+
+
 @pytest.mark.slow
 def test_two_processes_write_the_same_file(answered, model, records, tmp_path):
     code = (
