@@ -9,7 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import load_from_disk
+from ecg_files import write_wfdb
 
+from elm_ecg.ecg_utils import STANDARD_LEADS
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training import cli
@@ -143,6 +145,19 @@ def test_killed_when_all_was_answered(answered, model, records, tmp_path, monkey
         patched.setattr(predict.Parts, "finish", lambda *args: None)
         run(model, tmp_path, *argv)
     assert run(model, tmp_path, *argv).read_bytes() == answered.read_bytes()
+
+
+def test_signals_beside_a_header_count_to_its_record(model, tmp_path, monkeypatch):
+    """Else a run that goes on keeps what was said of samples that were cut or not there, and are whole now."""
+    lines = ["r 12 100 500", *(f"r.dat 16 1000/mV 16 0 0 0 0 {lead}" for lead in STANDARD_LEADS)]
+    header = write_wfdb(tmp_path, lines, r=bytes(2 * 12 * 500))
+    monkeypatch.setattr(predict.Parts, "finish", lambda *args: None)
+    argv = (str(header), "--question", "Why?", *FEW)
+    run(model, tmp_path, *argv)
+    run(model, tmp_path, *argv)  # goes on
+    write_wfdb(tmp_path, lines, r=bytes(2 * 12 * 400))
+    with pytest.raises(ValueError, match="is what another command left unfinished"):
+        run(model, tmp_path, *argv)
 
 
 @pytest.mark.slow
