@@ -264,7 +264,7 @@ def test_conversation(chat, records, monkeypatch, capsys):
         ("/save chat.json", "No question was answered yet"),
         ("/save none/chat.json", "there is no folder none"),
         ("/clear all", "takes no argument, but got 'all'"),
-        ("What is <signal>?", "1 <signal> placeholders"),
+        ("What is <signal>?", "Of a chat the template writes them: there no text may hold <signal>."),
     ],
 )
 def test_an_error_is_a_line(chat, line, said, monkeypatch, capsys):
