@@ -90,6 +90,17 @@ def _fault_of(header: Path, path: Path) -> str | None:
     return None
 
 
+def signal_files(header: Path) -> list[Path]:
+    """The files that a header names, be they there or not; none where it is not there, or no header."""
+    if not header.is_file() or header.stat().st_size > _MAX_HEADER_BYTES:
+        return []
+    content = header.read_bytes()
+    if not is_wfdb_header(content):
+        return []
+    names = dict.fromkeys(os.fsdecode(line.split()[0]) for line in content_lines(content)[1:])
+    return [header.parent / Path(name).name for name in names]
+
+
 @dataclass(frozen=True)
 class _Header:
     """What a header says, checked against its signal files.

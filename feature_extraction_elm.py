@@ -4,6 +4,7 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import replace
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,11 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
         self.bandpass = None if bandpass is None else [float(frequency) for frequency in bandpass]
         self.notch = None if notch is None else float(notch)
         self.missing_leads = missing_leads
+
+    def save_pretrained(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """As of transformers, with its own code alone: a processor with which it was saved has named the processor's too."""
+        self.auto_map = None
+        return super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -222,7 +228,7 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
             raise ValueError(
                 f"The ECG is {length / rate:.4g} s long ({length:.6g} samples at {rate:g} Hz), the model takes "
                 f"{self.num_samples / rate:.4g} s ({self.num_samples} samples), {(length - self.num_samples) / rate:.4g} s less: "
-                'cut the ECG, or keep a part of it with truncation="start", "center" or "end" (in training and elm predict: --truncation).'
+                'cut the ECG, or keep a part of it with truncation="start", "center" or "end" (in training and elm predict: --truncation; in elm explain: --start SECOND).'
             )
         excess = max(0, num_samples - self.num_samples)
         return excess if truncation == "end" else excess // 2 if truncation == "center" else 0

@@ -375,7 +375,7 @@ class ELMProcessor(ProcessorMixin):
         if sum(counts) != len(values):
             raise ValueError(
                 f"The text has {sum(counts)} {self.ecg_token} placeholders ({counts} by sample) for {len(values)} ECGs; "
-                "write one placeholder for each ECG, or leave them to apply_chat_template."
+                f"write one placeholder for each ECG. Of a chat the template writes them: there no text may hold {self.ecg_token}."
             )
         if len(values) and text_kwargs.get("truncation"):
             raise ValueError("truncation would cut ECGs; shorten the text, or leave truncation out.")

@@ -257,14 +257,14 @@ def test_conversation(chat, records, monkeypatch, capsys):
         ("/ecg bad.xml", "bad.xml"),
         ("/ecg --start soon", "argument --start: invalid float value: 'soon'"),
         ("/ecg --speed 1", "unrecognized arguments: --speed"),
-        ('/ecg "', "No closing quotation"),
+        ("/ecg O'Neill.xml", "/ecg: No closing quotation; put a name that holds a quote into quotes of the other kind"),
         ("/plot", "no ECG to draw"),
         ("/save", "takes one FILE.json, but got 0 names"),
         ("/save chat.txt", "chat.txt is no .json file"),
-        ("/save chat.json", "Nothing was asked yet"),
+        ("/save chat.json", "No question was answered yet"),
         ("/save none/chat.json", "there is no folder none"),
         ("/clear all", "takes no argument, but got 'all'"),
-        ("What is <signal>?", "1 <signal> placeholders"),
+        ("What is <signal>?", "Of a chat the template writes them: there no text may hold <signal>."),
     ],
 )
 def test_an_error_is_a_line(chat, line, said, monkeypatch, capsys):
@@ -427,6 +427,12 @@ def test_script_on_standard_input(model, processor, records, tmp_path, monkeypat
     row = json.loads(Path("chat.json").read_text())
     assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
     assert row["messages"][0]["content"][0]["text"] == "Be brief."
+
+
+def test_script_in_another_encoding(chat, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Größe?\n".encode("latin-1")), "utf-8"))
+    with pytest.raises(ValueError, match=r"^Standard input is no text in utf-8 .*; save it in that encoding"):
+        run(chat)
 
 
 def test_folder_without_a_model(tmp_path):

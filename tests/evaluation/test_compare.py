@@ -248,6 +248,15 @@ def test_other_metrics(metric, message):
         score(metric, ["yes", "no"], ["yes", "yes"])
 
 
+def test_a_metric_of_ones_own_goes_by_its_path(tmp_path):
+    """The results know its name alone, by which nobody finds its file again."""
+    questions = make_questions(next(iter(ANSWERS.values())))
+    path = save(tmp_path, questions, metrics={**RESULTS["metrics"], "rate_error": {}})
+    model = compare.read_model(path)
+    with pytest.raises(ValueError, match=r"no metric 'rate_error'; expected .* or the path of one of your own"):
+        compare.points_of("rate_error", model)
+
+
 def test_words():
     def row(metric: str, value: float, p_value: float | None) -> compare.Comparison:
         return compare.Comparison(("a", "b"), metric, Difference(value, None, None, p_value), p_value)

@@ -9,7 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import load_from_disk
+from ecg_files import write_wfdb
 
+from elm_ecg.ecg_utils import STANDARD_LEADS
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training import cli
@@ -134,6 +136,28 @@ def test_a_part_of_another_command_is_not_taken(model, records, tmp_path, monkey
     for options in (["--question", "Who?", *FEW], ["--question", "Why?", *FEW, "--seed", "1"]):
         with pytest.raises(ValueError, match="is what another command left unfinished"):
             run(model, tmp_path, str(records), *options)
+
+
+def test_killed_when_all_was_answered(answered, model, records, tmp_path, monkeypatch):
+    """Nothing is left to ask then, as of those processes that get no part of few rows."""
+    argv = (str(records), "--question", *QUESTIONS, *FEW)
+    with monkeypatch.context() as patched:
+        patched.setattr(predict.Parts, "finish", lambda *args: None)
+        run(model, tmp_path, *argv)
+    assert run(model, tmp_path, *argv).read_bytes() == answered.read_bytes()
+
+
+def test_signals_beside_a_header_count_to_its_record(model, tmp_path, monkeypatch):
+    """Else a run that goes on keeps what was said of samples that were cut or not there, and are whole now."""
+    lines = ["r 12 100 500", *(f"r.dat 16 1000/mV 16 0 0 0 0 {lead}" for lead in STANDARD_LEADS)]
+    header = write_wfdb(tmp_path, lines, r=bytes(2 * 12 * 500))
+    monkeypatch.setattr(predict.Parts, "finish", lambda *args: None)
+    argv = (str(header), "--question", "Why?", *FEW)
+    run(model, tmp_path, *argv)
+    run(model, tmp_path, *argv)  # goes on
+    write_wfdb(tmp_path, lines, r=bytes(2 * 12 * 400))
+    with pytest.raises(ValueError, match="is what another command left unfinished"):
+        run(model, tmp_path, *argv)
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from elm_ecg.training.encoders import load_encoder
 from elm_ecg.training.load import load_elm
 from elm_ecg.training.serving.engine import Prompt
 from elm_ecg.training.serving.vllm_engine import prompt_embeddings
+from elm_ecg.training.sharing.push import code_of
 from helpers import (
     run_isolated,
     tiny_elm_config,
@@ -191,7 +192,9 @@ def test_encoder(exported, tmp_path):
         assert cli.main(["export", *arguments]) == 0
     model, processor = exported("signal").model, exported("signal").processor
     encoder = load_encoder(str(tmp_path / "signal"))
-    assert encoder.extractor.to_dict() == processor.feature_extractor.to_dict()
+    own_code = {"auto_map": {"AutoFeatureExtractor": "feature_extraction_elm.ECGFeatureExtractor"}}
+    assert encoder.extractor.to_dict() == processor.feature_extractor.to_dict() | own_code
+    assert "feature_extraction_elm.py" in code_of(tmp_path / "signal", "encoder")  # which `elm push` shares; none is missing
     ecg = processor.feature_extractor([chats()[1][0]["content"][0]["ecg"]], **RATE, return_tensors="pt")["ecg_values"]
     with torch.no_grad():
         expected = model.model.encoder(ecg).last_hidden_state

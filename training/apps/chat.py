@@ -136,7 +136,12 @@ class Chat:
             ValueError, OSError, ImportError: the command is unknown or cannot be done.
         """
         self.lacks_ecg |= line.startswith("/ecg ")  # until they are read
-        verb, *arguments = shlex.split(line)  # quotes hold the blanks of a file's name, as in a shell
+        try:
+            verb, *arguments = shlex.split(line)  # quotes hold the blanks of a file's name, as in a shell
+        except ValueError as error:
+            raise ValueError(
+                f'{line.split()[0]}: {error}; put a name that holds a quote into quotes of the other kind, as "O\'Neill.xml".'
+            ) from error
         if verb == "/ecg":
             self._ecg(arguments)
         elif verb == "/plot":
@@ -203,7 +208,7 @@ class Chat:
         if path.suffix.lower() not in (".json", ".jsonl"):
             raise ValueError(f"/save: {path} is no .json file.")
         if all(message["role"] == "system" for message in self.messages):
-            raise ValueError("Nothing was asked yet, so there is no chat to save.")
+            raise ValueError("No question was answered yet, so there is no chat to save.")
         write_text(path, json.dumps(self.row(), ensure_ascii=False) + "\n")
         print(f"Chat in {path.resolve()}")
 
@@ -315,6 +320,10 @@ def run(chat: Chat) -> None:
             if by_hand:
                 print()
             return
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"Standard input is no text in {error.encoding} ({error}); save it in that encoding."
+            ) from error
         except KeyboardInterrupt:
             if not by_hand:
                 raise

@@ -209,7 +209,7 @@ def points_of(metric: str, model: EvaluatedModel) -> np.ndarray:
                 f"--condition {model.condition} out, or compare by another metric."
             )
         return np.array([row.get("suite", {}).get(metric, (0.0, 0.0)) for row in model.predictions], dtype=float)
-    if metric not in METRIC_NAMES and metric in model.results["metrics"]:
+    if "suite" in model.results and metric not in METRIC_NAMES and metric in model.results["metrics"]:
         raise ValueError(f"{metric} is not a mean over the answers, so it cannot be compared answer by answer.")
     scores = score(metric, model.column(model.condition), model.column("answer"))
     return np.stack([scores, np.ones(len(scores))], axis=1)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -165,7 +166,7 @@ def predict(predictor: Predictor, rows: Rows, parts: Parts, size: int) -> None:
     # the next part is read while the model works on this one
     with bar, ThreadPoolExecutor(1) as reader:
         following = reader.submit(read, mine[0]) if mine else None
-        for part, after in zip(mine, [*mine[1:], None], strict=True):
+        for part, after in zip_longest(mine, mine[1:]):  # none is left of a run that ended before its file was made
             assert following is not None
             of_part, records = following.result()
             following = None if after is None else reader.submit(read, after)
@@ -255,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
     if state.is_main_process:
         told = _told(parts, rows.num_records, args.features is not None)
         parts.finish(args.candidates)
-        print(f"{told}. In {args.output.resolve()}", flush=True)
+        print(f"{told.removesuffix('.')}. In {args.output.resolve()}", flush=True)
 
 
 if __name__ == "__main__":  # as `accelerate launch` and `torchrun` start it

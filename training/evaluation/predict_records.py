@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset
 
 from elm_ecg.ecg_formats import record_path
+from elm_ecg.ecg_formats_wfdb import signal_files
 from elm_ecg.ecg_utils import ECGRecord, as_record
 from elm_ecg.training.data import records as stored_records
 from elm_ecg.training.data.loading import ecgs_of, load_data, notices_of
@@ -236,9 +237,17 @@ def _version(location: Any) -> Any:
     """What tells that a file has changed; nothing of an ECG in memory, whose archive tells."""
     if not isinstance(location, str | Path):
         return None
-    path = record_path(location)[0]
+    path = record_path(location)[0].absolute()
+    files = [path]
+    if path.is_file():  # of WFDB a header says what the files of the signals hold
+        header = path.with_suffix(".hea")
+        files += [header, *signal_files(header)]
+    return [_state(file) for file in dict.fromkeys(files)]
+
+
+def _state(path: Path) -> list[Any]:
     try:
         stat = path.stat()
     except OSError:  # reading says what is wrong
-        return None
-    return [str(path.absolute()), stat.st_size, stat.st_mtime_ns]
+        return [str(path)]
+    return [str(path), stat.st_size, stat.st_mtime_ns]
