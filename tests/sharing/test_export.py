@@ -194,7 +194,9 @@ def test_encoder(exported, tmp_path):
     encoder = load_encoder(str(tmp_path / "signal"))
     own_code = {"auto_map": {"AutoFeatureExtractor": "feature_extraction_elm.ECGFeatureExtractor"}}
     assert encoder.extractor.to_dict() == processor.feature_extractor.to_dict() | own_code
-    assert "feature_extraction_elm.py" in code_of(tmp_path / "signal", "encoder")  # which `elm push` shares; none is missing
+    assert "feature_extraction_elm.py" in code_of(
+        tmp_path / "signal", "encoder"
+    )  # which `elm push` shares; none is missing
     ecg = processor.feature_extractor([chats()[1][0]["content"][0]["ecg"]], **RATE, return_tensors="pt")["ecg_values"]
     with torch.no_grad():
         expected = model.model.encoder(ecg).last_hidden_state
