@@ -26,6 +26,7 @@ from trl import ModelConfig
 from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
 from elm_ecg.ecg_drawing import ECGPaper, draw_ecg
 from elm_ecg.ecg_utils import as_record
+from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.training import model_files
@@ -136,6 +137,17 @@ def test_pretrained_encoder(llm, tmp_path):
     model = build(arguments(llm, encoder_name_or_path=str(tmp_path), encoder_config=None))
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(model.model.encoder.state_dict()[name], tensor), name
+
+
+def test_pretrained_encoder_of_other_records(llm, tmp_path, caplog):
+    ENCODER_MODELS["mtae"](ENCODER_CONFIGS["mtae"](num_samples=500, **TINY_ENCODERS["mtae"])).save_pretrained(tmp_path)
+    ECGFeatureExtractor(125, 500, normalization="zscore", bandpass=(0.5, 40)).save_pretrained(tmp_path)
+    pretrained = {"encoder_name_or_path": str(tmp_path), "encoder_config": None}
+    build(arguments(llm, **pretrained, sampling_rate=125, normalization="zscore", bandpass=[0.5, 40]))
+    assert "learnt from records" not in caplog.text
+    build(arguments(llm, **pretrained, bandpass=[0.5, 40]))
+    (told,) = [message for message in caplog.messages if "learnt from records" in message]
+    assert told.endswith("--sampling_rate 125 (now 250), --normalization zscore (now none).")
 
 
 @pytest.mark.parametrize("update", [["encoder"], ["connector"], ["llm"], ["encoder", "llm"]])

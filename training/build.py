@@ -1,6 +1,7 @@
 """A new ELM and its processor from the command line's arguments."""
 
 import inspect
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoTokenizer,
+    FeatureExtractionMixin,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -51,6 +53,8 @@ logger = logging.getLogger(__name__)
 
 # values of a stacked record that are black and white, by its normalization: millivolts, deviations, or its own range
 VALUE_RANGES = {"none": (-2.0, 2.0), "zscore": (-4.0, 4.0), "minmax": (0.0, 1.0)}
+# of a feature extractor, what the samples of a record are; how many there are, an encoder itself says
+OF_RECORDS = ("sampling_rate", "lead_names", "normalization", "bandpass", "notch")
 DEFAULT_ECG_TOKENIZER = resource("training/tokenizers/ptbxl_250hz")
 
 
@@ -305,8 +309,30 @@ def build_model(
     if encoder is not None:
         encoder = given_encoder(encoder, args, len(processor.feature_extractor.lead_names))
     fields = elm_fields(args, processor, in_vocabulary, encoder)
-    encoder = place_of_encoder(args) if encoder is None else encoder
+    if encoder is None and (encoder := place_of_encoder(args)) is not None:
+        _compare_records(encoder, processor)
     return build_around(place, encoder, fields, processor, trust_remote_code, **llm_kwargs)
+
+
+def _compare_records(encoder: str, processor: ELMProcessor) -> None:
+    """Warns if records are prepared otherwise than those that a pretrained encoder has learnt from, where it says so."""
+    try:
+        learnt = FeatureExtractionMixin.get_feature_extractor_dict(encoder)[0]
+    except OSError:  # it has no feature extractor, as a vision backbone
+        return
+    prepared = json.loads(processor.feature_extractor.to_json_string())  # as those that were saved
+    differ = [name for name in OF_RECORDS if name in learnt and learnt[name] != prepared[name]]
+    if processor.representation == "signal" and differ:
+        logger.warning(
+            "The encoder %s has learnt from records that were prepared otherwise, so that what it makes of these may be worth little. Its own: %s.",
+            encoder,
+            ", ".join(f"--{name} {_word(learnt[name])} (now {_word(prepared[name])})" for name in differ),
+        )
+
+
+def _word(value: Any) -> str:
+    values = value if isinstance(value, list) else [value]
+    return " ".join(f"{one:g}" if isinstance(one, float) else str(one) for one in values)
 
 
 def build_around(
