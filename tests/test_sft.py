@@ -360,7 +360,9 @@ def test_missing_train_split(llm, tmp_path):
 
 
 def test_too_long_a_chat(llm, data, tmp_path):
-    with pytest.raises(ValueError, match=r"\(max_length=10\)\. Nothing is cut in silence"):
+    with pytest.raises(
+        ValueError, match=r"\(max_length=10\)\. Nothing is cut in silence: shorten the text, show fewer"
+    ):
         sft.main(tiny_sft(llm, data, tmp_path, "--llm_input_len", "10", "--max_steps", "1"))
 
 
