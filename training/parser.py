@@ -216,6 +216,10 @@ class ELMParser(CommandLineParser, TrlParser):
         self._check_spellings(word[2:].partition("=")[0] for word in words if word.startswith("--"))
         if words[-1:] == ["--config"]:
             self.error("--config needs a YAML file, or the name of a recipe")
+        if words.count("--config") > 1:
+            self.error(
+                "--config takes one YAML file or recipe; put the options of the others into it, or on the command line"
+            )
         if "--config" in words:
             place = words.index("--config") + 1
             self.source = f"--config {words[place]}: "
