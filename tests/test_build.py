@@ -139,6 +139,12 @@ def test_pretrained_encoder(llm, tmp_path):
         assert torch.equal(model.model.encoder.state_dict()[name], tensor), name
 
 
+def test_an_encoder_of_an_adapter(llm, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a LoRA adapter, .* `elm export .* --part encoder"):
+        build(arguments(llm, encoder_name_or_path=str(tmp_path), encoder_config=None))
+
+
 def test_pretrained_encoder_of_other_records(llm, tmp_path, caplog):
     ENCODER_MODELS["mtae"](ENCODER_CONFIGS["mtae"](num_samples=500, **TINY_ENCODERS["mtae"])).save_pretrained(tmp_path)
     ECGFeatureExtractor(125, 500, normalization="zscore", bandpass=(0.5, 40)).save_pretrained(tmp_path)

@@ -65,7 +65,12 @@ def place_of_encoder(args: ModelArguments) -> str | None:
     """
     if args.encoder_name_or_path is None or args.architecture != "llava":
         return None
-    place, _ = find_model_file(args.encoder_name_or_path, ["config.json"], label="--encoder")
+    place, file = find_model_file(args.encoder_name_or_path, ["config.json", "adapter_config.json"], label="--encoder")
+    if file == "adapter_config.json":
+        raise ValueError(
+            f"--encoder {place} is a LoRA adapter, which has its encoder partly in its base. Save that by itself with `elm export {place} --part "
+            "encoder --output_dir FOLDER`, and name the FOLDER."
+        )
     if (
         not Path(place).is_dir()
         or read_json(Path(place) / "config.json").get("model_type") != ECGPretrainingConfig.model_type
