@@ -141,7 +141,7 @@ def test_pretrained_encoder(llm, tmp_path):
 
 def test_an_encoder_of_an_adapter(llm, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="is a LoRA adapter, .* `elm export .* --part encoder"):
+    with pytest.raises(ValueError, match=r"is a LoRA adapter, .* `elm export .* --part encoder"):
         build(arguments(llm, encoder_name_or_path=str(tmp_path), encoder_config=None))
 
 
