@@ -374,6 +374,20 @@ def test_pretrained_backbone(llm, backbones, name, representation, option):
     assert model.get_ecg_features(**inputs).shape == (2, 4, 32)
 
 
+def test_what_reads_no_pictures_is_no_backbone(llm, tmp_path):
+    args = arguments(llm)
+    processor = build_processor(args)
+    model = build_model(args, processor)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    model.model.encoder.save_pretrained(tmp_path / "encoder")
+    for folder in (tmp_path, tmp_path / "encoder"):
+        with pytest.raises(ValueError, match="reads no pictures, with --representation rgb"):
+            build_processor(image_arguments(llm, encoder_name_or_path=str(folder)))
+    with pytest.raises(ValueError, match="A 'llama' model reads no images"):
+        build_processor(image_arguments(llm, encoder_name_or_path=str(llm)))
+
+
 @pytest.mark.parametrize("representation", ["rgb", "stacked_signal"])
 @pytest.mark.parametrize("model_type", TINY_VISION)
 def test_backbone_with_random_weights(llm, model_type, representation):

@@ -33,7 +33,7 @@ from elm_ecg.modeling_connectors import adopt_connector_class
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.modeling_parts import adopt_encoder_class
-from elm_ecg.modeling_vision_encoders import image_size, vision_config
+from elm_ecg.modeling_vision_encoders import image_size, vision_config, vision_model_class
 from elm_ecg.own_code import load_own_class
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer
@@ -119,7 +119,16 @@ def encoder_config(args: ModelArguments, num_leads: int) -> PreTrainedConfig:
     assert args.encoder is not None  # set with the arguments
     if args.representation in IMAGE_REPRESENTATIONS:
         if (place := place_of_encoder(args)) is not None:
-            return vision_config(place)
+            settings = PreTrainedConfig.get_config_dict(place)[0]
+            kind, of_elm = settings.get("model_type"), settings.get("representation")
+            if kind in ENCODER_CONFIGS or (kind == ELMConfig.model_type and of_elm not in IMAGE_REPRESENTATIONS):
+                raise ValueError(
+                    f"--encoder {place} reads no pictures, with --representation {args.representation}; leave the latter out, or name a vision "
+                    "backbone."
+                )
+            config = vision_config(place)
+            vision_model_class(config, args.image_features)  # which raises where it reads no images
+            return config
         # of models that read text too the vision tower
         model_types = [name for name in (f"{args.encoder}_vision_model", args.encoder) if name in CONFIG_MAPPING]
         if not model_types:
