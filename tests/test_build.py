@@ -83,7 +83,7 @@ def test_unknown_encoder(llm):
 
 
 def test_unknown_encoder_field(llm):
-    with pytest.raises(ValueError, match="MTAEConfig has no field depth, width"):
+    with pytest.raises(ValueError, match="MTAEConfig has no field depth, width; it has num_leads, num_samples, "):
         build(arguments(llm, encoder_config='{"depth": 1, "width": 2}'))
 
 

@@ -127,7 +127,8 @@ def encoder_config(args: ModelArguments, num_leads: int) -> PreTrainedConfig:
                     "backbone."
                 )
             config = vision_config(place)
-            vision_model_class(config, args.image_features)  # which raises where it reads no images
+            if kind != ELMConfig.model_type:
+                vision_model_class(config, args.image_features)  # which raises where it reads no images
             return config
         # of models that read text too the vision tower
         model_types = [name for name in (f"{args.encoder}_vision_model", args.encoder) if name in CONFIG_MAPPING]
@@ -154,7 +155,11 @@ def make_encoder_config(config_class: Any, encoder_fields: dict[str, Any], shape
     """A configuration with the fields of `--encoder_config`, and of a `shape` what it has fields for."""
     known = {field.name for field in fields(config_class)} | {*inspect.signature(config_class.__init__).parameters}
     if unknown := encoder_fields.keys() - known:
-        raise ValueError(f"--encoder_config: {config_class.__name__} has no field {', '.join(sorted(unknown))}.")
+        of_all = {field.name for field in fields(PreTrainedConfig)}
+        raise ValueError(
+            f"--encoder_config: {config_class.__name__} has no field {', '.join(sorted(unknown))}; it has "
+            f"{', '.join(field.name for field in fields(config_class) if field.name not in of_all)}."
+        )
     shape = {name: value for name, value in shape.items() if name in known}
     return config_class(**{**shape, **encoder_fields})
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
@@ -114,14 +114,6 @@ def build_model(args: PretrainArguments) -> tuple[ECGForPreTraining, ECGFeatureE
     extractor = ECGFeatureExtractor(**args.extractor_fields)
     encoder: PreTrainedModel | None = None
     if args.encoder in ENCODER_CONFIGS:
-        config_class = ENCODER_CONFIGS[args.encoder]
-        known = [option.name for option in fields(config_class)]
-        if unknown := args.encoder_fields.keys() - set(known):
-            of_all = {option.name for option in fields(PreTrainedConfig)}
-            raise ValueError(
-                f"--encoder_config: {config_class.__name__} has no field {', '.join(sorted(unknown))}; it has "
-                f"{', '.join(name for name in known if name not in of_all)}."
-            )
         shape = {"num_leads": len(extractor.lead_names), "num_samples": extractor.num_samples}
         encoder_config: Any = make_encoder_config(ENCODER_CONFIGS[args.encoder], args.encoder_fields, shape)
     else:
