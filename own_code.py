@@ -119,7 +119,7 @@ def load_own_class(reference: str, place: str | os.PathLike, trust_remote_code: 
     module, _, name = reference.rpartition(".")
     if not (module.isidentifier() and name.isidentifier()):
         raise ValueError(
-            f"{place} names its code {reference!r}; expected module.Class, of a file that lies beside its config.json."
+            f"{place} names its code {reference!r}; expected module.Class, of a file module.py there whose name has letters, digits and _ alone."
         )
     try:
         return get_class_from_dynamic_module(reference, str(place), **hub_kwargs)

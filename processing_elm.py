@@ -414,11 +414,13 @@ class ELMProcessor(ProcessorMixin):
                 if sum(map(len, tokens)) <= room:
                     logger.warning("%s: %s.", too_long, change)
                     return tokens
-        raise ValueError(
-            f"{too_long}. Nothing is cut in silence: shorten the text or the records, take a lower sampling rate or fewer "
-            f"leads in the feature extractor, or let the processor do so with overflow='downsample' or 'drop_leads' (it is "
-            f"{self.overflow!r}; in training: --ecg_overflow)."
-        )
+            what_to_do = (
+                "shorten the text or the records, take a lower sampling rate or fewer leads in the feature extractor, or let the processor "
+                f"do so with overflow='downsample' or 'drop_leads' (it is {self.overflow!r}; in training: --ecg_overflow)"
+            )
+        else:
+            what_to_do = "shorten the text, show fewer ECGs, or raise max_length where the language model reads more"
+        raise ValueError(f"{too_long}. Nothing is cut in silence: {what_to_do}.")
 
     def _pad(self, encoded: list[dict[str, list]], **padding: Any) -> dict[str, list]:
         """The columns of the batch, padded as the tokenizer pads; `offset_mapping` too, which it leaves out."""

@@ -179,9 +179,8 @@ def main() -> None:
     args, others = parser.parse_known_args()
 
     torch.set_num_threads(1)
-    constants.HF_HUB_DISABLE_TELEMETRY = (
-        True  # what TRL tells Hugging Face takes 4 MiB of TLS, and is no part of training
-    )
+    # what TRL tells Hugging Face takes 4 MiB of TLS, and is no part of training
+    constants.HF_HUB_DISABLE_TELEMETRY = True
     num_chats = args.batch_size * args.steps
     print("| vocabulary | ELM | side | samples/s | ratio | MiB | ratio |\n| --- | --- | --- | --- | --- | --- | --- |")
     for vocabulary in [None] if args.llm else args.vocabularies:

@@ -296,6 +296,9 @@ def test_config_without_a_name(capsys):
     with pytest.raises(SystemExit, match="2"):
         parse([*BASE, "--config"])
     assert "--config needs a YAML file, or the name of a recipe" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        parse([*BASE, "--config", "quickstart", "--config=road_sft"])
+    assert "--config takes one YAML file or recipe" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

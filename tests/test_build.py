@@ -26,6 +26,7 @@ from trl import ModelConfig
 from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
 from elm_ecg.ecg_drawing import ECGPaper, draw_ecg
 from elm_ecg.ecg_utils import as_record
+from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.training import model_files
@@ -82,7 +83,7 @@ def test_unknown_encoder(llm):
 
 
 def test_unknown_encoder_field(llm):
-    with pytest.raises(ValueError, match="MTAEConfig has no field depth, width"):
+    with pytest.raises(ValueError, match="MTAEConfig has no field depth, width; it has num_leads, num_samples, "):
         build(arguments(llm, encoder_config='{"depth": 1, "width": 2}'))
 
 
@@ -136,6 +137,23 @@ def test_pretrained_encoder(llm, tmp_path):
     model = build(arguments(llm, encoder_name_or_path=str(tmp_path), encoder_config=None))
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(model.model.encoder.state_dict()[name], tensor), name
+
+
+def test_an_encoder_of_an_adapter(llm, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"is a LoRA adapter, .* `elm export .* --part encoder"):
+        build(arguments(llm, encoder_name_or_path=str(tmp_path), encoder_config=None))
+
+
+def test_pretrained_encoder_of_other_records(llm, tmp_path, caplog):
+    ENCODER_MODELS["mtae"](ENCODER_CONFIGS["mtae"](num_samples=500, **TINY_ENCODERS["mtae"])).save_pretrained(tmp_path)
+    ECGFeatureExtractor(125, 500, normalization="zscore", bandpass=(0.5, 40)).save_pretrained(tmp_path)
+    pretrained = {"encoder_name_or_path": str(tmp_path), "encoder_config": None}
+    build(arguments(llm, **pretrained, sampling_rate=125, normalization="zscore", bandpass=[0.5, 40]))
+    assert "learnt from records" not in caplog.text
+    build(arguments(llm, **pretrained, bandpass=[0.5, 40]))
+    (told,) = [message for message in caplog.messages if "learnt from records" in message]
+    assert told.endswith("--sampling_rate 125 (now 250), --normalization zscore (now none).")
 
 
 @pytest.mark.parametrize("update", [["encoder"], ["connector"], ["llm"], ["encoder", "llm"]])
@@ -354,6 +372,20 @@ def test_pretrained_backbone(llm, backbones, name, representation, option):
     inputs = processor(ecgs=[RECORD, RECORD], return_tensors="pt")
     assert inputs["pixel_values"].shape == ((2, 16, 32**2 * 3) if "siglip2" in name else (2, 3, 160, 160))
     assert model.get_ecg_features(**inputs).shape == (2, 4, 32)
+
+
+def test_what_reads_no_pictures_is_no_backbone(llm, tmp_path):
+    args = arguments(llm)
+    processor = build_processor(args)
+    model = build_model(args, processor)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    model.model.encoder.save_pretrained(tmp_path / "encoder")
+    for folder in (tmp_path, tmp_path / "encoder"):
+        with pytest.raises(ValueError, match="reads no pictures, with --representation rgb"):
+            build_processor(image_arguments(llm, encoder_name_or_path=str(folder)))
+    with pytest.raises(ValueError, match="A 'llama' model reads no images"):
+        build_processor(image_arguments(llm, encoder_name_or_path=str(llm)))
 
 
 @pytest.mark.parametrize("representation", ["rgb", "stacked_signal"])

@@ -370,7 +370,7 @@ def test_errors_name_the_records():
     chat = [{"role": "user", "content": "Rate?"}, {"role": "assistant", "content": "80"}]
     rows = [{"messages": chat, "ecg": ecg, "record_id": f"r{index}"} for index, ecg in ((7, far), (8, "gone.npz"))]
     with pytest.raises(ValueError, match="In the batch of the records r7: The ECG reaches 10000 mV"):
-        ELMCollator(tiny_processor())(rows[:1])
+        ELMCollator(tiny_processor())(rows[:1] * 2)
     with pytest.raises(ValueError, match=r"In the batch of the records r8: .*There is no file gone.npz"):
         ELMCollator(tiny_processor())(rows[1:])
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from elm_ecg.training.digest import digest_of_folder, digest_of_model, files_of_model, folder_of
+from elm_ecg.training.digest import base_of_adapter, digest_of_folder, digest_of_model, files_of_model, folder_of
 from elm_ecg.training.files import write_text
 from elm_ecg.training.load import load_elm
 from helpers import tiny_elm, tiny_processor
@@ -72,6 +72,15 @@ def test_an_adapter_counts_with_its_base(folder, tmp_path):
         digest()
     with pytest.raises(ValueError, match="names its own folder"):
         digest(base_model_name_or_path=str(adapter))
+
+
+def test_a_copied_adapter_has_the_base_that_was_copied_with_it(tmp_path):
+    """In the folder that it was copied from another may have been trained since."""
+    for name in ("adapter", "kept"):
+        (tmp_path / name / "base_model").mkdir(parents=True)
+        named = json.dumps({"base_model_name_or_path": str(tmp_path / "adapter" / "base_model")})
+        write_text(tmp_path / name / "adapter_config.json", named)
+        assert base_of_adapter(tmp_path / name) == str(tmp_path / name / "base_model")
 
 
 def test_a_base_on_the_hub_counts_by_its_commit(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from elm_ecg.training.files import (
     atomic_path,
+    check_apart,
     check_output_folder,
     ending_on_sigterm,
     naming,
@@ -174,6 +175,16 @@ def test_check_output_folder(tmp_path):
     for path in (tmp_path / "a.txt", tmp_path / "a.txt" / "b"):
         with pytest.raises(ValueError, match=f"--output_dir {path} cannot be written: Not a directory"):
             check_output_folder(path)
+
+
+def test_what_is_read_is_not_written_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "link").symlink_to("llm")
+    check_apart(tmp_path / "out", llm="llm", encoder=None, data=["out", "owner/data"])
+    for read in ({"llm": "llm/"}, {"encoder": "link"}, {"data": ["other", str(tmp_path / "llm")]}):
+        with pytest.raises(ValueError, match=f"is the folder of --{next(iter(read))}, which would be written over"):
+            check_apart(Path("llm"), **read)
 
 
 def test_a_read_only_output_folder(tmp_path):

@@ -98,6 +98,10 @@ DAMAGES = {
         lambda folder: edit_json(folder / "config.json", model_type="llama"),
         "config.json is of a 'llama' model, not of an ELM; `elm sft --llm",
     ),
+    "of a pretraining model": (
+        lambda folder: edit_json(folder / "config.json", model_type="ecg_pretraining"),
+        "is of a 'ecg_pretraining' model, not of an ELM; `elm sft --encoder .* around an ECG encoder",
+    ),
     "without a model type": (lambda folder: edit_json(folder / "config.json", model_type=None), "is of a None model"),
     "unknown architecture": (lambda folder: edit_json(folder / "config.json", architecture="lava"), "architecture is 'lava'"),
     "other sizes": (

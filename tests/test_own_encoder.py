@@ -228,7 +228,7 @@ class TestSavedWithItsCode:
         config = json.loads((tmp_path / "config.json").read_text())
         config["encoder_config"]["auto_map"]["AutoModel"] = "owner/name--my_parts.MyEncoder"
         (tmp_path / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match=r"expected module\.Class, of a file that lies beside"):
+        with pytest.raises(ValueError, match=r"expected module\.Class, of a file module\.py there"):
             load_elm(str(tmp_path), trust_remote_code=True)
 
 

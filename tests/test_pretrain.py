@@ -370,6 +370,16 @@ def test_a_finished_model_and_options_of_a_new_one(trained, records, tmp_path, c
     assert "it is a 'st_mem' model; expected what `elm pretrain` saves" in capsys.readouterr().err
 
 
+def test_what_is_read_is_not_written_over(trained, records, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="is the folder of --encoder, which would be written over"):
+        pretrain.main(tiny_pretrain(records, trained, "--encoder", str(trained), encoder=None))
+    Path("st_mem").mkdir()  # as an earlier run has called its folder
+    monkeypatch.setattr(pretrain, "build_model", None)
+    with pytest.raises(TypeError):
+        pretrain.main(tiny_pretrain(records, Path("st_mem")))
+
+
 def test_records_of_a_pretrained_encoder(trained, records, tmp_path, capsys, caplog):
     """The feature extractor beside an encoder wins; without one the options say what its records are."""
     folder = tmp_path / "encoder"

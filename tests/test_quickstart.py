@@ -113,4 +113,10 @@ def test_a_typo_writes_nothing(options, message, tmp_path, monkeypatch, capsys):
     assert message in capsys.readouterr().err
     with pytest.raises(ValueError, match="--data_subset is 0"):
         quickstart.main(["--use_cpu", "--data_subset", "0"])
+    with pytest.raises(ValueError, match="--data: elm quickstart makes its own data"):
+        quickstart.main(["--use_cpu", "--data=mine"])
+    with pytest.raises(ValueError, match="--model_name_or_path: elm quickstart makes"):
+        quickstart.main(["--use_cpu", "--model-name-or-path", "mine"])
+    with pytest.raises(ValueError, match=r"--config mine\.yaml is no file"):
+        quickstart.main(["--use_cpu", "--config=mine.yaml"])
     assert list(tmp_path.iterdir()) == []

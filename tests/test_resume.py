@@ -94,7 +94,7 @@ def test_what_cannot_go_on_is_named_with_both_values(stopped, llm, data, monkeyp
 
 def test_what_may_differ_is_said_and_the_run_is_the_same(straight, stopped, llm, data, caplog):
     """Logging and saving; the count of tokens goes on."""
-    options = ["--max_steps", "6", *SAVING, *LAST, "--save_steps", "3", "--logging_first_step"]
+    options = ["--max_steps", "6", *SAVING, *LAST, "--save_steps", "3", "--logging_first_step", "--llm", f"{llm}/"]
     sft.main(tiny_sft(llm, data, stopped, *options))
     said = next(text for text in caplog.messages if "Going on from" in text)
     assert "--save_steps 2 (now 3)" in said

@@ -207,3 +207,6 @@ def test_files_without_the_function(tmp_path):
     (tmp_path / "broken.py").write_text("1 +")
     with pytest.raises(ValueError, match="cannot be loaded: "):
         load_rewards([f"{tmp_path / 'broken.py'}:mine"])
+    (tmp_path / "not-a-name.py").write_text("")
+    with pytest.raises(ValueError, match="whose name has letters, digits and _ alone"):
+        load_rewards([f"{tmp_path / 'not-a-name.py'}:mine"])

@@ -360,8 +360,17 @@ def test_missing_train_split(llm, tmp_path):
         sft.main(tiny_sft(llm, data, tmp_path / "model"))
 
 
+@pytest.mark.parametrize("option", ["llm", "data"])
+def test_what_is_read_is_not_written_over(llm, data, option):
+    folder = {"llm": llm, "data": data}[option]
+    with pytest.raises(ValueError, match=f"is the folder of --{option}, which would be written over"):
+        sft.main(tiny_sft(llm, data, folder))
+
+
 def test_too_long_a_chat(llm, data, tmp_path):
-    with pytest.raises(ValueError, match=r"\(max_length=10\)\. Nothing is cut in silence"):
+    with pytest.raises(
+        ValueError, match=r"\(max_length=10\)\. Nothing is cut in silence: shorten the text, show fewer"
+    ):
         sft.main(tiny_sft(llm, data, tmp_path, "--llm_input_len", "10", "--max_steps", "1"))
 
 

@@ -533,6 +533,16 @@ def test_number_of_processes(data, monkeypatch):
         (["--data_seed", "-1"], "--data_seed is -1"),
         (["--fp16"], "--fp16 needs a GPU, and there is none; --bf16 computes in 16 bits"),
         (["--activation_offloading"], "--activation_offloading takes memory from a GPU, and there is none"),
+        (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps is 0; expected a number at least 1"),
+        (["--batch_size", "-2"], "--per_device_train_batch_size is -2; expected a number at least 1"),
+        (["--epochs", "0"], "--num_train_epochs is 0.0; expected a number above 0"),
+        (["--max_steps", "0"], "--max_steps is 0; expected a number at least 1, or -1 for none"),
+        (["--pad_to_multiple_of", "0"], "--pad_to_multiple_of is 0; expected a number at least 1"),
+        (["--lr", "nan"], "--learning_rate is nan; expected a number at least 0"),
+        (["--weight_decay", "-1"], "--weight_decay is -1.0; expected a number at least 0"),
+        (["--max_grad_norm", "nan"], "--max_grad_norm is nan; expected a number at least 0"),
+        (["--peft", "--lora_alpha", "0"], "--lora_alpha is 0; expected a number above 0"),
+        (["--peft", "--lora_dropout", "1"], "--lora_dropout is 1.0; expected a number at least 0 and below 1"),
     ],
 )
 def test_values_that_would_fail_later(options, message):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +42,19 @@ ELMS: dict[str, tuple[str, str | None]] = {
     "conv_elf": ("fuyu", "conv"),
     "ecg_byte": ("text", None),  # and the symbolic representation
     "text": ("text", None),
+}
+
+
+# what a number has to be -> whether it is so
+_HOLDS: dict[str, Callable[[float], bool]] = {
+    "at least 0": lambda value: 0 <= value < float("inf"),  # NaN fails too
+    "at least 1": lambda value: 1 <= value < float("inf"),
+    "at least 1, or -1 for none": lambda value: value == -1 or 1 <= value < float("inf"),
+    "above 0": lambda value: 0 < value < float("inf"),
+    "above 0 and at most 1": lambda value: 0 < value <= 1,
+    "from 0 to 1": lambda value: 0 <= value <= 1,
+    "at least 0 and below 0.5": lambda value: 0 <= value < 0.5,
+    "at least 0 and below 1": lambda value: 0 <= value < 1,
 }
 
 
@@ -407,6 +421,14 @@ class ELMArguments(RunArguments, AugmentationArguments, ModelArguments, DataArgu
             raise ValueError(
                 f"--report_column {self.report_column} is of --train_phase pretrain; add that, or leave the option out."
             )
+
+
+def check_numbers(config: Any, numbers: Mapping[str, str]) -> None:
+    """ValueError for the first option whose number is not what it has to be, one of `_HOLDS`; what is no number is left alone."""
+    for name, expected in numbers.items():
+        value = getattr(config, name, None)  # None too where a command has no such option
+        if isinstance(value, int | float) and not _HOLDS[expected](value):
+            raise ValueError(f"--{name} is {value}; expected a number {expected}.")
 
 
 def json_fields(name: str, value: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A new ELM and its processor from the command line's arguments."""
 
 import inspect
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoTokenizer,
+    FeatureExtractionMixin,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -31,7 +33,7 @@ from elm_ecg.modeling_connectors import adopt_connector_class
 from elm_ecg.modeling_ecg_encoders import ENCODER_MODELS
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.modeling_parts import adopt_encoder_class
-from elm_ecg.modeling_vision_encoders import image_size, vision_config
+from elm_ecg.modeling_vision_encoders import image_size, vision_config, vision_model_class
 from elm_ecg.own_code import load_own_class
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.tokenization_ecg_byte import FILE_NAME, ECGByteTokenizer
@@ -51,6 +53,8 @@ logger = logging.getLogger(__name__)
 
 # values of a stacked record that are black and white, by its normalization: millivolts, deviations, or its own range
 VALUE_RANGES = {"none": (-2.0, 2.0), "zscore": (-4.0, 4.0), "minmax": (0.0, 1.0)}
+# of a feature extractor, what the samples of a record are; how many there are, an encoder itself says
+OF_RECORDS = ("sampling_rate", "lead_names", "normalization", "bandpass", "notch")
 DEFAULT_ECG_TOKENIZER = resource("training/tokenizers/ptbxl_250hz")
 
 
@@ -61,7 +65,12 @@ def place_of_encoder(args: ModelArguments) -> str | None:
     """
     if args.encoder_name_or_path is None or args.architecture != "llava":
         return None
-    place, _ = find_model_file(args.encoder_name_or_path, ["config.json"], label="--encoder")
+    place, file = find_model_file(args.encoder_name_or_path, ["config.json", "adapter_config.json"], label="--encoder")
+    if file == "adapter_config.json":
+        raise ValueError(
+            f"--encoder {place} is a LoRA adapter, which has its encoder partly in its base. Save that by itself with `elm export {place} --part "
+            "encoder --output_dir FOLDER`, and name the FOLDER."
+        )
     if (
         not Path(place).is_dir()
         or read_json(Path(place) / "config.json").get("model_type") != ECGPretrainingConfig.model_type
@@ -110,7 +119,17 @@ def encoder_config(args: ModelArguments, num_leads: int) -> PreTrainedConfig:
     assert args.encoder is not None  # set with the arguments
     if args.representation in IMAGE_REPRESENTATIONS:
         if (place := place_of_encoder(args)) is not None:
-            return vision_config(place)
+            settings = PreTrainedConfig.get_config_dict(place)[0]
+            kind, of_elm = settings.get("model_type"), settings.get("representation")
+            if kind in ENCODER_CONFIGS or (kind == ELMConfig.model_type and of_elm not in IMAGE_REPRESENTATIONS):
+                raise ValueError(
+                    f"--encoder {place} reads no pictures, with --representation {args.representation}; leave the latter out, or name a vision "
+                    "backbone."
+                )
+            config = vision_config(place)
+            if kind != ELMConfig.model_type:
+                vision_model_class(config, args.image_features)  # which raises where it reads no images
+            return config
         # of models that read text too the vision tower
         model_types = [name for name in (f"{args.encoder}_vision_model", args.encoder) if name in CONFIG_MAPPING]
         if not model_types:
@@ -136,7 +155,11 @@ def make_encoder_config(config_class: Any, encoder_fields: dict[str, Any], shape
     """A configuration with the fields of `--encoder_config`, and of a `shape` what it has fields for."""
     known = {field.name for field in fields(config_class)} | {*inspect.signature(config_class.__init__).parameters}
     if unknown := encoder_fields.keys() - known:
-        raise ValueError(f"--encoder_config: {config_class.__name__} has no field {', '.join(sorted(unknown))}.")
+        of_all = {field.name for field in fields(PreTrainedConfig)}
+        raise ValueError(
+            f"--encoder_config: {config_class.__name__} has no field {', '.join(sorted(unknown))}; it has "
+            f"{', '.join(field.name for field in fields(config_class) if field.name not in of_all)}."
+        )
     shape = {name: value for name, value in shape.items() if name in known}
     return config_class(**{**shape, **encoder_fields})
 
@@ -305,8 +328,30 @@ def build_model(
     if encoder is not None:
         encoder = given_encoder(encoder, args, len(processor.feature_extractor.lead_names))
     fields = elm_fields(args, processor, in_vocabulary, encoder)
-    encoder = place_of_encoder(args) if encoder is None else encoder
+    if encoder is None and (encoder := place_of_encoder(args)) is not None:
+        _compare_records(encoder, processor)
     return build_around(place, encoder, fields, processor, trust_remote_code, **llm_kwargs)
+
+
+def _compare_records(encoder: str, processor: ELMProcessor) -> None:
+    """Warns if records are prepared otherwise than those that a pretrained encoder has learnt from, where it says so."""
+    try:
+        learnt = FeatureExtractionMixin.get_feature_extractor_dict(encoder)[0]
+    except OSError:  # it has no feature extractor, as a vision backbone
+        return
+    prepared = json.loads(processor.feature_extractor.to_json_string())  # as those that were saved
+    differ = [name for name in OF_RECORDS if name in learnt and learnt[name] != prepared[name]]
+    if processor.representation == "signal" and differ:
+        logger.warning(
+            "The encoder %s has learnt from records that were prepared otherwise, so that what it makes of these may be worth little. Its own: %s.",
+            encoder,
+            ", ".join(f"--{name} {_word(learnt[name])} (now {_word(prepared[name])})" for name in differ),
+        )
+
+
+def _word(value: Any) -> str:
+    values = value if isinstance(value, list) else [value]
+    return " ".join(f"{one:g}" if isinstance(one, float) else str(one) for one in values)
 
 
 def build_around(

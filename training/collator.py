@@ -30,7 +30,8 @@ def naming_records(rows: list[dict[str, Any]]) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        records = [str(row["record_id"]) for row in rows if row.get("record_id") is not None]
+        # several rows may be about one record
+        records = dict.fromkeys(str(row["record_id"]) for row in rows if row.get("record_id") is not None)
         if not records:
             raise
         raise ValueError(f"In the batch of the records {', '.join(records)}: {error}") from error

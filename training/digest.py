@@ -125,11 +125,12 @@ def base_of_adapter(folder: Path) -> str:
     Of an adapter that came from another machine it is the folder in which its base would be here, whether it is there or not.
     """
     base = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "")
-    moved, options = folder / "base_model", folder / OPTIONS_FILE
+    beside, options = folder / "base_model", folder / OPTIONS_FILE
+    # its own, wherever the folder is now: at the old place may be that of another adapter
+    if beside.is_dir() and (Path(base).name == beside.name or not Path(base).exists()):
+        return str(beside)
     if Path(base).exists():
         return base
-    if moved.is_dir():  # older adapters have it beside them
-        return str(moved)
     recipe = read_json(options).get("base") if options.is_file() else None
     return base if recipe is None else str(shared_bases() / recipe["name"])
 

@@ -4,8 +4,9 @@ from dataclasses import dataclass, fields
 
 from trl import DPOConfig
 
+from elm_ecg.training.arguments import check_numbers
 from elm_ecg.training.muon import TakesMuon
-from elm_ecg.training.rl_arguments import OF_PHASES, check_numbers
+from elm_ecg.training.rl_arguments import OF_PHASES
 from elm_ecg.training.trl_options import NEEDED, REFUSED
 
 _ON_THE_FLY = (

@@ -124,8 +124,8 @@ def load_encoder(
                 model = _ecg_model(folder, model_type)
                 encoder = LoadedEncoder(model, _extractor(folder, model.config, options), folder)
             else:
-                _refuse(options, "it")
                 encoder = _of_vision(folder)
+                _refuse(options, "it")
             check_finite(encoder.model.state_dict(), "it")
     encoder.model.float().eval().requires_grad_(False)
     if truncation is not None:

@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.resources import files
 from pathlib import Path
@@ -146,6 +146,20 @@ def check_output_folder(path: Path, new: bool = False) -> None:
         tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:
         raise ValueError(f"--output_dir {path} cannot be written: {error.strerror}. Name another.") from error
+
+
+def check_apart(output_dir: Path, **read: str | Iterable[str] | None) -> None:
+    """ValueError if `output_dir` is a folder that an option names to be read, and that the model would be written over.
+
+    Args:
+        read: option -> the place or places that it names.
+    """
+    for option, places in read.items():
+        for place in [places] if isinstance(places, str) else places or ():
+            if Path(place).is_dir() and Path(place).resolve() == output_dir.resolve():
+                raise ValueError(
+                    f"--output_dir {output_dir} is the folder of --{option}, which would be written over; name another."
+                )
 
 
 @contextmanager

@@ -199,10 +199,11 @@ def check_config(folder: Path, trust_remote_code: bool = False) -> None:
     It comes before the model: of sizes that somebody has changed, even the random weights may not fit into memory.
     """
     settings = PreTrainedConfig.get_config_dict(folder)[0]
-    if settings.get("model_type") != ELMConfig.model_type:
+    if (kind := settings.get("model_type")) != ELMConfig.model_type:
+        of_ecgs = kind in ENCODER_CONFIGS or kind == ECGPretrainingConfig.model_type
+        option, part = ("encoder", "an ECG encoder") if of_ecgs else ("llm", "a language model")
         raise ValueError(
-            f"config.json is of a {settings.get('model_type')!r} model, not of an ELM; `elm sft --llm {folder}` makes one around a "
-            "language model."
+            f"config.json is of a {kind!r} model, not of an ELM; `elm sft --{option} {folder}` makes one around {part}."
         )
     check_depth(folder, settings)
     if "quantization_config" not in settings:  # quantized weights have shapes of their own

@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 from trl import TrlParser
 
-from elm_ecg.training.arguments import json_fields
+from elm_ecg.training.arguments import check_numbers, json_fields
 from elm_ecg.training.command_line import CommandLineParser, did_you_mean
 from elm_ecg.training.files import resource
 from elm_ecg.training.trl_options import RENAMED
@@ -45,6 +45,17 @@ COMMON |= {"logging_steps", "save_strategy", "resume_from_checkpoint", "report_t
 # options of transformers that are JSON on the command line; one that does not begin with a brace is a file, or refused with its values
 JSON_OPTIONS = ["accelerator_config", "activation_checkpointing_kwargs", "deepspeed", "fsdp_config"]
 JSON_OPTIONS += ["gradient_checkpointing_kwargs", "lr_scheduler_kwargs"]
+# options of TRL and transformers -> what their numbers have to be: with others nothing is trained, or something else, without a word
+NUMBERS = {
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "lora_r"),
+        "at least 1",
+    ),
+    **dict.fromkeys(("num_train_epochs", "lora_alpha"), "above 0"),
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers"), "at least 0"),
+    "max_steps": "at least 1, or -1 for none",
+    "lora_dropout": "at least 0 and below 1",
+}
 # values of the reference's --optimizer
 OPTIMIZERS = {"adam": "adamw_torch", "adamw": "adamw_torch"}  # transformers has no plain Adam; alike at weight_decay 0
 
@@ -170,7 +181,8 @@ class ELMParser(CommandLineParser, TrlParser):
                 self.refused[action.dest] = reasons[action.dest]
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """As `CommandLineParser`'s; a value that `refuse` was told of is a ValueError, wherever it comes from, as is broken JSON."""
+        """As `CommandLineParser`'s; a value that `refuse` was told of is a ValueError, wherever it comes from, as are broken JSON and
+        numbers with which nothing is trained."""
         namespace, unknown = super().parse_known_args(args, namespace)
         said = {name for name, preset in self.presets.items() if getattr(namespace, name, preset) != preset}
         for name, reason in self.refused.items():
@@ -182,6 +194,7 @@ class ELMParser(CommandLineParser, TrlParser):
         for name, other in self.needed.items():
             if name in said and other not in said:
                 raise ValueError(f"--{name} changes nothing without --{other}; add that, or leave --{name} out.")
+        check_numbers(namespace, NUMBERS)
         for name in JSON_OPTIONS:
             value = getattr(namespace, name, None)
             if isinstance(value, str) and value.startswith("{"):
@@ -216,6 +229,10 @@ class ELMParser(CommandLineParser, TrlParser):
         self._check_spellings(word[2:].partition("=")[0] for word in words if word.startswith("--"))
         if words[-1:] == ["--config"]:
             self.error("--config needs a YAML file, or the name of a recipe")
+        if words.count("--config") > 1:
+            self.error(
+                "--config takes one YAML file or recipe; put the options of the others into it, or on the command line"
+            )
         if "--config" in words:
             place = words.index("--config") + 1
             self.source = f"--config {words[place]}: "

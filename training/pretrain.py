@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
@@ -26,7 +26,7 @@ from elm_ecg.training.data.record_rows import load_records, report_of
 from elm_ecg.training.data.schema import counted
 from elm_ecg.training.encoders import EXTRACTOR_OPTIONS, load_encoder
 from elm_ecg.training.figures import training_plot
-from elm_ecg.training.files import check_output_folder, write_text
+from elm_ecg.training.files import check_apart, check_output_folder, write_text
 from elm_ecg.training.load import limit_threads
 from elm_ecg.training.model_files import ENCODER_FOLDER, find_model_file, loading, model_folder
 from elm_ecg.training.pretrain_arguments import PretrainArguments, make_parser
@@ -114,14 +114,6 @@ def build_model(args: PretrainArguments) -> tuple[ECGForPreTraining, ECGFeatureE
     extractor = ECGFeatureExtractor(**args.extractor_fields)
     encoder: PreTrainedModel | None = None
     if args.encoder in ENCODER_CONFIGS:
-        config_class = ENCODER_CONFIGS[args.encoder]
-        known = [option.name for option in fields(config_class)]
-        if unknown := args.encoder_fields.keys() - set(known):
-            of_all = {option.name for option in fields(PreTrainedConfig)}
-            raise ValueError(
-                f"--encoder_config: {config_class.__name__} has no field {', '.join(sorted(unknown))}; it has "
-                f"{', '.join(name for name in known if name not in of_all)}."
-            )
         shape = {"num_leads": len(extractor.lead_names), "num_samples": extractor.num_samples}
         encoder_config: Any = make_encoder_config(ENCODER_CONFIGS[args.encoder], args.encoder_fields, shape)
     else:
@@ -227,6 +219,10 @@ def train(args: PretrainArguments, training_args: TrainingArguments) -> None:
     """Pretrains a model, and saves it, and its encoder alone with a card, to `output_dir`."""
     output_dir = Path(str(training_args.output_dir)).absolute()
     check_output_folder(output_dir)
+    encoder = (
+        None if args.encoder in ENCODER_CONFIGS else args.encoder
+    )  # a name is no folder, though there be one of that name
+    check_apart(output_dir, data=args.data, encoder=encoder, text_encoder=args.text_encoder)
     torch.manual_seed(training_args.seed)  # of the new weights; the trainer seeds again
     options = RunOptions.of(args, training_args)
     checkpoint = checkpoint_to_resume(training_args)

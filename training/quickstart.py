@@ -45,14 +45,15 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed of data and training; default: %(default)s")
     args, options = parser.parse_known_args(argv)
+    said = {"--" + word[2:].partition("=")[0].replace("-", "_") for word in options if word.startswith("--")}
     for option in OWN:
-        if any(word == option or word.startswith(f"{option}=") for word in options):
+        if option in said:
             raise ValueError(
                 f"{option}: elm quickstart makes its own data and language model; for yours take `elm sft`."
             )
     started = time.monotonic()
     folder = args.output_dir
-    if "--config" not in options:
+    if "--config" not in said:
         options = ["--config", str(CONFIG), *options]
     common = ["--data", str(folder / "data")]
     parts = ["--llm", str(folder / "llm"), "--output_dir", str(folder / "model"), "--seed", str(args.seed)]

@@ -41,6 +41,16 @@ MAY_DIFFER = re.compile(
 )
 # where these are is no matter: the fingerprint tells whether the rows are the same
 OF_DATA = ("data", "ecg_root")
+# names of models, or their folders, which may be written in several ways
+PLACES = (
+    "model_name_or_path",
+    "llm",
+    "encoder",
+    "encoder_name_or_path",
+    "ecg_tokenizer",
+    "text_encoder",
+    "chat_template_path",
+)
 STREAMED = ("dataloader_num_workers",)  # beside all others: the order of a stream depends on it
 FINGERPRINTED = 100  # ECGs, of all places of the data
 
@@ -113,7 +123,11 @@ class RunOptions:
             logger.warning("%s does not say how it was made (%s), so nothing is compared.", checkpoint, OPTIONS_FILE)
             return
         self.started = saved.started
-        differ = [name for name in self.options if name in saved.options and self.options[name] != saved.options[name]]
+        differ = [
+            name
+            for name in self.options
+            if name in saved.options and not _same(name, self.options[name], saved.options[name])
+        ]
         streaming = self.options["streaming"]
         same_rows = not streaming and self.data is None  # not yet known: `go_on_with` compares them
         may = {name for name in differ if MAY_DIFFER.fullmatch(name) or (same_rows and name in OF_DATA)}
@@ -143,6 +157,12 @@ class RunOptions:
                 f"{_word(saved.options['data'])}; now {here} of --data {_word(self.options['data'])}, with other content). Name "
                 "those data, or begin a new run in another --output_dir."
             )
+
+
+def _same(name: str, one: Any, other: Any) -> bool:
+    if name in PLACES and isinstance(one, str) and isinstance(other, str):
+        return os.path.abspath(one) == os.path.abspath(other)  # a slash at the end is no other folder
+    return one == other
 
 
 def _plain(value: Any) -> Any:

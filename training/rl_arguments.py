@@ -1,13 +1,11 @@
 """Arguments of `elm rl`, beside TRL's `GRPOConfig` and `ModelConfig`, and which of those it refuses."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
 
 from transformers import GenerationConfig
 from trl import GRPOConfig
 
-from elm_ecg.training.arguments import ELMArguments, argument, json_fields
+from elm_ecg.training.arguments import ELMArguments, argument, check_numbers, json_fields
 from elm_ecg.training.evaluation.arguments import check_kinds
 from elm_ecg.training.muon import TakesMuon
 from elm_ecg.training.rewards import REWARDS, Reward, load_rewards
@@ -80,31 +78,14 @@ OF_OPTIONS = {
     **{name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")},
     **dict.fromkeys(("max_new_tokens", "max_length"), "max_completion_length"),
 }
-_ABOVE_0 = "above 0"
-# option -> what its number has to be, one of `_HOLDS`
+# option -> what its number has to be
 NUMBERS = {
     **dict.fromkeys(("max_completion_length", "num_iterations", "steps_per_generation"), "at least 1"),
-    **dict.fromkeys(("temperature", "repetition_penalty", "sapo_temperature_neg", "sapo_temperature_pos"), _ABOVE_0),
+    **dict.fromkeys(("temperature", "repetition_penalty", "sapo_temperature_neg", "sapo_temperature_pos"), "above 0"),
     **dict.fromkeys(("top_k", "beta", "epsilon", "epsilon_high"), "at least 0"),
     "top_p": "above 0 and at most 1",
     "min_p": "from 0 to 1",
 }
-_HOLDS = {
-    "at least 0": lambda value: 0 <= value < float("inf"),  # NaN fails too
-    "at least 1": lambda value: 1 <= value < float("inf"),
-    _ABOVE_0: lambda value: 0 < value < float("inf"),
-    "above 0 and at most 1": lambda value: 0 < value <= 1,
-    "from 0 to 1": lambda value: 0 <= value <= 1,
-    "at least 0 and below 0.5": lambda value: 0 <= value < 0.5,
-}
-
-
-def check_numbers(config: Any, numbers: Mapping[str, str]) -> None:
-    """ValueError for the first option whose number is not what it has to be; None is no number, and left alone."""
-    for name, expected in numbers.items():
-        value = getattr(config, name)
-        if value is not None and not _HOLDS[expected](value):
-            raise ValueError(f"--{name} is {value}; expected a number {expected}.")
 
 
 @dataclass

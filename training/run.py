@@ -23,7 +23,8 @@ from elm_ecg.training.data.loading import load_data
 from elm_ecg.training.data.report_rows import as_reports, load_reports
 from elm_ecg.training.evaluation.results import move_old_results
 from elm_ecg.training.features import FOLDER, EncoderFeatures
-from elm_ecg.training.files import check_output_folder, write_text
+from elm_ecg.training.files import check_apart, check_output_folder, write_text
+from elm_ecg.training.llms import LLMS
 from elm_ecg.training.load import limit_threads, load_elm
 from elm_ecg.training.lora import adapt_quantized, freeze, lora_config, set_precision
 from elm_ecg.training.model_files import find_model_file
@@ -60,6 +61,8 @@ def begin(
     """
     output_dir, name = Path(str(training_args.output_dir)), model_args.model_name_or_path
     check_output_folder(output_dir)
+    llm = LLMS.get(args.llm, args.llm)  # a name is no folder, though there be one of that name
+    check_apart(output_dir, data=args.data, llm=llm, encoder=args.encoder_name_or_path)
     if name is not None:
         find_model_file(name, ["adapter_config.json", "config.json"], model_args.model_revision)
     torch.manual_seed(training_args.seed)  # of the new weights; the trainer seeds again

@@ -9,7 +9,7 @@ from transformers import SchedulerType, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from trl import ModelConfig, SFTConfig
 
-from elm_ecg.training.arguments import PARTS, ELMArguments, json_fields
+from elm_ecg.training.arguments import PARTS, ELMArguments, check_numbers, json_fields
 from elm_ecg.training.muon import MUON, muon_options
 from elm_ecg.training.parser import ELMParser
 
@@ -97,6 +97,7 @@ def settle(
             raise ValueError(f"--{name} is {value}; expected a number from 0 to {2**32 - 1}.")
     if training_args.fp16 and training_args.device.type == "cpu":  # accelerate would ignore it there
         raise ValueError("--fp16 needs a GPU, and there is none; --bf16 computes in 16 bits on a CPU too.")
+    check_numbers(training_args, {"pad_to_multiple_of": "at least 1"})  # on the command line a text, as it may be auto
     kwargs = json_fields("lr_scheduler_kwargs", training_args.lr_scheduler_kwargs)
     try:  # as the trainer will, with a few steps of nothing
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
