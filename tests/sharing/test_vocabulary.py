@@ -257,7 +257,7 @@ def test_added_tokens_are_found_by_name(llm, tmp_path):
         ([*FUYU, "--added_tokens", "<signal>", "<signal>"], r"--added_tokens has <signal> more than once"),
         ([*FUYU, "--added_tokens", "<|eot_id|>", "<signal>"], r"--added_tokens <\|eot_id\|>: --llm .* has it already"),
         ([*FUYU, "--added_tokens", "<signal>", "<a>"], r"with <signal> <a> needs 262; check --llm, or name all tokens"),
-        ([*FUYU, "--lora_alpha", "nan"], r"--lora_alpha is nan; expected a positive number"),
+        ([*FUYU, "--lora_alpha", "nan"], r"--lora_alpha is nan; expected a number above 0"),
     ],
 )
 def test_added_tokens_that_do_not_fit(options, message, llm, ecg_byte, tmp_path):

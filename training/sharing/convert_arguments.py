@@ -108,8 +108,6 @@ class ConvertArguments(ModelArguments):
             raise ValueError(
                 "--explicit_thinking with --train_phase pretrain, whose reports stand in no chat; leave it out."
             )
-        if not 0 < self.lora_alpha < float("inf"):
-            raise ValueError(f"--lora_alpha is {self.lora_alpha}; expected a positive number.")
         tokens = self.added_tokens or []
         if ECG_TOKENS in tokens and not symbolic:
             raise ValueError(f"--added_tokens {ECG_TOKENS} is for symbolic ELMs; add --elm ecg_byte, or leave it out.")
