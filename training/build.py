@@ -335,13 +335,15 @@ def build_model(
 
 def _compare_records(encoder: str, processor: ELMProcessor) -> None:
     """Warns if records are prepared otherwise than those that a pretrained encoder has learnt from, where it says so."""
+    if processor.representation != "signal":
+        return
     try:
         learnt = FeatureExtractionMixin.get_feature_extractor_dict(encoder)[0]
-    except OSError:  # it has no feature extractor, as a vision backbone
+    except OSError:  # it has no feature extractor
         return
     prepared = json.loads(processor.feature_extractor.to_json_string())  # as those that were saved
     differ = [name for name in OF_RECORDS if name in learnt and learnt[name] != prepared[name]]
-    if processor.representation == "signal" and differ:
+    if differ:
         logger.warning(
             "The encoder %s has learnt from records that were prepared otherwise, so that what it makes of these may be worth little. Its own: %s.",
             encoder,
