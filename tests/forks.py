@@ -199,9 +199,8 @@ def _import_what_takes_seconds() -> None:
         (trl, "SFTTrainer"),
     ):
         getattr(module, name)
-    get_checkpoint_conversion_mapping(
-        "llama"
-    )  # compiles the regular expressions of all architectures, for `from_pretrained`
+    # compiles the regular expressions of all architectures, for `from_pretrained`
+    get_checkpoint_conversion_mapping("llama")
     torch.set_num_threads(1)
     read_files_once()
     for path in ROOT.glob("*.py"):

@@ -219,9 +219,8 @@ def train(args: PretrainArguments, training_args: TrainingArguments) -> None:
     """Pretrains a model, and saves it, and its encoder alone with a card, to `output_dir`."""
     output_dir = Path(str(training_args.output_dir)).absolute()
     check_output_folder(output_dir)
-    encoder = (
-        None if args.encoder in ENCODER_CONFIGS else args.encoder
-    )  # a name is no folder, though there be one of that name
+    # a name is no folder, though there be one of that name
+    encoder = None if args.encoder in ENCODER_CONFIGS else args.encoder
     check_apart(output_dir, data=args.data, encoder=encoder, text_encoder=args.text_encoder)
     torch.manual_seed(training_args.seed)  # of the new weights; the trainer seeds again
     options = RunOptions.of(args, training_args)
