@@ -97,7 +97,8 @@ class ECGFeatureExtractor(FeatureExtractionMixin):
 
     def save_pretrained(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> Any:
         """As of transformers, with its own code alone: a processor with which it was saved has named the processor's too."""
-        self.auto_map = None
+        # not to None: it would stay so in the file of a script's own class, whose code is not saved, and nothing loads that
+        vars(self).pop("auto_map", None)
         return super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     @property

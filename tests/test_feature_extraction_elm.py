@@ -487,6 +487,14 @@ class TestSaving:
         assert json.loads((tmp_path / "again/preprocessor_config.json").read_text()) == config
         assert ECGFeatureExtractor.from_pretrained(tmp_path, num_samples=7).num_samples == 7
 
+    def test_own_class_of_a_script_names_no_code(self, tmp_path, monkeypatch):
+        class Own(ECGFeatureExtractor):
+            pass
+
+        monkeypatch.setattr(Own, "__module__", "__main__")  # whose code transformers does not save
+        Own(**CONFIG).save_pretrained(tmp_path)
+        assert "auto_map" not in json.loads((tmp_path / "preprocessor_config.json").read_text())
+
     def test_saved_before_there_were_filters(self, tmp_path):
         ECGFeatureExtractor(**CONFIG).save_pretrained(tmp_path)
         path = tmp_path / "preprocessor_config.json"
