@@ -160,6 +160,13 @@ def test_signals_beside_a_header_count_to_its_record(model, tmp_path, monkeypatc
         run(model, tmp_path, *argv)
 
 
+def test_a_damaged_header_is_the_error_of_its_record_alone(model, tmp_path):
+    header = write_wfdb(tmp_path, ["r 1 100 500", "r\0.dat 16 1000/mV 16 0 0 0 0 I"])
+    good = save_record(tmp_path / "good.npz", seconds=5.0)
+    lines = lines_of(run(model, tmp_path, str(header), str(good), "--question", "Why?", *FEW))
+    assert ["error" in line for line in lines] == [True, False]
+
+
 @pytest.mark.slow
 def test_two_processes_write_the_same_file(answered, model, records, tmp_path):
     code = (

@@ -248,6 +248,6 @@ def _version(location: Any) -> Any:
 def _state(path: Path) -> list[Any]:
     try:
         stat = path.stat()
-    except OSError:  # reading says what is wrong
+    except (OSError, ValueError):  # reading says what is wrong; no name of a file holds a null byte
         return [str(path)]
     return [str(path), stat.st_size, stat.st_mtime_ns]
