@@ -154,6 +154,9 @@ def test_pretrained_encoder_of_other_records(llm, tmp_path, caplog):
     build(arguments(llm, **pretrained, bandpass=[0.5, 40]))
     (told,) = [message for message in caplog.messages if "learnt from records" in message]
     assert told.endswith("--sampling_rate 125 (now 250), --normalization zscore (now none).")
+    ECGFeatureExtractor(250, 500).save_pretrained(tmp_path)
+    build(arguments(llm, **pretrained, bandpass=[0.5, 40]))
+    assert caplog.messages[-1].endswith("Its own: no --bandpass (now 0.5 40).")  # None is no value of the option
 
 
 @pytest.mark.parametrize("update", [["encoder"], ["connector"], ["llm"], ["encoder", "llm"]])

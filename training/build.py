@@ -347,11 +347,17 @@ def _compare_records(encoder: str, processor: ELMProcessor) -> None:
         logger.warning(
             "The encoder %s has learnt from records that were prepared otherwise, so that what it makes of these may be worth little. Its own: %s.",
             encoder,
-            ", ".join(f"--{name} {_word(learnt[name])} (now {_word(prepared[name])})" for name in differ),
+            ", ".join(f"{_said(name, learnt[name])} (now {_word(prepared[name])})" for name in differ),
         )
 
 
+def _said(name: str, value: Any) -> str:
+    return f"no --{name}" if value is None else f"--{name} {_word(value)}"
+
+
 def _word(value: Any) -> str:
+    if value is None:
+        return "none"
     values = value if isinstance(value, list) else [value]
     return " ".join(f"{one:g}" if isinstance(one, float) else str(one) for one in values)
 
