@@ -372,10 +372,11 @@ def test_a_finished_model_and_options_of_a_new_one(trained, records, tmp_path, c
 
 def test_what_is_read_is_not_written_over(trained, records, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="is the folder of --encoder, which would be written over"):
-        pretrain.main(tiny_pretrain(records, trained, "--encoder", str(trained), encoder=None))
     Path("st_mem").mkdir()  # as an earlier run has called its folder
     monkeypatch.setattr(pretrain, "build_model", None)
+    for encoder in (trained, trained / "encoder"):
+        with pytest.raises(ValueError, match="is the folder of --encoder, which would be written over"):
+            pretrain.main(tiny_pretrain(records, trained, "--encoder", str(encoder), encoder=None))
     with pytest.raises(TypeError):
         pretrain.main(tiny_pretrain(records, Path("st_mem")))
 

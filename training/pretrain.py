@@ -222,6 +222,8 @@ def train(args: PretrainArguments, training_args: TrainingArguments) -> None:
     # a name is no folder, though there be one of that name
     encoder = None if args.encoder in ENCODER_CONFIGS else args.encoder
     check_apart(output_dir, data=args.data, encoder=encoder, text_encoder=args.text_encoder)
+    if encoder is not None and Path(encoder).is_dir() and Path(encoder).resolve().name == ENCODER_FOLDER:
+        check_apart(output_dir, encoder=str(Path(encoder).resolve().parent))  # the encoder is written there alone
     torch.manual_seed(training_args.seed)  # of the new weights; the trainer seeds again
     options = RunOptions.of(args, training_args)
     checkpoint = checkpoint_to_resume(training_args)
