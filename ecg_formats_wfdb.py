@@ -91,10 +91,11 @@ def _fault_of(header: Path, path: Path) -> str | None:
 
 
 def signal_files(header: Path) -> list[Path]:
-    """The files that a header names, be they there or not; none where it is not there, or no header."""
-    if not header.is_file() or header.stat().st_size > _MAX_HEADER_BYTES:
+    """The files that a header names, be they there or not; none where it cannot be read, or is no header."""
+    try:
+        content = header.read_bytes() if header.stat().st_size <= _MAX_HEADER_BYTES else b""
+    except OSError:  # reading the record says why
         return []
-    content = header.read_bytes()
     if not is_wfdb_header(content):
         return []
     names = dict.fromkeys(os.fsdecode(line.split()[0]) for line in content_lines(content)[1:])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from elm_ecg.ecg_formats import read_file
 from elm_ecg.ecg_formats_common import Given
+from elm_ecg.ecg_formats_wfdb import signal_files
 from elm_ecg.ecg_utils import read_ecg
 
 
@@ -308,3 +309,16 @@ class TestWFDB:
         record = read_ecg(header, unit="mV", lead_names=["V1", "V2"])
         assert record.lead_names == ("V1", "V2")
         np.testing.assert_array_equal(record.array, (COUNTS[:2] / 1000).astype(np.float32))
+
+
+def test_signal_files_of_what_cannot_be_read(tmp_path, monkeypatch):
+    """Nothing is known of them, which is no error: reading the record says why."""
+    header = write_wfdb(tmp_path, ["r 2 100 5", *(f"{name}.dat 16 1000/mV 16 0 0 0 0 {name}" for name in "ab")])
+    assert signal_files(header) == [tmp_path / "a.dat", tmp_path / "b.dat"]
+    assert signal_files(tmp_path) == signal_files(tmp_path / "not_there.hea") == []
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert signal_files(header) == []
