@@ -19,7 +19,7 @@ from elm_ecg.training.arguments import AugmentationArguments
 from elm_ecg.training.augmentation import NO_AUGMENTATION, augmented, augmented_rgb, perturbed
 from elm_ecg.training.chat_templates import for_reports
 from elm_ecg.training.data.loading import ecgs_of, notices_of, to_chat
-from elm_ecg.training.packing import ROW_TOKENS, pack, shared_rows
+from elm_ecg.training.packing import ROW_TOKENS, common_begin, pack, shared_rows
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,7 @@ class ELMCollator:
         pad_to_multiple_of: number of tokens, of which that of a batch is a multiple.
         padding_free: one row for all chats of the batch, without padding, see `pack`.
         packing: rows of several chats, of at most `max_length` tokens, or `ROW_TOKENS`.
+        max_tokens_to_share: rows of fewer tokens have once what their chats begin with alike; 0: none have.
         train_phase: `sft`, or `pretrain` for chats that become reports without a chat template, see `for_reports`.
         epoch: the trainer counts it up, in memory that data loader workers share, those that persist too.
         told, known: the notices that were logged, and those of `notices_of`.
@@ -81,6 +82,7 @@ class ELMCollator:
     pad_to_multiple_of: int | None = None
     padding_free: bool = False
     packing: bool = False
+    max_tokens_to_share: int = 0
     train_phase: str = "sft"
     seed: int = 0
     epoch: Any = 0
@@ -143,15 +145,19 @@ class ELMCollator:
         batch["labels"] = batch["input_ids"].masked_fill(~answers, -100)  # no loss there
         if not (self.padding_free or self.packing):
             return dict(batch)
-        lengths = batch["attention_mask"].sum(-1).tolist()
-        return pack(
-            dict(batch),
-            [list(range(len(rows)))] if self.padding_free else shared_rows(lengths, self.max_length or ROW_TOKENS),
-            [len(row["ecg"]) if with_ecg else 0 for row in rows],
-            [*self.processor.tokenizer.model_input_names, "labels"],
-            self.processor.tokenizer.pad_token_id,
-            self.pad_to_multiple_of,
-        )
+        return self._packed(dict(batch), [len(row["ecg"]) if with_ecg else 0 for row in rows])
+
+    def _packed(self, batch: dict[str, torch.Tensor], num_ecgs: list[int]) -> dict[str, torch.Tensor]:
+        """See `pack`; `num_ecgs` of each chat."""
+        tokenizer, ecg_token_id = self.processor.tokenizer, self.processor.ecg_token_id
+        lengths, limit = batch["attention_mask"].sum(-1).tolist(), self.max_length or ROW_TOKENS
+        begin, rows = 0, [list(range(len(lengths)))]
+        if self.packing:
+            longest = max(limit, *lengths) + (self.pad_to_multiple_of or 0)  # a row
+            begin = common_begin(batch, ecg_token_id) if longest < self.max_tokens_to_share else 0
+            rows = shared_rows(lengths, limit, begin)
+        names = [*tokenizer.model_input_names, "labels"]
+        return pack(batch, rows, num_ecgs, names, tokenizer.pad_token_id, self.pad_to_multiple_of, begin)
 
     def ecgs_of_row(self, row: dict[str, Any]) -> list[Any]:
         """The ECGs of a row as records, changed by the options; as drawings where `augment_rgb` changes these."""

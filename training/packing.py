@@ -1,6 +1,7 @@
 """Several chats in a row of a batch: `--padding_free` and `--packing`."""
 
-from itertools import accumulate, count
+import sys
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -8,30 +9,59 @@ import torch
 from elm_ecg.configuration_elm import ELMConfig
 
 # of a packed row, where nothing else is said: enough for little padding, and attention to all of a longer row takes its time
-ROW_TOKENS = 128
+ROW_TOKENS = 256
 
 
-def shared_rows(lengths: list[int], limit: int) -> list[list[int]]:
-    """Which chats share a row: few rows, and as evenly filled as can be, so that hardly any padding is left.
+def max_tokens_to_share(config: Any) -> int:
+    """Tokens below which a row may be for its chats to share what they begin with, see `pack`; 0 where they cannot.
+
+    Sharing takes a mask of one's own, which flash and flex attention do not read, and which a layer that sees the last tokens
+    alone would read in place of that.
+
+    Args:
+        config: of the language model.
+    """
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return 0
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min([window for window in windows if window], default=sys.maxsize)
+
+
+def common_begin(batch: dict[str, torch.Tensor], ecg_token_id: int) -> int:
+    """How many tokens all chats of a batch begin with, such as a system prompt: none of an ECG, and none that predicts a label.
+
+    Args:
+        batch: padded on the right.
+    """
+    ids, labels = batch["input_ids"], batch["labels"]
+    alike = (ids == ids[:1]).all(0) & (ids[0] != ecg_token_id) & batch["attention_mask"].bool().all(0)
+    return int((alike[:-1] & (labels[:, 1:] == -100).all(0)).long().cumprod(0).sum())
+
+
+def shared_rows(lengths: list[int], limit: int, begin: int = 0) -> list[list[int]]:
+    """Which chats share a row, so that there is as little to compute as can be, padding included.
 
     Args:
         lengths: tokens of each chat.
         limit: tokens that a row may have; of a longer chat, as many as it has.
+        begin: tokens at the begin of each chat, which a row has once.
 
     Returns:
         The numbers of the chats of each row.
     """
     limit = max(limit, *lengths)
-    for num_rows in count(-(-sum(lengths) // limit)):
+    best, least = [], sys.maxsize
+    for num_rows in range(1, len(lengths) + 1):
         rows: list[list[int]] = [[] for _ in range(num_rows)]
-        filled = [0] * num_rows
+        filled = [begin] * num_rows
         for chat in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):  # the longest first
             row = filled.index(min(filled))
             rows[row].append(chat)
-            filled[row] += lengths[chat]
-        if max(filled) <= limit:
-            return rows
-    raise AssertionError("one chat a row always fits")
+            filled[row] += lengths[chat] - begin
+        tokens = num_rows * max(filled)
+        if max(filled) <= limit and tokens < least:
+            best, least = rows, tokens
+    return best
 
 
 def pack(
@@ -41,20 +71,24 @@ def pack(
     of_texts: list[str],
     pad_token_id: int,
     pad_to_multiple_of: int | None = None,
+    begin: int = 0,
 ) -> dict[str, torch.Tensor]:
     """A batch of padded chats with several chats in each row.
 
-    There is no `attention_mask`: from `position_ids` [rows, tokens], which begin at 0 with each chat, transformers knows which
-    tokens see each other, where it keeps no cache (`use_cache=False`). A token of padding is at 0 too, as if it were a chat.
+    There is no `attention_mask`: `position_ids` [rows, tokens] say which tokens see each other. They begin at 0 with each chat, from
+    which transformers knows it where it keeps no cache (`use_cache=False`). Chats that share what they begin with have it once, at
+    the begin of their row; the second one and those after it are without it and begin at the position behind it. That takes
+    `mask_of`. A token of padding is at 0 too, as if it were a chat.
 
     Args:
         batch: padded on the right.
         rows: the numbers of the chats of each row.
         num_ecgs: of each chat. The ECGs come in the order of their placeholders, as the model expects them.
         of_texts: names of the columns [chats, tokens]; the others have one entry an ECG.
+        begin: tokens that the chats of a row share, as `common_begin` counts them.
     """
     lengths = batch["attention_mask"].sum(-1).tolist()
-    width = max(sum(lengths[chat] for chat in row) for row in rows)
+    width = max(begin + sum(lengths[chat] - begin for chat in row) for row in rows)
     width += -width % (pad_to_multiple_of or 1)
     columns = {name: batch[name] for name in of_texts if name in batch and name != "attention_mask"}
     columns["position_ids"] = torch.arange(max(lengths)).expand(len(lengths), -1)
@@ -63,9 +97,10 @@ def pack(
     for number, row in enumerate(rows):
         place = 0
         for chat in row:
-            end = place + lengths[chat]
+            first = begin if place else 0
+            end = place + lengths[chat] - first
             for name, column in columns.items():
-                packed[name][number, place:end] = column[chat, : lengths[chat]]
+                packed[name][number, place:end] = column[chat, first : lengths[chat]]
             packed["labels"][number, place] = -100  # the token before it is of another chat, and does not predict it
             place = end
     ends = list(accumulate(num_ecgs))
@@ -74,13 +109,33 @@ def pack(
     return packed
 
 
+def mask_of(position_ids: torch.Tensor, attention: str) -> torch.Tensor:
+    """What each token sees, [rows, 1, tokens, tokens], of rows in which chats share what they begin with.
+
+    Args:
+        position_ids: [rows, tokens] of `pack`.
+        attention: `sdpa`, for which it is True or False, or `eager`, for which it is 0 or -infinity.
+    """
+    places = torch.arange(position_ids.shape[1], device=position_ids.device)
+    begins = torch.ones_like(position_ids, dtype=torch.bool)
+    begins[:, 1:] = position_ids.diff(dim=1) != 1
+    first = torch.where(begins, places, 0).cummax(dim=1).values  # [rows, tokens], place of the first token of its own chat
+    shared = position_ids.gather(1, first)  # [rows, tokens], how many tokens of its row's begin are of its chat too
+    seen = (places >= first.unsqueeze(-1)) | (places < shared.unsqueeze(-1))  # [rows, tokens, tokens]
+    seen &= places <= places.unsqueeze(-1)
+    mask = seen.unsqueeze(1)
+    return mask if attention == "sdpa" else torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
+
+
 def num_packed_tokens(position_ids: torch.Tensor) -> torch.Tensor:
-    """How many tokens of packed rows are no padding; a chat has two at least."""
-    return (position_ids > 0).sum() + (position_ids == 1).sum()
+    """How many tokens the chats of packed rows have, what they share counted for each, padding not; a chat has two at least."""
+    last = torch.ones_like(position_ids, dtype=torch.bool)  # of its chat; behind it stands a position that is not the next one
+    last[:, :-1] = position_ids.diff(dim=1) != 1
+    return ((position_ids + 1) * (last & (position_ids > 0))).sum()
 
 
 @torch.no_grad()
-def check_kept_apart(model: Any, config: ELMConfig, device: torch.device, one_row: bool) -> None:
+def check_kept_apart(model: Any, config: ELMConfig, device: torch.device, one_row: bool, share: bool = False) -> None:
     """Other words in one chat must leave what the model makes of the next chat of its row as it is.
 
     A recurrent layer, or attention that does not look at `position_ids`, would take something of each chat into the next. The
@@ -89,23 +144,36 @@ def check_kept_apart(model: Any, config: ELMConfig, device: torch.device, one_ro
     Args:
         model: as the trainer calls it.
         one_row: whether a batch is one row; some kinds of attention tell chats apart only then.
+        share: whether the chats of a row share what they begin with; then the next chat must be as it is by itself, too.
 
     Raises:
         ValueError: the model does not keep chats apart.
     """
     length, num_rows = 8, 1 if one_row else 2
-    first, other, last = torch.arange(3 * length, device=device).split(length)
-    positions = torch.arange(length, device=device).repeat(num_rows, 2)
+    begin, first, other, last = torch.arange(4 * length, device=device).split(length)
+    begin = begin[: length if share else 0]
+    places = torch.arange(len(begin) + length, device=device)
+    positions = torch.cat([places, places[len(begin) :]]).repeat(num_rows, 1)
+    mask = {"attention_mask": mask_of(positions, config.text_config._attn_implementation)} if share else {}
     training = model.training
     model.eval()
     one, two = (
-        model(input_ids=torch.cat([chat, last]).repeat(num_rows, 1), position_ids=positions, use_cache=False).logits
+        model(
+            input_ids=torch.cat([begin, chat, last]).repeat(num_rows, 1),
+            position_ids=positions,
+            use_cache=False,
+            **mask,
+        ).logits
         for chat in (first, other)
     )
+    changes = [(one - two).float().norm(dim=-1)[:, -length:].max()]
+    if share:
+        alone = model(input_ids=torch.cat([begin, last]).repeat(num_rows, 1), use_cache=False).logits
+        changes.append((one[:, -length:] - alone[:, -length:]).float().norm(dim=-1).max())
     model.train(training)
-    changes = (one - two).float().norm(dim=-1)  # [rows, tokens]
+    of_chat = (one - two).float().norm(dim=-1)[:, len(begin) : -length].max()
     # as small as rounding, not 0, where experts compute the tokens of both chats together
-    if changes[:, length:].max() > 10 * torch.finfo(one.dtype).eps * changes[:, :length].max():
+    if max(changes) > 10 * torch.finfo(one.dtype).eps * of_chat:
         attention = config.text_config._attn_implementation
         other_way = "" if one_row else "; --padding_free makes one row of a batch, which some of them keep apart"
         raise ValueError(

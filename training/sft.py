@@ -15,7 +15,7 @@ from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.command_line import run_command
 from elm_ecg.training.lora import complete_head, freeze_new_parts
 from elm_ecg.training.muon import SFTConfigWithMuon
-from elm_ecg.training.packing import ROW_TOKENS
+from elm_ecg.training.packing import ROW_TOKENS, max_tokens_to_share
 from elm_ecg.training.parser import ELMParser
 from elm_ecg.training.resume import RunOptions
 from elm_ecg.training.run import (
@@ -62,7 +62,8 @@ def make_parser(prog: str = "elm sft") -> ELMParser:
         "--padding_free"
     ].help = "Train on the chats of a batch as one row without padding: right for flash attention, slow with others where it gets long."
     options["--packing"].help = (
-        f"Let chats of a batch share rows of at most --max_length tokens, or {ROW_TOKENS}, so that little is padded. "
+        f"Let chats of a batch share rows of at most --max_length tokens, or {ROW_TOKENS}, so that little is padded, and what they begin "
+        "with alike, as a system prompt, is read once a row. "
         "--per_device_train_batch_size still counts chats."
     )
     options["--packing_strategy"].help = "bfd: no chat is cut."
@@ -114,6 +115,7 @@ def make_trainer(
         pad_to_multiple_of=training_args.pad_to_multiple_of,  # type: ignore[arg-type]  # no text any more
         padding_free=training_args.padding_free,
         packing=training_args.packing,
+        max_tokens_to_share=max_tokens_to_share(model.config.text_config),
         train_phase=args.train_phase,
         seed=training_args.seed,
         **changes,

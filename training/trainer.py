@@ -14,7 +14,7 @@ from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.features import EncoderFeatures
 from elm_ecg.training.lengths import GroupedByLength, chat_lengths
 from elm_ecg.training.muon import OptimizesByMuon
-from elm_ecg.training.packing import check_kept_apart, num_packed_tokens
+from elm_ecg.training.packing import check_kept_apart, mask_of, num_packed_tokens
 
 
 class CollatesECGs(Trainer):
@@ -82,7 +82,11 @@ class ELMTrainer(CollatesECGs, OptimizesByMuon, WholeCheckpoints, SFTTrainer):
             self._kept_apart = True
         gather_head(self.model)
         num_tokens = self._total_train_tokens
-        loss = super().compute_loss(model, inputs | labelled_places(inputs["labels"]), *args, **kwargs)
+        inputs = inputs | labelled_places(inputs["labels"])
+        if positions is not None and self._shares(positions.shape[1]):
+            config = self.accelerator.unwrap_model(model).config
+            inputs["attention_mask"] = mask_of(positions, config.text_config._attn_implementation)
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
         if positions is not None:  # TRL counts those of one row, padding too
             num_tokens += int(self.accelerator.gather_for_metrics(num_packed_tokens(positions)).sum())
             self._total_train_tokens = num_tokens
@@ -97,7 +101,15 @@ class ELMTrainer(CollatesECGs, OptimizesByMuon, WholeCheckpoints, SFTTrainer):
                 f"--{'packing' if collator.packing else 'pad_to_multiple_of'}: this language model learns to use its experts evenly, and "
                 "padding would count. Take --padding_free alone, or --router_aux_loss_coef 0."
             )
-        check_kept_apart(model, self.accelerator.unwrap_model(model).config, device, one_row=collator.padding_free)
+        config = self.accelerator.unwrap_model(model).config
+        check_kept_apart(model, config, device, one_row=collator.padding_free)
+        if self._shares(0):
+            check_kept_apart(model, config, device, one_row=False, share=True)
+
+    def _shares(self, num_tokens: int) -> bool:
+        """Whether chats may share what they begin with in rows of so many tokens."""
+        collator: Any = self.data_collator
+        return collator.packing and num_tokens < collator.max_tokens_to_share
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """As of `WholeCheckpoints`, with TRL's count of tokens."""
