@@ -201,26 +201,34 @@ def bare_trainer(kind: str, beta: float) -> Any:
     ],
 )
 def test_log_probabilities_are_those_of_forward(kind, update, llm, tmp_path):
-    """Rows of no, one and two ECGs in one batch, and one of them masked; of the model as it is trained, and as it answers."""
+    """Rows of no, one and two ECGs in one batch, one of them masked, and several answers to one prompt, which is read once; of the model
+    as it is trained, and as it answers."""
     elm, processor = elm_of(kind, llm, tmp_path)
     rows = mixed_rows(1, 0, 2, 1)
     trainer = make_trainer(elm, processor, {"train": rows}, tmp_path / "out", "--update", *update)
     trainer.model.train()
-    numbers = [2, 1, 0, 3]
+    numbers = [2, 1, 0, 3, 2, 0, 2]
     prompts = [trainer.prompts["train"][number] for number in numbers]
     rng = np.random.default_rng(0)
-    answers = [rng.integers(0, 100, length).tolist() for length in (3, 5, 1, 4)]
+    answers = [rng.integers(0, 100, length).tolist() for length in (3, 5, 1, 4, 2, 5, 5)]
     width, length = max(len(prompt.input_ids) for prompt in prompts), max(map(len, answers))
-    ids, mask = torch.full((4, width + length), processor.tokenizer.pad_token_id), torch.zeros(4, width + length).long()
+    ids = torch.full((len(numbers), width + length), processor.tokenizer.pad_token_id)
+    mask = torch.zeros_like(ids)
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         start = width - len(prompt.input_ids)
         ids[row, start : width + len(answer)] = torch.tensor(prompt.input_ids + answer)
         mask[row, start : width + len(answer)] = 1
     mask[3, width:] = 0  # of a group with equal rewards
+    read = []
+    hook = elm.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
     found, entropies, _ = trainer._get_per_token_logps_and_entropies(
         trainer.model, ids, mask, length, compute_entropy=True, pixel_values=torch.tensor(numbers)
     )
-    assert found.shape == (4, length)
+    hook.remove()
+    assert found.shape == (len(numbers), length)
+    assert read[-1] < mask.sum()  # beside those by which it is known that chats can share a row
     elm.eval()
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         with torch.no_grad():

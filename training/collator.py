@@ -157,7 +157,7 @@ class ELMCollator:
             begin = common_begin(batch, ecg_token_id) if longest < self.max_tokens_to_share else 0
             rows = shared_rows(lengths, limit, begin)
         names = [*tokenizer.model_input_names, "labels"]
-        return pack(batch, rows, num_ecgs, names, tokenizer.pad_token_id, self.pad_to_multiple_of, begin)
+        return pack(batch, rows, num_ecgs, names, tokenizer.pad_token_id, self.pad_to_multiple_of, [begin] * len(rows))
 
     def ecgs_of_row(self, row: dict[str, Any]) -> list[Any]:
         """The ECGs of a row as records, changed by the options; as drawings where `augment_rgb` changes these."""

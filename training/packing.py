@@ -64,6 +64,11 @@ def shared_rows(lengths: list[int], limit: int, begin: int = 0) -> list[list[int
     return best
 
 
+def packed_width(lengths: list[int], rows: list[list[int]], begins: list[int]) -> int:
+    """Tokens of the longest row of chats of these lengths, where those of a row share what they begin with."""
+    return max(begin + sum(lengths[chat] - begin for chat in row) for row, begin in zip(rows, begins, strict=True))
+
+
 def pack(
     batch: dict[str, torch.Tensor],
     rows: list[list[int]],
@@ -71,7 +76,7 @@ def pack(
     of_texts: list[str],
     pad_token_id: int,
     pad_to_multiple_of: int | None = None,
-    begin: int = 0,
+    begins: list[int] | None = None,
 ) -> dict[str, torch.Tensor]:
     """A batch of padded chats with several chats in each row.
 
@@ -85,16 +90,17 @@ def pack(
         rows: the numbers of the chats of each row.
         num_ecgs: of each chat. The ECGs come in the order of their placeholders, as the model expects them.
         of_texts: names of the columns [chats, tokens]; the others have one entry an ECG.
-        begin: tokens that the chats of a row share, as `common_begin` counts them.
+        begins: of each row, tokens that all its chats begin with alike; None: they share none.
     """
     lengths = batch["attention_mask"].sum(-1).tolist()
-    width = max(begin + sum(lengths[chat] - begin for chat in row) for row in rows)
+    begins = begins or [0] * len(rows)
+    width = packed_width(lengths, rows, begins)
     width += -width % (pad_to_multiple_of or 1)
     columns = {name: batch[name] for name in of_texts if name in batch and name != "attention_mask"}
     columns["position_ids"] = torch.arange(max(lengths)).expand(len(lengths), -1)
     fills = {"input_ids": pad_token_id, "labels": -100}
     packed = {name: column.new_full((len(rows), width), fills.get(name, 0)) for name, column in columns.items()}
-    for number, row in enumerate(rows):
+    for number, (row, begin) in enumerate(zip(rows, begins, strict=True)):
         place = 0
         for chat in row:
             first = begin if place else 0
@@ -119,7 +125,9 @@ def mask_of(position_ids: torch.Tensor, attention: str) -> torch.Tensor:
     places = torch.arange(position_ids.shape[1], device=position_ids.device)
     begins = torch.ones_like(position_ids, dtype=torch.bool)
     begins[:, 1:] = position_ids.diff(dim=1) != 1
-    first = torch.where(begins, places, 0).cummax(dim=1).values  # [rows, tokens], place of the first token of its own chat
+    first = (
+        torch.where(begins, places, 0).cummax(dim=1).values
+    )  # [rows, tokens], place of the first token of its own chat
     shared = position_ids.gather(1, first)  # [rows, tokens], how many tokens of its row's begin are of its chat too
     seen = (places >= first.unsqueeze(-1)) | (places < shared.unsqueeze(-1))  # [rows, tokens, tokens]
     seen &= places <= places.unsqueeze(-1)
@@ -129,25 +137,26 @@ def mask_of(position_ids: torch.Tensor, attention: str) -> torch.Tensor:
 
 def num_packed_tokens(position_ids: torch.Tensor) -> torch.Tensor:
     """How many tokens the chats of packed rows have, what they share counted for each, padding not; a chat has two at least."""
-    last = torch.ones_like(position_ids, dtype=torch.bool)  # of its chat; behind it stands a position that is not the next one
+    last = torch.ones_like(
+        position_ids, dtype=torch.bool
+    )  # of its chat; behind it stands a position that is not the next one
     last[:, :-1] = position_ids.diff(dim=1) != 1
     return ((position_ids + 1) * (last & (position_ids > 0))).sum()
 
 
 @torch.no_grad()
-def check_kept_apart(model: Any, config: ELMConfig, device: torch.device, one_row: bool, share: bool = False) -> None:
-    """Other words in one chat must leave what the model makes of the next chat of its row as it is.
+def keeps_apart(
+    model: Any, config: ELMConfig, device: torch.device, one_row: bool = False, share: bool = False
+) -> bool:
+    """Whether other words in one chat leave what the model makes of the next chat of its row as it is.
 
-    A recurrent layer, or attention that does not look at `position_ids`, would take something of each chat into the next. The
-    chats are of arbitrary tokens, without ECGs; the model stays as it was.
+    A recurrent layer, or attention that does not look at `position_ids`, takes something of each chat into the next. The chats are of
+    arbitrary tokens, without ECGs; the model stays as it was.
 
     Args:
         model: as the trainer calls it.
         one_row: whether a batch is one row; some kinds of attention tell chats apart only then.
-        share: whether the chats of a row share what they begin with; then the next chat must be as it is by itself, too.
-
-    Raises:
-        ValueError: the model does not keep chats apart.
+        share: whether the chats of a row share what they begin with; then the next chat is to be as it is by itself, too.
     """
     length, num_rows = 8, 1 if one_row else 2
     begin, first, other, last = torch.arange(4 * length, device=device).split(length)
@@ -155,29 +164,29 @@ def check_kept_apart(model: Any, config: ELMConfig, device: torch.device, one_ro
     places = torch.arange(len(begin) + length, device=device)
     positions = torch.cat([places, places[len(begin) :]]).repeat(num_rows, 1)
     mask = {"attention_mask": mask_of(positions, config.text_config._attn_implementation)} if share else {}
+
+    def logits(*chats: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return model(input_ids=torch.cat(chats).repeat(num_rows, 1), use_cache=False, **kwargs).logits
+
     training = model.training
     model.eval()
-    one, two = (
-        model(
-            input_ids=torch.cat([begin, chat, last]).repeat(num_rows, 1),
-            position_ids=positions,
-            use_cache=False,
-            **mask,
-        ).logits
-        for chat in (first, other)
-    )
-    changes = [(one - two).float().norm(dim=-1)[:, -length:].max()]
-    if share:
-        alone = model(input_ids=torch.cat([begin, last]).repeat(num_rows, 1), use_cache=False).logits
-        changes.append((one[:, -length:] - alone[:, -length:]).float().norm(dim=-1).max())
+    one, two = (logits(begin, chat, last, position_ids=positions, **mask) for chat in (first, other))
+    alike = [two, logits(begin, last)] if share else [two]  # in the last chat
     model.train(training)
-    of_chat = (one - two).float().norm(dim=-1)[:, len(begin) : -length].max()
+    changes = [(one[:, -length:] - of_last[:, -length:]).float().norm(dim=-1).max() for of_last in alike]
+    of_chat = (one - two)[:, :-length].float().norm(dim=-1).max()
     # as small as rounding, not 0, where experts compute the tokens of both chats together
-    if max(changes) > 10 * torch.finfo(one.dtype).eps * of_chat:
-        attention = config.text_config._attn_implementation
-        other_way = "" if one_row else "; --padding_free makes one row of a batch, which some of them keep apart"
-        raise ValueError(
-            f"--{'padding_free' if one_row else 'packing'}: {config.text_config.model_type} with {attention} attention does not keep "
-            f"the chats of a row apart: each would be read with those before it{other_way}. Leave the option out; "
-            "--train_sampling_strategy group_by_length saves padding too."
-        )
+    return bool(max(changes) <= 10 * torch.finfo(one.dtype).eps * of_chat)
+
+
+def check_kept_apart(model: Any, config: ELMConfig, device: torch.device, one_row: bool, share: bool = False) -> None:
+    """Raises a ValueError if the model does not keep chats apart, see `keeps_apart`."""
+    if keeps_apart(model, config, device, one_row) and (not share or keeps_apart(model, config, device, share=True)):
+        return
+    attention = config.text_config._attn_implementation
+    other_way = "" if one_row else "; --padding_free makes one row of a batch, which some of them keep apart"
+    raise ValueError(
+        f"--{'padding_free' if one_row else 'packing'}: {config.text_config.model_type} with {attention} attention does not keep "
+        f"the chats of a row apart: each would be read with those before it{other_way}. Leave the option out; "
+        "--train_sampling_strategy group_by_length saves padding too."
+    )

@@ -15,13 +15,22 @@ from safetensors.torch import load_file, save_file
 from trl import GRPOTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
 from trl.trainer.callbacks import SyncRefModelCallback
-from trl.trainer.utils import RepeatSampler, pad
+from trl.trainer.utils import RepeatSampler, flush_left, pad
 
 from elm_ecg.training.checkpoints import WholeCheckpoints
 from elm_ecg.training.features import EncoderFeatures
 from elm_ecg.training.files import atomic_path
 from elm_ecg.training.lora import keep_statistics
 from elm_ecg.training.muon import OptimizesByMuon
+from elm_ecg.training.packing import (
+    ROW_TOKENS,
+    keeps_apart,
+    mask_of,
+    max_tokens_to_share,
+    pack,
+    packed_width,
+    shared_rows,
+)
 from elm_ecg.training.rl_answers import Answers, draw_answers
 from elm_ecg.training.rl_prompts import Prompts, cat_ecgs
 from elm_ecg.training.rl_sampling import answer_prompts, positions_of
@@ -99,6 +108,8 @@ class ELMGRPOTrainer(OptimizesByMuon, WholeCheckpoints, GRPOTrainer):
         self._of = "train"  # key of `prompts`
         self._rewards = torch.empty(0)  # [answers of all processes, rewards]
         self._texts: list[str] = []
+        self._shares: bool | None = None  # whether prompts are read once for all answers, as soon as that is known
+        self._tokens_to_share = 0
 
     def _add_reference(self) -> None:
         """The model as it is now, from which --beta keeps the policy near."""
@@ -253,6 +264,8 @@ class ELMGRPOTrainer(OptimizesByMuon, WholeCheckpoints, GRPOTrainer):
         Args:
             pixel_values: [rows], the numbers of the prompts; None: of those that are answered now.
         """
+        if self._shares is None:
+            self._shares = self._may_share(model)
         keep_statistics(model)
         numbers = self._numbers if pixel_values is None else pixel_values.tolist()
         answered = attention_mask[:, -logits_to_keep:].bool()  # [rows, logits_to_keep]
@@ -266,19 +279,21 @@ class ELMGRPOTrainer(OptimizesByMuon, WholeCheckpoints, GRPOTrainer):
             rows = scored[start:end]
             labels = input_ids[rows].masked_fill(attention_mask[rows] == 0, -100)
             labels[:, :-logits_to_keep] = -100
-            here = labels[:, -logits_to_keep:] != -100
-            if not here.any():  # all answers are masked: one token, which the loss does not count
-                here[0, 0], labels[0, -logits_to_keep] = True, input_ids[rows[0], -logits_to_keep]
+            if (labels == -100).all():  # all answers are masked: one token, which the loss does not count
+                labels[0, -logits_to_keep] = input_ids[rows[0], -logits_to_keep]
+            inputs = {"input_ids": input_ids[rows], "attention_mask": attention_mask[rows], "labels": labels}
+            inputs["position_ids"] = positions[rows]
+            prompts, order = [numbers[row] for row in rows], [*range(len(rows))]
+            if self._shares and answered.any() and not compute_aux_loss:  # of experts all tokens count
+                inputs, prompts, order = self._answers_behind_prompts(inputs, prompts, logits_to_keep)
             with self.accelerator.autocast():
                 outputs = model(
-                    input_ids=input_ids[rows],
-                    attention_mask=attention_mask[rows],
-                    position_ids=positions[rows],
-                    **self._ecg_inputs([numbers[row] for row in rows]),
-                    **labelled_places(labels),
+                    **inputs | labelled_places(inputs["labels"]),
+                    **self._ecg_inputs(prompts),
                     **({"output_router_logits": True} if compute_aux_loss else {}),
                     fused_lm_head=True,
                 )
+            rows, here = [rows[place] for place in order], labels[order, -logits_to_keep:] != -100
             where = torch.tensor(rows, device=input_ids.device)[here.nonzero()[:, 0]], here.nonzero()[:, 1]
             logps = logps.index_put(where, outputs.log_probs[0].to(logps.dtype))
             if compute_entropy:
@@ -287,6 +302,48 @@ class ELMGRPOTrainer(OptimizesByMuon, WholeCheckpoints, GRPOTrainer):
                 aux_losses.append(outputs.aux_loss)
         aux_loss = torch.stack(aux_losses).mean() if compute_aux_loss else None
         return logps, entropies if compute_entropy else None, aux_loss
+
+    def _may_share(self, model: Any) -> bool:
+        """Whether the model can read a prompt once for all answers behind it, each as if it were alone."""
+        config, device = self.accelerator.unwrap_model(model).config, self.accelerator.device
+        self._tokens_to_share = max_tokens_to_share(config.text_config)
+        with self.accelerator.autocast():
+            return self._tokens_to_share > 0 and all(
+                keeps_apart(model, config, device, share=share) for share in (False, True)
+            )
+
+    def _answers_behind_prompts(
+        self, inputs: dict[str, Any], prompts: list[int], logits_to_keep: int
+    ) -> tuple[dict[str, Any], list[int], list[int]]:
+        """Rows that have each prompt once and the answers to it behind it, as far as that is less to compute.
+
+        Args:
+            inputs: of one answer a row, each [answers, tokens].
+            prompts: of each answer, the number of its prompt.
+
+        Returns:
+            Inputs of rows, of each row the number of its prompt, and in which order the answers stand in the rows.
+        """
+        mask = inputs["attention_mask"]
+        lengths, before = mask.sum(1).tolist(), mask[:, :-logits_to_keep].sum(1).tolist()
+        limit = max(ROW_TOKENS, 2 * max(lengths))  # attention to all of a longer row takes its time
+        rows: list[list[int]] = []
+        begins: list[int] = []
+        for number in dict.fromkeys(prompts):
+            group = [place for place, prompt in enumerate(prompts) if prompt == number]
+            begin = before[group[0]] - 1  # the last token of the prompt predicts the first one of each answer
+            shared = shared_rows([lengths[place] for place in group], limit, begin)
+            rows += [[group[place] for place in row] for row in shared]
+            begins += [begin] * len(shared)
+        width = packed_width(lengths, rows, begins)
+        if width >= self._tokens_to_share or len(rows) * width >= mask.numel():
+            return inputs, prompts, [*range(len(prompts))]
+        mask, ids, labels = flush_left(mask, inputs["input_ids"], inputs["labels"])
+        chats = {"input_ids": ids, "attention_mask": mask, "labels": labels.masked_fill(mask == 0, -100)}
+        packed = pack(chats, rows, [0] * len(prompts), [*chats], self._tokenizer.pad_token_id, begins=begins)
+        attention = self.accelerator.unwrap_model(self.model).config.text_config._attn_implementation
+        packed["attention_mask"] = mask_of(packed["position_ids"], attention)
+        return {**packed, "use_cache": False}, [prompts[row[0]] for row in rows], [place for row in rows for place in row]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """As TRL's, in which groups with equal rewards are no part of what is divided by.

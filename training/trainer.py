@@ -102,9 +102,7 @@ class ELMTrainer(CollatesECGs, OptimizesByMuon, WholeCheckpoints, SFTTrainer):
                 "padding would count. Take --padding_free alone, or --router_aux_loss_coef 0."
             )
         config = self.accelerator.unwrap_model(model).config
-        check_kept_apart(model, config, device, one_row=collator.padding_free)
-        if self._shares(0):
-            check_kept_apart(model, config, device, one_row=False, share=True)
+        check_kept_apart(model, config, device, one_row=collator.padding_free, share=self._shares(0))
 
     def _shares(self, num_tokens: int) -> bool:
         """Whether chats may share what they begin with in rows of so many tokens."""
