@@ -1,14 +1,26 @@
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import Lfm2Config
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.training import sft
 from elm_ecg.training.collator import ELMCollator
-from elm_ecg.training.packing import check_kept_apart, num_packed_tokens, pack, shared_rows
+from elm_ecg.training.packing import (
+    check_kept_apart,
+    common_begin,
+    mask_of,
+    max_tokens_to_share,
+    num_packed_tokens,
+    pack,
+    packed_width,
+    shared_rows,
+)
 from helpers import (
     save_tiny_data,
     tiny_elm_config,
@@ -21,18 +33,75 @@ from helpers import (
 )
 
 
-def test_rows_are_few_and_even():
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        lengths, limit = rng.integers(2, 120, rng.integers(1, 40)).tolist(), int(rng.integers(2, 500))
-        rows = shared_rows(lengths, limit)
-        assert sorted(chat for row in rows for chat in row) == list(range(len(lengths)))
-        filled = [sum(lengths[chat] for chat in row) for row in rows]
-        assert max(filled) <= max(limit, *lengths)
-        assert max(filled) - min(filled) <= max(lengths)
+@settings(deadline=None)
+@given(st.lists(st.integers(2, 120), min_size=1, max_size=40), st.integers(2, 500), st.integers(0, 1))
+def test_rows_are_within_the_limit_and_less_than_padded(lengths, limit, begin):
+    rows = shared_rows(lengths, limit, begin)
+    assert sorted(chat for row in rows for chat in row) == list(range(len(lengths)))
+    width = packed_width(lengths, rows, [begin] * len(rows))
+    assert width <= max(limit, *lengths)
+    assert width * len(rows) <= max(lengths) * len(lengths)
+
+
+def test_rows_are_filled_evenly():
     assert shared_rows([5, 5, 5, 5], 10) == [[0, 2], [1, 3]]
     assert shared_rows([7, 3, 5, 5], 10) == [[0, 1], [2, 3]]  # one row less than one by one would need
     assert shared_rows([30], 10) == [[0]]
+    assert len(shared_rows([67] * 8, 140)) == 4
+    assert len(shared_rows([67] * 8, 128)) == 8  # two do not fit
+    assert len(shared_rows([67] * 8, 128, begin=24)) == 4  # two without what they share do
+    for seed in range(50):  # as in batches: what is left of padding is little
+        lengths = np.random.default_rng(seed).integers(20, 80, 32).tolist()
+        rows = shared_rows(lengths, 256)
+        assert len(rows) * packed_width(lengths, rows, [0] * len(rows)) < 1.1 * sum(lengths)
+
+
+def batch_of(*chats: tuple[list[int], int]) -> dict[str, torch.Tensor]:
+    """Padded chats of ids, of which those from a place on are learnt."""
+    width = max(len(ids) for ids, _ in chats)
+    ids, mask = torch.zeros(len(chats), width, dtype=torch.long), torch.zeros(len(chats), width, dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    for row, (of_chat, first) in enumerate(chats):
+        ids[row, : len(of_chat)], mask[row, : len(of_chat)] = torch.tensor(of_chat), 1
+        labels[row, first : len(of_chat)] = torch.tensor(of_chat[first:])
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def test_what_chats_begin_with():
+    ecg = 99
+    assert common_begin(batch_of(([1, 2, 3, 4, 5], 3), ([1, 2, 3, 6], 3)), ecg) == 2  # 3 predicts what is learnt
+    assert common_begin(batch_of(([1, 2, 3, 4, 5, 6], 5), ([1, 2, 7, 4, 5, 6], 5)), ecg) == 2
+    assert common_begin(batch_of(([1, ecg, 3, 4, 5], 4), ([1, ecg, 3, 4, 6], 4)), ecg) == 1  # another ECG
+    assert common_begin(batch_of(([1, 2, 3, 4, 5], 4), ([7, 2, 3, 4, 5], 4)), ecg) == 0
+    assert common_begin(batch_of(([1, 2, 3, 4], 3), ([1, 2], 2)), ecg) == 1  # one of two tokens
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_what_a_token_sees(attention):
+    """Of each row the first two tokens are of all its chats, or none are."""
+    batch = batch_of(([1, 2, 3, 4], 3), ([1, 2, 5, 6, 7], 3), ([1, 2, 8], 9), ([1, 2, 9], 9))
+    packed = pack(batch, [[1, 0, 2], [3]], [0] * 4, ["input_ids", "labels", "attention_mask"], 0, begins=[2, 2])
+    assert packed["input_ids"].tolist() == [[1, 2, 5, 6, 7, 3, 4, 8], [1, 2, 9, 0, 0, 0, 0, 0]]
+    assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 4, 2, 3, 2], [0, 1, 2, 0, 0, 0, 0, 0]]
+    assert packed["labels"].tolist() == [[-100, -100, -100, 6, 7, -100, 4, -100], [-100] * 8]
+    assert num_packed_tokens(packed["position_ids"]) == 4 + 5 + 3 + 3
+    mask = mask_of(packed["position_ids"], attention)
+    seen = mask if attention == "sdpa" else mask == 0
+    of_first = [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 5], [0, 1, 5, 6], [0, 1, 7]]
+    assert [row.nonzero()[:, 0].tolist() for row in seen[0, 0]] == of_first
+    assert [row.nonzero()[:, 0].tolist() for row in seen[1, 0]] == [[0], [0, 1], [0, 1, 2], [3], [4], [5], [6], [7]]
+    assert mask.dtype == (torch.bool if attention == "sdpa" else torch.float32)
+
+
+def test_where_nothing_can_be_shared():
+    config = tiny_llm_config("gemma2")
+    config._attn_implementation = "eager"
+    assert max_tokens_to_share(config) == config.sliding_window == 32
+    config = tiny_llm_config()
+    config._attn_implementation = "sdpa"
+    assert max_tokens_to_share(config) == sys.maxsize
+    config._attn_implementation = "flash_attention_2"
+    assert max_tokens_to_share(config) == 0
 
 
 def rows_of(processor) -> list[dict]:
@@ -80,15 +149,19 @@ def test_the_loss_is_that_of_padded_chats(representation, attention):
         "padding_free": {"padding_free": True},
         "packing": {"packing": True, "max_length": longest + 50},
         "multiple": {"packing": True, "max_length": longest + 50, "pad_to_multiple_of": 64},
+        "shared": {"packing": True, "max_length": sum(chats), "max_tokens_to_share": 10_000},
     }.items():
         batch = ELMCollator(processor, **options)(rows)
+        if name == "shared":
+            assert batch["input_ids"].numel() < sum(chats)
+            batch["attention_mask"] = mask_of(batch["position_ids"], attention)
         model.zero_grad()
         loss = model(**batch, use_cache=False).loss
         loss.backward()
         found[name] = (loss.item(), model.get_input_embeddings().weight.grad.clone())
         if options:
             assert num_packed_tokens(batch["position_ids"]) == sum(chats)
-            assert "attention_mask" not in batch
+            assert ("attention_mask" in batch) == (name == "shared")
         if name == "padding_free":
             assert batch["input_ids"].shape == (1, sum(chats))
         if name == "packing":
@@ -98,7 +171,7 @@ def test_the_loss_is_that_of_padded_chats(representation, attention):
             assert batch["input_ids"].shape[1] % 64 == 0
         assert found[name][0] == pytest.approx(found["padded"][0], abs=1e-5), name
         torch.testing.assert_close(found[name][1], found["padded"][1], atol=1e-5, rtol=1e-4)
-        check_kept_apart(model, model.config, model.device, one_row=name == "padding_free")
+        check_kept_apart(model, model.config, model.device, one_row=name == "padding_free", share=name == "shared")
 
 
 def test_the_first_token_of_a_chat_is_not_learnt():

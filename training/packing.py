@@ -1,6 +1,7 @@
 """Several chats in a row of a batch: `--padding_free` and `--packing`."""
 
 import sys
+from heapq import heapreplace
 from itertools import accumulate
 from typing import Any
 
@@ -28,14 +29,15 @@ def max_tokens_to_share(config: Any) -> int:
 
 
 def common_begin(batch: dict[str, torch.Tensor], ecg_token_id: int) -> int:
-    """How many tokens all chats of a batch begin with, such as a system prompt: none of an ECG, and none that predicts a label.
+    """How many tokens all chats of a batch begin with, such as a system prompt: none of an ECG, none that predicts a label, and of no
+    chat all.
 
     Args:
         batch: padded on the right.
     """
-    ids, labels = batch["input_ids"], batch["labels"]
-    alike = (ids == ids[:1]).all(0) & (ids[0] != ecg_token_id) & batch["attention_mask"].bool().all(0)
-    return int((alike[:-1] & (labels[:, 1:] == -100).all(0)).long().cumprod(0).sum())
+    ids, goes_on, labels = batch["input_ids"], batch["attention_mask"].bool()[:, 1:], batch["labels"][:, 1:]
+    alike = (ids == ids[:1]).all(0) & (ids[0] != ecg_token_id)  # [tokens]
+    return int((alike[:-1] & goes_on.all(0) & (labels == -100).all(0)).long().cumprod(0).sum())
 
 
 def shared_rows(lengths: list[int], limit: int, begin: int = 0) -> list[list[int]]:
@@ -50,17 +52,24 @@ def shared_rows(lengths: list[int], limit: int, begin: int = 0) -> list[list[int
         The numbers of the chats of each row.
     """
     limit = max(limit, *lengths)
-    best, least = [], sys.maxsize
-    for num_rows in range(1, len(lengths) + 1):
+    longest_first = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    best: list[list[int]] = []
+    least = sys.maxsize  # tokens, padding included
+    num_rows, most = max(1, -(-sum(length - begin for length in lengths) // limit)), len(lengths)
+    while num_rows <= most:
         rows: list[list[int]] = [[] for _ in range(num_rows)]
-        filled = [begin] * num_rows
-        for chat in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):  # the longest first
-            row = filled.index(min(filled))
+        filled = [(begin, row) for row in range(num_rows)]  # a heap, the emptiest row first
+        for chat in longest_first:
+            tokens, row = filled[0]
             rows[row].append(chat)
-            filled[row] += lengths[chat] - begin
-        tokens = num_rows * max(filled)
-        if max(filled) <= limit and tokens < least:
-            best, least = rows, tokens
+            heapreplace(filled, (tokens + lengths[chat] - begin, row))
+        width = max(filled)[0]
+        if width <= limit:
+            if not best:
+                most = min(2 * num_rows, most)  # more rows may fill more evenly, many more hardly do
+            if num_rows * width < least:
+                best, least = rows, num_rows * width
+        num_rows += 1
     return best
 
 

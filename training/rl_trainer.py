@@ -343,7 +343,11 @@ class ELMGRPOTrainer(OptimizesByMuon, WholeCheckpoints, GRPOTrainer):
         packed = pack(chats, rows, [0] * len(prompts), [*chats], self._tokenizer.pad_token_id, begins=begins)
         attention = self.accelerator.unwrap_model(self.model).config.text_config._attn_implementation
         packed["attention_mask"] = mask_of(packed["position_ids"], attention)
-        return {**packed, "use_cache": False}, [prompts[row[0]] for row in rows], [place for row in rows for place in row]
+        return (
+            {**packed, "use_cache": False},
+            [prompts[row[0]] for row in rows],
+            [place for row in rows for place in row],
+        )
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """As TRL's, in which groups with equal rewards are no part of what is divided by.
