@@ -22,6 +22,7 @@ from elm_ecg.modeling_language_models import load_language_model
 from elm_ecg.training.evaluation.answers import Answerer
 from elm_ecg.training.evaluation.questions import list_questions
 from elm_ecg.training.lora import linear_layers
+from elm_ecg.training.packing import keeps_apart, max_tokens_to_share
 from forks import Fork
 from helpers import tiny_processor
 
@@ -244,6 +245,14 @@ class TestFamily:
             assert losses[1] < losses[0]
             assert any("connector" in name for name in learnt)
             assert any("language_model" in name and ("lora_B" in name or not lora) for name in learnt)
+
+    def test_chats_in_a_row_are_as_alone(self, built, family):
+        """Behind what they share; but for layers with a state, which are found to mix them."""
+        model = built(family).model
+        with_state = set(getattr(model.config.text_config, "layer_types", None) or []) & {"linear_attention", "conv"}
+        assert max_tokens_to_share(model.config.text_config) > 500
+        apart = keeps_apart(model, model.config, model.device, share=True)
+        assert apart == (not with_state and family not in ("bamba", "falcon_h1", "jamba", "nemotron_h", "zamba2"))
 
     @pytest.mark.parametrize("score", ["generation", "likelihood"])
     @pytest.mark.slow

@@ -308,9 +308,7 @@ class ELMGRPOTrainer(OptimizesByMuon, WholeCheckpoints, GRPOTrainer):
         config, device = self.accelerator.unwrap_model(model).config, self.accelerator.device
         self._tokens_to_share = max_tokens_to_share(config.text_config)
         with self.accelerator.autocast():
-            return self._tokens_to_share > 0 and all(
-                keeps_apart(model, config, device, share=share) for share in (False, True)
-            )
+            return self._tokens_to_share > 0 and keeps_apart(model, config, device, share=True)
 
     def _answers_behind_prompts(
         self, inputs: dict[str, Any], prompts: list[int], logits_to_keep: int
