@@ -1,13 +1,14 @@
 """Training with a frozen encoder: its features kept against computed in each step.
 
     python benchmarks/features.py --llm FOLDER_OR_ID
-    python benchmarks/features.py --llm FOLDER_OR_ID --data FOLDER
+    python benchmarks/features.py --llm FOLDER_OR_ID --data FOLDER --packing --lora_dropout 0
     python benchmarks/features.py --encoder merl --batch_size 4
 
-Both sides are epochs of one run of `elm sft` with LoRA, in turn, on simulated ECGs with a question of each, or on the first chats of
---data; without --llm it is the quickstart's small language model. What the command line has beside the options below is given to `elm sft`. Samples by CPU seconds, all
-that the trainer does included. Beside them what PyTorch counts of one epoch's arithmetic: where encoder and language model compute
-equally fast, its ratio is the most that keeping features can bring.
+The sides are epochs of one run of `elm sft` with LoRA, in turn, on simulated ECGs with a question of each, or on the first chats of
+--data; without --llm it is the quickstart's small language model. With --packing there are epochs with neither, too. What the command
+line has beside the options below is given to `elm sft`. Samples by CPU seconds, all that the trainer does included. Beside them what
+PyTorch counts of one epoch's arithmetic: where encoder and language model compute equally fast, its ratio is the most that keeping
+features can bring.
 """
 
 import argparse
@@ -28,22 +29,27 @@ from elm_ecg.training.small_llm import save_small_llm
 
 
 class TakingTurns(TrainerCallback):
-    """Epochs in which features are found, and in which they are computed, in turn; the first one fills what is kept.
+    """Epochs in which features are found, in which they are computed, and in which chats are padded too, in turn; the first one fills
+    what is kept.
 
     Args:
         trainer: whose epochs they are.
+        sides: the names of those that there are.
         timed: epochs whose CPU seconds count; of those after them the arithmetic does.
     """
 
-    def __init__(self, trainer: sft.ELMTrainer, timed: int) -> None:
+    def __init__(self, trainer: sft.ELMTrainer, sides: list[str], timed: int) -> None:
         self.trainer, self.features, self.timed = trainer, trainer.features, timed
-        self.seconds: dict[str, list[float]] = {"computed": [], "kept": []}
+        self.collator: Any = trainer.data_collator
+        self.packing = self.collator.packing
+        self.seconds: dict[str, list[float]] = {side: [] for side in sides}
         self.flops: dict[str, int] = {}
         self.done = 0
 
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.name = "computed" if self.done % 2 else "kept"
+        self.name = [*self.seconds][self.done % len(self.seconds)]
         self.trainer.features = self.features if self.name == "kept" else None
+        self.collator.packing = self.packing and self.name != "neither"
         self.counter = FlopCounterMode(display=False) if self.done >= self.timed else None
         if self.counter:
             self.counter.__enter__()
@@ -73,11 +79,12 @@ def main() -> None:
         if llm is None:
             llm = str(Path(folder) / "llm")
             save_small_llm(Path(llm), [row["messages"] for row in make_rows(960, args.seed)], args.seed)
-        timed = 2 * args.repeats + 1
+        sides = ["kept", "computed", *(["neither"] if "--packing" in others else [])]
+        timed = len(sides) * args.repeats + 1
         argv = ["--data", args.data or "simulated", "--llm", llm, "--encoder", args.encoder]
         argv += ["--update", "connector", "llm", "--use_peft"]
         argv += ["--cache_features", "memory", "--output_dir", str(Path(folder) / "run"), "--seed", str(args.seed)]
-        argv += ["--batch_size", str(args.batch_size), "--epochs", str(timed + 2), "--save_strategy", "no"]
+        argv += ["--batch_size", str(args.batch_size), "--epochs", str(timed + len(sides)), "--save_strategy", "no"]
         argv += ["--report_to", "none", "--disable_tqdm", "true", "--logging_strategy", "no", *others]
         elm_args, training_args, model_args = sft.parse(argv)
         model, processor = run.build_base(elm_args, training_args, model_args)
@@ -90,7 +97,7 @@ def main() -> None:
             data = data.select(range(min(args.rows, len(data))))
         splits = {"train": data, "validation": None}
         trainer = sft.make_trainer(elm_args, training_args, model_args, model, processor, splits, options)
-        turns = TakingTurns(trainer, timed)
+        turns = TakingTurns(trainer, sides, timed)
         trainer.add_callback(turns)
         trainer.train()
 
@@ -104,6 +111,11 @@ def main() -> None:
     for name, (without, with_features) in seconds.items():
         speeds = len(data) / without, len(data) / with_features
         print(f"| {name} | {speeds[0]:.2f} | {speeds[1]:.2f} | {speeds[1] / speeds[0]:.2f} |")
+    if "neither" in turns.seconds:
+        speed = len(data) / statistics.median(turns.seconds["neither"])
+        print(
+            f"\nPadded and computed: {speed:.2f} samples/s; packed and kept {len(data) / kept / speed:.2f} times as many"
+        )
     per_sample = {name: flops / len(data) / 1e9 for name, flops in turns.flops.items()}
     print(
         f"\nArithmetic of a sample: {per_sample['computed']:.1f} GFLOP computed, {per_sample['kept']:.1f} kept, "

@@ -48,8 +48,9 @@ class ELMTrainer(CollatesECGs, OptimizesByMuon, WholeCheckpoints, SFTTrainer):
 
     Args:
         kwargs: for `WholeCheckpoints` and TRL's trainer.
-
     """
+
+    model: Any  # of transformers, where one may be missing
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
@@ -84,8 +85,7 @@ class ELMTrainer(CollatesECGs, OptimizesByMuon, WholeCheckpoints, SFTTrainer):
         num_tokens = self._total_train_tokens
         inputs = inputs | labelled_places(inputs["labels"])
         if positions is not None and self._shares(positions.shape[1]):
-            config = self.accelerator.unwrap_model(model).config
-            inputs["attention_mask"] = mask_of(positions, config.text_config._attn_implementation)
+            inputs["attention_mask"] = mask_of(positions, self.model.config.text_config._attn_implementation)
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if positions is not None:  # TRL counts those of one row, padding too
             num_tokens += int(self.accelerator.gather_for_metrics(num_packed_tokens(positions)).sum())
@@ -101,8 +101,7 @@ class ELMTrainer(CollatesECGs, OptimizesByMuon, WholeCheckpoints, SFTTrainer):
                 f"--{'packing' if collator.packing else 'pad_to_multiple_of'}: this language model learns to use its experts evenly, and "
                 "padding would count. Take --padding_free alone, or --router_aux_loss_coef 0."
             )
-        config = self.accelerator.unwrap_model(model).config
-        check_kept_apart(model, config, device, one_row=collator.padding_free, share=self._shares(0))
+        check_kept_apart(model, self.model.config, device, one_row=collator.padding_free, share=self._shares(0))
 
     def _shares(self, num_tokens: int) -> bool:
         """Whether chats may share what they begin with in rows of so many tokens."""
