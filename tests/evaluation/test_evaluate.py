@@ -180,6 +180,10 @@ def test_in_memory_of_a_list_without_training_data(evaluated, elm, data, tmp_pat
         ({"metrics": ["bert_score"]}, "^metrics bert_score .* name it with bert_score_model"),
         ({"generation": {"beams": 2}}, "^generation has beams; expected options of `generate`"),
         ({"generation": {"use_cache": False}}, "^generation has use_cache; expected options of `generate`"),
+        (
+            {"generation": {"min_new_tokens": 200}},
+            "^generation min_new_tokens is 200, above max_new_tokens 128: no answer",
+        ),
         ({"candidates": ["yes", "no"]}, "^candidates are what score likelihood decides among"),
         (
             {"main_metric": "meteor"},
@@ -645,6 +649,10 @@ def test_compare(evaluated, model, data, tmp_path, capsys, no_report):
         (
             ["--generation_kwargs", '{"suppress_tokens": [1, true]}'],
             r"suppress_tokens is \[1, True\]; expected the num",
+        ),
+        (
+            ["--max_new_tokens", "3", "--generation_kwargs", '{"min_new_tokens": 4}'],
+            "--generation_kwargs min_new_tokens is 4, above --max_new_tokens 3",
         ),
         (["--generation_kwargs", '{"top_k": "2"}'], "top_k is '2'; expected a number, true or false"),
     ],

@@ -336,6 +336,10 @@ def test_records_stand_anywhere(tmp_path):
         (["x.npz", "--features", "encoder", "--max_new_tokens", "4"], "--max_new_tokens changes nothing"),
         (["x.npz", "--questions", "nope.csv"], "--questions nope.csv: there is no such file"),
         (["x.npz", "--question", "Why?", "--generation_kwargs", '{"max_length": 2}'], "has max_length; expected"),
+        (
+            ["x.npz", "--question", "Why?", "--generation_kwargs", '{"min_new_tokens": 129}'],
+            "min_new_tokens is 129, above --max_new_tokens 128",
+        ),
         (["x.npz", "--question", "Why?", "--output", "a.txt"], "ends with .jsonl or .csv"),
         (["x.npz", "--question", "Why?", "--output", "no/a.csv"], "there is no folder no"),
         (["x.npz", "--question", "Why?", "--seed", "-1"], "at least 0"),

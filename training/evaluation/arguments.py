@@ -187,14 +187,14 @@ def check_settings(settings: Mapping[str, Any], prefix: str = "") -> None:
         raise ValueError(
             f"{prefix}candidates are what {prefix}score likelihood decides among; add that, or leave them out."
         )
-    check_generation(settings["generation"], prefix)
+    check_generation(settings["generation"], settings["max_new_tokens"], prefix)
     if settings["generation"] and settings["score"] == "likelihood":
         name = "--generation_kwargs" if prefix else "generation"
         raise ValueError(f"{name} with {prefix}score likelihood, which generates nothing; leave them out.")
 
 
-def check_generation(generation: Mapping[str, Any], prefix: str = "") -> None:
-    """Refuses (ValueError) what are no options of `generate`, or such as give other than one text to a question."""
+def check_generation(generation: Mapping[str, Any], max_new_tokens: int, prefix: str = "") -> None:
+    """Refuses (ValueError) what are no options of `generate`, or such as give other than one text to a question or let none end."""
     name = "--generation_kwargs" if prefix else "generation"
     unknown = [key for key in generation if key in NOT_GENERATION or not hasattr(GenerationConfig(), key)]
     if unknown:
@@ -203,6 +203,20 @@ def check_generation(generation: Mapping[str, Any], prefix: str = "") -> None:
             f"{prefix}max_new_tokens apart."
         )
     check_kinds(name, generation)
+    check_shortest(name, generation, f"{prefix}max_new_tokens", max_new_tokens)
+
+
+def check_shortest(name: str, generation: Mapping[str, Any], of_longest: str, longest: int | None) -> None:
+    """Refuses (ValueError) a shortest answer above the longest one: transformers then cuts every answer off before it may end.
+
+    Args:
+        name, of_longest: of the option with `min_new_tokens`, and of that with the longest answer, None where there is none.
+    """
+    shortest = generation.get("min_new_tokens") or 0
+    if longest is not None and shortest > longest:
+        raise ValueError(
+            f"{name} min_new_tokens is {shortest}, above {of_longest} {longest}: no answer could end. Lower the one or raise the other."
+        )
 
 
 def check_kinds(name: str, generation: Mapping[str, Any]) -> None:
