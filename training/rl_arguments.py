@@ -135,7 +135,7 @@ class RLConfig(TakesMuon, GRPOConfig):
                 )
             if name in OF_OPTIONS:
                 raise ValueError(f"{told} say it as --{OF_OPTIONS[name]}.")
-            if not hasattr(GenerationConfig(), name):
+            if name not in vars(GenerationConfig()):
                 raise ValueError(f"{told} transformers' GenerationConfig has no such field.")
         check_kinds("--generation_kwargs", generation)
         check_shortest("--generation_kwargs", generation, "--max_completion_length", self.max_completion_length)

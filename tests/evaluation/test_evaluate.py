@@ -648,13 +648,33 @@ def test_compare(evaluated, model, data, tmp_path, capsys, no_report):
         ),
         (
             ["--generation_kwargs", '{"suppress_tokens": [1, true]}'],
-            r"suppress_tokens is \[1, True\]; expected the num",
+            r"suppress_tokens is \[1, True\]; expected a list of the num",
         ),
         (
             ["--max_new_tokens", "3", "--generation_kwargs", '{"min_new_tokens": 4}'],
             "--generation_kwargs min_new_tokens is 4, above --max_new_tokens 3",
         ),
-        (["--generation_kwargs", '{"top_k": "2"}'], "top_k is '2'; expected a number, true or false"),
+        (["--generation_kwargs", '{"top_k": "2"}'], "top_k is '2'; expected a whole number"),
+        (["--generation_kwargs", '{"temperature": "2"}'], "temperature is '2'; expected a number, true or false"),
+        (["--generation_kwargs", '{"num_beams": 2.5}'], "num_beams is 2.5; expected a whole number"),
+        (["--generation_kwargs", '{"no_repeat_ngram_size": true}'], "no_repeat_ngram_size is True; expected a whole"),
+        (["--generation_kwargs", '{"pad_token_id": [1]}'], r"pad_token_id is \[1\]; expected the number of a token"),
+        (["--generation_kwargs", '{"suppress_tokens": 1}'], "suppress_tokens is 1; expected a list of the numbers"),
+        (
+            ["--generation_kwargs", '{"stop_strings": [1]}'],
+            r"stop_strings is \[1\]; expected a text, or a list of texts",
+        ),
+        (
+            ["--generation_kwargs", '{"early_stopping": ["never"]}'],
+            r"early_stopping is \['never'\]; expected true, false",
+        ),
+        (
+            ["--generation_kwargs", '{"exponential_decay_length_penalty": [1]}'],
+            r"exponential_decay_length_penalty is \[1\]; expected a list of two numbers",
+        ),
+        (["--generation_kwargs", '{"sequence_bias": [1]}'], r"sequence_bias is \[1\]; expected a list of lists"),
+        (["--generation_kwargs", '{"watermarking_config": 1}'], "watermarking_config is 1; expected names and values"),
+        (["--generation_kwargs", '{"to_dict": 1}'], "has to_dict; expected options of `generate`"),
     ],
 )
 def test_bad_input(model, data, options, message, monkeypatch):
