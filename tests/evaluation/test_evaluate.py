@@ -636,6 +636,7 @@ def test_compare(evaluated, model, data, tmp_path, capsys, no_report):
         (["--output_dir", "/proc/nowhere"], "--output_dir /proc/nowhere cannot be written: .*Name another"),
         (["--seed", "1", "1"], "--seed 1 1 names one twice"),
         (["--candidates", "yes", "no"], "add that, or leave them out"),
+        (["--score", "likelihood", "--candidates", "yes", "maybe"], "is none of the --candidates maybe, yes"),
         (["--generation_kwargs", "{'"], "--generation_kwargs is not JSON"),
         (
             ["--generation_kwargs", '{"beams": 2, "num_return_sequences": 2}'],
@@ -696,7 +697,8 @@ def test_an_empty_split(model, data, tmp_path):
     asked = Dataset.from_list([{**rows[0], "messages": rows[0]["messages"][:1]}])
     DatasetDict(test=asked).save_to_disk(tmp_path / "asked")
     with pytest.raises(ValueError, match="has 1 row and no assistant turn to score"):
-        evaluation.main(argv_of(model, tmp_path / "asked", tmp_path))
+        evaluation.main(argv_of(model, tmp_path / "asked", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_model(data, tmp_path):

@@ -427,6 +427,9 @@ def _load_data(args: EvaluationArguments, fold: int | None) -> tuple[Dataset, Da
     if data is None:
         raise ValueError(f"--data {' '.join(args.data)} has no split {args.split!r}.")
     questions = list_questions(data)
+    if args.score == "likelihood":  # a ValueError tells of candidates that cannot be decided among
+        training = [] if training_data is None else list_questions(training_data)
+        candidate_answers(questions, training, args.candidates, "--")
     return data, training_data, _on_first(lambda: fingerprint_of(data, questions))
 
 
@@ -454,7 +457,6 @@ def _evaluate_fold(
         else:
             for path in [own] if own.is_dir() else folders.values():
                 move_old_results(path, keep=revision)
-        folder.mkdir(parents=True, exist_ok=True)
     state.wait_for_everyone()
     progress = Progress(folder, [SCHEMA_VERSION, args.torch_compile], state.process_index)
     runs = []
