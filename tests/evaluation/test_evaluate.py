@@ -561,7 +561,10 @@ def test_folds_and_seeds(model, data, tmp_path, caplog, capsys, no_report):
     assert Answerer.ask is ask
     per_fold = 3 + 2 * 2  # three conditions once, two for each seed
     assert len(asked) == 2 * per_fold
-    assert "the others are asked once, for seed 0, seed 5" in caplog.text
+    assert (
+        "the seed changes only noise and swapped: what it does not change is asked once, for seed 0, seed 5."
+        in caplog.text
+    )
     assert json.loads((tmp_path / "out" / "evaluation_summary.json").read_text()) == summary
     assert [(run["fold"], run["seed"]) for run in summary["runs"]] == [(1, 0), (1, 5), (2, 0), (2, 5)]
     results = {

@@ -519,9 +519,10 @@ def main(argv: list[str] | None = None) -> Results:
     if args.output_dir:
         _require_free(folder / SUMMARY_FILE, evaluation)
     if len(args.seed) > 1 and not args.samples:
+        random = " and ".join(name for name in args.conditions if CONDITIONS[name].random)
         logger.warning(
-            "Answers are not sampled, so that only %s depend on the seed: the others are asked once, for %s.",
-            " and ".join(name for name in args.conditions if CONDITIONS[name].random) or "no conditions",
+            "Answers are not sampled, so that the seed changes %s: what it does not change is asked once, for %s.",
+            f"only {random}" if random else "nothing",
             ", ".join(f"seed {seed}" for seed in args.seed),
         )
     runs: list[Results] = []
