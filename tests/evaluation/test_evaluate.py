@@ -585,7 +585,10 @@ def test_folds_and_seeds(model, data, tmp_path, caplog, capsys, no_report):
         assert found["num_runs"] == len(runs)
         assert found["mean"] == pytest.approx(np.mean(scores))
         assert (found["interval_95"] is None) == (len(set(scores)) == 1)
-    assert "exact match" in capsys.readouterr().out
+    told = capsys.readouterr().out.splitlines()
+    assert any("exact match" in line for line in told)
+    assert told[-1] == summary["verdict"]
+    assert told[-1].startswith("The verdict of 0 of the 4 runs is")
     assert not list(tmp_path.rglob("predictions.partial.*"))
 
 
@@ -601,13 +604,16 @@ def test_over_one_run_nothing_spreads():
     run = {"data": {"fold": None}, "settings": {"seed": 0}, "model_revision": "r"}
     run["conditions"] = {"ecg": {"metrics": {"exact_match": {"value": 0.5}, "auroc": {"value": None}}}}
     row = {"mean": 0.5, "std": None, "interval_95": None, "num_runs": 1}
-    run |= {"metrics": {}, "main_metric": "exact_match"}
+    run |= {"metrics": {}, "main_metric": "exact_match", "verdict": "the model may not look at the ECG."}
     assert over_runs([run], [0], False)["conditions"] == {"ecg": {"exact_match": row}}
     other = {**run, "data": {"fold": 1}}
     third = {**run, "conditions": {"ecg": {"metrics": {"exact_match": {"value": 0.7}}}}}
     found = over_runs([run, third], [0], False)["conditions"]["ecg"]["exact_match"]
     half = student_t.ppf(0.975, 1) * np.std([0.5, 0.7], ddof=1) / 2**0.5
     assert found["interval_95"] == pytest.approx([0.6 - half, 0.6 + half])
+    third["verdict"] = "the model looks at the ECG; with another patient's it was not compared."
+    told = "The verdict of 1 of the 2 runs is that the model looks at the ECG."
+    assert over_runs([run, third], [0], False)["verdict"] == told
     # nor over two that agree
     assert over_runs([run, other], [0], False)["conditions"] == {"ecg": {"exact_match": {**row, "num_runs": 2}}}
 

@@ -554,7 +554,8 @@ def main(argv: list[str] | None = None) -> Results:
         spread = "" if row["std"] is None else f", standard deviation {scale.number(row['std'])}"
         mean = scale.with_unit(scale.number(row["mean"]))
         print(f"{condition}: {scale.title} {mean} over {counted(row['num_runs'], 'run')}{spread}")
-    print(f"Figures over the runs in {(folder / SUMMARY_FILE).resolve()}. {summary['note']}", flush=True)
+    print(f"Figures over the runs in {(folder / SUMMARY_FILE).resolve()}. {summary['note']}")
+    print(summary["verdict"], flush=True)
     return summary
 
 
