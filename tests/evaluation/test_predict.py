@@ -208,10 +208,14 @@ def test_candidates_share_one(model, records, tmp_path):
     ]
 
 
-def test_notices_stand_in_the_lines(model, tmp_path):
-    save_record(tmp_path / "short.npz", seconds=3.0)
-    (line,) = lines_of(run(model, tmp_path, str(tmp_path / "short.npz"), "--question", "Why?", *FEW))
-    assert line["notices"] == ["Shorter than the 5 s that the model reads."]
+def test_notices_stand_in_the_lines_and_are_told_once(model, tmp_path, caplog):
+    told = "Shorter than the 5 s that the model reads."
+    for number in range(2):
+        save_record(tmp_path / f"short{number}.npz", seconds=3.0)
+    lines = lines_of(run(model, tmp_path, str(tmp_path / "*.npz"), "--question", "Why?", "Who?", *FEW))
+    assert [line["notices"] for line in lines] == [[told]] * 4
+    messages = [record.getMessage() for record in caplog.records if record.name == predict.__name__]
+    assert messages == [f"{told} (4 lines)"]
 
 
 def test_a_part_of_a_longer_record(model, records, tmp_path):
