@@ -46,6 +46,7 @@ NOISE_BAND, NOISE_SECONDS, NOISE_MILLIVOLTS = (20.0, 150.0), 0.1, 0.015  # hertz
 DRIFT_SECONDS, DRIFT_MILLIVOLTS = 1.0, 1.0
 LARGE_MILLIVOLTS = 10.0
 
+_NO_RATE = "The ECG has no sampling rate: give sampling_rate in hertz (in commands with that option: --sampling_rate)."
 _RECORD_KEYS = ("array", "sampling_rate", "lead_names", "unit", "metadata")
 
 
@@ -150,9 +151,7 @@ def as_record(
     leads = agreed_lead_names(ecg.get("lead_names"), lead_names)
     scale = member("unit", unit, _units_per_millivolt)
     if rate is None:
-        raise ValueError(
-            "The ECG has no sampling rate: give sampling_rate in hertz (in commands with that option: --sampling_rate)."
-        )
+        raise ValueError(_NO_RATE)
 
     array = _numeric_array(ecg["array"])
     names = _names_of_rows(array, leads)
