@@ -269,8 +269,8 @@ def _mat_record(variables: dict[str, Any], given: Given) -> dict[str, Any]:
     if isinstance(variables.get("val"), np.ndarray):  # as WFDB's wfdb2mat names it
         if given.unit is None:
             raise ValueError(
-                f"{_NO_HEADER}, or give unit and sampling_rate (for a file: --unit uV --sampling_rate 500), if a count is one "
-                "microvolt."
+                f"{_NO_HEADER}, or give unit and sampling_rate (in commands with these options: --unit uV --sampling_rate 500), if a "
+                "count is one microvolt."
             )
         return {"array": variables["val"], "metadata": {"format": "MATLAB, val"}}
     raise ValueError(

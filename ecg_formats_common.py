@@ -245,7 +245,7 @@ def select_signals(
         signals = listed(f"{name} ({why})" for name, why in left_out.items()) or "none at all"
         raise ValueError(
             f'it holds no signal in volts, but {signals}. If these are leads of an ECG, say in which unit: unit="uV" '
-            "(for a file: --unit uV)."
+            "(in commands with that option: --unit uV)."
         )
     leads = [row for row in electrical if _lead_key(known[row]) in _CANONICAL_LEADS]
     rate = max(rates[row] for row in leads or electrical)  # of any signal where no lead has a standard name

@@ -46,6 +46,7 @@ NOISE_BAND, NOISE_SECONDS, NOISE_MILLIVOLTS = (20.0, 150.0), 0.1, 0.015  # hertz
 DRIFT_SECONDS, DRIFT_MILLIVOLTS = 1.0, 1.0
 LARGE_MILLIVOLTS = 10.0
 
+_NO_RATE = "The ECG has no sampling rate: give sampling_rate in hertz (in commands with that option: --sampling_rate)."
 _RECORD_KEYS = ("array", "sampling_rate", "lead_names", "unit", "metadata")
 
 
@@ -150,7 +151,7 @@ def as_record(
     leads = agreed_lead_names(ecg.get("lead_names"), lead_names)
     scale = member("unit", unit, _units_per_millivolt)
     if rate is None:
-        raise ValueError("The ECG has no sampling rate: give sampling_rate in hertz (for a file: --sampling_rate).")
+        raise ValueError(_NO_RATE)
 
     array = _numeric_array(ecg["array"])
     names = _names_of_rows(array, leads)
@@ -159,7 +160,7 @@ def as_record(
         if array.dtype.kind != "f":
             raise ValueError(
                 f"The ECG holds integers ({array.dtype}) without a unit, and digital counts say nothing about the "
-                'amplitude: give unit="uV" (for a file: --unit uV) if one count is one microvolt, or convert it to millivolts.'
+                'amplitude: give unit="uV" (in commands with that option: --unit uV) if one count is one microvolt, or convert it to millivolts.'
             )
         scale = 1.0
     metadata = dict(ecg.get("metadata") or {})
@@ -181,7 +182,7 @@ def _check_peak(array: np.ndarray) -> None:
     if peak > MAX_MILLIVOLTS:
         raise ValueError(
             f"The ECG reaches {peak:.6g} mV, and an ECG on the skin stays far below {MAX_MILLIVOLTS:g} mV. If its numbers "
-            'are microvolts, give unit="uV" (for a file: --unit uV); if they are digital counts, convert them to millivolts.'
+            'are microvolts, give unit="uV" (in commands with that option: --unit uV); if they are digital counts, convert them to millivolts.'
         )
 
 
@@ -215,8 +216,8 @@ def _names_of_rows(array: np.ndarray, leads: tuple[str, ...] | None) -> tuple[st
         )
     if leads is None:
         raise ValueError(
-            f"The ECG has {len(array)} leads without names, and only {expected} have a standard order: give lead_names (for a "
-            "file: --lead_names)."
+            f"The ECG has {len(array)} leads without names, and only {expected} have a standard order: give lead_names (in "
+            "commands with that option: --lead_names)."
         )
     raise ValueError(f"The ECG has {len(array)} leads but {expected} lead names: {listed(leads)}.")
 
@@ -229,7 +230,7 @@ def _standard_rows(array: np.ndarray, names: tuple[str, ...]) -> tuple[np.ndarra
     if not rows:
         raise ValueError(
             f"The ECG has no standard lead, but {listed(names)}; expected some of {', '.join(STANDARD_LEADS)}, in any case. "
-            "If these are their names, give lead_names (for a file: --lead_names)."
+            "If these are their names, give lead_names (in commands with that option: --lead_names)."
         )
     return array[rows], tuple(names[row] for row in rows)
 

@@ -50,6 +50,10 @@ class ECGQuestionAnsweringPipeline(Pipeline):
             generation["max_new_tokens"] = max_new_tokens
         return {} if system_prompt is None else {"system_prompt": system_prompt}, generation, {}
 
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As of transformers; of an empty list an empty one, where transformers looks for its first item."""
+        return [] if isinstance(inputs, (list, tuple)) and not inputs else super().__call__(inputs, *args, **kwargs)
+
     def preprocess(self, input_: Any, **preprocess_parameters: Any) -> Any:
         """A list of inputs, as inputs of the model."""
         inputs = self.processor.with_system_prompt(**preprocess_parameters).apply_chat_template(

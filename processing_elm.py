@@ -214,6 +214,8 @@ class ELMProcessor(ProcessorMixin):
                 data.update(self.image_processor(values, self._seconds, self.feature_extractor.lead_names))
         if text is not None:
             texts = [text] if isinstance(text, str) else list(text)
+            if not texts:
+                raise ValueError("There is no text; give at least one.")
             counts = [one.count(self.ecg_token) for one in texts]
             if groups and groups != counts:
                 raise ValueError(
@@ -235,8 +237,10 @@ class ELMProcessor(ProcessorMixin):
         Raises:
             ValueError: the template does not take the chat, the answers cannot be told from the rest, or as `__call__`.
         """
+        if not len(conversation):
+            raise ValueError("There is no chat, or no message in it; give at least one.")
         template = self.template(chat_template)
-        several = len(conversation) > 0 and not isinstance(conversation[0], Mapping)
+        several = not isinstance(conversation[0], Mapping)
         chats: Any = [self._prompted(chat) for chat in (conversation if several else [conversation])]
         processor_kwargs = dict(kwargs.pop("processor_kwargs", None) or {})
         tokenize = kwargs.get("tokenize", False)

@@ -97,7 +97,7 @@ class TestEDF:
         (tmp_path / "a.edf").write_bytes(edf_bytes(*signals))
         with pytest.raises(ValueError, match=r"no signal in volts.*--unit uV"):
             read_ecg(tmp_path / "a.edf")
-        with pytest.raises(ValueError, match=r"I-Ref.*give lead_names \(for a file: --lead_names\)"):
+        with pytest.raises(ValueError, match=r"I-Ref.*give lead_names \(in commands with that option: --lead_names\)"):
             read_ecg(tmp_path / "a.edf", unit="uV")
         record = read_ecg(tmp_path / "a.edf", unit="uV", lead_names=LEADS)
         np.testing.assert_allclose(record.array, COUNTS / 1000, atol=1e-6)

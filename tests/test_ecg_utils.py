@@ -116,7 +116,8 @@ class TestAsRecord:
         counts = ptbxl[500][0]
         np.testing.assert_array_equal(as_record(counts, 500, unit="uV").array, (counts / 1000).astype(np.float32))
         with pytest.raises(
-            ValueError, match=r'holds integers \(int16\) without a unit.*give unit="uV" \(for a file: --unit uV\)'
+            ValueError,
+            match=r'holds integers \(int16\) without a unit.*give unit="uV" \(in commands with that option: --unit uV\)',
         ):
             as_record(counts, 500)
 
@@ -127,7 +128,8 @@ class TestAsRecord:
 
     def test_missing_sampling_rate(self):
         with pytest.raises(
-            ValueError, match=r"has no sampling rate: give sampling_rate in hertz \(for a file: --sampling_rate\)"
+            ValueError,
+            match=r"has no sampling rate: give sampling_rate in hertz \(in commands with that option: --sampling_rate\)",
         ):
             as_record(noise(12, 5))
 
@@ -142,7 +144,7 @@ class TestAsRecord:
             (noise(0, 12), r"is empty"),
             (
                 noise(3, 50),
-                r"3 leads without names, and only 12 have a standard order: give lead_names \(for a file: --lead_names\)",
+                r"3 leads without names, and only 12 have a standard order: give lead_names \(in commands with that option: --lead_names\)",
             ),
             (noise(12, 5) + 1j, "is of complex64; expected real numbers"),
             (np.full((12, 5), "x"), "is of <U1; expected real numbers"),

@@ -52,6 +52,10 @@ def test_one_or_many(folder, pipe):
     assert pipe({**QUESTION, "ecg": ECG.tolist()}, max_new_tokens=5) == one
 
 
+def test_none(pipe):
+    assert pipe([]) == pipe(()) == list(pipe(question for question in [])) == []
+
+
 def test_as_generate_says(pipe):
     """The answers are those of `generate`, with its options; a system prompt and a chat are part of the prompt."""
     model, processor = pipe.model, pipe.processor

@@ -96,6 +96,10 @@ class TestCall:
         np.testing.assert_array_equal(inputs["ecg_values"], expected["ecg_values"])
 
     def test_nothing(self, processor):
+        with pytest.raises(ValueError, match="There is no text; give at least one"):
+            processor(text=[])
+        with pytest.raises(ValueError, match="There is no chat, or no message in it; give at least one"):
+            processor.apply_chat_template([], tokenize=True)
         with pytest.raises(ValueError, match="Give text, ecgs or both"):
             processor()
 

@@ -469,6 +469,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
             ["--generation_kwargs", '{"bos_token_id": 1.5}'],
             "--generation_kwargs bos_token_id is 1.5; expected the number",
         ),
+        (
+            ["--max_completion_length", "3", "--generation_kwargs", '{"min_new_tokens": 4}'],
+            "--generation_kwargs min_new_tokens is 4, above --max_completion_length 3: no answer could end",
+        ),
         (["--chat_template_kwargs", "thinking"], "--chat_template_kwargs is not JSON"),
         (["--temperature", "0"], "--temperature is 0.0; expected a number above 0."),
         (["--top_p", "1.5"], "--top_p is 1.5; expected a number above 0 and at most 1."),

@@ -6,7 +6,7 @@ from transformers import GenerationConfig
 from trl import GRPOConfig
 
 from elm_ecg.training.arguments import ELMArguments, argument, check_numbers, json_fields
-from elm_ecg.training.evaluation.arguments import check_kinds
+from elm_ecg.training.evaluation.arguments import check_kinds, check_shortest
 from elm_ecg.training.muon import TakesMuon
 from elm_ecg.training.rewards import REWARDS, Reward, load_rewards
 from elm_ecg.training.trl_options import NEEDED, REFUSED
@@ -135,9 +135,10 @@ class RLConfig(TakesMuon, GRPOConfig):
                 )
             if name in OF_OPTIONS:
                 raise ValueError(f"{told} say it as --{OF_OPTIONS[name]}.")
-            if not hasattr(GenerationConfig(), name):
+            if name not in vars(GenerationConfig()):
                 raise ValueError(f"{told} transformers' GenerationConfig has no such field.")
         check_kinds("--generation_kwargs", generation)
+        check_shortest("--generation_kwargs", generation, "--max_completion_length", self.max_completion_length)
 
 
 @dataclass  # fields stand from the last base to the first: --data, which has no default, must lead

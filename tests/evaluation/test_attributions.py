@@ -66,6 +66,14 @@ def test_attributions_add_up_to_what_the_beats_change(representation):
     assert found.sum() == pytest.approx(whole - level, rel=0.1)
 
 
+@pytest.mark.parametrize(("representation", "method"), [("signal", "occlusion"), ("symbolic", "integrated_gradients")])
+def test_a_flat_record_has_nothing_to_take_away(representation, method):
+    """Rounding of the likelihoods, and of leads in tokens how their runs are cut, would look like places that count."""
+    asked = asked_of(representation)
+    asked.record = replace(asked.record, array=np.full_like(asked.record.array, 0.1))
+    assert not attribute(asked, "yes", method).any()
+
+
 def test_tokens_share_what_they_add_among_their_samples():
     asked = asked_of("symbolic")
     found = attribute(asked, "yes", "integrated_gradients")

@@ -180,6 +180,10 @@ def test_in_memory_of_a_list_without_training_data(evaluated, elm, data, tmp_pat
         ({"metrics": ["bert_score"]}, "^metrics bert_score .* name it with bert_score_model"),
         ({"generation": {"beams": 2}}, "^generation has beams; expected options of `generate`"),
         ({"generation": {"use_cache": False}}, "^generation has use_cache; expected options of `generate`"),
+        (
+            {"generation": {"min_new_tokens": 200}},
+            "^generation min_new_tokens is 200, above max_new_tokens 128: no answer",
+        ),
         ({"candidates": ["yes", "no"]}, "^candidates are what score likelihood decides among"),
         (
             {"main_metric": "meteor"},
@@ -557,7 +561,10 @@ def test_folds_and_seeds(model, data, tmp_path, caplog, capsys, no_report):
     assert Answerer.ask is ask
     per_fold = 3 + 2 * 2  # three conditions once, two for each seed
     assert len(asked) == 2 * per_fold
-    assert "the others are asked once, for seed 0, seed 5" in caplog.text
+    assert (
+        "the seed changes only noise and swapped: what it does not change is asked once, for seed 0, seed 5."
+        in caplog.text
+    )
     assert json.loads((tmp_path / "out" / "evaluation_summary.json").read_text()) == summary
     assert [(run["fold"], run["seed"]) for run in summary["runs"]] == [(1, 0), (1, 5), (2, 0), (2, 5)]
     results = {
@@ -578,7 +585,10 @@ def test_folds_and_seeds(model, data, tmp_path, caplog, capsys, no_report):
         assert found["num_runs"] == len(runs)
         assert found["mean"] == pytest.approx(np.mean(scores))
         assert (found["interval_95"] is None) == (len(set(scores)) == 1)
-    assert "exact match" in capsys.readouterr().out
+    told = capsys.readouterr().out.splitlines()
+    assert any("exact match" in line for line in told)
+    assert told[-1] == summary["verdict"]
+    assert told[-1].startswith("The verdict of 0 of the 4 runs is")
     assert not list(tmp_path.rglob("predictions.partial.*"))
 
 
@@ -594,13 +604,16 @@ def test_over_one_run_nothing_spreads():
     run = {"data": {"fold": None}, "settings": {"seed": 0}, "model_revision": "r"}
     run["conditions"] = {"ecg": {"metrics": {"exact_match": {"value": 0.5}, "auroc": {"value": None}}}}
     row = {"mean": 0.5, "std": None, "interval_95": None, "num_runs": 1}
-    run |= {"metrics": {}, "main_metric": "exact_match"}
+    run |= {"metrics": {}, "main_metric": "exact_match", "verdict": "the model may not look at the ECG."}
     assert over_runs([run], [0], False)["conditions"] == {"ecg": {"exact_match": row}}
     other = {**run, "data": {"fold": 1}}
     third = {**run, "conditions": {"ecg": {"metrics": {"exact_match": {"value": 0.7}}}}}
     found = over_runs([run, third], [0], False)["conditions"]["ecg"]["exact_match"]
     half = student_t.ppf(0.975, 1) * np.std([0.5, 0.7], ddof=1) / 2**0.5
     assert found["interval_95"] == pytest.approx([0.6 - half, 0.6 + half])
+    third["verdict"] = "the model looks at the ECG; with another patient's it was not compared."
+    told = "The verdict of 1 of the 2 runs is that the model looks at the ECG."
+    assert over_runs([run, third], [0], False)["verdict"] == told
     # nor over two that agree
     assert over_runs([run, other], [0], False)["conditions"] == {"ecg": {"exact_match": {**row, "num_runs": 2}}}
 
@@ -632,6 +645,7 @@ def test_compare(evaluated, model, data, tmp_path, capsys, no_report):
         (["--output_dir", "/proc/nowhere"], "--output_dir /proc/nowhere cannot be written: .*Name another"),
         (["--seed", "1", "1"], "--seed 1 1 names one twice"),
         (["--candidates", "yes", "no"], "add that, or leave them out"),
+        (["--score", "likelihood", "--candidates", "yes", "maybe"], "is none of the --candidates maybe, yes"),
         (["--generation_kwargs", "{'"], "--generation_kwargs is not JSON"),
         (
             ["--generation_kwargs", '{"beams": 2, "num_return_sequences": 2}'],
@@ -644,9 +658,33 @@ def test_compare(evaluated, model, data, tmp_path, capsys, no_report):
         ),
         (
             ["--generation_kwargs", '{"suppress_tokens": [1, true]}'],
-            r"suppress_tokens is \[1, True\]; expected the num",
+            r"suppress_tokens is \[1, True\]; expected a list of the num",
         ),
-        (["--generation_kwargs", '{"top_k": "2"}'], "top_k is '2'; expected a number, true or false"),
+        (
+            ["--max_new_tokens", "3", "--generation_kwargs", '{"min_new_tokens": 4}'],
+            "--generation_kwargs min_new_tokens is 4, above --max_new_tokens 3",
+        ),
+        (["--generation_kwargs", '{"top_k": "2"}'], "top_k is '2'; expected a whole number"),
+        (["--generation_kwargs", '{"temperature": "2"}'], "temperature is '2'; expected a number, true or false"),
+        (["--generation_kwargs", '{"num_beams": 2.5}'], "num_beams is 2.5; expected a whole number"),
+        (["--generation_kwargs", '{"no_repeat_ngram_size": true}'], "no_repeat_ngram_size is True; expected a whole"),
+        (["--generation_kwargs", '{"pad_token_id": [1]}'], r"pad_token_id is \[1\]; expected the number of a token"),
+        (["--generation_kwargs", '{"suppress_tokens": 1}'], "suppress_tokens is 1; expected a list of the numbers"),
+        (
+            ["--generation_kwargs", '{"stop_strings": [1]}'],
+            r"stop_strings is \[1\]; expected a text, or a list of texts",
+        ),
+        (
+            ["--generation_kwargs", '{"early_stopping": ["never"]}'],
+            r"early_stopping is \['never'\]; expected true, false",
+        ),
+        (
+            ["--generation_kwargs", '{"exponential_decay_length_penalty": [1]}'],
+            r"exponential_decay_length_penalty is \[1\]; expected a list of two numbers",
+        ),
+        (["--generation_kwargs", '{"sequence_bias": [1]}'], r"sequence_bias is \[1\]; expected a list of lists"),
+        (["--generation_kwargs", '{"watermarking_config": 1}'], "watermarking_config is 1; expected names and values"),
+        (["--generation_kwargs", '{"to_dict": 1}'], "has to_dict; expected options of `generate`"),
     ],
 )
 def test_bad_input(model, data, options, message, monkeypatch):
@@ -668,7 +706,8 @@ def test_an_empty_split(model, data, tmp_path):
     asked = Dataset.from_list([{**rows[0], "messages": rows[0]["messages"][:1]}])
     DatasetDict(test=asked).save_to_disk(tmp_path / "asked")
     with pytest.raises(ValueError, match="has 1 row and no assistant turn to score"):
-        evaluation.main(argv_of(model, tmp_path / "asked", tmp_path))
+        evaluation.main(argv_of(model, tmp_path / "asked", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_model(data, tmp_path):

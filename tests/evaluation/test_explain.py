@@ -39,7 +39,7 @@ def model(tmp_path_factory) -> Path:
 
 def explanation_of(attribution: np.ndarray) -> Explanation:
     """Of 1 s of three leads at 100 Hz."""
-    record = ECGRecord(np.zeros((3, 100), np.float32), 100, ("I", "II", "V1"))
+    record = ECGRecord(np.eye(3, 100, dtype=np.float32), 100, ("I", "II", "V1"))
     return Explanation(record, "Fast?", "yes", "occlusion", 0.8, attribution, {"most": 0.1, "least": 0.7})
 
 
@@ -71,6 +71,7 @@ def test_nothing_counts():
     assert found.of_leads.tolist() == [0, 0, 0]
     assert not np.isnan(shades_of(found)).any()
     json.dumps(found.as_json(), allow_nan=False)
+    assert "has probability 0.8; no lead speaks for it. With" in found.told()
 
 
 def test_windows_of_a_record_that_they_do_not_divide():
@@ -127,6 +128,19 @@ def test_the_command_writes_pictures_and_figures(model, tmp_path, capsys):
     for option in ("--question", "--answer"):
         assert cli.main([*argv, option, " "]) == 1
         assert f"{option} has an empty text" in capsys.readouterr().err
+
+
+def test_of_a_flat_record_nothing_is_shaded(model, tmp_path, capsys):
+    np.savez(tmp_path / "flat.npz", array=np.zeros((12, 500)), sampling_rate=100, unit="mV")
+    argv = ["explain", str(model), str(tmp_path / "flat.npz"), "--question", "Fast?", "--answer", "yes"]
+    assert cli.main([*argv, "--method", "occlusion", "--output", str(tmp_path / "why")]) == 0
+    assert (
+        "The ECG is flat: it holds nothing that an answer could rest on, and nothing is shaded."
+        in capsys.readouterr().out
+    )
+    svg = (tmp_path / "why.svg").read_text()
+    assert explaining.SHADE_COLOR not in svg
+    assert "the ECG is flat" in svg
 
 
 # seed -> share of the attribution that the leads of a territory get at least; the quickstart's is 0, and trainings differ

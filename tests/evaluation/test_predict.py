@@ -208,10 +208,14 @@ def test_candidates_share_one(model, records, tmp_path):
     ]
 
 
-def test_notices_stand_in_the_lines(model, tmp_path):
-    save_record(tmp_path / "short.npz", seconds=3.0)
-    (line,) = lines_of(run(model, tmp_path, str(tmp_path / "short.npz"), "--question", "Why?", *FEW))
-    assert line["notices"] == ["Shorter than the 5 s that the model reads."]
+def test_notices_stand_in_the_lines_and_are_told_once(model, tmp_path, caplog):
+    told = "Shorter than the 5 s that the model reads."
+    for number in range(2):
+        save_record(tmp_path / f"short{number}.npz", seconds=3.0)
+    lines = lines_of(run(model, tmp_path, str(tmp_path / "*.npz"), "--question", "Why?", "Who?", *FEW))
+    assert [line["notices"] for line in lines] == [[told]] * 4
+    messages = [record.getMessage() for record in caplog.records if record.name == predict.__name__]
+    assert messages == [f"{told} (4 lines)"]
 
 
 def test_a_part_of_a_longer_record(model, records, tmp_path):
@@ -336,6 +340,10 @@ def test_records_stand_anywhere(tmp_path):
         (["x.npz", "--features", "encoder", "--max_new_tokens", "4"], "--max_new_tokens changes nothing"),
         (["x.npz", "--questions", "nope.csv"], "--questions nope.csv: there is no such file"),
         (["x.npz", "--question", "Why?", "--generation_kwargs", '{"max_length": 2}'], "has max_length; expected"),
+        (
+            ["x.npz", "--question", "Why?", "--generation_kwargs", '{"min_new_tokens": 129}'],
+            "min_new_tokens is 129, above --max_new_tokens 128",
+        ),
         (["x.npz", "--question", "Why?", "--output", "a.txt"], "ends with .jsonl or .csv"),
         (["x.npz", "--question", "Why?", "--output", "no/a.csv"], "there is no folder no"),
         (["x.npz", "--question", "Why?", "--seed", "-1"], "at least 0"),

@@ -1,6 +1,6 @@
 """The options of `elm evaluate`, and what `evaluate` takes, checked."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from datasets import Dataset
 from transformers import GenerationConfig
+from transformers.generation.configuration_utils import BaseWatermarkingConfig
 
 from elm_ecg.training.arguments import DataArguments, argument, json_fields
 from elm_ecg.training.data.loading import load_data
@@ -27,21 +28,49 @@ NOT_GENERATION = (
     "cache_implementation",
     "use_cache",
 )
-# fields of a generation config that take others than a number, true or false
-OF_OTHER_KINDS = (
-    "early_stopping",
-    "stop_strings",
-    "bad_words_ids",
-    "sequence_bias",
-    "exponential_decay_length_penalty",
-    "watermarking_config",
-    "cache_implementation",
-    "cache_config",
-    "compile_config",
-    "num_assistant_tokens_schedule",
-    "speculation_type",
-)
 
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _are(values: Any, is_one: Callable[[Any], bool]) -> bool:
+    return isinstance(values, list | tuple) and all(map(is_one, values))
+
+
+Kind = tuple[str, Callable[[Any], bool]]  # in words, and whether a value is of it
+_NUMBER: Kind = ("a number, true or false", lambda value: isinstance(value, Real))
+_WHOLE: Kind = ("a whole number", _is_whole)
+_TOKEN: Kind = ("the number of a token", _is_whole)
+_TOKENS: Kind = ("a list of the numbers of tokens", lambda value: _are(value, _is_whole))
+_ENDS: Kind = ("the number of a token, or a list of them", lambda value: _is_whole(value) or _are(value, _is_whole))
+_TEXTS: Kind = (
+    "a text, or a list of texts",
+    lambda value: isinstance(value, str) or _are(value, lambda one: isinstance(one, str)),
+)
+_ANY: Kind = ("anything", lambda value: True)  # transformers says itself what is wrong, or leaves it alone
+# field of a generation config -> what it takes; the others take a number, true or false
+KINDS: dict[str, Kind] = {
+    **dict.fromkeys(("num_beams", "top_k", "min_length", "min_new_tokens", "no_repeat_ngram_size"), _WHOLE),
+    **dict.fromkeys(("encoder_no_repeat_ngram_size", "prefill_chunk_size", "prompt_lookup_num_tokens"), _WHOLE),
+    **dict.fromkeys(("bos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id"), _TOKEN),
+    **dict.fromkeys(("eos_token_id", "forced_eos_token_id"), _ENDS),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), _TOKENS),
+    "stop_strings": _TEXTS,
+    "early_stopping": ('true, false or "never"', lambda value: isinstance(value, bool) or value == "never"),
+    "exponential_decay_length_penalty": (
+        "a list of two numbers",
+        lambda value: _are(value, _NUMBER[1]) and len(value) == 2,
+    ),
+    "sequence_bias": (
+        "a list of lists",
+        lambda value: isinstance(value, Mapping) or _are(value, lambda one: isinstance(one, list)),
+    ),
+    "watermarking_config": ("names and values", lambda value: isinstance(value, Mapping | BaseWatermarkingConfig)),
+    **dict.fromkeys(
+        ("bad_words_ids", "compile_config", "cache_config", "num_assistant_tokens_schedule", "speculation_type"), _ANY
+    ),
+}
 
 # options about data that are of training alone, and why
 OF_TRAINING = {
@@ -187,22 +216,36 @@ def check_settings(settings: Mapping[str, Any], prefix: str = "") -> None:
         raise ValueError(
             f"{prefix}candidates are what {prefix}score likelihood decides among; add that, or leave them out."
         )
-    check_generation(settings["generation"], prefix)
+    check_generation(settings["generation"], settings["max_new_tokens"], prefix)
     if settings["generation"] and settings["score"] == "likelihood":
         name = "--generation_kwargs" if prefix else "generation"
         raise ValueError(f"{name} with {prefix}score likelihood, which generates nothing; leave them out.")
 
 
-def check_generation(generation: Mapping[str, Any], prefix: str = "") -> None:
-    """Refuses (ValueError) what are no options of `generate`, or such as give other than one text to a question."""
+def check_generation(generation: Mapping[str, Any], max_new_tokens: int, prefix: str = "") -> None:
+    """Refuses (ValueError) what are no options of `generate`, or such as give other than one text to a question or let none end."""
     name = "--generation_kwargs" if prefix else "generation"
-    unknown = [key for key in generation if key in NOT_GENERATION or not hasattr(GenerationConfig(), key)]
+    unknown = [key for key in generation if key in NOT_GENERATION or key not in vars(GenerationConfig())]
     if unknown:
         raise ValueError(
             f"{name} has {', '.join(unknown)}; expected options of `generate` that leave one text to a question, and "
             f"{prefix}max_new_tokens apart."
         )
     check_kinds(name, generation)
+    check_shortest(name, generation, f"{prefix}max_new_tokens", max_new_tokens)
+
+
+def check_shortest(name: str, generation: Mapping[str, Any], of_longest: str, longest: int | None) -> None:
+    """Refuses (ValueError) a shortest answer above the longest one: transformers then cuts every answer off before it may end.
+
+    Args:
+        name, of_longest: of the option with `min_new_tokens`, and of that with the longest answer, None where there is none.
+    """
+    shortest = generation.get("min_new_tokens") or 0
+    if longest is not None and shortest > longest:
+        raise ValueError(
+            f"{name} min_new_tokens is {shortest}, above {of_longest} {longest}: no answer could end. Lower the one or raise the other."
+        )
 
 
 def check_kinds(name: str, generation: Mapping[str, Any]) -> None:
@@ -212,12 +255,6 @@ def check_kinds(name: str, generation: Mapping[str, Any]) -> None:
         name: of the option that they are from.
     """
     for key, value in generation.items():
-        if key.endswith(("_token_id", "suppress_tokens")):
-            expected = "the number of a token, or a list of them"
-            tokens = value if isinstance(value, list | tuple) else [value]
-            right = all(isinstance(token, Integral) and not isinstance(token, bool) for token in tokens)
-        else:
-            expected = "a number, true or false"
-            right = key in OF_OTHER_KINDS or isinstance(value, Real)
-        if not right and value is not None:
+        expected, is_right = KINDS.get(key, _NUMBER)
+        if value is not None and not is_right(value):
             raise ValueError(f"{name} {key} is {value!r}; expected {expected}.")

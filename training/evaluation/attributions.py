@@ -17,7 +17,7 @@ from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.evaluation.answers import Answerer, Conversation
-from elm_ecg.training.evaluation.beats import between_beats, level_between_beats
+from elm_ecg.training.evaluation.beats import between_beats, is_flat, level_between_beats
 from elm_ecg.training.evaluation.conditions import CONDITIONS, ECG
 from elm_ecg.training.evaluation.questions import Question
 
@@ -116,7 +116,8 @@ def require_captum() -> None:
 
 
 def attribute(asked: AskedModel, answer: str, method: Method) -> np.ndarray:
-    """What each sample of the record adds to log P(answer), float64 [leads, samples]; below zero where it speaks against it.
+    """What each sample of the record adds to log P(answer), float64 [leads, samples]; below zero where it speaks against it. Of a flat
+    record all are 0.
 
     - `occlusion`: the drop where `WINDOW_SECONDS` of a lead are at its level between beats. Of any model.
     - `integrated_gradients` (Sundararajan et al. 2017, arXiv 1703.01365) along the way from the record at its level to the record: of
@@ -128,6 +129,9 @@ def attribute(asked: AskedModel, answer: str, method: Method) -> np.ndarray:
         ValueError: the method cannot tell where in the ECG the model's inputs stand.
     """
     require_captum()
+    # taking away changes nothing: what were found is rounding, or how tokens happen to cut a lead into runs
+    if is_flat(asked.record):
+        return np.zeros(asked.record.array.shape)
     if method == "occlusion":
         return _occlusion(asked, answer)
     representation = asked.model.config.representation

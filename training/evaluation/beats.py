@@ -13,6 +13,7 @@ REFRACTORY = 0.25  # seconds in which no other QRS complex follows
 # share of the height of a beat below which the energy falls between two of them. Of simulated beats, wide ones at 150 a minute among them,
 # it fell to 0.65 (two leads) and 0.64 (twelve), of white noise to 0.49 and 1.38; between three leads and five both come near to 0.75
 QUIET_OF_TWO, QUIET = 0.5, 0.75
+ROUNDING_MILLIVOLTS = 1e-6  # what a filter may leave of a flat lead
 BEAT_FREE = (0.6, 0.8)  # share of the time from one complex to the next: behind the T wave, before the P wave
 
 
@@ -71,3 +72,8 @@ def between_beats(record: ECGRecord) -> np.ndarray:
 def level_between_beats(record: ECGRecord) -> np.ndarray:
     """The mean of each lead `between_beats`, in millivolts, float32 [leads]."""
     return record.array[:, between_beats(record)].mean(axis=1, dtype=np.float64).astype(np.float32)
+
+
+def is_flat(record: ECGRecord) -> bool:
+    """Whether each lead of a record stands at its level throughout, so that there is nothing to take away."""
+    return bool(np.ptp(record.array, axis=1).max() < ROUNDING_MILLIVOLTS)

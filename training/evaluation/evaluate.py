@@ -427,6 +427,9 @@ def _load_data(args: EvaluationArguments, fold: int | None) -> tuple[Dataset, Da
     if data is None:
         raise ValueError(f"--data {' '.join(args.data)} has no split {args.split!r}.")
     questions = list_questions(data)
+    if args.score == "likelihood":  # a ValueError tells of candidates that cannot be decided among
+        training = [] if training_data is None else list_questions(training_data)
+        candidate_answers(questions, training, args.candidates, "--")
     return data, training_data, _on_first(lambda: fingerprint_of(data, questions))
 
 
@@ -454,7 +457,6 @@ def _evaluate_fold(
         else:
             for path in [own] if own.is_dir() else folders.values():
                 move_old_results(path, keep=revision)
-        folder.mkdir(parents=True, exist_ok=True)
     state.wait_for_everyone()
     progress = Progress(folder, [SCHEMA_VERSION, args.torch_compile], state.process_index)
     runs = []
@@ -517,9 +519,10 @@ def main(argv: list[str] | None = None) -> Results:
     if args.output_dir:
         _require_free(folder / SUMMARY_FILE, evaluation)
     if len(args.seed) > 1 and not args.samples:
+        random = " and ".join(name for name in args.conditions if CONDITIONS[name].random)
         logger.warning(
-            "Answers are not sampled, so that only %s depend on the seed: the others are asked once, for %s.",
-            " and ".join(name for name in args.conditions if CONDITIONS[name].random) or "no conditions",
+            "Answers are not sampled, so that the seed changes %s: what it does not change is asked once, for %s.",
+            f"only {random}" if random else "nothing",
             ", ".join(f"seed {seed}" for seed in args.seed),
         )
     runs: list[Results] = []
@@ -551,7 +554,8 @@ def main(argv: list[str] | None = None) -> Results:
         spread = "" if row["std"] is None else f", standard deviation {scale.number(row['std'])}"
         mean = scale.with_unit(scale.number(row["mean"]))
         print(f"{condition}: {scale.title} {mean} over {counted(row['num_runs'], 'run')}{spread}")
-    print(f"Figures over the runs in {(folder / SUMMARY_FILE).resolve()}. {summary['note']}", flush=True)
+    print(f"Figures over the runs in {(folder / SUMMARY_FILE).resolve()}. {summary['note']}")
+    print(summary["verdict"], flush=True)
     return summary
 
 

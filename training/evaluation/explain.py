@@ -27,7 +27,7 @@ from elm_ecg.training.command_line import (
 )
 from elm_ecg.training.data.loading import ecgs_of
 from elm_ecg.training.evaluation.attributions import WINDOW_SECONDS, AskedModel, Method, attribute
-from elm_ecg.training.evaluation.beats import in_qrs, level_between_beats
+from elm_ecg.training.evaluation.beats import in_qrs, is_flat, level_between_beats
 from elm_ecg.training.evaluation.conditions import ECG
 from elm_ecg.training.files import atomic_path, write_text
 from elm_ecg.training.load import limit_threads, load_elm
@@ -100,12 +100,17 @@ class Explanation:
 
     def told(self) -> str:
         """A few sentences for people."""
+        if is_flat(self.record):
+            return f"{self.answer!r} has probability {self.probability:.2g}. The ECG is flat: it holds nothing that an answer could rest on, and nothing is shaded."
         of_leads = self.of_leads
         order = np.argsort(-of_leads, kind="stable")[:3]
-        leads = ", ".join(f"{self.record.lead_names[lead]} {of_leads[lead]:.0%}" for lead in order)
+        leads = ", ".join(
+            f"{self.record.lead_names[lead]} {of_leads[lead]:.0%}" for lead in order if of_leads[lead] > 0
+        )
+        rests = f"it rests most on {leads}" if leads else "no lead speaks for it"
         most, least = self.probabilities["most"], self.probabilities["least"]
         return (
-            f"{self.answer!r} has probability {self.probability:.2g}; it rests most on {leads}. With the most important tenth of "
+            f"{self.answer!r} has probability {self.probability:.2g}; {rests}. With the most important tenth of "
             f"the ECG taken away it has {most:.2g}, with the least important {least:.2g}."
         )
 
@@ -209,7 +214,8 @@ def draw_svg(explanation: Explanation, paper: ECGPaper = PAPER) -> str:
 
 
 def _caption(explanation: Explanation) -> str:
-    return f"{explanation.question} {explanation.answer} (P = {explanation.probability:.2g}); shaded: what it rests on"
+    shaded = "the ECG is flat" if is_flat(explanation.record) else "shaded: what it rests on"
+    return f"{explanation.question} {explanation.answer} (P = {explanation.probability:.2g}); {shaded}"
 
 
 def write(explanation: Explanation, output: Path, width: int = WIDTH, paper: ECGPaper = PAPER) -> list[Path]:

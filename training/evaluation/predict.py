@@ -3,6 +3,7 @@
 import argparse
 import logging
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from elm_ecg.chat_template_elm import THINK_OPEN
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
-from elm_ecg.training.command_line import run_command
+from elm_ecg.training.command_line import printable, run_command
 from elm_ecg.training.data.schema import counted
 from elm_ecg.training.digest import digest_of_folder, folder_of
 from elm_ecg.training.evaluation.answers import Answerer, NotFiniteError
@@ -194,14 +195,16 @@ def _rows(args: argparse.Namespace) -> Rows:
 
 
 def _told(parts: Parts, num_records: int, features: bool) -> str:
-    """How many answers there are, and how many lines have none.
+    """How many answers there are, and how many lines have none; each distinct notice is logged once, with its lines.
 
     Raises:
         ValueError: no line has any; nothing stays of the parts.
     """
     lines = faults = 0
     first = None
+    notices: Counter[str] = Counter()
     for table in parts.tables():
+        notices.update(notice for of_line in table["notices"].to_pylist() for notice in of_line or ())
         errors = table["error"].drop_null()
         lines, faults = lines + len(table), faults + len(errors)
         first = first or (errors[0].as_py() if len(errors) else None)
@@ -209,6 +212,8 @@ def _told(parts: Parts, num_records: int, features: bool) -> str:
     if lines == faults:
         parts.remove()
         raise ValueError(f"There is no answer about any of {records}, and nothing is written; the first error: {first}")
+    for notice, number in notices.items():
+        logger.warning("%s (%s)", printable(notice), counted(number, "line"))
     told = f"{counted(lines - faults, 'vector' if features else 'answer')} about {records}"
     return told if not faults else f"{told}; {counted(faults, 'line')} without, as `error` there says: {first}"
 
@@ -256,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     if state.is_main_process:
         told = _told(parts, rows.num_records, args.features is not None)
         parts.finish(args.candidates)
-        print(f"{told.removesuffix('.')}. In {args.output.resolve()}", flush=True)
+        print(printable(f"{told.removesuffix('.')}. In {args.output.resolve()}"), flush=True)
 
 
 if __name__ == "__main__":  # as `accelerate launch` and `torchrun` start it

@@ -83,7 +83,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.records += rest  # argparse takes them only where they follow the model at once
     args.system_prompt = read_system_prompt(args.system_prompt)
     args.generation = json_fields("generation_kwargs", args.generation_kwargs)
-    check_generation(args.generation, "--")
+    check_generation(args.generation, args.max_new_tokens or MAX_NEW_TOKENS, "--")
     _check_records(args)
     _check_questions(args)
     _check_answers(args)

@@ -31,6 +31,7 @@ class Progress:
         """Takes over what an interrupted evaluation with the same facts and settings left; other files are replaced."""
         self.key = digest([self.facts, settings])
         state = PartialState()
+        self.folder.mkdir(parents=True, exist_ok=True)  # only now, as what is found wrong before should leave no folder
         with state.main_process_first():  # it takes over all files before the other processes replace theirs
             answers = self.read() if state.is_main_process else {}  # one process takes over all
             write_text(

@@ -8,6 +8,7 @@ from scipy.stats import t as student_t
 
 from elm_ecg.training.evaluation.conditions import CONDITIONS
 from elm_ecg.training.evaluation.results import SCHEMA_VERSION
+from elm_ecg.training.evaluation.verdict import LOOKS
 
 NOTE = (
     "The t-intervals take the runs as independent. Folds share most of their training data, and seeds all of the test data, so that "
@@ -16,7 +17,8 @@ NOTE = (
 
 
 def over_runs(runs: Sequence[dict[str, Any]], seeds: list[int], samples: bool) -> dict[str, Any]:
-    """Mean, standard deviation and 95% t-interval of each score over the runs, folds times seeds.
+    """Mean, standard deviation and 95% t-interval of each score over the runs, folds times seeds; and how many of their verdicts are for
+    the model.
 
     Where no seed changes the answers of a condition, its runs of one fold are the same one, and count once. Runs that all give one
     value say nothing of how much others would differ: they have no standard deviation and no interval.
@@ -36,6 +38,7 @@ def over_runs(runs: Sequence[dict[str, Any]], seeds: list[int], samples: bool) -
                 deviation = statistics.stdev(values)  # of a sample: by n - 1
                 half = float(student_t.ppf(0.975, len(values) - 1)) * deviation / len(values) ** 0.5
                 row[metric] |= {"std": deviation, "interval_95": [mean - half, mean + half]}
+    looks = sum(LOOKS in run["verdict"] for run in runs)
     return {
         "schema_version": SCHEMA_VERSION,
         "runs": [
@@ -46,4 +49,5 @@ def over_runs(runs: Sequence[dict[str, Any]], seeds: list[int], samples: bool) -
         "main_metric": runs[0]["main_metric"],
         "note": NOTE,
         "conditions": scores,
+        "verdict": f"The verdict of {looks} of the {len(runs)} runs is that {LOOKS}.",
     }

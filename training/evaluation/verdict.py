@@ -12,6 +12,8 @@ from elm_ecg.training.evaluation.scale import scales_of
 if TYPE_CHECKING:
     from elm_ecg.training.evaluation.questions import Question
 
+LOOKS = "the model looks at the ECG"  # as a verdict has it that is surely for the model
+
 
 def gives_one_answer(questions: "Sequence[Question]", texts: Sequence[str]) -> bool:
     """Whether each question that has several right answers, by the ECG, gets one and the same answer each time.
@@ -59,7 +61,7 @@ def verdict(results: Mapping[str, Any]) -> str:
         return f"{score}, not shown to be better than with {_listed(not_better, 'or')}: by {title}, the model may not look at the ECG."
     tried = _listed([phrases[name] for name in gains], "and")
     caveat = "" if "swapped" in gains or "swapped" not in CONDITIONS else "; with another patient's it was not compared"
-    return f"{score}, better than with {tried}: by {title}, the model looks at the ECG{caveat}."
+    return f"{score}, better than with {tried}: by {title}, {LOOKS}{caveat}."
 
 
 def _why_none(results: Mapping[str, Any]) -> str:

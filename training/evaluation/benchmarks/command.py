@@ -221,8 +221,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Results]:
             fingerprint = fingerprint_of(of_suite.data, list_questions(of_suite.data))
             place_name = _place_of(args, suite, fingerprint)
             folder = _folder_of(args, suite, place_name, contender.revision)
-            folder.mkdir(parents=True, exist_ok=True)
-            state.wait_for_everyone()
             results = run_suite(args, suite, of_suite, contender, folder, fingerprint)
             if not state.is_main_process:
                 continue
