@@ -1,7 +1,6 @@
 """The records that a suite's chats are about: found in folders and archives, and put into the rows of a dataset."""
 
 import logging
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -164,9 +163,8 @@ def _files_of(names: Sequence[str], records: Records, folder: Path) -> dict[str,
             try:
                 as_record(location)
             except ValueError as error:
-                told = re.sub(r" \(in commands with [^)]*\)", "", str(error))  # of which this is none
                 raise ValueError(
-                    f"--records: the record {name!r} of an archive: {told} The archive says it of all its records in arrays named "
+                    f"--records: the record {name!r} of an archive: {error} The archive says it of all its records in arrays named "
                     f"{', '.join(FACTS)}."
                 ) from error
             path = folder / f"{number}.npz"
