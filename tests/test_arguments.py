@@ -469,8 +469,8 @@ def test_yes_or_no_needs_no_value(name):
             "--train_sampling_strategy sequential with --streaming: its rows are shuffled in --shuffle_buffer",
         ),
         (
-            ["--use_peft", "--lora_target_parameters", "a.weight"],
-            r"--lora_target_parameters with --lora_dropout 0.05: .*add --lora_dropout 0\.",
+            ["--use_peft", "--lora_target_parameters", "a.weight", "--lora_dropout", "0.05"],
+            r"--lora_target_parameters with --lora_dropout 0.05: .*leave --lora_dropout out\.",
         ),
         (
             ["--packing", "--attn_implementation", "flex_attention"],

@@ -350,8 +350,7 @@ def test_lora_options(llm, elm):
     assert before.task_type == "CAUSAL_LM"
     for option, (name, value) in LORA.items():
         words = [str(item) for item in value] if isinstance(value, list) else [str(value)]
-        no_dropout = ["--lora_dropout", "0"] if option == "lora_target_parameters" else []
-        found = getattr(lora(llm, elm, f"--{option}", *words, *no_dropout), name)
+        found = getattr(lora(llm, elm, f"--{option}", *words), name)
         assert found != getattr(before, name)
         if name == "target_modules":
             assert found == r".*language_model\..*\.(q_proj|v_proj)"
@@ -378,7 +377,7 @@ def test_lora_options(llm, elm):
 )
 def test_names_of_lora_that_nothing_has(llm, elm, option, names, near):
     with pytest.raises(ValueError, match=re.escape(f"--{option} {near}")):
-        lora(llm, elm, "--lora_dropout", "0", f"--{option}", *names)
+        lora(llm, elm, f"--{option}", *names)
 
 
 def test_revision(llm, elm, monkeypatch):

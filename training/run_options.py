@@ -29,6 +29,7 @@ def set_common_options(parser: ELMParser) -> None:
         logging_nan_inf_filter=False,  # it would log a loss that is no number as 0
         learning_rate=None,  # by what is trained
         gradient_checkpointing=BY_SIZE,
+        lora_dropout=0.0,  # see docs/how_to/fine_tune.md
     )
     options = parser._option_string_actions
     options["--resume_from_checkpoint"].help = "Folder of a checkpoint, or last: the newest whole one in --output_dir."
@@ -115,7 +116,7 @@ def settle(
     if model_args.lora_target_parameters and model_args.lora_dropout:
         raise ValueError(
             f"--lora_target_parameters with --lora_dropout {model_args.lora_dropout}: PEFT has no dropout for parameters that are not "
-            "of a layer; add --lora_dropout 0."
+            "of a layer; leave --lora_dropout out."
         )
 
 

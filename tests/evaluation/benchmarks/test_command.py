@@ -323,7 +323,7 @@ def test_wrong_options(place, elm, llm, tmp_path, capsys):
         ),
         (
             [str(elm), "--suite", f"ecg-qa={place / 'qa.jsonl'}", "--records", str(tmp_path / "no_rate.npz")],
-            "--records: the record '1' of an archive: The ECG has no sampling rate: give sampling_rate in hertz. The archive says it",
+            "--records: the record '1' of an archive: The ECG has no sampling rate: give sampling_rate in hertz",
         ),
         ([*argv_of(place, elm, "ecg-reasoning"), "--split", "train"], "--split train: ecg-reasoning has no splits"),
         ([*argv_of(place, llm, "ecg-qa")], "reads texts alone; say --describe"),
