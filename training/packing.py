@@ -134,10 +134,9 @@ def mask_of(position_ids: torch.Tensor, attention: str) -> torch.Tensor:
     places = torch.arange(position_ids.shape[1], device=position_ids.device)
     begins = torch.ones_like(position_ids, dtype=torch.bool)
     begins[:, 1:] = position_ids.diff(dim=1) != 1
-    first = (
-        torch.where(begins, places, 0).cummax(dim=1).values
-    )  # [rows, tokens], place of the first token of its own chat
-    shared = position_ids.gather(1, first)  # [rows, tokens], how many tokens of its row's begin are of its chat too
+    # of each token [rows, tokens]: where its chat's own tokens begin, and how many of its row's begin are of its chat too
+    first = torch.where(begins, places, 0).cummax(dim=1).values
+    shared = position_ids.gather(1, first)
     seen = (places >= first.unsqueeze(-1)) | (places < shared.unsqueeze(-1))  # [rows, tokens, tokens]
     seen &= places <= places.unsqueeze(-1)
     mask = seen.unsqueeze(1)
@@ -146,9 +145,7 @@ def mask_of(position_ids: torch.Tensor, attention: str) -> torch.Tensor:
 
 def num_packed_tokens(position_ids: torch.Tensor) -> torch.Tensor:
     """How many tokens the chats of packed rows have, what they share counted for each, padding not; a chat has two at least."""
-    last = torch.ones_like(
-        position_ids, dtype=torch.bool
-    )  # of its chat; behind it stands a position that is not the next one
+    last = torch.ones_like(position_ids, dtype=torch.bool)  # of its chat: the position behind it is not the next one
     last[:, :-1] = position_ids.diff(dim=1) != 1
     return ((position_ids + 1) * (last & (position_ids > 0))).sum()
 
