@@ -392,9 +392,16 @@ def test_what_is_read_is_not_written_over(trained, records, monkeypatch, tmp_pat
     monkeypatch.chdir(tmp_path)
     Path("st_mem").mkdir()  # as an earlier run has called its folder
     monkeypatch.setattr(pretrain, "build_model", None)
-    for encoder in (trained, trained / "encoder"):
-        with pytest.raises(ValueError, match="is the folder of --encoder, which would be written over"):
+    for encoder, said in (
+        (trained, "is the folder of --encoder"),
+        (trained / "encoder", "--encoder .* lies in encoder of"),
+    ):
+        with pytest.raises(ValueError, match=said):
             pretrain.main(tiny_pretrain(records, trained, "--encoder", str(encoder), encoder=None))
+    for name in ("encoder", "reconstructions", "base_model"):
+        data = shutil.copytree(records, tmp_path / "run" / name)
+        with pytest.raises(ValueError, match=f"--data .* lies in {name} of --output_dir .*, which the run replaces"):
+            pretrain.main(tiny_pretrain(Path(data), tmp_path / "run"))
     with pytest.raises(TypeError):
         pretrain.main(tiny_pretrain(records, Path("st_mem")))
 

@@ -26,7 +26,7 @@ from elm_ecg.training.data.record_rows import load_records, report_of
 from elm_ecg.training.data.schema import counted
 from elm_ecg.training.encoders import EXTRACTOR_OPTIONS, load_encoder, load_text_encoder
 from elm_ecg.training.figures import training_plot
-from elm_ecg.training.files import check_apart, check_output_folder, write_text
+from elm_ecg.training.files import REPLACED, check_apart, check_output_folder, write_text
 from elm_ecg.training.load import limit_threads
 from elm_ecg.training.model_files import ENCODER_FOLDER, loading, model_folder
 from elm_ecg.training.pretrain_arguments import PretrainArguments, make_parser
@@ -219,9 +219,8 @@ def train(args: PretrainArguments, training_args: TrainingArguments) -> None:
     check_output_folder(output_dir)
     # a name is no folder, though there be one of that name
     encoder = None if args.encoder in ENCODER_CONFIGS else args.encoder
-    check_apart(output_dir, data=args.data, encoder=encoder, text_encoder=args.text_encoder)
-    if encoder is not None and Path(encoder).is_dir() and Path(encoder).resolve().name == ENCODER_FOLDER:
-        check_apart(output_dir, encoder=str(Path(encoder).resolve().parent))  # the encoder is written there alone
+    replaced = (*REPLACED, ENCODER_FOLDER, PICTURES)
+    check_apart(output_dir, replaced, data=args.data, encoder=encoder, text_encoder=args.text_encoder)
     torch.manual_seed(training_args.seed)  # of the new weights; the trainer seeds again
     options = RunOptions.of(args, training_args)
     checkpoint = checkpoint_to_resume(training_args)
