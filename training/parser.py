@@ -273,6 +273,8 @@ class ELMParser(CommandLineParser, TrlParser):
             number = kind(value) if isinstance(value, str) else value
         except ValueError:
             number = None
+        if kind is int and isinstance(number, float) and number.is_integer():  # as extractors have their sampling rate
+            number = int(number)
         if isinstance(number, bool) or not isinstance(number, of_kind):
             raise ValueError(f"{self.source}{key} is {value!r}; expected {expected}.")
         return number
