@@ -19,7 +19,7 @@ except ImportError:  # transformers says so where it renders
 MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # an answer that no template writes by itself
 PROBE = "Sinus-rhythm-0815"
-HINT = "Take another template (in training: --chat_template_path)."
+HINT = "Take another template (`elm sft --chat_template_path`)."
 THINK_OPEN = "<think>\n"  # what explicit thinking gives of an answer
 # in place of the < of a tag that a template must not see; Unicode has no characters of these numbers
 _OPENING, _OTHER = "\ufdd0", "\ufdd1"
@@ -216,7 +216,7 @@ class ChatTemplate:
             raise ValueError(
                 f"The chat template writes the answer {answer[:40]!r} otherwise than it asks for it"
                 f"{'' if is_last else ', or otherwise when another turn follows'}, so what is to be learnt cannot be told. {HINT}"
-                f"{' With --explicit_thinking answers that begin with <think> are learnt with any template.' if thinks(answer) else ''}"
+                f"{' With `elm sft --explicit_thinking` answers that begin with <think> are learnt with any template.' if thinks(answer) else ''}"
             )
         given = THINK_OPEN if prompt.endswith(THINK_OPEN) else ""
         if _without_space(answer) not in _without_space(given + whole[start:end]):
@@ -243,7 +243,7 @@ def _check_thinking(chat: Chat) -> None:
         if message["role"] == "assistant" and not thinks(answer := _text_of(message.get("content"))):
             raise ValueError(
                 f"The answer {answer[:40]!r} does not begin with <think>, and the model is to think before each; leave such rows out of "
-                "the data, or leave --explicit_thinking out."
+                "the data, or train it without `elm sft --explicit_thinking`."
             )
 
 

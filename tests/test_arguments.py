@@ -247,6 +247,14 @@ def test_yaml_and_command_line(tmp_path):
     assert args.encoder_fields == {"depths": [2]}
 
 
+def test_numbers_that_yaml_takes_for_others(tmp_path):
+    config = write_yaml(tmp_path, "learning_rate: 1e-4\nbandpass: [5e-1, 40]\nmax_steps: '7'\nnum_samples: 250.0\n")
+    args, training_args, _ = parse([*BASE, *config])
+    assert (args.num_samples, type(args.num_samples)) == (250, int)  # a whole number all the same
+    assert (args.bandpass, training_args.learning_rate) == ([0.5, 40], 1e-4)
+    assert training_args.max_steps == 7
+
+
 def test_yaml_of_pictures(tmp_path):
     config = write_yaml(
         tmp_path,
@@ -272,6 +280,13 @@ def test_yaml_of_pictures(tmp_path):
         ("update: [connector, head]\n", "update is 'head'"),
         ("optimizer: dion\n", "optimizer is 'dion'"),
         ("save_strategy: no\n", "save_strategy is False"),  # YAML's no
+        ("max_steps: 1.5\n", r"config\.yaml: max_steps is 1\.5; expected a whole number\."),
+        ("max_steps: [1]\n", r"max_steps is \[1\]; expected a whole number"),
+        ("max_steps: many\n", "max_steps is 'many'; expected a whole number"),
+        ("lora_alpha: true\n", "lora_alpha is True; expected a whole number"),
+        ("num_samples: .inf\n", "num_samples is inf; expected a whole number"),
+        ("learning_rate: true\n", "learning_rate is True; expected a number"),
+        ("bandpass: [0.5, yes]\n", "bandpass is True; expected a number"),
         ("- data\n", "must contain a YAML mapping"),
     ],
 )

@@ -105,6 +105,15 @@ def test_an_output_folder_that_is_not_empty(argv, tmp_path, monkeypatch, capsys)
     assert f"--output_dir {tmp_path} is there and not empty" in capsys.readouterr().err
 
 
+def test_two_encoders(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "load_splits", fail)
+    (tmp_path / "config.json").write_text('{"model_type": "merl"}')
+    argv = ["sft", *COMMANDS["sft"], "--encoder", "st_mem", "--encoder_ckpt", str(tmp_path)]
+    assert cli.main([*argv, "--output_dir", str(tmp_path / "out")]) == 1
+    said = f"--encoder st_mem and --encoder_name_or_path {tmp_path}, which is of the kind merl, name two encoders"
+    assert said in capsys.readouterr().err
+
+
 def test_quickstart_makes_data_and_language_model_itself(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for option in (["--data", "mine"], ["--llm=mine"], ["--elm_ckpt", "mine"]):

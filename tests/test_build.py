@@ -139,6 +139,27 @@ def test_pretrained_encoder(llm, tmp_path):
         assert torch.equal(model.model.encoder.state_dict()[name], tensor), name
 
 
+def test_two_encoders(llm, tmp_path):
+    """`--encoder` may name the kind of a pretrained one, and no other."""
+    elm = build(arguments(llm, encoder="merl"))
+    kept = {tmp_path / "merl": elm.model.encoder, tmp_path / "elm": elm}
+    for folder, model in kept.items():
+        model.save_pretrained(folder)
+        named = {"encoder_name_or_path": str(folder), "encoder_config": None}
+        assert build(arguments(llm, **named, encoder="merl")).config.encoder_config.model_type == "merl"
+        said = f"--encoder st_mem and --encoder_name_or_path {folder}, which is of the kind merl, name two encoders"
+        with pytest.raises(ValueError, match=re.escape(said)):
+            build(arguments(llm, **named, encoder="st_mem"))
+
+
+@pytest.mark.parametrize("kind", ["clip", "clip_vision_model", "clip-vit-base-patch32"])
+def test_kinds_of_a_backbone(llm, backbones, kind):
+    named = {"encoder_name_or_path": str(backbones["clip_vision_model"][0])}
+    build_processor(image_arguments(llm, **named, encoder=kind))
+    with pytest.raises(ValueError, match=r"--encoder vit and .*, which is of the kind clip, name two encoders"):
+        build_processor(image_arguments(llm, **named, encoder="vit"))
+
+
 def test_an_encoder_of_an_adapter(llm, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"is a LoRA adapter, .* `elm export .* --part encoder"):
@@ -350,7 +371,7 @@ def image_arguments(llm, **changes) -> ELMArguments:
     """Of a tiny ViT with random weights, unless `changes` name an encoder."""
     defaults = {"representation": "rgb", "encoder": "vit", "encoder_config": json.dumps(TINY_VISION["vit"])}
     if {"encoder", "encoder_name_or_path"} & changes.keys():
-        defaults["encoder_config"] = None
+        defaults |= {"encoder": None, "encoder_config": None}
     return arguments(llm, sampling_rate=100, **defaults | changes)
 
 

@@ -374,7 +374,8 @@ def test_an_answer_without_thinking_cannot_be_learnt(thinker):
     plain = [message("user", "Q"), message("assistant", "yes")]
     thinker.apply_chat_template([*plain, message("user", "R")], tokenize=True, add_generation_prompt=True)
     with pytest.raises(
-        ValueError, match=r"The answer 'yes' does not begin with <think>.* or leave --explicit_thinking out"
+        ValueError,
+        match=r"The answer 'yes' does not begin with <think>.* or train it without `elm sft --explicit_thinking`",
     ):
         thinker.apply_chat_template(plain, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
 
@@ -393,7 +394,9 @@ def test_a_template_that_asks_within_the_thinking_block():
 
 def test_a_template_that_asks_for_no_thinking():
     processor = processor_of(of_trl("qwen3_5_nothink"))
-    with pytest.raises(ValueError, match="With --explicit_thinking answers that begin with <think> are learnt"):
+    with pytest.raises(
+        ValueError, match="With `elm sft --explicit_thinking` answers that begin with <think> are learnt"
+    ):
         processor.apply_chat_template(
             THINKING_CHAT[:2], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )

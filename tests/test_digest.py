@@ -80,7 +80,10 @@ def test_a_copied_adapter_has_the_base_that_was_copied_with_it(tmp_path):
         (tmp_path / name / "base_model").mkdir(parents=True)
         named = json.dumps({"base_model_name_or_path": str(tmp_path / "adapter" / "base_model")})
         write_text(tmp_path / name / "adapter_config.json", named)
-        assert base_of_adapter(tmp_path / name) == str(tmp_path / name / "base_model")
+        (tmp_path / name / "checkpoint-2").mkdir()
+        write_text(tmp_path / name / "checkpoint-2" / "adapter_config.json", named)
+        for folder in (tmp_path / name, tmp_path / name / "checkpoint-2"):
+            assert base_of_adapter(folder) == str(tmp_path / name / "base_model")
 
 
 def test_a_base_on_the_hub_counts_by_its_commit(tmp_path, monkeypatch):

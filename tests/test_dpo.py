@@ -157,6 +157,15 @@ def test_rows_that_are_no_pairs(change, message):
         check_pairs(Dataset.from_list(rows), "train")
 
 
+def test_answers_without_the_thinking_of_the_model(llm):
+    """The option that made it think is of `elm sft` alone."""
+    processor = make_elm(llm)[1]
+    processor.explicit_thinking = True
+    said = "the data, or train it without `elm sft --explicit_thinking`."
+    with pytest.raises(ValueError, match=rf"The answer 'normal' does not begin with <think>.* {re.escape(said)}"):
+        PairsCollator(dpo.ELMCollator(processor))(pairs(1).to_list())
+
+
 def test_data_without_pairs(model, tmp_path, monkeypatch):
     monkeypatch.setattr(dpo, "build", None)
     DatasetDict({"train": pairs(2).remove_columns(["rejected"])}).save_to_disk(tmp_path / "data")

@@ -185,6 +185,18 @@ def test_what_is_read_is_not_written_over(tmp_path, monkeypatch):
     for read in ({"llm": "llm/"}, {"encoder": "link"}, {"data": ["other", str(tmp_path / "llm")]}):
         with pytest.raises(ValueError, match=f"is the folder of --{next(iter(read))}, which would be written over"):
             check_apart(Path("llm"), **read)
+    for name in ("data/train", "encoder", "base_model/data", "checkpoint-2"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+    check_apart(
+        Path("out"), data=["out/data", "out/data/train", "out/encoder", "out/checkpoint-9"]
+    )  # the last is not there
+    for name in ("base_model", "base_model/data", "checkpoint-2"):
+        with pytest.raises(
+            ValueError, match=f"--data out/{name} lies in {name.split('/')[0]} of --output_dir out, which"
+        ):
+            check_apart(Path("out"), data=[f"out/{name}"])
+    with pytest.raises(ValueError, match="--data out/encoder lies in encoder of --output_dir"):
+        check_apart(Path("out"), ["encoder"], data=["out/encoder"])
 
 
 def test_a_read_only_output_folder(tmp_path):

@@ -181,15 +181,27 @@ def test_reports_in_every_way(llm, data, tmp_path, way):
 
 
 def test_lora_through_both_phases(llm, data, tmp_path):
-    """The adapter of the second phase is loaded on the first one's model, with what that has learnt."""
+    """The adapter of the second phase is loaded on the first one's model, with what that has learnt; so are its checkpoints, wherever
+    the run is now."""
     lora = ["--use_peft", "--lora_r", "2", "--thinking_tokens", "--max_steps", "2"]
     first, second = tmp_path / "first", tmp_path / "second"
     sft.main(tiny_sft(llm, data, first, *WAYS["LoRA"], "--train_phase", "pretrain", *lora, encoder=None))
-    more = ["--model_name_or_path", str(first), "--explicit_thinking", *lora]
+    more = [
+        "--model_name_or_path",
+        str(first),
+        "--explicit_thinking",
+        *lora,
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "2",
+    ]
     sft.main(tiny_sft(llm, data, second, *more, "--update", "llm", "--lr", "1e-12", encoder=None))
-    one, other = (load_elm(str(folder))[0].state_dict() for folder in (first, second))
+    moved = second.rename(tmp_path / "moved")
+    one, *others = (load_elm(str(folder))[0].state_dict() for folder in (first, moved, moved / "checkpoint-2"))
     for name, weight in one.items():
-        torch.testing.assert_close(other[name], weight, rtol=0, atol=1e-6)
+        for other in others:
+            torch.testing.assert_close(other[name], weight, rtol=0, atol=1e-6)
 
 
 def test_frozen_encoder_is_read_once(llm, data, aligned, tmp_path, capsys):

@@ -178,6 +178,24 @@ def test_reports(encoder, records, text_encoder, tmp_path, capsys):
     assert "It has seen these records of `data` with their reports" in card
 
 
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("encoder", "it is a 'st_mem' model, which reads ECGs; expected a text encoder with its tokenizer"),
+        ("text", "its tokenizer cannot be read; expected a text encoder with its tokenizer"),
+    ],
+)
+def test_what_is_no_text_encoder(kind, said, records, trained, text_encoder, tmp_path):
+    other = tmp_path / "other"
+    if kind == "encoder":
+        shutil.copytree(trained / "encoder", other)
+    else:
+        BertModel.from_pretrained(text_encoder).save_pretrained(other)
+    options = ["--objectives", "contrastive", "--text_encoder", str(other)]
+    with pytest.raises(ValueError, match=f"--text_encoder .*other cannot be loaded: {said}"):
+        pretrain.main(tiny_pretrain(records, tmp_path / "run", *options, encoder="merl"))
+
+
 def test_both_objectives_and_a_trained_text_encoder(records, text_encoder, tmp_path):
     options = ["--objectives", "contrastive", "masked", "--text_encoder", str(text_encoder), "--train_text_encoder"]
     options += ["--contrastive_loss", "sigmoid", "--contrastive_weight", "0.5", "--eval_strategy", "epoch"]
@@ -374,9 +392,16 @@ def test_what_is_read_is_not_written_over(trained, records, monkeypatch, tmp_pat
     monkeypatch.chdir(tmp_path)
     Path("st_mem").mkdir()  # as an earlier run has called its folder
     monkeypatch.setattr(pretrain, "build_model", None)
-    for encoder in (trained, trained / "encoder"):
-        with pytest.raises(ValueError, match="is the folder of --encoder, which would be written over"):
+    for encoder, said in (
+        (trained, "is the folder of --encoder"),
+        (trained / "encoder", "--encoder .* lies in encoder of"),
+    ):
+        with pytest.raises(ValueError, match=said):
             pretrain.main(tiny_pretrain(records, trained, "--encoder", str(encoder), encoder=None))
+    for name in ("encoder", "reconstructions", "base_model"):
+        data = shutil.copytree(records, tmp_path / "run" / name)
+        with pytest.raises(ValueError, match=f"--data .* lies in {name} of --output_dir .*, which the run replaces"):
+            pretrain.main(tiny_pretrain(Path(data), tmp_path / "run"))
     with pytest.raises(TypeError):
         pretrain.main(tiny_pretrain(records, Path("st_mem")))
 

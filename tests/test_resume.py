@@ -157,6 +157,31 @@ def test_the_same_data_elsewhere(straight, stopped, llm, data, tmp_path):
     assert losses(stopped) == losses(straight)
 
 
+def test_a_run_goes_on_from_another_working_directory(llm, tmp_path, monkeypatch, caplog):
+    """Its relative paths are compared by what they mean; a project that was moved goes on with the same ones."""
+    save_tiny_data(tmp_path / "data", train=8)
+    options = ["--streaming", *SAVING]  # of streams no fingerprint tells
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(llm, "llm")
+    sft.main(tiny_sft(Path("llm"), Path("data"), Path("run"), *options, "--max_steps", "2"))
+    more = [*options, "--max_steps", "4", *LAST]
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir("other")
+    sft.main(tiny_sft(Path("../llm"), Path("../data"), Path("../run"), *more))
+    assert "--llm" not in caplog.text
+    assert "--data" not in caplog.text
+    with pytest.raises(ValueError, match=r"begun with --data \.\./data \(now elsewhere\)"):
+        sft.main(tiny_sft(Path("../llm"), Path("elsewhere"), Path("../run"), *more))
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    monkeypatch.chdir(moved)
+    for name in ("llm", "data", "run"):
+        (tmp_path / name).rename(name)
+    (moved / "sub").mkdir()
+    monkeypatch.chdir("sub")
+    sft.main(tiny_sft(Path("../llm"), Path("../data"), Path("../run"), *more, "--max_steps", "5"))
+
+
 def test_fingerprint(data, tmp_path):
     rows = load_from_disk(data)["train"]
     same = fingerprint(rows)

@@ -594,7 +594,8 @@ def parts_of(monkeypatch, llm: Path, *options: str) -> str:
 
     monkeypatch.setattr(ELMForConditionalGeneration, "from_encoder_llm_pretrained", ask)
     monkeypatch.setattr(build, "find_model_file", lambda name, *args, **kwargs: (name, "config.json"))
-    monkeypatch.setattr(build, "_compare_records", lambda *args: None)  # no Hub is asked for encoders that are none
+    for name in ("_compare_records", "_check_kind"):  # no Hub is asked for encoders that are none
+        monkeypatch.setattr(build, name, lambda *args: None)
     args = sft.parse([*CPU, "--llm", str(llm), *options])[0]
     processor = build_processor(args)
     with pytest.raises(Asked) as asked:

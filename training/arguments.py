@@ -245,6 +245,7 @@ class ModelArguments(RecordArguments):
         for name in ("encoder", "encoder_config", "encoder_name_or_path"):
             if getattr(self, name) and self.architecture != "llava":  # no error: a recipe may say them
                 logger.warning("--%s changes nothing: a %s ELM has no encoder.", name, self.architecture)
+        self.said_encoder = self.encoder  # no dataclass field, so no option
         if self.encoder is None:
             self.encoder = next(iter(VISION_BACKBONES)) if of_images else "st_mem"
         if self.architecture == "llava" and self.encoder_name_or_path is None:

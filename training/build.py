@@ -72,14 +72,35 @@ def place_of_encoder(args: ModelArguments) -> str | None:
             "encoder --output_dir FOLDER`, and name the FOLDER."
         )
     if (
-        not Path(place).is_dir()
-        or read_json(Path(place) / "config.json").get("model_type") != ECGPretrainingConfig.model_type
+        Path(place).is_dir()
+        and read_json(Path(place) / "config.json").get("model_type") == ECGPretrainingConfig.model_type
     ):
-        return place
-    encoder = Path(place) / ENCODER_FOLDER
-    if not (encoder / "config.json").is_file():
-        raise ValueError(f"--encoder {place} is a pretraining model, whose encoder is missing: it has no {encoder}.")
-    return str(encoder)
+        encoder = Path(place) / ENCODER_FOLDER
+        if not (encoder / "config.json").is_file():
+            raise ValueError(
+                f"--encoder {place} is a pretraining model, whose encoder is missing: it has no {encoder}."
+            )
+        place = str(encoder)
+    _check_kind(args, place)
+    return place
+
+
+def _check_kind(args: ModelArguments, place: str) -> None:
+    """ValueError if `--encoder` was said too, and names another kind of encoder than the one that lies at `place`."""
+    said = args.said_encoder
+    if said in (None, args.encoder_name_or_path, *VISION_BACKBONES):  # the last may lie here as a copy
+        return
+    settings = PreTrainedConfig.get_config_dict(place)[0]
+    kind = (settings.get("encoder_config") or settings).get("model_type")  # of an ELM, that of its encoder
+    if kind in (None, ELMConfig.model_type):  # without encoder: an error when it is loaded
+        return
+    if str(said).removesuffix("_vision_model") != kind.removesuffix(
+        "_vision_model"
+    ):  # a tower alone, or with its text model
+        raise ValueError(
+            f"--encoder {said} and --encoder_name_or_path {args.encoder_name_or_path}, which is of the kind {kind}, name two encoders; leave "
+            "one of the two out."
+        )
 
 
 def connector_file(args: ModelArguments) -> Path | None:

@@ -120,7 +120,7 @@ def shared_bases() -> Path:
 
 
 def base_of_adapter(folder: Path) -> str:
-    """What an adapter is loaded on: a local folder, which one that was moved has as `base_model`, or a Hub id.
+    """What an adapter is loaded on: a local folder, which one that was moved has as `base_model`, its checkpoints beside them, or a Hub id.
 
     Of an adapter that came from another machine it is the folder in which its base would be here, whether it is there or not.
     """
@@ -129,6 +129,9 @@ def base_of_adapter(folder: Path) -> str:
     # its own, wherever the folder is now: at the old place may be that of another adapter
     if beside.is_dir() and (Path(base).name == beside.name or not Path(base).exists()):
         return str(beside)
+    of_run = folder.absolute().parent / beside.name
+    if folder.absolute().name.startswith("checkpoint-") and of_run.is_dir() and Path(base).name == of_run.name:
+        return str(of_run)
     if Path(base).exists():
         return base
     recipe = read_json(options).get("base") if options.is_file() else None

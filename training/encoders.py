@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoModel, AutoTokenizer, FeatureExtractionMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    FeatureExtractionMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import FEATURE_EXTRACTOR_NAME
 
@@ -26,7 +33,14 @@ from elm_ecg.modeling_vision_encoders import encode_images, load_vision_model, v
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.digest import CODE_FILES, MODEL_FILES
 from elm_ecg.training.load import load_elm
-from elm_ecg.training.model_files import check_depth, check_finite, is_own_encoder, loading, model_folder
+from elm_ecg.training.model_files import (
+    check_depth,
+    check_finite,
+    find_model_file,
+    is_own_encoder,
+    loading,
+    model_folder,
+)
 
 EXTRACTOR_OPTIONS = ("sampling_rate", "lead_names", "normalization")  # of encoders that do not come with them
 
@@ -131,6 +145,27 @@ def load_encoder(
     if truncation is not None:
         encoder.extractor.truncation = truncation
     return encoder
+
+
+def load_text_encoder(name: str) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The text encoder of `--text_encoder`, in float32, and its tokenizer.
+
+    Raises:
+        ValueError: as `find_model_file`; files are damaged; it is a model of ECGs, or comes without tokenizer.
+    """
+    place, _ = find_model_file(name, ["config.json"], label="--text_encoder")
+    with loading(Path(place), f"--text_encoder {name}"):
+        kind = PreTrainedConfig.get_config_dict(place)[0].get("model_type")
+        expected = "expected a text encoder with its tokenizer, such as ncbi/MedCPT-Query-Encoder."
+        if kind in (*ENCODER_CONFIGS, ELMConfig.model_type, ECGPretrainingConfig.model_type):
+            raise ValueError(f"it is a {kind!r} model, which reads ECGs; {expected}")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+            if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one of no files
+                raise ValueError("It has no words.")
+        except Exception as error:  # of several libraries
+            raise ValueError(f"its tokenizer cannot be read; {expected} {error}") from error
+        return AutoModel.from_pretrained(place, trust_remote_code=False, dtype="float32"), tokenizer
 
 
 def _of_elm(name: str, revision: str, folder: Path, trust_remote_code: bool) -> LoadedEncoder:

@@ -8,6 +8,7 @@ import signal
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ except ImportError:  # not on Windows, where what a killed process leaves stays
     fcntl = None  # type: ignore[assignment]
 
 UNFINISHED = ".unfinished"  # the suffix of temporary folders
+REPLACED = ("checkpoint-*", "base_model", UNFINISHED)  # what in its --output_dir a training run replaces or removes
 
 
 def resource(name: str) -> Path:
@@ -148,17 +150,26 @@ def check_output_folder(path: Path, new: bool = False) -> None:
         raise ValueError(f"--output_dir {path} cannot be written: {error.strerror}. Name another.") from error
 
 
-def check_apart(output_dir: Path, **read: str | Iterable[str] | None) -> None:
+def check_apart(output_dir: Path, replaced: Iterable[str] = REPLACED, **read: str | Iterable[str] | None) -> None:
     """ValueError if `output_dir` is a folder that an option names to be read, and that the model would be written over.
 
     Args:
+        replaced: patterns of what in `output_dir` a run replaces or removes; nothing is read from there either.
         read: option -> the place or places that it names.
     """
+    output = output_dir.resolve()
     for option, places in read.items():
         for place in [places] if isinstance(places, str) else places or ():
-            if Path(place).is_dir() and Path(place).resolve() == output_dir.resolve():
+            path = Path(place).resolve()
+            if Path(place).is_dir() and path == output:
                 raise ValueError(
                     f"--output_dir {output_dir} is the folder of --{option}, which would be written over; name another."
+                )
+            inside = path.relative_to(output).parts[:1] if path.exists() and path.is_relative_to(output) else ()
+            if any(fnmatchcase(name, pattern) for name in inside for pattern in replaced):
+                raise ValueError(
+                    f"--{option} {place} lies in {inside[0]} of --output_dir {output_dir}, which the run replaces or removes; name another "
+                    "--output_dir."
                 )
 
 

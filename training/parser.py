@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Iterable
 from dataclasses import fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -56,6 +57,8 @@ NUMBERS = {
     "max_steps": "at least 1, or -1 for none",
     "lora_dropout": "at least 0 and below 1",
 }
+# types of options -> what a YAML file may give for them, and what it is called
+NUMBER_TYPES: dict[Any, tuple[type, str]] = {int: (Integral, "a whole number"), float: (Real, "a number")}
 # values of the reference's --optimizer
 OPTIMIZERS = {"adam": "adamw_torch", "adamw": "adamw_torch"}  # transformers has no plain Adam; alike at weight_decay 0
 
@@ -256,5 +259,22 @@ class ELMParser(CommandLineParser, TrlParser):
                     expected = ", ".join(map(str, action.choices))
                     near = did_you_mean(str(name), map(str, action.choices))
                     raise ValueError(f"{self.source}{key} is {item!r}; expected one of {expected}.{near}")
+            if action.type in NUMBER_TYPES and value is not None:
+                of_list = action.nargs == "+"
+                value = [self._number(key, action.type, item) for item in (value if of_list else [value])]
+                value = value if of_list else value[0]
             values[action.dest] = value
         return super().set_defaults_with_config(**values)
+
+    def _number(self, key: str, kind: Any, value: Any) -> Any:
+        """A number of a YAML file or of Python, also as text, which YAML makes of 1e-4 (ValueError: it is no number of this `kind`)."""
+        of_kind, expected = NUMBER_TYPES[kind]
+        try:
+            number = kind(value) if isinstance(value, str) else value
+        except ValueError:
+            number = None
+        if kind is int and isinstance(number, float) and number.is_integer():  # as extractors have their sampling rate
+            number = int(number)
+        if isinstance(number, bool) or not isinstance(number, of_kind):
+            raise ValueError(f"{self.source}{key} is {value!r}; expected {expected}.")
+        return number

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, TrainingArguments
+from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
@@ -24,11 +24,11 @@ from elm_ecg.training.checkpoints import CountEpochs, replace_model
 from elm_ecg.training.command_line import did_you_mean, printable, run_command
 from elm_ecg.training.data.record_rows import load_records, report_of
 from elm_ecg.training.data.schema import counted
-from elm_ecg.training.encoders import EXTRACTOR_OPTIONS, load_encoder
+from elm_ecg.training.encoders import EXTRACTOR_OPTIONS, load_encoder, load_text_encoder
 from elm_ecg.training.figures import training_plot
-from elm_ecg.training.files import check_apart, check_output_folder, write_text
+from elm_ecg.training.files import REPLACED, check_apart, check_output_folder, write_text
 from elm_ecg.training.load import limit_threads
-from elm_ecg.training.model_files import ENCODER_FOLDER, find_model_file, loading, model_folder
+from elm_ecg.training.model_files import ENCODER_FOLDER, loading, model_folder
 from elm_ecg.training.pretrain_arguments import PretrainArguments, make_parser
 from elm_ecg.training.pretrain_collator import PretrainingCollator
 from elm_ecg.training.pretrain_trainer import PretrainingTrainer
@@ -122,9 +122,7 @@ def build_model(args: PretrainArguments) -> tuple[ECGForPreTraining, ECGFeatureE
     args.set_objectives(encoder_config.model_type)
     text_encoder, tokenizer = None, None
     if "contrastive" in args.objectives:
-        place, _ = find_model_file(str(args.text_encoder), ["config.json"], label="--text_encoder")
-        text_encoder = AutoModel.from_pretrained(place, trust_remote_code=False, dtype="float32")
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        text_encoder, tokenizer = load_text_encoder(str(args.text_encoder))
     config = ECGPretrainingConfig(
         encoder_config=encoder_config,
         text_config=None if text_encoder is None else text_encoder.config,
@@ -221,9 +219,8 @@ def train(args: PretrainArguments, training_args: TrainingArguments) -> None:
     check_output_folder(output_dir)
     # a name is no folder, though there be one of that name
     encoder = None if args.encoder in ENCODER_CONFIGS else args.encoder
-    check_apart(output_dir, data=args.data, encoder=encoder, text_encoder=args.text_encoder)
-    if encoder is not None and Path(encoder).is_dir() and Path(encoder).resolve().name == ENCODER_FOLDER:
-        check_apart(output_dir, encoder=str(Path(encoder).resolve().parent))  # the encoder is written there alone
+    replaced = (*REPLACED, ENCODER_FOLDER, PICTURES)
+    check_apart(output_dir, replaced, data=args.data, encoder=encoder, text_encoder=args.text_encoder)
     torch.manual_seed(training_args.seed)  # of the new weights; the trainer seeds again
     options = RunOptions.of(args, training_args)
     checkpoint = checkpoint_to_resume(training_args)

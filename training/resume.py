@@ -41,8 +41,9 @@ MAY_DIFFER = re.compile(
 )
 # where these are is no matter: the fingerprint tells whether the rows are the same
 OF_DATA = ("data", "ecg_root")
-# names of models, or their folders, which may be written in several ways
+# names of what is read, or its folders and files, which may be written in several ways
 PLACES = (
+    *OF_DATA,
     "model_name_or_path",
     "llm",
     "encoder",
@@ -50,6 +51,8 @@ PLACES = (
     "ecg_tokenizer",
     "text_encoder",
     "chat_template_path",
+    "connector",
+    "rewards",
 )
 STREAMED = ("dataloader_num_workers",)  # beside all others: the order of a stream depends on it
 FINGERPRINTED = 100  # ECGs, of all places of the data
@@ -64,12 +67,14 @@ class RunOptions:
         data: `rows` and `fingerprint` of the training data; None for a stream.
         started: when the run was begun; it tells the checkpoints of two runs in one folder apart.
         base: what the base of an adapter is made of, see `base_models`; None of another model, or where the base was saved before.
+        working_dir: where relative paths of the options begin; "" of those that were saved without, which begin where this process is.
     """
 
     options: dict[str, Any]
     data: dict[str, Any] | None
     started: str
     base: dict[str, Any] | None = None
+    working_dir: str = ""
 
     @classmethod
     def of(cls, *parts: Any) -> "RunOptions":
@@ -87,7 +92,7 @@ class RunOptions:
         options["fsdp_state_dict_type"] = os.environ.get("FSDP_STATE_DICT_TYPE") if by_fsdp else None
         options["zero_stage"] = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") if by_deepspeed else None
         options = json.loads(json.dumps(options, default=_plain))  # as it will be read
-        return cls(options, None, datetime.now(UTC).isoformat())
+        return cls(options, None, datetime.now(UTC).isoformat(), working_dir=os.getcwd())
 
     @classmethod
     def read(cls, folder: Path) -> "RunOptions | None":
@@ -101,7 +106,8 @@ class RunOptions:
             return None
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            return cls(dict(content["options"]), content["data"], str(content["started"]), content.get("base"))
+            options, started = dict(content["options"]), str(content["started"])
+            return cls(options, content["data"], started, content.get("base"), str(content.get("working_dir", "")))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
 
@@ -109,6 +115,7 @@ class RunOptions:
         """Writes `OPTIONS_FILE`."""
         packages = {name: version(name) for name in ("elm-ecg", "torch", "transformers", "trl", "peft")}
         content = {"started": self.started, "packages": packages, "data": self.data, "options": self.options}
+        content["working_dir"] = self.working_dir
         content |= {} if self.base is None else {"base": self.base}
         write_text(folder / OPTIONS_FILE, json.dumps(content, indent=2) + "\n")
 
@@ -126,7 +133,7 @@ class RunOptions:
         differ = [
             name
             for name in self.options
-            if name in saved.options and not _same(name, self.options[name], saved.options[name])
+            if name in saved.options and not _same(name, self.options[name], saved.options[name], saved.working_dir)
         ]
         streaming = self.options["streaming"]
         same_rows = not streaming and self.data is None  # not yet known: `go_on_with` compares them
@@ -159,10 +166,17 @@ class RunOptions:
             )
 
 
-def _same(name: str, one: Any, other: Any) -> bool:
-    if name in PLACES and isinstance(one, str) and isinstance(other, str):
-        return os.path.abspath(one) == os.path.abspath(other)  # a slash at the end is no other folder
-    return one == other
+def _same(name: str, one: Any, other: Any, working_dir: str) -> bool:
+    """Whether two values of an option are the same, of places by what they mean, the `other` as seen from `working_dir`."""
+    if one == other or name not in PLACES:
+        return one == other
+    ones, others = (value if isinstance(value, list) else [value] for value in (one, other))
+    return len(ones) == len(others) and all(
+        isinstance(here, str)
+        and isinstance(there, str)
+        and os.path.realpath(here) == os.path.realpath(os.path.join(working_dir, there))
+        for here, there in zip(ones, others, strict=True)
+    )
 
 
 def _plain(value: Any) -> Any:

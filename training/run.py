@@ -16,7 +16,7 @@ from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.processing_elm import ELMProcessor
 from elm_ecg.training.arguments import ELMArguments, new_elm_options
 from elm_ecg.training.base_models import find_base, read_recipe, recipe_of, write_merged
-from elm_ecg.training.build import build_model, build_processor
+from elm_ecg.training.build import build_model, build_processor, place_of_encoder
 from elm_ecg.training.chat_templates import set_chat_template, stop_at_end_of_turn
 from elm_ecg.training.checkpoints import WholeCheckpoints, replace_model
 from elm_ecg.training.data.loading import load_data
@@ -65,6 +65,8 @@ def begin(
     check_apart(output_dir, data=args.data, llm=llm, encoder=args.encoder_name_or_path)
     if name is not None:
         find_model_file(name, ["adapter_config.json", "config.json"], model_args.model_revision)
+    else:
+        place_of_encoder(args)
     torch.manual_seed(training_args.seed)  # of the new weights; the trainer seeds again
     options = RunOptions.of(args, training_args, model_args)
     checkpoint = checkpoint_to_resume(training_args)

@@ -1,17 +1,16 @@
 """Pretraining checkpoints of the reference system become `ECGForPreTraining`, the encoder with its decoder or its heads."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from elm_ecg.configuration_ecg_encoders import ENCODER_CONFIGS
 from elm_ecg.configuration_ecg_pretraining import ECGPretrainingConfig
 from elm_ecg.feature_extraction_elm import ECGFeatureExtractor
 from elm_ecg.modeling_ecg_pretraining import ECGForPreTraining
-from elm_ecg.training.model_files import find_model_file, loading
+from elm_ecg.training.encoders import load_text_encoder
 from elm_ecg.training.sharing.checkpoint_keys import convert_pretraining_part, count_indices
 from elm_ecg.training.sharing.checkpoints import Checkpoint, Conversion
 from elm_ecg.training.sharing.convert_arguments import ConvertArguments
@@ -73,15 +72,6 @@ def _check_sizes_are_told(kind: str, conversion: Conversion) -> None:
             raise ValueError(f"{name} is {list(tensor.shape)}; expected two dimensions, none of them empty.")
 
 
-def _load_text_encoder(args: ConvertArguments) -> tuple[Any, PreTrainedTokenizerBase | None]:
-    if args.text_encoder is None:
-        return None, None
-    place, _ = find_model_file(args.text_encoder, ["config.json"], label="--text_encoder")
-    with loading(Path(place), f"--text_encoder {args.text_encoder}"):
-        text_encoder = AutoModel.from_pretrained(place, trust_remote_code=False, dtype="float32")
-        return text_encoder, AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-
-
 def _sort_by_need(conversion: Conversion, model: ECGForPreTraining, text_encoder: str | None) -> None:
     """What the model does not have is left over, and what nothing gives is missing; the text encoder has weights of its own."""
     expected = model.state_dict().keys()
@@ -112,7 +102,7 @@ def convert_pretraining(
     check_missing(conversion, f"a {kind} encoder")
     _check_sizes_are_told(kind, conversion)
     encoder_config = ENCODER_CONFIGS[kind](**encoder_fields(args, _of("encoder.", conversion.tensors)))
-    text_encoder, tokenizer = _load_text_encoder(args)
+    text_encoder, tokenizer = (None, None) if args.text_encoder is None else load_text_encoder(args.text_encoder)
     config = ECGPretrainingConfig(
         encoder_config=encoder_config,
         text_config=None if text_encoder is None else text_encoder.config,
