@@ -305,10 +305,9 @@ class ELMGRPOTrainer(OptimizesByMuon, WholeCheckpoints, GRPOTrainer):
 
     def _may_share(self, model: Any) -> bool:
         """Whether the model can read a prompt once for all answers behind it, each as if it were alone."""
-        config, device = self.model.config, self.accelerator.device
-        self._tokens_to_share = max_tokens_to_share(config.text_config)
+        self._tokens_to_share = max_tokens_to_share(self.model.config.text_config)
         with self.accelerator.autocast():
-            return self._tokens_to_share > 0 and keeps_apart(model, config, device, share=True)
+            return self._tokens_to_share > 0 and keeps_apart(model, self.model, share=True)
 
     def _answers_behind_prompts(
         self, inputs: dict[str, Any], prompts: list[int], logits_to_keep: int
@@ -339,8 +338,7 @@ class ELMGRPOTrainer(OptimizesByMuon, WholeCheckpoints, GRPOTrainer):
         mask, ids, labels = flush_left(mask, inputs["input_ids"], inputs["labels"])
         chats = {"input_ids": ids, "attention_mask": mask, "labels": labels.masked_fill(mask == 0, -100)}
         packed = pack(chats, rows, [0] * len(prompts), [*chats], self._tokenizer.pad_token_id, begins=begins)
-        attention = self.model.config.text_config._attn_implementation
-        packed["attention_mask"] = mask_of(packed["position_ids"], attention)
+        packed["attention_mask"] = mask_of(packed["position_ids"], self.model)
         return (
             {**packed, "use_cache": False},
             [prompts[row[0]] for row in rows],

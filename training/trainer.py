@@ -79,13 +79,13 @@ class ELMTrainer(CollatesECGs, OptimizesByMuon, WholeCheckpoints, SFTTrainer):
         """
         positions = inputs.get("position_ids")  # [rows, tokens] of packed chats
         if positions is not None and not self._kept_apart:
-            self._check_packing(model, positions.device)
+            self._check_packing(model)
             self._kept_apart = True
         gather_head(self.model)
         num_tokens = self._total_train_tokens
         inputs = inputs | labelled_places(inputs["labels"])
         if positions is not None and self._shares(positions.shape[1]):
-            inputs["attention_mask"] = mask_of(positions, self.model.config.text_config._attn_implementation)
+            inputs["attention_mask"] = mask_of(positions, self.model)
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if positions is not None:  # TRL counts those of one row, padding too
             num_tokens += int(self.accelerator.gather_for_metrics(num_packed_tokens(positions)).sum())
@@ -93,7 +93,7 @@ class ELMTrainer(CollatesECGs, OptimizesByMuon, WholeCheckpoints, SFTTrainer):
             self._metrics["train"]["num_tokens"] = [num_tokens]
         return loss
 
-    def _check_packing(self, model: Any, device: torch.device) -> None:
+    def _check_packing(self, model: Any) -> None:
         collator = self.data_collator
         assert isinstance(collator, ELMCollator)
         if self.aux_loss_enabled and (collator.packing or collator.pad_to_multiple_of):
@@ -101,7 +101,7 @@ class ELMTrainer(CollatesECGs, OptimizesByMuon, WholeCheckpoints, SFTTrainer):
                 f"--{'packing' if collator.packing else 'pad_to_multiple_of'}: this language model learns to use its experts evenly, and "
                 "padding would count. Take --padding_free alone, or --router_aux_loss_coef 0."
             )
-        check_kept_apart(model, self.model.config, device, one_row=collator.padding_free, share=self._shares(0))
+        check_kept_apart(model, self.model, collator.padding_free, self._shares(0), collator.longest_row)
 
     def _shares(self, num_tokens: int) -> bool:
         """Whether chats may share what they begin with in rows of so many tokens."""
