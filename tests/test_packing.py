@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import FalconH1Config, GPTNeoConfig, GptOssConfig, Lfm2Config
+from transformers import FalconH1Config, GPTNeoConfig, GptOssConfig, Lfm2Config, OPTConfig
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.training import sft
@@ -256,6 +256,12 @@ def test_a_window_that_is_narrower_than_rows():
         check_kept_apart(model, model, False, True, collator.longest_row)
     check_kept_apart(model, model, False, True, replace(collator, max_length=63).longest_row)
     assert replace(collator, max_length=63, pad_to_multiple_of=8).longest_row == 71
+    llm = OPTConfig(
+        vocab_size=300, hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=32
+    )
+    model = ELMForConditionalGeneration(tiny_elm_config(None, llm=llm))
+    assert not keeps_apart(model, model)
+    check_kept_apart(model, model, False, True, math.inf)  # it has no window, so that all rows have their mask
 
 
 def test_a_small_state_is_seen_in_bfloat16():

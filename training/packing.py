@@ -208,7 +208,8 @@ def check_kept_apart(model: Any, elm: Any, one_row: bool, share: bool = False, l
     """
     config = elm.config.text_config
     window = max_tokens_to_share(config)
-    kinds = ([True] if share else []) + ([False] if not share or longest_row >= window else [])
+    plain = not share or longest_row >= window < sys.maxsize
+    kinds = ([True] if share else []) + ([False] if plain else [])
     mixing = [kind for kind in kinds if not keeps_apart(model, elm, one_row, kind)]
     if not mixing:
         return
