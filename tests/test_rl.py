@@ -249,6 +249,24 @@ def test_log_probabilities_are_those_of_forward(kind, update, llm, tmp_path):
         )
 
 
+def test_a_prompt_that_ends_with_its_ecg(llm, tmp_path):
+    """Its last token would stand before each answer, and be that of an ECG there."""
+    elm, processor = make_elm(llm)
+    processor.chat_template = "{% for message in messages %}{{ message['content'][-1]['text'] }}<signal>{% endfor %}"
+    trainer = make_trainer(elm, processor, {"train": mixed_rows(1)}, tmp_path / "out", "--update", "connector", "llm")
+    prompt = trainer.prompts["train"][0].input_ids
+    assert prompt[-1] == processor.ecg_token_id
+    ids = torch.tensor([prompt + [5, 6], prompt + [7, 8]])
+    found = []
+    for trainer._shares in (None, False):
+        found.append(
+            trainer._get_per_token_logps_and_entropies(
+                trainer.model, ids, torch.ones_like(ids), 2, pixel_values=torch.tensor([0, 0])
+            )[0]
+        )
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+
+
 def elm_of(kind: str, llm: Path, folder: Path) -> Any:
     if kind == "signal":
         return make_elm(llm)

@@ -321,6 +321,11 @@ class ELMGRPOTrainer(OptimizesByMuon, WholeCheckpoints, GRPOTrainer):
         Returns:
             Inputs of rows, of each row the number of its prompt, and in which order the answers stand in the rows.
         """
+        ecg_token_id, last = self.model.config.ecg_token_id, inputs["input_ids"][:, -logits_to_keep - 1]  # of prompts
+        if (
+            ecg_token_id is not None and (last == ecg_token_id).any()
+        ):  # each answer has its own, an ECG stands there once
+            return inputs, prompts, [*range(len(prompts))]
         mask = inputs["attention_mask"]
         lengths, before = mask.sum(1).tolist(), mask[:, :-logits_to_keep].sum(1).tolist()
         limit = max(ROW_TOKENS, 2 * max(lengths))  # attention to all of a longer row takes its time
