@@ -256,7 +256,7 @@ def test_a_prompt_that_ends_with_its_ecg(llm, tmp_path):
     trainer = make_trainer(elm, processor, {"train": mixed_rows(1)}, tmp_path / "out", "--update", "connector", "llm")
     prompt = trainer.prompts["train"][0].input_ids
     assert prompt[-1] == processor.ecg_token_id
-    ids = torch.tensor([prompt + [5, 6], prompt + [7, 8]])
+    ids = torch.tensor([[*prompt, 5, 6], [*prompt, 7, 8]])
     found = []
     for trainer._shares in (None, False):
         found.append(
