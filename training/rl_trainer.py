@@ -328,7 +328,8 @@ class ELMGRPOTrainer(OptimizesByMuon, WholeCheckpoints, GRPOTrainer):
             return inputs, prompts, [*range(len(prompts))]
         mask = inputs["attention_mask"]
         lengths, before = mask.sum(1).tolist(), mask[:, :-logits_to_keep].sum(1).tolist()
-        limit = max(ROW_TOKENS, 2 * max(lengths))  # attention to all of a longer row takes its time
+        # attention to all of a longer row takes its time, and one as wide as a window shares nothing
+        limit = min(max(ROW_TOKENS, 2 * max(lengths)), self._tokens_to_share - 1)
         rows: list[list[int]] = []
         begins: list[int] = []
         for number in dict.fromkeys(prompts):
