@@ -183,7 +183,7 @@ def test_the_loss_is_that_of_padded_chats(representation, attention):
             assert batch["input_ids"].shape[1] % 64 == 0
         assert found[name][0] == pytest.approx(found["padded"][0], abs=1e-5), name
         torch.testing.assert_close(found[name][1], found["padded"][1], atol=1e-5, rtol=1e-4)
-        check_kept_apart(model, model, one_row=name == "padding_free", share=name == "shared")
+        check_kept_apart(model, model, model.device, one_row=name == "padding_free", share=name == "shared")
 
 
 def test_the_first_token_of_a_chat_is_not_learnt():
@@ -228,7 +228,7 @@ def test_a_model_that_mixes_chats_is_refused(option):
     model = ELMForConditionalGeneration(tiny_elm_config(None, llm=llm))
     model.train()
     with pytest.raises(ValueError, match=f"^--{option}: lfm2 with .* attention does not keep the chats of a row apart"):
-        check_kept_apart(model, model, one_row=option == "padding_free")
+        check_kept_apart(model, model, model.device, one_row=option == "padding_free")
     assert model.training
 
 
@@ -253,15 +253,17 @@ def test_a_window_that_is_narrower_than_rows():
     with pytest.raises(
         ValueError, match="in rows of 64 tokens, its window, and more; --max_length 63 and less keeps them apart"
     ):
-        check_kept_apart(model, model, False, True, collator.longest_row)
-    check_kept_apart(model, model, False, True, replace(collator, max_length=63).longest_row)
+        check_kept_apart(model, model, model.device, False, True, collator.longest_row)
+    check_kept_apart(model, model, model.device, False, True, replace(collator, max_length=63).longest_row)
     assert replace(collator, max_length=63, pad_to_multiple_of=8).longest_row == 71
     llm = OPTConfig(
         vocab_size=300, hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=32
     )
     model = ELMForConditionalGeneration(tiny_elm_config(None, llm=llm))
-    assert not keeps_apart(model, model)
-    check_kept_apart(model, model, False, True, math.inf)  # it has no window, so that all rows have their mask
+    assert not keeps_apart(model, model, model.device)
+    check_kept_apart(
+        model, model, model.device, False, True, math.inf
+    )  # it has no window, so that all rows have their mask
 
 
 def test_a_small_state_is_seen_in_bfloat16():
@@ -282,7 +284,7 @@ def test_a_small_state_is_seen_in_bfloat16():
         ssm_multipliers=[0.01] * 5,
     )
     model = ELMForConditionalGeneration(tiny_elm_config(None, llm=llm)).bfloat16()
-    assert not any(keeps_apart(model, model, share=share) for share in (False, True))
+    assert not any(keeps_apart(model, model, model.device, share=share) for share in (False, True))
 
 
 @pytest.mark.parametrize(("step", "shares"), [(2**-8, True), (0.5, False)])
@@ -299,4 +301,4 @@ def test_what_is_computed_otherwise_may_be_rounded_otherwise(step, shares):
         return outputs
 
     model.forward = rounded
-    assert keeps_apart(model, model, share=True) == shares
+    assert keeps_apart(model, model, model.device, share=True) == shares

@@ -155,7 +155,7 @@ def num_packed_tokens(position_ids: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def keeps_apart(model: Any, elm: Any, one_row: bool = False, share: bool = False) -> bool:
+def keeps_apart(model: Any, elm: Any, device: torch.device, one_row: bool = False, share: bool = False) -> bool:
     """Whether other words in one chat leave what the model makes of the next chat of its row as it is.
 
     A recurrent layer, or attention that does not look at `position_ids`, takes something of each chat into the next. The chats are of
@@ -164,6 +164,7 @@ def keeps_apart(model: Any, elm: Any, one_row: bool = False, share: bool = False
     Args:
         model: the ELM as the trainer calls it, which may be wrapped.
         elm: the ELM.
+        device: of batches; weights may be kept elsewhere.
         one_row: whether a batch is one row; some kinds of attention tell chats apart only then.
         share: whether the chats of a row share what they begin with; then the next chat is to be as it is by itself, too.
     """
@@ -171,9 +172,9 @@ def keeps_apart(model: Any, elm: Any, one_row: bool = False, share: bool = False
     if any(getattr(module, "_is_stateful", False) for module in elm.modules()):
         return False
     length, num_rows = 8, 1 if one_row else 2
-    begin, first, other, last = torch.arange(4 * length, device=elm.device).split(length)
+    begin, first, other, last = torch.arange(4 * length, device=device).split(length)
     begin = begin[: length if share else 0]
-    places = torch.arange(len(begin) + length, device=elm.device)
+    places = torch.arange(len(begin) + length, device=device)
     positions = torch.cat([places, places[len(begin) :]]).repeat(num_rows, 1)
     mask = {"attention_mask": mask_of(positions, elm)} if share else {}
 
@@ -200,7 +201,9 @@ def keeps_apart(model: Any, elm: Any, one_row: bool = False, share: bool = False
     return bool(~mixed & (apart(alone) <= 10 * torch.finfo(torch.bfloat16).eps * of_chat))
 
 
-def check_kept_apart(model: Any, elm: Any, one_row: bool, share: bool = False, longest_row: float = 0) -> None:
+def check_kept_apart(
+    model: Any, elm: Any, device: torch.device, one_row: bool, share: bool = False, longest_row: float = 0
+) -> None:
     """Raises a ValueError if the model does not keep chats apart, see `keeps_apart`.
 
     Args:
@@ -210,7 +213,7 @@ def check_kept_apart(model: Any, elm: Any, one_row: bool, share: bool = False, l
     window = max_tokens_to_share(config)
     plain = not share or longest_row >= window < sys.maxsize
     kinds = ([True] if share else []) + ([False] if plain else [])
-    mixing = [kind for kind in kinds if not keeps_apart(model, elm, one_row, kind)]
+    mixing = [kind for kind in kinds if not keeps_apart(model, elm, device, one_row, kind)]
     if not mixing:
         return
     other_way = "" if one_row else "; --padding_free makes one row of a batch, which some of them keep apart"

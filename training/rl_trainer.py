@@ -307,7 +307,7 @@ class ELMGRPOTrainer(OptimizesByMuon, WholeCheckpoints, GRPOTrainer):
         """Whether the model can read a prompt once for all answers behind it, each as if it were alone."""
         self._tokens_to_share = max_tokens_to_share(self.model.config.text_config)
         with self.accelerator.autocast():
-            return self._tokens_to_share > 0 and keeps_apart(model, self.model, share=True)
+            return self._tokens_to_share > 0 and keeps_apart(model, self.model, self.accelerator.device, share=True)
 
     def _answers_behind_prompts(
         self, inputs: dict[str, Any], prompts: list[int], logits_to_keep: int
@@ -321,10 +321,9 @@ class ELMGRPOTrainer(OptimizesByMuon, WholeCheckpoints, GRPOTrainer):
         Returns:
             Inputs of rows, of each row the number of its prompt, and in which order the answers stand in the rows.
         """
-        ecg_token_id, last = self.model.config.ecg_token_id, inputs["input_ids"][:, -logits_to_keep - 1]  # of prompts
-        if (
-            ecg_token_id is not None and (last == ecg_token_id).any()
-        ):  # each answer has its own, an ECG stands there once
+        last, ecg_token_id = inputs["input_ids"][:, -logits_to_keep - 1], self.model.config.ecg_token_id
+        # each answer has the last token of its prompt before it; an ECG stands in a row once
+        if ecg_token_id is not None and last.eq(ecg_token_id).any():
             return inputs, prompts, [*range(len(prompts))]
         mask = inputs["attention_mask"]
         lengths, before = mask.sum(1).tolist(), mask[:, :-logits_to_keep].sum(1).tolist()

@@ -79,7 +79,7 @@ class ELMTrainer(CollatesECGs, OptimizesByMuon, WholeCheckpoints, SFTTrainer):
         """
         positions = inputs.get("position_ids")  # [rows, tokens] of packed chats
         if positions is not None and not self._kept_apart:
-            self._check_packing(model)
+            self._check_packing(model, positions.device)
             self._kept_apart = True
         gather_head(self.model)
         num_tokens = self._total_train_tokens
@@ -93,7 +93,7 @@ class ELMTrainer(CollatesECGs, OptimizesByMuon, WholeCheckpoints, SFTTrainer):
             self._metrics["train"]["num_tokens"] = [num_tokens]
         return loss
 
-    def _check_packing(self, model: Any) -> None:
+    def _check_packing(self, model: Any, device: torch.device) -> None:
         collator = self.data_collator
         assert isinstance(collator, ELMCollator)
         if self.aux_loss_enabled and (collator.packing or collator.pad_to_multiple_of):
@@ -101,7 +101,9 @@ class ELMTrainer(CollatesECGs, OptimizesByMuon, WholeCheckpoints, SFTTrainer):
                 f"--{'packing' if collator.packing else 'pad_to_multiple_of'}: this language model learns to use its experts evenly, and "
                 "padding would count. Take --padding_free alone, or --router_aux_loss_coef 0."
             )
-        check_kept_apart(model, self.model, collator.padding_free, self._shares(0), collator.longest_row)
+        check_kept_apart(
+            model, self.model, device, collator.padding_free, share=self._shares(0), longest_row=collator.longest_row
+        )
 
     def _shares(self, num_tokens: int) -> bool:
         """Whether chats may share what they begin with in rows of so many tokens."""
