@@ -251,7 +251,7 @@ class TestFamily:
         model = built(family).model
         with_state = set(getattr(model.config.text_config, "layer_types", None) or []) & {"linear_attention", "conv"}
         assert max_tokens_to_share(model.config.text_config) > 500
-        apart = keeps_apart(model, model.config, model.device, share=True)
+        apart = keeps_apart(model, model, model.device, share=True)
         assert apart == (not with_state and family not in ("bamba", "falcon_h1", "jamba", "nemotron_h", "zamba2"))
 
     @pytest.mark.parametrize("score", ["generation", "likelihood"])

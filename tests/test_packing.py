@@ -1,12 +1,14 @@
 import json
+import math
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Lfm2Config
+from transformers import FalconH1Config, GPTNeoConfig, GptOssConfig, Lfm2Config, OPTConfig
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.training import sft
@@ -14,6 +16,7 @@ from elm_ecg.training.collator import ELMCollator
 from elm_ecg.training.packing import (
     check_kept_apart,
     common_begin,
+    keeps_apart,
     mask_of,
     max_tokens_to_share,
     num_packed_tokens,
@@ -85,12 +88,18 @@ def test_what_a_token_sees(attention):
     assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 4, 2, 3, 2], [0, 1, 2, 0, 0, 0, 0, 0]]
     assert packed["labels"].tolist() == [[-100, -100, -100, 6, 7, -100, 4, -100], [-100] * 8]
     assert num_packed_tokens(packed["position_ids"]) == 4 + 5 + 3 + 3
-    mask = mask_of(packed["position_ids"], attention)
+    model = ELMForConditionalGeneration(tiny_elm_config(None))
+    model.set_attn_implementation({"text_config": attention})
+    mask = mask_of(packed["position_ids"], model)
     seen = mask if attention == "sdpa" else mask == 0
     of_first = [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 5], [0, 1, 5, 6], [0, 1, 7]]
     assert [row.nonzero()[:, 0].tolist() for row in seen[0, 0]] == of_first
     assert [row.nonzero()[:, 0].tolist() for row in seen[1, 0]] == [[0], [0, 1], [0, 1, 2], [3], [4], [5], [6], [7]]
     assert mask.dtype == (torch.bool if attention == "sdpa" else torch.float32)
+    # some models, as BioGPT, would go on in float32 behind it
+    assert mask_of(packed["position_ids"], model.bfloat16()).dtype == (
+        torch.bool if attention == "sdpa" else torch.bfloat16
+    )
 
 
 def test_where_nothing_can_be_shared():
@@ -102,6 +111,9 @@ def test_where_nothing_can_be_shared():
     assert max_tokens_to_share(config) == sys.maxsize
     config._attn_implementation = "flash_attention_2"
     assert max_tokens_to_share(config) == 0
+    config = GPTNeoConfig(attention_types=[[["global", "local"], 1]], num_layers=2, window_size=256)
+    config._attn_implementation = "eager"
+    assert max_tokens_to_share(config) == 256
 
 
 def rows_of(processor) -> list[dict]:
@@ -154,7 +166,7 @@ def test_the_loss_is_that_of_padded_chats(representation, attention):
         batch = ELMCollator(processor, **options)(rows)
         if name == "shared":
             assert batch["input_ids"].numel() < sum(chats)
-            batch["attention_mask"] = mask_of(batch["position_ids"], attention)
+            batch["attention_mask"] = mask_of(batch["position_ids"], model)
         model.zero_grad()
         loss = model(**batch, use_cache=False).loss
         loss.backward()
@@ -171,7 +183,7 @@ def test_the_loss_is_that_of_padded_chats(representation, attention):
             assert batch["input_ids"].shape[1] % 64 == 0
         assert found[name][0] == pytest.approx(found["padded"][0], abs=1e-5), name
         torch.testing.assert_close(found[name][1], found["padded"][1], atol=1e-5, rtol=1e-4)
-        check_kept_apart(model, model.config, model.device, one_row=name == "padding_free", share=name == "shared")
+        check_kept_apart(model, model, model.device, one_row=name == "padding_free", share=name == "shared")
 
 
 def test_the_first_token_of_a_chat_is_not_learnt():
@@ -216,5 +228,77 @@ def test_a_model_that_mixes_chats_is_refused(option):
     model = ELMForConditionalGeneration(tiny_elm_config(None, llm=llm))
     model.train()
     with pytest.raises(ValueError, match=f"^--{option}: lfm2 with .* attention does not keep the chats of a row apart"):
-        check_kept_apart(model, model.config, model.device, one_row=option == "padding_free")
+        check_kept_apart(model, model, model.device, one_row=option == "padding_free")
     assert model.training
+
+
+def test_a_window_that_is_narrower_than_rows():
+    """gpt-oss keeps chats apart under a mask of their own alone, which rows that are wider than its window do not have."""
+    llm = GptOssConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        sliding_window=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    model = ELMForConditionalGeneration(tiny_elm_config(None, llm=llm, attn_implementation={"text_config": "eager"}))
+    collator = ELMCollator(tiny_processor(), packing=True, max_tokens_to_share=max_tokens_to_share(llm))
+    assert collator.longest_row == math.inf  # a chat may be of any length
+    with pytest.raises(
+        ValueError, match="in rows of 64 tokens, its window, and more; --max_length 63 and less keeps them apart"
+    ):
+        check_kept_apart(model, model, model.device, False, True, collator.longest_row)
+    check_kept_apart(model, model, model.device, False, True, replace(collator, max_length=63).longest_row)
+    assert replace(collator, max_length=63, pad_to_multiple_of=8).longest_row == 71
+    llm = OPTConfig(
+        vocab_size=300, hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=32
+    )
+    model = ELMForConditionalGeneration(tiny_elm_config(None, llm=llm))
+    assert not keeps_apart(model, model, model.device)
+    check_kept_apart(
+        model, model, model.device, False, True, math.inf
+    )  # it has no window, so that all rows have their mask
+
+
+def test_a_small_state_is_seen_in_bfloat16():
+    """That of Falcon-H1 changes the logits of the next chat by less than bfloat16 rounds those of some models."""
+    llm = FalconH1Config(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        mamba_d_ssm=64,
+        mamba_n_heads=4,
+        mamba_d_head=16,
+        mamba_d_state=16,
+        mamba_n_groups=1,
+        mamba_chunk_size=16,
+        ssm_multipliers=[0.01] * 5,
+    )
+    model = ELMForConditionalGeneration(tiny_elm_config(None, llm=llm)).bfloat16()
+    assert not any(keeps_apart(model, model, model.device, share=share) for share in (False, True))
+
+
+@pytest.mark.parametrize(("step", "shares"), [(2**-8, True), (0.5, False)])
+def test_what_is_computed_otherwise_may_be_rounded_otherwise(step, shares):
+    """On a GPU a chat alone goes through other kernels than a row, to the precision of bfloat16 though the logits are in float32."""
+    model, _ = build("signal", "sdpa")
+    forward = model.forward
+
+    def rounded(**kwargs):
+        outputs = forward(**kwargs)
+        if "attention_mask" not in kwargs:
+            unit = step * outputs.logits.abs().max()
+            outputs.logits = (outputs.logits / unit).round() * unit
+        return outputs
+
+    model.forward = rounded
+    assert keeps_apart(model, model, model.device, share=True) == shares

@@ -249,6 +249,44 @@ def test_log_probabilities_are_those_of_forward(kind, update, llm, tmp_path):
         )
 
 
+def test_a_prompt_that_ends_with_its_ecg(llm, tmp_path):
+    """Its last token would stand before each answer, and be that of an ECG there."""
+    elm, processor = make_elm(llm)
+    processor.chat_template = "{% for message in messages %}{{ message['content'][-1]['text'] }}<signal>{% endfor %}"
+    trainer = make_trainer(elm, processor, {"train": mixed_rows(1)}, tmp_path / "out", "--update", "connector", "llm")
+    prompt = trainer.prompts["train"][0].input_ids
+    assert prompt[-1] == processor.ecg_token_id
+    ids = torch.tensor([[*prompt, 5, 6], [*prompt, 7, 8]])
+    found = []
+    for trainer._shares in (None, False):
+        found.append(
+            trainer._get_per_token_logps_and_entropies(
+                trainer.model, ids, torch.ones_like(ids), 2, pixel_values=torch.tensor([0, 0])
+            )[0]
+        )
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_stay_narrower_than_a_window(llm, tmp_path):
+    """Where not all answers to a prompt have room in one such row, it is read once in each of several."""
+    elm, processor = make_elm(llm)
+    trainer = make_trainer(elm, processor, {"train": mixed_rows(1)}, tmp_path / "out", "--update", "connector", "llm")
+    prompt = trainer.prompts["train"][0].input_ids
+    ids = torch.tensor([[*prompt, answer, 6, 7] for answer in range(8)])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    shapes = []
+    for trainer._tokens_to_share in (
+        1000,
+        len(prompt) + 12,
+        len(prompt),
+    ):  # room for eight answers, for three, for none
+        inputs, prompts, order = trainer._answers_behind_prompts(batch, [0] * 8, 3)
+        shapes.append(tuple(inputs["input_ids"].shape))
+        assert sorted(order) == [*range(8)]
+        assert len(prompts) == len(inputs["input_ids"])
+    assert shapes == [(1, len(prompt) + 31), (3, len(prompt) + 11), tuple(ids.shape)]
+
+
 def elm_of(kind: str, llm: Path, folder: Path) -> Any:
     if kind == "signal":
         return make_elm(llm)

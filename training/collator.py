@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -112,6 +113,12 @@ class ELMCollator:
     def takes_ecgs(self) -> bool:
         """Whether the chats keep their ECGs."""
         return self.perturb != "only_text" and self.processor.takes_ecgs
+
+    @property
+    def longest_row(self) -> float:
+        """Tokens that a row of `packing` may have; a longer chat has its row."""
+        longest = max(self.max_length or ROW_TOKENS, self.processor.max_length or math.inf)
+        return longest + (self.pad_to_multiple_of or 0)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         with naming_records(rows):

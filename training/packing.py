@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 
-from elm_ecg.configuration_elm import ELMConfig
-
 # of a packed row, where nothing else is said: enough for little padding, and attention to all of a longer row takes its time
 ROW_TOKENS = 256
 
@@ -24,7 +22,8 @@ def max_tokens_to_share(config: Any) -> int:
     """
     if config._attn_implementation not in ("sdpa", "eager"):
         return 0
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    names = ("sliding_window", "attention_chunk_size", "window_size")  # the last one of GPT-Neo
+    windows = [getattr(config, name, None) for name in names]
     return min([window for window in windows if window], default=sys.maxsize)
 
 
@@ -124,12 +123,13 @@ def pack(
     return packed
 
 
-def mask_of(position_ids: torch.Tensor, attention: str) -> torch.Tensor:
+def mask_of(position_ids: torch.Tensor, elm: Any) -> torch.Tensor:
     """What each token sees, [rows, 1, tokens, tokens], of rows in which chats share what they begin with.
 
     Args:
         position_ids: [rows, tokens] of `pack`.
-        attention: `sdpa`, for which it is True or False, or `eager`, for which it is 0 or -infinity.
+        elm: reads them. With sdpa attention it takes True or False, with eager attention 0 or -infinity, in the dtype of its
+            embeddings: some models would go on in that of the mask.
     """
     places = torch.arange(position_ids.shape[1], device=position_ids.device)
     begins = torch.ones_like(position_ids, dtype=torch.bool)
@@ -140,7 +140,10 @@ def mask_of(position_ids: torch.Tensor, attention: str) -> torch.Tensor:
     seen = (places >= first.unsqueeze(-1)) | (places < shared.unsqueeze(-1))  # [rows, tokens, tokens]
     seen &= places <= places.unsqueeze(-1)
     mask = seen.unsqueeze(1)
-    return mask if attention == "sdpa" else torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
+    if elm.config.text_config._attn_implementation == "sdpa":
+        return mask
+    dtype = elm.get_input_embeddings().weight.dtype
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
 
 
 def num_packed_tokens(position_ids: torch.Tensor) -> torch.Tensor:
@@ -151,25 +154,28 @@ def num_packed_tokens(position_ids: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def keeps_apart(
-    model: Any, config: ELMConfig, device: torch.device, one_row: bool = False, share: bool = False
-) -> bool:
+def keeps_apart(model: Any, elm: Any, device: torch.device, one_row: bool = False, share: bool = False) -> bool:
     """Whether other words in one chat leave what the model makes of the next chat of its row as it is.
 
     A recurrent layer, or attention that does not look at `position_ids`, takes something of each chat into the next. The chats are of
     arbitrary tokens, without ECGs; the model stays as it was.
 
     Args:
-        model: as the trainer calls it.
+        model: the ELM as the trainer calls it, which may be wrapped.
+        elm: the ELM.
+        device: of batches; weights may be kept elsewhere.
         one_row: whether a batch is one row; some kinds of attention tell chats apart only then.
         share: whether the chats of a row share what they begin with; then the next chat is to be as it is by itself, too.
     """
+    # what a state has taken in of a chat may be too little to be seen in bfloat16
+    if any(getattr(module, "_is_stateful", False) for module in elm.modules()):
+        return False
     length, num_rows = 8, 1 if one_row else 2
     begin, first, other, last = torch.arange(4 * length, device=device).split(length)
     begin = begin[: length if share else 0]
     places = torch.arange(len(begin) + length, device=device)
     positions = torch.cat([places, places[len(begin) :]]).repeat(num_rows, 1)
-    mask = {"attention_mask": mask_of(positions, config.text_config._attn_implementation)} if share else {}
+    mask = {"attention_mask": mask_of(positions, elm)} if share else {}
 
     def logits(*chats: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return model(input_ids=torch.cat(chats).repeat(num_rows, 1), use_cache=False, **kwargs).logits
@@ -178,25 +184,44 @@ def keeps_apart(
     model.eval()
     try:
         one, two = (logits(begin, chat, last, position_ids=positions, **mask) for chat in (first, other))
-        alike = [two, logits(begin, last)] if share else [two]  # in the last chat
+        alone = logits(begin, last) if share else two
     except ValueError:  # older models unpack the two dimensions of the usual mask
         return False
     finally:
         model.train(training)
-    changes = [(one[:, -length:] - of_last[:, -length:]).float().norm(dim=-1).max() for of_last in alike]
+
+    def apart(other: torch.Tensor) -> torch.Tensor:  # how far the last chat is from another reading of it
+        return (one[:, -length:] - other[:, -length:]).float().norm(dim=-1).max()
+
     of_chat = (one - two)[:, :-length].float().norm(dim=-1).max()
     # as small as rounding, not 0, where experts compute the tokens of both chats together
-    return bool(max(changes) <= 10 * torch.finfo(one.dtype).eps * of_chat)
+    mixed = apart(two) > 10 * torch.finfo(one.dtype).eps * of_chat
+    # by itself it is of another shape, which other kernels compute, rounded to TF32 or bfloat16 though the logits may be in float32
+    return bool(~mixed & (apart(alone) <= 10 * torch.finfo(torch.bfloat16).eps * of_chat))
 
 
-def check_kept_apart(model: Any, config: ELMConfig, device: torch.device, one_row: bool, share: bool = False) -> None:
-    """Raises a ValueError if the model does not keep chats apart, see `keeps_apart`."""
-    if keeps_apart(model, config, device, one_row, share):
+def check_kept_apart(
+    model: Any, elm: Any, device: torch.device, one_row: bool, share: bool = False, longest_row: float = 0
+) -> None:
+    """Raises a ValueError if the model does not keep chats apart, see `keeps_apart`.
+
+    Args:
+        longest_row: tokens that a row may have: those of `max_tokens_to_share` and more are read as if nothing were shared.
+    """
+    config = elm.config.text_config
+    window = max_tokens_to_share(config)
+    plain = not share or longest_row >= window < sys.maxsize
+    kinds = ([True] if share else []) + ([False] if plain else [])
+    mixing = [kind for kind in kinds if not keeps_apart(model, elm, device, one_row, kind)]
+    if not mixing:
         return
-    attention = config.text_config._attn_implementation
     other_way = "" if one_row else "; --padding_free makes one row of a batch, which some of them keep apart"
+    if mixing == [False] and share:
+        other_way = (
+            f" in rows of {window} tokens, its window, and more; --max_length {window - 1} and less keeps them apart"
+        )
     raise ValueError(
-        f"--{'padding_free' if one_row else 'packing'}: {config.text_config.model_type} with {attention} attention does not keep "
+        f"--{'padding_free' if one_row else 'packing'}: {config.model_type} with {config._attn_implementation} attention does not keep "
         f"the chats of a row apart: each would be read with those before it{other_way}. Leave the option out; "
         "--train_sampling_strategy group_by_length saves padding too."
     )

@@ -305,10 +305,9 @@ class ELMGRPOTrainer(OptimizesByMuon, WholeCheckpoints, GRPOTrainer):
 
     def _may_share(self, model: Any) -> bool:
         """Whether the model can read a prompt once for all answers behind it, each as if it were alone."""
-        config, device = self.model.config, self.accelerator.device
-        self._tokens_to_share = max_tokens_to_share(config.text_config)
+        self._tokens_to_share = max_tokens_to_share(self.model.config.text_config)
         with self.accelerator.autocast():
-            return self._tokens_to_share > 0 and keeps_apart(model, config, device, share=True)
+            return self._tokens_to_share > 0 and keeps_apart(model, self.model, self.accelerator.device, share=True)
 
     def _answers_behind_prompts(
         self, inputs: dict[str, Any], prompts: list[int], logits_to_keep: int
@@ -322,9 +321,14 @@ class ELMGRPOTrainer(OptimizesByMuon, WholeCheckpoints, GRPOTrainer):
         Returns:
             Inputs of rows, of each row the number of its prompt, and in which order the answers stand in the rows.
         """
+        last, ecg_token_id = inputs["input_ids"][:, -logits_to_keep - 1], self.model.config.ecg_token_id
+        # each answer has the last token of its prompt before it; an ECG stands in a row once
+        if ecg_token_id is not None and last.eq(ecg_token_id).any():
+            return inputs, prompts, [*range(len(prompts))]
         mask = inputs["attention_mask"]
         lengths, before = mask.sum(1).tolist(), mask[:, :-logits_to_keep].sum(1).tolist()
-        limit = max(ROW_TOKENS, 2 * max(lengths))  # attention to all of a longer row takes its time
+        # attention to all of a longer row takes its time, and one as wide as a window shares nothing
+        limit = min(max(ROW_TOKENS, 2 * max(lengths)), self._tokens_to_share - 1)
         rows: list[list[int]] = []
         begins: list[int] = []
         for number in dict.fromkeys(prompts):
@@ -339,8 +343,7 @@ class ELMGRPOTrainer(OptimizesByMuon, WholeCheckpoints, GRPOTrainer):
         mask, ids, labels = flush_left(mask, inputs["input_ids"], inputs["labels"])
         chats = {"input_ids": ids, "attention_mask": mask, "labels": labels.masked_fill(mask == 0, -100)}
         packed = pack(chats, rows, [0] * len(prompts), [*chats], self._tokenizer.pad_token_id, begins=begins)
-        attention = self.model.config.text_config._attn_implementation
-        packed["attention_mask"] = mask_of(packed["position_ids"], attention)
+        packed["attention_mask"] = mask_of(packed["position_ids"], self.model)
         return (
             {**packed, "use_cache": False},
             [prompts[row[0]] for row in rows],

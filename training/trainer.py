@@ -85,7 +85,7 @@ class ELMTrainer(CollatesECGs, OptimizesByMuon, WholeCheckpoints, SFTTrainer):
         num_tokens = self._total_train_tokens
         inputs = inputs | labelled_places(inputs["labels"])
         if positions is not None and self._shares(positions.shape[1]):
-            inputs["attention_mask"] = mask_of(positions, self.model.config.text_config._attn_implementation)
+            inputs["attention_mask"] = mask_of(positions, self.model)
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if positions is not None:  # TRL counts those of one row, padding too
             num_tokens += int(self.accelerator.gather_for_metrics(num_packed_tokens(positions)).sum())
@@ -101,7 +101,9 @@ class ELMTrainer(CollatesECGs, OptimizesByMuon, WholeCheckpoints, SFTTrainer):
                 f"--{'packing' if collator.packing else 'pad_to_multiple_of'}: this language model learns to use its experts evenly, and "
                 "padding would count. Take --padding_free alone, or --router_aux_loss_coef 0."
             )
-        check_kept_apart(model, self.model.config, device, one_row=collator.padding_free, share=self._shares(0))
+        check_kept_apart(
+            model, self.model, device, collator.padding_free, share=self._shares(0), longest_row=collator.longest_row
+        )
 
     def _shares(self, num_tokens: int) -> bool:
         """Whether chats may share what they begin with in rows of so many tokens."""
