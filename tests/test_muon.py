@@ -8,7 +8,7 @@ from trl import SFTConfig
 
 from elm_ecg.modeling_elm import ELMForConditionalGeneration
 from elm_ecg.training import sft, trainer
-from elm_ecg.training.muon import MuonAdamW, matrices_of, muon_options
+from elm_ecg.training.muon import InFloat32, MuonAdamW, matrices_of, muon_options
 from helpers import losses, save_tiny_data, tiny_elm_config, tiny_sft
 
 MUON = ["--optim", "muon"]
@@ -64,12 +64,30 @@ def test_each_trains_as_by_itself():
         for values in (together, apart):
             for value in values:
                 value.grad = torch.full_like(value, 0.1) * value.detach().sign()
-        for one in (optimizer, *others):
-            one.step()
+        with InFloat32():  # as the one does by itself
+            for one in (optimizer, *others):
+                one.step()
     assert all(map(torch.equal, together, apart))
     assert not any(map(torch.equal, together, start))
     optimizer.zero_grad()
     assert all(value.grad is None for value in together)
+
+
+def test_a_matrix_on_a_cpu_is_in_float32():
+    """The update is PyTorch's, but for the rounding to bfloat16, and its singular values are nearer to 1."""
+    torch.manual_seed(0)
+    start = torch.randn(24, 40)
+    exact, rounded = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    exact.grad = rounded.grad = torch.randn(24, 40)
+    settings = {"lr": 1.0, "weight_decay": 0.0, "momentum": 0.0}
+    MuonAdamW([{"params": [exact]}], [{"params": [torch.nn.Parameter(torch.zeros(1))]}], settings, {"lr": 1.0}).step()
+    torch.optim.Muon([rounded], **settings).step()
+    updates = [(start - value).detach() for value in (exact, rounded)]
+    difference = (updates[0] - updates[1]).norm() / updates[1].norm()
+    assert 1e-5 < difference < 0.02
+    singular = torch.linalg.svdvals(updates[0].double())
+    assert singular.min() > 0.6
+    assert singular.max() < 1.3
 
 
 def test_a_run(llm, data, tmp_path, monkeypatch):

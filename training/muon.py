@@ -6,11 +6,13 @@ of AdamW's (Liu et al. 2025, https://arxiv.org/abs/2502.16982), so that one lear
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig
 
@@ -73,6 +75,21 @@ def matrices_of(language_model: nn.Module) -> set[nn.Parameter]:
     return {parameter for parameter in matrices if parameter.requires_grad and parameter not in embeddings}
 
 
+class InFloat32(TorchFunctionMode):
+    """What would be cast to bfloat16 in the block is cast to float32, as Muon's matrices on a CPU.
+
+    Few CPUs compute in bfloat16. Others take 25 times as long for a product of two matrices of width 128, which was half of a
+    quickstart's step.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """As of PyTorch."""
+        kwargs = kwargs or {}
+        if func is torch.Tensor.to and kwargs.get("dtype") is torch.bfloat16:
+            kwargs = {**kwargs, "dtype": torch.float32}
+        return func(*args, **kwargs)
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """Both as one optimizer, so that the scheduler, clipping and checkpoints have one.
 
@@ -104,7 +121,9 @@ class MuonAdamW(torch.optim.Optimizer):
             # those of this optimizer, which a checkpoint replaces and a scheduler changes
             part.param_groups = [group for group in self.param_groups if group[MUON] == flag]
             part.state = self.state
-            part.step()
+            on_cpu = flag and part.param_groups[0]["params"][0].device.type == "cpu"
+            with InFloat32() if on_cpu else nullcontext():
+                part.step()
         return loss
 
 
