@@ -61,17 +61,22 @@ def make_rows(num_rows: int, seed: int) -> list[dict[str, Any]]:
     return [make_record(index, seed) for index in range(num_rows)]
 
 
+def llm_of(args: Namespace, folder: str) -> str:
+    """--llm, or without it a folder below this one with the quickstart's small language model."""
+    if args.llm is not None:
+        return args.llm
+    path = Path(folder) / "llm"
+    save_small_llm(path, [row["messages"] for row in make_rows(960, args.seed)], args.seed)
+    return str(path)
+
+
 def build(args: Namespace) -> tuple[ELMForConditionalGeneration, ELMProcessor]:
     """An ELM as `elm sft` builds it, on the accelerator if there is one."""
     torch.manual_seed(args.seed)
     argv = ["--data", "simulated", "--output_dir", "unused"]
     with tempfile.TemporaryDirectory() as folder:
-        if args.llm is None:
-            chats = [row["messages"] for row in make_rows(960, args.seed)]
-            save_small_llm(Path(folder), chats, args.seed)
-            argv += ["--config", str(CONFIG), "--llm", folder]
-        else:
-            argv += ["--llm", args.llm]
+        argv += ["--config", str(CONFIG)] if args.llm is None else []
+        argv += ["--llm", llm_of(args, folder)]
         if args.encoder is not None:
             argv += ["--encoder", args.encoder, "--encoder_config", "{}"]
         elm_args, _, model_args = sft.parse(argv)

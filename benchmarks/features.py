@@ -1,7 +1,7 @@
 """Training with a frozen encoder: its features kept against computed in each step.
 
     python benchmarks/features.py --llm FOLDER_OR_ID
-    python benchmarks/features.py --llm FOLDER_OR_ID --data FOLDER --packing --lora_dropout 0
+    python benchmarks/features.py --llm FOLDER_OR_ID --data FOLDER --packing
     python benchmarks/features.py --encoder merl --batch_size 4
 
 The sides are epochs of one run of `elm sft` with LoRA, in turn, on simulated ECGs with a question of each, or on the first chats of
@@ -18,14 +18,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import add_arguments, make_rows
+from common import add_arguments, llm_of, make_rows
 from datasets import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
 from elm_ecg.training import run, sft
 from elm_ecg.training.resume import RunOptions
-from elm_ecg.training.small_llm import save_small_llm
 
 
 class TakingTurns(TrainerCallback):
@@ -75,13 +74,9 @@ def main() -> None:
     args, others = parser.parse_known_args()
 
     with tempfile.TemporaryDirectory() as folder:
-        llm = args.llm
-        if llm is None:
-            llm = str(Path(folder) / "llm")
-            save_small_llm(Path(llm), [row["messages"] for row in make_rows(960, args.seed)], args.seed)
         sides = ["kept", "computed", *(["neither"] if "--packing" in others else [])]
         timed = len(sides) * args.repeats + 1
-        argv = ["--data", args.data or "simulated", "--llm", llm, "--encoder", args.encoder]
+        argv = ["--data", args.data or "simulated", "--llm", llm_of(args, folder), "--encoder", args.encoder]
         argv += ["--update", "connector", "llm", "--use_peft"]
         argv += ["--cache_features", "memory", "--output_dir", str(Path(folder) / "run"), "--seed", str(args.seed)]
         argv += ["--batch_size", str(args.batch_size), "--epochs", str(timed + len(sides)), "--save_strategy", "no"]

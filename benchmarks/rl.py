@@ -13,16 +13,14 @@ import argparse
 import statistics
 import tempfile
 import time
-from pathlib import Path
 
 import torch
-from common import add_arguments, make_rows
+from common import add_arguments, llm_of, make_rows
 from datasets import Dataset
 
 from elm_ecg.training import rl, run
 from elm_ecg.training.resume import RunOptions
 from elm_ecg.training.rl_trainer import ELMGRPOTrainer
-from elm_ecg.training.small_llm import save_small_llm
 
 SIDES = {"once an answer": False, "once": True}
 
@@ -47,28 +45,14 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--num_generations", type=int, default=8, help="answers to a prompt; default: %(default)s")
     parser.add_argument("--max_completion_length", type=int, default=48, help="tokens of each; default: %(default)s")
-    parser.set_defaults(encoder="st_mem", repeats=3)
     parser.add_argument("--prompts", type=int, default=1, help="that are trained on at once; default: %(default)s")
+    parser.set_defaults(encoder="st_mem", repeats=3)
     args, others = parser.parse_known_args()
 
     with tempfile.TemporaryDirectory() as folder:
-        llm = args.llm
-        if llm is None:
-            llm = str(Path(folder) / "llm")
-            save_small_llm(Path(llm), [row["messages"] for row in make_rows(960, args.seed)], args.seed)
         answers, length = args.prompts * args.num_generations, args.max_completion_length
-        argv = [
-            "--data",
-            "simulated",
-            "--llm",
-            llm,
-            "--output_dir",
-            folder,
-            "--report_to",
-            "none",
-            "--rewards",
-            "format",
-        ]
+        argv = ["--data", "simulated", "--llm", llm_of(args, folder), "--output_dir", folder, "--rewards", "format"]
+        argv += ["--report_to", "none"]
         argv += ["--num_generations", str(args.num_generations), "--per_device_train_batch_size", str(answers)]
         argv += ["--max_completion_length", str(length), "--seed", str(args.seed)]
         if "symbolic" not in others:
@@ -94,8 +78,9 @@ def main() -> None:
                     torch.cuda.synchronize()
                 seconds[side].append(time.process_time() - start)
 
+    prompt_length = ids.shape[1] - length
     print(
-        f"\n{args.prompts} prompts of at most {ids.shape[1] - length} tokens, {args.num_generations} answers of {length} to each\n"
+        f"\n{args.prompts} prompts of at most {prompt_length} tokens, {args.num_generations} answers of {length} to each\n"
     )
     print("| prompts are read | CPU s of an update | ratio |\n| --- | --- | --- |")
     medians = {side: statistics.median(values[1:]) for side, values in seconds.items()}

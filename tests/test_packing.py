@@ -2,6 +2,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,6 +35,10 @@ from helpers import (
     tiny_sft,
     tiny_symbolic_processor,
 )
+
+# of tiny language models
+SIZES: Any = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1}
 
 
 @settings(deadline=None)
@@ -216,15 +221,7 @@ def test_training_is_that_of_padded_chats(llm, tmp_path):
 @pytest.mark.parametrize("option", ["padding_free", "packing"])
 def test_a_model_that_mixes_chats_is_refused(option):
     """Here by a convolution over the tokens."""
-    llm = Lfm2Config(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        layer_types=["conv", "full_attention"],
-    )
+    llm = Lfm2Config(**SIZES, layer_types=["conv", "full_attention"])
     model = ELMForConditionalGeneration(tiny_elm_config(None, llm=llm))
     model.train()
     with pytest.raises(ValueError, match=f"^--{option}: lfm2 with .* attention does not keep the chats of a row apart"):
@@ -235,12 +232,7 @@ def test_a_model_that_mixes_chats_is_refused(option):
 def test_a_window_that_is_narrower_than_rows():
     """gpt-oss keeps chats apart under a mask of their own alone, which rows that are wider than its window do not have."""
     llm = GptOssConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        **SIZES,
         head_dim=16,
         num_local_experts=2,
         num_experts_per_tok=1,
@@ -261,20 +253,14 @@ def test_a_window_that_is_narrower_than_rows():
     )
     model = ELMForConditionalGeneration(tiny_elm_config(None, llm=llm))
     assert not keeps_apart(model, model, model.device)
-    check_kept_apart(
-        model, model, model.device, False, True, math.inf
-    )  # it has no window, so that all rows have their mask
+    # it has no window, so that all rows have their mask
+    check_kept_apart(model, model, model.device, False, True, math.inf)
 
 
 def test_a_small_state_is_seen_in_bfloat16():
     """That of Falcon-H1 changes the logits of the next chat by less than bfloat16 rounds those of some models."""
     llm = FalconH1Config(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        **SIZES,
         mamba_d_ssm=64,
         mamba_n_heads=4,
         mamba_d_head=16,

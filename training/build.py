@@ -94,9 +94,8 @@ def _check_kind(args: ModelArguments, place: str) -> None:
     kind = (settings.get("encoder_config") or settings).get("model_type")  # of an ELM, that of its encoder
     if kind in (None, ELMConfig.model_type):  # without encoder: an error when it is loaded
         return
-    if str(said).removesuffix("_vision_model") != kind.removesuffix(
-        "_vision_model"
-    ):  # a tower alone, or with its text model
+    tower = "_vision_model"  # alone, or with its text model
+    if str(said).removesuffix(tower) != kind.removesuffix(tower):
         raise ValueError(
             f"--encoder {said} and --encoder_name_or_path {args.encoder_name_or_path}, which is of the kind {kind}, name two encoders; leave "
             "one of the two out."
