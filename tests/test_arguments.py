@@ -284,6 +284,8 @@ def test_yaml_of_pictures(tmp_path):
         ("max_steps: [1]\n", r"max_steps is \[1\]; expected a whole number"),
         ("max_steps: many\n", "max_steps is 'many'; expected a whole number"),
         ("lora_alpha: true\n", "lora_alpha is True; expected a whole number"),
+        ("max_length: true\n", "max_length is True; expected a whole number"),  # which may be none, too
+        ("max_length: []\n", r"max_length is \[\]; expected a whole number"),
         ("num_samples: .inf\n", "num_samples is inf; expected a whole number"),
         ("learning_rate: true\n", "learning_rate is True; expected a number"),
         ("bandpass: [0.5, yes]\n", "bandpass is True; expected a number"),

@@ -121,7 +121,7 @@ class MuonAdamW(torch.optim.Optimizer):
             # those of this optimizer, which a checkpoint replaces and a scheduler changes
             part.param_groups = [group for group in self.param_groups if group[MUON] == flag]
             part.state = self.state
-            on_cpu = flag and part.param_groups[0]["params"][0].device.type == "cpu"
+            on_cpu = flag and any(one.device.type == "cpu" for group in part.param_groups for one in group["params"])
             with InFloat32() if on_cpu else nullcontext():
                 part.step()
         return loss

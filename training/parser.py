@@ -57,8 +57,8 @@ NUMBERS = {
     "max_steps": "at least 1, or -1 for none",
     "lora_dropout": "at least 0 and below 1",
 }
-# types of options -> what a YAML file may give for them, and what it is called
-NUMBER_TYPES: dict[Any, tuple[type, str]] = {int: (Integral, "a whole number"), float: (Real, "a number")}
+# names of the types of options -> what a YAML file may give for them, and what it is called
+NUMBER_TYPES: dict[str | None, tuple[type, str]] = {"int": (Integral, "a whole number"), "float": (Real, "a number")}
 # values of the reference's --optimizer
 OPTIMIZERS = {"adam": "adamw_torch", "adamw": "adamw_torch"}  # transformers has no plain Adam; alike at weight_decay 0
 
@@ -259,22 +259,26 @@ class ELMParser(CommandLineParser, TrlParser):
                     expected = ", ".join(map(str, action.choices))
                     near = did_you_mean(str(name), map(str, action.choices))
                     raise ValueError(f"{self.source}{key} is {item!r}; expected one of {expected}.{near}")
-            if action.type in NUMBER_TYPES and value is not None:
+            # by name, as transformers wraps the type of an option that may be none
+            if getattr(action.type, "__name__", None) in NUMBER_TYPES and value is not None:
                 of_list = action.nargs == "+"
                 value = [self._number(key, action.type, item) for item in (value if of_list else [value])]
                 value = value if of_list else value[0]
             values[action.dest] = value
         return super().set_defaults_with_config(**values)
 
-    def _number(self, key: str, kind: Any, value: Any) -> Any:
-        """A number of a YAML file or of Python, also as text, which YAML makes of 1e-4 (ValueError: it is no number of this `kind`)."""
-        of_kind, expected = NUMBER_TYPES[kind]
+    def _number(self, key: str, convert: Any, value: Any) -> Any:
+        """A number of a YAML file or of Python, also as text, which YAML makes of 1e-4 (ValueError: it is not of the kind that `convert`
+        makes of a text)."""
+        kind, expected = NUMBER_TYPES[convert.__name__]
         try:
-            number = kind(value) if isinstance(value, str) else value
+            number = convert(value) if isinstance(value, str) else value
         except ValueError:
-            number = None
-        if kind is int and isinstance(number, float) and number.is_integer():  # as extractors have their sampling rate
-            number = int(number)
-        if isinstance(number, bool) or not isinstance(number, of_kind):
+            number = value
+        if isinstance(value, str) and number is None:  # none, where an option may be so
+            return None
+        if kind is Integral and isinstance(number, float) and number.is_integer():
+            number = int(number)  # as extractors have their sampling rate
+        if isinstance(number, bool) or not isinstance(number, kind):
             raise ValueError(f"{self.source}{key} is {value!r}; expected {expected}.")
         return number

@@ -167,7 +167,8 @@ class RunOptions:
 
 
 def _same(name: str, one: Any, other: Any, working_dir: str) -> bool:
-    """Whether two values of an option are the same, of places by what they mean, the `other` as seen from `working_dir`."""
+    """Whether two values of an option are the same: the same words, as those of a project that was moved, or for places words that lead to
+    one place, the `other` from `working_dir`."""
     if one == other or name not in PLACES:
         return one == other
     ones, others = (value if isinstance(value, list) else [value] for value in (one, other))
